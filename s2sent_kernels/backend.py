@@ -1,0 +1,108 @@
+"""Which backends are usable here, and which one a call gets. The only place that decides either."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from typing import NamedTuple
+
+import torch
+
+BACKENDS = ("reference", "triton", "native")
+BACKEND_VARIABLE = "S2SENT_BACKEND"
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MINIMUM_CAPABILITY = (8, 0)  # sm_80: the oldest GPU whose kernels are compiled in the tests
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can be used here; ``reason`` says why not, or on what it runs."""
+
+    usable: bool
+    reason: str
+
+
+def triton_interprets() -> bool:
+    """Whether Triton kernels run in Triton's CPU interpreter. Triton itself decides when a kernel is decorated."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@functools.cache
+def _triton_status(device_index: int | None, interprets: bool) -> BackendStatus:
+    if importlib.util.find_spec("triton") is None:
+        return BackendStatus(False, "Triton is not installed: pip install 's2sent_kernels[triton]'")
+    if interprets:
+        return BackendStatus(True, "in Triton's interpreter, on the CPU (TRITON_INTERPRET=1): for tests, very slow")
+    if not torch.cuda.is_available():
+        return BackendStatus(False, "torch sees no CUDA device")
+    capability = torch.cuda.get_device_capability(device_index)
+    name = torch.cuda.get_device_name(device_index)
+    if capability < MINIMUM_CAPABILITY:
+        wanted = "sm_{}{}".format(*MINIMUM_CAPABILITY)
+        return BackendStatus(False, f"{name} is sm_{capability[0]}{capability[1]}, the kernels need {wanted} or newer")
+    return BackendStatus(True, f"on {name}")
+
+
+def backends() -> dict[str, BackendStatus]:
+    """The backends by name: whether each is usable on this machine, and why not or on what.
+
+    May ask the GPU's driver what is there; importing the package never does.
+    """
+    return {
+        "reference": BackendStatus(True, "plain PyTorch, on any device"),
+        "triton": _triton_status(None, triton_interprets()),
+        "native": BackendStatus(False, "the compiled extension is not built"),
+    }
+
+
+def _refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` cannot take tensors of this device and dtype here, or None where it can."""
+    if backend == "reference":
+        return None
+    if backend == "native":
+        return backends()["native"].reason
+    interprets = triton_interprets()
+    status = _triton_status(device.index if device.type == "cuda" else None, interprets)
+    if not status.usable:
+        return status.reason
+    if dtype not in TRITON_DTYPES:
+        return f"it computes float32, float16 and bfloat16, got {dtype}"
+    if device.type != ("cpu" if interprets else "cuda"):
+        return f"it runs on {'cpu under TRITON_INTERPRET=1' if interprets else 'cuda'} tensors, got {device.type} tensors"
+    return None
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+@torch.compiler.assume_constant_result
+def choose(backend: str, device: torch.device, dtype: torch.dtype, num_blocks: int, hidden_size: int) -> str:
+    """The backend that a call gets.
+
+    "auto" (or what S2SENT_BACKEND names in its place) takes the fastest one that is usable, judged by device, dtype, N
+    and D alone: the same sentence must not change backends, and so bits, with the batch it stands in. A backend
+    asked for by name works or raises.
+
+    Raises:
+        ValueError: ``backend`` is unknown or cannot take such tensors here; says why.
+    """
+    asked = os.environ.get(BACKEND_VARIABLE, "auto") if backend == "auto" else backend
+    if asked not in ("auto", *BACKENDS):
+        source = f"{BACKEND_VARIABLE} (in place of 'auto')" if backend == "auto" else "backend"
+        raise ValueError(f"{source}: expected 'auto' or one of {BACKENDS}, got {asked!r}")
+    if asked != "auto":
+        refusal = _refusal(asked, device, dtype)
+        if refusal is not None:
+            raise ValueError(f"backend: {asked!r} cannot be used here: {refusal}")
+        return asked
+    if device.type != "cuda":
+        return "reference"
+    refusal = _refusal("triton", device, dtype)
+    if refusal is None:
+        return "triton"
+    if dtype in TRITON_DTYPES:  # float64 is the reference's own business and no loss to report
+        _say_once(f"s2sent_kernels falls back to plain PyTorch: backend 'triton': {refusal}")
+    return "reference"

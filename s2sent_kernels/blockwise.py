@@ -1,0 +1,90 @@
+"""The pooled path fed one block at a time, so that an encoder's hidden states need not be kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import ops, reference, validate
+
+if TYPE_CHECKING:
+    from .selector import S2SentSelector
+
+
+class BlockwisePool:
+    """Accumulates f and p over the blocks as they come; ``result`` gates and sums.
+
+        stream = selector.blockwise(attention_mask)
+        for block, hidden_state in enumerate(...):     # lowest first, each once
+            stream.add(block, hidden_state)
+        embeddings = stream.result()                   # the same bits as selector.pool(...), profile paper, eval, Triton
+
+    For inference: it keeps no hidden state, so there is nothing to differentiate through.
+
+    Raises:
+        RuntimeError: from ``add`` where a hidden state requires a gradient; from ``result`` where a block is missing.
+        ValueError: a block comes twice, out of order, or in another shape than the first.
+    """
+
+    def __init__(
+        self, selector: S2SentSelector, attention_mask: Tensor | None, cu_seqlens: Tensor | None, pooling: str
+    ) -> None:
+        validate.option("pooling", pooling, validate.POOLINGS)
+        self._selector, self._mask, self._cu_seqlens, self._pooling = selector, attention_mask, cu_seqlens, pooling
+        self._next = 0
+        self._squeezed_groups = self._pooled = torch.empty(0)
+        self._dtype = torch.float32
+        self._shape: torch.Size | None = None
+
+    def add(self, block: int, hidden_state: Tensor) -> None:
+        """Squeeze and pool block ``block``'s hidden state, [B, L, D] or packed [T, D]."""
+        selector = self._selector
+        if block != self._next:
+            raise ValueError(f"block: expected {self._next}, blocks come in ascending order and once, got {block}")
+        if torch.is_grad_enabled() and hidden_state.requires_grad:
+            raise RuntimeError("blockwise pooling is for inference: hidden_state requires a gradient")
+        if self._shape is None:
+            self._start(hidden_state)
+        elif hidden_state.shape != self._shape or hidden_state.dtype != self._dtype:
+            raise ValueError(
+                f"hidden_state: expected {list(self._shape)} of {self._dtype} as block 0, got "
+                f"{list(hidden_state.shape)} of {hidden_state.dtype}"
+            )
+        torch.ops.s2sent.squeeze_block(
+            hidden_state, block, selector.num_blocks, self._squeezed_groups, self._pooled, self._mask,
+            self._cu_seqlens, selector.frequencies, selector.profile, self._pooling, selector.backend,
+        )  # fmt: skip
+        self._next += 1
+
+    def result(self) -> Tensor:
+        """Sentence embeddings o [B, D]."""
+        selector = self._selector
+        if self._next != selector.num_blocks:
+            raise RuntimeError(f"expected {selector.num_blocks} blocks, got {self._next}")
+        parameters = selector._parameters_of_gate() if selector._is_fused() else None
+        if parameters is not None:
+            engine = ops.engine(
+                selector.backend, self._pooled.device, self._dtype, selector.num_blocks, selector.hidden_size
+            )
+            with torch.no_grad():
+                return engine.gate_pool(
+                    self._squeezed_groups, self._pooled, parameters, selector.activation, selector._eps(), self._dtype
+                )[0]
+        squeezed = ops.plain.sum_groups(self._squeezed_groups)
+        return reference.pool(selector._gate(squeezed), self._pooled, self._dtype)
+
+    def _start(self, first: Tensor) -> None:
+        selector = self._selector
+        packed = self._cu_seqlens is not None
+        validate.batch([first], self._mask, self._cu_seqlens, 1, selector.profile)
+        if first.shape[-1] != selector.hidden_size:
+            raise ValueError(f"hidden_state: expected D = {selector.hidden_size} features, got {list(first.shape)}")
+        self._shape, self._dtype = first.shape, first.dtype
+        rows = self._cu_seqlens.shape[0] - 1 if packed and self._cu_seqlens is not None else first.shape[0]
+        dtype = reference.compute_dtype(first.dtype)
+        engine = ops.engine(selector.backend, first.device, first.dtype, selector.num_blocks, selector.hidden_size)
+        groups = -(-selector.num_blocks // engine.BLOCK_GROUP)
+        self._squeezed_groups = first.new_zeros(rows, groups, selector.hidden_size, dtype=dtype)
+        self._pooled = first.new_empty(rows, selector.num_blocks, selector.hidden_size, dtype=dtype)

@@ -1,0 +1,84 @@
+"""Checkpoints of the authors' published code: which M they were made with, and their keys under this project's names.
+
+Published keys (github.com/hggzjx/S2Sent): ``dense_z.0``, ``dense_select_weights.{n}.0`` (linear) and ``.{n}.1`` (batch norm),
+and ``squeeze.weight`` [D, 6, 6], the DCT basis as a buffer; usually under ``S2A.``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dct
+
+_DEFAULT_FREQUENCIES = 4
+
+
+def _take(state_dict: Mapping[str, Tensor], prefix: str, name: str) -> Tensor:
+    key = prefix + name
+    if key in state_dict:
+        return state_dict[key]
+    elsewhere = [other[: -len(name)] for other in state_dict if other.endswith(name)]
+    hint = f"; such a key stands under prefix {elsewhere[0]!r}" if elsewhere else ""
+    raise ValueError(f"state_dict: expected the published key {key!r}, and it is not there{hint}")
+
+
+def _frequencies(basis: Tensor | None, key: str, hidden_size: int) -> int:
+    """M, read off the basis buffer: feature d holds c(x, i, 6) c(y, j, 6) of its part's pair, x along blocks."""
+    if basis is None:
+        return _DEFAULT_FREQUENCIES
+    cells = torch.arange(dct.GRID)
+    for frequencies in dct.OFFICIAL_FREQUENCIES:
+        if hidden_size % frequencies or basis.shape != (hidden_size, dct.GRID, dct.GRID):
+            continue
+        x, y = torch.tensor(dct.frequency_pairs(dct.GRID, frequencies, "official")).T
+        along_blocks = dct.cosine(x[:, None], cells, dct.GRID)
+        along_tokens = dct.cosine(y[:, None], cells, dct.GRID)
+        plane = along_blocks[:, :, None] * along_tokens[:, None, :]
+        expected = plane.repeat_interleave(hidden_size // frequencies, dim=0)
+        if torch.allclose(basis.double().cpu(), expected, atol=5e-3):  # float16 and bfloat16 checkpoints included
+            return frequencies
+    raise ValueError(
+        f"state_dict[{key!r}]: expected the DCT basis of M in {dct.OFFICIAL_FREQUENCIES} as [D, 6, 6] with "
+        f"D = {hidden_size}, got shape {list(basis.shape)} with other values"
+    )
+
+
+def convert(
+    state_dict: Mapping[str, Tensor], prefix: str, frequencies: int | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The sizes that S2SentSelector takes, and a state_dict under its names."""
+    down_weight = _take(state_dict, prefix, "dense_z.0.weight")
+    hidden_size = down_weight.shape[1]
+    num_blocks = 0
+    while f"{prefix}dense_select_weights.{num_blocks}.0.weight" in state_dict:
+        num_blocks += 1
+    blocks = range(max(num_blocks, 1))  # with none there, _take names the first missing key
+
+    def stacked(name: str) -> Tensor:
+        return torch.cat([_take(state_dict, prefix, f"dense_select_weights.{n}.{name}") for n in blocks])
+
+    state = {
+        "down.weight": down_weight,
+        "down.bias": _take(state_dict, prefix, "dense_z.0.bias"),
+        "up.weight": stacked("0.weight"),
+        "up.bias": stacked("0.bias"),
+        "norm.weight": stacked("1.weight"),
+        "norm.bias": stacked("1.bias"),
+        "norm.running_mean": stacked("1.running_mean"),
+        "norm.running_var": stacked("1.running_var"),
+        "norm.num_batches_tracked": _take(state_dict, prefix, "dense_select_weights.0.1.num_batches_tracked"),
+    }
+    if frequencies is None:
+        key = f"{prefix}squeeze.weight"
+        frequencies = _frequencies(state_dict.get(key), key, hidden_size)
+    sizes = {
+        "hidden_size": hidden_size,
+        "num_blocks": num_blocks,
+        "bottleneck": down_weight.shape[0],
+        "frequencies": frequencies,
+    }
+    return sizes, state

@@ -1,0 +1,274 @@
+"""S2SentSelector: the selector as an nn.Module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from . import functional, reference, validate
+from .backend import BACKENDS
+from .blockwise import BlockwisePool
+from .reference import GateParameters
+
+PRIOR_OF_LAST_BLOCK = 3.0  # where a learned block prior starts: the last block is what an encoder was trained to output
+
+
+class S2SentSelector(nn.Module):
+    """Fuses the hidden states of N Transformer blocks by frequency and spatial selection (arXiv 2508.18164).
+
+    Args:
+        hidden_size: D, features of a hidden state.
+        num_blocks: N, blocks to fuse.
+        bottleneck: H, width of the gate's bottleneck.
+        frequencies: M, DCT components; divides D, and N blocks must have as many.
+        profile: "paper", or "official" for the published code's arithmetic and checkpoints.
+        gate_norm: "batch" (batch norm of every (n, d), eps 1e-6, momentum 0.1) or None.
+        block_prior: learn one number per block that is added to the gate's logits (profile "paper"), started at 3 for the
+            last block and 0 elsewhere. Off, the formula is exactly the paper's.
+        activation: "tanh" or "relu", of the bottleneck.
+        backend: "auto", "reference", "triton" or "native".
+
+    State: ``down`` nn.Linear(D, H), ``up`` nn.Linear(H, N * D) (n major), ``norm`` nn.BatchNorm1d(N * D) or None,
+    ``block_prior`` [N] or None. Where one of the three parts is replaced, hooked, parametrised or wrapped, the gate is
+    computed through the parts as modules instead of a fused kernel.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; names it, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_blocks: int,
+        bottleneck: int = 64,
+        frequencies: int = 4,
+        *,
+        profile: str = "paper",
+        gate_norm: str | None = "batch",
+        block_prior: bool = False,
+        activation: str = "tanh",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        for name, value in (("hidden_size", hidden_size), ("num_blocks", num_blocks), ("bottleneck", bottleneck)):
+            validate.positive_int(name, value)
+        validate.components(num_blocks, hidden_size, frequencies, profile)
+        validate.option("gate_norm", gate_norm, ("batch", None))
+        validate.option("activation", activation, reference.ACTIVATIONS)
+        validate.option("backend", backend, ("auto", *BACKENDS))
+        if block_prior and profile == "official":
+            raise ValueError("block_prior: profile 'official' has none, expected False, got True")
+        self.hidden_size, self.num_blocks, self.bottleneck = hidden_size, num_blocks, bottleneck
+        self.frequencies, self.profile, self.gate_norm = frequencies, profile, gate_norm
+        self.activation, self.backend = activation, backend
+        self.down = nn.Linear(hidden_size, bottleneck)
+        self.up = nn.Linear(bottleneck, num_blocks * hidden_size)
+        self.norm = nn.BatchNorm1d(num_blocks * hidden_size, eps=1e-6, momentum=0.1) if gate_norm == "batch" else None
+        prior = None
+        if block_prior:
+            prior = nn.Parameter(torch.zeros(num_blocks))
+            with torch.no_grad():
+                prior[-1] = PRIOR_OF_LAST_BLOCK
+        self.register_parameter("block_prior", prior)
+
+    def extra_repr(self) -> str:
+        return (
+            f"hidden_size={self.hidden_size}, num_blocks={self.num_blocks}, bottleneck={self.bottleneck}, "
+            f"frequencies={self.frequencies}, profile={self.profile!r}, gate_norm={self.gate_norm!r}, "
+            f"block_prior={self.block_prior is not None}, activation={self.activation!r}, backend={self.backend!r}"
+        )
+
+    # ------------------------------------------------------------ what people call
+
+    def forward(
+        self,
+        hidden_states: Sequence[Tensor],
+        attention_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Fused tokens v [B, L, D] (packed [T, D]) from N hidden states [B, L, D], lowest block first; 0 at padding."""
+        self._check(hidden_states, attention_mask, cu_seqlens)
+        if self._is_fused():
+            return functional.select(
+                hidden_states, self._parameters_of_gate(), attention_mask, cu_seqlens=cu_seqlens,
+                frequencies=self.frequencies, activation=self.activation, eps=self._eps(), backend=self.backend,
+            )  # fmt: skip
+        return functional.select_with(
+            self._gate, hidden_states, attention_mask, cu_seqlens, self.frequencies, self.profile, self.backend
+        )[0]
+
+    def pool(
+        self,
+        hidden_states: Sequence[Tensor],
+        attention_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        pooling: str = "mean",
+    ) -> Tensor:
+        """Sentence embeddings o [B, D]: the fused tokens' mean, first ("cls") or last real token, without forming them."""
+        self._check(hidden_states, attention_mask, cu_seqlens, pooling)
+        validate.option("pooling", pooling, validate.POOLINGS)
+        if self._is_fused():
+            return functional.select_pool(
+                hidden_states, self._parameters_of_gate(), attention_mask, cu_seqlens=cu_seqlens,
+                frequencies=self.frequencies, pooling=pooling, activation=self.activation, eps=self._eps(),
+                backend=self.backend,
+            )  # fmt: skip
+        return functional.select_pool_with(
+            self._gate, hidden_states, attention_mask, cu_seqlens, self.frequencies, self.profile, pooling, self.backend
+        )
+
+    def gates(
+        self,
+        hidden_states: Sequence[Tensor],
+        attention_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """The gates g [B, N, D], float32 (float64 for float64 inputs)."""
+        self._check(hidden_states, attention_mask, cu_seqlens)
+        squeezed, _ = functional.squeeze(
+            hidden_states, attention_mask, cu_seqlens=cu_seqlens, frequencies=self.frequencies, profile=self.profile,
+            backend=self.backend,
+        )  # fmt: skip
+        return self._gate(squeezed)
+
+    def blockwise(
+        self,
+        attention_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        pooling: str = "mean",
+    ) -> BlockwisePool:
+        """``pool`` fed one block at a time, for inference: see ``BlockwisePool``."""
+        return BlockwisePool(self, attention_mask, cu_seqlens, pooling)
+
+    # ------------------------------------------------------------ the gate
+
+    def _check(
+        self, hidden_states: Sequence[Tensor], mask: Tensor | None, cu_seqlens: Tensor | None, pooling: str | None = None
+    ) -> None:
+        validate.arguments(hidden_states, mask, cu_seqlens, pooling)
+        if len(hidden_states) != self.num_blocks:
+            raise ValueError(
+                f"hidden_states: expected {self.num_blocks} tensors, one for each block, got {len(hidden_states)}"
+            )
+        if hidden_states[0].shape[-1:] != (self.hidden_size,):
+            raise ValueError(
+                f"hidden_states[0]: expected D = {self.hidden_size} features in the last dimension, "
+                f"got shape {list(hidden_states[0].shape)}"
+            )
+
+    def _parts(self) -> list[nn.Module]:
+        return [self.down, self.up] if self.norm is None else [self.down, self.up, self.norm]
+
+    def _is_plain(self) -> bool:
+        """Whether the gate's parts are what __init__ made, so that their tensors say all there is to know."""
+        expected = [nn.Linear, nn.Linear, nn.BatchNorm1d]
+        for part, kind in zip(self._parts(), expected):
+            hooked = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+            if type(part) is not kind or hooked or parametrize.is_parametrized(part) or part.bias is None:
+                return False
+            if "forward" in part.__dict__:  # a forward patched onto the instance, as some wrappers do
+                return False
+        norm = self.norm
+        return norm is None or norm.running_mean is not None
+
+    def _uses_batch_statistics(self) -> bool:
+        return self.norm is not None and self.norm.training
+
+    def _is_fused(self) -> bool:
+        return self.profile == "paper" and not self._uses_batch_statistics() and self._is_plain()
+
+    def _eps(self) -> float:
+        return 1e-6 if self.norm is None else self.norm.eps
+
+    def _parameters_of_gate(self) -> GateParameters:
+        norm = self.norm
+        tensors = (None,) * 4 if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        return GateParameters(
+            self.down.weight, self.down.bias, self.up.weight, self.up.bias, *tensors, self.block_prior
+        )
+
+    def _gate(self, squeezed: Tensor) -> Tensor:
+        """g [B, N, D] from f [B, D], fused or through the parts."""
+        if not self._is_plain():
+            return self._gate_through_parts(squeezed)
+        training, momentum = self._uses_batch_statistics(), 0.1
+        if training and self.norm is not None and squeezed.shape[0]:
+            momentum = self._count_batch(self.norm)
+        return functional.gate(
+            squeezed, self._parameters_of_gate(), num_blocks=self.num_blocks, activation=self.activation,
+            eps=self._eps(), profile=self.profile, training=training, momentum=momentum, backend=self.backend,
+        )  # fmt: skip
+
+    @staticmethod
+    def _count_batch(norm: nn.BatchNorm1d) -> float:
+        """What nn.BatchNorm1d does before it normalises in training: count, and find the weight of this batch."""
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # cumulative average
+            return 1.0 / float(norm.num_batches_tracked)
+        return norm.momentum
+
+    def _gate_through_parts(self, squeezed: Tensor) -> Tensor:
+        with reference.autocast_off(squeezed.device):
+            down = _call(self.down, squeezed)
+            excited = _call(self.up, reference.activate(down, self.activation))
+            if self.norm is not None:
+                excited = _call(self.norm, excited)
+            excited = excited.to(squeezed.dtype).unflatten(1, (self.num_blocks, self.hidden_size))
+            return reference.s_norm(excited, self.block_prior, self.profile)
+
+    # ------------------------------------------------------------ published checkpoints
+
+    @staticmethod
+    def published_blocks(num_hidden_states: int, num_blocks: int) -> list[int]:
+        """The indices into an encoder's ``hidden_states`` (embeddings first) that the published code would fuse: the
+        ``num_blocks`` before the last one."""
+        validate.positive_int("num_blocks", num_blocks)
+        validate.positive_int("num_hidden_states", num_hidden_states)
+        if num_hidden_states < num_blocks + 1:
+            raise ValueError(
+                f"num_hidden_states: expected at least N + 1 = {num_blocks + 1}, since the last is left out, "
+                f"got {num_hidden_states}"
+            )
+        return list(range(num_hidden_states - num_blocks - 1, num_hidden_states - 1))
+
+    @classmethod
+    def from_published(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        prefix: str = "",
+        *,
+        frequencies: int | None = None,
+        backend: str = "auto",
+    ) -> S2SentSelector:
+        """A selector with ``profile="official"`` from the published code's keys.
+
+        Args:
+            state_dict: may hold other things beside ``{prefix}dense_z.0.weight`` and its like.
+            prefix: what stands before the published names, usually ``"S2A."``.
+            frequencies: M; by default read off the checkpoint's basis buffer, or 4 where it carries none.
+
+        Raises:
+            ValueError: a key is missing or has an unexpected shape; names it.
+        """
+        from .published import convert
+
+        sizes, state = convert(state_dict, prefix, frequencies)
+        selector = cls(**sizes, profile="official", backend=backend)
+        selector.to(state["down.weight"].dtype).load_state_dict(state)
+        return selector
+
+
+def _call(part: nn.Module, values: Tensor) -> Tensor:
+    """Run a part in its own parameters' dtype and come back: a linear layer takes no other."""
+    weight = getattr(part, "weight", None)
+    dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else values.dtype
+    return part(values.to(dtype)).to(values.dtype)
+
