@@ -1,0 +1,115 @@
+"""The command ``s2sent``: ``s2sent demo`` runs the selector on real sentences, ``s2sent doctor`` says what is usable here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+
+from . import __version__, demo
+from .backend import BACKEND_VARIABLE, BACKENDS, backends, choose
+from .demo import UserError
+from .validate import DEBUG_VARIABLE
+
+VARIABLES = (BACKEND_VARIABLE, DEBUG_VARIABLE, "TRITON_INTERPRET")
+PACKAGES = ("torch", "triton", "transformers")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong arguments as every other error of the command is reported: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see '{self.prog} --help')")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _blocks(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+# argparse puts these names into its messages: "invalid positive number value: '0'".
+_positive.__name__ = "positive number"
+_blocks.__name__ = "list of block numbers"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="s2sent", description="Sentence embeddings from several Transformer blocks (S2Sent).")
+    parser.add_argument("--version", action="version", version=f"s2sent_kernels {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True)
+
+    run = commands.add_parser("demo", help="fuse an encoder's blocks on real sentences", description=demo.__doc__)
+    run.add_argument("--model", help="path or hub id of an encoder (default: all-MiniLM-L6-v2, bundled)")
+    run.add_argument("--file", help="text file, one sentence a line, queries begin with '? ' (default: bundled)")
+    run.add_argument("--output-dir", default="demo_output", help="where the pictures go (default: ./demo_output)")
+    run.add_argument("--top", type=_positive, default=3, help="sentences to print for each query (default: 3)")
+    run.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="default: auto")
+    run.add_argument("--device", help="a torch device (default: cuda where there is one, else cpu)")
+    run.add_argument("--blocks", type=_blocks, help="blocks to fuse, 0 the lowest, as in 3,4,5 (default: all)")
+
+    about = "print versions, the backends and why they are or are not usable"
+    commands.add_parser("doctor", help=about, description=about)
+    return parser
+
+
+def doctor() -> None:
+    """Print what a bug report needs: versions, devices, environment variables, backends and reasons."""
+    lines = [("s2sent_kernels", __version__), ("python", f"{platform.python_version()}, {platform.platform()}")]
+    for package in PACKAGES:
+        try:
+            lines.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            lines.append((package, "not installed"))
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        lines.append(("CUDA", f"torch was built with {torch.version.cuda or 'none'}"))
+        for index in range(torch.cuda.device_count()):
+            capability = "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+            lines.append((f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {capability}"))
+    else:
+        lines.append(("CUDA", f"torch was built with {torch.version.cuda or 'none'}; no device"))
+    lines += [(name, os.environ.get(name, "not set")) for name in VARIABLES]
+    for name, status in backends().items():
+        lines.append((f"backend {name}", f"{'usable' if status.usable else 'not usable'}: {status.reason}"))
+    for device in devices:
+        try:
+            chosen = choose("auto", torch.device(device), torch.float32, 6, 384)
+        except ValueError as error:
+            chosen = f"raises: {error}"
+        lines.append((f"'auto' on {device}", chosen))
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:<{width}}  {value}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, or 2 after an error, which is one line on stderr."""
+    try:
+        arguments = _parser().parse_args(argv)
+        if arguments.command == "doctor":
+            doctor()
+        else:
+            demo.run(
+                model=arguments.model, file=arguments.file, output_dir=arguments.output_dir, top=arguments.top,
+                backend=arguments.backend, device=arguments.device, blocks=arguments.blocks,
+            )  # fmt: skip
+    except UserError as error:
+        print("s2sent: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

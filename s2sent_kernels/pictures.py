@@ -1,0 +1,128 @@
+"""Pictures of a selector: its gates and the DCT bases it looks through. Needs the demo extra (matplotlib)."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dct
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure, drawn without a display: no pyplot, no global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("matplotlib is not installed: pip install 's2sent_kernels[demo]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def gates_picture(gates: Tensor, blocks: Sequence[int] | None = None) -> bytes:
+    """A PNG of the gates, blocks upwards and features to the right.
+
+    Above, the gates' mean over sentences; below, by how much each feature departs from its block's average, which the
+    differences between blocks would otherwise hide.
+
+    Args:
+        gates: g [B, N, D], as ``S2SentSelector.gates`` returns it, or [N, D] where the mean was taken already.
+        blocks: the N blocks' numbers in the encoder, for the axis; 0 to N - 1 by default.
+
+    Raises:
+        ImportError: matplotlib is missing; names the extra.
+        ValueError: ``gates`` has another number of dimensions.
+    """
+    if gates.dim() not in (2, 3):
+        raise ValueError(f"gates: expected [B, N, D] or [N, D], got shape {list(gates.shape)}")
+    mean = gates.detach().double().cpu()
+    if mean.dim() == 3:
+        mean = mean.mean(dim=0)
+    departure = 100 * (mean / mean.mean(dim=1, keepdim=True) - 1)
+    limit = max(departure.abs().max().item(), 1e-3)
+    names = [str(block) for block in (range(len(mean)) if blocks is None else blocks)]
+
+    figure = _figure(9, 2.4 + 0.44 * len(mean))
+    above, below = figure.subplots(2, 1, sharex=True)
+    image = above.imshow(mean.numpy(), aspect="auto", origin="lower", cmap="viridis", vmin=0, interpolation="nearest")
+    figure.colorbar(image, ax=above, label="gate")
+    above.set_title("Gates, mean over sentences")
+    image = below.imshow(
+        departure.numpy(), aspect="auto", origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest"
+    )
+    figure.colorbar(image, ax=below, label="departure in %")
+    below.set_title("Departure of each feature from its block's average")
+    below.set_xlabel("feature")
+    for axes in (above, below):
+        axes.set_ylabel("block")
+        axes.set_yticks(range(len(names)), names)
+    return _png(figure)
+
+
+def bases_picture(num_blocks: int, frequencies: int, num_tokens: int, blocks: Sequence[int] | None = None) -> bytes:
+    """A PNG of the DCT components of profile "paper": for each the plane alpha_m x beta_m, over blocks and tokens.
+
+    Args:
+        num_blocks: N.
+        frequencies: M.
+        num_tokens: the number of real tokens of the sentence that is drawn.
+        blocks: the N blocks' numbers in the encoder, for the axis; 0 to N - 1 by default.
+
+    Raises:
+        ImportError: matplotlib is missing; names the extra.
+        ValueError: N blocks have no M components.
+    """
+    pairs = dct.frequency_pairs(num_blocks, frequencies)
+    alpha = dct.block_basis(num_blocks, frequencies)  # [M, N]
+    rank, length = torch.arange(num_tokens), torch.full((num_tokens,), num_tokens)
+    beta = dct.token_basis(rank, length, num_blocks, frequencies).T  # [M, L]
+    planes = alpha[:, :, None] * beta[:, None, :]  # [M, N, L]
+    limit = planes.abs().max().item()
+    names = [str(block) for block in (range(num_blocks) if blocks is None else blocks)]
+
+    columns = min(frequencies, 4)
+    rows = -(-frequencies // columns)
+    figure = _figure(1.4 + 2.3 * columns, 1.1 + rows * (0.7 + 0.22 * min(num_blocks, 12)))
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for place, axes in enumerate(grid.flat):
+        if place >= frequencies:
+            axes.set_axis_off()
+            continue
+        image = axes.imshow(
+            planes[place].numpy(), aspect="auto", origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit,
+            interpolation="nearest",
+        )  # fmt: skip
+        axes.set_title("(x, y) = ({}, {})".format(*pairs[place]), fontsize=10)
+        axes.set_yticks(range(num_blocks), names)
+        if place % columns == 0:
+            axes.set_ylabel("block")
+        if place + columns >= frequencies:
+            axes.set_xlabel("token")
+            axes.tick_params(labelbottom=True)
+    figure.colorbar(image, ax=grid, label="weight")
+    figure.suptitle(f"DCT components over {num_blocks} blocks and {num_tokens} tokens: x half waves along blocks, y along tokens")
+    return _png(figure)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file all at once: whoever looks sees the old content or the new, never half of it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
