@@ -78,7 +78,6 @@ def _say_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-@torch.compiler.assume_constant_result
 def choose(backend: str, device: torch.device, dtype: torch.dtype, num_blocks: int, hidden_size: int) -> str:
     """The backend that a call gets.
 
@@ -106,3 +105,8 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, num_blocks: i
     if dtype in TRITON_DTYPES:  # float64 is the reference's own business and no loss to report
         _say_once(f"s2sent_kernels falls back to plain PyTorch: backend 'triton': {refusal}")
     return "reference"
+
+
+# What @torch.compiler.assume_constant_result sets: traced code takes the result as a constant. The decorator itself would
+# import torch's compiler, and with it Triton, along with this package.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]

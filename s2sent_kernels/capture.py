@@ -6,6 +6,7 @@ import operator
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from types import TracebackType
 from typing import Any
 from uuid import uuid4
@@ -30,20 +31,24 @@ class BlockCapture:
         embeddings = capture.pool(selector, input_ids=ids, attention_mask=mask)     # [B, D]
 
     Args:
-        encoder: a transformers model of the BERT, RoBERTa, MPNet or DistilBERT kind: post-norm blocks in an nn.ModuleList
-            as long as its configuration says.
-        blocks: which blocks, 0 the lowest, negative from the last; None takes all. Whatever the order given, hidden states
-            come lowest first. Block i's output is ``hidden_states[i + 1]`` of ``output_hidden_states=True``.
+        encoder: a transformers model of the BERT, RoBERTa, MPNet or DistilBERT kind: post-norm blocks, in an
+            nn.ModuleList of as many as its configuration says.
+        blocks: which blocks, 0 the lowest, negative from the last; None takes all. Whatever the order given, hidden
+            states come lowest first. Block i's output is ``hidden_states[i + 1]`` of ``output_hidden_states=True``.
 
-    A call's state lives on a stack of its own thread until the call ends or fails. So captures on one encoder, nested calls
-    and threads that share a model do not mix, and outside of a call (in the encoder's own forward, in a checkpoint's
-    recomputation) the hooks do nothing. Where a block runs more than once within a call, its first output counts.
+    A call's state lives on its own thread until the call ends or fails. So nested calls, and threads that share a
+    model, do not mix, and outside of a call (in the encoder's own forward, in a checkpoint's recomputation) the hooks
+    do nothing. Where a block runs more than once within a call, its first output counts.
 
     The hooks stay when the capture is forgotten: ``remove`` them, or use the capture as a context manager. Encoder and
-    capture can be copied and pickled: a copied or loaded capture belongs to the copied encoder within it, and an encoder
-    that is loaded without its capture has hooks that do nothing.
+    capture can be copied and pickled: a copied or loaded capture belongs to the encoder copied or loaded with it, and
+    the hooks of an encoder that is loaded without its capture do nothing.
 
-    torch.compile: COMPILE_NOTE
+    torch.compile: the hooks are traced, also with ``fullgraph=True``; the encoder's own forward, ``collect`` and
+    ``pool`` are compiled once each. Capture ``torch.compile(encoder)``, or the encoder before or after
+    ``encoder.compile()``, but before it first runs compiled; the capture calls what it was given. Where single blocks
+    are compiled results are right, but every block counts against the recompilation limit: beyond it the hooks run
+    uncompiled, and ``fullgraph=True`` fails.
 
     Raises:
         ValueError, TypeError: an argument is wrong, or the encoder's blocks cannot be found or are shared (ALBERT).
@@ -67,7 +72,8 @@ class BlockCapture:
         """Run the encoder on its inputs, as given; the chosen blocks' N hidden states [B, L, D], lowest first.
 
         Raises:
-            RuntimeError: a block never ran (LayerDrop), or ran where its gradient is lost; names it. Or after ``remove``.
+            RuntimeError: a block never ran (LayerDrop), or ran where its gradient is lost (a reentrant checkpoint);
+                names it. Or the hooks were removed.
         """
         hidden_states: dict[int, Tensor] = {}
         self._run(hidden_states.__setitem__, encoder_inputs)
@@ -115,24 +121,18 @@ class BlockCapture:
         if not self._handles:
             raise RuntimeError("the capture's hooks were removed: make a new BlockCapture")
         call = _Call(self, consume)
-        calls = _thread.calls.setdefault(self._key, [])
-        calls.append(call)
+        _thread.calls.append(call)
         try:
             self.encoder(**encoder_inputs)
         finally:
-            calls.pop()
-            if not calls:
-                del _thread.calls[self._key]
-        missing = [index for n, index in enumerate(self.blocks) if n not in call.seen]
-        if missing:
-            raise RuntimeError(
-                f"block {missing[0]} never ran in this forward (LayerDrop, or a model compiled before it was hooked)"
-            )
+            _thread.calls.pop()
+        if call.next < len(self.blocks):
+            raise call.missing()
 
     def _check(self, selector: S2SentSelector) -> None:
         if selector.num_blocks != len(self.blocks):
             raise ValueError(
-                f"selector: expected num_blocks = {len(self.blocks)}, as many as are captured, got {selector.num_blocks}"
+                f"selector: expected num_blocks = {len(self.blocks)}, as many as captured, got {selector.num_blocks}"
             )
         size = _first(getattr(self.encoder, "config", None), _HIDDEN_SIZE)
         if size is not None and selector.hidden_size != size:
@@ -142,42 +142,49 @@ class BlockCapture:
         if not torch.is_grad_enabled():
             return False
         inputs = (value for value in encoder_inputs.values() if isinstance(value, Tensor))
-        tensors = (*inputs, *selector.parameters(), *self.encoder.parameters())
+        tensors = chain(inputs, selector.parameters(), self.encoder.parameters())
         return any(tensor.requires_grad for tensor in tensors)
 
 
 class _Call:
-    """One run of a capture's encoder: who takes the hidden states, and which have come. Keeps none itself."""
+    """One run of a capture's encoder: who takes the hidden states, and which comes next. Keeps none itself."""
 
     def __init__(self, capture: BlockCapture, consume: Consumer) -> None:
-        self.modules, self.blocks, self.consume = capture._modules, capture.blocks, consume
+        self.key, self.modules, self.blocks = capture._key, capture._modules, capture.blocks
+        self.consume = consume
         self.with_gradients = torch.is_grad_enabled()
-        self.seen: set[int] = set()
+        self.next = 0
 
     def take(self, n: int, module: nn.Module, output: Any) -> None:
         # A copy of the encoder has hooks of the same key; within a call of this one it is somebody else's.
-        if module is not self.modules[n] or n in self.seen:
+        if module is not self.modules[n] or n < self.next:
             return
+        if n > self.next:
+            raise self.missing()
         checkpointed = module.training and getattr(module, "gradient_checkpointing", False)
         if checkpointed and self.with_gradients and not torch.is_grad_enabled():
             raise RuntimeError(
                 f"block {self.blocks[n]} runs under a reentrant checkpoint, where its hidden state has no gradient: "
-                "use gradient_checkpointing_kwargs={'use_reentrant': False}"
+                "checkpoint with use_reentrant=False"
             )
         hidden_state = output[0] if isinstance(output, (tuple, list)) and output else output
         if not isinstance(hidden_state, Tensor):
             raise TypeError(
-                f"block {self.blocks[n]}: expected a tensor or a tuple that starts with one, got {type(output).__name__}"
+                f"block {self.blocks[n]}: expected a tensor or a tuple led by one, got {type(output).__name__}"
             )
-        self.seen.add(n)
+        self.next += 1
         self.consume(n, hidden_state)
+
+    def missing(self) -> RuntimeError:
+        block = self.blocks[self.next]
+        return RuntimeError(f"block {block} never ran in this forward: skipped (LayerDrop), or replaced once hooked")
 
 
 class _Thread(threading.local):
-    """The calls under way in this thread, by capture, innermost last."""
+    """The calls under way in this thread, innermost last. What runs within a call belongs to the innermost alone."""
 
     def __init__(self) -> None:
-        self.calls: dict[str, list[_Call]] = {}
+        self.calls: list[_Call] = []
 
 
 _thread = _Thread()
@@ -185,9 +192,8 @@ _thread = _Thread()
 
 def _deliver(key: str, n: int, module: nn.Module, args: Any, output: Any) -> None:
     """The hook. A function of this module with plain arguments, so that an encoder that carries it can be pickled."""
-    calls = _thread.calls.get(key)
-    if calls:
-        calls[-1].take(n, module, output)
+    if _thread.calls and _thread.calls[-1].key == key:
+        _thread.calls[-1].take(n, module, output)
 
 
 def _first(config: Any, names: Sequence[str]) -> int | None:
@@ -206,9 +212,13 @@ def _find_blocks(encoder: Any) -> list[nn.Module]:
     groups = getattr(config, "num_hidden_groups", depth)  # ALBERT's
     lists = [module for module in encoder.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
     if groups < depth or (lists and len(set(lists[0])) < depth):
-        raise ValueError(f"encoder: expected {depth} blocks apart, got {name}, which runs one shared block several times")
+        raise ValueError(
+            f"encoder: expected {depth} blocks apart, got {name}, which runs one shared block several times"
+        )
     if not lists:
-        raise ValueError(f"encoder: expected an nn.ModuleList of {depth} blocks, as the config says, got {name} without")
+        raise ValueError(
+            f"encoder: expected an nn.ModuleList of {depth} blocks, as the config says, got {name} without"
+        )
     return list(lists[0])
 
 

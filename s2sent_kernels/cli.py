@@ -1,4 +1,4 @@
-"""The command ``s2sent``: ``s2sent demo`` runs the selector on real sentences, ``s2sent doctor`` says what is usable here."""
+"""The command ``s2sent``: ``demo`` runs the selector on real sentences, ``doctor`` says what is usable here."""
 
 from __future__ import annotations
 

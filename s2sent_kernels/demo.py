@@ -1,5 +1,5 @@
-"""Encode a text file of sentences, fuse the encoder's blocks, print each query's nearest sentences, compare the backends
-that are usable here with the plain PyTorch formula, and draw the gates and the DCT bases."""
+"""Encode a text file of sentences, fuse the encoder's blocks, print each query's nearest sentences, compare the
+backends that are usable here with the plain PyTorch formula, and draw the gates and the DCT bases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import pictures
 from .backend import BACKENDS, backends, choose, triton_interprets
@@ -67,12 +67,12 @@ def read_texts(path: str | None = None) -> Texts:
             content = Path(path).read_bytes()
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{name}: line {line} is not UTF-8 (byte 0x{error.object[error.start]:02x})") from error
+        number = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{name}: line {number} is not UTF-8 (byte 0x{error.object[error.start]:02x})") from error
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from error
     texts = Texts([], [])
-    for line in (line.strip() for line in text.split("\n")):
+    for line in map(str.strip, text.split("\n")):
         if line.startswith("? "):
             texts.queries.append(line[2:].strip())
         elif line not in ("", "?", "#") and not line.startswith("# "):
@@ -111,7 +111,7 @@ def _check_writable(directory: Path) -> None:
         raise UserError(f"output directory {directory}: {existing} is not a directory that can be written to")
 
 
-def _load_model(model: str | None, device: torch.device) -> tuple[nn.Module, Any, str]:
+def _load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
     """Encoder, tokenizer and name, from a directory, the hub, or the package that bundles all-MiniLM-L6-v2."""
     transformers = _require("transformers", "transformers")
     if model is None:
@@ -152,7 +152,7 @@ def make_selector(hidden_size: int, num_blocks: int, backend: str = "auto") -> S
         ).eval()  # fmt: skip
 
 
-def _batches(tokenizer: Any, texts: Sequence[str], device: torch.device) -> list[dict[str, Tensor]]:
+def _batches(tokenizer: Any, texts: Sequence[str], device: torch.device) -> list[dict[str, Any]]:
     limit = min(tokenizer.model_max_length, 512)
     batches = []
     for start in range(0, len(texts), BATCH):
@@ -182,7 +182,7 @@ def _time(call: Callable[[], Tensor], device: torch.device, repeats: int, warm_u
 
 
 def _print_comparison(selector: S2SentSelector, hidden_states: Sequence[Tensor], mask: Tensor) -> None:
-    """Each usable backend's embeddings and time beside those of the plain PyTorch formula, on the same hidden states."""
+    """Each usable backend's embeddings and time beside the plain PyTorch formula's, on the same hidden states."""
     interprets = triton_interprets()
     if interprets:
         hidden_states, mask = [hidden_state[:INTERPRETED] for hidden_state in hidden_states], mask[:INTERPRETED]
@@ -205,7 +205,8 @@ def _print_comparison(selector: S2SentSelector, hidden_states: Sequence[Tensor],
         times[name] = _time(lambda: selector.pool(hidden_states, mask), first.device, repeats, warm_up)
     selector.backend = asked
 
-    print("\nBackends: {} texts x {} tokens x {} blocks x {} features to embeddings,".format(*first.shape[:2], size, first.shape[2]))
+    shape = "{} texts x {} tokens x {} blocks x {} features".format(*first.shape[:2], size, first.shape[2])
+    print(f"\nBackends: {shape} to embeddings,")
     print(f"{dtype} on {first.device}, wall time in ms: median [20 %, 80 %] of {REPEATS} calls")
     plain, scale = embeddings["reference"].double(), embeddings["reference"].abs().max().item()
     for name in BACKENDS:
@@ -213,13 +214,15 @@ def _print_comparison(selector: S2SentSelector, hidden_states: Sequence[Tensor],
             print(f"  {name:<10}{refusals[name]}")
             continue
         timing = times[name]
-        line = f"  {name:<10}{timing.median:9.3f} [{timing.low:.3f}, {timing.high:.3f}]"
+        interpreted = interprets and name == "triton"
+        line = f"  {name:<10}{timing.median:9.3f}"
+        line += "" if interpreted else f" [{timing.low:.3f}, {timing.high:.3f}]"
         difference = (embeddings[name].double() - plain).abs().max().item()
         if name == "reference":
             line += "   the formula in plain PyTorch"
         elif not difference <= PARITY * scale:
             line += f"   differs from plain PyTorch by {difference:.2g}: no speed is compared"
-        elif interprets:
+        elif interpreted:
             line += "   one call, interpreted: says nothing about speed"
         else:
             line += f"   {times['reference'].median / timing.median:.2f} times as fast as plain PyTorch"
@@ -240,9 +243,9 @@ def _print_nearest(texts: Texts, embeddings: Tensor, top: int) -> None:
     unit = F.normalize(embeddings.float(), dim=1)
     sentences, queries = unit[: len(texts.sentences)], unit[len(texts.sentences) :]
     scores, places = (queries @ sentences.T).topk(min(top, len(sentences)), dim=1)
-    for query, row, indices in zip(texts.queries, scores.tolist(), places.tolist()):
+    for query, row, indices in zip(texts.queries, scores.tolist(), places.tolist(), strict=True):
         print(f"\n? {query}")
-        for score, index in zip(row, indices):
+        for score, index in zip(row, indices, strict=True):
             print(f"  {score:6.3f}  {texts.sentences[index]}")
 
 
@@ -290,16 +293,21 @@ def run(
         selector = make_selector(size, len(capture.blocks), backend).to(where)
         source = "the bundled file" if file is None else file
         fused = ", ".join(map(str, capture.blocks))
-        print(f"texts     {len(texts.sentences)} sentences and {len(texts.queries)} queries from {source}")
+        print(f"texts     sentences: {len(texts.sentences)}, queries: {len(texts.queries)}, from {source}")
         print(f"encoder   {name}: {type(encoder).__name__}, {depth} blocks, {size} features, float32 on {where}")
-        print(f"selector  fuses blocks {fused}; bottleneck {selector.bottleneck}, {selector.frequencies} DCT components")
-        print(f"          The selector is untrained (seed {SEED}): its prior favours the last block, its gates are random.")
+        print(
+            f"selector  fuses blocks {fused}; bottleneck {selector.bottleneck}, {selector.frequencies} DCT components"
+        )
+        print(
+            f"          The selector is untrained (seed {SEED}): random weights, a prior that favours the last block."
+        )
         print(f"backend   {chosen}: {backends()[chosen].reason}", flush=True)
 
         batches = _batches(tokenizer, texts.sentences + texts.queries, where)
         start = time.perf_counter()
         embeddings = torch.cat([capture.pool(selector, **batch) for batch in batches]).cpu()
-        print(f"encoded   {len(embeddings)} texts in {time.perf_counter() - start:.2f} s, encoder included, block by block")
+        seconds = time.perf_counter() - start
+        print(f"encoded   {len(embeddings)} texts in {seconds:.2f} s, encoder included, block by block")
         _print_nearest(texts, embeddings, top)
 
         mask, hidden_states = batches[0]["attention_mask"], capture.collect(**batches[0])

@@ -47,7 +47,9 @@ def gates_picture(gates: Tensor, blocks: Sequence[int] | None = None) -> bytes:
     if gates.dim() not in (2, 3):
         raise ValueError(f"gates: expected [B, N, D] or [N, D], got shape {list(gates.shape)}")
     mean = gates.detach().double().cpu()
+    title = "Gates"
     if mean.dim() == 3:
+        title = f"Gates, mean over {len(mean)} sentences"
         mean = mean.mean(dim=0)
     departure = 100 * (mean / mean.mean(dim=1, keepdim=True) - 1)
     limit = max(departure.abs().max().item(), 1e-3)
@@ -57,9 +59,15 @@ def gates_picture(gates: Tensor, blocks: Sequence[int] | None = None) -> bytes:
     above, below = figure.subplots(2, 1, sharex=True)
     image = above.imshow(mean.numpy(), aspect="auto", origin="lower", cmap="viridis", vmin=0, interpolation="nearest")
     figure.colorbar(image, ax=above, label="gate")
-    above.set_title("Gates, mean over sentences")
+    above.set_title(title)
     image = below.imshow(
-        departure.numpy(), aspect="auto", origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest"
+        departure.numpy(),
+        aspect="auto",
+        origin="lower",
+        cmap="RdBu_r",
+        vmin=-limit,
+        vmax=limit,
+        interpolation="nearest",
     )
     figure.colorbar(image, ax=below, label="departure in %")
     below.set_title("Departure of each feature from its block's average")
@@ -111,7 +119,7 @@ def bases_picture(num_blocks: int, frequencies: int, num_tokens: int, blocks: Se
             axes.set_xlabel("token")
             axes.tick_params(labelbottom=True)
     figure.colorbar(image, ax=grid, label="weight")
-    figure.suptitle(f"DCT components over {num_blocks} blocks and {num_tokens} tokens: x half waves along blocks, y along tokens")
+    figure.suptitle(f"DCT over {num_blocks} blocks and {num_tokens} tokens: x half waves along blocks, y along tokens")
     return _png(figure)
 
 

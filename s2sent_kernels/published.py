@@ -17,10 +17,15 @@ from . import dct
 _DEFAULT_FREQUENCIES = 4
 
 
-def _take(state_dict: Mapping[str, Tensor], prefix: str, name: str) -> Tensor:
+def _take(state_dict: Mapping[str, Tensor], prefix: str, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+    """The tensor of a published key, of ``shape`` (None: any matrix)."""
     key = prefix + name
     if key in state_dict:
-        return state_dict[key]
+        tensor = state_dict[key]
+        if tensor.dim() != 2 if shape is None else tensor.shape != shape:
+            expected = "[H, D]" if shape is None else list(shape)
+            raise ValueError(f"state_dict[{key!r}]: expected shape {expected}, got {list(tensor.shape)}")
+        return tensor
     elsewhere = [other[: -len(name)] for other in state_dict if other.endswith(name)]
     hint = f"; such a key stands under prefix {elsewhere[0]!r}" if elsewhere else ""
     raise ValueError(f"state_dict: expected the published key {key!r}, and it is not there{hint}")
@@ -52,25 +57,25 @@ def convert(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The sizes that S2SentSelector takes, and a state_dict under its names."""
     down_weight = _take(state_dict, prefix, "dense_z.0.weight")
-    hidden_size = down_weight.shape[1]
-    num_blocks = 0
-    while f"{prefix}dense_select_weights.{num_blocks}.0.weight" in state_dict:
-        num_blocks += 1
+    width, hidden_size = down_weight.shape
+    stem = f"{prefix}dense_select_weights."
+    numbers = [key[len(stem) :].partition(".")[0] for key in state_dict if key.startswith(stem)]
+    num_blocks = 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
     blocks = range(max(num_blocks, 1))  # with none there, _take names the first missing key
 
-    def stacked(name: str) -> Tensor:
-        return torch.cat([_take(state_dict, prefix, f"dense_select_weights.{n}.{name}") for n in blocks])
+    def stacked(name: str, *shape: int) -> Tensor:
+        return torch.cat([_take(state_dict, prefix, f"dense_select_weights.{n}.{name}", shape) for n in blocks])
 
     state = {
         "down.weight": down_weight,
-        "down.bias": _take(state_dict, prefix, "dense_z.0.bias"),
-        "up.weight": stacked("0.weight"),
-        "up.bias": stacked("0.bias"),
-        "norm.weight": stacked("1.weight"),
-        "norm.bias": stacked("1.bias"),
-        "norm.running_mean": stacked("1.running_mean"),
-        "norm.running_var": stacked("1.running_var"),
-        "norm.num_batches_tracked": _take(state_dict, prefix, "dense_select_weights.0.1.num_batches_tracked"),
+        "down.bias": _take(state_dict, prefix, "dense_z.0.bias", (width,)),
+        "up.weight": stacked("0.weight", hidden_size, width),
+        "up.bias": stacked("0.bias", hidden_size),
+        "norm.weight": stacked("1.weight", hidden_size),
+        "norm.bias": stacked("1.bias", hidden_size),
+        "norm.running_mean": stacked("1.running_mean", hidden_size),
+        "norm.running_var": stacked("1.running_var", hidden_size),
+        "norm.num_batches_tracked": _take(state_dict, prefix, "dense_select_weights.0.1.num_batches_tracked", ()),
     }
     if frequencies is None:
         key = f"{prefix}squeeze.weight"
@@ -78,7 +83,7 @@ def convert(
     sizes = {
         "hidden_size": hidden_size,
         "num_blocks": num_blocks,
-        "bottleneck": down_weight.shape[0],
+        "bottleneck": width,
         "frequencies": frequencies,
     }
     return sizes, state

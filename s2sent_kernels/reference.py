@@ -262,7 +262,8 @@ def fuse(hidden_states: Sequence[Tensor], gates: Tensor, tokens: Tokens) -> Tens
         fused = term if fused is None else fused + term
     assert fused is not None  # N >= 1 was validated
     # Once more, because a gate that is NaN would turn the zeros at padding into NaN.
-    return tokens.keep_real(fused).to(hidden_states[0].dtype)
+    # Contiguous whatever the hidden states' strides: the op's fake says so, and compiled code relies on it.
+    return tokens.keep_real(fused).to(hidden_states[0].dtype).contiguous()
 
 
 def fuse_backward(grad_fused: Tensor, hidden_states: Sequence[Tensor], tokens: Tokens) -> Tensor:

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
 
 from . import dct
 from .reference import ACTIVATIONS, GateParameters
 from .tokens import POOLINGS
 
 DEBUG_VARIABLE = "S2SENT_DEBUG"
+_REQUIRED = ("down_weight", "down_bias", "up_weight", "up_bias")
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -72,6 +74,10 @@ def forward_mode(tensors: Sequence[Tensor | None]) -> None:
     """Refuse forward-mode derivatives: an op without a formula for them would silently give zeros."""
     if torch.autograd.forward_ad._current_level < 0:
         return
+    functorch = torch._C._functorch
+    if eager_transforms.JVP_NESTING and functorch.peek_interpreter_stack() is None:
+        # Inside an op that torch.func.jvp called the tangents are out of sight.
+        raise NotImplementedError("s2sent: forward-mode derivatives are not implemented")
     for tensor in tensors:
         if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError("s2sent: forward-mode derivatives are not implemented")
@@ -157,7 +163,9 @@ def cu_seqlens_values(cu_seqlens: Tensor | None, num_tokens: int) -> None:
         raise ValueError(f"cu_seqlens: expected to end at T = {num_tokens}, got {values[-1]}")
 
 
-def squeezed(squeezed: Tensor) -> None:
+def squeezed(squeezed: Any) -> None:
+    if not isinstance(squeezed, Tensor):
+        raise TypeError(f"squeezed: expected a tensor, got {type(squeezed).__name__}")
     if squeezed.dim() != 2:
         raise ValueError(f"squeezed: expected shape [B, D], got {list(squeezed.shape)}")
     if squeezed.dtype not in (torch.float32, torch.float64):
@@ -170,12 +178,24 @@ def gates(gates: Tensor, hidden_states: Sequence[Tensor], cu_seqlens: Tensor | N
     expected = [batch_size, len(hidden_states), first.shape[-1]]
     if list(gates.shape) != expected:
         raise ValueError(f"gates: expected shape [B, N, D] = {expected}, got {list(gates.shape)}")
+    if gates.dtype not in FLOATING:
+        raise TypeError(f"gates: expected a floating dtype, got {gates.dtype}")
     if gates.device != first.device:
         raise ValueError(f"gates: expected device {first.device} as hidden_states[0], got {gates.device}")
 
 
+def parameter_types(parameters: Any) -> None:
+    """A GateParameters of tensors: what an op's schema would otherwise refuse in words of its own."""
+    if not isinstance(parameters, GateParameters):
+        raise TypeError(f"parameters: expected GateParameters, got {type(parameters).__name__}")
+    for name, tensor in zip(GateParameters._fields, parameters):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in _REQUIRED):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+
+
 def gate_parameters(parameters: GateParameters, num_blocks: int, hidden_size: int, device: torch.device) -> None:
-    """Shapes and devices of the gate's tensors; H is read off ``down_weight``."""
+    """Types, shapes and devices of the gate's tensors; H is read off ``down_weight``."""
+    parameter_types(parameters)
     if parameters.down_weight.dim() != 2:
         raise ValueError(f"down_weight: expected shape [H, D], got {list(parameters.down_weight.shape)}")
     width, both = parameters.down_weight.shape[0], num_blocks * hidden_size

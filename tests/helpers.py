@@ -9,6 +9,8 @@ from torch import Tensor
 
 from s2sent_kernels import GateParameters, functional
 
+torch.set_num_threads(1)  # the tensors are tiny, and with pytest -n the threads would fight over the cores
+
 MASKS = ("none", "right", "left", "holes", "mixed")
 LAYOUTS = ("contiguous", "strided", "sliced", "expanded")
 GRADIENTS = ("random", "strided", "expanded")

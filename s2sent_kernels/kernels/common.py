@@ -9,49 +9,65 @@ import triton.language as tl
 
 
 @triton.jit
-def quarter_cosine(half_steps, period):
-    """cos(pi * half_steps / (2 * period)) for integers, to about 2 ulp near its zeros too.
+def quotient(a, b, inverse):
+    """a / b from ``inverse``, about 1 / b: one Newton step brings the product to the quotient's rounding, in three
+    instructions where a division takes ten and a branch."""
+    q = a * inverse
+    return tl.fma(tl.fma(-q, b, a), inverse, q)
+
+
+@triton.jit
+def quarter_cosine(half_steps, period, DTYPE: tl.constexpr):
+    """cos(pi * half_steps / (2 * period)) for integers 0 <= half_steps < 2^31, to about 2 ulp near its zeros too.
 
     The angle is reduced in integers to a quarter wave t = k / period in [0, 1], where
     cos(pi t / 2) = (1 - t)(1 + t) Q(t^2), with Q a polynomial that fits to 1.1e-9. ``tl.cos`` would bring a range reduction
-    for huge arguments and its local stack.
+    for huge arguments and its local stack. In float64 the fit's error is what remains: enough for a rounded float32.
     """
     turn = 4 * period
-    k = half_steps % turn
-    k = tl.where(k > 2 * period, turn - k, k)  # cos is even around a whole turn
-    sign = tl.where(k > period, -1.0, 1.0)
-    k = tl.where(k > period, 2 * period - k, k)  # and odd around a quarter
-    p = period.to(tl.float32)
-    t = tl.div_rn(k.to(tl.float32), p)
+    p = period.to(DTYPE)
+    inverse = 1.0 / p
+    turns = (half_steps.to(DTYPE) * (0.25 * inverse)).to(tl.int32)  # exact or one off
+    k = half_steps - turns * turn
+    k = tl.where(k < 0, k + turn, k)
+    k = tl.where(k >= turn, k - turn, k)
+    k = tl.minimum(k, turn - k)  # cos is even around a whole turn
+    sign = tl.where(k > period, -1.0, 1.0).to(DTYPE)
+    k = tl.minimum(k, 2 * period - k)  # and odd around a quarter
+    t = quotient(k.to(DTYPE), p, inverse)
     s = t * t
-    q = 2.36006895813e-5
-    q = q * s - 8.93535501463e-4
-    q = q * s + 1.99686062068e-2
-    q = q * s - 0.233700506255
-    q = q * s + 0.999999999123
-    ends = tl.div_rn((period - k).to(tl.float32), p) * tl.div_rn((period + k).to(tl.float32), p)
+    q = s * 2.36006895813e-5 - 8.93535501463e-4
+    q = s * q + 1.99686062068e-2
+    q = s * q - 0.233700506255
+    q = s * q + 0.999999999123
+    ends = quotient((period - k).to(DTYPE), p, inverse) * quotient((period + k).to(DTYPE), p, inverse)
     return sign * (ends * q)
 
 
 @triton.jit
+def root_norm(frequency, period):
+    """(sqrt 2 if k > 0 else 1) / sqrt P in float64."""
+    return tl.sqrt(tl.where(frequency > 0, 2.0, 1.0).to(tl.float64) / period.to(tl.float64))
+
+
+@triton.jit
 def cosine(frequency, index, period):
-    """c(k, i, P) = cos(pi k (i + 1/2) / P) * (sqrt 2 if k > 0 else 1) / sqrt P, as ``dct.cosine``."""
-    wave = quarter_cosine(frequency * (2 * index + 1), period)
-    norm = tl.sqrt_rn(tl.div_rn(tl.where(frequency > 0, 2.0, 1.0), period.to(tl.float32)))
-    return wave * norm
+    """c(k, i, P) = cos(pi k (i + 1/2) / P) * (sqrt 2 if k > 0 else 1) / sqrt P in float64, as ``dct.cosine``: for factors
+    that a whole sum shares, whose rounding would not average out."""
+    return quarter_cosine(frequency * (2 * index + 1), period, tl.float64) * root_norm(frequency, period)
 
 
 @triton.jit
 def grid_factor(frequency, position, size):
     """The DCT over 6 cells carried back to ``size`` positions by adaptive average pooling (profile ``official``)."""
-    factor = position.to(tl.float32) * 0.0
+    factor = position.to(tl.float64) * 0.0
     six = size * 0 + 6
     for cell in tl.static_range(6):
         start = (cell * size) // 6
         end = ((cell + 1) * size + 5) // 6
-        share = tl.div_rn(cosine(frequency, six * 0 + cell, six), tl.maximum(end - start, 1).to(tl.float32))
+        share = cosine(frequency, six * 0 + cell, six) / tl.maximum(end - start, 1).to(tl.float64)
         factor += tl.where((position >= start) & (position < end), share, 0.0)
-    return factor
+    return factor.to(tl.float32)
 
 
 @triton.jit
@@ -68,17 +84,19 @@ def block_factor(frequency, block, N: tl.constexpr, OFFICIAL: tl.constexpr):
     if OFFICIAL:
         return grid_factor(frequency, block, n)
     else:
-        return cosine(frequency, block, n)
+        return cosine(frequency, block, n).to(tl.float32)
 
 
 @triton.jit
 def token_factor(frequency, rank, position, length, size, N: tl.constexpr, OFFICIAL: tl.constexpr):
-    """beta[b, m, l] for one part's token frequency. rank, position: [TOKENS]; length (real tokens), size (L): scalars."""
+    """beta[b, m, l] for one part's token frequency. rank, position: tokens; length (real tokens), size (L): scalars."""
     if OFFICIAL:
         return grid_factor(frequency, position, size)
     else:
-        scale = tl.div_rn(6.0, tl.sqrt_rn((N * length).to(tl.float32)))
-        return tl.where(frequency < length, scale, 0.0) * cosine(frequency, rank, length)
+        # A scalar, like ``length``: once for all tokens.
+        scale = 6.0 / tl.sqrt((N * length).to(tl.float64)) * root_norm(frequency, length)
+        scale = tl.where(frequency < length, scale, 0.0).to(tl.float32)
+        return quarter_cosine(frequency * (2 * rank + 1), length, tl.float32) * scale
 
 
 @triton.jit
@@ -88,6 +106,13 @@ def block_pointer(p_blocks, block, NUM: tl.constexpr):
     for n in tl.static_range(1, NUM):
         pointer = tl.where(block == n, p_blocks[n], pointer)
     return pointer
+
+
+@triton.jit
+def sum_rows(values, ROWS: tl.constexpr, SLOTS: tl.constexpr):
+    """[ROWS * SLOTS, BLOCK_D] -> [SLOTS, BLOCK_D]: token i of a tile goes to slot i % SLOTS. Loaded in two dimensions, a
+    slot's tokens lie in the registers of one thread, whichever way a Triton version lays out three."""
+    return tl.sum(tl.reshape(values, [ROWS, SLOTS, values.shape[1]]), axis=0)
 
 
 @triton.jit
@@ -130,7 +155,7 @@ def sentence_at(p_cu_seqlens, num_sentences, token, SCAN: tl.constexpr):
 
 @triton.jit
 def pooling_weight(position, first, end, length, POOLING: tl.constexpr):
-    """w[b, l] at real tokens. position: [TOKENS]; first, end: the sentence's real span; length: its real tokens."""
+    """w[b, l] at real tokens. position: tokens; first, end: the sentence's real span; length: its real tokens."""
     if POOLING == "mean":
         return tl.div_rn(1.0, length.to(tl.float32)) + position.to(tl.float32) * 0.0
     elif POOLING == "cls":

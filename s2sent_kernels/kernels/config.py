@@ -16,8 +16,19 @@ MAX_BOTTLENECK = 256  # the widest bottleneck that the fused gate holds on chip
 
 
 class Tile(NamedTuple):
+    """Tokens x features that a program writes at once."""
+
     tokens: int
-    block_d: int  # features
+    block_d: int
+    num_warps: int
+
+
+class SumTile(NamedTuple):
+    """rows x slots tokens x features that a program sums at once; ``slots`` tokens lie side by side in its threads."""
+
+    rows: int
+    slots: int
+    block_d: int
     num_warps: int
 
 
@@ -35,20 +46,32 @@ def _features(part: int, widest: int) -> int:
     return min(candidates, key=lambda width: (-(-part // width) * width, -width))
 
 
-def squeeze(part: int, element_size: int) -> Tile:
-    return Tile(32, _features(part, 64), 1 if element_size == 2 else 2)
+def _sum_tile(width: int, vector: int, loads: int, num_warps: int) -> SumTile:
+    """``loads`` loads of ``vector`` elements a thread; as many slots as rows of ``block_d`` features fill the warps."""
+    block_d = _features(width, 64)
+    slots = max(1, 32 * num_warps * vector // block_d)
+    return SumTile(loads, slots, block_d, num_warps)
 
 
-def squeeze_backward(part: int, element_size: int) -> Tile:
-    return Tile(32, _features(part, 64), 2)
+def squeeze(part: int, vector: int) -> SumTile:
+    return _sum_tile(part, vector, 4, 1)
 
 
-def fuse(size: int, element_size: int) -> Tile:
-    return Tile(16, _features(size, 128), 2)
+def fuse_backward(size: int, vector: int) -> SumTile:
+    return _sum_tile(size, vector, 4, 2)
 
 
-def fuse_backward(size: int, element_size: int) -> Tile:
-    return Tile(32, _features(size, 64), 2)
+def squeeze_backward(part: int, num_blocks: int, vector: int) -> Tile:
+    loads = 2 if num_blocks <= 12 else 1
+    block_d = _features(part, 64)
+    return Tile(max(1, loads * 64 * vector // block_d), block_d, 2)
+
+
+def fuse(size: int, num_blocks: int, vector: int) -> Tile:
+    """A program has a load of every block in flight: more blocks, fewer loads of each, or the registers spill."""
+    loads = 4 if num_blocks <= 6 else 2 if num_blocks <= 12 else 1
+    block_d = _features(size, 128)
+    return Tile(max(1, loads * 64 * vector // block_d), block_d, 2)
 
 
 def gate(size: int, bottleneck: int) -> GateTile:

@@ -1,7 +1,7 @@
 """fuse: v from the gates and the hidden states, one read and one write; and the gates' gradient.
 
     v[b,l,d] = sum_n g[b,n,d] u_n[b,l,d], blocks ascending, 0 at padding
-    dg[b,n,d] = sum_l dv[b,l,d] u_n[b,l,d] over real tokens, in chunks from the first real one on
+    dg[b,n,d] = sum_l dv[b,l,d] u_n[b,l,d] over real tokens, in the order of summation of squeeze
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .common import block_pointer, real_span, sentence_at
+from .common import block_pointer, real_span, sentence_at, sum_rows
 from .launch import HiddenStates, device_of, mask_arguments
 
 _RUNTIME = ["size", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l", "num_sentences"]
@@ -26,8 +26,8 @@ def weighted_sum(p_hidden, p_gates, o_u, o_d, m_row, m_d, i_b, N: tl.constexpr, 
     v = tl.zeros(m_u.shape, tl.float32)
     for n in tl.static_range(N):
         g = tl.load(p_gates + (i_b * N + n) * D + o_d, mask=m_d, other=0.0)  # [BLOCK_D]
-        u = tl.load(p_hidden[n] + o_u, mask=m_u, other=0.0).to(tl.float32)  # [TOKENS, BLOCK_D]
-        v += g[None, :] * u
+        u = tl.load(p_hidden[n] + o_u, mask=m_u, other=0.0, eviction_policy="evict_first")  # [TOKENS, BLOCK_D]
+        v += g[None, :] * u.to(tl.float32)
     return tl.where(m_u, v, 0.0)  # a gate that is NaN must not reach padding
 
 
@@ -104,7 +104,8 @@ def fuse_backward_kernel(
     D: tl.constexpr,
     VEC: tl.constexpr,
     GROUP: tl.constexpr,
-    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SCAN: tl.constexpr,
 ):
@@ -133,26 +134,28 @@ def fuse_backward_kernel(
     else:
         first = size * 0
         end = size
-    nothing = tl.zeros([BLOCK_D], tl.float32)
+    TOKENS: tl.constexpr = ROWS * SLOTS
+    nothing = tl.zeros([SLOTS, BLOCK_D], tl.float32)
     sums = (nothing,) * BLOCKS_HERE
-    for start in range(first, end, CHUNK):
-        o_l = start + tl.arange(0, CHUNK)  # [CHUNK]
+    for start in range(first, end, TOKENS):
+        o_l = start + tl.arange(0, TOKENS)  # [TOKENS]
         real = o_l < end
         if p_mask is not None:
             real = tl.load(p_mask_row + o_l.to(tl.int64) * stride_mask_l, mask=real, other=0) != 0
-        m_u = real[:, None] & m_d[None, :]  # [CHUNK, BLOCK_D]
+        m_u = real[:, None] & m_d[None, :]  # [TOKENS, BLOCK_D]
         o_dv = o_dv_row + o_l.to(tl.int64)[:, None] * (stride_dv_l * VEC) + o_d[None, :]
         o_u = o_row + o_l.to(tl.int64)[:, None] * (stride_l * VEC) + o_d[None, :]
         dv = tl.load(p_dv + o_dv, mask=m_u, other=0.0).to(tl.float32)
         new_sums = ()
         for j in tl.static_range(BLOCKS_HERE):
             n = i_group * GROUP + j
-            u = tl.load(block_pointer(p_hidden, n, N) + o_u, mask=m_u & (n < N), other=0.0).to(tl.float32)
-            new_sums = new_sums + (sums[j] + tl.sum(dv * u, axis=0),)
+            m_n = m_u if N % GROUP == 0 or N < GROUP else m_u & (n < N)
+            u = tl.load(block_pointer(p_hidden, n, N) + o_u, mask=m_n, other=0.0, eviction_policy="evict_first")
+            new_sums = new_sums + (sums[j] + sum_rows(dv * u.to(tl.float32), ROWS, SLOTS),)
         sums = new_sums
     for j in tl.static_range(BLOCKS_HERE):
         n = i_group * GROUP + j
-        tl.store(p_dgates + (i_b * N + n) * D + o_d, sums[j], mask=m_d & (n < N))
+        tl.store(p_dgates + (i_b * N + n) * D + o_d, tl.sum(sums[j], axis=0), mask=m_d & (n < N))
 
 
 # ---------------------------------------------------------------- launchers
@@ -168,7 +171,7 @@ def fuse(
         return fused
     hidden = HiddenStates.of(hidden_states, packed, 1)
     mask, stride_mask_b, stride_mask_l = mask_arguments(attention_mask)
-    tile = config.fuse(hidden.size, hidden.element_size)
+    tile = config.fuse(hidden.size, len(hidden_states), hidden.vector)
     rows = triton.cdiv(hidden.length, tile.tokens) * (1 if packed else first.shape[0])
     with device_of(fused):
         fuse_kernel[(rows * triton.cdiv(hidden.size, tile.block_d),)](
@@ -193,13 +196,13 @@ def fuse_backward(
     if rows == 0:
         return dgates
     mask, stride_mask_b, stride_mask_l = mask_arguments(attention_mask)
-    tile = config.fuse_backward(hidden.size, hidden.element_size)
+    tile = config.fuse_backward(hidden.size, hidden.vector)
     programs = rows * triton.cdiv(hidden.size, tile.block_d) * triton.cdiv(num_blocks, config.BLOCK_GROUP)
     with device_of(dgates):
         fuse_backward_kernel[(programs,)](
             hidden.tensors, grad.tensors[0], mask, cu_seqlens, dgates, hidden.length, hidden.stride_b,
             hidden.stride_l, grad.stride_b, grad.stride_l, stride_mask_b, stride_mask_l,
-            N=num_blocks, D=hidden.size, VEC=hidden.vector, GROUP=config.BLOCK_GROUP, CHUNK=tile.tokens,
-            BLOCK_D=tile.block_d, SCAN=config.SCAN, num_warps=tile.num_warps,
+            N=num_blocks, D=hidden.size, VEC=hidden.vector, GROUP=config.BLOCK_GROUP, ROWS=tile.rows,
+            SLOTS=tile.slots, BLOCK_D=tile.block_d, SCAN=config.SCAN, num_warps=tile.num_warps,
         )  # fmt: skip
     return dgates

@@ -78,7 +78,7 @@ def gate_kernel(
 
     # s = act(W1 f + b1), over D in blocks of BLOCK_K
     s = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
-    for k in range(0, D, BLOCK_K):
+    for k in tl.range(0, D, BLOCK_K, num_stages=2):
         o_k = k + tl.arange(0, BLOCK_K)  # [BLOCK_K]
         m_k = o_k < D
         m_f = m_b[:, None] & m_k[None, :]
@@ -94,6 +94,7 @@ def gate_kernel(
         s = tl.where(s < 0.0, 0.0, s)  # keeps NaN, as torch.relu does
     else:
         s = tanh(s)
+    s = tl.where(m_h[None, :], s, 0.0)  # an inf in f meets the padding's zeros as NaN
 
     highest = 0.0
     if p_prior is not None:
@@ -104,7 +105,7 @@ def gate_kernel(
     total = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     output = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     m_o = m_b[:, None] & m_d[None, :]  # [BLOCK_B, BLOCK_D]
-    for n in range(N):
+    for n in tl.range(0, N, num_stages=3):
         o_nd = n * D + o_d  # [BLOCK_D] row of W2
         w = tl.load(
             p_up_weight + o_nd.to(tl.int64)[:, None] * H + o_h[None, :], mask=m_d[:, None] & m_h[None, :], other=0.0

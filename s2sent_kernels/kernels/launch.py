@@ -25,6 +25,11 @@ def mask_arguments(attention_mask: Tensor | None) -> tuple[Tensor | None, int, i
     return mask, mask.stride(0), mask.stride(1)
 
 
+def vector_of(features: int, dtype: torch.dtype) -> int:
+    """Elements of the widest load that a row of so many features allows: a power of two, 16 bytes at the most."""
+    return min(features & -features, _LOAD_BYTES // dtype.itemsize)
+
+
 @dataclass(frozen=True)
 class HiddenStates:
     """N hidden states with common strides, rows that 128-bit loads can take, and the strides in units of ``vector``.
@@ -39,14 +44,12 @@ class HiddenStates:
     stride_b: int
     stride_l: int
     vector: int  # elements of a load
-    element_size: int
 
     @staticmethod
     def of(hidden_states: Sequence[Tensor], packed: bool, frequencies: int) -> HiddenStates:
         first = hidden_states[0]
-        size, element_size = first.shape[-1], first.element_size()
-        part = size // frequencies
-        vector = min(part & -part, _LOAD_BYTES // element_size)
+        size = first.shape[-1]
+        vector = vector_of(size // frequencies, first.dtype)
         strides = _row_strides(first)
         regular = first.stride(-1) == 1 or size == 1
         if not regular or any(stride % vector for stride in strides):
@@ -60,7 +63,7 @@ class HiddenStates:
             strides = _row_strides(tensors[0])
         stride_b, stride_l = (0, strides[0]) if packed else strides
         length = first.shape[0] if packed else first.shape[1]
-        return HiddenStates(tensors, size, length, stride_b // vector, stride_l // vector, vector, element_size)
+        return HiddenStates(tensors, size, length, stride_b // vector, stride_l // vector, vector)
 
 
 def _row_strides(tensor: Tensor) -> tuple[int, ...]:

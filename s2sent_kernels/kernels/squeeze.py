@@ -3,10 +3,13 @@
     f[b,d] = sum_n sum_l alpha[m(d),n] beta[b,m(d),l] u_n[b,l,d]        p[b,n,d] = sum_l w[b,l] u_n[b,l,d]
     du_n[b,l,d] = g[b,n,d] dv[b,l,d] + w[b,l] dp[b,n,d] + alpha[m,n] beta[b,m,l] df[b,d]
 
-Order of summation, on which every bit of f and p depends: a sentence's tokens from its first real one on in chunks of CHUNK
-tokens, each summed in the order of its tile; a block's chunks ascending; the blocks of a group of GROUP ascending, weighted by
-alpha; the groups ascending (by whoever reads f). A program takes one group of one sentence for one tile of features that lie
-in one part, so that alpha and beta belong to the program and not to the feature.
+Order of summation, on which every bit of f and p depends: a sentence's tokens, from its first real one on, are dealt to SLOTS
+running sums in turn, tile after tile of ROWS x SLOTS tokens; at the end the slots are summed as a tree; then the blocks of a
+group of GROUP ascending, weighted by alpha; then the groups ascending (by whoever reads f). SLOTS is how many tokens a
+program's threads hold side by side, so that nothing crosses threads before the end.
+
+A program takes one group of one sentence for one tile of features that lie in one part, so that alpha and beta belong to the
+program and not to the feature.
 """
 
 from collections.abc import Sequence
@@ -23,12 +26,15 @@ from .common import (
     block_pointer,
     frequency_of,
     pooling_weight,
+    quarter_cosine,
     real_before,
     real_span,
+    root_norm,
     sentence_at,
+    sum_rows,
     token_factor,
 )
-from .launch import HiddenStates, device_of, mask_arguments
+from .launch import HiddenStates, device_of, mask_arguments, vector_of
 
 _RUNTIME = ["size", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l", "num_sentences", "first_block"]
 _UNALIGNED = ["p_mask", "p_cu_seqlens"]  # whose alignment must not choose another kernel, and with it another order
@@ -59,7 +65,8 @@ def squeeze_kernel(
     OFFICIAL: tl.constexpr,
     POOLING: tl.constexpr,
     GROUP: tl.constexpr,
-    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SCAN: tl.constexpr,
 ):
@@ -103,12 +110,13 @@ def squeeze_kernel(
 
     x = frequency_of(part, X_LOW, X_HIGH)
     y = frequency_of(part, Y_LOW, Y_HIGH)
-    nothing = tl.zeros([BLOCK_D], tl.float32)
+    TOKENS: tl.constexpr = ROWS * SLOTS
+    nothing = tl.zeros([SLOTS, BLOCK_D], tl.float32)
     sums = (nothing,) * BLOCKS_HERE  # of beta u, for each block of the group
     pools = (nothing,) * BLOCKS_HERE  # of w u
     seen = length * 0
-    for start in range(start_at, stop_at, CHUNK):
-        o_l = start + tl.arange(0, CHUNK)  # [CHUNK]
+    for start in range(start_at, stop_at, TOKENS):
+        o_l = start + tl.arange(0, TOKENS)  # [TOKENS]
         m_l = o_l < stop_at
         real = m_l
         rank = o_l - first
@@ -119,23 +127,24 @@ def squeeze_kernel(
                 real = tl.load(p_mask_row + o_l.to(tl.int64) * stride_mask_l, mask=m_l, other=0) != 0
                 rank = seen + tl.cumsum(real.to(tl.int32), axis=0) - 1
                 seen += tl.sum(real.to(tl.int32), axis=0)
-        beta = token_factor(y, rank, o_l, length, size, N, OFFICIAL)  # [CHUNK]
+        beta = token_factor(y, rank, o_l, length, size, N, OFFICIAL)  # [TOKENS]
         m_read = m_l if OFFICIAL else real
-        o_u = o_row + o_l.to(tl.int64)[:, None] * (stride_l * VEC) + o_d[None, :]  # [CHUNK, BLOCK_D]
+        m_u = m_read[:, None] & m_d[None, :]  # [TOKENS, BLOCK_D]
+        o_u = o_row + o_l.to(tl.int64)[:, None] * (stride_l * VEC) + o_d[None, :]
         new_sums = ()
         new_pools = ()
         for j in tl.static_range(BLOCKS_HERE):
             n = i_group * GROUP + j  # within p_hidden
             p_u = block_pointer(p_hidden, n, NUM)
-            u = tl.load(p_u + o_u, mask=m_read[:, None] & m_d[None, :] & (n < NUM), other=0.0)
-            u = u.to(tl.float32)  # [CHUNK, BLOCK_D]
-            new_sums = new_sums + (sums[j] + tl.sum(u * beta[:, None], axis=0),)
+            m_n = m_u if NUM % GROUP == 0 or NUM < GROUP else m_u & (n < NUM)
+            u = tl.load(p_u + o_u, mask=m_n, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            new_sums = new_sums + (sums[j] + sum_rows(u * beta[:, None], ROWS, SLOTS),)
             if POOLING is not None:
                 if OFFICIAL:
                     u = tl.where(real[:, None], u, 0.0)
-                if POOLING != "mean":
-                    u = u * pooling_weight(o_l, first, end, length, POOLING)[:, None]
-                new_pools = new_pools + (pools[j] + tl.sum(u, axis=0),)
+                if POOLING != "mean":  # one token: chosen, not multiplied by 0 and 1, which would spread its neighbours' NaN
+                    u = tl.where((pooling_weight(o_l, first, end, length, POOLING) > 0.0)[:, None], u, 0.0)
+                new_pools = new_pools + (pools[j] + sum_rows(u, ROWS, SLOTS),)
             else:
                 new_pools = new_pools + (nothing,)
         sums = new_sums
@@ -143,19 +152,19 @@ def squeeze_kernel(
 
     group = (first_block + i_group * GROUP) // GROUP
     p_f = p_squeezed + (i_b * GROUPS + group) * D + o_d
-    squeezed = nothing
+    squeezed = tl.zeros([BLOCK_D], tl.float32)
     if NUM < N and first_block % GROUP != 0:  # fed block by block: go on where the block before left off
         squeezed = tl.load(p_f, mask=m_d, other=0.0)
     for j in tl.static_range(BLOCKS_HERE):
         n = first_block + i_group * GROUP + j
         alpha = tl.where(n < N, block_factor(x, n, N, OFFICIAL), 0.0)
-        squeezed = tl.fma(sums[j], alpha, squeezed)
+        squeezed = tl.fma(tl.sum(sums[j], axis=0), alpha, squeezed)
         if POOLING is not None:
             scale = 1.0
             if POOLING == "mean":
                 scale = tl.div_rn(1.0, tl.maximum(length, 1).to(tl.float32))
             p_p = p_pooled + (i_b * N + n) * D + o_d
-            tl.store(p_p, pools[j] * scale, mask=m_d & (n < N))
+            tl.store(p_p, tl.sum(pools[j], axis=0) * scale, mask=m_d & (n < N))
     tl.store(p_f, squeezed, mask=m_d)
 
 
@@ -213,6 +222,12 @@ def write_gradients(
         y = frequency_of(part, Y_LOW, Y_HIGH)
         beta = token_factor(y, rank, position, tl.maximum(length, 1), size, N, OFFICIAL)  # [TOKENS]
         df = tl.load(p_df + i_b * D + o_d, mask=m_d, other=0.0)  # [BLOCK_D]
+        # alpha_n for n = 0, 1, ... by cos((n + 1) a + b) = 2 cos(a) cos(n a + b) - cos((n - 1) a + b), in float64
+        blocks = tl.full((), N, tl.int32)
+        norm = root_norm(x, blocks)
+        step = 2.0 * quarter_cosine(2 * x, blocks, tl.float64)
+        wave = quarter_cosine(x, blocks, tl.float64)  # block 0
+        wave_before = wave  # block -1 is its mirror image
     if p_dp is not None:
         w = pooling_weight(position, first, end, tl.maximum(length, 1), POOLING)  # [TOKENS]
     for n in tl.static_range(N):
@@ -224,16 +239,22 @@ def write_gradients(
                 du += g[None, :] * dv
             if p_dp is not None:
                 dp = tl.load(p_dp + o_n, mask=m_d, other=0.0)
-                du += w[:, None] * dp[None, :]
+                du += tl.where((w > 0.0)[:, None], w[:, None] * dp[None, :], 0.0)
             du = tl.where(m_real[:, None], du, 0.0)
             if p_df is not None:
-                alpha = block_factor(x, tl.full((), n, tl.int32), N, OFFICIAL)
+                alpha = (wave * norm).to(tl.float32)
+                if OFFICIAL:
+                    alpha = block_factor(x, tl.full((), n, tl.int32), N, OFFICIAL)
                 share = beta[:, None] * (alpha * df)[None, :]
                 if OFFICIAL:
                     du += share  # every position was squeezed
                 else:
                     du += tl.where(m_real[:, None], share, 0.0)
             tl.store(p_grads[n] + o_grad + o_d[None, :], du.to(p_grads[n].dtype.element_ty), mask=m_store)
+        if p_df is not None:
+            wave_after = step * wave - wave_before
+            wave_before = wave
+            wave = wave_after
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_UNALIGNED)
@@ -340,7 +361,7 @@ def squeeze_into(
     if rows == 0:
         return
     mask, stride_mask_b, stride_mask_l = mask_arguments(attention_mask)
-    chosen = config.squeeze(hidden.size // frequencies, hidden.element_size)
+    chosen = config.squeeze(hidden.size // frequencies, hidden.vector)
     tiles = frequencies * triton.cdiv(hidden.size // frequencies, chosen.block_d)
     groups_here = triton.cdiv(len(hidden.tensors), config.BLOCK_GROUP)
     with device_of(squeezed_groups):
@@ -349,8 +370,8 @@ def squeeze_into(
             hidden.stride_l, stride_mask_b, stride_mask_l, first_block,
             N=num_blocks, NUM=len(hidden.tensors), D=hidden.size, M=frequencies, VEC=hidden.vector,
             **config.frequency_words(num_blocks, frequencies, profile),
-            OFFICIAL=profile == "official", POOLING=pooling, GROUP=config.BLOCK_GROUP, CHUNK=chosen.tokens,
-            BLOCK_D=chosen.block_d, SCAN=config.SCAN, num_warps=chosen.num_warps,
+            OFFICIAL=profile == "official", POOLING=pooling, GROUP=config.BLOCK_GROUP, ROWS=chosen.rows,
+            SLOTS=chosen.slots, BLOCK_D=chosen.block_d, SCAN=config.SCAN, num_warps=chosen.num_warps,
         )  # fmt: skip
 
 
@@ -440,7 +461,7 @@ def squeeze_backward(
         return grads
     fused = None if grad_fused is None else HiddenStates.of([grad_fused], packed, frequencies)
     mask, stride_mask_b, stride_mask_l = mask_arguments(attention_mask)
-    chosen = config.squeeze_backward(size // frequencies, written.element_size())
+    chosen = config.squeeze_backward(size // frequencies, num_blocks, vector_of(size // frequencies, dtype))
     tiles = frequencies * triton.cdiv(size // frequencies, chosen.block_d)
     rows = triton.cdiv(shape[0], chosen.tokens) if packed else shape[0] * triton.cdiv(shape[1], chosen.tokens)
     float32 = compute_dtype(dtype)

@@ -1,0 +1,79 @@
+# make demo                    a fresh machine to nearest sentences: makes .venv, installs, runs `s2sent demo`
+# make test                    makes .venv, installs what the tests need, runs them
+# make test PYTHON=/a/python   the same in an environment that exists; installs nothing but this package
+# make lint                    ruff and mypy; PYTHON= as above
+# make clean                   removes .venv and what builds and tests left behind
+#
+# BOOTSTRAP is the Python (3.10 or newer) that makes .venv. Where no NVIDIA GPU is, TORCH pins one release; to be sure of its
+# small CPU build, say make demo TORCH="torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu".
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eo pipefail -c
+.PHONY: help demo test lint clean package
+
+BOOTSTRAP ?= python3
+WORKERS ?= 2
+GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
+ifeq ($(GPU),yes)
+TORCH ?= torch
+TRITON ?=
+else
+TORCH ?= torch==2.13.0
+TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
+endif
+
+ifdef PYTHON
+PY := $(PYTHON)
+DEMO_READY := package
+DEV_READY := package
+else
+PY := .venv/bin/python
+DEMO_READY := .venv/demo.installed
+DEV_READY := .venv/dev.installed
+endif
+
+help:
+	@sed -n 's/^# \(make \)/\1/p' Makefile
+
+.venv/created:
+	@$(BOOTSTRAP) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: BOOTSTRAP=python3.x")'
+	$(BOOTSTRAP) -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	.venv/bin/python -m pip install --quiet $(TORCH)
+	@touch $@
+
+.venv/demo.installed: .venv/created pyproject.toml setup.py
+	.venv/bin/python -m pip install --quiet --no-build-isolation -e ".[demo]"
+	@touch $@
+
+.venv/dev.installed: .venv/created pyproject.toml setup.py
+	.venv/bin/python -m pip install --quiet --no-build-isolation -e ".[test,lint]" $(TRITON)
+	@touch $@
+
+package:
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
+
+demo: $(DEMO_READY)
+	$(PY) -m s2sent_kernels.cli demo
+
+# Two processes: Triton decides when a kernel is decorated whether it is compiled or interpreted. Without a GPU the tests in
+# tests/kernels run the kernels in the interpreter; with one they run them on it. Both closing lines are repeated at the end.
+test: $(DEV_READY)
+	@logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; interpret= workers= failed=0; \
+	if ! $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		interpret=TRITON_INTERPRET=1; \
+		if $(PY) -c 'import xdist' 2>/dev/null; then workers="-n $(WORKERS)"; export OMP_NUM_THREADS=1; fi; \
+	fi; \
+	env -u TRITON_INTERPRET $(PY) -m pytest tests --ignore=tests/kernels $$workers 2>&1 | tee "$$logs/1" || failed=1; \
+	env -u TRITON_INTERPRET $$interpret $(PY) -m pytest tests/kernels $$workers 2>&1 | tee "$$logs/2" || failed=1; \
+	echo "tests:         $$(tail -n 1 "$$logs/1")"; \
+	echo "tests/kernels: $$(tail -n 1 "$$logs/2")"; \
+	exit $$failed
+
+lint: $(DEV_READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -1,0 +1,116 @@
+"""Compiles every Triton kernel without a GPU and reads the machine code: no spills, hidden states loaded 128 bits at a time.
+
+Run as a script in a process of its own (``test_compile_kernels.py`` does), because it puts a stand-in for the GPU's driver
+in place and makes every launch stop after compilation:
+
+    python tests/compile_kernels.py 90 "768,4,12" "384,8,6"          # sm_90; D,M,N of each case
+
+Prints a line for each kernel and exits with 1 where one of them spills or loads narrowly.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+BATCH, TOKENS, BOTTLENECK = 2, 64, 64
+# Hidden states, and nothing else, are loaded with this cache policy: it tells their loads from the others.
+HIDDEN_LOAD = re.compile(r"ld\.global\.L1::evict_first\S*")
+FULL_WIDTH = ".v4.b32"
+READERS = {"squeeze_kernel", "fuse_kernel", "fuse_backward_kernel"}
+
+
+class StandInDriver:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, capability):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_device_capability(self, device=None):
+        return divmod(self.target.arch, 10)
+
+
+def compile_instead_of_launching(compiled):
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            compiled.append((self.fn.__name__, self.run(*args, grid=grid, warmup=True, **kwargs)))
+
+        return launch
+
+    JITFunction.__getitem__ = __getitem__
+
+
+def launch_all(size, frequencies, num_blocks, dtype):
+    """Every launcher, over all variants that differ in what they load: masked and packed, pooled, tokens, backward."""
+    from s2sent_kernels import S2SentSelector, kernels
+    from s2sent_kernels.reference import GateParameters
+
+    selector = S2SentSelector(size, num_blocks, BOTTLENECK, frequencies, block_prior=True)
+    parameters = GateParameters(*(None if t is None else t.detach() for t in selector._parameters_of_gate()))
+    mask = torch.ones(BATCH, TOKENS, dtype=torch.int64)
+    cu_seqlens = torch.tensor([0, TOKENS, BATCH * TOKENS], dtype=torch.int32)
+    f, g = torch.zeros(BATCH, size), torch.zeros(BATCH, num_blocks, size)
+    padded, packed = (BATCH, TOKENS, size), (BATCH * TOKENS, size)
+    for shape, batch in ((padded, (mask, None)), (packed, (None, cu_seqlens))):
+        blocks = [torch.zeros(shape, dtype=dtype) for _ in range(num_blocks)]
+        kernels.select_pool(blocks, *batch, parameters, frequencies, "mean", "tanh", 1e-6)
+        kernels.select(blocks, *batch, parameters, frequencies, "tanh", 1e-6)
+        kernels.fuse_backward(blocks[0], blocks, *batch)
+        rest = (shape, dtype, torch.device("cpu"), [True] * num_blocks, *batch, frequencies, "paper")
+        kernels.squeeze_backward(f, g, None, None, *rest, "mean")
+        kernels.squeeze_backward(f, None, blocks[0], g, *rest, None)
+    kernels.squeeze_block(blocks[0], 1, num_blocks, f[:, None].repeat(1, num_blocks, 1), g, *batch, frequencies, "paper", "mean")
+
+
+def resources(kernel):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    return tuple(int(number) for number in found.groups())
+
+
+def main(capability, cases):
+    driver.set_active(StandInDriver(int(capability)))
+    compiled, failures = [], 0
+    compile_instead_of_launching(compiled)
+    for case in cases:
+        size, frequencies, num_blocks = (int(number) for number in case.split(","))
+        launch_all(size, frequencies, num_blocks, torch.bfloat16)
+        for name, kernel in compiled:
+            registers, stack, local = resources(kernel)
+            loads = HIDDEN_LOAD.findall(kernel.asm["ptx"])
+            narrow = [load for load in loads if FULL_WIDTH not in load]
+            bad = stack or local or narrow or (name in READERS and not loads)
+            failures += bool(bad)
+            print(
+                f"{'FAILED' if bad else 'ok'} sm_{capability} D,M,N={case} {name}: {registers} registers, "
+                f"{stack + local} bytes of stack, {len(loads) - len(narrow)} wide and {len(narrow)} narrow loads",
+                flush=True,
+            )
+        compiled.clear()
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,385 @@
+"""The whole selector on Triton: outputs, every gradient, corner cases, and torch.library.opcheck of every public op."""
+
+import copy
+
+import pytest
+import torch
+from conftest import BF16, DEVICE, F16, F32, HIDDEN_DTYPES, NAN, POOLINGS, check, make_batch, make_parameters, randn
+
+from s2sent_kernels import S2SentSelector, functional
+
+PATHS = (None, *POOLINGS)  # None is the token output
+D = 24
+
+
+def make_selector(N=3, D=D, M=4, *, H=5, **options):
+    """None of its parameters and running statistics at a special value; in eval mode."""
+    selector = S2SentSelector(D, N, H, M, **options)
+    parameters = make_parameters(N, D, H, norm=selector.norm is not None, prior=(0.5, -1.0, 2.0))
+    with torch.no_grad():
+        for name, tensor in selector.named_parameters():
+            tensor.copy_(getattr(parameters, name.replace(".", "_")))
+        if selector.norm is not None:
+            selector.norm.running_mean.copy_(parameters.running_mean)
+            selector.norm.running_var.copy_(parameters.running_var)
+    return selector.to(DEVICE).eval()
+
+
+def run(selector, hidden_states, where, pooling):
+    if pooling == "gates":
+        return selector.gates(hidden_states, **where)
+    if pooling is None:
+        return selector(hidden_states, **where)
+    return selector.pool(hidden_states, pooling=pooling, **where)
+
+
+def selector_of(selector, where, pooling):
+    """The selector as ``check`` calls it: hidden states u0, u1, ... and the parameters by their names."""
+
+    def function(backend, inputs):
+        twin = copy.deepcopy(selector)
+        twin.backend = backend
+        hidden = [t for name, t in inputs.items() if name.startswith("u") and name[1:].isdigit()]
+        if hidden[0].dtype == torch.float64:
+            twin.double()
+        parameters = {name: inputs[name] for name, _ in twin.named_parameters()}
+        call = _Call(twin, where, pooling)
+        return {
+            "output": torch.func.functional_call(call, {f"selector.{k}": v for k, v in parameters.items()}, (hidden,))
+        }
+
+    return function
+
+
+class _Call(torch.nn.Module):
+    def __init__(self, selector, where, pooling):
+        super().__init__()
+        self.selector, self.where, self.pooling = selector, where, pooling
+
+    def forward(self, hidden_states):
+        return run(self.selector, hidden_states, self.where, self.pooling)
+
+
+def inputs_of(selector, batch):
+    hidden = {f"u{n}": u for n, u in enumerate(batch.hidden_states)}
+    return hidden | {name: p.detach() for name, p in selector.named_parameters()}
+
+
+# Every two values of every two columns stand in some row.
+# N, M, D, L, mask, norm, prior, activation, pooling, training, dtype, output gradient
+CASES = [
+    (1, 1, 24, 1, "holes", False, False, "tanh", "cls", False, F16, "random"),
+    (1, 1, 24, 5, "right", False, True, "relu", "mean", True, F32, "strided"),
+    (1, 2, 40, 33, "left", False, False, "tanh", "last", True, F32, "strided"),
+    (1, 3, 66, 5, "mixed", True, True, "relu", "mean", False, F32, "expanded"),
+    (1, 3, 66, 5, "packed", False, False, "relu", None, True, F16, "random"),
+    (1, 3, 66, 33, "none", True, True, "relu", None, True, F16, "random"),
+    (2, 1, 24, 1, "mixed", True, False, "tanh", None, True, F32, "random"),
+    (2, 1, 24, 33, "packed", True, False, "relu", "last", False, F16, "strided"),
+    (2, 2, 40, 5, "holes", False, True, "relu", "last", False, F32, "strided"),
+    (2, 2, 40, 33, "right", True, True, "tanh", "cls", False, F16, "expanded"),
+    (2, 3, 66, 1, "none", False, False, "tanh", "mean", False, F32, "strided"),
+    (2, 3, 66, 33, "left", False, False, "relu", "last", True, F16, "strided"),
+    (3, 1, 24, 1, "right", True, True, "relu", "last", True, F32, "strided"),
+    (3, 1, 24, 5, "none", True, False, "tanh", "last", True, F32, "expanded"),
+    (3, 2, 40, 1, "left", True, False, "tanh", None, False, F16, "random"),
+    (3, 2, 40, 33, "packed", False, False, "tanh", "cls", True, F32, "expanded"),
+    (3, 2, 40, 33, "holes", True, True, "relu", None, True, F32, "expanded"),
+    (3, 2, 40, 33, "mixed", True, True, "tanh", "cls", False, F32, "strided"),
+    (3, 3, 66, 5, "packed", False, False, "tanh", None, False, F16, "strided"),
+    (3, 3, 66, 5, "right", False, False, "tanh", "mean", False, F32, "random"),
+    (7, 1, 24, 33, "left", True, False, "tanh", "mean", True, F32, "expanded"),
+    (7, 2, 40, 1, "packed", False, True, "relu", "mean", True, F16, "random"),
+    (7, 2, 40, 1, "right", False, True, "tanh", None, False, F16, "expanded"),
+    (7, 2, 40, 5, "mixed", False, False, "relu", "last", True, F16, "random"),
+    (7, 2, 40, 5, "none", False, True, "relu", "cls", False, F16, "expanded"),
+    (7, 3, 66, 5, "left", False, True, "relu", "cls", False, F16, "strided"),
+    (7, 3, 66, 5, "holes", False, True, "relu", "mean", True, F32, "random"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("N, M, D, L, mask, norm, prior, activation, pooling, training, dtype, gradient", CASES)
+def test_selector(N, M, D, L, mask, norm, prior, activation, pooling, training, dtype, gradient):
+    selector = make_selector(
+        N, D, M, gate_norm="batch" if norm else None, block_prior=prior, activation=activation
+    ).train(training)
+    batch = make_batch(N, 6 if training and norm else 3, L, D, dtype, mask)
+    found = check(selector_of(selector, batch.where, pooling), inputs_of(selector, batch), gradient)
+    assert found["output"].dtype == dtype
+    if pooling is None:
+        assert not found["output"][~batch.real].any()
+    for n in range(N):
+        assert not found[f"gradient of u{n}"][~batch.real].any()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("pooling", [None, "mean", "gates"])
+def test_official_selector(pooling, training):
+    selector = make_selector(2, 24, 2, profile="official").train(training)
+    batch = make_batch(2, 5, 5, 24, mask="mixed")
+    check(selector_of(selector, batch.where, pooling), inputs_of(selector, batch))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gates(training):
+    selector = make_selector(4, 24, 3, block_prior=True).train(training)
+    batch = make_batch(4, 6, 5, 24, F16, mask="holes")
+    found = check(selector_of(selector, batch.where, "gates"), inputs_of(selector, batch))
+    assert found["output"].dtype == F32
+
+
+@pytest.mark.parametrize("pooling", [None, "mean"])
+def test_a_hooked_part_is_called(pooling):
+    """And the gate then goes through the parts as modules."""
+    selector = make_selector(2, 24, 3, block_prior=True)
+    batch = make_batch(2, 3, 5, 24, mask="holes")
+    selector.backend = "triton"
+    plain = run(selector, batch.hidden_states, batch.where, pooling)
+    calls = []
+    selector.up.register_forward_hook(lambda *arguments: calls.append(arguments))
+    found = check(selector_of(selector, batch.where, pooling), inputs_of(selector, batch))
+    assert len(calls) == 3  # Triton, reference, float64
+    torch.testing.assert_close(found["output"], plain)
+
+
+@pytest.mark.parametrize("pooling", [None, "mean"])
+def test_only_some_inputs_need_a_gradient(pooling):
+    selector = make_selector(3, block_prior=True)
+    batch = make_batch(3, 2, 5, D, mask="right")
+    inputs = inputs_of(selector, batch)
+    check(selector_of(selector, batch.where, pooling), inputs, frozen=("u0", "u2", "up.weight"))
+    check(selector_of(selector, batch.where, pooling), inputs, frozen=("u0", "u1", "u2"))
+    check(selector_of(selector, batch.where, pooling), inputs, frozen=set(inputs) - {"u1"})
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("profile", ["paper", "official"])
+def test_batch_norm_is_updated_as_on_the_reference(profile, training):
+    batch = make_batch(3, 5, 5, D, mask="mixed")
+    states = []
+    for backend in ("triton", "reference"):
+        selector = make_selector(profile=profile).train(training)
+        selector.backend = backend
+        selector.pool(batch.hidden_states, **batch.where)
+        selector(batch.hidden_states, **batch.where)
+        states.append(selector.norm.state_dict())
+    assert states[0]["num_batches_tracked"] == states[1]["num_batches_tracked"] == 2 * training
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(states[0][name], states[1][name])
+        assert training != torch.equal(states[0][name], getattr(make_selector().norm, name))
+
+
+# ---------------------------------------------------------------- the specification's table of corner cases
+
+
+@pytest.mark.parametrize("profile", ["paper", "official"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("pooling", [None, "mean", "gates"])
+def test_an_empty_batch(pooling, training, profile):
+    selector = make_selector(profile=profile, backend="triton").train(training)
+    hidden = [randn(0, 5, D, seed=n).requires_grad_() for n in range(3)]
+    output = run(selector, hidden, {}, pooling)
+    assert output.shape == {None: (0, 5, D), "mean": (0, D), "gates": (0, 3, D)}[pooling]
+    output.sum().backward()
+    for name, parameter in selector.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+    assert not any(value.isnan().any() for value in selector.state_dict().values())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("pooling", [None, "mean", "last"])
+def test_a_sentence_without_real_tokens(pooling, packed):
+    selector = make_selector(backend="triton", block_prior=True)
+    batch = make_batch(3, 3, 5, D, mask="packed" if packed else "mixed")  # sentence 0 or 2 is empty
+    empty = 0 if packed else 2
+    hidden = [u.requires_grad_() for u in batch.hidden_states]
+    output = run(selector, hidden, batch.where, pooling)
+    if pooling is not None:
+        assert not output[empty].any()
+    elif not packed:
+        assert not output[empty].any()
+    grads = torch.autograd.grad(output.sum(), hidden)
+    assert not any(du[~batch.real].any() for du in grads) and not any(du.isnan().any() for du in grads)
+    gates = selector.gates(hidden, **batch.where)
+    of_nothing = functional.gate(
+        torch.zeros(1, D, device=DEVICE), selector._parameters_of_gate(), num_blocks=3, backend="triton"
+    )
+    assert torch.equal(gates[empty], of_nothing[0])
+
+
+@pytest.mark.parametrize("pooling", [None, "mean", "gates"])
+def test_one_sentence_has_no_batch_statistics(pooling):
+    selector = make_selector(backend="triton").train()
+    with pytest.raises(ValueError, match="more than 1 value"):
+        run(selector, make_batch(3, 1, 5, D).hidden_states, {}, pooling)
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf")])
+@pytest.mark.parametrize("mask", ["right", "packed"])
+@pytest.mark.parametrize("pooling", PATHS)
+def test_nan_and_inf_stay_in_their_sentence(pooling, mask, value):
+    selector = make_selector(backend="triton", block_prior=True)
+    batch = make_batch(3, 3, 5, D, mask=mask)
+    clean = run(selector, batch.hidden_states, batch.where, pooling)
+    batch.hidden_states[1].view(-1, D)[1, 3] = value  # in the first sentence that has tokens
+    dirty = run(selector, batch.hidden_states, batch.where, pooling)
+    bad = slice(0, 5) if mask == "packed" and pooling is None else 1 if mask == "packed" else 0
+    assert not dirty[bad].isfinite().all()
+    dirty[bad] = clean[bad]
+    assert torch.equal(dirty, clean)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("mask", ["left", "mixed"])
+@pytest.mark.parametrize("pooling", [None, "mean"])
+def test_nan_at_padding_has_no_effect(pooling, mask, training):
+    """On outputs and on gradients, also where the output's gradient is NaN at padding."""
+    batch = make_batch(3, 4, 5, D, mask=mask)
+    padding = ~batch.real[..., None]
+    results = []
+    for value in (0.0, NAN):
+        selector = make_selector(backend="triton", block_prior=True).train(training)
+        hidden = [u.masked_fill(padding, value).requires_grad_() for u in batch.hidden_states]
+        output = run(selector, hidden, batch.where, pooling)
+        gradient = randn(*output.shape, seed=5)
+        if pooling is None:
+            gradient.masked_fill_(padding, value)
+        results.append([output, *torch.autograd.grad(output, [*hidden, *selector.parameters()], gradient)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_official_nan_at_padding_reaches_the_batch():
+    selector = make_selector(profile="official", backend="triton")
+    batch = make_batch(3, 3, 5, D, mask="right")
+    batch.hidden_states[0][1, -1] = NAN
+    assert selector.gates(batch.hidden_states, **batch.where).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", HIDDEN_DTYPES)
+@pytest.mark.parametrize("pooling", [None, "mean", "gates"])
+def test_dtypes(pooling, dtype):
+    """Of the output, whatever the parameters' dtype."""
+    batch = make_batch(3, 2, 5, D, dtype)
+    for parameters in (F32, F16, BF16):
+        selector = make_selector(backend="triton").to(parameters)
+        output = run(selector, batch.hidden_states, {}, pooling)
+        assert output.dtype == (F32 if pooling == "gates" else dtype) and output.isfinite().all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("pooling", [None, "mean", "gates"])
+def test_autocast_changes_nothing(pooling, training):
+    batch = make_batch(3, 3, 5, D, mask="right")
+    results = []
+    for enabled in (False, True):
+        selector = make_selector(backend="triton").train(training)
+        hidden = [u.requires_grad_() for u in batch.hidden_states]
+        with torch.autocast(DEVICE.type, dtype=BF16, enabled=enabled):
+            output = run(selector, hidden, batch.where, pooling)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [*hidden, *selector.parameters()])])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("pooling", [None, "mean", "gates"])
+def test_float64_is_refused(pooling):
+    selector = make_selector(backend="triton").double()
+    with pytest.raises(ValueError, match=r"backend.*float64"):
+        run(selector, make_batch(3, 2, 5, D, torch.float64).hidden_states, {}, pooling)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("pooling", [None, "mean", "gates"])
+def test_second_derivatives_raise(pooling, training):
+    selector = make_selector(backend="triton").train(training)
+    hidden = [u.requires_grad_() for u in make_batch(3, 2, 3, D).hidden_states]
+    output = run(selector, hidden, {}, pooling)
+    grads = torch.autograd.grad(output.square().sum(), [*hidden, selector.down.weight], create_graph=True)
+    with pytest.raises((NotImplementedError, RuntimeError), match="second derivatives|once_differentiable|twice"):
+        torch.autograd.grad(grads[0].square().sum(), hidden)
+
+
+@pytest.mark.parametrize("pooling", [None, "mean", "gates"])
+def test_forward_mode_raises(pooling):
+    import torch.autograd.forward_ad as forward
+
+    selector = make_selector(backend="triton")
+    hidden = make_batch(3, 2, 3, D).hidden_states
+    with forward.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        run(selector, [forward.make_dual(u, torch.ones_like(u)) for u in hidden], {}, pooling)
+
+
+# ---------------------------------------------------------------- ops
+
+
+def _examples():
+    """op -> (arguments, places of the tensors that may need a gradient)."""
+    hidden = make_batch(2, 2, 3, 8).hidden_states
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]], device=DEVICE)
+    packed, cu_seqlens = [u.flatten(0, 1) for u in hidden], torch.tensor([0, 2, 6], dtype=torch.int32, device=DEVICE)
+    f, dg, dp = randn(2, 8, seed=1), randn(2, 2, 8, seed=2), randn(2, 2, 8, seed=3)
+    v, shape = randn(2, 3, 8, seed=4), [2, 3, 8]
+    full, bare = make_parameters(2, 8, 3, prior=(1.0, -1.0)), make_parameters(2, 8, 3, norm=False)
+    options = (2, "tanh", 1e-6, "triton")
+    back = (shape, F32, DEVICE, [True, False], mask, None, 2, "paper")
+    return {
+        "squeeze": [(hidden, mask, None, 2, "paper", "mean", "triton"), (packed, None, cu_seqlens, 2, "paper", None, "triton")],
+        "gate": [(f, *full, *options), (f, *bare, *options)],
+        "fuse": [(hidden, mask, None, dg, "triton"), (packed, None, cu_seqlens, dg, "triton")],
+        "select_pool": [(hidden, mask, None, *full, 2, "mean", "tanh", 1e-6, "triton")],
+        "select": [(packed, None, cu_seqlens, *bare, 2, "relu", 1e-6, "triton")],
+        "squeeze_backward": [(f, dp, None, None, *back, "mean", "triton"), (f, None, v, dg, *back, None, "triton")],
+        "gate_backward": [(dg, f, *full, "tanh", 1e-6), (dg, f, *bare, "relu", 1e-6)],
+        "fuse_backward": [(v, hidden, mask, None, "triton")],
+        "squeeze_block": [(hidden[0], 0, 2, f[:, None].clone(), dp, mask, None, 2, "paper", "mean", "triton")],
+    }  # fmt: skip
+
+
+NAMES = [
+    "squeeze", "gate", "fuse", "select_pool", "select", "squeeze_backward", "gate_backward", "fuse_backward", "squeeze_block"
+]  # fmt: skip
+
+
+def test_every_op_has_an_example():
+    names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "s2sent::" in name}
+    assert names == set(NAMES) == set(_examples())
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name, requires_grad):
+    if requires_grad and (name.endswith("backward") or name == "squeeze_block"):
+        pytest.skip("has no derivative")
+
+    def leaf(value, place):
+        if isinstance(value, list):
+            return [leaf(one, place) for one in value]
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            statistics = name != "fuse" and place in (7, 8, 9, 10) and value.dim() == 1 and (value > 0).all()
+            return value.detach().clone().requires_grad_(requires_grad and not statistics)
+        return value
+
+    for arguments in _examples()[name]:
+        arguments = tuple(leaf(value, place) for place, value in enumerate(arguments))
+        torch.library.opcheck(getattr(torch.ops.s2sent, name).default, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("pooling", [None, "mean"])
+def test_the_graph_is_whole(pooling, training, dynamic):
+    """torch.compile(fullgraph=True), forward and backward, with the kernels inside (here without Inductor)."""
+    torch._dynamo.reset()
+    batch = make_batch(2, 3, 4, 8, mask="right")
+    hidden = [u.requires_grad_() for u in batch.hidden_states]
+    results = []
+    for compiled in (False, True):
+        selector = make_selector(2, 8, 2, block_prior=True, backend="triton").train(training)
+        function = selector if pooling is None else selector.pool
+        if compiled:
+            function = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        output = function(hidden, **batch.where)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [*hidden, *selector.parameters()])])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

