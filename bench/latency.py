@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -138,11 +139,11 @@ def measure(case: Case, ceiling: dict[str, float], repeats: int, backward: bool,
         if not ok:
             continue
         with torch.no_grad():
-            variants = {"forward": [lambda i=i: run(selector, i, path) for i in rotation]}
+            variants = {"forward": [partial(run, selector, i, path) for i in rotation]}
             if path == "pooled" and case.layout != "packed":
-                variants["mean of last"] = [lambda i=i: mean_of_last(i) for i in rotation]
+                variants["mean of last"] = [partial(mean_of_last, i) for i in rotation]
             times = device_times(variants, repeats)
-            wall = wall_times({"forward": lambda: run(selector, one, path)})
+            wall = wall_times({"forward": partial(run, selector, one, path)})
             if compile_reference and case.layout == "full":
                 times |= compiled_reference(selector, rotation, path, repeats)
         row["device_us"] = {name: value.as_dict() for name, value in times.items()}
@@ -150,7 +151,7 @@ def measure(case: Case, ceiling: dict[str, float], repeats: int, backward: bool,
         row["floor_us"] = {"forward": floor(case, one, path, False, ceiling)}
         if backward:
             inputs = Inputs(case, 0, True)
-            value = device_times({"both": [lambda i=inputs: both_ways(selector, i, path)]}, repeats)["both"]
+            value = device_times({"both": [partial(both_ways, selector, inputs, path)]}, repeats)["both"]
             row["device_us"]["forward + backward"] = value.as_dict()
             row["floor_us"]["forward + backward"] = floor(case, inputs, path, True, ceiling)
             del inputs
@@ -167,7 +168,7 @@ def mean_of_last(inputs: Inputs):
 def compiled_reference(selector, rotation, path, repeats) -> dict[str, Times]:
     selector.backend = "reference"
     function = torch.compile(lambda i: run(selector, i, path))
-    times = device_times({"formula, torch.compile": [lambda i=i: function(i) for i in rotation[:1]]}, repeats)
+    times = device_times({"formula, torch.compile": [partial(function, rotation[0])]}, repeats)
     selector.backend = "auto"
     return times
 

@@ -24,7 +24,9 @@ class Times:
     def of(samples: Sequence[float]) -> Times:
         ordered = sorted(samples)
         return Times(
-            statistics.median(ordered), ordered[len(ordered) // 5], ordered[min(len(ordered) - 1, len(ordered) * 4 // 5)]
+            statistics.median(ordered),
+            ordered[len(ordered) // 5],
+            ordered[min(len(ordered) - 1, len(ordered) * 4 // 5)],
         )
 
     def as_dict(self) -> dict[str, float]:
@@ -64,7 +66,9 @@ def device_times(variants: dict[str, Sequence[Call]], repeats: int = 30) -> dict
     return {name: Times.of(values) for name, values in samples.items()}
 
 
-def wall_times(variants: dict[str, Call], repeats: int = 50, synchronise: Call = torch.cuda.synchronize) -> dict[str, Times]:
+def wall_times(
+    variants: dict[str, Call], repeats: int = 50, synchronise: Call = torch.cuda.synchronize
+) -> dict[str, Times]:
     """Wall time of one eager call until its result is there."""
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats + 3):

@@ -69,7 +69,9 @@ def _refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     if dtype not in TRITON_DTYPES:
         return f"it computes float32, float16 and bfloat16, got {dtype}"
     if device.type != ("cpu" if interprets else "cuda"):
-        return f"it runs on {'cpu under TRITON_INTERPRET=1' if interprets else 'cuda'} tensors, got {device.type} tensors"
+        return (
+            f"it runs on {'cpu under TRITON_INTERPRET=1' if interprets else 'cuda'} tensors, got {device.type} tensors"
+        )
     return None
 
 
@@ -78,12 +80,12 @@ def _say_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, num_blocks: int, hidden_size: int) -> str:
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that a call gets.
 
-    "auto" (or what S2SENT_BACKEND names in its place) takes the fastest one that is usable, judged by device, dtype, N
-    and D alone: the same sentence must not change backends, and so bits, with the batch it stands in. A backend
-    asked for by name works or raises.
+    "auto" (or what S2SENT_BACKEND names in its place) takes the fastest one that is usable, judged by device and
+    dtype (N and D may join them), never by B or L: the same sentence must not change backends, and so bits, with the batch
+    it stands in. A backend asked for by name works or raises.
 
     Raises:
         ValueError: ``backend`` is unknown or cannot take such tensors here; says why.

@@ -65,9 +65,7 @@ class BlockwisePool:
             raise RuntimeError(f"expected {selector.num_blocks} blocks, got {self._next}")
         parameters = selector._parameters_of_gate() if selector._is_fused() else None
         if parameters is not None:
-            engine = ops.engine(
-                selector.backend, self._pooled.device, self._dtype, selector.num_blocks, selector.hidden_size
-            )
+            engine = ops.engine(selector.backend, self._pooled.device, self._dtype)
             with torch.no_grad():
                 return engine.gate_pool(
                     self._squeezed_groups, self._pooled, parameters, selector.activation, selector._eps(), self._dtype
@@ -84,7 +82,7 @@ class BlockwisePool:
         self._shape, self._dtype = first.shape, first.dtype
         rows = self._cu_seqlens.shape[0] - 1 if packed and self._cu_seqlens is not None else first.shape[0]
         dtype = reference.compute_dtype(first.dtype)
-        engine = ops.engine(selector.backend, first.device, first.dtype, selector.num_blocks, selector.hidden_size)
+        engine = ops.engine(selector.backend, first.device, first.dtype)
         groups = -(-selector.num_blocks // engine.BLOCK_GROUP)
         self._squeezed_groups = first.new_zeros(rows, groups, selector.hidden_size, dtype=dtype)
         self._pooled = first.new_empty(rows, selector.num_blocks, selector.hidden_size, dtype=dtype)

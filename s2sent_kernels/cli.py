@@ -85,7 +85,7 @@ def doctor() -> None:
         lines.append((f"backend {name}", f"{'usable' if status.usable else 'not usable'}: {status.reason}"))
     for device in devices:
         try:
-            chosen = choose("auto", torch.device(device), torch.float32, 6, 384)
+            chosen = choose("auto", torch.device(device), torch.float32)
         except ValueError as error:
             chosen = f"raises: {error}"
         lines.append((f"'auto' on {device}", chosen))

@@ -193,7 +193,7 @@ def _print_comparison(selector: S2SentSelector, hidden_states: Sequence[Tensor],
     refusals: dict[str, str] = {}
     for name in BACKENDS:
         try:
-            choose(name, first.device, first.dtype, size, first.shape[-1])
+            choose(name, first.device, first.dtype)
         except ValueError as error:
             status = backends()[name]
             refusals[name] = str(error) if status.usable else f"not usable here: {status.reason}"
@@ -287,7 +287,7 @@ def run(
         try:
             capture = stack.enter_context(BlockCapture(encoder, blocks))
             size, depth = encoder.config.hidden_size, encoder.config.num_hidden_layers
-            chosen = choose(backend, where, torch.float32, len(capture.blocks), size)
+            chosen = choose(backend, where, torch.float32)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
         selector = make_selector(size, len(capture.blocks), backend).to(where)

@@ -28,8 +28,7 @@ def _choose(
     if len(hidden_states) == 0:
         raise ValueError("hidden_states: expected at least one tensor, got none")
     first = hidden_states[0]
-    size = first.shape[-1] if first.dim() else 0
-    chosen = choose(backend, first.device, first.dtype, len(hidden_states), size)
+    chosen = choose(backend, first.device, first.dtype)
     if chosen == "reference":
         validate.batch(hidden_states, attention_mask, cu_seqlens, frequencies, profile)
         if not torch.compiler.is_compiling():
@@ -117,7 +116,7 @@ def gate(
     if profile == "official" and parameters.block_prior is not None:
         raise ValueError("block_prior: profile 'official' has none")
     validate.gate_parameters(parameters, num_blocks, squeezed.shape[1], squeezed.device)
-    chosen = choose(backend, squeezed.device, squeezed.dtype, num_blocks, squeezed.shape[1])
+    chosen = choose(backend, squeezed.device, squeezed.dtype)
     if chosen == "reference" or training or profile == "official":
         return reference.gate(squeezed, parameters, num_blocks, activation, eps, profile, training, momentum)
     return torch.ops.s2sent.gate(squeezed, *parameters, num_blocks, activation, eps, chosen)

@@ -48,7 +48,7 @@ def _hidden_gradients(
         grad_squeezed, grad_pooled, grad_fused, gates, batch.shape, batch.dtype, batch.device, list(needed),
         attention_mask, cu_seqlens, frequencies, profile, pooling, backend,
     )  # fmt: skip
-    return [grad if need else None for grad, need in zip(grads, needed)]
+    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
 
 
 def _needed(ctx: Any, position: int = 0) -> list[bool]:
@@ -235,7 +235,7 @@ class SqueezeForFuse(torch.autograd.Function):
         return squeezed, first.new_zeros(()).expand(first.shape), squeezed.new_zeros(()).expand(gates_shape)
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad_squeezed: Tensor | None, grad_fused: Tensor | None, gates: Tensor | None
     ) -> tuple[Any, ...]:
         mask, cu_seqlens = ctx.saved_tensors
@@ -261,7 +261,7 @@ class FuseFromCarriers(torch.autograd.Function):
         return torch.ops.s2sent.fuse(hidden_states, attention_mask, cu_seqlens, gates, ctx.backend)
 
     @staticmethod
-    def backward(ctx: Any, grad_fused: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_fused: Tensor) -> tuple[Any, ...]:
         gates, mask, cu_seqlens, *hidden_states = ctx.saved_tensors
         grad_gates = None
         if ctx.needs_input_grad[0]:

@@ -50,9 +50,9 @@ for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def engine(backend: str, device: torch.device, dtype: torch.dtype, num_blocks: int, hidden_size: int) -> Any:
+def engine(backend: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The module that computes for ``backend``: plain PyTorch or the Triton kernels (imported when first used)."""
-    if choose(backend, device, dtype, num_blocks, hidden_size) == "triton":
+    if choose(backend, device, dtype) == "triton":
         from . import kernels
 
         return kernels
@@ -60,8 +60,7 @@ def engine(backend: str, device: torch.device, dtype: torch.dtype, num_blocks: i
 
 
 def _engine_for(backend: str, hidden_states: Sequence[Tensor]) -> Any:
-    first = hidden_states[0]
-    return engine(backend, first.device, first.dtype, len(hidden_states), first.shape[-1])
+    return engine(backend, hidden_states[0].device, hidden_states[0].dtype)
 
 
 def _implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -129,7 +128,7 @@ def _squeeze_backward(
     pooling: str | None,
     backend: str,
 ) -> list[Tensor]:
-    grads = engine(backend, device, dtype, len(needed), shape[-1]).squeeze_backward(
+    grads = engine(backend, device, dtype).squeeze_backward(
         grad_squeezed, grad_pooled, grad_fused, gates, shape, dtype, device, needed, attention_mask, cu_seqlens,
         frequencies, profile, pooling,
     )  # fmt: skip
@@ -163,7 +162,7 @@ def _squeeze_block(
     validate.cu_seqlens_values(cu_seqlens, hidden_state.shape[0])
     if not 0 <= block < num_blocks:
         raise ValueError(f"block: expected 0 to {num_blocks - 1}, got {block}")
-    engine(backend, hidden_state.device, hidden_state.dtype, num_blocks, hidden_state.shape[-1]).squeeze_block(
+    engine(backend, hidden_state.device, hidden_state.dtype).squeeze_block(
         hidden_state, block, num_blocks, squeezed_groups, pooled, attention_mask, cu_seqlens, frequencies, profile,
         pooling,
     )  # fmt: skip
@@ -181,7 +180,7 @@ def _(*args):  # type: ignore[no-untyped-def]
 def _gate(squeezed: Tensor, *rest: Any) -> Tensor:
     parameters, (num_blocks, activation, eps, backend) = _split(rest)
     _validate_gate(squeezed, parameters, num_blocks, activation)
-    chosen = engine(backend, squeezed.device, squeezed.dtype, num_blocks, squeezed.shape[1])
+    chosen = engine(backend, squeezed.device, squeezed.dtype)
     return chosen.gate(squeezed, parameters, num_blocks, activation, eps)
 
 
@@ -209,7 +208,11 @@ def _gate_backward(grad_gates: Tensor, squeezed: Tensor, *rest: Any) -> list[Ten
 
     parameters, (activation, eps) = _split(rest)
     grad_squeezed, grads = gate_backward(grad_gates, squeezed, parameters, activation, eps)
-    kept = [grad.to(tensor.dtype) for grad, tensor in zip(grads, parameters) if grad is not None and tensor is not None]
+    kept = [
+        grad.to(tensor.dtype)
+        for grad, tensor in zip(grads, parameters, strict=True)
+        if grad is not None and tensor is not None
+    ]
     return [grad_squeezed, *kept]
 
 
@@ -224,7 +227,7 @@ def _with_gradient(parameters: GateParameters) -> list[tuple[int, Tensor]]:
     skipped = ("running_mean", "running_var")
     return [
         (place, tensor)
-        for place, (name, tensor) in enumerate(zip(GateParameters._fields, parameters))
+        for place, (name, tensor) in enumerate(zip(GateParameters._fields, parameters, strict=True))
         if tensor is not None and name not in skipped
     ]
 
@@ -235,7 +238,7 @@ def _gate_gradients(
     """df and a list as long as GateParameters with a gradient where there is one."""
     grads = torch.ops.s2sent.gate_backward(grad_gates, squeezed, *parameters, activation, eps)
     full: list[Tensor | None] = [None] * NUM_PARAMETERS
-    for (place, _), grad in zip(_with_gradient(parameters), grads[1:]):
+    for (place, _), grad in zip(_with_gradient(parameters), grads[1:], strict=True):
         full[place] = grad
     return grads[0], full
 
@@ -353,4 +356,3 @@ def _(hidden_states, attention_mask, cu_seqlens, *rest):  # type: ignore[no-unty
         first.new_empty(rows, size, dtype=dtype),
         first.new_empty(rows, len(hidden_states), size, dtype=dtype),
     )
-

@@ -15,7 +15,7 @@ through the forward functions must agree with them, and a test says so.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,10 @@ class GateParameters(NamedTuple):
     running_mean: Tensor | None = None  # [N * D]
     running_var: Tensor | None = None  # [N * D]
     block_prior: Tensor | None = None  # [N]
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> GateParameters:
+        """``function`` of every tensor that is there."""
+        return GateParameters(*(None if t is None else function(t) for t in self))  # type: ignore[arg-type]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -75,7 +79,13 @@ def _per_part(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def squeeze_one_block(
-    hidden_state: Tensor, block: int, num_blocks: int, tokens: Tokens, frequencies: int, profile: str, pooling: str | None
+    hidden_state: Tensor,
+    block: int,
+    num_blocks: int,
+    tokens: Tokens,
+    frequencies: int,
+    profile: str,
+    pooling: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """One block's share of f, [B, D], and its p, [B, D] (None without pooling)."""
     dtype = compute_dtype(hidden_state.dtype)
@@ -93,16 +103,18 @@ def squeeze_one_block(
 
 
 def squeeze(
-    hidden_states: Sequence[Tensor], tokens: Tokens, frequencies: int, profile: str = "paper", pooling: str | None = None
+    hidden_states: Sequence[Tensor],
+    tokens: Tokens,
+    frequencies: int,
+    profile: str = "paper",
+    pooling: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """f [B, D], and p [B, N, D] where ``pooling`` is given. Formulas and dtypes as in the module docstring."""
     num_blocks = len(hidden_states)
     squeezed = None
     pooled = []
     for block, hidden_state in enumerate(hidden_states):
-        share, block_pooled = squeeze_one_block(
-            hidden_state, block, num_blocks, tokens, frequencies, profile, pooling
-        )
+        share, block_pooled = squeeze_one_block(hidden_state, block, num_blocks, tokens, frequencies, profile, pooling)
         squeezed = share if squeezed is None else squeezed + share
         pooled.append(block_pooled)
     assert squeezed is not None  # N >= 1 was validated
@@ -163,7 +175,9 @@ def normalise(
         return excited
     dtype = excited.dtype
     weight, bias = parameters.norm_weight.to(dtype), parameters.norm_bias.to(dtype)
-    if training and excited.shape[0] != 0:  # an empty batch has no statistics, and must not turn the running ones to NaN
+    if (
+        training and excited.shape[0] != 0
+    ):  # an empty batch has no statistics, and must not turn the running ones to NaN
         new_mean, new_var = mean.to(dtype), var.to(dtype)
         result = F.batch_norm(excited, new_mean, new_var, weight, bias, True, momentum, eps)
         if mean.dtype != dtype:
@@ -198,9 +212,7 @@ def gate(
     with autocast_off(squeezed.device):
         dtype = squeezed.dtype
         down = F.linear(squeezed, parameters.down_weight.to(dtype), parameters.down_bias.to(dtype))
-        excited = F.linear(
-            activate(down, activation), parameters.up_weight.to(dtype), parameters.up_bias.to(dtype)
-        )
+        excited = F.linear(activate(down, activation), parameters.up_weight.to(dtype), parameters.up_bias.to(dtype))
         excited = normalise(excited, parameters, eps, training, momentum)
         return s_norm(excited.unflatten(1, (num_blocks, -1)), parameters.block_prior, profile)
 
@@ -216,7 +228,7 @@ def gate_backward(
     recomputed from f: the gate's tensors are [B, N, D] at most, and saving them would cost more than it spares."""
     dtype = squeezed.dtype
     num_blocks = grad_gates.shape[1]
-    w = GateParameters(*(None if t is None else t.to(dtype) for t in parameters))  # type: ignore[misc]
+    w = parameters.each(lambda t: t.to(dtype))
     with autocast_off(squeezed.device):
         down = F.linear(squeezed, w.down_weight, w.down_bias)
         bottleneck = activate(down, activation)

@@ -72,6 +72,7 @@ class S2SentSelector(nn.Module):
             prior = nn.Parameter(torch.zeros(num_blocks))
             with torch.no_grad():
                 prior[-1] = PRIOR_OF_LAST_BLOCK
+        self.block_prior: nn.Parameter | None
         self.register_parameter("block_prior", prior)
 
     def extra_repr(self) -> str:
@@ -150,7 +151,11 @@ class S2SentSelector(nn.Module):
     # ------------------------------------------------------------ the gate
 
     def _check(
-        self, hidden_states: Sequence[Tensor], mask: Tensor | None, cu_seqlens: Tensor | None, pooling: str | None = None
+        self,
+        hidden_states: Sequence[Tensor],
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        pooling: str | None = None,
     ) -> None:
         validate.arguments(hidden_states, mask, cu_seqlens, pooling)
         if len(hidden_states) != self.num_blocks:
@@ -169,7 +174,7 @@ class S2SentSelector(nn.Module):
     def _is_plain(self) -> bool:
         """Whether the gate's parts are what __init__ made, so that their tensors say all there is to know."""
         expected = [nn.Linear, nn.Linear, nn.BatchNorm1d]
-        for part, kind in zip(self._parts(), expected):
+        for part, kind in zip(self._parts(), expected, strict=False):
             hooked = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
             if type(part) is not kind or hooked or parametrize.is_parametrized(part) or part.bias is None:
                 return False
@@ -188,10 +193,14 @@ class S2SentSelector(nn.Module):
         return 1e-6 if self.norm is None else self.norm.eps
 
     def _parameters_of_gate(self) -> GateParameters:
+        linear = GateParameters(
+            self.down.weight, self.down.bias, self.up.weight, self.up.bias, block_prior=self.block_prior
+        )
         norm = self.norm
-        tensors = (None,) * 4 if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        return GateParameters(
-            self.down.weight, self.down.bias, self.up.weight, self.up.bias, *tensors, self.block_prior
+        if norm is None:
+            return linear
+        return linear._replace(
+            norm_weight=norm.weight, norm_bias=norm.bias, running_mean=norm.running_mean, running_var=norm.running_var
         )
 
     def _gate(self, squeezed: Tensor) -> Tensor:
@@ -211,9 +220,9 @@ class S2SentSelector(nn.Module):
         """What nn.BatchNorm1d does before it normalises in training: count, and find the weight of this batch."""
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:  # cumulative average
-            return 1.0 / float(norm.num_batches_tracked)
-        return norm.momentum
+            if norm.momentum is None:  # cumulative average
+                return 1.0 / norm.num_batches_tracked.item()
+        return 0.0 if norm.momentum is None else norm.momentum
 
     def _gate_through_parts(self, squeezed: Tensor) -> Tensor:
         with reference.autocast_off(squeezed.device):
@@ -271,4 +280,3 @@ def _call(part: nn.Module, values: Tensor) -> Tensor:
     weight = getattr(part, "weight", None)
     dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else values.dtype
     return part(values.to(dtype)).to(values.dtype)
-

@@ -188,7 +188,7 @@ def parameter_types(parameters: Any) -> None:
     """A GateParameters of tensors: what an op's schema would otherwise refuse in words of its own."""
     if not isinstance(parameters, GateParameters):
         raise TypeError(f"parameters: expected GateParameters, got {type(parameters).__name__}")
-    for name, tensor in zip(GateParameters._fields, parameters):
+    for name, tensor in zip(GateParameters._fields, parameters, strict=True):
         if not isinstance(tensor, Tensor) and (tensor is not None or name in _REQUIRED):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
 
@@ -204,7 +204,7 @@ def gate_parameters(parameters: GateParameters, num_blocks: int, hidden_size: in
         "norm_weight": [both], "norm_bias": [both], "running_mean": [both], "running_var": [both],
         "block_prior": [num_blocks],
     }  # fmt: skip
-    norm = [name for name in ("norm_weight", "norm_bias", "running_mean", "running_var")]
+    norm = ["norm_weight", "norm_bias", "running_mean", "running_var"]
     present = [name for name in norm if getattr(parameters, name) is not None]
     if present and present != norm:
         missing = next(name for name in norm if name not in present)

@@ -61,10 +61,9 @@ def compile_instead_of_launching(compiled):
 def launch_all(size, frequencies, num_blocks, dtype):
     """Every launcher, over all variants that differ in what they load: masked and packed, pooled, tokens, backward."""
     from s2sent_kernels import S2SentSelector, kernels
-    from s2sent_kernels.reference import GateParameters
 
     selector = S2SentSelector(size, num_blocks, BOTTLENECK, frequencies, block_prior=True)
-    parameters = GateParameters(*(None if t is None else t.detach() for t in selector._parameters_of_gate()))
+    parameters = selector._parameters_of_gate().each(torch.Tensor.detach)
     mask = torch.ones(BATCH, TOKENS, dtype=torch.int64)
     cu_seqlens = torch.tensor([0, TOKENS, BATCH * TOKENS], dtype=torch.int32)
     f, g = torch.zeros(BATCH, size), torch.zeros(BATCH, num_blocks, size)
@@ -77,7 +76,8 @@ def launch_all(size, frequencies, num_blocks, dtype):
         rest = (shape, dtype, torch.device("cpu"), [True] * num_blocks, *batch, frequencies, "paper")
         kernels.squeeze_backward(f, g, None, None, *rest, "mean")
         kernels.squeeze_backward(f, None, blocks[0], g, *rest, None)
-    kernels.squeeze_block(blocks[0], 1, num_blocks, f[:, None].repeat(1, num_blocks, 1), g, *batch, frequencies, "paper", "mean")
+    groups = torch.zeros(BATCH, num_blocks, size)
+    kernels.squeeze_block(blocks[0], 1, num_blocks, groups, g, *batch, frequencies, "paper", "mean")
 
 
 def resources(kernel):

@@ -1,7 +1,7 @@
 """Each row of the specification's table of corner cases.
 
-Every test runs on every entry of BACKENDS. The tensors are float32, or of a dtype that every backend takes, except where
-float64 is what a test is about.
+Every test runs on every entry of BACKENDS. The tensors are float32, or of a dtype that every backend takes, except
+where float64 is what a test is about.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ def test_paper_sees_real_tokens_only(place, path):
     other = [torch.where(mask[..., None], u, torch.randn_like(u)) for u in hidden_states]
     out, du, dp = gradients(selector, hidden_states, mask, path)
     again, du2, dp2 = gradients(selector, other, mask, path)
-    for a, b in zip([out, *du, *dp], [again, *du2, *dp2]):
+    for a, b in zip([out, *du, *dp], [again, *du2, *dp2], strict=True):
         assert torch.equal(a, b)
     assert all(not grad[~mask].any() for grad in du)
     if path is None:
@@ -104,9 +104,7 @@ def test_official_squeezes_the_padding_too(place, path):
     if path is None:
         assert not out[~mask].any() and out[mask].all()
     else:
-        f, p = s2.squeeze(
-            hidden_states, mask, frequencies=M, profile="official", pooling=path, backend=place.backend
-        )
+        _, p = s2.squeeze(hidden_states, mask, frequencies=M, profile="official", pooling=path, backend=place.backend)
         _, p2 = s2.squeeze(other, mask, frequencies=M, profile="official", pooling=path, backend=place.backend)
         assert torch.equal(p, p2)
         assert_close(out, (selector.gates(hidden_states, mask) * p).sum(1), CLOSE)
@@ -124,6 +122,7 @@ def test_no_mask_is_a_mask_of_ones(place, profile, path):
     for a, b in zip(
         [t for group in gradients(selector, hidden_states, None, path) for t in group],
         [t for group in gradients(selector, hidden_states, ones, path) for t in group],
+        strict=False,
     ):
         assert_close(a, b, CLOSE)
 
@@ -175,9 +174,9 @@ def test_packed_is_padded(place, path):
 def test_official_packed_is_an_error(place, path, training):
     selector = selector_for(place, "official").train(training)
     packed, cu_seqlens = pack(*batch_for(place))
-    with pytest.raises(ValueError, match="cu_seqlens: .*official"):
+    with pytest.raises(ValueError, match=r"cu_seqlens: .*official"):
         call(selector, packed, path=path, cu_seqlens=cu_seqlens)
-    with pytest.raises(ValueError, match="cu_seqlens: .*official"):
+    with pytest.raises(ValueError, match=r"cu_seqlens: .*official"):
         s2.squeeze(packed, cu_seqlens=cu_seqlens, profile="official", backend=place.backend)
 
 
@@ -203,7 +202,7 @@ def test_an_empty_sentence(place, path, packed):
     assert p is None or not p[2].any()
     hidden_states = [u.requires_grad_() for u in hidden_states]
     out = call(selector, hidden_states, path=path, **where)
-    assert packed and path is None or not out[2].any()
+    assert (packed and path is None) or not out[2].any()
     assert not out.isnan().any()
     out.backward(make_gradient(out))
     for u in hidden_states:
@@ -368,7 +367,7 @@ def test_nan_at_padding_has_no_effect(place, path, value, kind, training):
     after = {name: b.clone() for name, b in selector.named_buffers()}
     selector.load_state_dict(buffers, strict=False)
     actual = gradients(selector, dirty, mask, path)
-    for a, e in zip([actual[0], *actual[1], *actual[2]], [expected[0], *expected[1], *expected[2]]):
+    for a, e in zip([actual[0], *actual[1], *actual[2]], [expected[0], *expected[1], *expected[2]], strict=True):
         assert torch.equal(a, e)
     for name, value in selector.named_buffers():
         assert torch.equal(value, after[name]), name
@@ -399,7 +398,7 @@ def test_nan_in_the_output_gradient_at_padding_has_no_effect(place):
     gradient = make_gradient(out)
     expected = torch.autograd.grad(out, hidden_states, gradient, retain_graph=True)
     actual = torch.autograd.grad(out, hidden_states, gradient.masked_fill(~mask[..., None], float("nan")))
-    for a, e in zip(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a, e)
 
 
@@ -424,7 +423,7 @@ def test_autocast_changes_nothing(place, path, profile, training, dtype, replace
             gates = selector.gates(hidden_states, mask)
         return [out, gates, *du, *dp, *selector.buffers()]
 
-    for a, e in zip(run(True), run(False)):
+    for a, e in zip(run(True), run(False), strict=True):
         assert a.dtype == e.dtype and torch.equal(a, e)
 
 
@@ -437,7 +436,7 @@ def test_autocast_around_the_backward_changes_no_op(monkeypatch, path):
     expected = gradients(selector, hidden_states, mask, path)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = gradients(selector, hidden_states, mask, path)
-    for a, e in zip([actual[0], *actual[1], *actual[2]], [expected[0], *expected[1], *expected[2]]):
+    for a, e in zip([actual[0], *actual[1], *actual[2]], [expected[0], *expected[1], *expected[2]], strict=True):
         assert torch.equal(a, e)
 
 
@@ -454,7 +453,7 @@ def test_autocast_changes_no_function(place):
     expected = run()
     with torch.autocast(place.device, dtype=torch.bfloat16):
         actual = run()
-    for a, e in zip(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype and torch.equal(a, e)
 
 
@@ -474,9 +473,7 @@ def test_dtypes(place, profile, training, held):
         selector = selector_for(place, profile).to(held).train(training)
         hidden_states, mask = batch_for(place, "right", dtype=dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        f, p = s2.squeeze(
-            hidden_states, mask, frequencies=M, profile=profile, pooling="mean", backend=place.backend
-        )
+        f, p = s2.squeeze(hidden_states, mask, frequencies=M, profile=profile, pooling="mean", backend=place.backend)
         gates = selector.gates(hidden_states, mask)
         assert (f.dtype, p.dtype, gates.dtype) == (wide, wide, wide)
         assert s2.fuse(hidden_states, gates, mask, backend=place.backend).dtype == dtype
@@ -493,12 +490,12 @@ def test_dtypes(place, profile, training, held):
 
 # ---------------------------------------------------------------- second derivatives and forward mode: never zeros
 #
-# What an op computes raises. Where plain PyTorch computes, its own derivatives of every order are there, and must be right.
+# What an op computes raises. Where plain PyTorch computes, its derivatives of every order are there and must be right.
 
 
 def refused():
     """The package's own words, or those with which PyTorch refuses forward mode through an op that has a backward."""
-    return pytest.raises(NotImplementedError, match="second derivatives|forward-mode derivatives|jvp")
+    return pytest.raises(NotImplementedError, match=r"second derivatives|forward-mode derivatives|jvp")
 
 
 OPS = ["squeeze", "squeeze, no pooling", "gate", "fuse", "select", "select_pool"]
@@ -547,7 +544,7 @@ def differentiable(place, requires_grad, dtype=torch.float32):
 
     def rebuild(tensors):
         statistics = {name: getattr(parameters, name).clone() for name in ("running_mean", "running_var")}
-        return parameters._replace(**statistics, **dict(zip(names, tensors)))
+        return parameters._replace(**statistics, **dict(zip(names, tensors, strict=True)))
 
     return hidden_states, mask, [getattr(parameters, name) for name in names], rebuild, f, g
 
@@ -656,9 +653,8 @@ def test_forward_mode_of_functions(place, name, training, forward):
             count += 1
             continue
         step = 1e-3 if dtype == torch.float64 else 1e-2
-        ahead, behind = (
-            function(*(t + sign * step * tangent for t, tangent in zip(inputs, tangents))) for sign in (1, -1)
-        )
+        pairs = list(zip(inputs, tangents, strict=True))
+        ahead, behind = (function(*(t + signed * tangent for t, tangent in pairs)) for signed in (step, -step))
         if isinstance(ahead, tuple):
             ahead, behind = ahead[0], behind[0]
         expected = (ahead - behind) / (2 * step)

@@ -15,7 +15,7 @@ ABSOLUTE = 1e-14  # for gradients that are zero but for rounding
 
 def load(path):
     with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 def assert_golden(name, actual, expected):
@@ -100,7 +100,7 @@ def test_golden(path, backend, monkeypatch):
 
     if meta["mode"] == "eval":
         with torch.no_grad():
-            squeezed = S2SentSelector_squeeze(selector, chosen, mask, pooling, tensors)
+            squeezed = squeeze_of(selector, chosen, mask, pooling, tensors)
             assert_golden("squeezed", squeezed, tensors["squeezed"])
             if "gates" in tensors:
                 assert_golden("gates", selector.gates(chosen, mask), tensors["gates"])
@@ -112,7 +112,7 @@ def test_golden(path, backend, monkeypatch):
     assert_golden("output", output, tensors["output"])
 
     output.backward(tensors["grad_output"])
-    for index, (u, expected) in enumerate(zip(hidden_states, numbered(tensors, "grad.hidden_states."))):
+    for index, (u, expected) in enumerate(zip(hidden_states, numbered(tensors, "grad.hidden_states."), strict=True)):
         if index in blocks:
             assert_golden(f"grad.hidden_states.{index}", u.grad, expected)
         else:
@@ -123,7 +123,7 @@ def test_golden(path, backend, monkeypatch):
         check_parameters("state_after", dict(selector.named_buffers()), tensors, meta)
 
 
-def S2SentSelector_squeeze(selector, hidden_states, mask, pooling, tensors):
+def squeeze_of(selector, hidden_states, mask, pooling, tensors):
     from s2sent_kernels import squeeze
 
     squeezed, pooled = squeeze(

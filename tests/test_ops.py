@@ -12,7 +12,9 @@ N, B, L, D, H, M = 3, 4, 5, 12, 5, 4
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
-def arguments(name, form="padded", dtype=torch.float32, pooling="mean", requires_grad=False, B=B, norm=True, prior=True):
+def arguments(
+    name, form="padded", dtype=torch.float32, pooling="mean", requires_grad=False, B=B, norm=True, prior=True
+):
     hidden_states, mask = make_batch(N, B, L, D, dtype, "none" if form == "no mask" else "mixed")
     cu_seqlens = None
     if form == "packed":
@@ -38,8 +40,8 @@ def arguments(name, form="padded", dtype=torch.float32, pooling="mean", requires
             mask, cu_seqlens, M, "paper", None, "reference",
         ),
         "squeeze_block": (
-            hidden_states[0], 0, N, torch.zeros(B, N, D, dtype=wide), torch.zeros(B, N, D, dtype=wide), mask, cu_seqlens,
-            M, "paper", "mean", "reference",
+            hidden_states[0], 0, N, torch.zeros(B, N, D, dtype=wide), torch.zeros(B, N, D, dtype=wide), mask,
+            cu_seqlens, M, "paper", "mean", "reference",
         ),
     }[name]  # fmt: skip
 
@@ -79,14 +81,15 @@ def test_the_backend_is_a_str_of_the_schema(name):
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_auto_is_a_backend_of_the_ops(name):
-    named, auto = arguments(name), (*arguments(name)[:-1], "auto")
-    for a, b in zip(torch.utils._pytree.tree_leaves(op(name)(*named)), torch.utils._pytree.tree_leaves(op(name)(*auto))):
+    named = torch.utils._pytree.tree_leaves(op(name)(*arguments(name)))
+    auto = torch.utils._pytree.tree_leaves(op(name)(*arguments(name)[:-1], "auto"))
+    for a, b in zip(named, auto, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_bad_backend_is_an_error(name):
-    with pytest.raises(ValueError, match="backend: expected .*'cuda'"):
+    with pytest.raises(ValueError, match=r"backend: expected .*'cuda'"):
         op(name)(*arguments(name)[:-1], "cuda")
 
 
@@ -185,7 +188,18 @@ def test_fakes_know_the_strides_of_gradients(kind, mask):
     hidden_states, attention_mask = make_batch(N, B, L, D, torch.float32, mask)
     f, g, shape = torch.randn(B, D), torch.rand(B, N, D), list(hidden_states[0].shape)
     dv, dg, df, dp = (make_gradient(t, kind) for t in (hidden_states[0], g, f, g))
-    rest = (shape, torch.float32, torch.device("cpu"), [True] * N, attention_mask, None, M, "paper", "mean", "reference")
+    rest = (
+        shape,
+        torch.float32,
+        torch.device("cpu"),
+        [True] * N,
+        attention_mask,
+        None,
+        M,
+        "paper",
+        "mean",
+        "reference",
+    )
     for name, args in (
         ("fuse_backward", (dv, hidden_states, attention_mask, None, "reference")),
         ("gate_backward", (dg, f, *make_parameters(N, D, H, torch.float32, prior=True), "tanh", 1e-6)),
@@ -226,7 +240,7 @@ def test_nothing_is_written_into(name):
     gradients = [make_gradient(t, seed=i) for i, t in enumerate(out)]
     kept = [t.clone() for t in gradients]
     torch.autograd.backward(out, gradients)
-    for a, b in zip([*leaves, *gradients], [*before, *kept]):
+    for a, b in zip([*leaves, *gradients], [*before, *kept], strict=True):
         assert torch.equal(a, b)
     grads = [t.grad for t in leaves if t.grad is not None]
     assert len({t.data_ptr() for t in grads}) == len(grads), "two gradients share memory"
@@ -242,5 +256,5 @@ def test_the_same_bits_every_time(name):
         leaves = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
         return [*out, *(t.grad for t in leaves if t.grad is not None)]
 
-    for a, b in zip(run(), run()):
+    for a, b in zip(run(), run(), strict=True):
         assert torch.equal(a, b)

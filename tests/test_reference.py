@@ -9,14 +9,24 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GRADIENTS, LAYOUTS, MASKS, assert_close, make_batch, make_gradient, make_parameters, pack, through_ops
+from helpers import (
+    GRADIENTS,
+    LAYOUTS,
+    MASKS,
+    assert_close,
+    make_batch,
+    make_gradient,
+    make_parameters,
+    pack,
+    through_ops,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import s2sent_kernels as s2
 from s2sent_kernels import S2SentSelector, functional
 
-X = [int(k) for k in "0 0 1 1 0 2 2 1 2 0 3 4 0 1 3 0 1 2 3 4 5 0 1 2 3 4 5 6 1 2 3 4".split()]
-Y = [int(k) for k in "0 1 0 1 2 0 1 2 2 3 0 0 4 3 1 5 4 3 2 1 0 6 5 4 3 2 1 0 6 5 4 3".split()]
+X = [int(k) for k in "00110221203401301234501234561234"]
+Y = [int(k) for k in "01012012230043154321065432106543"]
 POOLINGS = ("mean", "cls", "last")
 
 
@@ -37,7 +47,7 @@ def definition_squeeze(hidden_states, mask, frequencies, profile="paper", dtype=
                 for j in range(6):
                     plane[d, i, j] = c(X[m], i, 6) * c(Y[m], j, 6)
         return (grid * plane).sum((2, 3))
-    pairs = [pair for pair in zip(X, Y) if pair[0] < N][:frequencies]
+    pairs = [pair for pair in zip(X, Y, strict=True) if pair[0] < N][:frequencies]
     real = torch.ones(B, L, dtype=torch.bool) if mask is None else mask.bool()
     alpha = torch.tensor([[c(x, n, N) for n in range(N)] for x, _ in pairs], dtype=torch.float64)
     beta = torch.zeros(B, frequencies, L, dtype=torch.float64)
@@ -90,7 +100,7 @@ def definition_gate(f, parameters, N, activation="tanh", eps=1e-6, profile="pape
 
 def definition_fuse(hidden_states, gates, mask):
     """v [B, L, D]"""
-    v = sum(g[:, None] * u.double() for g, u in zip(gates.unbind(1), hidden_states))
+    v = sum(g[:, None] * u.double() for g, u in zip(gates.unbind(1), hidden_states, strict=True))
     return v if mask is None else v * mask.double()[..., None]
 
 
@@ -278,7 +288,7 @@ def test_one_component_is_six_times_the_global_average(N, L):
     assert_close(f, 6 * average, 1e-12)
 
 
-@pytest.mark.parametrize("N, count", list(zip(range(1, 10), [7, 14, 20, 25, 29, 31, 32, 32, 32])))
+@pytest.mark.parametrize("N, count", list(zip(range(1, 10), [7, 14, 20, 25, 29, 31, 32, 32, 32], strict=True)))
 def test_number_of_components(N, count):
     hidden_states, _ = make_batch(N, 1, 3, count, mask="none")
     f, _ = s2.squeeze(hidden_states, frequencies=count, backend="reference")
@@ -320,7 +330,7 @@ def kept(parameters):
         statistics = {
             name: t.clone() for name, t in parameters._asdict().items() if t is not None and name.startswith("running")
         }
-        return parameters._replace(**statistics, **dict(zip(names, tensors)))
+        return parameters._replace(**statistics, **dict(zip(names, tensors, strict=True)))
 
     return [getattr(parameters, name) for name in names], rebuild
 
@@ -336,9 +346,7 @@ def test_gradcheck_squeeze(backend, profile, M, pooling):
     hidden_states, mask = small()
 
     def function(*hidden_states):
-        f, p = s2.squeeze(
-            hidden_states, mask, frequencies=M, profile=profile, pooling=pooling, backend=backend
-        )
+        f, p = s2.squeeze(hidden_states, mask, frequencies=M, profile=profile, pooling=pooling, backend=backend)
         return f if p is None else (f, p)
 
     assert torch.autograd.gradcheck(function, hidden_states)
@@ -355,7 +363,13 @@ def test_gradcheck_gate(backend, activation, profile, norm, prior, training):
 
     def function(f, *tensors):
         return s2.gate(
-            f, rebuild(tensors), num_blocks=2, activation=activation, profile=profile, training=training, backend=backend
+            f,
+            rebuild(tensors),
+            num_blocks=2,
+            activation=activation,
+            profile=profile,
+            training=training,
+            backend=backend,
         )
 
     assert torch.autograd.gradcheck(function, [f, *tensors])
@@ -413,24 +427,22 @@ def run(function, inputs, gradients):
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     for tensor in inputs:
         tensor.grad = None
-    pairs = [(out, grad) for out, grad in zip(outputs, gradients(outputs)) if grad is not None]
+    pairs = [(out, grad) for out, grad in zip(outputs, gradients(outputs), strict=True) if grad is not None]
     torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
     return outputs, [tensor.grad for tensor in inputs]
 
 
 def compare(by_op, by_reference, inputs, kind="random", used=(True, True, True)):
     def gradients(outputs):
-        return [
-            make_gradient(out, kind, seed=index) if use else None
-            for index, (out, use) in enumerate(zip(outputs, used))
-        ]
+        pairs = zip(outputs, used, strict=False)  # squeeze has fewer outputs
+        return [make_gradient(out, kind, seed=index) if use else None for index, (out, use) in enumerate(pairs)]
 
     expected, expected_grads = run(by_reference, inputs, gradients)
     actual, actual_grads = run(by_op, inputs, gradients)
     assert len(actual) == len(expected)
-    for index, (a, e) in enumerate(zip(actual, expected)):
+    for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert_close(a, e, 1e-12, f"output {index}")
-    for index, (a, e) in enumerate(zip(actual_grads, expected_grads)):
+    for index, (a, e) in enumerate(zip(actual_grads, expected_grads, strict=True)):
         assert (a is None) == (e is None) == (not inputs[index].requires_grad), f"input {index}"
         if a is not None:
             assert_close(a, e, 1e-12, f"gradient of input {index}")
@@ -578,22 +590,21 @@ def test_every_output_of_the_select_ops_has_a_gradient(need, pooling, used):
         u, parameters = inputs[:3], rebuild(inputs[3:])
         if pooling is None:
             return torch.ops.s2sent.select(u, attention_mask, None, *parameters, 4, "tanh", 1e-6, "reference")
-        return torch.ops.s2sent.select_pool(
-            u, attention_mask, None, *parameters, 4, pooling, "tanh", 1e-6, "reference"
-        )
+        return torch.ops.s2sent.select_pool(u, attention_mask, None, *parameters, 4, pooling, "tanh", 1e-6, "reference")
 
     def by_reference(*inputs):
         return stages(inputs[:3], rebuild(inputs[3:]), attention_mask, None, pooling)
 
     def gradients(outputs):
-        return [make_gradient(out, seed=index) if use else None for index, (out, use) in enumerate(zip(outputs, used))]
+        pairs = zip(outputs, used, strict=True)
+        return [make_gradient(out, seed=index) if use else None for index, (out, use) in enumerate(pairs)]
 
     inputs = [*hidden_states, *tensors]
     expected, expected_grads = run(by_reference, inputs, gradients)
     actual, actual_grads = run(by_op, inputs, gradients)
-    for a, e in zip(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
         assert_close(a, e, 1e-12)
-    for index, (a, e, tensor) in enumerate(zip(actual_grads, expected_grads, inputs)):
+    for index, (a, e, tensor) in enumerate(zip(actual_grads, expected_grads, inputs, strict=True)):
         assert tensor.requires_grad or a is None
         zeros = torch.zeros_like(tensor)
         assert_close(zeros if a is None else a, zeros if e is None else e, 1e-12, f"gradient of input {index}")
@@ -652,7 +663,7 @@ def test_selector_through_the_ops(need, profile, training, pooling, monkeypatch)
     assert_close(actual[0], expected[0], 1e-12)
     for name, value in selector.named_buffers():
         assert torch.equal(value, buffers[name]), name
-    for index, (a, e) in enumerate(zip(actual_grads, expected_grads)):
+    for index, (a, e) in enumerate(zip(actual_grads, expected_grads, strict=True)):
         assert (a is None) == (e is None) == (not inputs[index].requires_grad), f"input {index}"
         if a is not None:
             assert_close(a, e, 1e-12, f"gradient of input {index}")
@@ -663,6 +674,8 @@ def test_selector_through_the_ops(need, profile, training, pooling, monkeypatch)
 
 class Count(TorchDispatchMode):
     """Calls of squeeze_backward and squeeze, and whatever else adds or copies tensors shaped like a hidden state."""
+
+    WATCHED = ("aten::add", "aten::mul", "aten::copy", "aten::clone", "aten::zeros_like")
 
     def __init__(self, shape):
         super().__init__()
@@ -675,9 +688,8 @@ class Count(TorchDispatchMode):
             self.writes += 1
         elif name.startswith("s2sent::fuse_backward"):
             self.reads += 1
-        elif isinstance(out, torch.Tensor) and out.shape == self.shape:
-            if name.startswith(("aten::add", "aten::mul", "aten::copy", "aten::clone", "aten::zeros_like")):
-                self.extra.append(name)
+        elif isinstance(out, torch.Tensor) and out.shape == self.shape and name.startswith(self.WATCHED):
+            self.extra.append(name)
         return out
 
 
@@ -737,7 +749,7 @@ def test_the_token_path_writes_once(gate_function, gate_needs, packed):
             lambda u: functional.select_with(gate, u, mask, cu_seqlens, 4, "paper", backend)[0], hidden_states
         )
     assert (count.writes, count.reads, count.extra) == (1, 1, [])
-    for u, grad in zip(hidden_states, expected):
+    for u, grad in zip(hidden_states, expected, strict=True):
         assert_close(u.grad, grad, 1e-12)
 
 
@@ -808,7 +820,7 @@ def test_low_precision_forward_and_gradients(dtype, N, M, L, mask, pooling, back
     truth = run(plain, [t.double() for t in low])
     theirs = run(plain, low)
     mine = run(ours, low)
-    for index, (t, a, b) in enumerate(zip(truth, theirs, mine)):
+    for index, (t, a, b) in enumerate(zip(truth, theirs, mine, strict=True)):
         assert b.dtype == dtype
         allowed = 2 * (a.double() - t).abs().max()
         assert (b.double() - t).abs().max() <= allowed, f"tensor {index}"

@@ -42,7 +42,11 @@ def batch():
 
 
 def outputs(selector, batch):
-    return [selector(*batch), selector.gates(*batch), *(selector.pool(*batch, pooling=p) for p in ("mean", "cls", "last"))]
+    return [
+        selector(*batch),
+        selector.gates(*batch),
+        *(selector.pool(*batch, pooling=p) for p in ("mean", "cls", "last")),
+    ]
 
 
 def equal(left, right):
@@ -88,7 +92,7 @@ def test_where_the_block_prior_starts(blocks):
 def test_a_prior_of_zeros_is_the_papers_formula(batch):
     plain, prior = trained(), trained(block_prior=True)
     prior.load_state_dict({**plain.state_dict(), "block_prior": torch.zeros(N)})
-    for a, b in zip(outputs(plain, batch), outputs(prior, batch)):
+    for a, b in zip(outputs(plain, batch), outputs(prior, batch), strict=True):
         assert_close(a, b, 1e-14)
 
 
@@ -176,7 +180,9 @@ def test_without_the_buffer_there_are_four():
 
 def test_given_components_win():
     selector = S2SentSelector(D, N, H, 2, profile="official")
-    assert S2SentSelector.from_published(published(selector, basis=published_basis(2, D)), frequencies=8).frequencies == 8
+    assert (
+        S2SentSelector.from_published(published(selector, basis=published_basis(2, D)), frequencies=8).frequencies == 8
+    )
 
 
 def test_a_checkpoint_keeps_its_dtype():
@@ -199,9 +205,9 @@ def test_a_missing_key_is_named(key):
 
 def test_a_wrong_prefix_is_explained():
     state = published(trained(profile="official"), "S2A.")
-    with pytest.raises(ValueError, match="dense_z.0.weight.*'S2A.'"):
+    with pytest.raises(ValueError, match=r"dense_z.0.weight.*'S2A.'"):
         S2SentSelector.from_published(state)
-    with pytest.raises(ValueError, match="dense_z.0.weight"):
+    with pytest.raises(ValueError, match=r"dense_z.0.weight"):
         S2SentSelector.from_published({"bert.weight": torch.zeros(1)}, "S2A.")
 
 
@@ -231,7 +237,7 @@ def test_published_blocks(states, blocks, expected):
 
 
 def test_published_blocks_of_too_few():
-    with pytest.raises(ValueError, match="num_hidden_states.*13.*12"):
+    with pytest.raises(ValueError, match=r"num_hidden_states.*13.*12"):
         S2SentSelector.published_blocks(12, 12)
     with pytest.raises(ValueError, match="num_blocks"):
         S2SentSelector.published_blocks(12, 0)
@@ -331,7 +337,7 @@ def test_changed_parts_compute_the_same(change, profile, batch, spy):
     CHANGES[change](selector)
     spy.calls = 0
     actual = outputs(selector, batch)
-    for a, e in zip(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
         assert_close(a, e, 1e-12)
     assert (spy.calls == 0) == (change != "nothing")
 
@@ -351,9 +357,9 @@ def test_changed_parts_have_the_same_gradients(change, training, pooling, monkey
     CHANGES[change](selector)
     selector.backend = through_ops(monkeypatch)
     actual, after = gradients(selector.train(training))
-    for a, e in zip(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
         assert_close(a, e, 1e-12)
-    for a, e in zip(after.values(), buffers.values()):
+    for a, e in zip(after.values(), buffers.values(), strict=True):
         assert_close(a, e, 1e-12)
 
 
@@ -361,7 +367,7 @@ def test_the_prior_stands_beside_changed_parts(batch):
     selector = trained(block_prior=True)
     expected = outputs(selector, batch)
     selector.up = Adapter(selector.up)
-    for a, e in zip(outputs(selector, batch), expected):
+    for a, e in zip(outputs(selector, batch), expected, strict=True):
         assert_close(a, e, 1e-12)
 
 
@@ -436,7 +442,7 @@ def test_linears_without_a_bias(batch):
     narrow = nn.Linear(D, H, bias=False).double()
     narrow.weight = selector.down.weight
     selector.down = narrow
-    for a, e in zip(outputs(selector, batch), expected):
+    for a, e in zip(outputs(selector, batch), expected, strict=True):
         assert_close(a, e, 1e-12)
 
 
@@ -515,7 +521,7 @@ def test_a_norm_that_is_not_affine(batch):
     plain.running_mean.copy_(selector.norm.running_mean)
     plain.running_var.copy_(selector.norm.running_var)
     selector.norm = plain
-    for a, e in zip(outputs(selector, batch), outputs(expected, batch)):
+    for a, e in zip(outputs(selector, batch), outputs(expected, batch), strict=True):
         assert_close(a, e, 1e-12)
 
 
@@ -666,12 +672,12 @@ def test_blockwise_errors(batch):
     selector = trained()
     u = batch.hidden_states
     stream = selector.blockwise(batch.attention_mask)
-    with pytest.raises(RuntimeError, match="3.*0"):
+    with pytest.raises(RuntimeError, match=r"3.*0"):
         stream.result()
-    with pytest.raises(ValueError, match="block: expected 0.*got 1"):
+    with pytest.raises(ValueError, match=r"block: expected 0.*got 1"):
         stream.add(1, u[1])
     stream.add(0, u[0])
-    with pytest.raises(ValueError, match="block: expected 1.*got 0"):
+    with pytest.raises(ValueError, match=r"block: expected 1.*got 0"):
         stream.add(0, u[0])
     with pytest.raises(ValueError, match="hidden_state"):
         stream.add(1, u[1][:, :-1])

@@ -166,8 +166,9 @@ def test_more_components_than_blocks_have(backend):
 @pytest.mark.parametrize("frequencies", [3, 5, 6, 12, 32])
 def test_official_components(backend, frequencies):
     hidden_states, _ = make_batch(N, B, L, 480, torch.float32, "none")
-    each_raises(without(everything(hidden_states, frequencies=frequencies, profile="official", backend=backend), "fuse"),
-                ValueError, "frequencies", "official", "(1, 2, 4, 8, 16)", str(frequencies))  # fmt: skip
+    calls = everything(hidden_states, frequencies=frequencies, profile="official", backend=backend)
+    words = ("frequencies", "official", "(1, 2, 4, 8, 16)", str(frequencies))
+    each_raises(without(calls, "fuse"), ValueError, *words)
     with raises(ValueError, "frequencies", "official", "(1, 2, 4, 8, 16)", str(frequencies)):
         S2SentSelector(480, N, frequencies=frequencies, profile="official")
 
@@ -433,7 +434,9 @@ def test_gate_norm(bad):
 
 @pytest.mark.parametrize("bad", ["cuda", "", None, "Triton"])
 def test_unknown_backend(batch, bad):
-    each_raises(everything(*batch, backend=bad), ValueError, "backend", "auto", "reference", "triton", "native", repr(bad))
+    each_raises(
+        everything(*batch, backend=bad), ValueError, "backend", "auto", "reference", "triton", "native", repr(bad)
+    )
     with raises(ValueError, "backend", "auto", "reference", "triton", "native", repr(bad)):
         S2SentSelector(D, N, backend=bad)
     with raises(ValueError, "backend", "auto", "reference", "triton", "native", repr(bad)):

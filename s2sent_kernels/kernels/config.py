@@ -34,6 +34,7 @@ class SumTile(NamedTuple):
 
 class GateTile(NamedTuple):
     sentences: int
+    block_n: int  # blocks at a time
     block_d: int  # features of the output
     block_k: int  # features of f at a time
     block_h: int  # bottleneck, padded
@@ -74,9 +75,12 @@ def fuse(size: int, num_blocks: int, vector: int) -> Tile:
     return Tile(max(1, loads * 64 * vector // block_d), block_d, 2)
 
 
-def gate(size: int, bottleneck: int) -> GateTile:
+def gate(num_blocks: int, bottleneck: int) -> GateTile:
+    """block_n * block_d rows of W2, each of the padded bottleneck's width, lie in shared memory at once: 64 KiB."""
     block_h = max(16, 1 << (bottleneck - 1).bit_length())
-    return GateTile(16, 32, 64 if block_h <= 64 else 32, block_h, 4)
+    block_d = 32 if block_h <= 64 else 16
+    block_n = min(1 << (num_blocks - 1).bit_length(), max(1, 16384 // (block_d * block_h)))
+    return GateTile(16, block_n, block_d, 64 if block_h <= 64 else 32, block_h, 8)
 
 
 def frequency_words(num_blocks: int, frequencies: int, profile: str) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """fuse: v from the gates and the hidden states, one read and one write; and the gates' gradient.
 
-    v[b,l,d] = sum_n g[b,n,d] u_n[b,l,d], blocks ascending, 0 at padding
-    dg[b,n,d] = sum_l dv[b,l,d] u_n[b,l,d] over real tokens, in the order of summation of squeeze
+v[b,l,d] = sum_n g[b,n,d] u_n[b,l,d], blocks ascending, 0 at padding
+dg[b,n,d] = sum_l dv[b,l,d] u_n[b,l,d] over real tokens, in the order of summation of squeeze
 """
 
 from collections.abc import Sequence

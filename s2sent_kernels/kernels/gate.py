@@ -5,8 +5,8 @@
 
 For inference and for autograd's forward with running statistics (profile ``paper``). A program takes a few sentences and a
 tile of features: it computes their bottleneck from all of f (again in every feature tile, since a second launch would cost
-more), then walks the N blocks. A row of a matrix product does not depend on the rows beside it, so a sentence's bits are its
-own.
+more), then takes the blocks several at a time. A row of a matrix product does not depend on the rows beside it, so a
+sentence's bits are its own.
 """
 
 import torch
@@ -62,11 +62,14 @@ def gate_kernel(
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    COLUMNS: tl.constexpr = BLOCK_N * BLOCK_D
+    PADDED_N: tl.constexpr = triton.next_power_of_2(N)
     index = tl.program_id(0).to(tl.int64)
     i_tile = (index % TILES).to(tl.int32)
     o_b = index // TILES * BLOCK_B + tl.arange(0, BLOCK_B)  # [BLOCK_B] sentence
@@ -78,7 +81,7 @@ def gate_kernel(
 
     # s = act(W1 f + b1), over D in blocks of BLOCK_K
     s = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
-    for k in tl.range(0, D, BLOCK_K, num_stages=2):
+    for k in tl.range(0, D, BLOCK_K, num_stages=3):
         o_k = k + tl.arange(0, BLOCK_K)  # [BLOCK_K]
         m_k = o_k < D
         m_f = m_b[:, None] & m_k[None, :]
@@ -98,43 +101,55 @@ def gate_kernel(
 
     highest = 0.0
     if p_prior is not None:
-        highest = tl.load(p_prior).to(tl.float32)
-        for n in range(1, N):
-            highest = tl.maximum(highest, tl.load(p_prior + n).to(tl.float32))
+        o_n = tl.arange(0, PADDED_N)  # [PADDED_N]
+        highest = tl.max(tl.load(p_prior + o_n, mask=o_n < N, other=float("-inf")).to(tl.float32), axis=0)
 
+    # BLOCK_N blocks at a time, their features side by side as the columns of one product
     total = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     output = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-    m_o = m_b[:, None] & m_d[None, :]  # [BLOCK_B, BLOCK_D]
-    for n in tl.range(0, N, num_stages=3):
-        o_nd = n * D + o_d  # [BLOCK_D] row of W2
+    o_column = tl.arange(0, COLUMNS)  # [COLUMNS]
+    d = i_tile * BLOCK_D + o_column % BLOCK_D
+    for first in tl.range(0, N, BLOCK_N, num_stages=1):
+        n = first + o_column // BLOCK_D
+        m_nd = (n < N) & (d < D)
+        o_nd = n * D + d  # [COLUMNS] row of W2
+        m_bnd = m_b[:, None] & m_nd[None, :]  # [BLOCK_B, COLUMNS]
+        o_bnd = o_b[:, None] * (N * D) + o_nd[None, :]
+        # Everything is asked for before the product, which waits at barriers.
         w = tl.load(
-            p_up_weight + o_nd.to(tl.int64)[:, None] * H + o_h[None, :], mask=m_d[:, None] & m_h[None, :], other=0.0
+            p_up_weight + o_nd.to(tl.int64)[:, None] * H + o_h[None, :], mask=m_nd[:, None] & m_h[None, :], other=0.0
         )
-        z = tl.dot(s, tl.trans(w.to(tl.float32)), input_precision=PRECISION)  # [BLOCK_B, BLOCK_D]
-        z += tl.load(p_up_bias + o_nd, mask=m_d, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(p_up_bias + o_nd, mask=m_nd, other=0.0).to(tl.float32)
         if p_norm_weight is not None:
-            variance = tl.load(p_running_var + o_nd, mask=m_d, other=1.0).to(tl.float32)
-            scale = tl.load(p_norm_weight + o_nd, mask=m_d, other=0.0).to(tl.float32) / tl.sqrt_rn(variance + EPS)
-            mean = tl.load(p_running_mean + o_nd, mask=m_d, other=0.0).to(tl.float32)
-            shift = tl.load(p_norm_bias + o_nd, mask=m_d, other=0.0).to(tl.float32)
+            variance = tl.load(p_running_var + o_nd, mask=m_nd, other=1.0).to(tl.float32)
+            mean = tl.load(p_running_mean + o_nd, mask=m_nd, other=0.0).to(tl.float32)
+            scale = tl.load(p_norm_weight + o_nd, mask=m_nd, other=0.0).to(tl.float32) / tl.sqrt_rn(variance + EPS)
+            shift = tl.load(p_norm_bias + o_nd, mask=m_nd, other=0.0).to(tl.float32)
+        if p_prior is not None:
+            prior = tl.load(p_prior + n, mask=n < N, other=0.0).to(tl.float32) - highest
+        if p_pooled is not None:
+            p = tl.load(p_pooled + o_bnd, mask=m_bnd, other=0.0)
+        z = tl.dot(s, tl.trans(w.to(tl.float32)), input_precision=PRECISION)  # [BLOCK_B, COLUMNS]
+        z += bias[None, :]
+        if p_norm_weight is not None:
             z = (z - mean[None, :]) * scale[None, :] + shift[None, :]
         e = 1.0 / (1.0 + tl.exp(-z))
         if p_prior is not None:
-            e += tl.load(p_prior + n).to(tl.float32) - highest
-        weight = tl.exp(e)
-        total += weight
-        o_bnd = (o_b[:, None] * N + n) * D + o_d[None, :]
+            e += prior[None, :]
+        weight = tl.where(m_nd[None, :], tl.exp(e), 0.0)
+        total += tl.sum(tl.reshape(weight, [BLOCK_B, BLOCK_N, BLOCK_D]), axis=1)
         if p_pooled is not None:
-            output += weight * tl.load(p_pooled + o_bnd, mask=m_o, other=0.0)
+            output += tl.sum(tl.reshape(weight * p, [BLOCK_B, BLOCK_N, BLOCK_D]), axis=1)
         else:
-            tl.store(p_output + o_bnd, weight, mask=m_o)
+            tl.store(p_output + o_bnd, weight, mask=m_bnd)
+    m_o = m_b[:, None] & m_d[None, :]  # [BLOCK_B, BLOCK_D]
     if p_pooled is not None:
         o = tl.div_rn(output, total)
         tl.store(p_output + o_b[:, None] * D + o_d[None, :], o.to(p_output.dtype.element_ty), mask=m_o)
     else:
         tl.debug_barrier()  # the weights above are read back here
-        for n in range(N):
-            p_g = p_output + (o_b[:, None] * N + n) * D + o_d[None, :]
+        for block in tl.static_range(N):
+            p_g = p_output + (o_b[:, None] * N + block) * D + o_d[None, :]
             tl.store(p_g, tl.div_rn(tl.load(p_g, mask=m_o, other=0.0), total), mask=m_o)
 
 
@@ -160,13 +175,13 @@ def _launch(
     if batch == 0:
         return
     bottleneck = parameters.down_weight.shape[0]
-    tile = config.gate(size, bottleneck)
-    w = GateParameters(*(None if t is None else t.contiguous() for t in parameters))  # type: ignore[misc]
+    tile = config.gate(num_blocks, bottleneck)
+    w = parameters.each(lambda t: t.contiguous())
     with device_of(output):
         gate_kernel[(triton.cdiv(batch, tile.sentences) * triton.cdiv(size, tile.block_d),)](
             squeezed_groups, *w, pooled, output, squeezed, batch,
             N=num_blocks, D=size, H=bottleneck, G=groups, EPS=eps, RELU=activation == "relu", PRECISION=PRECISION,
-            BLOCK_B=tile.sentences, BLOCK_D=tile.block_d, BLOCK_K=tile.block_k, BLOCK_H=tile.block_h,
+            BLOCK_B=tile.sentences, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, BLOCK_K=tile.block_k, BLOCK_H=tile.block_h,
             num_warps=tile.num_warps,
         )  # fmt: skip
 

@@ -68,7 +68,7 @@ class HiddenStates:
 
 def _row_strides(tensor: Tensor) -> tuple[int, ...]:
     """The strides of all but the last dimension; 0 where there is but one row, whose stride says nothing."""
-    return tuple(0 if n <= 1 else stride for n, stride in zip(tensor.shape[:-1], tensor.stride()[:-1]))
+    return tuple(0 if n <= 1 else stride for n, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True))
 
 
 def _row_strides_of_contiguous(tensor: Tensor) -> tuple[int, ...]:

@@ -142,7 +142,9 @@ def squeeze_kernel(
             if POOLING is not None:
                 if OFFICIAL:
                     u = tl.where(real[:, None], u, 0.0)
-                if POOLING != "mean":  # one token: chosen, not multiplied by 0 and 1, which would spread its neighbours' NaN
+                if (
+                    POOLING != "mean"
+                ):  # one token: chosen, not multiplied by 0 and 1, which would spread its neighbours' NaN
                     u = tl.where((pooling_weight(o_l, first, end, length, POOLING) > 0.0)[:, None], u, 0.0)
                 new_pools = new_pools + (pools[j] + sum_rows(u, ROWS, SLOTS),)
             else:

@@ -173,28 +173,35 @@ def make_gradient(like: Tensor, kind: str, seed: int = 0) -> Tensor:
 # ---------------------------------------------------------------- tolerance
 
 
-def assert_as_close(actual: Tensor, same_dtype: Tensor, truth: Tensor, name: str = "output") -> None:
+def assert_as_close(actual: Tensor, same_dtype: Tensor, truth: Tensor, name: str = "output", draws=()) -> None:
     """``actual`` is as close to the float64 ``truth`` as the policy asks, ``same_dtype`` being the yardstick.
 
-        error(actual) <= 2 error(same_dtype) + u size(truth)                  in the root mean square
-        largest error(actual) <= 4 (2 largest error(same_dtype) + u largest size(truth))
+        error(actual) <= 2 few error(same_dtype) + u size(truth)              in the root mean square
+        largest error(actual) <= 4 (2 few largest error(same_dtype) + u largest size(truth))
 
     The factor two is the policy. The second term is what rounding alone may cost: with the unit roundoff u (half an
     ulp of 1) a correctly rounded result is off by at most u |x| in every element, so by at most u size(truth) in the
     mean. It is there because the yardstick may happen to be exact (one token, one block, a sum of two numbers) where
     another order of the same operations is not. u is that of the output's dtype, or of float32 where that is coarser
-    (the float64 parameters of a gate that computes in float32). The second line finds the single wrong element that a
-    mean would drown; the largest of many errors is a noisy number, hence its factor. NaN never passes: its comparison
-    is false.
+    (the float64 parameters of a gate that computes in float32).
+
+    Rounding errors are random, and the mean of few of them is a noisy number. So the yardstick is taken over several
+    ``draws``, further pairs (same_dtype, truth) of the same computation on slightly different inputs, and few =
+    sqrt(1 + 4 / k) for a result of k elements, which leaves less than one false alarm in 10^5 even at k = 2. The second
+    line finds the single wrong element that a mean would drown; its slack is for the same reason.
+
+    NaN never passes: its comparison is false.
     """
     assert actual.shape == truth.shape, f"{name}: shape {list(actual.shape)}, expected {list(truth.shape)}"
     assert actual.dtype == same_dtype.dtype, f"{name}: {actual.dtype}, expected {same_dtype.dtype}"
     if truth.numel() == 0:
         return
     u = max(torch.finfo(actual.dtype).eps, torch.finfo(F32).eps) / 2
+    few = (1 + 4 / truth.numel()) ** 0.5
+    errors = torch.stack([one.double() - other for one, other in ((same_dtype, truth), *draws)])
     for norm, slack in ((_rms, 1), (_largest, 4)):
-        error, yardstick, size = norm(actual.double() - truth), norm(same_dtype.double() - truth), norm(truth)
-        bound = slack * (2 * yardstick + u * size)
+        error, yardstick, size = norm(actual.double() - truth), norm(errors), norm(truth)
+        bound = slack * (2 * few * yardstick + u * size)
         assert error <= bound, f"{name}: {norm.__name__} {error:.3g} > {bound:.3g} ({yardstick=:.3g}, {size=:.3g})"
 
 
@@ -206,30 +213,46 @@ def _largest(values: Tensor) -> float:
     return values.abs().max().item()
 
 
-def check(function, inputs, gradient="random", frozen=()):
+def _jitter(t: Tensor, seed: int) -> Tensor:
+    """``t`` up to a percent or so, in other memory."""
+    return (t.double() * (1 + 0.01 * randn(*t.shape, seed=seed, dtype=torch.float64))).to(t.dtype)
+
+
+def check(function, inputs, gradient="random", frozen=(), draws=3):
     """Hold ``function`` on Triton to the policy: its outputs, and the gradient of every input that is not ``frozen``.
 
     function(backend, inputs) returns outputs by name; ``inputs`` are tensors (or None) by name, whose strides are kept.
     Returns Triton's outputs and gradients by name.
     """
-    results, gradients = [], None
-    for backend, double in (("triton", False), ("reference", False), ("reference", True)):
+    given = None
+
+    def run(backend, inputs, double=False):
+        nonlocal given
         leaves = {
             name: t if t is None else (t.double() if double else t).detach().requires_grad_(name not in frozen)
             for name, t in inputs.items()
         }
         outputs = function(backend, leaves)
-        wanted = {f"gradient of {name}": t for name, t in leaves.items() if t is not None and t.requires_grad}
-        found = {}
+        found = {name: t.detach() for name, t in outputs.items()}
         if gradient is not None:
-            if gradients is None:
-                gradients = [make_gradient(t, gradient, seed) for seed, t in enumerate(outputs.values())]
-            given = [g.double() if double else g for g in gradients]
-            found = torch.autograd.grad(list(outputs.values()), list(wanted.values()), given)
-        results.append(
-            {name: t.detach() for name, t in outputs.items()} | dict(zip(wanted, found, strict=gradient is not None))
-        )
-    actual, same_dtype, truth = results
+            if given is None:
+                given = [make_gradient(t, gradient, seed) for seed, t in enumerate(outputs.values())]
+            wanted = {f"gradient of {name}": t for name, t in leaves.items() if t is not None and t.requires_grad}
+            grads = torch.autograd.grad(
+                list(outputs.values()), list(wanted.values()), [g.double() if double else g for g in given]
+            )
+            found |= zip(wanted, grads, strict=True)
+        return found
+
+    actual = run("triton", inputs)
+    pairs = []
+    for draw in range(1 + draws):
+        if draw:
+            moved = {name: t if t is None else _jitter(t, draw) for name, t in inputs.items()}
+        else:
+            moved = inputs
+        pairs.append((run("reference", moved), run("reference", moved, double=True)))
     for name in actual:
-        assert_as_close(actual[name], same_dtype[name], truth[name], name)
+        first, *others = [(same_dtype[name], truth[name]) for same_dtype, truth in pairs]
+        assert_as_close(actual[name], *first, name, others)
     return actual
