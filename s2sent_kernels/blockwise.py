@@ -43,6 +43,8 @@ class BlockwisePool:
         selector = self._selector
         if block != self._next:
             raise ValueError(f"block: expected {self._next}, blocks come in ascending order and once, got {block}")
+        if not isinstance(hidden_state, Tensor):
+            raise TypeError(f"hidden_state: expected a tensor, got {type(hidden_state).__name__}")
         if torch.is_grad_enabled() and hidden_state.requires_grad:
             raise RuntimeError("blockwise pooling is for inference: hidden_state requires a gradient")
         if self._shape is None:
@@ -63,15 +65,16 @@ class BlockwisePool:
         selector = self._selector
         if self._next != selector.num_blocks:
             raise RuntimeError(f"expected {selector.num_blocks} blocks, got {self._next}")
-        parameters = selector._parameters_of_gate() if selector._is_fused() else None
-        if parameters is not None:
-            engine = ops.engine(selector.backend, self._pooled.device, self._dtype)
-            with torch.no_grad():
-                return engine.gate_pool(
-                    self._squeezed_groups, self._pooled, parameters, selector.activation, selector._eps(), self._dtype
-                )[0]
-        squeezed = ops.plain.sum_groups(self._squeezed_groups)
-        return reference.pool(selector._gate(squeezed), self._pooled, self._dtype)
+        with torch.no_grad():
+            if selector._is_fused():
+                engine = ops.engine(selector.backend, self._pooled.device, self._dtype)
+                parameters, eps = selector._parameters_of_gate(), selector._eps()
+                pool = engine.gate_pool(
+                    self._squeezed_groups, self._pooled, parameters, selector.activation, eps, self._dtype
+                )
+                return pool[0]
+            gates = selector._gate(ops.plain.sum_groups(self._squeezed_groups))
+            return reference.pool(gates, self._pooled, self._dtype)
 
     def _start(self, first: Tensor) -> None:
         selector = self._selector

@@ -206,6 +206,7 @@ def select(
 ) -> Tensor:
     """The whole selector, token output: v [B, L, D] (packed [T, D]), 0 at padding. Arguments as in the three stages."""
     validate.arguments(hidden_states, attention_mask, cu_seqlens, None, profile, activation)
+    validate.parameter_types(parameters)
     chosen = _choose(backend, hidden_states, attention_mask, cu_seqlens, frequencies, profile)
     if chosen != "reference" and profile == "paper" and not training:
         return torch.ops.s2sent.select(
@@ -240,6 +241,7 @@ def select_pool(
     dtype. Every hidden state is read once and neither g nor v is formed. Arguments as in the three stages."""
     validate.arguments(hidden_states, attention_mask, cu_seqlens, pooling, profile, activation)
     validate.option("pooling", pooling, validate.POOLINGS)
+    validate.parameter_types(parameters)
     chosen = _choose(backend, hidden_states, attention_mask, cu_seqlens, frequencies, profile)
     if chosen != "reference" and profile == "paper" and not training:
         return torch.ops.s2sent.select_pool(

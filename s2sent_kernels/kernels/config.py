@@ -42,9 +42,10 @@ class GateTile(NamedTuple):
 
 
 def _features(part: int, widest: int) -> int:
-    """Features of a tile inside a part of ``part`` features: ``widest``, or less where that wastes fewer lanes."""
-    candidates = [width for width in (128, 64, 32, 16) if width <= widest]
-    return min(candidates, key=lambda width: (-(-part // width) * width, -width))
+    """Features of a tile inside a part of ``part`` features: as many as ``widest``, or fewer where that wastes fewer lanes;
+    rows under 64 bytes waste memory transactions instead."""
+    candidates = [width for width in (128, 64, 32) if width <= widest]
+    return 16 if part <= 16 else min(candidates, key=lambda width: (-(-part // width) * width, -width))
 
 
 def _sum_tile(width: int, vector: int, loads: int, num_warps: int) -> SumTile:
@@ -59,11 +60,11 @@ def squeeze(part: int, vector: int) -> SumTile:
 
 
 def fuse_backward(size: int, vector: int) -> SumTile:
-    return _sum_tile(size, vector, 4, 2)
+    return _sum_tile(size, vector, 2, 2)  # beside as many of dv
 
 
 def squeeze_backward(part: int, num_blocks: int, vector: int) -> Tile:
-    loads = 2 if num_blocks <= 12 else 1
+    loads = 2 if num_blocks <= 6 else 1
     block_d = _features(part, 64)
     return Tile(max(1, loads * 64 * vector // block_d), block_d, 2)
 

@@ -28,7 +28,7 @@ def give_memory_back():
 
 
 def large(B, L, D):
-    """One hidden state of the same few sentences again and again, but for the last three, which are random."""
+    """A hidden state of zeros, but for the last three sentences, which are random."""
     u = torch.zeros(B, L, D, dtype=BF16, device=DEVICE)
     u[-3:] = randn(3, L, D, seed=1, dtype=BF16)
     return u
@@ -42,7 +42,7 @@ def tail(tensor, sentences=3):
 @pytest.mark.parametrize("N", [1, 2])
 def test_one_hidden_state_of_more_than_2_31_elements(N, form):
     """The last sentences of the forward and of every gradient have the bits that they have alone."""
-    needs(60)
+    needs(40)
     B, L, D, M = LIMIT // (256 * 1024) + 3, 256, 1024, 4
     u = large(B, L, D)
     assert u.numel() > LIMIT
@@ -85,8 +85,9 @@ def test_one_hidden_state_of_more_than_2_31_elements(N, form):
 
 def test_2_31_elements_in_all_together():
     """N x B x L x D, and B x N x D of p and of the gates, are beyond the limit; no hidden state is."""
-    needs(60)
-    B, L, D, N = 2**17 + 5, 2, 1024, 24
+    needs(40)
+    L, D, N = 2, 1024, 24
+    B = LIMIT // (16 * D) + 5
     u = large(B, L, D)
     assert u.numel() < LIMIT < N * B * D
     parameters = make_parameters(N, D, 8, norm=False)
@@ -95,11 +96,9 @@ def test_2_31_elements_in_all_together():
     def outputs(u):
         hidden = [u] * N
         with torch.no_grad():
-            o = functional.select_pool(hidden, parameters, frequencies=4, backend="triton")
-            o = tail(o)
+            o = tail(functional.select_pool(hidden, parameters, frequencies=4, backend="triton"))
             torch.cuda.empty_cache()
-            v = functional.select(hidden, parameters, frequencies=4, backend="triton")
-            return o, tail(v)
+            return o, tail(functional.select(hidden, parameters, frequencies=4, backend="triton"))
 
     for one, other in zip(outputs(u), outputs(small), strict=True):
         assert torch.equal(one, other)
@@ -107,20 +106,19 @@ def test_2_31_elements_in_all_together():
 
 @pytest.mark.parametrize("stride", ["batch", "token"])
 def test_a_stride_beyond_2_31(stride):
-    """Small hidden states that lie far apart in one buffer."""
-    needs(20)
+    """Three sentences, or tokens, that lie far apart in one buffer."""
+    needs(8)
     D, far = 64, LIMIT // 2 + 64
-    buffer = torch.full((4 * far if stride == "batch" else 4 * far,), float("nan"), dtype=BF16, device=DEVICE)
-    strides = (far, D, 1) if stride == "batch" else (D, far, 1)
-    u = buffer.as_strided((3, 3, D), strides)
-    u.copy_(randn(3, 3, D, seed=1, dtype=BF16))
+    buffer = torch.full((3 * far,), float("nan"), dtype=BF16, device=DEVICE)
+    apart = buffer.as_strided((3, 3, D), (far, D, 1) if stride == "batch" else (D, far, 1))
+    apart.copy_(randn(3, 3, D, seed=1, dtype=BF16))
     gates = randn(3, 1, D, seed=2)
-    dense = u.contiguous()
-    for one, other in zip(
-        (*functional.squeeze([u], frequencies=4, pooling="mean", backend="triton"), functional.fuse([u], gates, backend="triton")),
-        (*functional.squeeze([dense], frequencies=4, pooling="mean", backend="triton"), functional.fuse([dense], gates, backend="triton")),
-        strict=True,
-    ):  # fmt: skip
+
+    def outputs(u):
+        f, p = functional.squeeze([u], frequencies=4, pooling="mean", backend="triton")
+        return f, p, functional.fuse([u], gates, backend="triton")
+
+    for one, other in zip(outputs(apart), outputs(apart.contiguous()), strict=True):
         assert torch.equal(one, other)
 
 
@@ -174,7 +172,7 @@ def test_cuda_graph_of_packed_sentences_and_of_the_backward(path):
     graph.replay()
     torch.cuda.synchronize()
     for one, other in zip(captured, step(), strict=True):
-        torch.testing.assert_close(one, other)  # cuBLAS may choose another order under capture
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)  # the gate's backward is PyTorch's
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -226,23 +224,20 @@ def test_compile(path, dynamic, training, monkeypatch):
     monkeypatch.undo()  # the poison is no part of what is compiled
     torch._dynamo.reset()
     selectors = [make_selector(3, 96, 4, block_prior=True, backend="triton").train(training) for _ in range(2)]
-    compiled = torch.compile(
-        selectors[1].forward if path is None else selectors[1].pool, fullgraph=True, dynamic=dynamic
-    )
+    eager, compiled = (selector.forward if path is None else selector.pool for selector in selectors)
+    compiled = torch.compile(compiled, fullgraph=True, dynamic=dynamic)
+    close = 1e-3 if training else 1e-4
     for B, L in ((5, 33), (7, 40)):
         batch = make_batch(3, B, L, 96, mask="right")
         results = []
-        for selector, function in zip(
-            selectors, (selectors[0] if path is None else selectors[0].pool, compiled), strict=True
-        ):
+        for selector, function in zip(selectors, (eager, compiled), strict=True):
             hidden = [u.detach().requires_grad_() for u in batch.hidden_states]
             output = function(hidden, **batch.where)
             gradient = randn(*output.shape, seed=5)
             results.append([output, *torch.autograd.grad(output, [*hidden, *selector.parameters()], gradient)])
         for one, other in zip(*results, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-        if not training:
-            assert torch.equal(results[0][0], results[1][0])
+            torch.testing.assert_close(one, other, rtol=close, atol=close)
+        assert training or torch.equal(results[0][0], results[1][0])
 
 
 class _Pool(torch.nn.Module):
@@ -271,8 +266,8 @@ def test_export(path, monkeypatch):
         assert torch.equal(output, module(batch.hidden_states, batch.real))
 
 
-def test_misaligned_inputs_are_not_slow_paths_to_wrong_numbers():
-    """Compiled kernels vectorise on alignment: every layout gives the bits of the aligned one, at a size that does."""
+def test_every_layout_has_the_same_bits():
+    """At a size where the kernels load 128 bits at a time."""
     selector = make_selector(3, 768, 4, backend="triton")
     batch = make_batch(3, 4, 70, 768, BF16, "right")
     for path in (None, "mean"):

@@ -173,8 +173,10 @@ def test_a_gradient_of_one_output_alone(output, profile):
     check(lambda *arguments: {output: both(*arguments)[output]}, named(batch.hidden_states))
 
 
-@pytest.mark.parametrize("mask", ["right", "left", "holes", "mixed"])
-@pytest.mark.parametrize("profile", ["paper", "official"])
+@pytest.mark.parametrize(
+    "profile, mask",
+    [("paper", "right"), ("paper", "left"), ("paper", "holes"), ("paper", "mixed"), ("official", "mixed")],
+)
 def test_nan_at_padding_has_no_effect_on_p(profile, mask):
     """Nor on f, in profile ``paper``."""
     batch = make_batch(3, 4, 5, 24, mask=mask)
@@ -244,7 +246,7 @@ def squeeze_by_blocks(batch, M, profile, pooling, backend="triton"):
         (3, 4, 40, 5, "holes", "last", "paper", "offset"),
         (3, 1, 66, 33, "packed", None, "paper", "contiguous"),
         (4, 3, 66, 5, "packed", "mean", "paper", "column"),
-        (4, 2, 24, 33, "none", "cls", "official", "transposed"),
+        (4, 1, 24, 13, "none", "cls", "official", "transposed"),
         (7, 2, 40, 5, "mixed", "mean", "paper", "expanded"),
         (7, 1, 24, 1, "none", "last", "paper", "contiguous"),
     ],
