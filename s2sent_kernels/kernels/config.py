@@ -12,6 +12,7 @@ from .. import dct
 BLOCK_GROUP = 3  # blocks whose share of f one program sums: divides the usual N, and splits small batches
 SCAN = 256  # mask tokens, or sentence ends, looked at at once
 SUM_GROUPS_BLOCK = 1024
+GATE_FEATURES = 256  # of f that the gate sums from its groups at once
 MAX_BOTTLENECK = 256  # the widest bottleneck that the fused gate holds on chip
 
 
@@ -77,11 +78,12 @@ def fuse(size: int, num_blocks: int, vector: int) -> Tile:
 
 
 def gate(num_blocks: int, bottleneck: int) -> GateTile:
-    """block_n * block_d rows of W2, each of the padded bottleneck's width, lie in shared memory at once: 64 KiB."""
+    """block_n * block_d rows of W2, each of the padded bottleneck's width, lie in shared memory at once: 32 KiB, or 64 of the
+    widest."""
     block_h = max(16, 1 << (bottleneck - 1).bit_length())
-    block_d = 32 if block_h <= 64 else 16
-    block_n = min(1 << (num_blocks - 1).bit_length(), max(1, 16384 // (block_d * block_h)))
-    return GateTile(16, block_n, block_d, 64 if block_h <= 64 else 32, block_h, 8)
+    if block_h > 64:
+        return GateTile(16, max(1, 256 // block_h) if num_blocks > 1 else 1, 32, 32, block_h, 4)
+    return GateTile(16, min(2, num_blocks), 64, 64, block_h, 4)
 
 
 def frequency_words(num_blocks: int, frequencies: int, profile: str) -> dict[str, int]:

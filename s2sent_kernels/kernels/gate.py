@@ -52,7 +52,7 @@ def gate_kernel(
     p_prior,  # [N] or None
     p_pooled,  # [B, N, D] float32, or None: then the gates are the output
     p_output,  # o [B, D], or g [B, N, D] float32
-    p_squeezed,  # f [B, D] float32, written where G > 1, or None
+    p_squeezed,  # f [B, D] float32, written where G > 1; else None
     batch,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -66,6 +66,7 @@ def gate_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):
     TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     COLUMNS: tl.constexpr = BLOCK_N * BLOCK_D
@@ -79,19 +80,30 @@ def gate_kernel(
     o_d = i_tile * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     m_d = o_d < D
 
+    # f from its groups, ascending. Every feature tile's program writes all of it, the same values, and reads back its own: one
+    # read of finished rows is what the product below can stream, and a launch of its own would cost more.
+    p_f = p_groups
+    if G > 1:
+        p_f = p_squeezed
+        for k in range(0, D, BLOCK_F):
+            o_k = k + tl.arange(0, BLOCK_F)  # [BLOCK_F]
+            m_f = m_b[:, None] & (o_k < D)[None, :]
+            f = tl.zeros([BLOCK_B, BLOCK_F], tl.float32)
+            for group in tl.static_range(G):
+                f += tl.load(p_groups + (o_b[:, None] * G + group) * D + o_k[None, :], mask=m_f, other=0.0)
+            tl.store(p_squeezed + o_b[:, None] * D + o_k[None, :], f, mask=m_f)
+        tl.debug_barrier()
+
     # s = act(W1 f + b1), over D in blocks of BLOCK_K
     s = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
     for k in tl.range(0, D, BLOCK_K, num_stages=3):
         o_k = k + tl.arange(0, BLOCK_K)  # [BLOCK_K]
         m_k = o_k < D
-        m_f = m_b[:, None] & m_k[None, :]
-        f = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
-        for group in tl.static_range(G):
-            f += tl.load(p_groups + (o_b[:, None] * G + group) * D + o_k[None, :], mask=m_f, other=0.0)
-        if p_squeezed is not None and i_tile == 0:
-            tl.store(p_squeezed + o_b[:, None] * D + o_k[None, :], f, mask=m_f)
-        w = tl.load(p_down_weight + o_h[:, None] * D + o_k[None, :], mask=m_h[:, None] & m_k[None, :], other=0.0)
-        s = tl.dot(f, tl.trans(w.to(tl.float32)), s, input_precision=PRECISION)  # [BLOCK_B, BLOCK_H]
+        f = tl.load(p_f + o_b[:, None] * D + o_k[None, :], mask=m_b[:, None] & m_k[None, :], other=0.0)
+        # Asked for as [BLOCK_K, BLOCK_H], which a transposed view of [BLOCK_H, BLOCK_K] is not to the compiler: that one goes
+        # through shared memory with bank conflicts.
+        w = tl.load(p_down_weight + o_k[:, None] + o_h[None, :] * D, mask=m_k[:, None] & m_h[None, :], other=0.0)
+        s = tl.dot(f, w.to(tl.float32), s, input_precision=PRECISION)  # [BLOCK_B, BLOCK_H]
     s += tl.load(p_down_bias + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
     if RELU:
         s = tl.where(s < 0.0, 0.0, s)  # keeps NaN, as torch.relu does
@@ -117,8 +129,8 @@ def gate_kernel(
         o_bnd = o_b[:, None] * (N * D) + o_nd[None, :]
         # Everything is asked for before the product, which waits at barriers.
         w = tl.load(
-            p_up_weight + o_nd.to(tl.int64)[:, None] * H + o_h[None, :], mask=m_nd[:, None] & m_h[None, :], other=0.0
-        )
+            p_up_weight + o_h[:, None] + o_nd.to(tl.int64)[None, :] * H, mask=m_h[:, None] & m_nd[None, :], other=0.0
+        )  # [BLOCK_H, COLUMNS]
         bias = tl.load(p_up_bias + o_nd, mask=m_nd, other=0.0).to(tl.float32)
         if p_norm_weight is not None:
             variance = tl.load(p_running_var + o_nd, mask=m_nd, other=1.0).to(tl.float32)
@@ -129,7 +141,7 @@ def gate_kernel(
             prior = tl.load(p_prior + n, mask=n < N, other=0.0).to(tl.float32) - highest
         if p_pooled is not None:
             p = tl.load(p_pooled + o_bnd, mask=m_bnd, other=0.0)
-        z = tl.dot(s, tl.trans(w.to(tl.float32)), input_precision=PRECISION)  # [BLOCK_B, COLUMNS]
+        z = tl.dot(s, w.to(tl.float32), input_precision=PRECISION)  # [BLOCK_B, COLUMNS]
         z += bias[None, :]
         if p_norm_weight is not None:
             z = (z - mean[None, :]) * scale[None, :] + shift[None, :]
@@ -182,7 +194,7 @@ def _launch(
             squeezed_groups, *w, pooled, output, squeezed, batch,
             N=num_blocks, D=size, H=bottleneck, G=groups, EPS=eps, RELU=activation == "relu", PRECISION=PRECISION,
             BLOCK_B=tile.sentences, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, BLOCK_K=tile.block_k, BLOCK_H=tile.block_h,
-            num_warps=tile.num_warps,
+            BLOCK_F=config.GATE_FEATURES, num_warps=tile.num_warps,
         )  # fmt: skip
 
 

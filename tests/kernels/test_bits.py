@@ -93,13 +93,15 @@ def test_a_large_batch(path):
 
 @pytest.mark.parametrize("path", [None, "mean"])
 def test_a_bottleneck_wider_than_the_kernel_holds(path):
+    """Its gate is plain PyTorch, whose matrix products depend on the batch in the last bits: no promise there."""
     from s2sent_kernels.kernels import config
 
     selector = make_selector(2, D, 1, H=config.MAX_BOTTLENECK + 44, backend="triton")
     hidden = make_batch(2, 5, 3, D).hidden_states
     output = run(selector, hidden, {}, path)
     for b in range(5):
-        assert equal(run(selector, [u[b : b + 1] for u in hidden], {}, path)[0], output[b])
+        alone = run(selector, [u[b : b + 1] for u in hidden], {}, path)[0]
+        torch.testing.assert_close(alone, output[b], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mask", ["left", "holes"])
