@@ -40,6 +40,7 @@ class GateTile(NamedTuple):
     block_k: int  # features of f at a time
     block_h: int  # bottleneck, padded
     num_warps: int
+    stages: int  # tiles of W2 in flight; one more of W1, which are smaller
 
 
 def _features(part: int, widest: int) -> int:
@@ -65,16 +66,16 @@ def fuse_backward(size: int, vector: int) -> SumTile:
 
 
 def squeeze_backward(part: int, num_blocks: int, vector: int) -> Tile:
-    loads = 2 if num_blocks <= 6 else 1
+    loads = 4 if num_blocks <= 6 else 2
     block_d = _features(part, 64)
-    return Tile(max(1, loads * 64 * vector // block_d), block_d, 2)
+    return Tile(max(1, loads * 32 * vector // block_d), block_d, 1)
 
 
 def fuse(size: int, num_blocks: int, vector: int) -> Tile:
     """A program has a load of every block in flight: more blocks, fewer loads of each, or the registers spill."""
     loads = 4 if num_blocks <= 6 else 2 if num_blocks <= 12 else 1
     block_d = _features(size, 128)
-    return Tile(max(1, loads * 64 * vector // block_d), block_d, 2)
+    return Tile(max(1, loads * 128 * vector // block_d), block_d, 4)
 
 
 def gate(num_blocks: int, bottleneck: int) -> GateTile:
@@ -82,8 +83,8 @@ def gate(num_blocks: int, bottleneck: int) -> GateTile:
     widest."""
     block_h = max(16, 1 << (bottleneck - 1).bit_length())
     if block_h > 64:
-        return GateTile(16, max(1, 256 // block_h) if num_blocks > 1 else 1, 32, 32, block_h, 4)
-    return GateTile(16, min(2, num_blocks), 64, 64, block_h, 4)
+        return GateTile(16, max(1, 256 // block_h) if num_blocks > 1 else 1, 32, 32, block_h, 4, 1)
+    return GateTile(16, min(2, num_blocks), 64, 64, block_h, 4, 2)
 
 
 def frequency_words(num_blocks: int, frequencies: int, profile: str) -> dict[str, int]:

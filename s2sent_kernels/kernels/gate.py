@@ -67,6 +67,7 @@ def gate_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     COLUMNS: tl.constexpr = BLOCK_N * BLOCK_D
@@ -96,7 +97,7 @@ def gate_kernel(
 
     # s = act(W1 f + b1), over D in blocks of BLOCK_K
     s = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
-    for k in tl.range(0, D, BLOCK_K, num_stages=3):
+    for k in tl.range(0, D, BLOCK_K, num_stages=STAGES + 1):
         o_k = k + tl.arange(0, BLOCK_K)  # [BLOCK_K]
         m_k = o_k < D
         f = tl.load(p_f + o_b[:, None] * D + o_k[None, :], mask=m_b[:, None] & m_k[None, :], other=0.0)
@@ -121,7 +122,7 @@ def gate_kernel(
     output = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     o_column = tl.arange(0, COLUMNS)  # [COLUMNS]
     d = i_tile * BLOCK_D + o_column % BLOCK_D
-    for first in tl.range(0, N, BLOCK_N, num_stages=1):
+    for first in tl.range(0, N, BLOCK_N, num_stages=STAGES):
         n = first + o_column // BLOCK_D
         m_nd = (n < N) & (d < D)
         o_nd = n * D + d  # [COLUMNS] row of W2
@@ -194,7 +195,7 @@ def _launch(
             squeezed_groups, *w, pooled, output, squeezed, batch,
             N=num_blocks, D=size, H=bottleneck, G=groups, EPS=eps, RELU=activation == "relu", PRECISION=PRECISION,
             BLOCK_B=tile.sentences, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, BLOCK_K=tile.block_k, BLOCK_H=tile.block_h,
-            BLOCK_F=config.GATE_FEATURES, num_warps=tile.num_warps,
+            BLOCK_F=config.GATE_FEATURES, STAGES=tile.stages, num_warps=tile.num_warps,
         )  # fmt: skip
 
 
