@@ -157,7 +157,8 @@ class S2SentSelector(nn.Module):
         cu_seqlens: Tensor | None,
         pooling: str | None = None,
     ) -> None:
-        validate.arguments(hidden_states, mask, cu_seqlens, pooling)
+        if not isinstance(hidden_states, Sequence) or not all(isinstance(u, Tensor) for u in hidden_states):
+            validate.arguments(hidden_states, mask, cu_seqlens, pooling)  # which says what is wrong
         if len(hidden_states) != self.num_blocks:
             raise ValueError(
                 f"hidden_states: expected {self.num_blocks} tensors, one for each block, got {len(hidden_states)}"

@@ -5,6 +5,7 @@ Whatever stands here decides the order of summation too, so a change of it chang
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from .. import dct
@@ -79,14 +80,14 @@ def fuse(size: int, num_blocks: int, vector: int) -> Tile:
 
 
 def gate(num_blocks: int, bottleneck: int) -> GateTile:
-    """block_n * block_d rows of W2, each of the padded bottleneck's width, lie in shared memory at once: 32 KiB, or 64 of the
-    widest."""
+    """A tile of W2 in shared memory is block_n * block_d rows as wide as the padded bottleneck, ``stages`` of them at once."""
     block_h = max(16, 1 << (bottleneck - 1).bit_length())
     if block_h > 64:
         return GateTile(16, max(1, 256 // block_h) if num_blocks > 1 else 1, 32, 32, block_h, 4, 1)
-    return GateTile(16, min(2, num_blocks), 64, 64, block_h, 4, 2)
+    return GateTile(16, min(2, num_blocks), 32, 64, block_h, 4, 2)
 
 
+@functools.cache
 def frequency_words(num_blocks: int, frequencies: int, profile: str) -> dict[str, int]:
     """The parts' frequencies as constants for the kernels, 3 bits each (none is over 6), 16 parts a word."""
     words = {"X_LOW": 0, "X_HIGH": 0, "Y_LOW": 0, "Y_HIGH": 0}

@@ -50,17 +50,10 @@ class HiddenStates:
         first = hidden_states[0]
         size = first.shape[-1]
         vector = vector_of(size // frequencies, first.dtype)
-        strides = _row_strides(first)
-        regular = first.stride(-1) == 1 or size == 1
-        if not regular or any(stride % vector for stride in strides):
-            strides = _row_strides_of_contiguous(first)
-        tensors = tuple(
-            u if _row_strides(u) == strides and u.stride(-1) == 1 and u.data_ptr() % _LOAD_BYTES == 0 else _clone(u)
-            for u in hidden_states
-        )
-        if any(_row_strides(u) != strides for u in tensors):  # cloned beside others of another layout: clone them all
-            tensors = tuple(u if u.is_contiguous() and u.data_ptr() % _LOAD_BYTES == 0 else _clone(u) for u in tensors)
-            strides = _row_strides(tensors[0])
+        tensors = tuple(hidden_states)
+        if not all(u.is_contiguous() and u.data_ptr() % _LOAD_BYTES == 0 for u in tensors):
+            tensors = _alike(tensors, vector)
+        strides = _row_strides(tensors[0])
         stride_b, stride_l = (0, strides[0]) if packed else strides
         length = first.shape[0] if packed else first.shape[1]
         return HiddenStates(tensors, size, length, stride_b // vector, stride_l // vector, vector)
@@ -71,8 +64,20 @@ def _row_strides(tensor: Tensor) -> tuple[int, ...]:
     return tuple(0 if n <= 1 else stride for n, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True))
 
 
-def _row_strides_of_contiguous(tensor: Tensor) -> tuple[int, ...]:
-    return _row_strides(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+def _alike(tensors: tuple[Tensor, ...], vector: int) -> tuple[Tensor, ...]:
+    """The tensors with the first one's strides where these suit, contiguous otherwise; what does not fit is cloned."""
+    first = tensors[0]
+    strides = _row_strides(first)
+    if first.stride(-1) == 1 and not any(stride % vector for stride in strides):
+        fitting = tuple(u if _fits(u, strides) else _clone(u) for u in tensors)
+        if all(_row_strides(u) == strides for u in fitting):
+            return fitting
+    strides = _row_strides(torch.empty(first.shape, device="meta"))
+    return tuple(u if _fits(u, strides) else _clone(u) for u in tensors)
+
+
+def _fits(tensor: Tensor, strides: tuple[int, ...]) -> bool:
+    return _row_strides(tensor) == strides and tensor.stride(-1) == 1 and tensor.data_ptr() % _LOAD_BYTES == 0
 
 
 def _clone(tensor: Tensor) -> Tensor:
