@@ -53,6 +53,8 @@ def fuse_kernel(
 ):
     TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     index = tl.program_id(0).to(tl.int64)
+    stride_b = stride_b.to(tl.int64) * VEC  # in units of a load, so that the compiler knows what divides them
+    stride_l = stride_l.to(tl.int64) * VEC
     i_row = index // TILES
     o_d = (index % TILES).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     m_d = o_d < D
@@ -60,7 +62,7 @@ def fuse_kernel(
         # A tile of packed tokens touches one sentence or several: each writes its own rows.
         start = (i_row * TOKENS).to(tl.int32)
         o_t = start + tl.arange(0, TOKENS)  # [TOKENS] row of the packed batch
-        o_u = o_t.to(tl.int64)[:, None] * (stride_l * VEC) + o_d[None, :]
+        o_u = o_t.to(tl.int64)[:, None] * stride_l + o_d[None, :]
         o_v = o_t.to(tl.int64)[:, None] * D + o_d[None, :]
         sentence = sentence_at(p_cu_seqlens, num_sentences, start, SCAN)
         begin = tl.load(p_cu_seqlens + sentence)
@@ -80,7 +82,7 @@ def fuse_kernel(
         if p_mask is not None:
             p_mask_row = p_mask + i_b * stride_mask_b
             real = tl.load(p_mask_row + o_l.to(tl.int64) * stride_mask_l, mask=m_l, other=0) != 0
-        o_u = i_b * (stride_b * VEC) + o_l.to(tl.int64)[:, None] * (stride_l * VEC) + o_d[None, :]
+        o_u = i_b * stride_b + o_l.to(tl.int64)[:, None] * stride_l + o_d[None, :]
         v = weighted_sum(p_hidden, p_gates, o_u, o_d, real, m_d, i_b, N, D)
         o_v = (i_b * size + o_l.to(tl.int64))[:, None] * D + o_d[None, :]
         tl.store(p_fused + o_v, v.to(p_fused.dtype.element_ty), mask=m_l[:, None] & m_d[None, :])
@@ -115,18 +117,22 @@ def fuse_backward_kernel(
     GROUPS: tl.constexpr = (N + GROUP - 1) // GROUP
     BLOCKS_HERE: tl.constexpr = min(GROUP, N)
     index = tl.program_id(0).to(tl.int64)
+    stride_b = stride_b.to(tl.int64) * VEC  # in units of a load, so that the compiler knows what divides them
+    stride_l = stride_l.to(tl.int64) * VEC
+    stride_dv_b = stride_dv_b.to(tl.int64) * VEC
+    stride_dv_l = stride_dv_l.to(tl.int64) * VEC
     i_group = (index % GROUPS).to(tl.int32)
     o_d = (index // GROUPS % TILES).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     i_b = index // (GROUPS * TILES)
     m_d = o_d < D
-    o_row = i_b * (stride_b * VEC)
-    o_dv_row = i_b * (stride_dv_b * VEC)
+    o_row = i_b * stride_b
+    o_dv_row = i_b * stride_dv_b
     p_mask_row = p_mask
     if p_cu_seqlens is not None:
         begin = tl.load(p_cu_seqlens + i_b)
         end = tl.load(p_cu_seqlens + i_b + 1) - begin
-        o_row = begin.to(tl.int64) * (stride_l * VEC)
-        o_dv_row = begin.to(tl.int64) * (stride_dv_l * VEC)
+        o_row = begin.to(tl.int64) * stride_l
+        o_dv_row = begin.to(tl.int64) * stride_dv_l
         first = end * 0
     elif p_mask is not None:
         p_mask_row = p_mask + i_b * stride_mask_b
@@ -143,8 +149,8 @@ def fuse_backward_kernel(
         if p_mask is not None:
             real = tl.load(p_mask_row + o_l.to(tl.int64) * stride_mask_l, mask=real, other=0) != 0
         m_u = real[:, None] & m_d[None, :]  # [TOKENS, BLOCK_D]
-        o_dv = o_dv_row + o_l.to(tl.int64)[:, None] * (stride_dv_l * VEC) + o_d[None, :]
-        o_u = o_row + o_l.to(tl.int64)[:, None] * (stride_l * VEC) + o_d[None, :]
+        o_dv = o_dv_row + o_l.to(tl.int64)[:, None] * stride_dv_l + o_d[None, :]
+        o_u = o_row + o_l.to(tl.int64)[:, None] * stride_l + o_d[None, :]
         dv = tl.load(p_dv + o_dv, mask=m_u, other=0.0).to(tl.float32)
         new_sums = ()
         for j in tl.static_range(BLOCKS_HERE):

@@ -77,6 +77,8 @@ def squeeze_kernel(
     BLOCKS_HERE: tl.constexpr = min(GROUP, NUM)
 
     index = tl.program_id(0).to(tl.int64)
+    stride_b = stride_b.to(tl.int64) * VEC  # in units of a load, so that the compiler knows what divides them
+    stride_l = stride_l.to(tl.int64) * VEC
     i_tile = (index % (M * TILES)).to(tl.int32)
     i_group = (index // (M * TILES) % GROUPS_HERE).to(tl.int32)
     i_b = index // (M * TILES * GROUPS_HERE)
@@ -86,12 +88,12 @@ def squeeze_kernel(
     o_d = part * PART + o_part  # [BLOCK_D] feature
 
     # The sentence: rows [begin, stop) of the hidden states, its real ones in [first, end).
-    o_row = i_b * (stride_b * VEC)
+    o_row = i_b * stride_b
     p_mask_row = p_mask
     if p_cu_seqlens is not None:
         begin = tl.load(p_cu_seqlens + i_b)
         length = tl.load(p_cu_seqlens + i_b + 1) - begin
-        o_row = begin.to(tl.int64) * (stride_l * VEC)
+        o_row = begin.to(tl.int64) * stride_l
         first = length * 0
         end = length
     elif p_mask is not None:
@@ -130,7 +132,7 @@ def squeeze_kernel(
         beta = token_factor(y, rank, o_l, length, size, N, OFFICIAL)  # [TOKENS]
         m_read = m_l if OFFICIAL else real
         m_u = m_read[:, None] & m_d[None, :]  # [TOKENS, BLOCK_D]
-        o_u = o_row + o_l.to(tl.int64)[:, None] * (stride_l * VEC) + o_d[None, :]
+        o_u = o_row + o_l.to(tl.int64)[:, None] * stride_l + o_d[None, :]
         new_sums = ()
         new_pools = ()
         for j in tl.static_range(BLOCKS_HERE):
@@ -292,6 +294,8 @@ def squeeze_backward_kernel(
     PART: tl.constexpr = D // M
     TILES: tl.constexpr = (PART + BLOCK_D - 1) // BLOCK_D
     index = tl.program_id(0).to(tl.int64)
+    stride_b = stride_b.to(tl.int64) * VEC  # in units of a load, so that the compiler knows what divides them
+    stride_l = stride_l.to(tl.int64) * VEC
     i_tile = (index % (M * TILES)).to(tl.int32)
     i_row = index // (M * TILES)
     part = i_tile // TILES
@@ -303,7 +307,7 @@ def squeeze_backward_kernel(
         start = (i_row * TOKENS).to(tl.int32)
         o_t = start + tl.arange(0, TOKENS)  # [TOKENS] row of the packed batch
         o_grad = o_t.to(tl.int64)[:, None] * D
-        o_dv = o_t.to(tl.int64)[:, None] * (stride_l * VEC)
+        o_dv = o_t.to(tl.int64)[:, None] * stride_l
         sentence = sentence_at(p_cu_seqlens, num_sentences, start, SCAN)
         begin = tl.load(p_cu_seqlens + sentence)
         while (sentence < num_sentences) & (begin < start + TOKENS):
@@ -325,7 +329,7 @@ def squeeze_backward_kernel(
         o_l = start + tl.arange(0, TOKENS)  # [TOKENS]
         m_row = o_l < size
         o_grad = (i_b * size + o_l.to(tl.int64))[:, None] * D
-        o_dv = i_b * (stride_b * VEC) + o_l.to(tl.int64)[:, None] * (stride_l * VEC)
+        o_dv = i_b * stride_b + o_l.to(tl.int64)[:, None] * stride_l
         real = m_row
         rank = o_l
         first = start * 0
