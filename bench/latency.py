@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -194,7 +195,7 @@ def environment() -> dict[str, object]:
         "triton": triton.__version__,
         "python": sys.version.split()[0],
         "s2sent_kernels": s2sent_kernels.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit.stdout.strip() or os.environ.get("COMMIT", "unknown"),  # a copy without .git: COMMIT=...
     }
 
 

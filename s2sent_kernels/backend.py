@@ -90,7 +90,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         ValueError: ``backend`` is unknown or cannot take such tensors here; says why.
     """
-    asked = os.environ.get(BACKEND_VARIABLE, "auto") if backend == "auto" else backend
+    asked = (os.environ.get(BACKEND_VARIABLE) or "auto") if backend == "auto" else backend
     if asked not in ("auto", *BACKENDS):
         source = f"{BACKEND_VARIABLE} (in place of 'auto')" if backend == "auto" else "backend"
         raise ValueError(f"{source}: expected 'auto' or one of {BACKENDS}, got {asked!r}")

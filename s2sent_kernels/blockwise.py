@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,28 +36,34 @@ class BlockwisePool:
         self._next = 0
         self._squeezed_groups = self._pooled = torch.empty(0)
         self._dtype = torch.float32
-        self._shape: torch.Size | None = None
+        self._first = ""
+        self._engine: Any = None
 
     def add(self, block: int, hidden_state: Tensor) -> None:
         """Squeeze and pool block ``block``'s hidden state, [B, L, D] or packed [T, D]."""
         selector = self._selector
-        if block != self._next:
-            raise ValueError(f"block: expected {self._next}, blocks come in ascending order and once, got {block}")
+        if block != self._next or block == selector.num_blocks:
+            wanted = "no more" if self._next == selector.num_blocks else self._next
+            raise ValueError(f"block: expected {wanted}, blocks come in ascending order and once, got {block}")
         if not isinstance(hidden_state, Tensor):
             raise TypeError(f"hidden_state: expected a tensor, got {type(hidden_state).__name__}")
         if torch.is_grad_enabled() and hidden_state.requires_grad:
             raise RuntimeError("blockwise pooling is for inference: hidden_state requires a gradient")
-        if self._shape is None:
+        if not self._first:
             self._start(hidden_state)
-        elif hidden_state.shape != self._shape or hidden_state.dtype != self._dtype:
-            raise ValueError(
-                f"hidden_state: expected {list(self._shape)} of {self._dtype} as block 0, got "
-                f"{list(hidden_state.shape)} of {hidden_state.dtype}"
-            )
-        torch.ops.s2sent.squeeze_block(
+        else:
+            expected, came = self._first, _describe(hidden_state)
+            if came != expected:
+                raise ValueError(f"hidden_state: expected {expected} as block 0, got {came}")
+        arguments = (
             hidden_state, block, selector.num_blocks, self._squeezed_groups, self._pooled, self._mask,
-            self._cu_seqlens, selector.frequencies, selector.profile, self._pooling, selector.backend,
+            self._cu_seqlens, selector.frequencies, selector.profile, self._pooling,
         )  # fmt: skip
+        if self._engine is ops.plain:  # which also runs where no op is registered
+            with torch.no_grad():
+                ops.plain.squeeze_block(*arguments)
+        else:
+            torch.ops.s2sent.squeeze_block(*arguments, selector.backend)
         self._next += 1
 
     def result(self) -> Tensor:
@@ -67,9 +73,8 @@ class BlockwisePool:
             raise RuntimeError(f"expected {selector.num_blocks} blocks, got {self._next}")
         with torch.no_grad():
             if selector._is_fused():
-                engine = ops.engine(selector.backend, self._pooled.device, self._dtype)
                 parameters, eps = selector._parameters_of_gate(), selector._eps()
-                pool = engine.gate_pool(
+                pool = self._engine.gate_pool(
                     self._squeezed_groups, self._pooled, parameters, selector.activation, eps, self._dtype
                 )
                 return pool[0]
@@ -82,10 +87,18 @@ class BlockwisePool:
         validate.batch([first], self._mask, self._cu_seqlens, 1, selector.profile)
         if first.shape[-1] != selector.hidden_size:
             raise ValueError(f"hidden_state: expected D = {selector.hidden_size} features, got {list(first.shape)}")
-        self._shape, self._dtype = first.shape, first.dtype
+        if selector._is_fused():
+            parameters = selector._parameters_of_gate()
+            validate.gate_parameters(parameters, selector.num_blocks, selector.hidden_size, first.device)
+        validate.cu_seqlens_values(self._cu_seqlens, first.shape[0])
+        self._first, self._dtype = _describe(first), first.dtype
         rows = self._cu_seqlens.shape[0] - 1 if packed and self._cu_seqlens is not None else first.shape[0]
         dtype = reference.compute_dtype(first.dtype)
-        engine = ops.engine(selector.backend, first.device, first.dtype)
-        groups = -(-selector.num_blocks // engine.BLOCK_GROUP)
+        self._engine = ops.engine(selector.backend, first.device, first.dtype)
+        groups = -(-selector.num_blocks // self._engine.BLOCK_GROUP)
         self._squeezed_groups = first.new_zeros(rows, groups, selector.hidden_size, dtype=dtype)
         self._pooled = first.new_empty(rows, selector.num_blocks, selector.hidden_size, dtype=dtype)
+
+
+def _describe(hidden_state: Tensor) -> str:
+    return f"{list(hidden_state.shape)} of {hidden_state.dtype} on {hidden_state.device}"

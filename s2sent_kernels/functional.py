@@ -8,6 +8,7 @@ Shapes: N hidden states ``[B, L, D]`` with an optional mask ``[B, L]``, or packe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def _choose(
     backend: str, hidden_states: Sequence[Tensor], attention_mask: Any, cu_seqlens: Any, frequencies: int, profile: str
 ) -> str:
     """The backend of a call; on the plain PyTorch path, which no op guards, the tensors are validated here."""
+    validate.positive_int("frequencies", frequencies)
     if len(hidden_states) == 0:
         raise ValueError("hidden_states: expected at least one tensor, got none")
     first = hidden_states[0]
@@ -66,7 +68,7 @@ def squeeze(
 
     Raises:
         ValueError, TypeError: an argument is wrong; names it, what was expected and what came.
-        NotImplementedError: on forward-mode or second derivatives.
+        NotImplementedError: on forward-mode or second derivatives, from an op; in plain PyTorch they are right.
     """
     validate.arguments(hidden_states, attention_mask, cu_seqlens, pooling, profile)
     chosen = _choose(backend, hidden_states, attention_mask, cu_seqlens, frequencies, profile)
@@ -152,23 +154,21 @@ def select_with(
     frequencies: int,
     profile: str,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(v, g) with any differentiable gate between squeeze and fuse; each hidden state's gradient is written once."""
+) -> Tensor:
+    """v with any differentiable gate between squeeze and fuse; each hidden state's gradient is written once."""
+    validate.arguments(hidden_states, attention_mask, cu_seqlens, None, profile)
     chosen = _choose(backend, hidden_states, attention_mask, cu_seqlens, frequencies, profile)
     if chosen == "reference":
         tokens = _tokens(hidden_states, attention_mask, cu_seqlens)
         squeezed, _ = reference.squeeze(hidden_states, tokens, frequencies, profile)
-        gates = gate_function(squeezed)
-        return reference.fuse(hidden_states, gates, tokens), gates
+        return reference.fuse(hidden_states, gate_function(squeezed), tokens)
     squeezed, like_fused, like_gates = gradients.SqueezeForFuse.apply(
         attention_mask, cu_seqlens, frequencies, profile, chosen, *hidden_states
     )
-    gates = gate_function(squeezed)
     detached = [hidden_state.detach() for hidden_state in hidden_states]
-    fused = gradients.FuseFromCarriers.apply(
-        gates, like_fused, like_gates, attention_mask, cu_seqlens, chosen, *detached
+    return gradients.FuseFromCarriers.apply(
+        gate_function(squeezed), like_fused, like_gates, attention_mask, cu_seqlens, chosen, *detached
     )
-    return fused, gates
 
 
 def select_pool_with(
@@ -207,19 +207,17 @@ def select(
     """The whole selector, token output: v [B, L, D] (packed [T, D]), 0 at padding. Arguments as in the three stages."""
     validate.arguments(hidden_states, attention_mask, cu_seqlens, None, profile, activation)
     validate.parameter_types(parameters)
+    validate.number("eps", eps)
     chosen = _choose(backend, hidden_states, attention_mask, cu_seqlens, frequencies, profile)
     if chosen != "reference" and profile == "paper" and not training:
         return torch.ops.s2sent.select(
             hidden_states, attention_mask, cu_seqlens, *parameters, frequencies, activation, eps, chosen
         )[0]
-
-    def gate_function(squeezed: Tensor) -> Tensor:
-        return gate(
-            squeezed, parameters, num_blocks=len(hidden_states), activation=activation, eps=eps, profile=profile,
-            training=training, momentum=momentum, backend=chosen,
-        )  # fmt: skip
-
-    return select_with(gate_function, hidden_states, attention_mask, cu_seqlens, frequencies, profile, chosen)[0]
+    gate_function = partial(
+        gate, parameters=parameters, num_blocks=len(hidden_states), activation=activation, eps=eps, profile=profile,
+        training=training, momentum=momentum, backend=chosen,
+    )  # fmt: skip
+    return select_with(gate_function, hidden_states, attention_mask, cu_seqlens, frequencies, profile, chosen)
 
 
 def select_pool(
@@ -238,22 +236,21 @@ def select_pool(
     backend: str = "auto",
 ) -> Tensor:
     """The whole selector, pooled: sentence embeddings o [B, D], o[b,d] = sum_n g[b,n,d] p[b,n,d], in the hidden states'
-    dtype. Every hidden state is read once and neither g nor v is formed. Arguments as in the three stages."""
+    dtype. Every hidden state is read once and v is never formed, nor, with running statistics, g. Arguments as in the three
+    stages."""
     validate.arguments(hidden_states, attention_mask, cu_seqlens, pooling, profile, activation)
     validate.option("pooling", pooling, validate.POOLINGS)
     validate.parameter_types(parameters)
+    validate.number("eps", eps)
     chosen = _choose(backend, hidden_states, attention_mask, cu_seqlens, frequencies, profile)
     if chosen != "reference" and profile == "paper" and not training:
         return torch.ops.s2sent.select_pool(
             hidden_states, attention_mask, cu_seqlens, *parameters, frequencies, pooling, activation, eps, chosen
         )[0]
-
-    def gate_function(squeezed: Tensor) -> Tensor:
-        return gate(
-            squeezed, parameters, num_blocks=len(hidden_states), activation=activation, eps=eps, profile=profile,
-            training=training, momentum=momentum, backend=chosen,
-        )  # fmt: skip
-
+    gate_function = partial(
+        gate, parameters=parameters, num_blocks=len(hidden_states), activation=activation, eps=eps, profile=profile,
+        training=training, momentum=momentum, backend=chosen,
+    )  # fmt: skip
     return select_pool_with(
         gate_function, hidden_states, attention_mask, cu_seqlens, frequencies, profile, pooling, chosen
     )

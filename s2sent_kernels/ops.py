@@ -128,6 +128,11 @@ def _squeeze_backward(
     pooling: str | None,
     backend: str,
 ) -> list[Tensor]:
+    rows, size = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, shape[-1]
+    validate.shaped("grad_squeezed", grad_squeezed, (rows, size))
+    validate.shaped("grad_pooled", grad_pooled, (rows, len(needed), size))
+    validate.shaped("grad_fused", grad_fused, shape)
+    validate.shaped("gates", gates, (rows, len(needed), size))
     grads = engine(backend, device, dtype).squeeze_backward(
         grad_squeezed, grad_pooled, grad_fused, gates, shape, dtype, device, needed, attention_mask, cu_seqlens,
         frequencies, profile, pooling,
@@ -162,7 +167,14 @@ def _squeeze_block(
     validate.cu_seqlens_values(cu_seqlens, hidden_state.shape[0])
     if not 0 <= block < num_blocks:
         raise ValueError(f"block: expected 0 to {num_blocks - 1}, got {block}")
-    engine(backend, hidden_state.device, hidden_state.dtype).squeeze_block(
+    chosen, device = engine(backend, hidden_state.device, hidden_state.dtype), hidden_state.device
+    dtype, size = compute_dtype(hidden_state.dtype), hidden_state.shape[-1]
+    rows = _num_sentences([hidden_state], cu_seqlens)
+    groups = -(-num_blocks // chosen.BLOCK_GROUP)
+    validate.buffer("squeezed_groups", squeezed_groups, (rows, groups, size), dtype, device)
+    if pooled is not None:
+        validate.buffer("pooled", pooled, (rows, num_blocks, size), dtype, device)
+    chosen.squeeze_block(
         hidden_state, block, num_blocks, squeezed_groups, pooled, attention_mask, cu_seqlens, frequencies, profile,
         pooling,
     )  # fmt: skip
@@ -278,6 +290,8 @@ def _fuse_backward(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> Tensor:
+    validate.batch(hidden_states, attention_mask, cu_seqlens)
+    validate.shaped("grad_fused", grad_fused, hidden_states[0].shape)
     return _engine_for(backend, hidden_states).fuse_backward(grad_fused, hidden_states, attention_mask, cu_seqlens)
 
 

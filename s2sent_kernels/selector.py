@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import functional, reference, validate
 from .backend import BACKENDS
@@ -100,7 +101,7 @@ class S2SentSelector(nn.Module):
             )  # fmt: skip
         return functional.select_with(
             self._gate, hidden_states, attention_mask, cu_seqlens, self.frequencies, self.profile, self.backend
-        )[0]
+        )
 
     def pool(
         self,
@@ -178,6 +179,8 @@ class S2SentSelector(nn.Module):
         for part, kind in zip(self._parts(), expected, strict=False):
             hooked = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
             if type(part) is not kind or hooked or parametrize.is_parametrized(part) or part.bias is None:
+                return False
+            if not all(_is_ordinary(tensor) for tensor in (*part.parameters(), *part.buffers())):
                 return False
             if "forward" in part.__dict__:  # a forward patched onto the instance, as some wrappers do
                 return False
@@ -274,6 +277,14 @@ class S2SentSelector(nn.Module):
         selector = cls(**sizes, profile="official", backend=backend)
         selector.to(state["down.weight"].dtype).load_state_dict(state)
         return selector
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    """Neither quantised nor sharded: such tensors are subclasses that only their own operators understand. While a graph is
+    traced every tensor may be stood in for by a subclass, and the ones to avoid are told by how they trace."""
+    if torch.compiler.is_compiling():
+        return not is_traceable_wrapper_subclass(tensor)
+    return type(tensor) in (Tensor, nn.Parameter)
 
 
 def _call(part: nn.Module, values: Tensor) -> Tensor:

@@ -30,6 +30,26 @@ def positive_int(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
+def number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def shaped(name: str, tensor: Tensor | None, shape: Sequence[int]) -> None:
+    if tensor is not None and list(tensor.shape) != list(shape):
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def buffer(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    """A tensor that an op writes into."""
+    shaped(name, tensor, shape)
+    for what, expected in (("dtype", dtype), ("device", device)):
+        if getattr(tensor, what) != expected:
+            raise ValueError(f"{name}: expected {what} {expected}, got {getattr(tensor, what)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(tensor.stride())}")
+
+
 def option(name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {tuple(allowed)}, got {value!r}")
@@ -89,7 +109,6 @@ def batch(
     cu_seqlens: Tensor | None,
     frequencies: int = 1,
     profile: str = "paper",
-    num_blocks: int | None = None,
 ) -> None:
     """Shapes, dtypes and devices of a batch of hidden states: [B, L, D] each, or [T, D] with ``cu_seqlens`` [B + 1].
 
@@ -97,8 +116,6 @@ def batch(
         ValueError: shapes, dtypes or devices are wrong or disagree; names the argument, what was expected, what came.
         TypeError: a tensor's dtype is of the wrong kind.
     """
-    if num_blocks is not None and len(hidden_states) != num_blocks:
-        raise ValueError(f"hidden_states: expected {num_blocks} tensors, one for each block, got {len(hidden_states)}")
     if len(hidden_states) == 0:
         raise ValueError("hidden_states: expected at least one tensor, got none")
     first = hidden_states[0]
@@ -121,7 +138,7 @@ def batch(
                     expected, came = list(expected), list(came)
                 raise ValueError(f"hidden_states[{index}]: expected {what} {expected} as hidden_states[0], got {came}")
     positive_int("the hidden size (last dimension of hidden_states)", first.shape[-1])
-    components(len(hidden_states) if num_blocks is None else num_blocks, first.shape[-1], frequencies, profile)
+    components(len(hidden_states), first.shape[-1], frequencies, profile)
     if attention_mask is not None:
         _mask(attention_mask, first)
     if cu_seqlens is not None:

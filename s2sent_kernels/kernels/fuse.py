@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import config
 from .common import block_pointer, real_span, sentence_at, sum_rows
-from .launch import HiddenStates, device_of, mask_arguments
+from .launch import HiddenStates, dense, device_of, mask_arguments
 
 _RUNTIME = ["size", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l", "num_sentences"]
 _UNALIGNED = ["p_mask", "p_cu_seqlens"]
@@ -181,7 +181,7 @@ def fuse(
     rows = triton.cdiv(hidden.length, tile.tokens) * (1 if packed else first.shape[0])
     with device_of(fused):
         fuse_kernel[(rows * triton.cdiv(hidden.size, tile.block_d),)](
-            hidden.tensors, gates.to(torch.float32).contiguous(), mask, cu_seqlens, fused, hidden.length,
+            hidden.tensors, dense(gates, torch.float32), mask, dense(cu_seqlens), fused, hidden.length,
             hidden.stride_b, hidden.stride_l, stride_mask_b, stride_mask_l,
             0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
             N=len(hidden_states), D=hidden.size, VEC=hidden.vector, TOKENS=tile.tokens, BLOCK_D=tile.block_d,
@@ -206,7 +206,7 @@ def fuse_backward(
     programs = rows * triton.cdiv(hidden.size, tile.block_d) * triton.cdiv(num_blocks, config.BLOCK_GROUP)
     with device_of(dgates):
         fuse_backward_kernel[(programs,)](
-            hidden.tensors, grad.tensors[0], mask, cu_seqlens, dgates, hidden.length, hidden.stride_b,
+            hidden.tensors, grad.tensors[0], mask, dense(cu_seqlens), dgates, hidden.length, hidden.stride_b,
             hidden.stride_l, grad.stride_b, grad.stride_l, stride_mask_b, stride_mask_l,
             N=num_blocks, D=hidden.size, VEC=hidden.vector, GROUP=config.BLOCK_GROUP, ROWS=tile.rows,
             SLOTS=tile.slots, BLOCK_D=tile.block_d, SCAN=config.SCAN, num_warps=tile.num_warps,

@@ -30,6 +30,13 @@ def vector_of(features: int, dtype: torch.dtype) -> int:
     return min(features & -features, _LOAD_BYTES // dtype.itemsize)
 
 
+def dense(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """Contiguous, as the kernels index what is no hidden state and no mask; in ``dtype`` where given."""
+    if tensor is None:
+        return None
+    return (tensor if dtype is None else tensor.to(dtype)).contiguous()
+
+
 @dataclass(frozen=True)
 class HiddenStates:
     """N hidden states with common strides, rows that 128-bit loads can take, and the strides in units of ``vector``.

@@ -34,7 +34,7 @@ from .common import (
     sum_rows,
     token_factor,
 )
-from .launch import HiddenStates, device_of, mask_arguments, vector_of
+from .launch import HiddenStates, dense, device_of, mask_arguments, vector_of
 
 _RUNTIME = ["size", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l", "num_sentences", "first_block"]
 _UNALIGNED = ["p_mask", "p_cu_seqlens"]  # whose alignment must not choose another kernel, and with it another order
@@ -372,7 +372,7 @@ def squeeze_into(
     groups_here = triton.cdiv(len(hidden.tensors), config.BLOCK_GROUP)
     with device_of(squeezed_groups):
         squeeze_kernel[(rows * groups_here * tiles,)](
-            hidden.tensors, mask, cu_seqlens, squeezed_groups, pooled, hidden.length, hidden.stride_b,
+            hidden.tensors, mask, dense(cu_seqlens), squeezed_groups, pooled, hidden.length, hidden.stride_b,
             hidden.stride_l, stride_mask_b, stride_mask_l, first_block,
             N=num_blocks, NUM=len(hidden.tensors), D=hidden.size, M=frequencies, VEC=hidden.vector,
             **config.frequency_words(num_blocks, frequencies, profile),
@@ -474,11 +474,11 @@ def squeeze_backward(
     with device_of(written):
         squeeze_backward_kernel[(rows * tiles,)](
             tuple(written if grad is None else grad for grad in grads),
-            None if grad_squeezed is None else grad_squeezed.to(float32).contiguous(),
-            None if grad_pooled is None else grad_pooled.to(float32).contiguous(),
+            dense(grad_squeezed, float32),
+            dense(grad_pooled, float32),
             None if fused is None else fused.tensors[0],
-            None if fused is None or gates is None else gates.to(float32).contiguous(),
-            mask, cu_seqlens, shape[0] if packed else shape[1],
+            None if fused is None else dense(gates, float32),
+            mask, dense(cu_seqlens), shape[0] if packed else shape[1],
             0 if fused is None else fused.stride_b, 0 if fused is None else fused.stride_l,
             stride_mask_b, stride_mask_l, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
             N=num_blocks, D=size, M=frequencies, VEC=1 if fused is None else fused.vector,
