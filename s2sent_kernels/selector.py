@@ -180,7 +180,7 @@ class S2SentSelector(nn.Module):
             hooked = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
             if type(part) is not kind or hooked or parametrize.is_parametrized(part) or part.bias is None:
                 return False
-            if not all(_is_ordinary(tensor) for tensor in (*part.parameters(), *part.buffers())):
+            if not (_is_ordinary(part.weight) and _is_ordinary(part.bias)):
                 return False
             if "forward" in part.__dict__:  # a forward patched onto the instance, as some wrappers do
                 return False

@@ -258,3 +258,17 @@ def test_the_same_bits_every_time(name):
 
     for a, b in zip(run(), run(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_buffers_and_gradients_of_another_shape_are_refused():
+    u = torch.randn(3, 4, 8)
+    rest = (None, None, 2, "paper", "mean", "reference")
+    for groups in (torch.zeros(3, 8, 2).mT, torch.zeros(3, 2, 8, dtype=torch.float64), torch.zeros(2, 2, 8)):
+        with pytest.raises(ValueError, match="squeezed_groups: expected"):
+            torch.ops.s2sent.squeeze_block(u, 0, 2, groups, torch.zeros(3, 2, 8), *rest)
+    with pytest.raises(ValueError, match="grad_squeezed: expected shape"):
+        torch.ops.s2sent.squeeze_backward(
+            torch.zeros(1, 8), None, None, None, [3, 4, 8], torch.float32, torch.device("cpu"), [True, True], *rest
+        )
+    with pytest.raises(ValueError, match="grad_fused: expected shape"):
+        torch.ops.s2sent.fuse_backward(torch.zeros(3, 2, 8), [u, u], None, None, "reference")

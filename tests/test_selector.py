@@ -716,3 +716,27 @@ def test_blockwise_result_needs_no_gradient(batch, changed):
     for block, hidden_state in enumerate(batch.hidden_states):
         stream.add(block, hidden_state)
     assert not stream.result().requires_grad
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", ["forward", "pool", "gates"])
+@pytest.mark.parametrize("bad", [{"attention_mask": [[1] * 4] * 3}, {"cu_seqlens": "a"}, {"hidden_states": "ab"}])
+def test_bad_types_are_named_in_every_mode(training, method, bad):
+    selector = S2SentSelector(8, 2, 4, 2).train(training)
+    arguments = {"hidden_states": [torch.randn(3, 4, 8) for _ in range(2)]} | bad
+    with pytest.raises(TypeError, match=next(iter(bad))):
+        getattr(selector, method)(**arguments)
+
+
+def test_blockwise_refuses_a_gate_that_does_not_fit():
+    selector = S2SentSelector(8, 2, 4, 2).eval()
+    selector.down = torch.nn.Linear(8, 5)
+    with pytest.raises(ValueError, match="up_weight: expected shape"):
+        selector.blockwise().add(0, torch.randn(3, 4, 8))
+
+
+def test_blockwise_refuses_another_device():
+    stream = S2SentSelector(8, 2, 4, 2).eval().blockwise()
+    stream.add(0, torch.randn(3, 4, 8))
+    with pytest.raises(ValueError, match=r"hidden_state: expected .* on cpu as block 0, got .* on meta"):
+        stream.add(1, torch.randn(3, 4, 8, device="meta"))

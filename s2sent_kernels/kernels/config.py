@@ -11,6 +11,7 @@ from typing import NamedTuple
 from .. import dct
 
 BLOCK_GROUP = 3  # blocks whose share of f one program sums: divides the usual N, and splits small batches
+CHUNK = 512  # tokens that one running sum takes, a multiple of every tile: longer sentences sum chunks of it
 SCAN = 256  # mask tokens, or sentence ends, looked at at once
 SUM_GROUPS_BLOCK = 1024
 GATE_FEATURES = 256  # of f that the gate sums from its groups at once

@@ -3,10 +3,11 @@
     f[b,d] = sum_n sum_l alpha[m(d),n] beta[b,m(d),l] u_n[b,l,d]        p[b,n,d] = sum_l w[b,l] u_n[b,l,d]
     du_n[b,l,d] = g[b,n,d] dv[b,l,d] + w[b,l] dp[b,n,d] + alpha[m,n] beta[b,m,l] df[b,d]
 
-Order of summation, on which every bit of f and p depends: a sentence's tokens, from its first real one on, are dealt to SLOTS
-running sums in turn, tile after tile of ROWS x SLOTS tokens; at the end the slots are summed as a tree; then the blocks of a
-group of GROUP ascending, weighted by alpha; then the groups ascending (by whoever reads f). SLOTS is how many tokens a
-program's threads hold side by side, so that nothing crosses threads before the end.
+Order of summation, on which every bit of f and p depends: a sentence's tokens, from its first real one on, come in chunks of
+CHUNK; a chunk's tokens are dealt to SLOTS running sums in turn, tile after tile of ROWS x SLOTS tokens; the chunks are added
+slot by slot, ascending; at the end the slots are summed as a tree; then the blocks of a group of GROUP ascending, weighted by
+alpha; then the groups ascending (by whoever reads f). SLOTS is how many tokens a program's threads hold side by side, so
+that nothing crosses threads before the end; CHUNK bounds how many terms one running sum takes, and with it its rounding.
 
 A program takes one group of one sentence for one tile of features that lie in one part, so that alpha and beta belong to the
 program and not to the feature.
@@ -67,6 +68,7 @@ def squeeze_kernel(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SCAN: tl.constexpr,
 ):
@@ -114,45 +116,55 @@ def squeeze_kernel(
     y = frequency_of(part, Y_LOW, Y_HIGH)
     TOKENS: tl.constexpr = ROWS * SLOTS
     nothing = tl.zeros([SLOTS, BLOCK_D], tl.float32)
-    sums = (nothing,) * BLOCKS_HERE  # of beta u, for each block of the group
-    pools = (nothing,) * BLOCKS_HERE  # of w u
+    total_sums = (nothing,) * BLOCKS_HERE  # of beta u, for each block of the group
+    total_pools = (nothing,) * BLOCKS_HERE  # of w u
     seen = length * 0
-    for start in range(start_at, stop_at, TOKENS):
-        o_l = start + tl.arange(0, TOKENS)  # [TOKENS]
-        m_l = o_l < stop_at
-        real = m_l
-        rank = o_l - first
-        if p_mask is not None:
-            if OFFICIAL:
-                real = tl.load(p_mask_row + o_l.to(tl.int64) * stride_mask_l, mask=m_l, other=0) != 0
-            elif holes:
-                real = tl.load(p_mask_row + o_l.to(tl.int64) * stride_mask_l, mask=m_l, other=0) != 0
-                rank = seen + tl.cumsum(real.to(tl.int32), axis=0) - 1
-                seen += tl.sum(real.to(tl.int32), axis=0)
-        beta = token_factor(y, rank, o_l, length, size, N, OFFICIAL)  # [TOKENS]
-        m_read = m_l if OFFICIAL else real
-        m_u = m_read[:, None] & m_d[None, :]  # [TOKENS, BLOCK_D]
-        o_u = o_row + o_l.to(tl.int64)[:, None] * stride_l + o_d[None, :]
+    for chunk in range(start_at, stop_at, CHUNK):
+        sums = (nothing,) * BLOCKS_HERE
+        pools = (nothing,) * BLOCKS_HERE
+        for start in range(chunk, tl.minimum(chunk + CHUNK, stop_at), TOKENS):
+            o_l = start + tl.arange(0, TOKENS)  # [TOKENS]
+            m_l = o_l < stop_at
+            real = m_l
+            rank = o_l - first
+            if p_mask is not None:
+                if OFFICIAL:
+                    real = tl.load(p_mask_row + o_l.to(tl.int64) * stride_mask_l, mask=m_l, other=0) != 0
+                elif holes:
+                    real = tl.load(p_mask_row + o_l.to(tl.int64) * stride_mask_l, mask=m_l, other=0) != 0
+                    rank = seen + tl.cumsum(real.to(tl.int32), axis=0) - 1
+                    seen += tl.sum(real.to(tl.int32), axis=0)
+            beta = token_factor(y, rank, o_l, length, size, N, OFFICIAL)  # [TOKENS]
+            m_read = m_l if OFFICIAL else real
+            m_u = m_read[:, None] & m_d[None, :]  # [TOKENS, BLOCK_D]
+            o_u = o_row + o_l.to(tl.int64)[:, None] * stride_l + o_d[None, :]
+            new_sums = ()
+            new_pools = ()
+            for j in tl.static_range(BLOCKS_HERE):
+                n = i_group * GROUP + j  # within p_hidden
+                p_u = block_pointer(p_hidden, n, NUM)
+                m_n = m_u if NUM % GROUP == 0 or NUM < GROUP else m_u & (n < NUM)
+                u = tl.load(p_u + o_u, mask=m_n, other=0.0, eviction_policy="evict_first").to(tl.float32)
+                new_sums = new_sums + (sums[j] + sum_rows(u * beta[:, None], ROWS, SLOTS),)
+                if POOLING is not None:
+                    if OFFICIAL:
+                        u = tl.where(real[:, None], u, 0.0)
+                    if (
+                        POOLING != "mean"
+                    ):  # one token: chosen, not multiplied by 0 and 1, which would spread its neighbours' NaN
+                        u = tl.where((pooling_weight(o_l, first, end, length, POOLING) > 0.0)[:, None], u, 0.0)
+                    new_pools = new_pools + (pools[j] + sum_rows(u, ROWS, SLOTS),)
+                else:
+                    new_pools = new_pools + (nothing,)
+            sums = new_sums
+            pools = new_pools
         new_sums = ()
         new_pools = ()
         for j in tl.static_range(BLOCKS_HERE):
-            n = i_group * GROUP + j  # within p_hidden
-            p_u = block_pointer(p_hidden, n, NUM)
-            m_n = m_u if NUM % GROUP == 0 or NUM < GROUP else m_u & (n < NUM)
-            u = tl.load(p_u + o_u, mask=m_n, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            new_sums = new_sums + (sums[j] + sum_rows(u * beta[:, None], ROWS, SLOTS),)
-            if POOLING is not None:
-                if OFFICIAL:
-                    u = tl.where(real[:, None], u, 0.0)
-                if (
-                    POOLING != "mean"
-                ):  # one token: chosen, not multiplied by 0 and 1, which would spread its neighbours' NaN
-                    u = tl.where((pooling_weight(o_l, first, end, length, POOLING) > 0.0)[:, None], u, 0.0)
-                new_pools = new_pools + (pools[j] + sum_rows(u, ROWS, SLOTS),)
-            else:
-                new_pools = new_pools + (nothing,)
-        sums = new_sums
-        pools = new_pools
+            new_sums = new_sums + (total_sums[j] + sums[j],)
+            new_pools = new_pools + (total_pools[j] + pools[j],)
+        total_sums = new_sums
+        total_pools = new_pools
 
     group = (first_block + i_group * GROUP) // GROUP
     p_f = p_squeezed + (i_b * GROUPS + group) * D + o_d
@@ -162,13 +174,13 @@ def squeeze_kernel(
     for j in tl.static_range(BLOCKS_HERE):
         n = first_block + i_group * GROUP + j
         alpha = tl.where(n < N, block_factor(x, n, N, OFFICIAL), 0.0)
-        squeezed = tl.fma(tl.sum(sums[j], axis=0), alpha, squeezed)
+        squeezed = tl.fma(tl.sum(total_sums[j], axis=0), alpha, squeezed)
         if POOLING is not None:
             scale = 1.0
             if POOLING == "mean":
                 scale = tl.div_rn(1.0, tl.maximum(length, 1).to(tl.float32))
             p_p = p_pooled + (i_b * N + n) * D + o_d
-            tl.store(p_p, tl.sum(pools[j], axis=0) * scale, mask=m_d & (n < N))
+            tl.store(p_p, tl.sum(total_pools[j], axis=0) * scale, mask=m_d & (n < N))
     tl.store(p_f, squeezed, mask=m_d)
 
 
@@ -377,7 +389,7 @@ def squeeze_into(
             N=num_blocks, NUM=len(hidden.tensors), D=hidden.size, M=frequencies, VEC=hidden.vector,
             **config.frequency_words(num_blocks, frequencies, profile),
             OFFICIAL=profile == "official", POOLING=pooling, GROUP=config.BLOCK_GROUP, ROWS=chosen.rows,
-            SLOTS=chosen.slots, BLOCK_D=chosen.block_d, SCAN=config.SCAN, num_warps=chosen.num_warps,
+            SLOTS=chosen.slots, CHUNK=config.CHUNK, BLOCK_D=chosen.block_d, SCAN=config.SCAN, num_warps=chosen.num_warps,
         )  # fmt: skip
 
 

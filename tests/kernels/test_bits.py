@@ -30,8 +30,12 @@ def exact_dot(monkeypatch):
         )
 
 
-def selector_for(N, M, **options):
-    return make_selector(N, D, M, H=8, block_prior=True, backend="triton", **options)
+# The shapes that encoders have, and one without vector loads: N, D, M. The interpreter would take minutes for each.
+ENCODERS = [(12, 768, 4), (6, 384, 4), (24, 1024, 8), (3, 768, 1), (8, 21, 3)]
+
+
+def selector_for(N, M, size=D, **options):
+    return make_selector(N, size, M, H=8, block_prior=True, backend="triton", **options)
 
 
 def equal(one, other):
@@ -53,11 +57,23 @@ def by_blocks(selector, hidden_states, where, pooling):
 @pytest.mark.parametrize("N, M, dtype", KINDS)
 @pytest.mark.parametrize("path", PATHS)
 def test_a_sentence_has_its_own_bits(path, N, M, dtype):
-    """The expectation is each sentence alone; every batch below must give each of its sentences those bits."""
-    selector = selector_for(N, M)
     lengths = LENGTHS if path in (None, "mean") else LENGTHS[:3]
+    check_own_bits(path, N, D, M, dtype, lengths)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU: too many programs for the interpreter")
+@pytest.mark.parametrize("N, size, M", ENCODERS)
+@pytest.mark.parametrize("dtype", HIDDEN_DTYPES)
+@pytest.mark.parametrize("path", [None, "mean", "gates"])
+def test_a_sentence_has_its_own_bits_in_encoders(path, dtype, N, size, M):
+    check_own_bits(path, N, size, M, dtype, (*LENGTHS, 128, 512, 600))
+
+
+def check_own_bits(path, N, size, M, dtype, lengths):
+    """The expectation is each sentence alone; every batch below must give each of its sentences those bits."""
+    selector = selector_for(N, M, size)
     B, L = len(lengths), max(lengths)
-    hidden = make_batch(N, B, L, D, dtype, seed=3).hidden_states
+    hidden = make_batch(N, B, L, size, dtype, seed=3).hidden_states
     alone = [run(selector, [u[b : b + 1, :n] for u in hidden], {}, path)[0] for b, n in enumerate(lengths)]
 
     def matches(output, order, packed=False):
@@ -142,3 +158,12 @@ def test_run_to_run(path, profile, training):
         gradient = randn(*output.shape, seed=5, dtype=output.dtype)
         results.append([output, *torch.autograd.grad(output, [*hidden, *selector.parameters()], gradient)])
     assert all(equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_cu_seqlens_of_any_strides():
+    selector = selector_for(2, 1)
+    packed, where = pack(make_batch(2, 3, 5, D).hidden_states, [3, 0, 5])
+    strided = torch.stack([where["cu_seqlens"], torch.full_like(where["cu_seqlens"], 7)], dim=1)[:, 0]
+    assert not strided.is_contiguous()
+    for path in (None, "mean"):
+        assert equal(run(selector, packed, {"cu_seqlens": strided}, path), run(selector, packed, where, path))
