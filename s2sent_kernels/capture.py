@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from types import TracebackType
@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from . import validate
+from .blockwise import BlockwisePool
 from .selector import S2SentSelector
 
 # What configurations call the two sizes; transformers' attribute map already answers to the first of each for most.
 _NUM_BLOCKS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 _HIDDEN_SIZE = ("hidden_size", "dim", "d_model", "n_embd")
-
-Consumer = Callable[[int, Tensor], None]  # (n, hidden state of the n-th captured block)
 
 
 class BlockCapture:
@@ -75,9 +74,9 @@ class BlockCapture:
             RuntimeError: a block never ran (LayerDrop), or ran where its gradient is lost (a reentrant checkpoint);
                 names it. Or the hooks were removed.
         """
-        hidden_states: dict[int, Tensor] = {}
-        self._run(hidden_states.__setitem__, encoder_inputs)
-        return [hidden_states[n] for n in range(len(self.blocks))]
+        kept = _Kept()
+        self._run(kept, encoder_inputs)
+        return kept.hidden_states
 
     def pool(self, selector: S2SentSelector, *, pooling: str = "mean", **encoder_inputs: Any) -> Tensor:
         """Sentence embeddings o [B, D]: ``selector.pool`` of the blocks under the inputs' ``attention_mask`` [B, L].
@@ -95,7 +94,7 @@ class BlockCapture:
         if self._needs_gradient(selector, encoder_inputs):
             return selector.pool(self.collect(**encoder_inputs), mask, pooling=pooling)
         stream = selector.blockwise(mask, pooling=pooling)
-        self._run(stream.add, encoder_inputs)
+        self._run(stream, encoder_inputs)
         return stream.result()
 
     def fuse(self, selector: S2SentSelector, **encoder_inputs: Any) -> Tensor:
@@ -117,10 +116,10 @@ class BlockCapture:
     ) -> None:
         self.remove()
 
-    def _run(self, consume: Consumer, encoder_inputs: dict[str, Any]) -> None:
+    def _run(self, consumer: _Kept | BlockwisePool, encoder_inputs: dict[str, Any]) -> None:
         if not self._handles:
             raise RuntimeError("the capture's hooks were removed: make a new BlockCapture")
-        call = _Call(self, consume)
+        call = _Call(self, consumer)
         _thread.calls.append(call)
         try:
             self.encoder(**encoder_inputs)
@@ -146,12 +145,22 @@ class BlockCapture:
         return any(tensor.requires_grad for tensor in tensors)
 
 
+class _Kept:
+    """The consumer that keeps every hidden state."""
+
+    def __init__(self) -> None:
+        self.hidden_states: list[Tensor] = []
+
+    def add(self, n: int, hidden_state: Tensor) -> None:
+        self.hidden_states.append(hidden_state)  # in order: a call lets none come twice or before its turn
+
+
 class _Call:
     """One run of a capture's encoder: who takes the hidden states, and which comes next. Keeps none itself."""
 
-    def __init__(self, capture: BlockCapture, consume: Consumer) -> None:
+    def __init__(self, capture: BlockCapture, consumer: _Kept | BlockwisePool) -> None:
         self.key, self.modules, self.blocks = capture._key, capture._modules, capture.blocks
-        self.consume = consume
+        self.consumer = consumer
         self.with_gradients = torch.is_grad_enabled()
         self.next = 0
 
@@ -173,7 +182,7 @@ class _Call:
                 f"block {self.blocks[n]}: expected a tensor or a tuple led by one, got {type(output).__name__}"
             )
         self.next += 1
-        self.consume(n, hidden_state)
+        self.consumer.add(n, hidden_state)
 
     def missing(self) -> RuntimeError:
         block = self.blocks[self.next]

@@ -279,7 +279,7 @@ class S2SentSelector(nn.Module):
         return selector
 
 
-def _is_ordinary(tensor: Tensor) -> bool:
+def _is_ordinary(tensor: object) -> bool:
     """Neither quantised nor sharded: such tensors are subclasses that only their own operators understand. While a graph is
     traced every tensor may be stood in for by a subclass, and the ones to avoid are told by how they trace."""
     if torch.compiler.is_compiling():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import config
 from .common import block_pointer, real_span, sentence_at, sum_rows
-from .launch import HiddenStates, dense, device_of, mask_arguments
+from .launch import FUSE_MULTIPLY_ADD, HiddenStates, dense, device_of, mask_arguments
 
 _RUNTIME = ["size", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l", "num_sentences"]
 _UNALIGNED = ["p_mask", "p_cu_seqlens"]
@@ -27,7 +27,7 @@ def weighted_sum(p_hidden, p_gates, o_u, o_d, m_row, m_d, i_b, N: tl.constexpr, 
     for n in tl.static_range(N):
         g = tl.load(p_gates + (i_b * N + n) * D + o_d, mask=m_d, other=0.0)  # [BLOCK_D]
         u = tl.load(p_hidden[n] + o_u, mask=m_u, other=0.0, eviction_policy="evict_first")  # [TOKENS, BLOCK_D]
-        v += g[None, :] * u.to(tl.float32)
+        v = tl.fma(tl.broadcast_to(g[None, :], v.shape), u.to(tl.float32), v)
     return tl.where(m_u, v, 0.0)  # a gate that is NaN must not reach padding
 
 
@@ -186,6 +186,7 @@ def fuse(
             0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
             N=len(hidden_states), D=hidden.size, VEC=hidden.vector, TOKENS=tile.tokens, BLOCK_D=tile.block_d,
             SCAN=config.SCAN, num_warps=tile.num_warps,
+            enable_fp_fusion=FUSE_MULTIPLY_ADD,
         )  # fmt: skip
     return fused
 
@@ -210,5 +211,6 @@ def fuse_backward(
             hidden.stride_l, grad.stride_b, grad.stride_l, stride_mask_b, stride_mask_l,
             N=num_blocks, D=hidden.size, VEC=hidden.vector, GROUP=config.BLOCK_GROUP, ROWS=tile.rows,
             SLOTS=tile.slots, BLOCK_D=tile.block_d, SCAN=config.SCAN, num_warps=tile.num_warps,
+            enable_fp_fusion=FUSE_MULTIPLY_ADD,
         )  # fmt: skip
     return dgates

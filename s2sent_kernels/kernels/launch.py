@@ -11,6 +11,11 @@ from torch import Tensor
 
 _LOAD_BYTES = 16  # one 128-bit load
 
+# Left to itself the compiler turns a * b + c * d into either of two fused multiply-adds, and not always into the same one for
+# the masked, packed and single-block variants of a kernel: a sentence's bits would depend on which of them it met. The
+# kernels that promise bits fuse where they say tl.fma and nowhere else.
+FUSE_MULTIPLY_ADD = False
+
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     """The tensor's device as the current one; Triton launches on that device's current stream."""

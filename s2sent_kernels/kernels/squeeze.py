@@ -35,7 +35,7 @@ from .common import (
     sum_rows,
     token_factor,
 )
-from .launch import HiddenStates, dense, device_of, mask_arguments, vector_of
+from .launch import FUSE_MULTIPLY_ADD, HiddenStates, dense, device_of, mask_arguments, vector_of
 
 _RUNTIME = ["size", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l", "num_sentences", "first_block"]
 _UNALIGNED = ["p_mask", "p_cu_seqlens"]  # whose alignment must not choose another kernel, and with it another order
@@ -390,6 +390,7 @@ def squeeze_into(
             **config.frequency_words(num_blocks, frequencies, profile),
             OFFICIAL=profile == "official", POOLING=pooling, GROUP=config.BLOCK_GROUP, ROWS=chosen.rows,
             SLOTS=chosen.slots, CHUNK=config.CHUNK, BLOCK_D=chosen.block_d, SCAN=config.SCAN, num_warps=chosen.num_warps,
+            enable_fp_fusion=FUSE_MULTIPLY_ADD,
         )  # fmt: skip
 
 
@@ -498,5 +499,6 @@ def squeeze_backward(
             OFFICIAL=profile == "official", POOLING=pooling,
             NEEDED=sum(1 << n for n, need in enumerate(needed) if need),
             TOKENS=chosen.tokens, BLOCK_D=chosen.block_d, SCAN=config.SCAN, num_warps=chosen.num_warps,
+            enable_fp_fusion=FUSE_MULTIPLY_ADD,
         )  # fmt: skip
     return grads
