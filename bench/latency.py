@@ -195,7 +195,8 @@ def environment() -> dict[str, object]:
         "triton": triton.__version__,
         "python": sys.version.split()[0],
         "s2sent_kernels": s2sent_kernels.__version__,
-        "commit": commit.stdout.strip() or os.environ.get("COMMIT", "unknown"),  # a copy without .git: COMMIT=...
+        # A copy without its history is told: COMMIT=...
+        "commit": os.environ.get("COMMIT") or (commit.stdout.strip() if commit.returncode == 0 else "unknown"),
     }
 
 

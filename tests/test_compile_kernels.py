@@ -1,4 +1,5 @@
-"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a GPU, without spills, with 128-bit loads."""
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a GPU, without spills, with 128-bit loads,
+and without arithmetic whose rounding the assembler chooses."""
 
 import importlib.util
 import itertools
