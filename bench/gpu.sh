@@ -8,12 +8,13 @@ export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
-for step in "${@:-tests suite latency}"; do
+[ $# -gt 0 ] || set -- tests suite latency
+for step in "$@"; do
   echo "== $step"
   case $step in
     tests) "$python" -m pytest tests/kernels -q "${parallel[@]}" 2>&1 | tee "$OUT/kernels.log" | grep -vE '^SKIPPED|^\.|^$' | tail -40 ;;
     suite) "$python" -m pytest tests --ignore tests/kernels -q "${parallel[@]}" 2>&1 | tee "$OUT/suite.log" | tail -30 ;;
     latency) (cd bench && "$python" latency.py --output "$OUT/latency.json" ${LATENCY_OPTIONS:-}) 2>&1 | tee "$OUT/latency.log" ;;
-    sweep) (cd bench && "$python" sweep.py ${SWEEP_OPTIONS:-A,C 4,1,3}) 2>&1 | tee "$OUT/sweep.log" ;;
+    sweep) (cd bench && "$python" sweep.py ${SWEEP_OPTIONS:-squeeze A 2:4:64:1 4:8:64:2}) 2>&1 | tee "$OUT/sweep.log" ;;
   esac
 done
