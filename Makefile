@@ -1,18 +1,21 @@
 # make demo                    a fresh machine to nearest sentences: makes .venv, installs, runs `s2sent demo`
 # make test                    makes .venv, installs what the tests need, runs them
 # make test PYTHON=/a/python   the same in an environment that exists; installs nothing but this package
+# make bench                   measures what this machine can (without a GPU under ten minutes): bench/results, bench/REPORT.md
 # make lint                    ruff and mypy; PYTHON= as above
 # make clean                   removes .venv and what builds and tests left behind
 #
+# BENCH_OPTIONS are those of bench/suite.py: make bench BENCH_OPTIONS="--cases A,C --competitors eager".
 # BOOTSTRAP is the Python (3.10 or newer) that makes .venv. Where no NVIDIA GPU is, TORCH pins one release; to be sure of its
 # small CPU build, say make demo TORCH="torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu".
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
-.PHONY: help demo test lint clean package
+.PHONY: help demo test bench lint clean package
 
 BOOTSTRAP ?= python3
 WORKERS ?= 2
+BENCH_OPTIONS ?=
 GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
 ifeq ($(GPU),yes)
 TORCH ?= torch
@@ -26,10 +29,12 @@ ifdef PYTHON
 PY := $(PYTHON)
 DEMO_READY := package
 DEV_READY := package
+BENCH_READY := package
 else
 PY := .venv/bin/python
 DEMO_READY := .venv/demo.installed
 DEV_READY := .venv/dev.installed
+BENCH_READY := .venv/bench.installed
 endif
 
 help:
@@ -50,6 +55,10 @@ help:
 	.venv/bin/python -m pip install --quiet --no-build-isolation -e ".[test,lint]" $(TRITON)
 	@touch $@
 
+.venv/bench.installed: .venv/created pyproject.toml setup.py
+	.venv/bin/python -m pip install --quiet --no-build-isolation -e ".[bench]" $(TRITON)
+	@touch $@
+
 package:
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
 
@@ -68,6 +77,13 @@ test: $(DEV_READY)
 	env -u TRITON_INTERPRET $$interpret $(PY) -m pytest tests/kernels $$workers 2>&1 | tee "$$logs/2" || failed=1; \
 	echo "tests:         $$(tail -n 1 "$$logs/1")"; \
 	echo "tests/kernels: $$(tail -n 1 "$$logs/2")"; \
+	exit $$failed
+
+# The report is rebuilt from what there is, also where something failed parity or broke; that still fails the command.
+bench: $(BENCH_READY)
+	@failed=0; \
+	env -u TRITON_INTERPRET $(PY) bench/suite.py $(BENCH_OPTIONS) || failed=$$?; \
+	if [ $$failed -lt 2 ]; then $(PY) bench/report.py; fi; \
 	exit $$failed
 
 lint: $(DEV_READY)

@@ -1,20 +1,38 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one go: the kernel tests, the whole suite, the latency table. Results go to $OUT.
-#   OUT=/tmp/results bench/gpu.sh [tests|suite|latency|sweep ...]
+# Everything that needs an NVIDIA GPU, step by step. Results and logs go to $OUT; each step ends with a few lines.
+#   OUT=/tmp/results bench/gpu.sh [tests|suite|bench|sweep ...]
+# BENCH_OPTIONS are those of bench/suite.py, SWEEP_OPTIONS those of bench/sweep.py, PYTHON the interpreter. A run that has to be
+# split writes parts, which bench/record.py puts together:
+#   BENCH_OPTIONS="--sections latency --cases A" ...; python bench/record.py bench/results/<device>.json part1.json part2.json
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:?a folder for the results}"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 parallel=()
-"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
-[ $# -gt 0 ] || set -- tests suite latency
+"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 12)
+# The tests' tensors are tiny, and with several processes the threads would fight over the cores.
+pytest() { OMP_NUM_THREADS=1 "$python" -m pytest -q "${parallel[@]}" "$@" 2>&1; }
+[ $# -gt 0 ] || set -- tests suite bench
+mkdir -p "$OUT"
+failed=0
 for step in "$@"; do
   echo "== $step"
+  begin=$SECONDS
   case $step in
-    tests) "$python" -m pytest tests/kernels -q "${parallel[@]}" 2>&1 | tee "$OUT/kernels.log" | grep -vE '^SKIPPED|^\.|^$' | tail -40 ;;
-    suite) "$python" -m pytest tests --ignore tests/kernels -q "${parallel[@]}" 2>&1 | tee "$OUT/suite.log" | tail -30 ;;
-    latency) (cd bench && "$python" latency.py --output "$OUT/latency.json" ${LATENCY_OPTIONS:-}) 2>&1 | tee "$OUT/latency.log" ;;
-    sweep) (cd bench && "$python" sweep.py ${SWEEP_OPTIONS:-squeeze A 2:4:64:1 4:8:64:2}) 2>&1 | tee "$OUT/sweep.log" ;;
-  esac
+    tests) pytest tests/kernels | tee "$OUT/kernels.log" | grep -vE '^SKIPPED|^\.|^$' | tail -25 ;;
+    suite) pytest tests --ignore tests/kernels | tee "$OUT/suite.log" | grep -vE '^SKIPPED|^\.|^$' | tail -15 ;;
+    bench)
+      # shellcheck disable=SC2086
+      "$python" bench/suite.py --output "$OUT" ${BENCH_OPTIONS:-} >"$OUT/bench.log" 2>"$OUT/bench.err"
+      code=$?
+      cat "$OUT/bench.log"
+      grep -vE 'Warning|^ |^$' "$OUT/bench.err" | tail -4
+      (exit $code) ;;
+    # shellcheck disable=SC2086
+    sweep) "$python" bench/sweep.py ${SWEEP_OPTIONS:-squeeze A} 2>&1 | tee "$OUT/sweep.log" | tail -40 ;;
+    *) echo "gpu.sh: error: no step '$step': tests, suite, bench or sweep" >&2; exit 2 ;;
+  esac || failed=1
+  echo "== $step took $((SECONDS - begin)) s"
 done
+exit $failed

@@ -1,226 +1,227 @@
-"""Latency of the selector's paths against their traffic floors and against plain PyTorch, on one GPU.
+"""Latency of the selector's stages and paths beside their traffic floors and beside what else computes them.
 
-    python bench/latency.py --output bench/results/<device>.json [--cases A,B,C] [--compile]
+    python bench/latency.py [--cases A,B] [--competitors none|eager|all]     # a part of bench/suite.py
 
-Every case is first checked against the reference in float64; one that fails prints no time. Floors are the bytes of the path
-over the ceilings measured in the same run.
+Every contestant that computes the selector is first held to the reference in float64, in its output and its gradients; one that
+fails has no times. Floors are a stage's or path's bytes over the ceilings measured in the same run.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
-from timing import Times, ceilings, device_times, wall_times
+from cases import MODES, PATHS, STAGES, Case, Inputs, floor_us, input_sets, traffic
+from contestants import MEAN_OF_LAST, OURS, Contestant, Missing, contestants, ours
+from memory import backward_of, call_of, free, grad_mode, peak_row, row_of
+from parity import check
+from timing import capture_stream, describe, device_times, l2_bytes, on_gpu, wall_time, wall_times
 
-import s2sent_kernels
-from s2sent_kernels import S2SentSelector
+from s2sent_kernels.backend import choose
 
-L2_BYTES = 128 << 20  # more than the L2 of any GPU so far: inputs rotate until they exceed it
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    batch: int
-    tokens: int
-    blocks: int
-    size: int
-    dtype: torch.dtype = torch.bfloat16
-    layout: str = "full"  # or ragged, packed (the same sentences without padding)
+Row = dict[str, Any]
 
 
-CASES = (
-    Case("A", 256, 128, 12, 768),
-    Case("A-float16", 256, 128, 12, 768, torch.float16),
-    Case("A-float32", 256, 128, 12, 768, torch.float32),
-    Case("A-ragged", 256, 128, 12, 768, layout="ragged"),
-    Case("A-packed", 256, 128, 12, 768, layout="packed"),
-    Case("B", 64, 32, 3, 768),
-    Case("C", 1, 32, 12, 768),
-    Case("D", 32, 512, 24, 1024),
-    Case("E", 256, 128, 6, 384),
-)
+class Settings:
+    """How much of it, and until when: a compilation is not begun after ``deadline`` (of time.monotonic)."""
+
+    def __init__(
+        self, ceilings: dict[str, float], competitors: str, repeats: int = 30, deadline: float = float("inf")
+    ) -> None:
+        self.ceilings, self.competitors, self.repeats, self.deadline = ceilings, competitors, repeats, deadline
+        self.device = "cuda" if on_gpu() else "cpu"
+        self.seconds = 4.0 if on_gpu() else 1.0  # most that one table cell's rounds may take, all contestants together
 
 
-class Inputs:
-    """One set of hidden states and what goes with them."""
-
-    def __init__(self, case: Case, seed: int, grad: bool) -> None:
-        generator = torch.Generator("cuda").manual_seed(seed)
-        lengths = torch.full((case.batch,), case.tokens)
-        if case.layout != "full":
-            lengths = torch.randint(
-                case.tokens // 4, case.tokens + 1, (case.batch,), generator=torch.Generator().manual_seed(1)
-            )
-        self.real_tokens = int(lengths.sum())
-        self.mask = self.cu_seqlens = None
-        shape: tuple[int, ...] = (case.batch, case.tokens, case.size)
-        if case.layout == "packed":
-            shape = (self.real_tokens, case.size)
-            self.cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32).cuda()
-        else:
-            self.mask = (torch.arange(case.tokens) < lengths[:, None]).long().cuda()
-        self.blocks = [
-            torch.randn(shape, generator=generator, device="cuda", dtype=case.dtype).requires_grad_(grad)
-            for _ in range(case.blocks)
-        ]
-        self.grad_pooled = torch.randn(case.batch, case.size, generator=generator, device="cuda", dtype=case.dtype)
-        self.grad_fused = torch.randn(shape, generator=generator, device="cuda", dtype=case.dtype)
+def _row(contestant: Contestant, case: Case, what: str, mode: str, settings: Settings) -> Row:
+    row = row_of(case, what, mode, contestant.name) | {"section": "stages" if what in STAGES else "paths"}
+    if contestant.note:
+        row["note"] = contestant.note
+    if contestant.judged:
+        read, write = traffic(case, what, mode)
+        row |= {"read_bytes": read, "write_bytes": write}
+        row["floor_us"] = floor_us(case, what, mode, settings.ceilings)
+    if contestant.name == OURS:
+        row["backend"] = choose("auto", torch.device(settings.device), case.dtype)
+    return row
 
 
-def run(selector: S2SentSelector, inputs: Inputs, path: str):
-    keywords = {"cu_seqlens": inputs.cu_seqlens}
-    if path == "pooled":
-        return selector.pool(inputs.blocks, inputs.mask, **keywords)
-    return selector(inputs.blocks, inputs.mask, **keywords)
+def _profile(contestant: Contestant) -> str:
+    return "official" if contestant.name.startswith("published") else "paper"
 
 
-def both_ways(selector: S2SentSelector, inputs: Inputs, path: str):
-    output = run(selector, inputs, path)
-    wanted = [*inputs.blocks, *selector.parameters()]
-    return torch.autograd.grad(output, wanted, inputs.grad_pooled if path == "pooled" else inputs.grad_fused)
+def _judge(contestant: Contestant, case: Case, what: str, rows: dict[str, Row], settings: Settings) -> bool:
+    """Parity into every mode's row; whether times may be taken."""
+    if not contestant.judged:
+        return True
+    gradients = "both" in contestant.modes
+    try:
+        outcome = check(contestant, case, what, settings.device, _profile(contestant), gradients)
+    except Exception as error:
+        for row in rows.values():
+            row |= {"status": "error", "note": describe(error)}
+        return False
+    for row in rows.values():
+        row["parity"] = outcome.as_dict()
+        if not outcome.ok:
+            row |= {"status": "parity failed", "note": f"{outcome.worst}: {outcome.share:.2f} of what is allowed"}
+    free()
+    return outcome.ok
 
 
-def floor(case: Case, inputs: Inputs, path: str, backward: bool, ceiling: dict[str, float]) -> float:
-    """Microseconds: SPEC of the traffic floors, bytes over ceilings. The token path reads twice (two passes)."""
-    element = torch.finfo(case.dtype).bits // 8
-    real = inputs.real_tokens * case.size * element  # one hidden state's real tokens
-    whole = inputs.blocks[0].numel() * element
-    pooled = case.batch * case.size * element
-    if path == "pooled":
-        read, write = case.blocks * real, pooled
-        if backward:
-            write += case.blocks * whole
-    else:
-        read, write = 2 * case.blocks * real, whole
-        if backward:
-            read += case.blocks * real + 2 * real
-            write += case.blocks * whole
-    return read / ceiling["read"] / 1e6 + write / ceiling["write"] / 1e6
+def _calls(contestant: Contestant, sets: list[Inputs], what: str, mode: str) -> list[Callable[[], object]]:
+    if contestant.name == MEAN_OF_LAST and mode == "forward":
+        # It reads one hidden state of a set. Each in turn, so that none is found in the cache.
+        return [partial(contestant.call, _with_last(inputs, n)) for inputs in sets for n in range(len(inputs.blocks))]
+    if mode == "backward":
+        with capture_stream():
+            return [backward_of(contestant, inputs, what) for inputs in sets]
+    return [call_of(contestant, inputs, what, mode) for inputs in sets]
 
 
-def error(actual: torch.Tensor, truth: torch.Tensor) -> float:
-    return ((actual.double() - truth).norm() / truth.norm()).item()
+def _with_last(inputs: Inputs, n: int) -> Inputs:
+    other = object.__new__(Inputs)
+    other.__dict__.update(inputs.__dict__)
+    other.blocks = [inputs.blocks[n]]
+    return other
 
 
-def parity(case: Case, selector: S2SentSelector, path: str) -> tuple[bool, float, float]:
-    """Whether the output's error against float64 is at most twice that of the same-dtype reference; both errors."""
-    few = Case(case.name, min(case.batch, 8), case.tokens, case.blocks, case.size, case.dtype, case.layout)
-    inputs = Inputs(few, 7, False)
-    with torch.no_grad():
-        actual = run(selector, inputs, path)
-        selector.backend = "reference"
-        same_dtype = run(selector, inputs, path)
-        inputs.blocks = [u.double() for u in inputs.blocks]
-        truth = run(selector, inputs, path)
-        selector.backend = "auto"
-    ours, theirs = error(actual, truth), error(same_dtype, truth)
-    return ours <= 2 * theirs, ours, theirs
+def _entrants(case: Case, what: str, settings: Settings) -> Iterator[Contestant | Missing]:
+    for contestant in contestants(case, what, settings.device, settings.competitors):
+        late = time.monotonic() > settings.deadline
+        if isinstance(contestant, Contestant) and contestant.compiled and late:
+            continue  # no row: a later run may measure it
+        yield contestant
 
 
-def measure(case: Case, ceiling: dict[str, float], repeats: int, backward: bool, compile_reference: bool) -> list[dict]:
-    torch.manual_seed(0)
-    selector = S2SentSelector(case.size, case.blocks, 64, 4, block_prior=True).cuda().eval()
-    one = Inputs(case, 0, False)
-    size = sum(u.numel() * u.element_size() for u in one.blocks)
-    rotation = [one, *(Inputs(case, seed, False) for seed in range(1, min(64, 1 + L2_BYTES // size)))]
-    rows = []
-    for path in ("pooled", "token"):
-        ok, ours, theirs = parity(case, selector, path)
-        row = {"case": case.name, "path": path, "parity": ok, "error": ours, "error_of_same_dtype_reference": theirs}
-        rows.append(row)
-        if not ok:
+def measure(case: Case, settings: Settings, say: Callable[[str], None] = print) -> Iterator[tuple[str, list[Row]]]:
+    """The rows of a case's stages and paths, one of them at a time."""
+    for what in (*STAGES, *PATHS):
+        say(f"{case.name} {what}")
+        yield what, _measure(case, what, settings)
+        if on_gpu():
+            torch._dynamo.reset()
+        free()
+
+
+def _measure(case: Case, what: str, settings: Settings) -> list[Row]:
+    found, rows, missing = [], {}, []
+    for contestant in _entrants(case, what, settings):
+        if isinstance(contestant, Missing):
+            section = "stages" if what in STAGES else "paths"
+            row = row_of(case, what, "forward", contestant.name)
+            missing.append(row | {"section": section, "status": contestant.why})
             continue
+        mine = {mode: _row(contestant, case, what, mode, settings) for mode in contestant.modes}
+        rows[contestant.name] = mine
+        _first_calls(contestant, case, what, mine, settings)
+        if "status" not in mine["forward"] and _judge(contestant, case, what, mine, settings):
+            found.append(contestant)
+        else:
+            for row in mine.values():
+                row.pop("first_call_ms", None)
+    peaks: list[Row] = []
+    for mode in MODES:
+        running = [c for c in found if mode in c.modes and "status" not in rows[c.name][mode]]
+        if running:
+            peaks += _time(running, case, what, mode, {c.name: rows[c.name][mode] for c in running}, settings)
+            free()
+    return [row for mine in rows.values() for row in mine.values()] + missing + peaks
+
+
+def _first_calls(contestant: Contestant, case: Case, what: str, rows: dict[str, Row], settings: Settings) -> None:
+    """Wall time of the very first call of this case in the process, compilation and all."""
+    for mode in ("forward", "both"):
+        if mode not in rows:
+            continue
+        try:
+            inputs = Inputs(case, 0, mode == "both", settings.device)
+            with grad_mode(mode):
+                rows[mode]["first_call_ms"] = wall_time(call_of(contestant, inputs, what, mode)) / 1e3
+        except Exception as error:
+            failed = rows.values() if mode == "forward" else [row for m, row in rows.items() if m != "forward"]
+            for row in failed:
+                row |= {"status": "error", "note": describe(error)}
+            return
+
+
+def _time(
+    running: list[Contestant], case: Case, what: str, mode: str, rows: dict[str, Row], settings: Settings
+) -> list[Row]:
+    """Times and peaks of one mode, interleaved, into ``rows``; the rows of peak memory."""
+    sets = [
+        Inputs(case, seed, mode != "forward", settings.device)
+        for seed in range(input_sets(case, l2_bytes(), settings.device))
+    ]
+    errors: dict[str, str] = {}
+    variants = {}
+    for contestant in running:
+        try:
+            variants[contestant.name] = _calls(contestant, sets, what, mode)
+        except Exception as error:
+            errors[contestant.name] = describe(error)
+    with grad_mode(mode):
+        times = device_times(variants, settings.repeats, seconds=settings.seconds, errors=errors)
+        alive = {name: calls[0] for name, calls in variants.items() if name in times}
+        wall = wall_times(alive, settings.repeats, seconds=settings.seconds / 2) if on_gpu() else {}
+    peaks = []
+    for contestant in running:
+        row = rows[contestant.name]
+        if contestant.name not in times:
+            row |= {"status": "error", "note": errors[contestant.name]}
+            row.pop("first_call_ms", None)
+            continue
+        row |= {"status": "ok", "device_us": times[contestant.name].as_dict()}
+        if contestant.name in wall:
+            row["wall_us"] = wall[contestant.name].as_dict()
+        if "floor_us" in row:
+            row["ratio"] = row["device_us"]["median"] / row["floor_us"]
+        if mode != "backward" and what in PATHS and (on_gpu() or not contestant.compiled):
+            peaks.append(peak_row(contestant, case, sets[0], what, mode))
+    return peaks
+
+
+def sweep(axis: str, cases: tuple[Case, ...], settings: Settings) -> Iterator[list[Row]]:
+    """Forward times behind a picture's lines: both paths and the mean of the last block."""
+    for case in cases:
+        rows: list[Row] = []
+        sets = [
+            Inputs(case, seed, False, settings.device) for seed in range(input_sets(case, l2_bytes(), settings.device))
+        ]
+        variants: dict[tuple[str, str], Contestant] = {
+            (what, OURS): ours(case, what, settings.device) for what in PATHS
+        }
+        mean = [c for c in contestants(case, "pooled", settings.device, "none") if c.name == MEAN_OF_LAST]
+        variants |= {("pooled", c.name): c for c in mean if isinstance(c, Contestant)}
+        calls = {}
+        for (what, name), whole in variants.items():
+            contestant = replace(whole, modes=("forward",))  # gradients are judged where they are timed
+            row = _row(contestant, case, what, "forward", settings) | {"section": "sweep", "axis": axis}
+            rows.append(row)
+            if _judge(contestant, case, what, {"forward": row}, settings):
+                calls[f"{what} {name}"] = (row, _calls(contestant, sets, what, "forward"))
+        errors: dict[str, str] = {}
         with torch.no_grad():
-            variants = {"forward": [partial(run, selector, i, path) for i in rotation]}
-            if path == "pooled" and case.layout != "packed":
-                variants["mean of last"] = [partial(mean_of_last, i) for i in rotation]
-            times = device_times(variants, repeats)
-            wall = wall_times({"forward": partial(run, selector, one, path)})
-            if compile_reference and case.layout == "full":
-                times |= compiled_reference(selector, rotation, path, repeats)
-        row["device_us"] = {name: value.as_dict() for name, value in times.items()}
-        row["wall_us"] = {name: value.as_dict() for name, value in wall.items()}
-        row["floor_us"] = {"forward": floor(case, one, path, False, ceiling)}
-        if backward:
-            inputs = Inputs(case, 0, True)
-            value = device_times({"both": [partial(both_ways, selector, inputs, path)]}, repeats)["both"]
-            row["device_us"]["forward + backward"] = value.as_dict()
-            row["floor_us"]["forward + backward"] = floor(case, inputs, path, True, ceiling)
-            del inputs
-            torch.cuda.empty_cache()
-        show(row)
-    return rows
-
-
-def mean_of_last(inputs: Inputs):
-    weight = inputs.mask[..., None].to(inputs.blocks[-1].dtype)
-    return (inputs.blocks[-1] * weight).sum(1) / weight.sum(1)
-
-
-def compiled_reference(selector, rotation, path, repeats) -> dict[str, Times]:
-    selector.backend = "reference"
-    function = torch.compile(lambda i: run(selector, i, path))
-    times = device_times({"formula, torch.compile": [partial(function, rotation[0])]}, repeats)
-    selector.backend = "auto"
-    return times
-
-
-def show(row: dict) -> None:
-    for what, floor_us in row["floor_us"].items():
-        median = row["device_us"][what]["median"]
-        wall = f", wall {row['wall_us'][what]['median']:.0f}" if what in row["wall_us"] else ""
-        print(
-            f"{row['case']:10s} {row['path']:7s} {what:18s} {median:8.1f} us, floor {floor_us:7.1f}, "
-            f"ratio {median / floor_us:5.2f}{wall}",
-            flush=True,
-        )
-
-
-def environment() -> dict[str, object]:
-    import triton
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": sys.version.split()[0],
-        "s2sent_kernels": s2sent_kernels.__version__,
-        # A copy without its history is told: COMMIT=...
-        "commit": os.environ.get("COMMIT") or (commit.stdout.strip() if commit.returncode == 0 else "unknown"),
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--cases", default=",".join(case.name for case in CASES))
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--no-backward", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="time torch.compile of the plain formula as well")
-    arguments = parser.parse_args()
-    ceiling = ceilings()
-    print("ceilings, TB/s: " + ", ".join(f"{name} {value:.2f}" for name, value in ceiling.items()), flush=True)
-    results: dict[str, object] = {"environment": environment(), "ceilings_tb_s": ceiling}
-    rows: list[dict] = []
-    for case in CASES:
-        if case.name in arguments.cases.split(","):
-            rows += measure(case, ceiling, arguments.repeats, not arguments.no_backward, arguments.compile)
-    results["rows"] = rows
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
-    if not all(row["parity"] for row in rows):
-        sys.exit("parity failed: " + ", ".join(f"{r['case']} {r['path']}" for r in rows if not r["parity"]))
+            times = device_times(
+                {name: each for name, (_, each) in calls.items()}, settings.repeats, seconds=settings.seconds,
+                errors=errors,
+            )  # fmt: skip
+        for name, (row, _) in calls.items():
+            if name in times:
+                row |= {"status": "ok", "device_us": times[name].as_dict()}
+            else:
+                row |= {"status": "error", "note": errors[name]}
+        del sets, calls
+        free()
+        yield rows
 
 
 if __name__ == "__main__":
-    main()
+    from suite import main
+
+    sys.exit(main(["--sections", "latency", *sys.argv[1:]]))

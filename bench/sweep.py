@@ -1,9 +1,10 @@
 """Times one kernel over a handful of configurations: what bench/NOTES.md draws on.
 
-    python bench/sweep.py squeeze A,D 4:8:64:1 4:16:64:2      # the fields of the kernel's entry in kernels/config.py
+    python bench/sweep.py squeeze A,D 4:4:64:3 2:4:64:4      # the fields of the kernel's entry in kernels/config.py
 
-Kernels: squeeze and fuse_backward (SumTile), fuse and squeeze_backward (Tile), gate (GateTile). Compiling takes longer than
-measuring: a dozen settings are enough for one run.
+Kernels: squeeze and fuse_backward (SumTile), fuse and squeeze_backward (Tile), gate (GateTile); select_pool and select are
+the paths that the first three make up, without settings. Compiling takes longer than measuring: a dozen settings are enough
+for one run.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from latency import CASES, Inputs
+from cases import BOTTLENECK, CASES, FREQUENCIES, Inputs
 from timing import device_times
 
 from s2sent_kernels import S2SentSelector, kernels
 from s2sent_kernels.kernels import config
+from s2sent_kernels.kernels.gate import _pool as pool
+from s2sent_kernels.kernels.squeeze import squeeze_for_gate
 
 TILES = {
     "squeeze": config.SumTile,
@@ -29,23 +32,34 @@ TILES = {
 
 
 def call_of(name: str, case, inputs: Inputs) -> Callable[[], object]:
-    """One launch of the kernel on these inputs (squeeze: with pooling; squeeze_backward: of the pooled path)."""
+    """One launch of the kernel on these inputs (squeeze: with pooling; squeeze_backward: of the pooled path), or one path."""
     batch = (inputs.mask, inputs.cu_seqlens)
-    gates = torch.rand(case.batch, case.blocks, case.size, device="cuda")
+    selector = S2SentSelector(case.size, case.blocks, BOTTLENECK, FREQUENCIES, block_prior=True).cuda()
+    parameters = selector._parameters_of_gate().each(torch.Tensor.detach)
+    first, gates = inputs.blocks[0], inputs.gates
     if name == "squeeze":
-        return partial(kernels.squeeze_groups, inputs.blocks, *batch, 4, "paper", "mean")
+        return partial(squeeze_for_gate, inputs.blocks, *batch, FREQUENCIES, "paper", "mean", parameters.down_weight)
+    if name == "gate":
+        done = squeeze_for_gate(inputs.blocks, *batch, FREQUENCIES, "paper", "mean", parameters.down_weight)
+        return partial(pool, done, done.pooled, parameters, "tanh", 1e-6, case.dtype)
     if name == "fuse":
         return partial(kernels.fuse, inputs.blocks, gates, *batch)
     if name == "fuse_backward":
         return partial(kernels.fuse_backward, inputs.grad_fused, inputs.blocks, *batch)
     if name == "squeeze_backward":
-        first = inputs.blocks[0]
-        rest = (first.shape, first.dtype, first.device, [True] * case.blocks, *batch, 4, "paper", "mean")
-        return partial(kernels.squeeze_backward, gates[:, 0].contiguous(), gates, None, None, *rest)
-    selector = S2SentSelector(case.size, case.blocks, 64, 4, block_prior=True).cuda()
-    parameters = selector._parameters_of_gate().each(torch.Tensor.detach)
-    groups = torch.rand(case.batch, -(-case.blocks // config.BLOCK_GROUP), case.size, device="cuda")
-    return partial(kernels.gate_pool, groups, gates, parameters, "tanh", 1e-6, case.dtype)
+        rest = (first.shape, first.dtype, first.device, [True] * case.blocks, *batch, FREQUENCIES, "paper", "mean")
+        return partial(kernels.squeeze_backward, inputs.squeezed, gates, None, None, *rest)
+    if name == "gate_pool_backward":
+        return partial(kernels.gate_pool_backward, inputs.grad_pooled, inputs.squeezed, gates, parameters, "tanh", 1e-6)
+    if name == "select_pool":
+        return partial(kernels.select_pool, inputs.blocks, *batch, parameters, FREQUENCIES, "mean", "tanh", 1e-6)
+    return partial(kernels.select, inputs.blocks, *batch, parameters, FREQUENCIES, "tanh", 1e-6)
+
+
+def field(text: str) -> int | tuple[int, ...]:
+    """A number, or several: 8.4 is (8, 4)."""
+    numbers = tuple(int(number) for number in text.split(".") if number)
+    return numbers if "." in text else numbers[0]
 
 
 def with_setting(name: str, tile, call: Callable[[], object]) -> object:
@@ -63,12 +77,11 @@ def main() -> None:
         if case.name not in cases:
             continue
         torch.manual_seed(0)
-        size = case.batch * case.tokens * case.size * case.blocks * 2
-        rotation = [Inputs(case, seed, False) for seed in range(max(1, min(32, (128 << 20) // size)))]
+        rotation = [Inputs(case, seed, False) for seed in range(max(1, min(32, (128 << 20) // case.state_bytes)))]
         calls = [call_of(name, case, inputs) for inputs in rotation]
         variants = {"as configured": calls}
         for setting in settings:
-            tile = TILES[name](*(int(number) for number in setting.split(":")))
+            tile = TILES[name](*(field(text) for text in setting.split(":")))
             variants[setting] = [partial(with_setting, name, tile, call) for call in calls]
         for setting, times in device_times(variants, 20).items():
             quantiles = f"p20 {times.p20:.2f}, p80 {times.p80:.2f}"

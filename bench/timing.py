@@ -1,7 +1,14 @@
-"""How this project measures: device time of CUDA-graph replays, wall time of eager calls, and the ceilings of the same run."""
+"""How this project measures.
+
+On a GPU, device time: events around replays of CUDA graphs. On a CPU, which has no such thing, wall time of the same calls.
+Variants are interleaved, in an order that rotates, so that a noisy moment and a warm cache hit all of them. Beside it the wall
+time of one eager call, and the ceilings of the same run.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -33,57 +40,163 @@ class Times:
         return asdict(self)
 
 
-def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    """A graph that runs every call once, after warming each up on a side stream."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            for call in calls:
+def on_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def synchronise() -> None:
+    if on_gpu():
+        torch.cuda.synchronize()
+
+
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+@contextlib.contextmanager
+def capture_stream():
+    """The stream that every graph is captured on. Autograd runs a backward on its forward's stream: a forward that is to be
+    differentiated in a graph, but runs before it, belongs here too."""
+    if not on_gpu():
+        yield
+        return
+    _stream().wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(_stream()):
+        yield
+    torch.cuda.current_stream().wait_stream(_stream())
+
+
+def capture(calls: Sequence[Call], pool: object = None, warm_up: int = 2) -> torch.cuda.CUDAGraph:
+    """A graph that runs every call once, after warming up on the same side stream. Graphs that share ``pool`` share
+    their memory, since none of their results outlives a replay."""
+    with capture_stream():
+        for _ in range(warm_up):
+            for call in calls[:2]:  # the others are the same on other inputs
                 call()
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool, stream=_stream()):
         for call in calls:
             call()
     return graph
 
 
-def device_times(variants: dict[str, Sequence[Call]], repeats: int = 30) -> dict[str, Times]:
-    """Device time of one call of each variant. A variant is a list of calls on different inputs, so many that together they
-    exceed the L2 cache; its graph runs them in turn. Variants are interleaved, so that a noisy moment hits all of them."""
-    graphs = {name: capture(calls) for name, calls in variants.items()}
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for repeat in range(repeats + 2):
-        for name, graph in graphs.items():
+def _replayer(calls: Sequence[Call], pool: object) -> Callable[[], float]:
+    """Runs every call once and returns the milliseconds that took."""
+    if on_gpu():
+        graph = capture(calls, pool)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+        def replay() -> float:
             start.record()
             graph.replay()
             end.record()
             end.synchronize()
-            if repeat >= 2:
-                samples[name].append(start.elapsed_time(end) * 1e3 / len(variants[name]))
+            return start.elapsed_time(end)
+
+    else:
+
+        def replay() -> float:
+            begin = time.perf_counter()
+            for call in calls:
+                call()
+            return (time.perf_counter() - begin) * 1e3
+
+    return replay
+
+
+def device_times(
+    variants: dict[str, Sequence[Call]],
+    repeats: int = 30,
+    *,
+    seconds: float = 20.0,
+    errors: dict[str, str] | None = None,
+) -> dict[str, Times]:
+    """Device time of one call of each variant. A variant is a list of calls on different inputs, so many that together they
+    exceed the L2 cache; its graph runs them in turn. Rounds are as many as ``repeats``, fewer where they would take longer
+    than ``seconds`` (but five, on a CPU three). With ``errors``, a variant that fails is left out and why stands there."""
+    pool = torch.cuda.graph_pool_handle() if on_gpu() else None
+    replayers: dict[str, Callable[[], float]] = {}
+    for name, calls in variants.items():
+        try:
+            replayers[name] = _replayer(calls, pool)
+        except Exception as error:
+            if errors is None:
+                raise
+            errors[name] = describe(error)
+            # A capture that failed may have left the pool in use.
+            pool = torch.cuda.graph_pool_handle() if on_gpu() else None
+    samples: dict[str, list[float]] = {name: [] for name in replayers}
+    order = list(replayers)
+    begin = time.perf_counter()
+    for name in order * (2 if on_gpu() else 1):  # warms up
+        replayers[name]()
+    one_round = (time.perf_counter() - begin) / (2 if on_gpu() else 1)
+    rounds = max(5 if on_gpu() else 3, min(repeats, int(seconds / max(one_round, 1e-9))))
+    for turn in range(rounds):
+        shift = turn % max(1, len(order))
+        for name in order[shift:] + order[:shift]:
+            samples[name].append(replayers[name]() * 1e3 / len(variants[name]))
     return {name: Times.of(values) for name, values in samples.items()}
 
 
-def wall_times(
-    variants: dict[str, Call], repeats: int = 50, synchronise: Call = torch.cuda.synchronize
-) -> dict[str, Times]:
+def wall_times(variants: dict[str, Call], repeats: int = 50, *, seconds: float = 20.0) -> dict[str, Times]:
     """Wall time of one eager call until its result is there."""
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    for repeat in range(repeats + 3):
-        for name, call in variants.items():
-            synchronise()
-            begin = time.perf_counter()
-            call()
-            synchronise()
-            if repeat >= 3:
-                samples[name].append((time.perf_counter() - begin) * 1e6)
+    order, spent, turn = list(variants), 0.0, -3
+    while turn < min(5, repeats) or (turn < repeats and spent < seconds):
+        shift = turn % max(1, len(order))
+        for name in order[shift:] + order[:shift]:
+            took = wall_time(variants[name])
+            spent += took / 1e6
+            if turn >= 0:
+                samples[name].append(took)
+        turn += 1
     return {name: Times.of(values) for name, values in samples.items()}
 
 
-def ceilings(gigabytes: float = 2.0) -> dict[str, float]:
-    """TB/s that this GPU reads, writes and copies (a copy's bytes counted both ways), over tensors far larger than L2."""
+def wall_time(call: Call) -> float:
+    """Microseconds of this one call, whatever it still has to compile or to warm up."""
+    synchronise()
+    begin = time.perf_counter()
+    call()
+    synchronise()
+    return (time.perf_counter() - begin) * 1e6
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line, for a row of the results."""
+    while error.__context__ is not None:  # a capture that breaks off reports that, and not what broke it
+        error = error.__context__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200].strip()
+
+
+def l2_bytes() -> int:
+    """The cache that rotating inputs have to exceed. For a CPU a last-level cache of usual size."""
+    if on_gpu():
+        return getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 64 << 20)
+    return 32 << 20
+
+
+def ceilings(gigabytes: float | None = None) -> dict[str, float]:
+    """TB/s that this machine reads, writes and copies (a copy's bytes counted both ways), over tensors far larger than its
+    caches."""
+    gigabytes = gigabytes or (2.0 if on_gpu() else 0.25)
+    read, x = _reader(gigabytes)
+    y, size = torch.empty_like(x), x.numel() * x.element_size()
+    variants = {"read": [read], "write": [lambda: y.fill_(7)], "copy": [lambda: y.copy_(x)]}
+    times = device_times(variants, repeats=15)  # type: ignore[arg-type]
+    factor = {"read": 1, "write": 1, "copy": 2}
+    return {name: size * factor[name] / value.median / 1e6 for name, value in times.items()}
+
+
+def _reader(gigabytes: float) -> tuple[Call, torch.Tensor]:
+    """A call that reads a tensor of that size, and the tensor."""
+    if not on_gpu():
+        floats = torch.ones(int(gigabytes * 1e9) // 4)
+        return floats.sum, floats
     import triton
     import triton.language as tl
 
@@ -98,15 +211,5 @@ def ceilings(gigabytes: float = 2.0) -> dict[str, float]:
     block, steps = 2048, 8
     programs = int(gigabytes * 1e9) // (4 * block * steps)
     x = torch.randint(0, 1 << 30, (programs * block * steps,), dtype=torch.int32, device="cuda")
-    y, out = torch.empty_like(x), torch.empty(programs, dtype=torch.int32, device="cuda")
-    size = x.numel() * 4
-    times = device_times(
-        {
-            "read": [lambda: read_kernel[(programs,)](x, out, block, steps, num_warps=8)],
-            "write": [lambda: y.fill_(7)],
-            "copy": [lambda: y.copy_(x)],
-        },
-        repeats=15,
-    )
-    factor = {"read": 1, "write": 1, "copy": 2}
-    return {name: size * factor[name] / value.median / 1e6 for name, value in times.items()}
+    out = torch.empty(programs, dtype=torch.int32, device="cuda")
+    return lambda: read_kernel[(programs,)](x, out, block, steps, num_warps=8), x

@@ -75,7 +75,13 @@ class BlockwisePool:
             if selector._is_fused():
                 parameters, eps = selector._parameters_of_gate(), selector._eps()
                 pool = self._engine.gate_pool(
-                    self._squeezed_groups, self._pooled, parameters, selector.activation, eps, self._dtype
+                    self._squeezed_groups,
+                    self._pooled,
+                    parameters,
+                    selector.frequencies,
+                    selector.activation,
+                    eps,
+                    self._dtype,
                 )
                 return pool[0]
             gates = selector._gate(ops.plain.sum_groups(self._squeezed_groups))
@@ -95,7 +101,7 @@ class BlockwisePool:
         rows = self._cu_seqlens.shape[0] - 1 if packed and self._cu_seqlens is not None else first.shape[0]
         dtype = reference.compute_dtype(first.dtype)
         self._engine = ops.engine(selector.backend, first.device, first.dtype)
-        groups = -(-selector.num_blocks // self._engine.BLOCK_GROUP)
+        groups = self._engine.num_groups(selector.num_blocks)
         self._squeezed_groups = first.new_zeros(rows, groups, selector.hidden_size, dtype=dtype)
         self._pooled = first.new_empty(rows, selector.num_blocks, selector.hidden_size, dtype=dtype)
 

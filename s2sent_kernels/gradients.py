@@ -93,8 +93,10 @@ def _gate_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gate_backward(ctx: Any, grad_gates: Tensor) -> tuple[Any, ...]:
     squeezed, *parameters = ctx.saved_tensors
-    _, activation, eps, _ = ctx.options
-    grad_squeezed, grads = ops._gate_gradients(grad_gates, squeezed, GateParameters(*parameters), activation, eps)
+    _, activation, eps, backend = ctx.options
+    grad_squeezed, grads = ops._gate_gradients(
+        grad_gates, squeezed, GateParameters(*parameters), activation, eps, backend
+    )
     return grad_squeezed, *grads, None, None, None, None
 
 
@@ -146,10 +148,10 @@ def _select_pool_backward(
     parameters = GateParameters(*tensors)
     grads: list[Tensor | None] = [None] * _P
     if grad_output is not None:
-        gates = torch.ops.s2sent.gate(squeezed, *parameters, pooled.shape[1], activation, eps, backend)
-        rows = grad_output.to(squeezed.dtype)[:, None]
-        through_gate, grads = ops._gate_gradients(rows * pooled, squeezed, parameters, activation, eps)
-        grad_squeezed, grad_pooled = _add(grad_squeezed, through_gate), _add(grad_pooled, rows * gates)
+        through_pool, through_gate, grads = ops._gate_pool_gradients(
+            grad_output, squeezed, pooled, parameters, activation, eps, backend
+        )
+        grad_squeezed, grad_pooled = _add(grad_squeezed, through_gate), _add(grad_pooled, through_pool)
     hidden = _hidden_gradients(
         ctx.batch, _needed(ctx), grad_squeezed, grad_pooled, None, None, mask, cu_seqlens, frequencies, "paper",
         pooling, backend,
@@ -182,7 +184,7 @@ def _select_backward(
         through_fuse = torch.ops.s2sent.fuse_backward(grad_fused, hidden_states, mask, cu_seqlens, backend)
         grad_gates = _add(grad_gates, through_fuse)
     if grad_gates is not None:
-        through_gate, grads = ops._gate_gradients(grad_gates, squeezed, parameters, activation, eps)
+        through_gate, grads = ops._gate_gradients(grad_gates, squeezed, parameters, activation, eps, backend)
         grad_squeezed = _add(grad_squeezed, through_gate)
     hidden = _hidden_gradients(
         ctx.batch, _needed(ctx), grad_squeezed, None, grad_fused, gates, mask, cu_seqlens, frequencies, "paper",
@@ -201,7 +203,7 @@ def _refuse(ctx: Any, *grads: Any) -> None:
     raise NotImplementedError("s2sent: second derivatives are not implemented")
 
 
-for _name in ("squeeze_backward", "gate_backward", "fuse_backward"):
+for _name in ("squeeze_backward", "gate_backward", "gate_pool_backward", "fuse_backward"):
     torch.library.register_autograd(f"s2sent::{_name}", _refuse, lib=ops._library)
 
 

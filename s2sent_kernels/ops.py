@@ -36,7 +36,10 @@ _SCHEMAS = {
     "Tensor(b!)? pooled, Tensor? attention_mask, Tensor? cu_seqlens, int frequencies, str profile, str? pooling, "
     "str backend) -> ()",
     "gate": f"(Tensor squeezed, {_PARAMETERS}, int num_blocks, str activation, float eps, str backend) -> Tensor",
-    "gate_backward": f"(Tensor grad_gates, Tensor squeezed, {_PARAMETERS}, str activation, float eps) -> Tensor[]",
+    "gate_backward": f"(Tensor grad_gates, Tensor squeezed, {_PARAMETERS}, str activation, float eps, str backend) "
+    "-> Tensor[]",
+    "gate_pool_backward": f"(Tensor grad_output, Tensor squeezed, Tensor pooled, {_PARAMETERS}, str activation, "
+    "float eps, str backend) -> Tensor[]",
     "fuse": f"({_BATCH}, Tensor gates, str backend) -> Tensor",
     "fuse_backward": f"(Tensor grad_fused, {_BATCH}, str backend) -> Tensor",
     "select_pool": f"({_BATCH}, {_PARAMETERS}, int frequencies, str pooling, str activation, float eps, str backend) "
@@ -170,8 +173,7 @@ def _squeeze_block(
     chosen, device = engine(backend, hidden_state.device, hidden_state.dtype), hidden_state.device
     dtype, size = compute_dtype(hidden_state.dtype), hidden_state.shape[-1]
     rows = _num_sentences([hidden_state], cu_seqlens)
-    groups = -(-num_blocks // chosen.BLOCK_GROUP)
-    validate.buffer("squeezed_groups", squeezed_groups, (rows, groups, size), dtype, device)
+    validate.buffer("squeezed_groups", squeezed_groups, (rows, chosen.num_groups(num_blocks), size), dtype, device)
     if pooled is not None:
         validate.buffer("pooled", pooled, (rows, num_blocks, size), dtype, device)
     chosen.squeeze_block(
@@ -216,22 +218,61 @@ def _validate_gate(squeezed: Tensor, parameters: GateParameters, num_blocks: int
 
 @_implement("gate_backward")
 def _gate_backward(grad_gates: Tensor, squeezed: Tensor, *rest: Any) -> list[Tensor]:
-    from .reference import gate_backward
-
-    parameters, (activation, eps) = _split(rest)
-    grad_squeezed, grads = gate_backward(grad_gates, squeezed, parameters, activation, eps)
-    kept = [
-        grad.to(tensor.dtype)
-        for grad, tensor in zip(grads, parameters, strict=True)
-        if grad is not None and tensor is not None
-    ]
-    return [grad_squeezed, *kept]
+    parameters, (activation, eps, backend) = _split(rest)
+    _validate_gate_backward(squeezed, parameters, activation, grad_gates=grad_gates)
+    chosen = engine(backend, squeezed.device, squeezed.dtype)
+    grad_squeezed, grads = chosen.gate_backward(grad_gates, squeezed, parameters, activation, eps)
+    return [grad_squeezed, *_in_their_dtypes(grads, parameters)]
 
 
 @torch.library.register_fake("s2sent::gate_backward", lib=_library)
 def _(grad_gates, squeezed, *rest):  # type: ignore[no-untyped-def]
-    parameters, _ = _split(rest)
-    return [torch.empty_like(squeezed), *(tensor.new_empty(tensor.shape) for _, tensor in _with_gradient(parameters))]
+    parameters, (activation, _, _) = _split(rest)
+    _validate_gate_backward(squeezed, parameters, activation, grad_gates=grad_gates)
+    return [squeezed.new_empty(squeezed.shape), *_like_gradients(parameters)]
+
+
+@_implement("gate_pool_backward")
+def _gate_pool_backward(grad_output: Tensor, squeezed: Tensor, pooled: Tensor, *rest: Any) -> list[Tensor]:
+    """dp, df and the gradients of the parameters that are there."""
+    parameters, (activation, eps, backend) = _split(rest)
+    _validate_gate_backward(squeezed, parameters, activation, grad_output=grad_output, pooled=pooled)
+    chosen = engine(backend, squeezed.device, squeezed.dtype)
+    grad_pooled, grad_squeezed, grads = chosen.gate_pool_backward(
+        grad_output, squeezed, pooled, parameters, activation, eps
+    )
+    return [grad_pooled, grad_squeezed, *_in_their_dtypes(grads, parameters)]
+
+
+@torch.library.register_fake("s2sent::gate_pool_backward", lib=_library)
+def _(grad_output, squeezed, pooled, *rest):  # type: ignore[no-untyped-def]
+    parameters, (activation, _, _) = _split(rest)
+    _validate_gate_backward(squeezed, parameters, activation, grad_output=grad_output, pooled=pooled)
+    return [pooled.new_empty(pooled.shape), squeezed.new_empty(squeezed.shape), *_like_gradients(parameters)]
+
+
+def _validate_gate_backward(squeezed: Tensor, parameters: GateParameters, activation: str, **others: Tensor) -> None:
+    """``others`` by name: grad_output [B, D], what else there is [B, N, D]."""
+    validate.squeezed(squeezed)
+    rows, size = squeezed.shape
+    num_blocks = parameters.up_weight.shape[0] // size
+    validate.option("activation", activation, validate.ACTIVATIONS)
+    validate.gate_parameters(parameters, num_blocks, size, squeezed.device)
+    for name, tensor in others.items():
+        validate.shaped(name, tensor, (rows, size) if name == "grad_output" else (rows, num_blocks, size))
+
+
+def _in_their_dtypes(grads: GateParameters, parameters: GateParameters) -> list[Tensor]:
+    """The gradients that there are, each contiguous and in its parameter's dtype."""
+    return [
+        grad.to(tensor.dtype).contiguous()
+        for grad, tensor in zip(grads, parameters, strict=True)
+        if grad is not None and tensor is not None
+    ]
+
+
+def _like_gradients(parameters: GateParameters) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for _, tensor in _with_gradient(parameters)]
 
 
 def _with_gradient(parameters: GateParameters) -> list[tuple[int, Tensor]]:
@@ -244,15 +285,34 @@ def _with_gradient(parameters: GateParameters) -> list[tuple[int, Tensor]]:
     ]
 
 
+def _full(grads: Sequence[Tensor], parameters: GateParameters) -> list[Tensor | None]:
+    """The gradients of the present parameters as a list as long as GateParameters."""
+    full: list[Tensor | None] = [None] * NUM_PARAMETERS
+    for (place, _), grad in zip(_with_gradient(parameters), grads, strict=True):
+        full[place] = grad
+    return full
+
+
 def _gate_gradients(
-    grad_gates: Tensor, squeezed: Tensor, parameters: GateParameters, activation: str, eps: float
+    grad_gates: Tensor, squeezed: Tensor, parameters: GateParameters, activation: str, eps: float, backend: str
 ) -> tuple[Tensor, list[Tensor | None]]:
     """df and a list as long as GateParameters with a gradient where there is one."""
-    grads = torch.ops.s2sent.gate_backward(grad_gates, squeezed, *parameters, activation, eps)
-    full: list[Tensor | None] = [None] * NUM_PARAMETERS
-    for (place, _), grad in zip(_with_gradient(parameters), grads[1:], strict=True):
-        full[place] = grad
-    return grads[0], full
+    grads = torch.ops.s2sent.gate_backward(grad_gates, squeezed, *parameters, activation, eps, backend)
+    return grads[0], _full(grads[1:], parameters)
+
+
+def _gate_pool_gradients(
+    grad_output: Tensor,
+    squeezed: Tensor,
+    pooled: Tensor,
+    parameters: GateParameters,
+    activation: str,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """dp, df and the list of ``_gate_gradients``."""
+    grads = torch.ops.s2sent.gate_pool_backward(grad_output, squeezed, pooled, *parameters, activation, eps, backend)
+    return grads[0], grads[1], _full(grads[2:], parameters)
 
 
 # ---------------------------------------------------------------- fuse

@@ -11,7 +11,10 @@ from . import reference
 from .reference import GateParameters
 from .tokens import Tokens
 
-BLOCK_GROUP = 1  # blocks that share one row of ``squeezed_groups`` in squeeze_block
+
+def num_groups(num_blocks: int) -> int:
+    """Rows of ``squeezed_groups`` that ``squeeze_block`` sums N blocks into: here one a block."""
+    return num_blocks
 
 
 def _tokens(hidden_state: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tokens:
@@ -85,12 +88,30 @@ def gate(squeezed: Tensor, parameters: GateParameters, num_blocks: int, activati
 
 
 def gate_pool(
-    squeezed_groups: Tensor, pooled: Tensor, parameters: GateParameters, activation: str, eps: float, dtype: torch.dtype
+    squeezed_groups: Tensor,
+    pooled: Tensor,
+    parameters: GateParameters,
+    frequencies: int,
+    activation: str,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """o [B, D] and f [B, D] from the partial sums of f and from p [B, N, D]."""
     squeezed = sum_groups(squeezed_groups)
     gates = reference.gate(squeezed, parameters, pooled.shape[1], activation, eps)
     return reference.pool(gates, pooled, dtype), squeezed.clone()
+
+
+def gate_backward(
+    grad_gates: Tensor, squeezed: Tensor, parameters: GateParameters, activation: str, eps: float
+) -> tuple[Tensor, GateParameters]:
+    return reference.gate_backward(grad_gates, squeezed, parameters, activation, eps)
+
+
+def gate_pool_backward(
+    grad_output: Tensor, squeezed: Tensor, pooled: Tensor, parameters: GateParameters, activation: str, eps: float
+) -> tuple[Tensor, Tensor, GateParameters]:
+    return reference.gate_pool_backward(grad_output, squeezed, pooled, parameters, activation, eps)
 
 
 def fuse(

@@ -257,6 +257,20 @@ def gate_backward(
         return ddown @ w.down_weight, grads
 
 
+def gate_pool_backward(
+    grad_output: Tensor,  # do [B, D], in the hidden states' dtype
+    squeezed: Tensor,  # f [B, D]
+    pooled: Tensor,  # p [B, N, D]
+    parameters: GateParameters,
+    activation: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, GateParameters]:
+    """dp = g do, and what ``gate_backward`` makes of dg = do p: the backward of gate and pool together."""
+    gates = gate(squeezed, parameters, pooled.shape[1], activation, eps)
+    rows = grad_output.to(squeezed.dtype)[:, None]
+    return gates * rows, *gate_backward(rows * pooled, squeezed, parameters, activation, eps)
+
+
 def pool(gates: Tensor, pooled: Tensor, dtype: torch.dtype) -> Tensor:
     """o [B, D] = sum_n g p, in the hidden states' dtype."""
     return (gates * pooled).sum(dim=1).to(dtype)

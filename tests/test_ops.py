@@ -34,7 +34,8 @@ def arguments(
         "select": (*batch, *parameters, M, "tanh", 1e-6, "reference"),
         "select_pool": (*batch, *parameters, M, pooling, "tanh", 1e-6, "reference"),
         "fuse_backward": (torch.rand(hidden_states[0].shape, dtype=dtype), *batch, "reference"),
-        "gate_backward": (g.detach(), f, *parameters, "tanh", 1e-6),
+        "gate_backward": (g.detach(), f, *parameters, "tanh", 1e-6, "reference"),
+        "gate_pool_backward": (hidden_states[0].detach().reshape(-1, D)[:B], f, g, *parameters, "tanh", 1e-6, "reference"),
         "squeeze_backward": (
             f.detach(), None, None, None, list(hidden_states[0].shape), dtype, torch.device("cpu"), [True, False, True],
             mask, cu_seqlens, M, "paper", None, "reference",
@@ -132,7 +133,9 @@ def test_opcheck_of_official_squeeze():
     check("squeeze", (hidden_states, mask, None, M, "official", pooling, backend))
 
 
-@pytest.mark.parametrize("name", ["squeeze_backward", "fuse_backward", "gate_backward", "squeeze_block"])
+@pytest.mark.parametrize(
+    "name", ["squeeze_backward", "fuse_backward", "gate_backward", "gate_pool_backward", "squeeze_block"]
+)
 def test_opcheck_of_the_ops_underneath(name):
     check(name, arguments(name))
 
@@ -202,7 +205,8 @@ def test_fakes_know_the_strides_of_gradients(kind, mask):
     )
     for name, args in (
         ("fuse_backward", (dv, hidden_states, attention_mask, None, "reference")),
-        ("gate_backward", (dg, f, *make_parameters(N, D, H, torch.float32, prior=True), "tanh", 1e-6)),
+        ("gate_backward", (dg, f, *make_parameters(N, D, H, torch.float32, prior=True), "tanh", 1e-6, "reference")),
+        ("gate_pool_backward", (df, f, dp, *make_parameters(N, D, H, torch.float32), "tanh", 1e-6, "reference")),
         ("squeeze_backward", (df, None, None, None, *rest)),
         ("squeeze_backward", (None, dp, None, None, *rest)),
         ("squeeze_backward", (None, None, dv, g, *rest)),

@@ -45,74 +45,86 @@ def quarter_cosine(half_steps, period, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def root_norm(frequency, period):
-    """(sqrt 2 if k > 0 else 1) / sqrt P in float64."""
-    return tl.sqrt(tl.where(frequency > 0, 2.0, 1.0).to(tl.float64) / period.to(tl.float64))
-
-
-@triton.jit
-def cosine(frequency, index, period):
-    """c(k, i, P) = cos(pi k (i + 1/2) / P) * (sqrt 2 if k > 0 else 1) / sqrt P in float64, as ``dct.cosine``: for factors
-    that a whole sum shares, whose rounding would not average out."""
-    return quarter_cosine(frequency * (2 * index + 1), period, tl.float64) * root_norm(frequency, period)
-
-
-@triton.jit
-def grid_factor(frequency, position, size):
-    """The DCT over 6 cells carried back to ``size`` positions by adaptive average pooling (profile ``official``)."""
-    factor = position.to(tl.float64) * 0.0
-    six = size * 0 + 6
-    for cell in tl.static_range(6):
-        start = (cell * size) // 6
-        end = ((cell + 1) * size + 5) // 6
-        share = cosine(frequency, six * 0 + cell, six) / tl.maximum(end - start, 1).to(tl.float64)
-        factor += tl.where((position >= start) & (position < end), share, 0.0)
-    return factor.to(tl.float32)
-
-
-@triton.jit
 def frequency_of(part, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """The frequency of a part: 3 bits each, 16 parts a word (see ``config.frequency_words``)."""
+    """The frequency of a part: 3 bits each, 16 parts a word (see ``config.dct_constants``)."""
     word = tl.where(part < 16, tl.full((), LOW, tl.int64), tl.full((), HIGH, tl.int64))
     return ((word >> (3 * (part % 16)).to(tl.int64)) & 7).to(tl.int32)
 
 
 @triton.jit
-def block_factor(frequency, block, N: tl.constexpr, OFFICIAL: tl.constexpr):
-    """alpha[m, n] for one part's block frequency and one block."""
-    n = tl.full((), N, tl.int32)
+def block_factor(x, n, STRIDE: tl.constexpr, FIRST: tl.constexpr, N: tl.constexpr, ALPHA: tl.constexpr):
+    """alpha[m, n] for a part's block frequency x and blocks n, which are among FIRST, FIRST + STRIDE, ...; 0 for n >= N. Out of
+    a table of constants, ALPHA[x * N + n]: a cosine as exact as a factor must be that a whole sum shares would take float64,
+    and as long as some hundred products."""
+    factor = n.to(tl.float32) * 0.0
+    for k in tl.static_range(FIRST, N, STRIDE):
+        for i in tl.static_range(len(ALPHA) // N):
+            factor = tl.where((n == k) & (x == i), ALPHA[i * N + k], factor)
+    return factor
+
+
+@triton.jit
+def grid_factor(frequency, position, size):
+    """beta[m, l] of profile ``official``: the DCT over 6 cells carried back to ``size`` tokens by adaptive average pooling."""
+    factor = position.to(tl.float32) * 0.0
+    for cell in tl.static_range(6):
+        start = (cell * size) // 6
+        end = ((cell + 1) * size + 5) // 6
+        share = cell_cosine(frequency, cell) / tl.maximum(end - start, 1).to(tl.float64)
+        factor += tl.where((position >= start) & (position < end), share.to(tl.float32), 0.0)
+    return factor
+
+
+@triton.jit
+def cell_cosine(frequency, CELL: tl.constexpr):
+    """c(k, CELL, 6) = cos(pi k (CELL + 1/2) / 6) (sqrt 2 if k > 0 else 1) / sqrt 6 in float64."""
+    six = frequency * 0 + 6
+    wave = quarter_cosine(frequency * (2 * CELL + 1), six, tl.float64)
+    return wave * tl.sqrt(tl.where(frequency > 0, 2.0, 1.0).to(tl.float64) / 6)
+
+
+@triton.jit
+def token_scale(y, length, SCALE: tl.constexpr):
+    """What beta[b, m, l] is for y = 0, and else the cosine's factor: 6 / sqrt(N l) (sqrt 2 if y > 0 else 1) / sqrt l, and 0 where
+    the sentence has no such frequency. A scalar, like y and ``length``. SCALE: 6 / sqrt N."""
+    one = tl.full((), SCALE, tl.float64)
+    two = tl.full((), SCALE * 1.4142135623730951, tl.float64)
+    scale = tl.where(y > 0, two, one) / tl.maximum(length, 1).to(tl.float64)
+    return tl.where(y < length, scale, 0.0).to(tl.float32)
+
+
+@triton.jit
+def token_factor(y, rank, position, length, size, scale, OFFICIAL: tl.constexpr):
+    """beta[b, m, l] for one part's token frequency. rank, position: tokens; length (real tokens), size (L), scale: scalars."""
     if OFFICIAL:
-        return grid_factor(frequency, block, n)
+        return grid_factor(y, position, size)
     else:
-        return cosine(frequency, block, n).to(tl.float32)
+        factor = rank.to(tl.float32) * 0.0 + scale
+        if y != 0:  # half of the usual parts have y = 0, and a cosine is a third of a token's instructions
+            factor = quarter_cosine(y * (2 * rank + 1), length, tl.float32) * scale
+        return factor
 
 
 @triton.jit
-def token_factor(frequency, rank, position, length, size, N: tl.constexpr, OFFICIAL: tl.constexpr):
-    """beta[b, m, l] for one part's token frequency. rank, position: tokens; length (real tokens), size (L): scalars."""
-    if OFFICIAL:
-        return grid_factor(frequency, position, size)
-    else:
-        # A scalar, like ``length``: once for all tokens.
-        scale = 6.0 / tl.sqrt((N * length).to(tl.float64)) * root_norm(frequency, length)
-        scale = tl.where(frequency < length, scale, 0.0).to(tl.float32)
-        return quarter_cosine(frequency * (2 * rank + 1), length, tl.float32) * scale
+def row_pointers(p_hidden, j: tl.constexpr, i_g, NUM: tl.constexpr, GROUPS: tl.constexpr, PER: tl.constexpr):
+    """Where block i_g * PER + j lies, for each row's i_g. A tuple of pointers has no address, so the pointer is selected."""
+    pointers = tl.broadcast_to(p_hidden[j], i_g.shape)
+    for g in tl.static_range(1, GROUPS):
+        pointers = tl.where(i_g == g, p_hidden[min(g * PER + j, NUM - 1)], pointers)
+    return pointers
 
 
 @triton.jit
-def block_pointer(p_blocks, block, NUM: tl.constexpr):
-    """p_blocks[block] for a block known at run time: a tuple of pointers has no address, so the pointer is selected."""
-    pointer = p_blocks[0]
-    for n in tl.static_range(1, NUM):
-        pointer = tl.where(block == n, p_blocks[n], pointer)
-    return pointer
+def sum_slots(values, GROUPS: tl.constexpr, SLOTS: tl.constexpr):
+    """[GROUPS * SLOTS, BLOCK_D] -> [GROUPS, BLOCK_D]: inside a warp."""
+    return tl.sum(tl.reshape(values, [GROUPS, SLOTS, values.shape[1]]), axis=1)
 
 
 @triton.jit
-def sum_rows(values, ROWS: tl.constexpr, SLOTS: tl.constexpr):
-    """[ROWS * SLOTS, BLOCK_D] -> [SLOTS, BLOCK_D]: token i of a tile goes to slot i % SLOTS. Loaded in two dimensions, a
-    slot's tokens lie in the registers of one thread, whichever way a Triton version lays out three."""
-    return tl.sum(tl.reshape(values, [ROWS, SLOTS, values.shape[1]]), axis=0)
+def across_groups(tokens, GROUPS: tl.constexpr):
+    """[SLOTS] -> [GROUPS * SLOTS]: every group of blocks sees the same tokens."""
+    SLOTS: tl.constexpr = tokens.shape[0]
+    return tl.reshape(tl.broadcast_to(tokens[None, :], [GROUPS, SLOTS]), [GROUPS * SLOTS])
 
 
 @triton.jit
@@ -162,3 +174,16 @@ def pooling_weight(position, first, end, length, POOLING: tl.constexpr):
         return (position == first).to(tl.float32)
     else:
         return (position == end - 1).to(tl.float32)
+
+
+@triton.jit
+def allow_next_launch():
+    """The next kernel may be launched once every program of this one has come here or ended."""
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous():
+    """Until the kernel launched before this one has ended and what it wrote can be read. Nothing that depends on it may be
+    read, and nothing at all written, ahead of this."""
+    tl.extra.cuda.gdc_wait()

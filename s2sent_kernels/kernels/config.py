@@ -6,15 +6,16 @@ Whatever stands here decides the order of summation too, so a change of it chang
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import NamedTuple
+
+import torch
 
 from .. import dct
 
-BLOCK_GROUP = 3  # blocks whose share of f one program sums: divides the usual N, and splits small batches
 CHUNK = 512  # tokens that one running sum takes, a multiple of every tile: longer sentences sum chunks of it
+BOTTLENECK_ROWS = 64  # rows of W1 at a time where squeeze multiplies its features' f with them
 SCAN = 256  # mask tokens, or sentence ends, looked at at once
-SUM_GROUPS_BLOCK = 1024
-GATE_FEATURES = 256  # of f that the gate sums from its groups at once
 MAX_BOTTLENECK = 256  # the widest bottleneck that the fused gate holds on chip
 
 
@@ -27,22 +28,61 @@ class Tile(NamedTuple):
 
 
 class SumTile(NamedTuple):
-    """rows x slots tokens x features that a program sums at once; ``slots`` tokens lie side by side in its threads."""
+    """rows x slots tokens x features that a warp sums at once; ``slots`` tokens lie side by side in its threads. ``stages``
+    tiles are in flight or in use."""
 
     rows: int
     slots: int
     block_d: int
-    num_warps: int
+    stages: int
+
+
+class Deal(NamedTuple):
+    """N blocks dealt to the warps of a program that sums over tokens."""
+
+    groups: int  # warps, a power of two
+    per_group: int  # neighbouring blocks of a warp; the last group may have fewer
 
 
 class GateTile(NamedTuple):
     sentences: int
-    block_n: int  # blocks at a time
-    block_d: int  # features of the output
-    block_k: int  # features of f at a time
+    block_d: int  # features of every block
+    block_k: int  # features of f at a time, where W1 f is not squeeze's
+    block_h: int  # bottleneck, padded
+    pieces: tuple[int, ...]  # blocks side by side in one product
+    starts: tuple[int, ...]
+    unroll: int  # feature tiles of t, W1's products with f, in flight
+    ahead: bool  # all of the program's W2 at once, asked for before squeeze has ended
+    num_warps: int
+    registers: int | None  # a thread, at the most
+
+
+class GateBackwardTile(NamedTuple):
+    sentences: int
+    block_d: int  # features, of every block
+    block_k: int  # of the bottleneck at a time
     block_h: int  # bottleneck, padded
     num_warps: int
-    stages: int  # tiles of W2 in flight; one more of W1, which are smaller
+
+
+class GateBackwardTiles(NamedTuple):
+    """Of the smaller kernels beside the one that GateBackwardTile configures."""
+
+    sentences: int = 16  # x features of f (block_k at a time) or of df
+    block_k: int = 64
+    block_d: int = 64
+    block_h: int = 32  # of the bottleneck at a time, for df
+    rows: int = 32  # of dW2 or dW1, whose products sum over as many sentences at once:
+    sentences_up: int = 32
+    sentences_down: int = 64
+    columns: int = 16  # of dW1
+    sum_rows: int = 4  # of ds
+    in_flight: int = 8  # partial sums
+    num_warps: int = 4
+    stages: int = 3
+
+
+GATE_BACKWARD = GateBackwardTiles()
 
 
 def _features(part: int, widest: int) -> int:
@@ -52,19 +92,30 @@ def _features(part: int, widest: int) -> int:
     return 16 if part <= 16 else min(candidates, key=lambda width: (-(-part // width) * width, -width))
 
 
-def _sum_tile(width: int, vector: int, loads: int, num_warps: int) -> SumTile:
-    """``loads`` loads of ``vector`` elements a thread; as many slots as rows of ``block_d`` features fill the warps."""
+def deal(num_blocks: int) -> Deal:
+    """Three blocks a warp, or the fewest that sixteen warps manage."""
+    groups = min(16, 1 << (max(1, -(-num_blocks // 3)) - 1).bit_length())
+    return Deal(groups, -(-num_blocks // groups))
+
+
+def _sum_tile(width: int, vector: int, loads: int, stages: int) -> SumTile:
+    """``loads`` loads of ``vector`` elements a thread; as many slots as rows of ``block_d`` features fill a warp."""
     block_d = _features(width, 64)
-    slots = max(1, 32 * num_warps * vector // block_d)
-    return SumTile(loads, slots, block_d, num_warps)
+    return SumTile(loads, max(1, 32 * vector // block_d), block_d, stages)
 
 
 def squeeze(part: int, vector: int) -> SumTile:
-    return _sum_tile(part, vector, 4, 1)
+    return _sum_tile(part, vector, 4, 3)
+
+
+def num_tiles(size: int, frequencies: int, vector: int) -> int:
+    """Feature tiles of squeeze: those of a part for every part."""
+    part = size // frequencies
+    return frequencies * -(-part // squeeze(part, vector).block_d)
 
 
 def fuse_backward(size: int, vector: int) -> SumTile:
-    return _sum_tile(size, vector, 2, 2)  # beside as many of dv
+    return _sum_tile(size, vector, 4, 3)
 
 
 def squeeze_backward(part: int, num_blocks: int, vector: int) -> Tile:
@@ -80,20 +131,48 @@ def fuse(size: int, num_blocks: int, vector: int) -> Tile:
     return Tile(max(1, loads * 128 * vector // block_d), block_d, 4)
 
 
-def gate(num_blocks: int, bottleneck: int) -> GateTile:
-    """A tile of W2 in shared memory is block_n * block_d rows as wide as the padded bottleneck, ``stages`` of them at once."""
+def gate(num_blocks: int, bottleneck: int, batch: int) -> GateTile:
+    """Many sentences a program, so that few programs read the same rows of W2; but few have few. No sum runs over sentences, so
+    bits do not depend on it."""
     block_h = max(16, 1 << (bottleneck - 1).bit_length())
-    if block_h > 64:
-        return GateTile(16, max(1, 256 // block_h) if num_blocks > 1 else 1, 32, 32, block_h, 4, 1)
-    return GateTile(16, min(2, num_blocks), 32, 64, block_h, 4, 2)
+    ahead = block_h * num_blocks <= 64 * 24  # registers
+    widest = 1 << (num_blocks if ahead else max(1, 512 // block_h)).bit_length() - 1  # by shared memory
+    pieces: list[int] = []
+    while sum(pieces) < num_blocks:
+        pieces.append(min(1 << (num_blocks - sum(pieces)).bit_length() - 1, widest))
+    starts = tuple(sum(pieces[:i]) for i in range(len(pieces)))
+    block_d = min(64, max(16, 128 // pieces[0]))
+    sentences, unroll = (16, 8) if batch <= 64 else (32, 4)
+    return GateTile(
+        sentences, block_d, 32, block_h, tuple(pieces), starts, unroll, ahead, max(1, pieces[0] * block_d // 32)
+    )
+
+
+def gate_backward(num_blocks: int, bottleneck: int) -> GateBackwardTile | None:
+    """All blocks' features side by side are the columns of one product. None where so many columns do not fit on chip.
+
+    The bottleneck is padded to two steps of block_k at least: without a loop the compiler sees one product feed another, lets
+    every warp compute all columns, and spills.
+    """
+    block_h = max(32, 1 << (bottleneck - 1).bit_length())
+    columns = 128 if block_h <= 128 else 64
+    block_d = min(64, columns >> (num_blocks - 1).bit_length())
+    if bottleneck > MAX_BOTTLENECK or block_d < 4:  # rows of p under 16 bytes
+        return None
+    return GateBackwardTile(16, block_d, 16, block_h, 8)
 
 
 @functools.cache
-def frequency_words(num_blocks: int, frequencies: int, profile: str) -> dict[str, int]:
-    """The parts' frequencies as constants for the kernels, 3 bits each (none is over 6), 16 parts a word."""
-    words = {"X_LOW": 0, "X_HIGH": 0, "Y_LOW": 0, "Y_HIGH": 0}
-    for part, (x, y) in enumerate(dct.frequency_pairs(num_blocks, frequencies, profile)):
-        half = "LOW" if part < 16 else "HIGH"
-        words[f"X_{half}"] |= x << 3 * (part % 16)
-        words[f"Y_{half}"] |= y << 3 * (part % 16)
-    return words
+def dct_constants(num_blocks: int, frequencies: int, profile: str) -> dict[str, object]:
+    """The DCT as constants for the kernels. The parts' frequencies, 3 bits each (none is over 6), 16 parts a word; alpha of every
+    x and n, x major; the token factor's scale without the sentence's length."""
+    constants: dict[str, object] = {}
+    pairs = dct.frequency_pairs(num_blocks, frequencies, profile)
+    for axis, values in zip("XY", zip(*pairs, strict=True), strict=True):
+        for half, first in (("LOW", 0), ("HIGH", 16)):
+            constants[f"{axis}_{half}"] = sum(k << 3 * i for i, k in enumerate(values[first : first + 16]))
+    alpha = dct.block_basis(num_blocks, frequencies, profile, torch.device("cpu")).tolist()
+    by_frequency = {x: factors for (x, _), factors in zip(pairs, alpha, strict=True)}
+    absent = [0.0] * num_blocks
+    table = [by_frequency.get(x, absent) for x in range(max(by_frequency) + 1)]
+    return constants | {"ALPHA": tuple(itertools.chain(*table)), "SCALE": dct.GRID / num_blocks**0.5}

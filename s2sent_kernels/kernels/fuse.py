@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .common import block_pointer, real_span, sentence_at, sum_rows
-from .launch import FUSE_MULTIPLY_ADD, HiddenStates, dense, device_of, mask_arguments
+from .common import real_span, row_pointers, sentence_at, sum_slots, wait_for_previous
+from .launch import FUSE_MULTIPLY_ADD, HiddenStates, dense, device_of, launches_overlap, mask_arguments
 
 _RUNTIME = ["size", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l", "num_sentences"]
 _UNALIGNED = ["p_mask", "p_cu_seqlens"]
@@ -50,6 +50,7 @@ def fuse_kernel(
     TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SCAN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     index = tl.program_id(0).to(tl.int64)
@@ -58,6 +59,8 @@ def fuse_kernel(
     i_row = index // TILES
     o_d = (index % TILES).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     m_d = o_d < D
+    if OVERLAP:
+        wait_for_previous()
     if p_cu_seqlens is not None:
         # A tile of packed tokens touches one sentence or several: each writes its own rows.
         start = (i_row * TOKENS).to(tl.int32)
@@ -88,6 +91,36 @@ def fuse_kernel(
         tl.store(p_fused + o_v, v.to(p_fused.dtype.element_ty), mask=m_l[:, None] & m_d[None, :])
 
 
+@triton.jit
+def sum_products(
+    p_hidden, p_dv, p_mask_row, o_row, o_dv_row, o_d, m_d, first, end, stride_l, stride_dv_l, stride_mask_l, N: tl.constexpr,
+    GROUPS: tl.constexpr, PER: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
+    READ_MASK: tl.constexpr,
+):  # fmt: skip
+    """Running sums of dv u over tokens [first, end): PER tensors [GROUPS * SLOTS, BLOCK_D]."""
+    o_r = tl.arange(0, GROUPS * SLOTS)  # [GROUPS * SLOTS] row of a tile: (GROUPS, SLOTS)
+    i_g = o_r // SLOTS
+    sums = (tl.zeros([GROUPS * SLOTS, o_d.shape[0]], tl.float32),) * PER
+    for start in tl.range(first, end, ROWS * SLOTS, num_stages=STAGES):
+        for i in tl.static_range(ROWS):
+            o_l = start + i * SLOTS + o_r % SLOTS  # [GROUPS * SLOTS]
+            real = o_l < end
+            if READ_MASK:
+                real = tl.load(p_mask_row + o_l.to(tl.int64) * stride_mask_l, mask=real, other=0) != 0
+            m_dv = real[:, None] & m_d[None, :]  # [GROUPS * SLOTS, BLOCK_D]
+            o_dv = o_dv_row + o_l.to(tl.int64)[:, None] * stride_dv_l + o_d[None, :]
+            dv = tl.load(p_dv + o_dv, mask=m_dv, other=0.0).to(tl.float32)
+            o_u = o_row + o_l.to(tl.int64)[:, None] * stride_l + o_d[None, :]
+            new_sums = ()
+            for j in tl.static_range(PER):
+                m_u = m_dv if GROUPS * PER == N else m_dv & (i_g * PER + j < N)[:, None]
+                p_u = row_pointers(p_hidden, j, i_g, N, GROUPS, PER)
+                u = tl.load(p_u[:, None] + o_u, mask=m_u, other=0.0, eviction_policy="evict_first")
+                new_sums = new_sums + (tl.fma(dv, u.to(tl.float32), sums[j]),)
+            sums = new_sums
+    return sums
+
+
 @triton.jit(do_not_specialize=[*_RUNTIME, "stride_dv_b", "stride_dv_l"], do_not_specialize_on_alignment=_UNALIGNED)
 def fuse_backward_kernel(
     p_hidden,  # N pointers to [B, L, D] or [T, D]
@@ -105,63 +138,55 @@ def fuse_backward_kernel(
     N: tl.constexpr,
     D: tl.constexpr,
     VEC: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PER: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SCAN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """A program takes one group of blocks of one sentence for one tile of features. Groups of a tile run side by side, so
-    that dv comes from L2 for all but one of them."""
+    """A program takes one sentence and one tile of features, its blocks dealt to the warps as in squeeze."""
     TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    GROUPS: tl.constexpr = (N + GROUP - 1) // GROUP
-    BLOCKS_HERE: tl.constexpr = min(GROUP, N)
     index = tl.program_id(0).to(tl.int64)
     stride_b = stride_b.to(tl.int64) * VEC  # in units of a load, so that the compiler knows what divides them
     stride_l = stride_l.to(tl.int64) * VEC
     stride_dv_b = stride_dv_b.to(tl.int64) * VEC
     stride_dv_l = stride_dv_l.to(tl.int64) * VEC
-    i_group = (index % GROUPS).to(tl.int32)
-    o_d = (index // GROUPS % TILES).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    i_b = index // (GROUPS * TILES)
+    o_d = (index % TILES).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    i_b = index // TILES
     m_d = o_d < D
     o_row = i_b * stride_b
     o_dv_row = i_b * stride_dv_b
-    p_mask_row = p_mask
-    if p_cu_seqlens is not None:
-        begin = tl.load(p_cu_seqlens + i_b)
-        end = tl.load(p_cu_seqlens + i_b + 1) - begin
-        o_row = begin.to(tl.int64) * stride_l
-        o_dv_row = begin.to(tl.int64) * stride_dv_l
-        first = end * 0
-    elif p_mask is not None:
+    if p_mask is not None:
         p_mask_row = p_mask + i_b * stride_mask_b
-        first, end, _ = real_span(p_mask_row, stride_mask_l, size, SCAN)
+        first, end, length = real_span(p_mask_row, stride_mask_l, size, SCAN)
+        if end - first != length:  # holes
+            sums = sum_products(
+                p_hidden, p_dv, p_mask_row, o_row, o_dv_row, o_d, m_d, first, end, stride_l, stride_dv_l, stride_mask_l,
+                N, GROUPS, PER, ROWS, SLOTS, 1, True,
+            )  # fmt: skip
+        else:
+            sums = sum_products(
+                p_hidden, p_dv, p_mask_row, o_row, o_dv_row, o_d, m_d, first, end, stride_l, stride_dv_l, stride_mask_l,
+                N, GROUPS, PER, ROWS, SLOTS, STAGES, False,
+            )  # fmt: skip
     else:
         first = size * 0
         end = size
-    TOKENS: tl.constexpr = ROWS * SLOTS
-    nothing = tl.zeros([SLOTS, BLOCK_D], tl.float32)
-    sums = (nothing,) * BLOCKS_HERE
-    for start in range(first, end, TOKENS):
-        o_l = start + tl.arange(0, TOKENS)  # [TOKENS]
-        real = o_l < end
-        if p_mask is not None:
-            real = tl.load(p_mask_row + o_l.to(tl.int64) * stride_mask_l, mask=real, other=0) != 0
-        m_u = real[:, None] & m_d[None, :]  # [TOKENS, BLOCK_D]
-        o_dv = o_dv_row + o_l.to(tl.int64)[:, None] * stride_dv_l + o_d[None, :]
-        o_u = o_row + o_l.to(tl.int64)[:, None] * stride_l + o_d[None, :]
-        dv = tl.load(p_dv + o_dv, mask=m_u, other=0.0).to(tl.float32)
-        new_sums = ()
-        for j in tl.static_range(BLOCKS_HERE):
-            n = i_group * GROUP + j
-            m_n = m_u if N % GROUP == 0 or N < GROUP else m_u & (n < N)
-            u = tl.load(block_pointer(p_hidden, n, N) + o_u, mask=m_n, other=0.0, eviction_policy="evict_first")
-            new_sums = new_sums + (sums[j] + sum_rows(dv * u.to(tl.float32), ROWS, SLOTS),)
-        sums = new_sums
-    for j in tl.static_range(BLOCKS_HERE):
-        n = i_group * GROUP + j
-        tl.store(p_dgates + (i_b * N + n) * D + o_d, tl.sum(sums[j], axis=0), mask=m_d & (n < N))
+        if p_cu_seqlens is not None:
+            begin = tl.load(p_cu_seqlens + i_b)
+            end = tl.load(p_cu_seqlens + i_b + 1) - begin
+            o_row = begin.to(tl.int64) * stride_l
+            o_dv_row = begin.to(tl.int64) * stride_dv_l
+        sums = sum_products(
+            p_hidden, p_dv, None, o_row, o_dv_row, o_d, m_d, first, end, stride_l, stride_dv_l, stride_mask_l,
+            N, GROUPS, PER, ROWS, SLOTS, STAGES, False,
+        )  # fmt: skip
+    for j in tl.static_range(PER):
+        n = tl.arange(0, GROUPS)[:, None] * PER + j  # [GROUPS, 1]
+        o_n = (i_b * N + n) * D + o_d[None, :]
+        tl.store(p_dgates + o_n, sum_slots(sums[j], GROUPS, SLOTS), mask=(n < N) & m_d[None, :])
 
 
 # ---------------------------------------------------------------- launchers
@@ -178,6 +203,7 @@ def fuse(
     hidden = HiddenStates.of(hidden_states, packed, 1)
     mask, stride_mask_b, stride_mask_l = mask_arguments(attention_mask)
     tile = config.fuse(hidden.size, len(hidden_states), hidden.vector)
+    overlap = launches_overlap(fused.device)
     rows = triton.cdiv(hidden.length, tile.tokens) * (1 if packed else first.shape[0])
     with device_of(fused):
         fuse_kernel[(rows * triton.cdiv(hidden.size, tile.block_d),)](
@@ -185,8 +211,8 @@ def fuse(
             hidden.stride_b, hidden.stride_l, stride_mask_b, stride_mask_l,
             0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
             N=len(hidden_states), D=hidden.size, VEC=hidden.vector, TOKENS=tile.tokens, BLOCK_D=tile.block_d,
-            SCAN=config.SCAN, num_warps=tile.num_warps,
-            enable_fp_fusion=FUSE_MULTIPLY_ADD,
+            SCAN=config.SCAN, OVERLAP=overlap, num_warps=tile.num_warps, enable_fp_fusion=FUSE_MULTIPLY_ADD,
+            launch_pdl=overlap,
         )  # fmt: skip
     return fused
 
@@ -203,14 +229,13 @@ def fuse_backward(
     if rows == 0:
         return dgates
     mask, stride_mask_b, stride_mask_l = mask_arguments(attention_mask)
-    tile = config.fuse_backward(hidden.size, hidden.vector)
-    programs = rows * triton.cdiv(hidden.size, tile.block_d) * triton.cdiv(num_blocks, config.BLOCK_GROUP)
+    tile, dealt = config.fuse_backward(hidden.size, hidden.vector), config.deal(num_blocks)
     with device_of(dgates):
-        fuse_backward_kernel[(programs,)](
+        fuse_backward_kernel[(rows * triton.cdiv(hidden.size, tile.block_d),)](
             hidden.tensors, grad.tensors[0], mask, dense(cu_seqlens), dgates, hidden.length, hidden.stride_b,
             hidden.stride_l, grad.stride_b, grad.stride_l, stride_mask_b, stride_mask_l,
-            N=num_blocks, D=hidden.size, VEC=hidden.vector, GROUP=config.BLOCK_GROUP, ROWS=tile.rows,
-            SLOTS=tile.slots, BLOCK_D=tile.block_d, SCAN=config.SCAN, num_warps=tile.num_warps,
+            N=num_blocks, D=hidden.size, VEC=hidden.vector, GROUPS=dealt.groups, PER=dealt.per_group, ROWS=tile.rows,
+            SLOTS=tile.slots, BLOCK_D=tile.block_d, SCAN=config.SCAN, STAGES=tile.stages, num_warps=dealt.groups,
             enable_fp_fusion=FUSE_MULTIPLY_ADD,
         )  # fmt: skip
     return dgates

@@ -4,10 +4,13 @@
     o[b,d] = sum_n g[b,n,d] p[b,n,d]
 
 For inference and for autograd's forward with running statistics (profile ``paper``). A program takes a few sentences and a
-tile of features: it computes their bottleneck from all of f (again in every feature tile, since a second launch would cost
-more), then takes the blocks several at a time. A row of a matrix product does not depend on the rows beside it, so a
-sentence's bits are its own.
+tile of features of every block: the blocks' features lie side by side as the columns of one product, in PIECES of a power of
+two of blocks. It asks for its slice of W2 and all else that squeeze does not write before it waits for squeeze. W1 f comes
+from squeeze as the sums over its feature tiles (t), added up here in ascending order; where there is only f, every program
+multiplies it with all of W1. A row of a matrix product does not depend on the rows beside it, so a sentence's bits are its own.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -17,7 +20,9 @@ from torch import Tensor
 from .. import reference
 from ..reference import GateParameters
 from . import config
-from .launch import device_of
+from .common import allow_next_launch, wait_for_previous
+from .launch import FUSE_MULTIPLY_ADD, dense, device_of, launches_overlap
+from .squeeze import Squeezed, squeeze_for_gate, sum_groups_for_gate
 
 # TF32 alone would round the operands to 10 bits; three products of it carry float32's.
 PRECISION = "tf32x3"
@@ -38,9 +43,38 @@ def tanh(x):
     return tl.where(s < 0.4, x * q, tl.where(x < 0.0, -far, far))
 
 
+@triton.jit
+def up_weight(
+    p_up_weight, o_h, m_h, i_tile, START: tl.constexpr, D: tl.constexpr, H: tl.constexpr, PIECE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The rows of W2 for one feature tile of PIECE blocks from START on, transposed: [BLOCK_H, PIECE * BLOCK_D]."""
+    o_column = tl.arange(0, PIECE * BLOCK_D)
+    d = i_tile * BLOCK_D + o_column % BLOCK_D
+    o_w = o_h[:, None] + ((START + o_column // BLOCK_D) * D + d).to(tl.int64)[None, :] * H
+    return tl.load(p_up_weight + o_w, mask=m_h[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def sum_blocks(values, PIECE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK_B, PIECE * BLOCK_D] -> [BLOCK_B, BLOCK_D], half and half: sums of two have one order in every layout."""
+    BLOCK_B: tl.constexpr = values.shape[0]
+    for step in tl.static_range(PIECE.bit_length() - 1):
+        values = tl.sum(tl.reshape(values, [BLOCK_B, 2, (PIECE >> (step + 1)) * BLOCK_D]), axis=1)
+    return values
+
+
+@triton.jit
+def over_blocks(values, PIECE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK_B, BLOCK_D] -> [BLOCK_B, PIECE * BLOCK_D]"""
+    spread = tl.broadcast_to(values[:, None, :], [values.shape[0], PIECE, BLOCK_D])
+    return tl.reshape(spread, [values.shape[0], PIECE * BLOCK_D])
+
+
 @triton.jit(do_not_specialize=["batch"])
 def gate_kernel(
-    p_groups,  # [B, G, D] float32, partial sums of f
+    p_squeezed,  # f [B, D] float32, or None with t
+    p_bottleneck,  # t [B, T, H] float32, whose sum over T is W1 f; or None
     p_down_weight,  # [H, D]
     p_down_bias,  # [H]
     p_up_weight,  # [N * D, H]
@@ -52,25 +86,25 @@ def gate_kernel(
     p_prior,  # [N] or None
     p_pooled,  # [B, N, D] float32, or None: then the gates are the output
     p_output,  # o [B, D], or g [B, N, D] float32
-    p_squeezed,  # f [B, D] float32, written where G > 1; else None
     batch,
     N: tl.constexpr,
     D: tl.constexpr,
     H: tl.constexpr,
-    G: tl.constexpr,
+    T: tl.constexpr,
     EPS: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    STAGES: tl.constexpr,
+    PIECES: tl.constexpr,  # blocks side by side in one product; powers of two whose sum is N
+    STARTS: tl.constexpr,  # the first block of each piece
+    UNROLL: tl.constexpr,  # feature tiles of t in flight
+    AHEAD: tl.constexpr,  # whether the registers hold all of the program's W2 at once
+    OVERLAP: tl.constexpr,
 ):
     TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    COLUMNS: tl.constexpr = BLOCK_N * BLOCK_D
     PADDED_N: tl.constexpr = triton.next_power_of_2(N)
     index = tl.program_id(0).to(tl.int64)
     i_tile = (index % TILES).to(tl.int32)
@@ -79,91 +113,89 @@ def gate_kernel(
     o_h = tl.arange(0, BLOCK_H)  # [BLOCK_H]
     m_h = o_h < H
     o_d = i_tile * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    m_d = o_d < D
+    if OVERLAP:
+        allow_next_launch()
 
-    # f from its groups, ascending. Every feature tile's program writes all of it, the same values, and reads back its own: one
-    # read of finished rows is what the product below can stream, and a launch of its own would cost more.
-    p_f = p_groups
-    if G > 1:
-        p_f = p_squeezed
-        for k in range(0, D, BLOCK_F):
-            o_k = k + tl.arange(0, BLOCK_F)  # [BLOCK_F]
-            m_f = m_b[:, None] & (o_k < D)[None, :]
-            f = tl.zeros([BLOCK_B, BLOCK_F], tl.float32)
-            for group in tl.static_range(G):
-                f += tl.load(p_groups + (o_b[:, None] * G + group) * D + o_k[None, :], mask=m_f, other=0.0)
-            tl.store(p_squeezed + o_b[:, None] * D + o_k[None, :], f, mask=m_f)
-        tl.debug_barrier()
+    bias1 = tl.load(p_down_bias + o_h, mask=m_h, other=0.0).to(tl.float32)
+    highest = 0.0
+    if p_prior is not None:
+        o_n = tl.arange(0, PADDED_N)  # [PADDED_N]
+        highest = tl.max(tl.load(p_prior + o_n, mask=o_n < N, other=float("-inf")).to(tl.float32), axis=0)
+    up_weights = ()
+    if AHEAD:
+        for i in tl.static_range(len(PIECES)):
+            up_weights = up_weights + (up_weight(p_up_weight, o_h, m_h, i_tile, STARTS[i], D, H, PIECES[i], BLOCK_D),)
+    if OVERLAP:
+        wait_for_previous()
 
-    # s = act(W1 f + b1), over D in blocks of BLOCK_K
+    # s = act(W1 f + b1)
     s = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
-    for k in tl.range(0, D, BLOCK_K, num_stages=STAGES + 1):
-        o_k = k + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-        m_k = o_k < D
-        f = tl.load(p_f + o_b[:, None] * D + o_k[None, :], mask=m_b[:, None] & m_k[None, :], other=0.0)
-        # Asked for as [BLOCK_K, BLOCK_H], which a transposed view of [BLOCK_H, BLOCK_K] is not to the compiler: that one goes
-        # through shared memory with bank conflicts.
-        w = tl.load(p_down_weight + o_k[:, None] + o_h[None, :] * D, mask=m_k[:, None] & m_h[None, :], other=0.0)
-        s = tl.dot(f, w.to(tl.float32), s, input_precision=PRECISION)  # [BLOCK_B, BLOCK_H]
-    s += tl.load(p_down_bias + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
+    if p_bottleneck is not None:
+        p_t = p_bottleneck + o_b[:, None] * (T * H) + o_h[None, :]
+        for tile in tl.range(0, T, loop_unroll_factor=UNROLL):
+            s += tl.load(p_t + tile * H, mask=m_b[:, None] & m_h[None, :], other=0.0)
+    else:
+        for k in range(0, D, BLOCK_K):
+            o_k = k + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+            m_k = o_k < D
+            f = tl.load(p_squeezed + o_b[:, None] * D + o_k[None, :], mask=m_b[:, None] & m_k[None, :], other=0.0)
+            # Asked for as [BLOCK_K, BLOCK_H], which a transposed view of [BLOCK_H, BLOCK_K] is not to the compiler: that one
+            # goes through shared memory with bank conflicts.
+            w = tl.load(p_down_weight + o_k[:, None] + o_h[None, :] * D, mask=m_k[:, None] & m_h[None, :], other=0.0)
+            s = tl.dot(f, w.to(tl.float32), s, input_precision=PRECISION)  # [BLOCK_B, BLOCK_H]
+    s += bias1[None, :]
     if RELU:
         s = tl.where(s < 0.0, 0.0, s)  # keeps NaN, as torch.relu does
     else:
         s = tanh(s)
     s = tl.where(m_h[None, :], s, 0.0)  # an inf in f meets the padding's zeros as NaN
 
-    highest = 0.0
-    if p_prior is not None:
-        o_n = tl.arange(0, PADDED_N)  # [PADDED_N]
-        highest = tl.max(tl.load(p_prior + o_n, mask=o_n < N, other=float("-inf")).to(tl.float32), axis=0)
-
-    # BLOCK_N blocks at a time, their features side by side as the columns of one product
+    weights = ()  # exp(e + c), [BLOCK_B, PIECES[i] * BLOCK_D] each
     total = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     output = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-    o_column = tl.arange(0, COLUMNS)  # [COLUMNS]
-    d = i_tile * BLOCK_D + o_column % BLOCK_D
-    for first in tl.range(0, N, BLOCK_N, num_stages=STAGES):
-        n = first + o_column // BLOCK_D
-        m_nd = (n < N) & (d < D)
-        o_nd = n * D + d  # [COLUMNS] row of W2
+    for i in tl.static_range(len(PIECES)):
+        o_column = tl.arange(0, PIECES[i] * BLOCK_D)  # [COLUMNS]
+        n = STARTS[i] + o_column // BLOCK_D
+        d = i_tile * BLOCK_D + o_column % BLOCK_D
+        o_nd = n * D + d  # row of W2
+        m_nd = d < D
         m_bnd = m_b[:, None] & m_nd[None, :]  # [BLOCK_B, COLUMNS]
         o_bnd = o_b[:, None] * (N * D) + o_nd[None, :]
-        # Everything is asked for before the product, which waits at barriers.
-        w = tl.load(
-            p_up_weight + o_h[:, None] + o_nd.to(tl.int64)[None, :] * H, mask=m_h[:, None] & m_nd[None, :], other=0.0
-        )  # [BLOCK_H, COLUMNS]
-        bias = tl.load(p_up_bias + o_nd, mask=m_nd, other=0.0).to(tl.float32)
+        if p_pooled is not None:
+            p = tl.load(p_pooled + o_bnd, mask=m_bnd, other=0.0)
+        if AHEAD:
+            w = up_weights[i]
+        else:
+            w = up_weight(p_up_weight, o_h, m_h, i_tile, STARTS[i], D, H, PIECES[i], BLOCK_D)
+        z = tl.dot(s, w.to(tl.float32), input_precision=PRECISION)  # [BLOCK_B, COLUMNS]
+        z += tl.load(p_up_bias + o_nd, mask=m_nd, other=0.0).to(tl.float32)[None, :]
         if p_norm_weight is not None:
             variance = tl.load(p_running_var + o_nd, mask=m_nd, other=1.0).to(tl.float32)
             mean = tl.load(p_running_mean + o_nd, mask=m_nd, other=0.0).to(tl.float32)
-            scale = tl.load(p_norm_weight + o_nd, mask=m_nd, other=0.0).to(tl.float32) / tl.sqrt_rn(variance + EPS)
+            scale = tl.load(p_norm_weight + o_nd, mask=m_nd, other=0.0).to(tl.float32) * tl.rsqrt(variance + EPS)
             shift = tl.load(p_norm_bias + o_nd, mask=m_nd, other=0.0).to(tl.float32)
-        if p_prior is not None:
-            prior = tl.load(p_prior + n, mask=n < N, other=0.0).to(tl.float32) - highest
-        if p_pooled is not None:
-            p = tl.load(p_pooled + o_bnd, mask=m_bnd, other=0.0)
-        z = tl.dot(s, w.to(tl.float32), input_precision=PRECISION)  # [BLOCK_B, COLUMNS]
-        z += bias[None, :]
-        if p_norm_weight is not None:
             z = (z - mean[None, :]) * scale[None, :] + shift[None, :]
         e = 1.0 / (1.0 + tl.exp(-z))
         if p_prior is not None:
-            e += prior[None, :]
-        weight = tl.where(m_nd[None, :], tl.exp(e), 0.0)
-        total += tl.sum(tl.reshape(weight, [BLOCK_B, BLOCK_N, BLOCK_D]), axis=1)
+            e += (tl.load(p_prior + n).to(tl.float32) - highest)[None, :]
+        weight = tl.exp(e)
+        total += sum_blocks(weight, PIECES[i], BLOCK_D)
         if p_pooled is not None:
-            output += tl.sum(tl.reshape(weight * p, [BLOCK_B, BLOCK_N, BLOCK_D]), axis=1)
+            output += sum_blocks(weight * p, PIECES[i], BLOCK_D)
         else:
-            tl.store(p_output + o_bnd, weight, mask=m_bnd)
-    m_o = m_b[:, None] & m_d[None, :]  # [BLOCK_B, BLOCK_D]
+            weights = weights + (weight,)
+
     if p_pooled is not None:
         o = tl.div_rn(output, total)
+        m_o = m_b[:, None] & (o_d < D)[None, :]  # [BLOCK_B, BLOCK_D]
         tl.store(p_output + o_b[:, None] * D + o_d[None, :], o.to(p_output.dtype.element_ty), mask=m_o)
     else:
-        tl.debug_barrier()  # the weights above are read back here
-        for block in tl.static_range(N):
-            p_g = p_output + (o_b[:, None] * N + block) * D + o_d[None, :]
-            tl.store(p_g, tl.div_rn(tl.load(p_g, mask=m_o, other=0.0), total), mask=m_o)
+        for i in tl.static_range(len(PIECES)):
+            o_column = tl.arange(0, PIECES[i] * BLOCK_D)
+            d = i_tile * BLOCK_D + o_column % BLOCK_D
+            o_bnd = o_b[:, None] * (N * D) + ((STARTS[i] + o_column // BLOCK_D) * D + d)[None, :]
+            g = tl.div_rn(weights[i], over_blocks(total, PIECES[i], BLOCK_D))
+            tl.store(p_output + o_bnd, g, mask=m_b[:, None] & (d < D)[None, :])
 
 
 # ---------------------------------------------------------------- launchers
@@ -175,66 +207,100 @@ def fits(parameters: GateParameters) -> bool:
 
 
 def _launch(
-    squeezed_groups: Tensor,
+    squeezed: Tensor,
+    bottleneck: Tensor | None,
     parameters: GateParameters,
     num_blocks: int,
     activation: str,
     eps: float,
     pooled: Tensor | None,
     output: Tensor,
-    squeezed: Tensor | None,
 ) -> None:
-    batch, groups, size = squeezed_groups.shape
+    batch, size = squeezed.shape
     if batch == 0:
         return
-    bottleneck = parameters.down_weight.shape[0]
-    tile = config.gate(num_blocks, bottleneck)
-    w = parameters.each(lambda t: t.contiguous())
+    width = parameters.down_weight.shape[0]
+    tile = config.gate(num_blocks, width, batch)
+    overlap = launches_overlap(output.device)
+    w = parameters.each(dense)
     with device_of(output):
         gate_kernel[(triton.cdiv(batch, tile.sentences) * triton.cdiv(size, tile.block_d),)](
-            squeezed_groups, *w, pooled, output, squeezed, batch,
-            N=num_blocks, D=size, H=bottleneck, G=groups, EPS=eps, RELU=activation == "relu", PRECISION=PRECISION,
-            BLOCK_B=tile.sentences, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, BLOCK_K=tile.block_k, BLOCK_H=tile.block_h,
-            BLOCK_F=config.GATE_FEATURES, STAGES=tile.stages, num_warps=tile.num_warps,
+            squeezed if bottleneck is None else None, bottleneck, *w, pooled, output, batch,
+            N=num_blocks, D=size, H=width, T=1 if bottleneck is None else bottleneck.shape[1], EPS=eps,
+            RELU=activation == "relu", PRECISION=PRECISION, BLOCK_B=tile.sentences, BLOCK_D=tile.block_d,
+            BLOCK_K=tile.block_k, BLOCK_H=tile.block_h, PIECES=tile.pieces, STARTS=tile.starts, UNROLL=tile.unroll, AHEAD=tile.ahead,
+            OVERLAP=overlap,
+            num_warps=tile.num_warps, maxnreg=tile.registers, enable_fp_fusion=FUSE_MULTIPLY_ADD, launch_pdl=overlap,
         )  # fmt: skip
-
-
-def gate_groups(
-    squeezed_groups: Tensor, parameters: GateParameters, num_blocks: int, activation: str, eps: float
-) -> tuple[Tensor, Tensor]:
-    """g [B, N, D] and f [B, D] from f's partial sums [B, G, D]: one launch."""
-    from .squeeze import sum_groups
-
-    batch, groups, size = squeezed_groups.shape
-    if not fits(parameters):
-        squeezed = sum_groups(squeezed_groups)
-        return reference.gate(squeezed, parameters, num_blocks, activation, eps), squeezed
-    gates = squeezed_groups.new_empty(batch, num_blocks, size)
-    squeezed = squeezed_groups.new_empty(batch, size) if groups > 1 else squeezed_groups[:, 0]
-    written = squeezed if groups > 1 else None
-    _launch(squeezed_groups, parameters, num_blocks, activation, eps, None, gates, written)
-    return gates, squeezed
 
 
 def gate(squeezed: Tensor, parameters: GateParameters, num_blocks: int, activation: str, eps: float) -> Tensor:
     """g [B, N, D] from f [B, D]."""
-    return gate_groups(squeezed.contiguous()[:, None], parameters, num_blocks, activation, eps)[0]
+    return _gates(Squeezed(squeezed.contiguous(), None, None), parameters, num_blocks, activation, eps)
+
+
+def _gates(done: Squeezed, parameters: GateParameters, num_blocks: int, activation: str, eps: float) -> Tensor:
+    if not fits(parameters):
+        return reference.gate(done.f, parameters, num_blocks, activation, eps)
+    gates = done.f.new_empty(done.f.shape[0], num_blocks, done.f.shape[1])
+    _launch(done.f, done.bottleneck, parameters, num_blocks, activation, eps, None, gates)
+    return gates
+
+
+def _pool(
+    done: Squeezed, pooled: Tensor, parameters: GateParameters, activation: str, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """o [B, D] in ``dtype``, no gates in memory."""
+    num_blocks = pooled.shape[1]
+    if not fits(parameters):
+        return reference.pool(reference.gate(done.f, parameters, num_blocks, activation, eps), pooled, dtype)
+    output = done.f.new_empty(done.f.shape, dtype=dtype)
+    _launch(done.f, done.bottleneck, parameters, num_blocks, activation, eps, pooled, output)
+    return output
+
+
+def squeeze_and_gate(
+    hidden_states: Sequence[Tensor],
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    parameters: GateParameters,
+    frequencies: int,
+    activation: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """g [B, N, D] and f [B, D]: two launches."""
+    w1 = parameters.down_weight if fits(parameters) else None
+    done = squeeze_for_gate(hidden_states, attention_mask, cu_seqlens, frequencies, "paper", None, w1)
+    return _gates(done, parameters, len(hidden_states), activation, eps), done.f
+
+
+def squeeze_and_pool(
+    hidden_states: Sequence[Tensor],
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    parameters: GateParameters,
+    frequencies: int,
+    pooling: str,
+    activation: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o [B, D], f [B, D] and p [B, N, D]: two launches."""
+    w1 = parameters.down_weight if fits(parameters) else None
+    done = squeeze_for_gate(hidden_states, attention_mask, cu_seqlens, frequencies, "paper", pooling, w1)
+    assert done.pooled is not None
+    return _pool(done, done.pooled, parameters, activation, eps, hidden_states[0].dtype), done.f, done.pooled
 
 
 def gate_pool(
-    squeezed_groups: Tensor, pooled: Tensor, parameters: GateParameters, activation: str, eps: float, dtype: torch.dtype
+    squeezed_groups: Tensor,
+    pooled: Tensor,
+    parameters: GateParameters,
+    frequencies: int,
+    activation: str,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """o [B, D] in ``dtype`` and f [B, D] from f's partial sums [B, G, D] and p [B, N, D]: one launch, no gates in memory."""
-    from .squeeze import sum_groups
-
-    batch, num_blocks, size = pooled.shape
-    groups = squeezed_groups.shape[1]
-    if not fits(parameters):
-        squeezed = sum_groups(squeezed_groups)
-        gates = reference.gate(squeezed, parameters, num_blocks, activation, eps)
-        return reference.pool(gates, pooled, dtype), squeezed
-    output = pooled.new_empty(batch, size, dtype=dtype)
-    squeezed = pooled.new_empty(batch, size) if groups > 1 else squeezed_groups[:, 0]
-    written = squeezed if groups > 1 else None
-    _launch(squeezed_groups, parameters, num_blocks, activation, eps, pooled, output, written)
-    return output, squeezed
+    """o [B, D] in ``dtype`` and f [B, D] from what ``squeeze_block`` left, f's partial sums [B, G, D] and p [B, N, D]."""
+    w1 = parameters.down_weight if fits(parameters) else None
+    done = sum_groups_for_gate(squeezed_groups, frequencies, dtype, w1)
+    return _pool(done, pooled, parameters, activation, eps, dtype), done.f

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
+
+from ..backend import triton_interprets
 
 _LOAD_BYTES = 16  # one 128-bit load
 
@@ -20,6 +24,15 @@ FUSE_MULTIPLY_ADD = False
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     """The tensor's device as the current one; Triton launches on that device's current stream."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def launches_overlap(device: torch.device) -> bool:
+    """Whether a kernel may be launched before the one ahead of it has ended (programmatic dependent launch, from sm_90 on):
+    it sets itself up and waits, which hides most of a launch. Unknown to the interpreter."""
+    if triton_interprets():
+        return False
+    return driver.active.get_current_target().arch >= 90
 
 
 def mask_arguments(attention_mask: Tensor | None) -> tuple[Tensor | None, int, int]:

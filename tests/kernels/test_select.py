@@ -321,7 +321,8 @@ def _examples():
         "select_pool": [(hidden, mask, None, *full, 2, "mean", "tanh", 1e-6, "triton")],
         "select": [(packed, None, cu_seqlens, *bare, 2, "relu", 1e-6, "triton")],
         "squeeze_backward": [(f, dp, None, None, *back, "mean", "triton"), (f, None, v, dg, *back, None, "triton")],
-        "gate_backward": [(dg, f, *full, "tanh", 1e-6), (dg, f, *bare, "relu", 1e-6)],
+        "gate_backward": [(dg, f, *full, *options[1:]), (dg, f, *bare, "relu", 1e-6, "triton")],
+        "gate_pool_backward": [(f, f, dp, *full, *options[1:]), (f, f, dp, *bare, "relu", 1e-6, "triton")],
         "fuse_backward": [(v, hidden, mask, None, "triton")],
         "squeeze_block": [(hidden[0], 0, 2, f[:, None].clone(), dp, mask, None, 2, "paper", "mean", "triton")],
     }  # fmt: skip
@@ -329,7 +330,7 @@ def _examples():
 
 NAMES = [
     "squeeze", "gate", "fuse", "select_pool", "select", "squeeze_block",
-    "squeeze_backward", "gate_backward", "fuse_backward",
+    "squeeze_backward", "gate_backward", "gate_pool_backward", "fuse_backward",
 ]  # fmt: skip
 
 

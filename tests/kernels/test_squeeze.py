@@ -228,7 +228,7 @@ def squeeze_by_blocks(batch, M, profile, pooling, backend="triton"):
     from s2sent_kernels import kernels
 
     N, D = len(batch.hidden_states), batch.hidden_states[0].shape[-1]
-    groups = torch.zeros(batch.num_sentences, -(-N // kernels.BLOCK_GROUP), D, device=DEVICE)
+    groups = torch.zeros(batch.num_sentences, kernels.num_groups(N), D, device=DEVICE)
     pooled = None if pooling is None else torch.empty(batch.num_sentences, N, D, device=DEVICE)
     mask, cu_seqlens = batch.where.get("attention_mask"), batch.where.get("cu_seqlens")
     for n, u in enumerate(batch.hidden_states):

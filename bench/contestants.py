@@ -1,0 +1,185 @@
+"""Who is measured: this package and what it is compared with, each as a function of a set of inputs.
+
+Names stand in the results as they are here. Competitors run on the same inputs, and in the same interleaved loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from cases import BOTTLENECK, FREQUENCIES, MAIN, STAGES, Case, Inputs
+from formula import Formula, masked_mean, parameters_of
+from torch import Tensor, nn
+
+from s2sent_kernels import S2SentSelector, fuse, gate, squeeze
+
+OURS, MEAN_OF_LAST = "s2sent_kernels", "mean of last block"
+PROFILES = {"official": "published formula", "paper": "paper formula"}
+COMPILERS = {
+    "torch.compile": None,
+    # Its own CUDA graphs cannot be captured within ours, which measure device time for everyone.
+    "torch.compile max-autotune": "max-autotune-no-cudagraphs",
+}
+WEIGHTED, ATTENTION = "WeightedLayerPooling + mean", "fla attention over layers"
+CHOICES = ("none", "eager", "all")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    name: str
+    call: Callable[[Inputs], Tensor | tuple[Tensor, ...]]
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    judged: bool = True  # whether it computes the selector, so that its result is held to the reference
+    compiled: bool = False
+    modes: tuple[str, ...] = ("forward", "backward", "both")
+    note: str = ""
+
+    def run(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        result = self.call(inputs)
+        return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A competitor that cannot be measured here; its row says why."""
+
+    name: str
+    why: str
+
+
+def make_selector(case: Case, device: str, profile: str = "paper", backend: str = "auto") -> S2SentSelector:
+    """In eval mode, its parameters and statistics at no special value."""
+    torch.manual_seed(0)
+    prior = profile == "paper"
+    selector = S2SentSelector(
+        case.size, case.blocks, BOTTLENECK, FREQUENCIES, profile=profile, block_prior=prior, backend=backend
+    )
+    with torch.no_grad():
+        for tensor in (selector.norm.weight, selector.norm.bias, selector.norm.running_mean):
+            tensor.add_(0.1 * torch.randn_like(tensor))
+        selector.norm.running_var.mul_(torch.rand_like(selector.norm.running_var) + 0.5)
+    return selector.to(device).eval()
+
+
+def selector_call(selector: S2SentSelector, what: str) -> Callable[[Inputs], Tensor | tuple[Tensor, ...]]:
+    """A stage or path through the package's public functions, on the selector's backend."""
+    backend, blocks = selector.backend, selector.num_blocks
+    if what == "pooled":
+        return lambda i: selector.pool(i.blocks, i.mask, cu_seqlens=i.cu_seqlens)
+    if what == "token":
+        return lambda i: selector(i.blocks, i.mask, cu_seqlens=i.cu_seqlens)
+    if what == "squeeze":
+        return lambda i: squeeze(
+            i.blocks, i.mask, cu_seqlens=i.cu_seqlens, frequencies=FREQUENCIES, pooling="mean", backend=backend
+        )
+    if what == "fuse":
+        return lambda i: fuse(i.blocks, i.gates, i.mask, cu_seqlens=i.cu_seqlens, backend=backend)
+    return lambda i: gate(i.squeezed, parameters_of(selector), num_blocks=blocks, backend=backend)
+
+
+def gate_parameters(selector: S2SentSelector, what: str) -> dict[str, Tensor]:
+    return {} if what in ("squeeze", "fuse") else dict(selector.named_parameters())
+
+
+def ours(case: Case, what: str, device: str, backend: str = "auto") -> Contestant:
+    selector = make_selector(case, device, backend=backend)
+    return Contestant(OURS, selector_call(selector, what), gate_parameters(selector, what))
+
+
+def mean_of_last(inputs: Inputs) -> Tensor:
+    return masked_mean(inputs.blocks[-1], inputs.mask)
+
+
+def contestants(case: Case, what: str, device: str, choice: str) -> Iterator[Contestant | Missing]:
+    """This package first, then those that ``choice`` names: none, eager (what takes no compiler) or all."""
+    yield ours(case, what, device)
+    if what in STAGES or case.layout == "packed":
+        return
+    if what == "pooled":
+        yield Contestant(MEAN_OF_LAST, mean_of_last, judged=False)
+    if choice == "none" or case.layout != "full" or case.name not in (*MAIN, "A-small"):
+        return
+    for profile, name in PROFILES.items():
+        yield _formula(case, what, device, profile, f"{name}, eager", None)
+    yield _weighted_layer_pooling(case, what, device)
+    if what == "token":
+        yield _attention_over_layers(case, device)
+    if choice == "all" and (what == "pooled" or case.name == "A"):
+        for profile, name in PROFILES.items():
+            for compiler in COMPILERS:
+                yield _formula(case, what, device, profile, f"{name}, {compiler}", compiler)
+
+
+def _formula(case: Case, what: str, device: str, profile: str, name: str, compiler: str | None) -> Contestant:
+    selector = make_selector(case, device, profile)
+    formula = Formula(selector, case.tokens)
+    function = getattr(formula, what)
+    if compiler is None:
+        return Contestant(name, lambda i: function(i.blocks, i.mask), dict(selector.named_parameters()))
+    compiled = torch.compile(function, mode=COMPILERS[compiler], dynamic=False)
+    # Each direction is a compilation of its own: gradients for A's paths only. The backward alone would need one more,
+    # of code that may not reuse the forward's buffers.
+    modes = ("forward", "both") if case.name == "A" and what == "pooled" else ("forward",)
+    note = "without its own CUDA graphs" if "max-autotune" in name else ""
+    return Contestant(
+        name,
+        lambda i: compiled(i.blocks, i.mask),
+        dict(selector.named_parameters()),
+        compiled=True,
+        modes=modes,
+        note=note,
+    )
+
+
+def _weighted_layer_pooling(case: Case, what: str, device: str) -> Contestant | Missing:
+    if importlib.util.find_spec("sentence_transformers") is None:
+        return Missing(WEIGHTED, "not installed")
+    try:
+        # Importing it is noisy: deprecations of its own, and progress of its dependencies.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            from sentence_transformers.sentence_transformer.modules import WeightedLayerPooling
+    except ImportError:
+        try:
+            from sentence_transformers.models import WeightedLayerPooling
+        except ImportError as error:
+            return Missing(WEIGHTED, f"not importable: {type(error).__name__}")
+    pooling: nn.Module = WeightedLayerPooling(case.size, num_hidden_layers=case.blocks - 1, layer_start=0).to(device)
+
+    def token(inputs: Inputs) -> Tensor:
+        features = {"all_layer_embeddings": inputs.blocks, "token_embeddings": inputs.blocks[-1]}
+        return pooling(features)["token_embeddings"].to(inputs.case.dtype)
+
+    def pooled(inputs: Inputs) -> Tensor:
+        return masked_mean(token(inputs), inputs.mask)
+
+    return Contestant(WEIGHTED, pooled if what == "pooled" else token, dict(pooling.named_parameters()), judged=False)
+
+
+def _attention_over_layers(case: Case, device: str) -> Contestant | Missing:
+    if device != "cuda" or importlib.util.find_spec("fla") is None:
+        return Missing(ATTENTION, "not installed" if importlib.util.find_spec("fla") is None else "needs a GPU")
+    try:
+        from fla.ops.attnres import fused_attnres
+    except Exception as error:
+        return Missing(ATTENTION, f"not importable: {type(error).__name__}")
+    torch.manual_seed(0)
+    query = torch.randn(case.size).to(device, case.dtype).requires_grad_()
+    weight = torch.ones(case.size, device=device, dtype=case.dtype, requires_grad=True)
+    return Contestant(
+        ATTENTION, lambda i: fused_attnres(query, i.blocks, weight), {"query": query, "weight": weight}, judged=False
+    )
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,93 @@
+"""The selector's two profiles in plain PyTorch, as competitors: what the reference computes, written for speed.
+
+The reference is written to be read: it makes its bases anew for every block. Here they are buffers, as the published module
+holds its own, and the token factor of profile ``paper``, which depends on the mask, is computed once a call. So the competitors
+are at least as fast as the reference, and they can be captured as CUDA graphs, which copies from the host cannot.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from s2sent_kernels import GateParameters, S2SentSelector, dct, gate
+
+
+def parameters_of(selector: S2SentSelector) -> GateParameters:
+    norm = selector.norm
+    return GateParameters(
+        selector.down.weight, selector.down.bias, selector.up.weight, selector.up.bias,
+        *((None,) * 4 if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)),
+        selector.block_prior,
+    )  # fmt: skip
+
+
+def masked_mean(hidden_state: Tensor, mask: Tensor) -> Tensor:
+    """What everyone uses: [B, L, D] and [B, L] to [B, D]."""
+    weight = mask[..., None].to(hidden_state.dtype)
+    return (hidden_state * weight).sum(1) / weight.sum(1)
+
+
+class Formula(nn.Module):
+    """``pooled`` and ``token`` of ``selector`` on batches of L = ``tokens`` with a mask, in plain PyTorch."""
+
+    def __init__(self, selector: S2SentSelector, tokens: int) -> None:
+        super().__init__()
+        self.selector = selector
+        device = selector.down.weight.device
+        blocks, parts, profile = selector.num_blocks, selector.frequencies, selector.profile
+        alpha = dct.block_basis(blocks, parts, profile, device).float()  # [M, N]
+        self.register_buffer("alpha", alpha.T.repeat_interleave(selector.hidden_size // parts, 1))  # [N, D]
+        if profile == "official":
+            self.register_buffer("grid", dct.grid_token_basis(tokens, parts, device).float().T[None])  # [1, L, M]
+        else:
+            y = [pair[1] for pair in dct.frequency_pairs(blocks, parts)]
+            self.register_buffer("y", torch.tensor(y, device=device))
+            norm = [dct.GRID * (math.sqrt(2.0) if frequency else 1.0) / math.sqrt(blocks) for frequency in y]
+            self.register_buffer("norm", torch.tensor(norm, device=device))
+
+    def _beta(self, rank: Tensor, length: Tensor) -> Tensor:  # [B, L], [B, 1] -> [B, L, M] or [1, L, M]
+        if self.selector.profile == "official":
+            return self.grid
+        period = length.clamp(min=1)[..., None]
+        half_steps = (self.y * (2 * rank[..., None] + 1)) % (4 * period)
+        wave = torch.cos(half_steps.float() * (math.pi / 2) / period.float())
+        return (wave * self.norm / period.float()).masked_fill(self.y >= length[..., None], 0.0)
+
+    def _per_part(self, values: Tensor, beta: Tensor) -> Tensor:
+        return (values.unflatten(-1, (self.selector.frequencies, -1)) * beta[..., None]).flatten(-2)
+
+    def _select(self, hidden_states: list[Tensor], mask: Tensor, pool: bool) -> tuple[Tensor, list[Tensor], Tensor]:
+        """g [B, N, D], the pooled p_n [B, D], and which places are padding [B, L, 1]."""
+        real = mask != 0
+        running = real.cumsum(1)
+        length = running[:, -1:]
+        beta = self._beta(running - 1, length)
+        weight = (1.0 / length.clamp(min=1).float()).expand_as(real).masked_fill(~real, 0.0)[..., None]
+        padding = ~real[..., None]
+        squeezed, pooled = torch.zeros((), device=mask.device), []
+        for n, hidden_state in enumerate(hidden_states):
+            values = hidden_state.float()
+            real_values = values.masked_fill(padding, 0.0)
+            seen = values if self.selector.profile == "official" else real_values
+            squeezed = squeezed + self._per_part(seen, beta).sum(1) * self.alpha[n]
+            if pool:
+                pooled.append((real_values * weight).sum(1))
+        gates = gate(
+            squeezed, parameters_of(self.selector), num_blocks=len(hidden_states), profile=self.selector.profile,
+            backend="reference",
+        )  # fmt: skip
+        return gates, pooled, padding
+
+    def pooled(self, hidden_states: list[Tensor], mask: Tensor) -> Tensor:
+        gates, pooled, _ = self._select(hidden_states, mask, True)
+        return (gates * torch.stack(pooled, 1)).sum(1).to(hidden_states[0].dtype)
+
+    def token(self, hidden_states: list[Tensor], mask: Tensor) -> Tensor:
+        gates, _, padding = self._select(hidden_states, mask, False)
+        fused = torch.zeros((), device=mask.device)
+        for n, hidden_state in enumerate(hidden_states):
+            fused = fused + gates[:, n, None] * hidden_state.float().masked_fill(padding, 0.0)
+        return fused.to(hidden_states[0].dtype)

@@ -1,0 +1,183 @@
+"""Results: one JSON file for each device, written whole after every step, merged row by row.
+
+python bench/record.py merged.json part.json [part.json ...]     # later files win
+
+{"format": 2, "device": slug, "runs": [{environment, ceilings, ...}], "rows": [{"section", "case", ..., "run": index}]}
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from contestants import version
+
+from s2sent_kernels.pictures import write_atomically
+
+FORMAT = 2
+BENCH = Path(__file__).resolve().parent
+RESULTS = BENCH / "results"
+PACKAGES = (
+    "s2sent_kernels", "torch", "triton", "transformers", "sentence-transformers", "flash-linear-attention", "numpy",
+)  # fmt: skip
+CLOCKS = {
+    "sm_mhz": "clocks.sm", "sm_max_mhz": "clocks.max.sm", "memory_mhz": "clocks.mem",
+    "memory_max_mhz": "clocks.max.mem", "power_limit_w": "power.limit", "driver": "driver_version",
+}  # fmt: skip
+KEY = ("section", "case", "what", "mode", "contestant")
+
+Row = dict[str, Any]
+
+
+class UserError(Exception):
+    """Reported in one line, exit code 2."""
+
+
+def slug() -> str:
+    """The device's name as a file name; "cpu" for any CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
+def _output_of(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=BENCH, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit() -> str:
+    """COMMIT tells it to a copy without history."""
+    told = os.environ.get("COMMIT")
+    if told:
+        return told
+    found = _output_of("git", "rev-parse", "--short=12", "HEAD")
+    if not found:
+        return "unknown"
+    return found + ("" if _output_of("git", "status", "--porcelain", "--", "../s2sent_kernels") == "" else ", changed")
+
+
+def clocks() -> dict[str, str]:
+    """What nvidia-smi says of the first GPU. Clocks are read, never set."""
+    if not torch.cuda.is_available():
+        return {}
+    line = _output_of("nvidia-smi", f"--query-gpu={','.join(CLOCKS.values())}", "--format=csv,noheader,nounits")
+    if not line:
+        return {}
+    values = (value.strip() for value in line.splitlines()[0].split(","))
+    return dict(zip(CLOCKS, values, strict=False))
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else _processor(),
+        "threads": None if gpu else torch.get_num_threads(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda if gpu else None,
+        "versions": {name: version(name) for name in PACKAGES} | {"torch": torch.__version__},
+        "clocks": clocks(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in KEY)
+
+
+def _write(path: Path, results: dict[str, Any] | None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
+
+
+def load(path: Path) -> dict[str, Any]:
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(results, dict) or results.get("format") != FORMAT:
+        raise UserError(f"{path}: expected results of format {FORMAT}; written by another version of the suite")
+    return results
+
+
+def merge(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    """The rows of both, the new one where both have it; runs that no row is left of are dropped."""
+    if old is None:
+        return new
+    if old["device"] != new["device"]:
+        raise UserError(f"results of {new['device']} cannot be merged into those of {old['device']}")
+    shift = len(old["runs"])
+    rows = {key(row): row for row in old["rows"]}
+    rows |= {key(row): row | {"run": row["run"] + shift} for row in new["rows"]}
+    runs = [*old["runs"], *new["runs"]]
+    used = sorted({row["run"] for row in rows.values()})
+    renumbered = {run: place for place, run in enumerate(used)}
+    return new | {
+        "runs": [runs[run] for run in used],
+        "rows": [row | {"run": renumbered[row["run"]]} for row in rows.values()],
+    }
+
+
+class Record:
+    """One run's results, merged into ``path`` at every ``add``."""
+
+    def __init__(self, path: Path, run: dict[str, Any], device: str) -> None:
+        self.path = path
+        self._results: dict[str, Any] = {"format": FORMAT, "device": device, "runs": [run], "rows": []}
+        self._old = None
+        if path.exists():
+            try:
+                self._old = load(path)
+            except UserError as error:
+                print(f"{error}: it is replaced", file=sys.stderr)
+            if self._old is not None:
+                merge(self._old, self._results)  # another device's file is refused before anything is measured
+
+    @property
+    def rows(self) -> list[Row]:
+        return self._results["rows"]
+
+    def add(self, rows: list[Row]) -> None:
+        self._results["rows"] += [row | {"run": 0} for row in rows]
+        self.save()
+
+    def save(self) -> None:
+        merged = merge(self._old, self._results)
+        _write(self.path, merged)
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        if len(arguments) < 2:
+            raise UserError("expected the merged file and at least one part")
+        merged: dict[str, Any] | None = None
+        for part in arguments[1:]:
+            merged = merge(merged, load(Path(part)))
+        _write(Path(arguments[0]), merged)
+    except UserError as error:
+        print(f"record: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

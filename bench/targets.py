@@ -1,0 +1,118 @@
+"""The targets on one H200, in bfloat16, and how far the results are from them. The one place where they are written down.
+
+A target names a quantity of the results and a limit; ``value`` finds the quantity. Ratios to the floor are at the ceilings of the
+same run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from contestants import OURS
+from end_to_end import FED, KEPT
+
+DEVICE = "nvidia-h200"
+Find = Callable[..., dict[str, Any] | None]  # (section, case, what, mode, contestant) to a row that came out, or None
+
+
+@dataclass(frozen=True)
+class Target:
+    text: str
+    limit: float
+    unit: str  # "x floor", "x", "us", "%"
+    value: Callable[[Find], float | None]
+
+
+def _median(find: Find, case: str, what: str, mode: str = "forward", clock: str = "device_us") -> float | None:
+    row = find("paths", case, what, mode, OURS)
+    return row[clock]["median"] if row and clock in row else None
+
+
+def _ratio(case: str, what: str, mode: str = "forward") -> Callable[[Find], float | None]:
+    def value(find: Find) -> float | None:
+        row = find("paths", case, what, mode, OURS)
+        return row["device_us"]["median"] / row["floor_us"] if row else None
+
+    return value
+
+
+def _time(case: str, what: str, clock: str = "device_us") -> Callable[[Find], float | None]:
+    return lambda find: _median(find, case, what, clock=clock)
+
+
+def _over(case: str, other: str, what: str, factor: float = 1.0) -> Callable[[Find], float | None]:
+    """The time of one case over ``factor`` times that of another."""
+
+    def value(find: Find) -> float | None:
+        mine, theirs = _median(find, case, what), _median(find, other, what)
+        return mine / (factor * theirs) if mine and theirs else None
+
+    return value
+
+
+def _overhead(batch: str, names: tuple[str, ...], key: str = "overhead") -> Callable[[Find], float | None]:
+    """Percent over BERT-base with the mean of the last block, of the best of the variants named."""
+
+    def value(find: Find) -> float | None:
+        rows = [find("end to end", batch, "BERT-base", "forward", name) for name in names]
+        found = [100 * row[key] for row in rows if row and key in row]
+        return min(found) if found else None
+
+    return value
+
+
+EITHER = (KEPT, FED)
+TARGETS = (
+    Target("A pooled forward", 1.20, "x floor", _ratio("A", "pooled")),
+    Target("A pooled forward + backward", 1.35, "x floor", _ratio("A", "pooled", "both")),
+    Target("A token forward, two-pass floor", 1.25, "x floor", _ratio("A", "token")),
+    Target("A token forward + backward, two-pass floor", 1.40, "x floor", _ratio("A", "token", "both")),
+    Target("A ragged pooled forward over full A", 0.70, "x", _over("A-ragged", "A", "pooled")),
+    Target("D pooled forward", 1.25, "x floor", _ratio("D", "pooled")),
+    Target("E pooled forward", 1.35, "x floor", _ratio("E", "pooled")),
+    Target("B pooled forward as a graph", 10, "us", _time("B", "pooled")),
+    Target("B token forward as a graph", 12, "us", _time("B", "token")),
+    Target("C pooled forward as a graph", 8, "us", _time("C", "pooled")),
+    Target("C pooled forward, wall time eager", 45, "us", _time("C", "pooled", "wall_us")),
+    Target("A packed over padded, pooled forward", 1.03, "x", _over("A-packed", "A-ragged", "pooled")),
+    Target("A packed over padded, token forward", 1.03, "x", _over("A-packed", "A-ragged", "token")),
+    Target("BERT-base 256 x 128, the faster of states kept and block by block", 1.0, "%", _overhead("256x128", EITHER)),
+    Target("BERT-base 64 x 32, the faster of both", 2.5, "%", _overhead("64x32", EITHER)),
+    Target("BERT-base 1 x 32, the faster of both", 2.0, "%", _overhead("1x32", EITHER)),
+    Target("BERT-base 256 x 128, block by block", 1.5, "%", _overhead("256x128", (FED,))),
+    Target("BERT-base 256 x 128, peak memory block by block", 3, "%", _overhead("256x128", (FED,), "peak_overhead")),
+    Target("A pooled forward, float16 over bfloat16", 1.05, "x", _over("A-float16", "A", "pooled")),
+    Target("A token forward, float16 over bfloat16", 1.05, "x", _over("A-float16", "A", "token")),
+    Target("A pooled forward, float32 over twice bfloat16", 1.15, "x", _over("A-float32", "A", "pooled", 2)),
+    Target("A token forward, float32 over twice bfloat16", 1.15, "x", _over("A-float32", "A", "token", 2)),
+)
+
+
+def verdicts(find: Find) -> list[tuple[str, str, str, str]]:
+    """For every target its text, limit, value, and whether it is met or by how much it is missed."""
+    rows = []
+    for target in TARGETS:
+        value = target.value(find)
+        limit = f"≤ {_number(target.limit, target.unit)}"
+        if value is None:
+            rows.append((target.text, limit, "–", "not measured"))
+            continue
+        missed = value - target.limit
+        if missed <= 0:
+            verdict = "met"
+        elif target.unit == "%":
+            verdict = f"missed by {missed:.2f} points"
+        else:
+            verdict = f"missed by {100 * missed / target.limit:.0f} %"
+        rows.append((target.text, limit, _number(value, target.unit), verdict))
+    return rows
+
+
+def _number(value: float, unit: str) -> str:
+    if unit == "us":
+        return f"{value:.1f} µs"
+    if unit == "%":
+        return f"{value:+.2f} %"
+    return f"{value:.2f} × floor" if unit == "x floor" else f"{value:.2f} ×"

@@ -1,0 +1,315 @@
+"""The benchmark suite's pieces: floors, quantiles, parity before speed, results that merge, the report. Nothing about speed."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+
+import cases
+import contestants
+import end_to_end
+import formula
+import memory
+import parity
+import record
+import suite
+import targets
+import timing
+
+from s2sent_kernels import S2SentSelector
+
+SMALL = cases.Case("small", 2, 8, 3, 16, torch.float32)
+PACKED = cases.Case("packed", 2, 8, 3, 16, torch.float32, "packed")
+RUN = {
+    "device": "A CPU", "threads": 1, "python": "3.11", "cuda": None, "versions": {"torch": "2"}, "clocks": {},
+    "commit": "abc", "date": "2026-01-01 00:00 UTC", "ceilings_tb_s": {"read": 1.0, "write": 0.5, "copy": 0.8},
+}  # fmt: skip
+
+
+def row(**changes):
+    fresh = memory.row_of(SMALL, "pooled", "forward", contestants.OURS) | {
+        "section": "paths", "status": "ok", "device_us": {"median": 12.5, "p20": 12.0, "p80": 13.0}, "floor_us": 10.0,
+        "read_bytes": 100, "write_bytes": 10, "run": 0,
+        "parity": {"ok": True, "worst": "output 0", "share": 0.5, "output_error": 1e-7, "yardstick_error": 1e-7},
+    }  # fmt: skip
+    return fresh | changes
+
+
+def results(*rows, device="cpu", run=RUN):
+    return {"format": record.FORMAT, "device": device, "runs": [run], "rows": list(rows)}
+
+
+@pytest.fixture(autouse=True)
+def _small_cpu(monkeypatch):
+    """One tiny case on the CPU, whatever the machine has."""
+    monkeypatch.setattr(cases, "CPU_CASES", (SMALL,))
+    monkeypatch.setattr(cases, "sweeps_of", lambda device: {"tokens": (SMALL,), "blocks": (SMALL,)})
+    tiny = end_to_end.Encoder("tiny", 2, 16, 2, 32, 50)
+    monkeypatch.setattr(end_to_end, "plan", lambda device: [(tiny, ((2, 4),))])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(timing, "ceilings", lambda: dict(RUN["ceilings_tb_s"]))
+    monkeypatch.setattr(contestants, "MAIN", ("small",))
+
+
+# ---------------------------------------------------------------- floors and times
+
+
+@pytest.mark.parametrize(
+    ("what", "mode", "read", "write"),
+    # T D e = 16 * 16 * 4 = 1024 bytes a hidden state, B D e = 128; N = 3
+    [
+        ("pooled", "forward", 3072, 128),
+        ("pooled", "backward", 0, 3072),
+        ("pooled", "both", 3072, 3200),
+        ("token", "forward", 6144, 1024),
+        ("token", "backward", 3072 + 2048, 3072),
+        ("token", "both", 6144 + 3072 + 2048, 1024 + 3072),
+        ("squeeze", "forward", 3072, 128 + 384),
+        ("fuse", "forward", 3072 + 384, 1024),
+    ],
+)
+def test_bytes_are_those_of_the_specification(what, mode, read, write):
+    assert cases.traffic(SMALL, what, mode) == (read, write)
+    seconds = read / 1e12 + write / 0.5e12
+    assert cases.floor_us(SMALL, what, mode, RUN["ceilings_tb_s"]) == pytest.approx(seconds * 1e6)
+
+
+def test_bytes_of_ragged_and_packed_batches():
+    real = PACKED.real_tokens
+    assert 2 * 2 <= real < 2 * 8 + 1
+    ragged = cases.Case("ragged", 2, 8, 3, 16, torch.float32, "ragged")
+    assert cases.traffic(PACKED, "pooled", "backward") == (0, 3 * real * 64)
+    assert cases.traffic(ragged, "pooled", "backward") == (0, 3 * 16 * 64)  # every place, padding too
+    assert cases.traffic(ragged, "token", "forward") == (6 * real * 64, 16 * 64)
+    inputs = cases.Inputs(PACKED, 0, False, "cpu")
+    assert inputs.blocks[0].shape == (real, 16)
+    assert inputs.cu_seqlens[-1] == real
+
+
+def test_quantiles():
+    times = timing.Times.of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0, 7.0, 8.0, 9.0, 10.0])
+    assert (times.median, times.p20, times.p80) == (5.5, 3.0, 9.0)
+    assert timing.Times.of([4.0]) == timing.Times(4.0, 4.0, 4.0)
+
+
+def test_variants_take_turns_and_a_broken_one_is_named_where_asked():
+    calls, order = [], []
+    variants = {"a": [lambda: order.append("a")], "b": [lambda: order.append("b"), lambda: calls.append(1)]}
+    times = timing.device_times(variants, 4)
+    assert set(times) == {"a", "b"}
+    assert order.count("a") == order.count("b") == len(calls) == 5  # one warms up
+    assert order[2:] == ["a", "b", "b", "a", "a", "b", "b", "a"]
+
+
+def test_enough_inputs_to_exceed_the_cache():
+    assert cases.input_sets(SMALL, SMALL.state_bytes * 8, "cuda") == 10
+    assert cases.input_sets(SMALL, SMALL.state_bytes // 8, "cuda") == 1
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    x = torch.ones(256)
+
+    def call():
+        y = x + 1
+        y = y * 2  # the first is let go after this one is there
+        return x.view(2, 128), y
+
+    assert memory.peak_bytes(call, [x]) == 2 * 1024
+
+
+# ---------------------------------------------------------------- competitors and parity
+
+
+@pytest.mark.parametrize("profile", ["paper", "official"])
+@pytest.mark.parametrize("what", cases.PATHS)
+def test_competing_formula_is_the_reference(profile, what):
+    case = cases.Case("ragged", 3, 9, 3, 16, torch.float32, "ragged")
+    selector = contestants.make_selector(case, "cpu", profile)
+    plain = formula.Formula(selector, case.tokens)
+    call = contestants.Contestant(
+        "", lambda i: getattr(plain, what)(i.blocks, i.mask), dict(selector.named_parameters())
+    )
+    outcome = parity.check(call, case, what, "cpu", profile, True)
+    assert outcome.ok, outcome
+
+
+@pytest.mark.parametrize("case", [SMALL, PACKED], ids=["padded", "packed"])
+@pytest.mark.parametrize("what", [*cases.STAGES, *cases.PATHS])
+def test_every_stage_and_path_passes_parity(case, what):
+    outcome = parity.check(contestants.ours(case, what, "cpu"), case, what, "cpu", "paper", True)
+    assert outcome.ok, outcome
+
+
+@pytest.mark.parametrize("broken", ["output", "gradient", "nan"])
+def test_parity_finds_a_wrong_output_a_wrong_gradient_and_nan(broken):
+    contestant = contestants.ours(SMALL, "pooled", "cpu")
+
+    def call(inputs):
+        right = contestant.call(inputs)
+        if broken == "gradient":
+            return right + 0.001 * (right - right.detach())
+        return right * (1.001 if broken == "output" else float("nan"))
+
+    wrong = contestants.Contestant("wrong", call, contestant.parameters)
+    outcome = parity.check(wrong, SMALL, "pooled", "cpu", "paper", True)
+    assert not outcome.ok
+    assert outcome.worst.startswith("gradient" if broken == "gradient" else "")
+
+
+def run_suite(tmp_path, *arguments):
+    code = suite.main(["--repeats", "3", "--output", str(tmp_path), *arguments])
+    return code, json.loads((tmp_path / "cpu.json").read_text())["rows"]
+
+
+def test_failed_parity_prints_no_speed_and_fails_the_run(tmp_path, monkeypatch, capsys):
+    pool = S2SentSelector.pool
+    monkeypatch.setattr(
+        S2SentSelector, "pool", lambda self, *a, **k: pool(self, *a, **k) * (1.01 if self.backend == "auto" else 1)
+    )
+    code, rows = run_suite(tmp_path, "--sections", "latency", "--competitors", "none")
+    assert code == 1
+    failed = [r for r in rows if r["status"] == "parity failed"]
+    assert {(r["what"], r["contestant"]) for r in failed} == {("pooled", contestants.OURS)}
+    assert not any(name.endswith(("_us", "_ms")) and name != "floor_us" for r in failed for name in r)
+    printed = [line for line in capsys.readouterr().out.splitlines() if "pooled" in line]
+    assert printed
+    assert all("parity failed" in line and " us" not in line for line in printed)
+
+
+def test_a_contestant_that_breaks_leaves_its_error_and_the_others_their_times(tmp_path, monkeypatch):
+    def broken(inputs):
+        raise RuntimeError("no such kernel\nand a long story")
+
+    monkeypatch.setattr(contestants, "mean_of_last", broken)
+    code, rows = run_suite(tmp_path, "--sections", "latency", "--competitors", "none")
+    assert code == 1
+    found = {r["contestant"]: r for r in rows if (r["section"], r["what"], r["mode"]) == ("paths", "pooled", "forward")}
+    assert found[contestants.MEAN_OF_LAST]["note"] == "RuntimeError: no such kernel"
+    assert "device_us" not in found[contestants.MEAN_OF_LAST]
+    assert found[contestants.OURS]["device_us"]["median"] > 0
+
+
+def test_whole_suite_and_its_report(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("transformers")
+    code, rows = run_suite(tmp_path, "--competitors", "eager")
+    assert code == 0, [r for r in rows if r["status"] in ("error", "parity failed")]
+    assert {r["section"] for r in rows} == {"stages", "paths", "sweep", "memory", "end to end"}
+    assert {r["contestant"] for r in rows if r["section"] == "paths"} >= {
+        contestants.OURS, contestants.MEAN_OF_LAST, contestants.WEIGHTED, contestants.ATTENTION,
+        "published formula, eager", "paper formula, eager",
+    }  # fmt: skip
+    for each in rows:
+        assert each["status"] != "ok" or "peak_mib" in each or each["device_us"]["p20"] <= each["device_us"]["p80"]
+    import report
+
+    assert report.main(["--results", str(tmp_path), "--output", str(tmp_path / "REPORT.md")]) == 0
+    text = (tmp_path / "REPORT.md").read_text()
+    for picture in ("scaling", "bandwidth", "contestants", "overhead", "memory"):
+        assert f"(pictures/cpu-{picture}.png)" in text
+        assert (tmp_path / "pictures" / f"cpu-{picture}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cases", "small,Z"], "--cases: expected some of small, got 'Z'"),
+        (["--sections", "speed"], "--sections: expected some of"),
+        (["--competitors", "few"], "invalid choice"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_code_2(tmp_path, capsys, arguments, message):
+    try:
+        code = suite.main(["--output", str(tmp_path), *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- results, targets, report
+
+
+def test_merging_replaces_rows_and_drops_runs_without_any():
+    other = dict(RUN, date="later")
+    old = results(row(), row(mode="both"))
+    new = results(row(device_us={"median": 1.0, "p20": 1.0, "p80": 1.0}), run=other)
+    merged = record.merge(old, new)
+    assert [r["run"] for r in merged["rows"]] == [1, 0]
+    assert [run["date"] for run in merged["runs"]] == [RUN["date"], "later"]
+    assert merged["rows"][0]["device_us"]["median"] == 1.0
+    everything = record.merge(merged, results(row(), row(mode="both"), run=dict(RUN, date="last")))
+    assert [run["date"] for run in everything["runs"]] == ["last"]
+    with pytest.raises(record.UserError, match="cannot be merged"):
+        record.merge(old, results(device="nvidia-h200"))
+
+
+def test_a_run_keeps_what_it_has_measured_and_other_runs_rows(tmp_path):
+    path = tmp_path / "cpu.json"
+    for mode in ("forward", "both"):
+        kept = record.Record(path, dict(RUN), "cpu")
+        kept.add([row(mode=mode)])
+        assert mode in [r["mode"] for r in record.load(path)["rows"]]
+    assert [r["mode"] for r in record.load(path)["rows"]] == ["forward", "both"]
+    assert [file.name for file in tmp_path.iterdir()] == ["cpu.json"]
+    parts = [str(tmp_path / "merged.json"), str(path), str(path)]
+    assert record.main(parts) == 0
+    assert len(record.load(tmp_path / "merged.json")["rows"]) == 2
+
+
+def test_commit_is_told_or_unknown_never_head(monkeypatch):
+    monkeypatch.setenv("COMMIT", "1234abc")
+    assert record.commit() == "1234abc"
+    monkeypatch.delenv("COMMIT")
+    monkeypatch.setattr(record, "_output_of", lambda *command: None)
+    assert record.commit() == "unknown"
+
+
+def test_targets_are_met_or_missed_by_how_much():
+    rows = {
+        ("paths", "A", "pooled", "forward"): row(device_us={"median": 132.0}, floor_us=100.0),
+        ("paths", "B", "pooled", "forward"): row(device_us={"median": 9.0}),
+        ("end to end", "256x128", "BERT-base", "forward"): {"overhead": 0.012, "peak_overhead": 0.0},
+    }
+    verdicts = {text: rest for text, *rest in targets.verdicts(lambda *key: rows.get(key[:4]))}
+    assert verdicts["A pooled forward"] == ["≤ 1.20 × floor", "1.32 × floor", "missed by 10 %"]
+    assert verdicts["B pooled forward as a graph"] == ["≤ 10.0 µs", "9.0 µs", "met"]
+    assert verdicts["BERT-base 256 x 128, block by block"] == ["≤ +1.50 %", "+1.20 %", "met"]
+    assert verdicts["D pooled forward"][2] == "not measured"
+    assert verdicts["BERT-base 256 x 128, the faster of states kept and block by block"][2] == "missed by 0.20 points"
+
+
+def test_report_of_a_small_file_keeps_lost_cases_and_failures(tmp_path):
+    pytest.importorskip("matplotlib")
+    import report
+
+    faster = row(contestant="paper formula, eager", device_us={"median": 5.0, "p20": 5.0, "p80": 5.0})
+    failed = row(contestant="published formula, eager", status="parity failed", note="output 0: 3.00")
+    failed.pop("device_us")
+    missing = row(contestant=contestants.ATTENTION, status="not installed")
+    content = results(row(), faster, failed, missing, device=targets.DEVICE)
+    (tmp_path / "gpu.json").write_text(json.dumps(content))
+    (tmp_path / "old.json").write_text("{}")
+    text = report.build(sorted(tmp_path.glob("*.json")), tmp_path / "REPORT.md")
+    assert (tmp_path / "REPORT.md").read_text() == text
+    assert "| paper formula, eager | 5.0 (5.0–5.0) | 0.4 |" in text
+    assert "parity failed: output 0: 3.00" in text
+    assert "not installed" in text
+    assert "12.5 (12.0–13.0) | 10.0 | 1.25 |" in text
+    assert "### Targets" in text
+    assert "| A pooled forward | ≤ 1.20 × floor | – | not measured |" in text
+
+
+def test_report_without_results_is_one_line_and_code_2(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    import report
+
+    assert report.main(["--results", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "report: error: no results to report: run bench/suite.py first\n"
