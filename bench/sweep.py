@@ -2,9 +2,9 @@
 
     python bench/sweep.py squeeze A,D 4:4:64:3 2:4:64:4      # the fields of the kernel's entry in kernels/config.py
 
-Kernels: squeeze and fuse_backward (SumTile), fuse and squeeze_backward (Tile), gate (GateTile); select_pool and select are
-the paths that the first three make up, without settings. Compiling takes longer than measuring: a dozen settings are enough
-for one run.
+Kernels: squeeze and fuse_backward (SumTile), fuse and squeeze_backward (Tile), gate (GateTile), gate_backward
+(GateBackwardTile, of the largest of its kernels); select_pool and select are the paths that the first three make up, without
+settings. Compiling takes longer than measuring: a dozen settings are enough for one run.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ TILES = {
     "fuse": config.Tile,
     "squeeze_backward": config.Tile,
     "gate": config.GateTile,
+    "gate_backward": config.GateBackwardTile,  # its largest kernel; the call is gate_pool_backward
 }
 
 
@@ -49,7 +50,7 @@ def call_of(name: str, case, inputs: Inputs) -> Callable[[], object]:
     if name == "squeeze_backward":
         rest = (first.shape, first.dtype, first.device, [True] * case.blocks, *batch, FREQUENCIES, "paper", "mean")
         return partial(kernels.squeeze_backward, inputs.squeezed, gates, None, None, *rest)
-    if name == "gate_pool_backward":
+    if name == "gate_backward":
         return partial(kernels.gate_pool_backward, inputs.grad_pooled, inputs.squeezed, gates, parameters, "tanh", 1e-6)
     if name == "select_pool":
         return partial(kernels.select_pool, inputs.blocks, *batch, parameters, FREQUENCIES, "mean", "tanh", 1e-6)

@@ -12,6 +12,7 @@ the frequency pairs is FcaNet's (arXiv 2012.11879).
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -30,6 +31,7 @@ GRID = 6
 OFFICIAL_FREQUENCIES = (1, 2, 4, 8, 16)
 
 
+@functools.cache
 def frequency_pairs(num_blocks: int, frequencies: int, profile: str = "paper") -> tuple[tuple[int, int], ...]:
     """The first ``frequencies`` pairs (x, y) that exist on ``num_blocks`` blocks.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gradients, reference, validate
+from . import gradients, ops, reference, validate
 from .backend import choose
 from .reference import GateParameters
 from .tokens import Tokens
@@ -210,9 +210,8 @@ def select(
     validate.number("eps", eps)
     chosen = _choose(backend, hidden_states, attention_mask, cu_seqlens, frequencies, profile)
     if chosen != "reference" and profile == "paper" and not training:
-        return torch.ops.s2sent.select(
-            hidden_states, attention_mask, cu_seqlens, *parameters, frequencies, activation, eps, chosen
-        )[0]
+        op = ops._select if ops.without_dispatcher(hidden_states, parameters) else torch.ops.s2sent.select
+        return op(hidden_states, attention_mask, cu_seqlens, *parameters, frequencies, activation, eps, chosen)[0]
     gate_function = partial(
         gate, parameters=parameters, num_blocks=len(hidden_states), activation=activation, eps=eps, profile=profile,
         training=training, momentum=momentum, backend=chosen,
@@ -244,7 +243,8 @@ def select_pool(
     validate.number("eps", eps)
     chosen = _choose(backend, hidden_states, attention_mask, cu_seqlens, frequencies, profile)
     if chosen != "reference" and profile == "paper" and not training:
-        return torch.ops.s2sent.select_pool(
+        op = ops._select_pool if ops.without_dispatcher(hidden_states, parameters) else torch.ops.s2sent.select_pool
+        return op(
             hidden_states, attention_mask, cu_seqlens, *parameters, frequencies, pooling, activation, eps, chosen
         )[0]
     gate_function = partial(

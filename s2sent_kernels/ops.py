@@ -75,6 +75,22 @@ def _implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
+def without_dispatcher(hidden_states: Sequence[Tensor], parameters: GateParameters) -> bool:
+    """Whether the dispatcher would do nothing but call an op's implementation, so that the caller may do it: no gradient is
+    wanted, nothing traces, transforms or records, and every tensor is an ordinary one. It costs as much as the validation and
+    the launches of a small batch together."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    grad = torch.is_grad_enabled()
+    return all(
+        type(t) in (Tensor, torch.nn.Parameter) and not (grad and t.requires_grad)
+        for t in (*hidden_states, *parameters)
+        if t is not None
+    )
+
+
 def _num_sentences(hidden_states: Sequence[Tensor], cu_seqlens: Tensor | None) -> int:
     return hidden_states[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 

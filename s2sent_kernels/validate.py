@@ -124,25 +124,31 @@ def batch(
         raise ValueError("attention_mask: expected None beside cu_seqlens (packed tokens are all real), got both")
     if packed and profile == "official":
         raise ValueError("cu_seqlens: profile 'official' pools the padded plane and has no packed form")
-    shape = "[T, D]" if packed else "[B, L, D]"
     if first.dim() != (2 if packed else 3):
+        wanted = "[T, D]" if packed else "[B, L, D]"
         hint = "" if packed or first.dim() != 2 else " (packed tokens need cu_seqlens)"
-        raise ValueError(f"hidden_states[0]: expected shape {shape}{hint}, got {list(first.shape)}")
+        raise ValueError(f"hidden_states[0]: expected shape {wanted}{hint}, got {list(first.shape)}")
     if first.dtype not in FLOATING:
         raise TypeError(f"hidden_states[0]: expected a floating dtype, got {first.dtype}")
+    shape, dtype, device = first.shape, first.dtype, first.device
     for index, other in enumerate(hidden_states):
-        for what in ("shape", "dtype", "device"):
-            if getattr(other, what) != getattr(first, what):
-                expected, came = getattr(first, what), getattr(other, what)
-                if what == "shape":
-                    expected, came = list(expected), list(came)
-                raise ValueError(f"hidden_states[{index}]: expected {what} {expected} as hidden_states[0], got {came}")
+        if other.shape != shape or other.dtype != dtype or other.device != device:
+            _disagreement(index, other, first)
     positive_int("the hidden size (last dimension of hidden_states)", first.shape[-1])
     components(len(hidden_states), first.shape[-1], frequencies, profile)
     if attention_mask is not None:
         _mask(attention_mask, first)
     if cu_seqlens is not None:
         _cu_seqlens(cu_seqlens, first)
+
+
+def _disagreement(index: int, other: Tensor, first: Tensor) -> None:
+    for what in ("shape", "dtype", "device"):
+        expected, came = getattr(first, what), getattr(other, what)
+        if what == "shape":
+            expected, came = list(expected), list(came)
+        if came != expected:
+            raise ValueError(f"hidden_states[{index}]: expected {what} {expected} as hidden_states[0], got {came}")
 
 
 def _mask(mask: Tensor, first: Tensor) -> None:

@@ -14,8 +14,8 @@ import torch
 from .. import dct
 
 CHUNK = 512  # tokens that one running sum takes, a multiple of every tile: longer sentences sum chunks of it
-BOTTLENECK_ROWS = 64  # rows of W1 at a time where squeeze multiplies its features' f with them
 SCAN = 256  # mask tokens, or sentence ends, looked at at once
+BACKWARD_AHEAD = 4  # blocks whose rows of g and dp squeeze's backward asks for at once
 MAX_BOTTLENECK = 256  # the widest bottleneck that the fused gate holds on chip
 
 
@@ -105,13 +105,18 @@ def _sum_tile(width: int, vector: int, loads: int, stages: int) -> SumTile:
 
 
 def squeeze(part: int, vector: int) -> SumTile:
-    return _sum_tile(part, vector, 4, 3)
+    return _sum_tile(part, vector, 2, 4)
 
 
 def num_tiles(size: int, frequencies: int, vector: int) -> int:
     """Feature tiles of squeeze: those of a part for every part."""
     part = size // frequencies
     return frequencies * -(-part // squeeze(part, vector).block_d)
+
+
+def bottleneck_rows(groups: int) -> int:
+    """Rows of W1 that so many warps of squeeze multiply at a time with their features' f."""
+    return min(64, 32 * groups)
 
 
 def fuse_backward(size: int, vector: int) -> SumTile:
@@ -132,8 +137,9 @@ def fuse(size: int, num_blocks: int, vector: int) -> Tile:
 
 
 def gate(num_blocks: int, bottleneck: int, batch: int) -> GateTile:
-    """Many sentences a program, so that few programs read the same rows of W2; but few have few. No sum runs over sentences, so
-    bits do not depend on it."""
+    """Few sentences want many programs of few features: a program's instructions, one after another, are its time. Many
+    sentences want W2 read by few. Bits do not depend on it: no sum runs over features or sentences, and the one over blocks is
+    halved piece by piece."""
     block_h = max(16, 1 << (bottleneck - 1).bit_length())
     ahead = block_h * num_blocks <= 64 * 24  # registers
     widest = 1 << (num_blocks if ahead else max(1, 512 // block_h)).bit_length() - 1  # by shared memory
@@ -141,11 +147,13 @@ def gate(num_blocks: int, bottleneck: int, batch: int) -> GateTile:
     while sum(pieces) < num_blocks:
         pieces.append(min(1 << (num_blocks - sum(pieces)).bit_length() - 1, widest))
     starts = tuple(sum(pieces[:i]) for i in range(len(pieces)))
-    block_d = min(64, max(16, 128 // pieces[0]))
-    sentences, unroll = (16, 8) if batch <= 64 else (32, 4)
-    return GateTile(
-        sentences, block_d, 32, block_h, tuple(pieces), starts, unroll, ahead, max(1, pieces[0] * block_d // 32)
-    )
+    if batch <= 16:
+        block_d, unroll, registers = max(4, 32 // pieces[0]), 12, None
+    elif batch <= 64:
+        block_d, unroll, registers = max(8, 64 // pieces[0]), 12, None
+    else:
+        block_d, unroll, registers, ahead = min(64, max(16, 128 // pieces[0])), 4, 168, False
+    return GateTile(16, block_d, 32, block_h, tuple(pieces), starts, unroll, ahead, 4, registers)
 
 
 def gate_backward(num_blocks: int, bottleneck: int) -> GateBackwardTile | None:

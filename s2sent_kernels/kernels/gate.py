@@ -21,7 +21,7 @@ from .. import reference
 from ..reference import GateParameters
 from . import config
 from .common import allow_next_launch, wait_for_previous
-from .launch import FUSE_MULTIPLY_ADD, dense, device_of, launches_overlap
+from .launch import FUSE_MULTIPLY_ADD, device_of, launches_overlap
 from .squeeze import Squeezed, squeeze_for_gate, sum_groups_for_gate
 
 # TF32 alone would round the operands to 10 bits; three products of it carry float32's.
@@ -53,6 +53,43 @@ def up_weight(
     d = i_tile * BLOCK_D + o_column % BLOCK_D
     o_w = o_h[:, None] + ((START + o_column // BLOCK_D) * D + d).to(tl.int64)[None, :] * H
     return tl.load(p_up_weight + o_w, mask=m_h[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def folded_norm(
+    p_up_bias, p_norm_weight, p_norm_bias, p_running_mean, p_running_var, p_prior, highest, i_tile, START: tl.constexpr,
+    D: tl.constexpr, EPS: tl.constexpr, PIECE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(scale, shift, prior) of a piece's columns: BN(W2 s + b2) = W2 s scale + shift, and c - max c. [PIECE * BLOCK_D] each."""
+    o_column = tl.arange(0, PIECE * BLOCK_D)
+    n = START + o_column // BLOCK_D
+    d = i_tile * BLOCK_D + o_column % BLOCK_D
+    o_nd = n * D + d
+    m_nd = d < D
+    shift = tl.load(p_up_bias + o_nd, mask=m_nd, other=0.0).to(tl.float32)
+    scale = shift * 0.0 + 1.0
+    prior = shift * 0.0
+    if p_norm_weight is not None:
+        variance = tl.load(p_running_var + o_nd, mask=m_nd, other=1.0).to(tl.float32)
+        mean = tl.load(p_running_mean + o_nd, mask=m_nd, other=0.0).to(tl.float32)
+        weight = tl.load(p_norm_weight + o_nd, mask=m_nd, other=0.0).to(tl.float32)
+        scale = weight * tl.rsqrt(variance + EPS)
+        shift = (shift - mean) * scale + tl.load(p_norm_bias + o_nd, mask=m_nd, other=0.0).to(tl.float32)
+    if p_prior is not None:
+        prior = tl.load(p_prior + n).to(tl.float32) - highest
+    return scale, shift, prior
+
+
+@triton.jit
+def load_blocks(
+    p_values, o_b, m_b, i_tile, START: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PIECE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One feature tile of PIECE blocks from START on out of [B, N, D]: [BLOCK_B, PIECE * BLOCK_D]."""
+    o_column = tl.arange(0, PIECE * BLOCK_D)
+    d = i_tile * BLOCK_D + o_column % BLOCK_D
+    o_bnd = o_b[:, None] * (N * D) + ((START + o_column // BLOCK_D) * D + d)[None, :]
+    return tl.load(p_values + o_bnd, mask=m_b[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -122,11 +159,22 @@ def gate_kernel(
         o_n = tl.arange(0, PADDED_N)  # [PADDED_N]
         highest = tl.max(tl.load(p_prior + o_n, mask=o_n < N, other=float("-inf")).to(tl.float32), axis=0)
     up_weights = ()
+    norms = ()
     if AHEAD:
         for i in tl.static_range(len(PIECES)):
             up_weights = up_weights + (up_weight(p_up_weight, o_h, m_h, i_tile, STARTS[i], D, H, PIECES[i], BLOCK_D),)
+            norms = norms + (
+                folded_norm(
+                    p_up_bias, p_norm_weight, p_norm_bias, p_running_mean, p_running_var, p_prior, highest, i_tile,
+                    STARTS[i], D, EPS, PIECES[i], BLOCK_D,
+                ),
+            )  # fmt: skip
     if OVERLAP:
         wait_for_previous()
+    pools = ()
+    if AHEAD and p_pooled is not None:
+        for i in tl.static_range(len(PIECES)):
+            pools = pools + (load_blocks(p_pooled, o_b, m_b, i_tile, STARTS[i], N, D, PIECES[i], BLOCK_D),)
 
     # s = act(W1 f + b1)
     s = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
@@ -154,30 +202,24 @@ def gate_kernel(
     total = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     output = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     for i in tl.static_range(len(PIECES)):
-        o_column = tl.arange(0, PIECES[i] * BLOCK_D)  # [COLUMNS]
-        n = STARTS[i] + o_column // BLOCK_D
-        d = i_tile * BLOCK_D + o_column % BLOCK_D
-        o_nd = n * D + d  # row of W2
-        m_nd = d < D
-        m_bnd = m_b[:, None] & m_nd[None, :]  # [BLOCK_B, COLUMNS]
-        o_bnd = o_b[:, None] * (N * D) + o_nd[None, :]
-        if p_pooled is not None:
-            p = tl.load(p_pooled + o_bnd, mask=m_bnd, other=0.0)
         if AHEAD:
             w = up_weights[i]
+            norm = norms[i]
         else:
             w = up_weight(p_up_weight, o_h, m_h, i_tile, STARTS[i], D, H, PIECES[i], BLOCK_D)
-        z = tl.dot(s, w.to(tl.float32), input_precision=PRECISION)  # [BLOCK_B, COLUMNS]
-        z += tl.load(p_up_bias + o_nd, mask=m_nd, other=0.0).to(tl.float32)[None, :]
-        if p_norm_weight is not None:
-            variance = tl.load(p_running_var + o_nd, mask=m_nd, other=1.0).to(tl.float32)
-            mean = tl.load(p_running_mean + o_nd, mask=m_nd, other=0.0).to(tl.float32)
-            scale = tl.load(p_norm_weight + o_nd, mask=m_nd, other=0.0).to(tl.float32) * tl.rsqrt(variance + EPS)
-            shift = tl.load(p_norm_bias + o_nd, mask=m_nd, other=0.0).to(tl.float32)
-            z = (z - mean[None, :]) * scale[None, :] + shift[None, :]
-        e = 1.0 / (1.0 + tl.exp(-z))
+            norm = folded_norm(
+                p_up_bias, p_norm_weight, p_norm_bias, p_running_mean, p_running_var, p_prior, highest, i_tile,
+                STARTS[i], D, EPS, PIECES[i], BLOCK_D,
+            )  # fmt: skip
+        if p_pooled is not None:
+            if AHEAD:
+                p = pools[i]
+            else:
+                p = load_blocks(p_pooled, o_b, m_b, i_tile, STARTS[i], N, D, PIECES[i], BLOCK_D)
+        z = tl.dot(s, w.to(tl.float32), input_precision=PRECISION)  # [BLOCK_B, PIECES[i] * BLOCK_D]
+        e = 1.0 / (1.0 + tl.exp(-(z * norm[0][None, :] + norm[1][None, :])))
         if p_prior is not None:
-            e += (tl.load(p_prior + n).to(tl.float32) - highest)[None, :]
+            e += norm[2][None, :]
         weight = tl.exp(e)
         total += sum_blocks(weight, PIECES[i], BLOCK_D)
         if p_pooled is not None:
@@ -222,14 +264,14 @@ def _launch(
     width = parameters.down_weight.shape[0]
     tile = config.gate(num_blocks, width, batch)
     overlap = launches_overlap(output.device)
-    w = parameters.each(dense)
+    w = parameters.each(lambda t: t.contiguous())
     with device_of(output):
         gate_kernel[(triton.cdiv(batch, tile.sentences) * triton.cdiv(size, tile.block_d),)](
             squeezed if bottleneck is None else None, bottleneck, *w, pooled, output, batch,
             N=num_blocks, D=size, H=width, T=1 if bottleneck is None else bottleneck.shape[1], EPS=eps,
             RELU=activation == "relu", PRECISION=PRECISION, BLOCK_B=tile.sentences, BLOCK_D=tile.block_d,
-            BLOCK_K=tile.block_k, BLOCK_H=tile.block_h, PIECES=tile.pieces, STARTS=tile.starts, UNROLL=tile.unroll, AHEAD=tile.ahead,
-            OVERLAP=overlap,
+            BLOCK_K=tile.block_k, BLOCK_H=tile.block_h, PIECES=tile.pieces, STARTS=tile.starts, UNROLL=tile.unroll,
+            AHEAD=tile.ahead, OVERLAP=overlap,
             num_warps=tile.num_warps, maxnreg=tile.registers, enable_fp_fusion=FUSE_MULTIPLY_ADD, launch_pdl=overlap,
         )  # fmt: skip
 

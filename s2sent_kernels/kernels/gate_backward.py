@@ -27,8 +27,12 @@ from .. import reference
 from ..backend import triton_interprets
 from ..reference import GateParameters
 from . import config
-from .gate import PRECISION, tanh
+from .gate import tanh
 from .launch import device_of
+
+# Three bf16 terms a factor carry float32's 24 bits, in as many products as three of TF32, whose two terms carry 22: enough
+# for the gates, behind a sigmoid, and not for gradients. (The interpreter knows no such thing.)
+PRECISION = "ieee" if triton_interprets() else "bf16x6"
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -223,7 +227,7 @@ def up_kernel(
             p_dy = p_grad_y + o_s[None, :] * (N * D) + o_nd[:, None]
             dy = tl.load(p_dy, mask=m_s[None, :] & m_nd[:, None], other=0.0)  # [BLOCK_R, BLOCK_S]
             s = tl.load(p_bottleneck + o_s[:, None] * H + o_h[None, :], mask=m_s[:, None] & m_h[None, :], other=0.0)
-            grad = tl.dot(dy, s, grad, input_precision=PRECISION)  # [BLOCK_R, BLOCK_H]
+            grad = tl.dot(dy, s, grad, input_precision="ieee")  # [BLOCK_R, BLOCK_H]
             sums += dy
         sum_dy = tl.sum(sums, axis=1)  # [BLOCK_R]
         sum_dz = sum_dy
@@ -300,7 +304,7 @@ def down_kernel(
             p_rows = p_grad_down + o_s[None, :] * H + o_r[:, None]
             rows = tl.load(p_rows, mask=m_s[None, :] & m_r[:, None], other=0.0)  # [BLOCK_R, BLOCK_S]
             f = tl.load(p_squeezed + o_s[:, None] * D + o_w[None, :], mask=m_s[:, None] & m_w[None, :], other=0.0)
-            grad = tl.dot(rows, f, grad, input_precision=PRECISION)  # [BLOCK_R, BLOCK_W]
+            grad = tl.dot(rows, f, grad, input_precision="ieee")  # [BLOCK_R, BLOCK_W]
             sums += rows
         p_dw = p_grad_down_weight + o_r[:, None] * D + o_w[None, :]
         tl.store(p_dw, grad.to(p_grad_down_weight.dtype.element_ty), mask=m_r[:, None] & m_w[None, :])

@@ -135,16 +135,21 @@ def sum_tokens(
 
 
 @triton.jit
-def bottleneck_of_tile(
-    f, p_down_weight, p_bottleneck, o_d, m_d, H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr
+def down_weight_rows(
+    p_down_weight, FIRST: tl.constexpr, o_d, m_d, H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr
 ):
-    """t[h] = sum_d W1[h,d] f[d] over one feature tile. f, o_d, m_d: [BLOCK_D]; p_bottleneck: the tile's H products."""
-    for h in tl.static_range(0, H, BLOCK_H):
-        o_h = h + tl.arange(0, BLOCK_H)  # [BLOCK_H]
-        m_h = o_h < H
-        w = tl.load(p_down_weight + o_h[:, None] * D + o_d[None, :], mask=m_h[:, None] & m_d[None, :], other=0.0)
-        product = tl.where(m_d[None, :], w.to(tl.float32) * f[None, :], 0.0)  # [BLOCK_H, BLOCK_D]
-        tl.store(p_bottleneck + o_h, tl.sum(product, axis=1), mask=m_h)
+    """W1[FIRST : FIRST + BLOCK_H, o_d], [BLOCK_H, BLOCK_D]."""
+    o_h = FIRST + tl.arange(0, BLOCK_H)  # [BLOCK_H]
+    m_w = (o_h < H)[:, None] & m_d[None, :]
+    return tl.load(p_down_weight + o_h[:, None] * D + o_d[None, :], mask=m_w, other=0.0)
+
+
+@triton.jit
+def store_bottleneck(p_bottleneck, FIRST: tl.constexpr, w, f, m_d, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """t[h] = sum_d W1[h,d] f[d] over one feature tile, for the rows ``w`` of W1. f, m_d: [BLOCK_D]."""
+    o_h = FIRST + tl.arange(0, BLOCK_H)  # [BLOCK_H]
+    product = tl.where(m_d[None, :], w.to(tl.float32) * f[None, :], 0.0)  # [BLOCK_H, BLOCK_D]
+    tl.store(p_bottleneck + o_h, tl.sum(product, axis=1), mask=o_h < H)
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_UNALIGNED)
@@ -264,6 +269,8 @@ def squeeze_kernel(
             pools = pools + (tl.load(p_pooled + o_n, mask=m_n, other=0.0) if POOLING is not None else sums[j],)
         tl.debug_barrier()  # p is overwritten below
 
+    if p_down_weight is not None and H <= BLOCK_H:  # asked for ahead of what stands between here and its use
+        w = down_weight_rows(p_down_weight, 0, o_d, m_d, H, D, BLOCK_H)
     x = frequency_of(part, X_LOW, X_HIGH)
     f_groups = tl.zeros([GROUPS, BLOCK_D], tl.float32)
     if p_groups is not None:  # one block of N: its group goes on where the block before left off
@@ -287,7 +294,10 @@ def squeeze_kernel(
         tl.store(p_squeezed + i_b * D + o_d, f, mask=m_d)
         if p_down_weight is not None:
             p_tile = p_bottleneck + (i_b * (M * TILES) + i_tile) * H
-            bottleneck_of_tile(f, p_down_weight, p_tile, o_d, m_d, H, D, BLOCK_H)
+            for h in tl.static_range(0, H, BLOCK_H):
+                if H > BLOCK_H:
+                    w = down_weight_rows(p_down_weight, h, o_d, m_d, H, D, BLOCK_H)
+                store_bottleneck(p_tile, h, w, f, m_d, H, BLOCK_H)
 
 
 @triton.jit
@@ -317,7 +327,9 @@ def sum_groups_kernel(
         f += tl.load(p_groups + (i_b * GROUPS + group) * D + o_d, mask=m_d, other=0.0)
     tl.store(p_squeezed + i_b * D + o_d, f, mask=m_d)
     if p_down_weight is not None:
-        bottleneck_of_tile(f, p_down_weight, p_bottleneck + index * H, o_d, m_d, H, D, BLOCK_H)
+        for h in tl.static_range(0, H, BLOCK_H):
+            w = down_weight_rows(p_down_weight, h, o_d, m_d, H, D, BLOCK_H)
+            store_bottleneck(p_bottleneck + index * H, h, w, f, m_d, H, BLOCK_H)
 
 
 # ---------------------------------------------------------------- launchers
@@ -347,6 +359,7 @@ def _squeeze_into(
     tile = config.squeeze(hidden.size // frequencies, hidden.vector)
     here, whole = config.deal(blocks_here), config.deal(num_blocks)
     device = hidden.tensors[0].device
+    width = 0 if down_weight is None else down_weight.shape[0]
     chunks = None
     if hidden.length > config.CHUNK:
         chunks = torch.empty(rows, num_blocks, hidden.size, dtype=torch.float32, device=device)
@@ -355,11 +368,11 @@ def _squeeze_into(
             hidden.tensors, mask, dense(cu_seqlens), squeezed, groups, pooled, chunks, down_weight, bottleneck,
             hidden.length, hidden.stride_b, hidden.stride_l, stride_mask_b, stride_mask_l, first_block,
             N=num_blocks, NUM=blocks_here, D=hidden.size, M=frequencies,
-            H=0 if down_weight is None else down_weight.shape[0], VEC=hidden.vector,
+            H=width, VEC=hidden.vector,
             **config.dct_constants(num_blocks, frequencies, profile),
             OFFICIAL=profile == "official", POOLING=pooling, GROUPS=here.groups, PER=here.per_group,
             PER_OF_N=whole.per_group, GROUPS_OF_N=whole.groups, ROWS=tile.rows, SLOTS=tile.slots, CHUNK=config.CHUNK,
-            BLOCK_D=tile.block_d, BLOCK_H=config.BOTTLENECK_ROWS, SCAN=config.SCAN, STAGES=tile.stages,
+            BLOCK_D=tile.block_d, BLOCK_H=config.bottleneck_rows(here.groups), SCAN=config.SCAN, STAGES=tile.stages,
             OVERLAP=down_weight is not None and launches_overlap(device), num_warps=here.groups,
             enable_fp_fusion=FUSE_MULTIPLY_ADD,
         )  # fmt: skip
@@ -463,6 +476,6 @@ def sum_groups_for_gate(
             sum_groups_kernel[(rows * config.num_tiles(size, frequencies, vector),)](
                 squeezed_groups, squeezed, dense(down_weight), bottleneck, GROUPS=groups, D=size, M=frequencies,
                 H=0 if down_weight is None else down_weight.shape[0], BLOCK_D=tile.block_d,
-                BLOCK_H=config.BOTTLENECK_ROWS, num_warps=groups, enable_fp_fusion=FUSE_MULTIPLY_ADD,
+                BLOCK_H=config.bottleneck_rows(groups), num_warps=groups, enable_fp_fusion=FUSE_MULTIPLY_ADD,
             )  # fmt: skip
     return Squeezed(squeezed, None, bottleneck)

@@ -62,6 +62,7 @@ def write_gradients(
     OFFICIAL: tl.constexpr,
     POOLING: tl.constexpr,
     NEEDED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """One sentence's rows of a token tile, all blocks. o_grad, o_dv: [TOKENS, 1] offsets of the rows; m_row: the rows that
     are this sentence's to write, m_real: those of them that are real; rank, position: [TOKENS]."""
@@ -76,25 +77,34 @@ def write_gradients(
         df = tl.load(p_df + i_b * D + o_d, mask=m_d, other=0.0)  # [BLOCK_D]
     if p_dp is not None:
         w = pooling_weight(position, first, end, tl.maximum(length, 1), POOLING)  # [TOKENS]
-    for n in tl.static_range(N):
-        if (NEEDED >> n) & 1:
-            du = tl.zeros(m_store.shape, tl.float32)
+    # To the compiler a load may read what a store before it wrote, and waits behind it: several blocks' loads at a time.
+    for n0 in tl.static_range(0, N, AHEAD):
+        gates = ()
+        grads_pooled = ()
+        for n in tl.static_range(n0, min(n0 + AHEAD, N)):
             o_n = (i_b * N + n) * D + o_d  # [BLOCK_D]
             if p_dv is not None:
-                g = tl.load(p_gates + o_n, mask=m_d, other=0.0)
-                du = g[None, :] * dv
+                gates = gates + (tl.load(p_gates + o_n, mask=m_d, other=0.0),)
             if p_dp is not None:
-                dp = tl.load(p_dp + o_n, mask=m_d, other=0.0)
-                share = w[:, None] * dp[None, :]
-                du += share if POOLING == "mean" else tl.where((w > 0.0)[:, None], share, 0.0)
-            if OFFICIAL:
-                du = tl.where(m_real[:, None], du, 0.0)  # every position was squeezed, real ones alone pooled and fused
-            if p_df is not None:
-                alpha_df = block_factor(x, tl.full((), n, tl.int32), N, n, N, ALPHA) * df
-                du = tl.fma(tl.broadcast_to(beta[:, None], du.shape), tl.broadcast_to(alpha_df[None, :], du.shape), du)
-            if not OFFICIAL:
-                du = tl.where(m_real[:, None], du, 0.0)  # chosen, since NaN times the padding's zero is NaN
-            tl.store(p_grads[n] + o_grad + o_d[None, :], du.to(p_grads[n].dtype.element_ty), mask=m_store)
+                grads_pooled = grads_pooled + (tl.load(p_dp + o_n, mask=m_d, other=0.0),)
+        for n in tl.static_range(n0, min(n0 + AHEAD, N)):
+            if (NEEDED >> n) & 1:
+                du = tl.zeros(m_store.shape, tl.float32)
+                if p_dv is not None:
+                    du = gates[n - n0][None, :] * dv
+                if p_dp is not None:
+                    share = w[:, None] * grads_pooled[n - n0][None, :]
+                    du += share if POOLING == "mean" else tl.where((w > 0.0)[:, None], share, 0.0)
+                if OFFICIAL:
+                    du = tl.where(
+                        m_real[:, None], du, 0.0
+                    )  # every position was squeezed, but real ones alone pooled and fused
+                if p_df is not None:
+                    share = block_factor(x, tl.full((), n, tl.int32), N, n, N, ALPHA) * df
+                    du = tl.fma(tl.broadcast_to(beta[:, None], du.shape), tl.broadcast_to(share[None, :], du.shape), du)
+                if not OFFICIAL:
+                    du = tl.where(m_real[:, None], du, 0.0)  # chosen, since NaN times the padding's zero is NaN
+                tl.store(p_grads[n] + o_grad + o_d[None, :], du.to(p_grads[n].dtype.element_ty), mask=m_store)
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_UNALIGNED)
@@ -125,6 +135,7 @@ def squeeze_backward_kernel(
     OFFICIAL: tl.constexpr,
     POOLING: tl.constexpr,
     NEEDED: tl.constexpr,
+    AHEAD: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SCAN: tl.constexpr,
@@ -156,7 +167,7 @@ def squeeze_backward_kernel(
             write_gradients(
                 p_grads, p_df, p_dp, p_dv, p_gates, o_grad, o_dv, o_d, m_row, m_row, m_d, sentence.to(tl.int64), part,
                 position, position, length * 0, length, length, size, N, D, X_LOW, X_HIGH, Y_LOW, Y_HIGH, ALPHA, SCALE, OFFICIAL,
-                POOLING, NEEDED,
+                POOLING, NEEDED, AHEAD,
             )  # fmt: skip
             begin = stop
             sentence += 1
@@ -182,7 +193,7 @@ def squeeze_backward_kernel(
                 rank = real_before(p_mask_row, stride_mask_l, start, SCAN) + tl.cumsum(real.to(tl.int32), axis=0) - 1
         write_gradients(
             p_grads, p_df, p_dp, p_dv, p_gates, o_grad, o_dv, o_d, m_row, real, m_d, i_b, part, rank, o_l, first, end,
-            length, size, N, D, X_LOW, X_HIGH, Y_LOW, Y_HIGH, ALPHA, SCALE, OFFICIAL, POOLING, NEEDED,
+            length, size, N, D, X_LOW, X_HIGH, Y_LOW, Y_HIGH, ALPHA, SCALE, OFFICIAL, POOLING, NEEDED, AHEAD,
         )  # fmt: skip
 
 
@@ -230,7 +241,7 @@ def squeeze_backward(
             **config.dct_constants(num_blocks, frequencies, profile),
             OFFICIAL=profile == "official", POOLING=pooling,
             NEEDED=sum(1 << n for n, need in enumerate(needed) if need),
-            TOKENS=chosen.tokens, BLOCK_D=chosen.block_d, SCAN=config.SCAN, num_warps=chosen.num_warps,
-            enable_fp_fusion=FUSE_MULTIPLY_ADD,
+            AHEAD=config.BACKWARD_AHEAD, TOKENS=chosen.tokens, BLOCK_D=chosen.block_d, SCAN=config.SCAN,
+            num_warps=chosen.num_warps, enable_fp_fusion=FUSE_MULTIPLY_ADD,
         )  # fmt: skip
     return grads
