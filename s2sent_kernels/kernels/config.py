@@ -147,13 +147,12 @@ def gate(num_blocks: int, bottleneck: int, batch: int) -> GateTile:
     while sum(pieces) < num_blocks:
         pieces.append(min(1 << (num_blocks - sum(pieces)).bit_length() - 1, widest))
     starts = tuple(sum(pieces[:i]) for i in range(len(pieces)))
-    if batch <= 16:
-        block_d, unroll, registers = max(4, 32 // pieces[0]), 12, None
-    elif batch <= 64:
-        block_d, unroll, registers = max(8, 64 // pieces[0]), 12, None
-    else:
-        block_d, unroll, registers, ahead = min(64, max(16, 128 // pieces[0])), 4, 168, False
-    return GateTile(16, block_d, 32, block_h, tuple(pieces), starts, unroll, ahead, 4, registers)
+    # The narrowest product needs more columns than rows, or the compiler gives every warp all of it.
+    narrowest = 32 if batch <= 64 else 64
+    block_d = max(4, narrowest // pieces[-1])
+    if batch <= 64:
+        return GateTile(16, block_d, 32, block_h, tuple(pieces), starts, 12, ahead, 4, None)
+    return GateTile(16, block_d, 32, block_h, tuple(pieces), starts, 4, False, 4, 168)
 
 
 def gate_backward(num_blocks: int, bottleneck: int) -> GateBackwardTile | None:
