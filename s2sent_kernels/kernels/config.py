@@ -1,6 +1,6 @@
-"""The kernels' configurations: one small table, a function of D, M and dtype (gate: of D and H), never of B or L.
-
-Whatever stands here decides the order of summation too, so a change of it changes bits.
+"""The kernels' configurations: one small table, a function of N, D, M, H and dtype. Most of what stands here decides the order of
+summation too, so a change of it changes bits, and none of that may depend on B or L; the gate's tile, over which nothing is
+summed, may.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from .. import dct
 CHUNK = 512  # tokens that one running sum takes, a multiple of every tile: longer sentences sum chunks of it
 SCAN = 256  # mask tokens, or sentence ends, looked at at once
 BACKWARD_AHEAD = 4  # blocks whose rows of g and dp squeeze's backward asks for at once
+GATE_PROGRAMS = 132  # fewer would leave multiprocessors of the largest GPUs idle
 MAX_BOTTLENECK = 256  # the widest bottleneck that the fused gate holds on chip
 
 
@@ -47,14 +48,12 @@ class Deal(NamedTuple):
 class GateTile(NamedTuple):
     sentences: int
     block_d: int  # features of every block
-    block_k: int  # features of f at a time, where W1 f is not squeeze's
     block_h: int  # bottleneck, padded
     pieces: tuple[int, ...]  # blocks side by side in one product
     starts: tuple[int, ...]
     unroll: int  # feature tiles of t, W1's products with f, in flight
     ahead: bool  # all of the program's W2 at once, asked for before squeeze has ended
     num_warps: int
-    registers: int | None  # a thread, at the most
 
 
 class GateBackwardTile(NamedTuple):
@@ -136,7 +135,7 @@ def fuse(size: int, num_blocks: int, vector: int) -> Tile:
     return Tile(max(1, loads * 128 * vector // block_d), block_d, 4)
 
 
-def gate(num_blocks: int, bottleneck: int, batch: int) -> GateTile:
+def gate(num_blocks: int, bottleneck: int, size: int, batch: int) -> GateTile:
     """Few sentences want many programs of few features: a program's instructions, one after another, are its time. Many
     sentences want W2 read by few. Bits do not depend on it: no sum runs over features or sentences, and the one over blocks is
     halved piece by piece."""
@@ -147,12 +146,12 @@ def gate(num_blocks: int, bottleneck: int, batch: int) -> GateTile:
     while sum(pieces) < num_blocks:
         pieces.append(min(1 << (num_blocks - sum(pieces)).bit_length() - 1, widest))
     starts = tuple(sum(pieces[:i]) for i in range(len(pieces)))
+    sentences = 16
     # The narrowest product needs more columns than rows, or the compiler gives every warp all of it.
-    narrowest = 32 if batch <= 64 else 64
-    block_d = max(4, narrowest // pieces[-1])
-    if batch <= 64:
-        return GateTile(16, block_d, 32, block_h, tuple(pieces), starts, 12, ahead, 4, None)
-    return GateTile(16, block_d, 32, block_h, tuple(pieces), starts, 4, False, 4, 168)
+    few, many = max(4, 32 // pieces[-1]), max(4, min(32, 64 // pieces[-1]))
+    if -(-batch // sentences) * -(-size // many) < GATE_PROGRAMS:
+        return GateTile(sentences, few, block_h, tuple(pieces), starts, 12, ahead, 4)
+    return GateTile(sentences, many, block_h, tuple(pieces), starts, 4, False, 4)
 
 
 def gate_backward(num_blocks: int, bottleneck: int) -> GateBackwardTile | None:

@@ -1,4 +1,4 @@
-"""gate: bottleneck, activation, folded batch norm, sigmoid, block prior and s-norm in one launch; with p, the pooled output.
+"""gate: activation, folded batch norm, sigmoid, block prior and s-norm in one launch; with p, the pooled output.
 
     s = act(W1 f + b1),  z_n = W2_n s + b2_n,  e_n = sigmoid(BN_n(z_n)),  g_n = exp(e_n + c_n) / sum_n' exp(e_n' + c_n')
     o[b,d] = sum_n g[b,n,d] p[b,n,d]
@@ -6,8 +6,8 @@
 For inference and for autograd's forward with running statistics (profile ``paper``). A program takes a few sentences and a
 tile of features of every block: the blocks' features lie side by side as the columns of one product, in PIECES of a power of
 two of blocks. It asks for its slice of W2 and all else that squeeze does not write before it waits for squeeze. W1 f comes
-from squeeze as the sums over its feature tiles (t), added up here in ascending order; where there is only f, every program
-multiplies it with all of W1. A row of a matrix product does not depend on the rows beside it, so a sentence's bits are its own.
+from squeeze's launch as sums over its feature tiles (t), added up here in ascending order: every program would have to read
+all of W1. A row of a matrix product does not depend on the rows beside it, so a sentence's bits are its own.
 """
 
 from collections.abc import Sequence
@@ -110,9 +110,7 @@ def over_blocks(values, PIECE: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch"])
 def gate_kernel(
-    p_squeezed,  # f [B, D] float32, or None with t
-    p_bottleneck,  # t [B, T, H] float32, whose sum over T is W1 f; or None
-    p_down_weight,  # [H, D]
+    p_bottleneck,  # t [B, T, H] float32, whose sum over T is W1 f
     p_down_bias,  # [H]
     p_up_weight,  # [N * D, H]
     p_up_bias,  # [N * D]
@@ -133,7 +131,6 @@ def gate_kernel(
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PIECES: tl.constexpr,  # blocks side by side in one product; powers of two whose sum is N
     STARTS: tl.constexpr,  # the first block of each piece
@@ -178,19 +175,9 @@ def gate_kernel(
 
     # s = act(W1 f + b1)
     s = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
-    if p_bottleneck is not None:
-        p_t = p_bottleneck + o_b[:, None] * (T * H) + o_h[None, :]
-        for tile in tl.range(0, T, loop_unroll_factor=UNROLL):
-            s += tl.load(p_t + tile * H, mask=m_b[:, None] & m_h[None, :], other=0.0)
-    else:
-        for k in range(0, D, BLOCK_K):
-            o_k = k + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-            m_k = o_k < D
-            f = tl.load(p_squeezed + o_b[:, None] * D + o_k[None, :], mask=m_b[:, None] & m_k[None, :], other=0.0)
-            # Asked for as [BLOCK_K, BLOCK_H], which a transposed view of [BLOCK_H, BLOCK_K] is not to the compiler: that one
-            # goes through shared memory with bank conflicts.
-            w = tl.load(p_down_weight + o_k[:, None] + o_h[None, :] * D, mask=m_k[:, None] & m_h[None, :], other=0.0)
-            s = tl.dot(f, w.to(tl.float32), s, input_precision=PRECISION)  # [BLOCK_B, BLOCK_H]
+    p_t = p_bottleneck + o_b[:, None] * (T * H) + o_h[None, :]
+    for tile in tl.range(0, T, loop_unroll_factor=UNROLL):
+        s += tl.load(p_t + tile * H, mask=m_b[:, None] & m_h[None, :], other=0.0)
     s += bias1[None, :]
     if RELU:
         s = tl.where(s < 0.0, 0.0, s)  # keeps NaN, as torch.relu does
@@ -249,8 +236,7 @@ def fits(parameters: GateParameters) -> bool:
 
 
 def _launch(
-    squeezed: Tensor,
-    bottleneck: Tensor | None,
+    bottleneck: Tensor,
     parameters: GateParameters,
     num_blocks: int,
     activation: str,
@@ -258,34 +244,37 @@ def _launch(
     pooled: Tensor | None,
     output: Tensor,
 ) -> None:
-    batch, size = squeezed.shape
+    batch, size = output.shape[0], output.shape[-1]
     if batch == 0:
         return
     width = parameters.down_weight.shape[0]
-    tile = config.gate(num_blocks, width, batch)
+    tile = config.gate(num_blocks, width, size, batch)
     overlap = launches_overlap(output.device)
     w = parameters.each(lambda t: t.contiguous())
     with device_of(output):
         gate_kernel[(triton.cdiv(batch, tile.sentences) * triton.cdiv(size, tile.block_d),)](
-            squeezed if bottleneck is None else None, bottleneck, *w, pooled, output, batch,
-            N=num_blocks, D=size, H=width, T=1 if bottleneck is None else bottleneck.shape[1], EPS=eps,
+            bottleneck, *w[1:], pooled, output, batch,
+            N=num_blocks, D=size, H=width, T=bottleneck.shape[1], EPS=eps,
             RELU=activation == "relu", PRECISION=PRECISION, BLOCK_B=tile.sentences, BLOCK_D=tile.block_d,
-            BLOCK_K=tile.block_k, BLOCK_H=tile.block_h, PIECES=tile.pieces, STARTS=tile.starts, UNROLL=tile.unroll,
+            BLOCK_H=tile.block_h, PIECES=tile.pieces, STARTS=tile.starts, UNROLL=tile.unroll,
             AHEAD=tile.ahead, OVERLAP=overlap,
-            num_warps=tile.num_warps, maxnreg=tile.registers, enable_fp_fusion=FUSE_MULTIPLY_ADD, launch_pdl=overlap,
+            num_warps=tile.num_warps, enable_fp_fusion=FUSE_MULTIPLY_ADD, launch_pdl=overlap,
         )  # fmt: skip
 
 
 def gate(squeezed: Tensor, parameters: GateParameters, num_blocks: int, activation: str, eps: float) -> Tensor:
-    """g [B, N, D] from f [B, D]."""
-    return _gates(Squeezed(squeezed.contiguous(), None, None), parameters, num_blocks, activation, eps)
+    """g [B, N, D] from f [B, D]: a launch for W1 f, which here no squeeze has left behind, and the gate's."""
+    if not fits(parameters):
+        return reference.gate(squeezed, parameters, num_blocks, activation, eps)
+    done = sum_groups_for_gate(squeezed.contiguous()[:, None], 1, squeezed.dtype, parameters.down_weight)
+    return _gates(done, parameters, num_blocks, activation, eps)
 
 
 def _gates(done: Squeezed, parameters: GateParameters, num_blocks: int, activation: str, eps: float) -> Tensor:
-    if not fits(parameters):
+    if done.bottleneck is None:
         return reference.gate(done.f, parameters, num_blocks, activation, eps)
     gates = done.f.new_empty(done.f.shape[0], num_blocks, done.f.shape[1])
-    _launch(done.f, done.bottleneck, parameters, num_blocks, activation, eps, None, gates)
+    _launch(done.bottleneck, parameters, num_blocks, activation, eps, None, gates)
     return gates
 
 
@@ -294,10 +283,10 @@ def _pool(
 ) -> Tensor:
     """o [B, D] in ``dtype``, no gates in memory."""
     num_blocks = pooled.shape[1]
-    if not fits(parameters):
+    if done.bottleneck is None:
         return reference.pool(reference.gate(done.f, parameters, num_blocks, activation, eps), pooled, dtype)
     output = done.f.new_empty(done.f.shape, dtype=dtype)
-    _launch(done.f, done.bottleneck, parameters, num_blocks, activation, eps, pooled, output)
+    _launch(done.bottleneck, parameters, num_blocks, activation, eps, pooled, output)
     return output
 
 
