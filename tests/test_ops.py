@@ -276,3 +276,37 @@ def test_buffers_and_gradients_of_another_shape_are_refused():
         )
     with pytest.raises(ValueError, match="grad_fused: expected shape"):
         torch.ops.s2sent.fuse_backward(torch.zeros(3, 2, 8), [u, u], None, None, "reference")
+
+
+def test_the_dispatcher_is_left_out_only_where_it_does_nothing():
+    """Private path of inference: not under autograd, tracing, transforms, modes or forward mode, nor for tensor subclasses."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from s2sent_kernels import GateParameters, ops
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    class Subclass(torch.Tensor):
+        pass
+
+    hidden_states = [torch.randn(2, 3, 4) for _ in range(2)]
+    weight = torch.randn(1, 4, requires_grad=True)
+    parameters = GateParameters(weight, *(torch.randn(1) for _ in range(3)))
+    seen = {}
+
+    def ask(*_):
+        return ops.without_dispatcher(hidden_states, parameters)
+
+    seen["grad"] = ask()
+    with torch.no_grad():
+        assert ask()
+        with Mode():
+            seen["mode"] = ask()
+        with torch.autograd.forward_ad.dual_level():
+            seen["forward mode"] = ask()
+        torch.func.vmap(lambda x: seen.setdefault("vmap", ask()) and x or x)(torch.zeros(2))
+        seen["subclass"] = ops.without_dispatcher([hidden_states[0].as_subclass(Subclass)], parameters)
+    assert ops.without_dispatcher(hidden_states, parameters.each(torch.Tensor.detach))
+    assert seen == dict.fromkeys(seen, False) and len(seen) == 5

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..reference import GateParameters
+from .bottleneck import sum_groups
 from .fuse import fuse, fuse_backward
 from .gate import gate, gate_pool, squeeze_and_gate
 from .gate import squeeze_and_pool as select_pool
 from .gate_backward import gate_backward, gate_pool_backward
-from .squeeze import num_groups, squeeze, squeeze_block, sum_groups
+from .squeeze import num_groups, squeeze, squeeze_block
 from .squeeze_backward import squeeze_backward
 
 __all__ = [

@@ -20,9 +20,10 @@ from torch import Tensor
 from .. import reference
 from ..reference import GateParameters
 from . import config
+from .bottleneck import Squeezed, sum_groups_for_gate
 from .common import allow_next_launch, wait_for_previous
 from .launch import FUSE_MULTIPLY_ADD, device_of, launches_overlap
-from .squeeze import Squeezed, squeeze_for_gate, sum_groups_for_gate
+from .squeeze import squeeze_for_gate
 
 # TF32 alone would round the operands to 10 bits; three products of it carry float32's.
 PRECISION = "tf32x3"

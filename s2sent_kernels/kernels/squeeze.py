@@ -17,7 +17,6 @@ and with it its rounding.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -25,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
+from .bottleneck import Squeezed, bottleneck_like, down_weight_rows, store_bottleneck
 from .common import (
     across_groups,
     allow_next_launch,
@@ -44,7 +44,6 @@ from .launch import (
     device_of,
     launches_overlap,
     mask_arguments,
-    vector_of,
 )
 
 _RUNTIME = ["size", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l", "first_block"]
@@ -132,24 +131,6 @@ def sum_tokens(
         sums = sums + (sum_slots(slots[j], GROUPS, SLOTS),)
         pools = pools + (sum_slots(pool_slots[j], GROUPS, SLOTS),)
     return sums, pools, seen
-
-
-@triton.jit
-def down_weight_rows(
-    p_down_weight, FIRST: tl.constexpr, o_d, m_d, H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr
-):
-    """W1[FIRST : FIRST + BLOCK_H, o_d], [BLOCK_H, BLOCK_D]."""
-    o_h = FIRST + tl.arange(0, BLOCK_H)  # [BLOCK_H]
-    m_w = (o_h < H)[:, None] & m_d[None, :]
-    return tl.load(p_down_weight + o_h[:, None] * D + o_d[None, :], mask=m_w, other=0.0)
-
-
-@triton.jit
-def store_bottleneck(p_bottleneck, FIRST: tl.constexpr, w, f, m_d, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """t[h] = sum_d W1[h,d] f[d] over one feature tile, for the rows ``w`` of W1. f, m_d: [BLOCK_D]."""
-    o_h = FIRST + tl.arange(0, BLOCK_H)  # [BLOCK_H]
-    product = tl.where(m_d[None, :], w.to(tl.float32) * f[None, :], 0.0)  # [BLOCK_H, BLOCK_D]
-    tl.store(p_bottleneck + o_h, tl.sum(product, axis=1), mask=o_h < H)
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_UNALIGNED)
@@ -300,38 +281,6 @@ def squeeze_kernel(
                 store_bottleneck(p_tile, h, w, f, m_d, H, BLOCK_H)
 
 
-@triton.jit
-def sum_groups_kernel(
-    p_groups,  # [B, GROUPS, D] float32
-    p_squeezed,  # [B, D] float32
-    p_down_weight,  # [H, D] or None
-    p_bottleneck,  # [B, M * TILES, H] float32, with p_down_weight
-    GROUPS: tl.constexpr,
-    D: tl.constexpr,
-    M: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """What a program of squeeze does at its end, for blocks that came one at a time: f, and t of one feature tile."""
-    PART: tl.constexpr = D // M
-    TILES: tl.constexpr = (PART + BLOCK_D - 1) // BLOCK_D
-    index = tl.program_id(0).to(tl.int64)
-    i_tile = (index % (M * TILES)).to(tl.int32)
-    i_b = index // (M * TILES)
-    o_part = (i_tile % TILES) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    m_d = o_part < PART
-    o_d = i_tile // TILES * PART + o_part
-    f = tl.zeros([BLOCK_D], tl.float32)
-    for group in tl.static_range(GROUPS):
-        f += tl.load(p_groups + (i_b * GROUPS + group) * D + o_d, mask=m_d, other=0.0)
-    tl.store(p_squeezed + i_b * D + o_d, f, mask=m_d)
-    if p_down_weight is not None:
-        for h in tl.static_range(0, H, BLOCK_H):
-            w = down_weight_rows(p_down_weight, h, o_d, m_d, H, D, BLOCK_H)
-            store_bottleneck(p_bottleneck + index * H, h, w, f, m_d, H, BLOCK_H)
-
-
 # ---------------------------------------------------------------- launchers
 
 
@@ -378,16 +327,6 @@ def _squeeze_into(
         )  # fmt: skip
 
 
-class Squeezed(NamedTuple):
-    """What one read of the hidden states leaves behind."""
-
-    f: Tensor  # [B, D] float32
-    pooled: Tensor | None  # p [B, N, D] float32, with a pooling
-    bottleneck: (
-        Tensor | None
-    )  # t [B, feature tiles, H] float32, where the gate's W1 was given: its sum over tiles is W1 f
-
-
 def squeeze_for_gate(
     hidden_states: Sequence[Tensor],
     attention_mask: Tensor | None,
@@ -405,17 +344,12 @@ def squeeze_for_gate(
     pooled = None if pooling is None else first.new_empty(rows, num_blocks, hidden.size, dtype=torch.float32)
     bottleneck = None
     if down_weight is not None:
-        bottleneck = _bottleneck_like(squeezed, down_weight, frequencies, hidden.vector)
+        bottleneck = bottleneck_like(squeezed, down_weight, frequencies, hidden.vector)
     _squeeze_into(
         hidden, 0, num_blocks, rows, attention_mask, cu_seqlens, frequencies, profile, pooling, squeezed, None, pooled,
         dense(down_weight), bottleneck,
     )  # fmt: skip
     return Squeezed(squeezed, pooled, bottleneck)
-
-
-def _bottleneck_like(squeezed: Tensor, down_weight: Tensor, frequencies: int, vector: int) -> Tensor:
-    tiles = config.num_tiles(squeezed.shape[1], frequencies, vector)
-    return squeezed.new_empty(squeezed.shape[0], tiles, down_weight.shape[0])
 
 
 def squeeze(
@@ -454,28 +388,3 @@ def squeeze_block(
         hidden, block, num_blocks, squeezed_groups.shape[0], attention_mask, cu_seqlens, frequencies, profile, pooling,
         None, squeezed_groups, pooled, None, None,
     )  # fmt: skip
-
-
-def sum_groups(squeezed_groups: Tensor, frequencies: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
-    """f [B, D] from its partial sums [B, G, D]."""
-    return sum_groups_for_gate(squeezed_groups, frequencies, dtype, None).f
-
-
-def sum_groups_for_gate(
-    squeezed_groups: Tensor, frequencies: int, dtype: torch.dtype, down_weight: Tensor | None
-) -> Squeezed:
-    """f, and W1's products with it, from the partial sums [B, G, D] of blocks of ``dtype`` that came one at a time."""
-    rows, groups, size = squeezed_groups.shape
-    vector = vector_of(size // frequencies, dtype)
-    squeezed = squeezed_groups.new_empty(rows, size)
-    bottleneck = None if down_weight is None else _bottleneck_like(squeezed, down_weight, frequencies, vector)
-    if rows:
-        tile = config.squeeze(size // frequencies, vector)
-        # As many warps as squeeze has there: the tree that sums a tile's features is laid out over them.
-        with device_of(squeezed):
-            sum_groups_kernel[(rows * config.num_tiles(size, frequencies, vector),)](
-                squeezed_groups, squeezed, dense(down_weight), bottleneck, GROUPS=groups, D=size, M=frequencies,
-                H=0 if down_weight is None else down_weight.shape[0], BLOCK_D=tile.block_d,
-                BLOCK_H=config.bottleneck_rows(groups), num_warps=groups, enable_fp_fusion=FUSE_MULTIPLY_ADD,
-            )  # fmt: skip
-    return Squeezed(squeezed, None, bottleneck)
