@@ -105,7 +105,7 @@ def verdicts(find: Find) -> list[tuple[str, str, str, str]]:
         elif target.unit == "%":
             verdict = f"missed by {missed:.2f} points"
         else:
-            verdict = f"missed by {100 * missed / target.limit:.0f} %"
+            verdict = f"missed by {100 * missed / target.limit:.1f} %"
         rows.append((target.text, limit, _number(value, target.unit), verdict))
     return rows
 
