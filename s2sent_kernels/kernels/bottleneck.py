@@ -98,7 +98,7 @@ def sum_groups_for_gate(
     squeezed = squeezed_groups.new_empty(rows, size)
     bottleneck = None if down_weight is None else bottleneck_like(squeezed, down_weight, frequencies, vector)
     if rows:
-        tile = config.squeeze(size // frequencies, vector)
+        tile = config.squeeze(size // frequencies, vector, groups)
         # As many warps as squeeze has there: the tree that sums a tile's features is laid out over them.
         with device_of(squeezed):
             sum_groups_kernel[(rows * config.num_tiles(size, frequencies, vector),)](

@@ -97,20 +97,21 @@ def deal(num_blocks: int) -> Deal:
     return Deal(groups, -(-num_blocks // groups))
 
 
-def _sum_tile(width: int, vector: int, loads: int, stages: int) -> SumTile:
-    """``loads`` loads of ``vector`` elements a thread; as many slots as rows of ``block_d`` features fill a warp."""
+def _sum_tile(width: int, vector: int, groups: int, loads: int, stages: int) -> SumTile:
+    """``loads`` loads of ``vector`` elements a thread, fewer for so many warps that the tiles in flight would not fit the shared
+    memory of the smallest GPUs, 99 KB; as many slots as rows of ``block_d`` features fill a warp."""
     block_d = _features(width, 64)
-    return SumTile(loads, max(1, 32 * vector // block_d), block_d, stages)
+    return SumTile(max(1, min(loads, 16 // groups)), max(1, 32 * vector // block_d), block_d, stages)
 
 
-def squeeze(part: int, vector: int) -> SumTile:
-    return _sum_tile(part, vector, 2, 4)
+def squeeze(part: int, vector: int, groups: int) -> SumTile:
+    return _sum_tile(part, vector, groups, 2, 4)
 
 
 def num_tiles(size: int, frequencies: int, vector: int) -> int:
     """Feature tiles of squeeze: those of a part for every part."""
     part = size // frequencies
-    return frequencies * -(-part // squeeze(part, vector).block_d)
+    return frequencies * -(-part // squeeze(part, vector, 1).block_d)
 
 
 def bottleneck_rows(groups: int) -> int:
@@ -118,8 +119,8 @@ def bottleneck_rows(groups: int) -> int:
     return min(64, 32 * groups)
 
 
-def fuse_backward(size: int, vector: int) -> SumTile:
-    return _sum_tile(size, vector, 4, 3)
+def fuse_backward(size: int, vector: int, groups: int) -> SumTile:
+    return _sum_tile(size, vector, groups, 4, 3)
 
 
 def squeeze_backward(part: int, num_blocks: int, vector: int) -> Tile:

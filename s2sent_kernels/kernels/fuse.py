@@ -229,7 +229,8 @@ def fuse_backward(
     if rows == 0:
         return dgates
     mask, stride_mask_b, stride_mask_l = mask_arguments(attention_mask)
-    tile, dealt = config.fuse_backward(hidden.size, hidden.vector), config.deal(num_blocks)
+    dealt = config.deal(num_blocks)
+    tile = config.fuse_backward(hidden.size, hidden.vector, dealt.groups)
     with device_of(dgates):
         fuse_backward_kernel[(rows * triton.cdiv(hidden.size, tile.block_d),)](
             hidden.tensors, grad.tensors[0], mask, dense(cu_seqlens), dgates, hidden.length, hidden.stride_b,

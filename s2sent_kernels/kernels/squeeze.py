@@ -37,14 +37,7 @@ from .common import (
     token_factor,
     token_scale,
 )
-from .launch import (
-    FUSE_MULTIPLY_ADD,
-    HiddenStates,
-    dense,
-    device_of,
-    launches_overlap,
-    mask_arguments,
-)
+from .launch import FUSE_MULTIPLY_ADD, HiddenStates, dense, device_of, launches_overlap, mask_arguments
 
 _RUNTIME = ["size", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l", "first_block"]
 _UNALIGNED = ["p_mask", "p_cu_seqlens"]  # whose alignment must not choose another kernel, and with it another order
@@ -92,9 +85,8 @@ def sum_chunk(
                 if POOLING is not None:
                     if OFFICIAL:
                         u = tl.where(real[:, None], u, 0.0)
-                    if (
-                        POOLING != "mean"
-                    ):  # one token: chosen, not multiplied by 0 and 1, which would spread its neighbours' NaN
+                    if POOLING != "mean":
+                        # One token: chosen, not multiplied by 0 and 1, which would spread its neighbours' NaN.
                         u = tl.where((pooling_weight(o_l, first, end, length, POOLING) > 0.0)[:, None], u, 0.0)
                     new_pools = new_pools + (pools[j] + u,)
                 else:
@@ -305,8 +297,8 @@ def _squeeze_into(
         return
     mask, stride_mask_b, stride_mask_l = mask_arguments(attention_mask)
     blocks_here = len(hidden.tensors)
-    tile = config.squeeze(hidden.size // frequencies, hidden.vector)
     here, whole = config.deal(blocks_here), config.deal(num_blocks)
+    tile = config.squeeze(hidden.size // frequencies, hidden.vector, here.groups)
     device = hidden.tensors[0].device
     width = 0 if down_weight is None else down_weight.shape[0]
     chunks = None
@@ -316,8 +308,7 @@ def _squeeze_into(
         squeeze_kernel[(rows * config.num_tiles(hidden.size, frequencies, hidden.vector),)](
             hidden.tensors, mask, dense(cu_seqlens), squeezed, groups, pooled, chunks, down_weight, bottleneck,
             hidden.length, hidden.stride_b, hidden.stride_l, stride_mask_b, stride_mask_l, first_block,
-            N=num_blocks, NUM=blocks_here, D=hidden.size, M=frequencies,
-            H=width, VEC=hidden.vector,
+            N=num_blocks, NUM=blocks_here, D=hidden.size, M=frequencies, H=width, VEC=hidden.vector,
             **config.dct_constants(num_blocks, frequencies, profile),
             OFFICIAL=profile == "official", POOLING=pooling, GROUPS=here.groups, PER=here.per_group,
             PER_OF_N=whole.per_group, GROUPS_OF_N=whole.groups, ROWS=tile.rows, SLOTS=tile.slots, CHUNK=config.CHUNK,
