@@ -21,7 +21,7 @@ for step in "$@"; do
   begin=$SECONDS
   case $step in
     tests) pytest tests/kernels | tee "$OUT/kernels.log" | grep -vE '^SKIPPED|^\.|^$' | tail -25 ;;
-    suite) pytest tests --ignore tests/kernels | tee "$OUT/suite.log" | grep -vE '^SKIPPED|^\.|^$' | tail -15 ;;
+    suite) pytest tests --ignore tests/kernels --durations=8 -o faulthandler_timeout=120 | tee "$OUT/suite.log" | grep -vE '^SKIPPED|^\.|^$' | tail -15 ;;
     bench)
       # shellcheck disable=SC2086
       "$python" bench/suite.py --output "$OUT" ${BENCH_OPTIONS:-} >"$OUT/bench.log" 2>"$OUT/bench.err"
