@@ -71,7 +71,7 @@ test: $(DEV_READY)
 	@logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; interpret= workers= failed=0; \
 	if ! $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		interpret=TRITON_INTERPRET=1; \
-		if $(PY) -c 'import xdist' 2>/dev/null; then workers="-n $(WORKERS)"; export OMP_NUM_THREADS=1; fi; \
+		if $(PY) -c 'import xdist' 2>/dev/null; then workers="-n $(WORKERS) --dist worksteal"; export OMP_NUM_THREADS=1; fi; \
 	fi; \
 	env -u TRITON_INTERPRET $(PY) -m pytest tests --ignore=tests/kernels $$workers 2>&1 | tee "$$logs/1" || failed=1; \
 	env -u TRITON_INTERPRET $$interpret $(PY) -m pytest tests/kernels $$workers 2>&1 | tee "$$logs/2" || failed=1; \

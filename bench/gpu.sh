@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 parallel=()
-"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 12)
+"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 12 --dist worksteal)
 # The tests' tensors are tiny, and with several processes the threads would fight over the cores.
 pytest() { OMP_NUM_THREADS=1 "$python" -m pytest -q "${parallel[@]}" "$@" 2>&1; }
 [ $# -gt 0 ] || set -- tests suite bench
