@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import config
 from .common import real_span, row_pointers, sentence_at, sum_slots, wait_for_previous
-from .launch import FUSE_MULTIPLY_ADD, HiddenStates, dense, device_of, launches_overlap, mask_arguments
+from .launch import FUSE_MULTIPLY_ADD, HiddenStates, dense, device_of, early, launches_overlap, mask_arguments
 
 _RUNTIME = ["size", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l", "num_sentences"]
 _UNALIGNED = ["p_mask", "p_cu_seqlens"]
@@ -212,7 +212,7 @@ def fuse(
             0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
             N=len(hidden_states), D=hidden.size, VEC=hidden.vector, TOKENS=tile.tokens, BLOCK_D=tile.block_d,
             SCAN=config.SCAN, OVERLAP=overlap, num_warps=tile.num_warps, enable_fp_fusion=FUSE_MULTIPLY_ADD,
-            launch_pdl=overlap,
+            **early(overlap),
         )  # fmt: skip
     return fused
 

@@ -22,7 +22,7 @@ from ..reference import GateParameters
 from . import config
 from .bottleneck import Squeezed, sum_groups_for_gate
 from .common import allow_next_launch, wait_for_previous
-from .launch import FUSE_MULTIPLY_ADD, device_of, launches_overlap
+from .launch import FUSE_MULTIPLY_ADD, device_of, early, launches_overlap
 from .squeeze import squeeze_for_gate
 
 # TF32 alone would round the operands to 10 bits; three products of it carry float32's.
@@ -259,7 +259,7 @@ def _launch(
             RELU=activation == "relu", PRECISION=PRECISION, BLOCK_B=tile.sentences, BLOCK_D=tile.block_d,
             BLOCK_H=tile.block_h, PIECES=tile.pieces, STARTS=tile.starts, UNROLL=tile.unroll,
             AHEAD=tile.ahead, OVERLAP=overlap,
-            num_warps=tile.num_warps, enable_fp_fusion=FUSE_MULTIPLY_ADD, launch_pdl=overlap,
+            num_warps=tile.num_warps, enable_fp_fusion=FUSE_MULTIPLY_ADD, **early(overlap),
         )  # fmt: skip
 
 

@@ -32,7 +32,13 @@ def launches_overlap(device: torch.device) -> bool:
     it sets itself up and waits, which hides most of a launch. Unknown to the interpreter."""
     if triton_interprets():
         return False
-    return driver.active.get_current_target().arch >= 90
+    target = driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
+
+
+def early(overlap: bool) -> dict[str, bool]:
+    """The option that launches a kernel ahead of time, for backends that know it."""
+    return {"launch_pdl": True} if overlap else {}
 
 
 def mask_arguments(attention_mask: Tensor | None) -> tuple[Tensor | None, int, int]:
