@@ -68,8 +68,8 @@ def folded_norm(
     o_nd = n * D + d
     m_nd = d < D
     shift = tl.load(p_up_bias + o_nd, mask=m_nd, other=0.0).to(tl.float32)
-    scale = shift * 0.0 + 1.0
-    prior = shift * 0.0
+    scale = tl.full([PIECE * BLOCK_D], 1.0, tl.float32)
+    prior = tl.zeros([PIECE * BLOCK_D], tl.float32)
     if p_norm_weight is not None:
         variance = tl.load(p_running_var + o_nd, mask=m_nd, other=1.0).to(tl.float32)
         mean = tl.load(p_running_mean + o_nd, mask=m_nd, other=0.0).to(tl.float32)
