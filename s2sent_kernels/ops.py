@@ -77,11 +77,13 @@ def _implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def without_dispatcher(hidden_states: Sequence[Tensor], parameters: GateParameters) -> bool:
     """Whether the dispatcher would do nothing but call an op's implementation, so that the caller may do it: no gradient is
-    wanted, nothing traces, transforms or records, and every tensor is an ordinary one. It costs as much as the validation and
-    the launches of a small batch together."""
+    wanted, nothing traces, transforms or records, and every tensor is an ordinary one. On a small batch it costs more than the
+    validation."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+    if torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
         return False
     grad = torch.is_grad_enabled()
     return all(

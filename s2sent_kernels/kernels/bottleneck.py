@@ -74,9 +74,7 @@ class Squeezed(NamedTuple):
 
     f: Tensor  # [B, D] float32
     pooled: Tensor | None  # p [B, N, D] float32, with a pooling
-    bottleneck: (
-        Tensor | None
-    )  # t [B, feature tiles, H] float32, where the gate's W1 was given: its sum over tiles is W1 f
+    bottleneck: Tensor | None  # t [B, feature tiles, H] float32, where the gate's W1 was given
 
 
 def bottleneck_like(squeezed: Tensor, down_weight: Tensor, frequencies: int, vector: int) -> Tensor:
@@ -84,9 +82,9 @@ def bottleneck_like(squeezed: Tensor, down_weight: Tensor, frequencies: int, vec
     return squeezed.new_empty(squeezed.shape[0], tiles, down_weight.shape[0])
 
 
-def sum_groups(squeezed_groups: Tensor, frequencies: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+def sum_groups(squeezed_groups: Tensor) -> Tensor:
     """f [B, D] from its partial sums [B, G, D]."""
-    return sum_groups_for_gate(squeezed_groups, frequencies, dtype, None).f
+    return sum_groups_for_gate(squeezed_groups, 1, torch.float32, None).f
 
 
 def sum_groups_for_gate(

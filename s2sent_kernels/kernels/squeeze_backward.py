@@ -95,10 +95,8 @@ def write_gradients(
                 if p_dp is not None:
                     share = w[:, None] * grads_pooled[n - n0][None, :]
                     du += share if POOLING == "mean" else tl.where((w > 0.0)[:, None], share, 0.0)
-                if OFFICIAL:
-                    du = tl.where(
-                        m_real[:, None], du, 0.0
-                    )  # every position was squeezed, but real ones alone pooled and fused
+                if OFFICIAL:  # every position was squeezed, but real ones alone pooled and fused
+                    du = tl.where(m_real[:, None], du, 0.0)
                 if p_df is not None:
                     share = block_factor(x, tl.full((), n, tl.int32), N, n, N, ALPHA) * df
                     du = tl.fma(tl.broadcast_to(beta[:, None], du.shape), tl.broadcast_to(share[None, :], du.shape), du)
