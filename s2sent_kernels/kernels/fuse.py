@@ -161,10 +161,10 @@ def fuse_backward_kernel(
     if p_mask is not None:
         p_mask_row = p_mask + i_b * stride_mask_b
         first, end, length = real_span(p_mask_row, stride_mask_l, size, SCAN)
-        if end - first != length:  # holes
+        if end - first != length:  # holes: the mask is read too, so fewer rows at once, or registers spill on sm_80
             sums = sum_products(
                 p_hidden, p_dv, p_mask_row, o_row, o_dv_row, o_d, m_d, first, end, stride_l, stride_dv_l, stride_mask_l,
-                N, GROUPS, PER, ROWS, SLOTS, 1, True,
+                N, GROUPS, PER, ROWS // 2 if ROWS > 1 else 1, SLOTS, 1, True,
             )  # fmt: skip
         else:
             sums = sum_products(
