@@ -260,11 +260,12 @@ def up_kernel(
         tl.store(p_grad_down + o_bh, ds * slope, mask=m_bh)
     elif p_prior_sums is not None:
         o_n = tl.arange(0, PADDED_N)  # [PADDED_N]
-        of_blocks = tl.zeros([BLOCK_R, PADDED_N], tl.float32)
+        # B D terms of either sign: rounding their running sums to float32 would cost more than the terms' own errors.
+        of_blocks = tl.zeros([BLOCK_R, PADDED_N], tl.float64)
         for first in tl.range(0, partial_sums * TILES, BLOCK_R):
             o_t = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_R)  # [BLOCK_R]
             m_t = (o_t < partial_sums * TILES)[:, None] & (o_n < N)[None, :]
-            of_blocks += tl.load(p_prior_sums + o_t[:, None] * N + o_n[None, :], mask=m_t, other=0.0)
+            of_blocks += tl.load(p_prior_sums + o_t[:, None] * N + o_n[None, :], mask=m_t, other=0.0).to(tl.float64)
         tl.store(p_grad_prior + o_n, tl.sum(of_blocks, axis=0).to(p_grad_prior.dtype.element_ty), mask=o_n < N)
 
 
