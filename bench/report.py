@@ -31,11 +31,11 @@ brackets, the 20th and 80th percentiles. Wall time is one eager call until its r
 that case in a process with empty compiler caches, compilation included. Peak memory is what a call allocates beyond what was
 there, its results included. Floors are the bytes that a stage or path has to move over the ceilings of the same run. Before
 anything is timed its result, and where gradients are timed every gradient, is held to the reference in float64: the error may
-be twice that of the reference in the inputs' own dtype, plus what rounding the result alone may cost. What fails has no
-times. Compiled with max-autotune means without its own CUDA graphs, which cannot be captured within those that measure. The
-formulas, "published" in end-to-end rows too, are the reference's two profiles in plain PyTorch, with their bases held as
-buffers. Like the reference they compute in float32; a module that computes in the hidden states' own dtype, as the authors'
-does, moves fewer bytes and takes less time. It is not among the contestants."""
+be twice that of the reference in the inputs' own dtype, plus what rounding the result alone may cost. What fails has no times.
+Compiled with max-autotune means without its own CUDA graphs, which cannot be captured within those that measure, and with
+products by cuBLAS. The formulas, "published" in end-to-end rows too, are the reference's two profiles in plain PyTorch, with
+their bases held as buffers. Like the reference they compute in float32; a module that computes in the hidden states' own
+dtype, as the authors' does, moves fewer bytes and takes less time. It is not among the contestants."""
 
 
 class Results:
