@@ -45,27 +45,6 @@ def tanh(x):
 
 
 @triton.jit
-def prior_factor(p_prior, n, m_n, N: tl.constexpr):
-    """exp(c - max c) of blocks ``n``, to an ulp: its error is the same in every feature of every sentence, and a sum over all
-    of them, such as the prior's own gradient, shows it. For the same reason exp(e) is taken without c: what the hardware's
-    exponential is off by then falls on every block alike."""
-    PADDED_N: tl.constexpr = triton.next_power_of_2(N)
-    o_n = tl.arange(0, PADDED_N)  # [PADDED_N]
-    highest = tl.max(tl.load(p_prior + o_n, mask=o_n < N, other=float("-inf")).to(tl.float32), axis=0)
-    c = tl.load(p_prior + n, mask=m_n, other=0.0).to(tl.float32) - highest
-    c = tl.where(c < -127.0, -127.0, c)  # exp is 0 there; -inf would become NaN below, and a NaN stays one
-    k = tl.floor(c * 1.44269504 + 0.5)
-    r = tl.fma(k, 2.12194440e-4, tl.fma(k, -0.693359375, c))  # c - k ln 2
-    q = 1.9875691500e-4
-    q = tl.fma(r, q, 1.3981999507e-3)
-    q = tl.fma(r, q, 8.3334519073e-3)
-    q = tl.fma(r, q, 4.1665795894e-2)
-    q = tl.fma(r, q, 1.6666665459e-1)
-    q = tl.fma(r, q, 5.0000001201e-1)
-    return (tl.fma(q, r * r, r) + 1.0) * tl.exp2(k)
-
-
-@triton.jit
 def up_weight(
     p_up_weight, o_h, m_h, i_tile, START: tl.constexpr, D: tl.constexpr, H: tl.constexpr, PIECE: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -79,11 +58,10 @@ def up_weight(
 
 @triton.jit
 def folded_norm(
-    p_up_bias, p_norm_weight, p_norm_bias, p_running_mean, p_running_var, p_prior, i_tile, START: tl.constexpr,
-    N: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, PIECE: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_up_bias, p_norm_weight, p_norm_bias, p_running_mean, p_running_var, p_prior, highest, i_tile, START: tl.constexpr,
+    D: tl.constexpr, EPS: tl.constexpr, PIECE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(scale, shift, factor) of a piece's columns: BN(W2 s + b2) = W2 s scale + shift, and exp(c - max c).
-    [PIECE * BLOCK_D] each."""
+    """(scale, shift, prior) of a piece's columns: BN(W2 s + b2) = W2 s scale + shift, and c - max c. [PIECE * BLOCK_D] each."""
     o_column = tl.arange(0, PIECE * BLOCK_D)
     n = START + o_column // BLOCK_D
     d = i_tile * BLOCK_D + o_column % BLOCK_D
@@ -91,7 +69,7 @@ def folded_norm(
     m_nd = d < D
     shift = tl.load(p_up_bias + o_nd, mask=m_nd, other=0.0).to(tl.float32)
     scale = tl.full([PIECE * BLOCK_D], 1.0, tl.float32)
-    factor = tl.full([PIECE * BLOCK_D], 1.0, tl.float32)
+    prior = tl.zeros([PIECE * BLOCK_D], tl.float32)
     if p_norm_weight is not None:
         variance = tl.load(p_running_var + o_nd, mask=m_nd, other=1.0).to(tl.float32)
         mean = tl.load(p_running_mean + o_nd, mask=m_nd, other=0.0).to(tl.float32)
@@ -99,8 +77,8 @@ def folded_norm(
         scale = weight * tl.rsqrt(variance + EPS)
         shift = (shift - mean) * scale + tl.load(p_norm_bias + o_nd, mask=m_nd, other=0.0).to(tl.float32)
     if p_prior is not None:
-        factor = prior_factor(p_prior, n, n < N, N)
-    return scale, shift, factor
+        prior = tl.load(p_prior + n).to(tl.float32) - highest
+    return scale, shift, prior
 
 
 @triton.jit
@@ -162,6 +140,7 @@ def gate_kernel(
     OVERLAP: tl.constexpr,
 ):
     TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    PADDED_N: tl.constexpr = triton.next_power_of_2(N)
     index = tl.program_id(0).to(tl.int64)
     i_tile = (index % TILES).to(tl.int32)
     o_b = index // TILES * BLOCK_B + tl.arange(0, BLOCK_B)  # [BLOCK_B] sentence
@@ -173,6 +152,10 @@ def gate_kernel(
         allow_next_launch()
 
     bias1 = tl.load(p_down_bias + o_h, mask=m_h, other=0.0).to(tl.float32)
+    highest = 0.0
+    if p_prior is not None:
+        o_n = tl.arange(0, PADDED_N)  # [PADDED_N]
+        highest = tl.max(tl.load(p_prior + o_n, mask=o_n < N, other=float("-inf")).to(tl.float32), axis=0)
     up_weights = ()
     norms = ()
     if AHEAD:
@@ -180,8 +163,8 @@ def gate_kernel(
             up_weights = up_weights + (up_weight(p_up_weight, o_h, m_h, i_tile, STARTS[i], D, H, PIECES[i], BLOCK_D),)
             norms = norms + (
                 folded_norm(
-                    p_up_bias, p_norm_weight, p_norm_bias, p_running_mean, p_running_var, p_prior, i_tile, STARTS[i],
-                    N, D, EPS, PIECES[i], BLOCK_D,
+                    p_up_bias, p_norm_weight, p_norm_bias, p_running_mean, p_running_var, p_prior, highest, i_tile,
+                    STARTS[i], D, EPS, PIECES[i], BLOCK_D,
                 ),
             )  # fmt: skip
     if OVERLAP:
@@ -213,8 +196,8 @@ def gate_kernel(
         else:
             w = up_weight(p_up_weight, o_h, m_h, i_tile, STARTS[i], D, H, PIECES[i], BLOCK_D)
             norm = folded_norm(
-                p_up_bias, p_norm_weight, p_norm_bias, p_running_mean, p_running_var, p_prior, i_tile, STARTS[i],
-                N, D, EPS, PIECES[i], BLOCK_D,
+                p_up_bias, p_norm_weight, p_norm_bias, p_running_mean, p_running_var, p_prior, highest, i_tile,
+                STARTS[i], D, EPS, PIECES[i], BLOCK_D,
             )  # fmt: skip
         if p_pooled is not None:
             if AHEAD:
@@ -223,9 +206,9 @@ def gate_kernel(
                 p = load_blocks(p_pooled, o_b, m_b, i_tile, STARTS[i], N, D, PIECES[i], BLOCK_D)
         z = tl.dot(s, w.to(tl.float32), input_precision=PRECISION)  # [BLOCK_B, PIECES[i] * BLOCK_D]
         e = 1.0 / (1.0 + tl.exp(-(z * norm[0][None, :] + norm[1][None, :])))
-        weight = tl.exp(e)
         if p_prior is not None:
-            weight *= norm[2][None, :]
+            e += norm[2][None, :]
+        weight = tl.exp(e)
         total += sum_blocks(weight, PIECES[i], BLOCK_D)
         if p_pooled is not None:
             output += sum_blocks(weight * p, PIECES[i], BLOCK_D)

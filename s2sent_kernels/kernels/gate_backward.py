@@ -27,7 +27,7 @@ from .. import reference
 from ..backend import triton_interprets
 from ..reference import GateParameters
 from . import config
-from .gate import prior_factor, tanh
+from .gate import tanh
 from .launch import device_of
 
 # Three bf16 terms a factor carry float32's 24 bits, in as many products as three of TF32, whose two terms carry 22: enough
@@ -141,10 +141,13 @@ def gate_backward_kernel(
     else:
         y = z
     e = 1.0 / (1.0 + tl.exp(-y))
-    weight = tl.exp(e)
+    logits = e
     if p_prior is not None:
-        weight *= prior_factor(p_prior, n, n < N, N)[None, :]
-    weight = tl.where(m_nd[None, :], weight, 0.0)
+        o_n = tl.arange(0, PADDED_N)  # [PADDED_N]
+        highest = tl.max(tl.load(p_prior + o_n, mask=o_n < N, other=float("-inf")).to(tl.float32), axis=0)
+        prior = tl.load(p_prior + n, mask=n < N, other=0.0).to(tl.float32) - highest
+        logits += prior[None, :]
+    weight = tl.where(m_nd[None, :], tl.exp(logits), 0.0)
 
     # over the blocks
     weight = tl.reshape(weight, [BLOCK_B, PADDED_N, BLOCK_D])
@@ -164,7 +167,6 @@ def gate_backward_kernel(
         sums = tl.sum(tl.where(m_bnd, dy * z, 0.0), axis=0)  # [COLUMNS]
         tl.store(p_norm_sums + index // TILES * (N * D) + o_nd, sums, mask=m_nd)
     if p_prior is not None:
-        o_n = tl.arange(0, PADDED_N)  # [PADDED_N]
         of_blocks = tl.sum(tl.reshape(tl.sum(dlogits, axis=0), [PADDED_N, BLOCK_D]), axis=1)  # [PADDED_N]
         tl.store(p_prior_sums + index * N + o_n, of_blocks, mask=o_n < N)
     # Asked for again, out of the cache: held until here it would not fit into the registers.
