@@ -226,7 +226,7 @@ def section(results: Results, pictures: Path) -> str:
     if used:
         parts.append(f"`{OURS}` runs here on backend " + " and ".join(f"`{name}`" for name in used) + ".")
     if results.device == targets.DEVICE:
-        head = ("<target", "limit", "measured", "<verdict")
+        head = ("<target", "limit", "measured", "<verdict", "<why")
         parts += ["### Targets", table(head, targets.verdicts(results.find))]
     for title, text in (
         ("Paths", lambda: own_table(results, "paths")),
