@@ -1,6 +1,6 @@
 """The compiled backend behind the interface that every backend offers to the ops: CPU tensors, C++ kernels (see csrc/).
 
-Loaded by ``backend.native_status``, which registers torch.ops.s2sent_native.*. This module brings tensors into the form that
+Imported once ``backend`` has found the extension usable. This module brings tensors into the form that
 those take (float32 gates and parameters, dense features, boolean masks) and allocates what they write; it never copies a
 hidden state whose features are dense. The gate's backward is the reference's: its tensors are small.
 
@@ -11,6 +11,7 @@ packed and block by block: every sum has one order, written down in csrc/cpu/*.c
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,7 @@ from . import dct, reference
 from .reference import GateParameters
 
 _POOLINGS = {None: 0, "mean": 1, "cls": 2, "last": 3}  # as csrc/cpu/batch.h numbers them
+importlib.import_module(f"{__package__}._C")  # registers the ops
 _ops = torch.ops.s2sent_native
 
 
