@@ -14,7 +14,8 @@ from helpers import assert_close, make_batch, make_gradient, make_parameters, pa
 import s2sent_kernels as s2
 from s2sent_kernels import S2SentSelector
 
-BACKENDS = ["reference", "op"]  # "op": torch.ops.s2sent.* over the reference
+# "op": torch.ops.s2sent.* over the reference
+BACKENDS = ["reference", "op"] + ["native"] * s2.backends()["native"].usable
 DTYPES = {  # on the backends that compute float64
     "reference": [torch.float32, torch.float16, torch.bfloat16, torch.float64],
     "op": [torch.float32, torch.float16, torch.bfloat16, torch.float64],

@@ -7,7 +7,7 @@ from test_select import make_selector, run
 
 from s2sent_kernels import functional
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+pytestmark = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 
 LIMIT = 2**31  # elements, from where 32-bit offsets wrap
 PATHS = (None, "mean", "last", "gates")
