@@ -286,20 +286,36 @@ void squeeze_backward(
 
 // ---------------------------------------------------------------- gate
 
+float* optional_written(const std::optional<Tensor>& tensor, const Ints& shape, const char* name) {
+  return tensor ? written(*tensor, shape, name) : nullptr;
+}
+
+// Calls work for the items of gate.h, with ``copies`` of the item's gates in the scratch.
+template <class Work>
+void share_gate(const s2sent::Gate& args, int64_t copies, const Work& work) {
+  const int64_t sentences = s2sent::kGateSentences, features = s2sent::kGateFeatures;
+  const int64_t items = (args.sentences + sentences - 1) / sentences * ((args.size + features - 1) / features);
+  const int64_t scratch_size = features * (args.width + copies * std::min(args.sentences, sentences) * args.num_blocks);
+  share(items, grain_of(args.num_blocks * features * args.width), scratch_size, work);
+}
+
 void gate(
     const Tensor& squeezed, const Tensor& down_weight, const Tensor& down_bias, const Tensor& up_weight,
     const Tensor& up_bias, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
     const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
-    const std::optional<Tensor>& prior, int64_t num_blocks, bool relu, double eps, const std::optional<Tensor>& gates,
-    const std::optional<Tensor>& pooled, const std::optional<Tensor>& output) {
+    const std::optional<Tensor>& prior, int64_t num_blocks, bool relu, double eps, const Tensor& bottleneck,
+    const std::optional<Tensor>& gates, const std::optional<Tensor>& pooled, const std::optional<Tensor>& output,
+    const std::optional<Tensor>& grad_gates, const std::optional<Tensor>& grad_output,
+    const std::optional<Tensor>& grad_pooled, const std::optional<Tensor>& grad_logits,
+    const std::optional<Tensor>& grad_normed, const std::optional<Tensor>& normed) {
   STD_TORCH_CHECK(
-      squeezed.dim() == 2 && down_weight.dim() == 2 && num_blocks > 0 && pooled.has_value() == output.has_value(),
+      squeezed.dim() == 2 && down_weight.dim() == 2 && num_blocks > 0 &&
+          (pooled.has_value() == output.has_value() || grad_logits),
       "s2sent_native: the gate's arguments do not fit");
   STD_TORCH_CHECK(
       !norm_weight || (norm_bias && running_mean && running_var), "s2sent_native: expected all of the norm's tensors");
   const int64_t count = squeezed.size(0), size = squeezed.size(1), width = down_weight.size(0), both = num_blocks * size;
   if (output) check_dense(*output, {count, size}, output->scalar_type(), "output");
-  const std::unique_ptr<float[]> bottleneck(new float[size_t(count * width)]);
   const s2sent::Gate args = {
       count,
       num_blocks,
@@ -317,20 +333,55 @@ void gate(
       floats(running_mean, {both}, "running_mean"),
       floats(running_var, {both}, "running_var"),
       floats(prior, {num_blocks}, "block_prior"),
-      bottleneck.get(),
-      gates ? written(*gates, {count, num_blocks, size}, "gates") : nullptr,
+      written(bottleneck, {count, width}, "bottleneck"),
+      optional_written(gates, {count, num_blocks, size}, "gates"),
       floats(pooled, {count, num_blocks, size}, "pooled"),
       output ? output->mutable_data_ptr() : nullptr,
       output ? dtype_of(*output) : s2sent::DType::kFloat32,
+      floats(grad_gates, {count, num_blocks, size}, "grad_gates"),
+      floats(grad_output, {count, size}, "grad_output"),
+      optional_written(grad_pooled, {count, num_blocks, size}, "grad_pooled"),
+      optional_written(grad_logits, {count, num_blocks, size}, "grad_logits"),
+      optional_written(grad_normed, {count, num_blocks, size}, "grad_normed"),
+      optional_written(normed, {count, num_blocks, size}, "normed"),
   };
+  const bool backward = grad_logits.has_value();
+  STD_TORCH_CHECK(
+      !backward || (grad_normed && (!norm_weight || normed) && (pooled ? grad_output && grad_pooled : !!grad_gates)),
+      "s2sent_native: the gate's gradients do not fit");
   share(width, grain_of(count * size), 0, [&](int64_t begin, int64_t end, float*) {
     s2sent::bottleneck(args, begin, end);
   });
-  const int64_t sentences = s2sent::kGateSentences, features = s2sent::kGateFeatures;
-  const int64_t items = (count + sentences - 1) / sentences * ((size + features - 1) / features);
-  const int64_t scratch_size = features * (width + std::min(count, sentences) * num_blocks);
-  share(items, grain_of(num_blocks * features * width), scratch_size, [&](int64_t begin, int64_t end, float* scratch) {
-    s2sent::excite(args, begin, end, scratch);
+  if (backward) {
+    share_gate(args, 2, [&](int64_t begin, int64_t end, float* scratch) {
+      s2sent::excite_backward(args, begin, end, scratch);
+    });
+  } else {
+    share_gate(args, 1, [&](int64_t begin, int64_t end, float* scratch) { s2sent::excite(args, begin, end, scratch); });
+  }
+}
+
+// x [B, rows] @ weight [rows, columns], each sentence's sum in one order.
+void multiply(const Tensor& x, const Tensor& weight, const Tensor& result) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "s2sent_native: expected two matrices");
+  const int64_t count = x.size(0), rows = weight.size(0), columns = weight.size(1);
+  const int64_t chunks = (rows + s2sent::kProductRows - 1) / s2sent::kProductRows;
+  const std::unique_ptr<float[]> partial(new float[size_t(chunks * count * columns)]);
+  const s2sent::Product args = {
+      count,
+      rows,
+      columns,
+      floats(x, {count, rows}, "x"),
+      floats(weight, {rows, columns}, "weight"),
+      partial.get(),
+      written(result, {count, columns}, "result"),
+  };
+  const int64_t tiles = (columns + s2sent::kProductColumns - 1) / s2sent::kProductColumns;
+  share(chunks * tiles, grain_of(count * columns * 64), 0, [&](int64_t begin, int64_t end, float*) {
+    s2sent::multiply_rows(args, begin, end);
+  });
+  share(count, grain_of(chunks * columns), 0, [&](int64_t begin, int64_t end, float*) {
+    s2sent::sum_products(args, begin, end);
   });
 }
 
@@ -396,7 +447,10 @@ STABLE_TORCH_LIBRARY(s2sent_native, m) {
   m.def(
       "gate(Tensor squeezed, Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias, Tensor? norm_weight, "
       "Tensor? norm_bias, Tensor? running_mean, Tensor? running_var, Tensor? block_prior, int num_blocks, bool relu, "
-      "float eps, Tensor(a!)? gates, Tensor? pooled, Tensor(b!)? output) -> ()");
+      "float eps, Tensor(a!) bottleneck, Tensor(b!)? gates, Tensor? pooled, Tensor(c!)? output, Tensor? grad_gates, "
+      "Tensor? grad_output, Tensor(d!)? grad_pooled, Tensor(e!)? grad_logits, Tensor(f!)? grad_normed, "
+      "Tensor(g!)? normed) -> ()");
+  m.def("multiply(Tensor x, Tensor weight, Tensor(a!) result) -> ()");
   m.def("fuse(Tensor[] hidden_states, Tensor gates, Tensor? mask, Tensor? cu_seqlens, Tensor(a!) fused) -> ()");
   m.def(
       "fuse_backward(Tensor grad_fused, Tensor[] hidden_states, Tensor? mask, Tensor? cu_seqlens, Tensor(a!) grad_gates) "
@@ -411,6 +465,7 @@ STABLE_TORCH_LIBRARY_IMPL(s2sent_native, CPU, m) {
   m.impl("squeeze", TORCH_BOX(&squeeze));
   m.impl("squeeze_backward", TORCH_BOX(&squeeze_backward));
   m.impl("gate", TORCH_BOX(&gate));
+  m.impl("multiply", TORCH_BOX(&multiply));
   m.impl("fuse", TORCH_BOX(&fuse));
   m.impl("fuse_backward", TORCH_BOX(&fuse_backward));
 }

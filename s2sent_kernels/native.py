@@ -2,9 +2,10 @@
 
 Imported once ``backend`` has found the extension usable. This module brings tensors into the form that
 those take (float32 gates and parameters, dense features, boolean masks) and allocates what they write; it never copies a
-hidden state whose features are dense. The gate's backward is the reference's: its tensors are small.
+hidden state whose features are dense.
 
-Bits do not depend on the number of threads, and a sentence has the same ones in any batch, at any place, with any padding,
+Bits do not depend on the number of threads (but for the parameters' gradients, whose sums over the sentences are PyTorch's
+own products), and a sentence has the same ones in any batch, at any place, with any padding,
 packed and block by block: every sum has one order, written down in csrc/cpu/*.cpp.
 """
 
@@ -149,16 +150,21 @@ def _excite(
     gates: Tensor | None,
     pooled: Tensor | None,
     output: Tensor | None,
-) -> None:
-    """Writes ``gates`` g, or, with ``pooled``, ``output`` o, or all of it."""
+    *backward: Tensor | None,
+) -> Tensor:
+    """Writes ``gates`` g, or, with ``pooled``, ``output`` o; or, with ``backward``, what the op's schema names grad_gates to
+    normed. Returns s [B, H]."""
     prior = parameters.block_prior
     if prior is not None:
         prior = prior.to(torch.float32)
         prior = prior - prior.amax()  # c is unbounded
     tensors = parameters._replace(block_prior=prior)
+    bottleneck = squeezed.new_empty(squeezed.shape[0], parameters.down_weight.shape[0])
     _ops.gate(
-        squeezed.contiguous(), *map(_float, tensors), num_blocks, activation == "relu", eps, gates, pooled, output
-    )
+        squeezed.contiguous(), *map(_float, tensors), num_blocks, activation == "relu", eps, bottleneck, gates, pooled,
+        output, *(backward or (None,) * 6),
+    )  # fmt: skip
+    return bottleneck
 
 
 def gate(squeezed: Tensor, parameters: GateParameters, num_blocks: int, activation: str, eps: float) -> Tensor:
@@ -189,8 +195,65 @@ def gate_pool(
     return _pool(squeezed, pooled, parameters, activation, eps, dtype), squeezed
 
 
-gate_backward = reference.gate_backward
-gate_pool_backward = reference.gate_pool_backward
+def _multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight, whose rows do not depend on how many there are."""
+    result = x.new_empty(x.shape[0], weight.shape[1])
+    _ops.multiply(x, weight, result)
+    return result
+
+
+def _backward(
+    grad_gates: Tensor | None,
+    grad_output: Tensor | None,
+    squeezed: Tensor,
+    pooled: Tensor | None,
+    parameters: GateParameters,
+    num_blocks: int,
+    activation: str,
+    eps: float,
+) -> tuple[Tensor | None, Tensor, GateParameters]:
+    """dp where there is p, df, and the parameters' gradients: sums over the sentences, which are PyTorch's."""
+    shape = (squeezed.shape[0], num_blocks, squeezed.shape[1])
+    w = parameters.each(lambda t: t.to(torch.float32).contiguous())
+    grad_logits, grad_normed = squeezed.new_empty(shape), squeezed.new_empty(shape)
+    normed = None if w.norm_weight is None else squeezed.new_empty(shape)
+    grad_pooled = None if pooled is None else squeezed.new_empty(shape)
+    bottleneck = _excite(
+        squeezed, w, num_blocks, activation, eps, None, pooled, None, _float(grad_gates), _float(grad_output),
+        grad_pooled, grad_logits, grad_normed, normed,
+    )  # fmt: skip
+    with reference.autocast_off(squeezed.device):
+        dy = grad_normed.flatten(1)
+        dz, norm_weight, norm_bias = dy, None, None
+        if normed is not None and w.norm_weight is not None and w.running_var is not None:
+            norm_weight, norm_bias = (dy * normed.flatten(1)).sum(dim=0), dy.sum(dim=0)
+            dz = dy * (w.norm_weight * torch.rsqrt(w.running_var + eps))
+        slope = 1 - bottleneck * bottleneck if activation == "tanh" else (bottleneck > 0).to(torch.float32)
+        ddown = _multiply(dz, w.up_weight) * slope
+        grads = GateParameters(
+            ddown.T @ squeezed, ddown.sum(dim=0), dz.T @ bottleneck, dz.sum(dim=0), norm_weight, norm_bias, None, None,
+            None if w.block_prior is None else grad_logits.sum(dim=(0, 2)),
+        )  # fmt: skip
+        return grad_pooled, _multiply(ddown, w.down_weight), grads
+
+
+def gate_backward(
+    grad_gates: Tensor, squeezed: Tensor, parameters: GateParameters, activation: str, eps: float
+) -> tuple[Tensor, GateParameters]:
+    _, grad, grads = _backward(
+        grad_gates, None, squeezed, None, parameters, grad_gates.shape[1], activation, eps
+    )
+    return grad, grads
+
+
+def gate_pool_backward(
+    grad_output: Tensor, squeezed: Tensor, pooled: Tensor, parameters: GateParameters, activation: str, eps: float
+) -> tuple[Tensor, Tensor, GateParameters]:
+    grad_pooled, grad, grads = _backward(
+        None, grad_output, squeezed, pooled.contiguous(), parameters, pooled.shape[1], activation, eps
+    )
+    assert grad_pooled is not None
+    return grad_pooled, grad, grads
 
 
 def fuse(

@@ -1,7 +1,7 @@
 // gate: s = act(W1 f + b1), z = W2 s + b2, g = s-norm(sigmoid(norm(z))), and o = sum_n g p.
 //
 // Order of summation: W1 f in kLanes running sums over features, then these as a tree; W2 s over h ascending; the s-norm and o
-// over the blocks ascending. Sentences and features only stand side by side, so that one has the bits that it has alone.
+// over the blocks ascending; the backward's products over rows of W2 and W1 as multiply_rows says. Sentences and features only stand side by side, so that one has the bits that it has alone.
 
 #include "gate.h"
 
@@ -84,45 +84,89 @@ S2SENT_INLINE void multiply(const float* columns, const float* s, int64_t width,
   to[3] = a3;
 }
 
-template <class T>
-S2SENT_INLINE void excite_items(const Gate& a, int64_t begin, int64_t end, float* scratch) {
-  const int64_t tiles = (a.size + kGateFeatures - 1) / kGateFeatures, F = kGateFeatures;
-  float *columns = scratch, *weights = scratch + F * a.width;  // weights [sentences, N, F]: exp(e + c)
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t d = item % tiles * F, count = std::min(F, a.size - d);
-    const int64_t first = item / tiles * kGateSentences, last = std::min(a.sentences, first + kGateSentences);
-    for (int64_t n = 0; n < a.num_blocks; ++n) {
-      const int64_t row = n * a.size + d;
-      turn(a.up_weight + row * a.width, count, a.width, columns);
-      float bias[kGateFeatures] = {}, scale[kGateFeatures], shift[kGateFeatures] = {};
-      std::fill(scale, scale + F, 1.0f);
-      for (int64_t j = 0; j < count; ++j) bias[j] = a.up_bias[row + j];
-      if (a.norm_weight) {
-        for (int64_t j = 0; j < count; ++j) {
-          scale[j] = a.norm_weight[row + j] * (1.0f / std::sqrt(a.running_var[row + j] + a.eps));
-          shift[j] = a.norm_bias[row + j] - a.running_mean[row + j] * scale[j];
-        }
-      }
-      const float prior = a.prior ? a.prior[n] : 0.0f;
-      for (int64_t b = first; b < last; ++b) {
-        float* __restrict z = weights + ((b - first) * a.num_blocks + n) * F;
-        multiply(columns, a.bottleneck + b * a.width, a.width, z);
-        if (a.norm_weight) {
-          for (int64_t j = 0; j < F; ++j) z[j] = (z[j] + bias[j]) * scale[j] + shift[j];
-        } else {
-          for (int64_t j = 0; j < F; ++j) z[j] = z[j] + bias[j];
-        }
-        for (int64_t j = 0; j < F; ++j) z[j] = exponential(sigmoid(z[j]) + prior);
+// From exp(e + c) [N, F]: g.
+S2SENT_INLINE void normalise(float* __restrict g, int64_t num_blocks) {
+  float total[kGateFeatures] = {};
+  for (int64_t n = 0; n < num_blocks; ++n) {
+    for (int64_t j = 0; j < kGateFeatures; ++j) total[j] += g[n * kGateFeatures + j];
+  }
+  for (int64_t n = 0; n < num_blocks; ++n) {
+    for (int64_t j = 0; j < kGateFeatures; ++j) g[n * kGateFeatures + j] = g[n * kGateFeatures + j] / total[j];
+  }
+}
+
+// What an item is, and its share of the scratch.
+struct Item {
+  int64_t d, count;     // features [d, d + count)
+  int64_t first, last;  // sentences
+  float* columns;       // [H, F] of W2
+  float* weights;       // [sentences, N, F] exp(e + c)
+  float* sigmoids;      // [sentences, N, F] e, of the backward
+
+  S2SENT_INLINE Item(const Gate& a, int64_t item, float* scratch) {
+    const int64_t tiles = (a.size + kGateFeatures - 1) / kGateFeatures;
+    d = item % tiles * kGateFeatures;
+    count = std::min(kGateFeatures, a.size - d);
+    first = item / tiles * kGateSentences;
+    last = std::min(a.sentences, first + kGateSentences);
+    columns = scratch;
+    weights = columns + kGateFeatures * a.width;
+    sigmoids = weights + (last - first) * a.num_blocks * kGateFeatures;
+  }
+};
+
+// exp(e + c) of an item, for the backward e and the normalised z too.
+template <bool BACKWARD>
+S2SENT_INLINE void weigh(const Gate& a, const Item& item) {
+  const int64_t d = item.d, count = item.count, first = item.first, last = item.last, F = kGateFeatures;
+  float* columns = item.columns;
+  for (int64_t n = 0; n < a.num_blocks; ++n) {
+    const int64_t row = n * a.size + d;
+    turn(a.up_weight + row * a.width, count, a.width, columns);
+    float bias[kGateFeatures] = {}, scale[kGateFeatures], shift[kGateFeatures] = {};
+    std::fill(scale, scale + F, 1.0f);
+    for (int64_t j = 0; j < count; ++j) bias[j] = a.up_bias[row + j];
+    if (a.norm_weight) {
+      for (int64_t j = 0; j < count; ++j) {
+        scale[j] = a.norm_weight[row + j] * (1.0f / std::sqrt(a.running_var[row + j] + a.eps));
+        shift[j] = a.norm_bias[row + j] - a.running_mean[row + j] * scale[j];
       }
     }
+    const float prior = a.prior ? a.prior[n] : 0.0f;
     for (int64_t b = first; b < last; ++b) {
-      float* __restrict g = weights + (b - first) * a.num_blocks * F;
-      float total[kGateFeatures] = {}, sum[kGateFeatures] = {};
-      for (int64_t n = 0; n < a.num_blocks; ++n) {
-        for (int64_t j = 0; j < F; ++j) total[j] += g[n * F + j];
+      float* __restrict z = item.weights + ((b - first) * a.num_blocks + n) * F;
+      multiply(columns, a.bottleneck + b * a.width, a.width, z);
+      if (BACKWARD && a.norm_weight) {
+        float* __restrict normed = a.normed + b * a.num_blocks * a.size + row;
+        for (int64_t j = 0; j < count; ++j) {
+          const float mean = a.running_mean[row + j], var = a.running_var[row + j];
+          normed[j] = ((z[j] + bias[j]) - mean) * (1.0f / std::sqrt(var + a.eps));
+        }
       }
+      if (a.norm_weight) {
+        for (int64_t j = 0; j < F; ++j) z[j] = (z[j] + bias[j]) * scale[j] + shift[j];
+      } else {
+        for (int64_t j = 0; j < F; ++j) z[j] = z[j] + bias[j];
+      }
+      for (int64_t j = 0; j < F; ++j) z[j] = sigmoid(z[j]);
+      if (BACKWARD) std::copy_n(z, F, item.sigmoids + ((b - first) * a.num_blocks + n) * F);
+      for (int64_t j = 0; j < F; ++j) z[j] = exponential(z[j] + prior);
+    }
+  }
+  for (int64_t b = first; b < last; ++b) normalise(item.weights + (b - first) * a.num_blocks * F, a.num_blocks);
+}
+
+template <class T>
+S2SENT_INLINE void excite_items(const Gate& a, int64_t begin, int64_t end, float* scratch) {
+  const int64_t F = kGateFeatures;
+  for (int64_t index = begin; index < end; ++index) {
+    const Item item(a, index, scratch);
+    const int64_t d = item.d, count = item.count;
+    weigh<false>(a, item);
+    for (int64_t b = item.first; b < item.last; ++b) {
+      const float* g = item.weights + (b - item.first) * a.num_blocks * F;
+      float sum[kGateFeatures] = {};
       for (int64_t n = 0; n < a.num_blocks; ++n) {
-        for (int64_t j = 0; j < F; ++j) g[n * F + j] = g[n * F + j] / total[j];
         const int64_t place = (b * a.num_blocks + n) * a.size + d;
         if (a.gates) std::memcpy(a.gates + place, g + n * F, size_t(count) * sizeof(float));
         if (a.pooled) {
@@ -148,6 +192,82 @@ S2SENT_CLONES void excite_float16(const Gate& a, int64_t begin, int64_t end, flo
 }
 
 }  // namespace
+
+S2SENT_CLONES void excite_backward(const Gate& a, int64_t begin, int64_t end, float* scratch) {
+  const int64_t F = kGateFeatures;
+  for (int64_t index = begin; index < end; ++index) {
+    const Item item(a, index, scratch);
+    weigh<true>(a, item);
+    for (int64_t b = item.first; b < item.last; ++b) {
+      const int64_t own = (b - item.first) * a.num_blocks * F;
+      float mean[kGateFeatures] = {};  // sum_n g dg
+      for (int64_t n = 0; n < a.num_blocks; ++n) {
+        const int64_t place = (b * a.num_blocks + n) * a.size + item.d;
+        const float* g = item.weights + own + n * F;
+        for (int64_t j = 0; j < item.count; ++j) {
+          float grad;
+          if (a.pooled) {
+            const float output = a.grad_output[b * a.size + item.d + j];
+            a.grad_pooled[place + j] = g[j] * output;
+            grad = output * a.pooled[place + j];
+          } else {
+            grad = a.grad_gates[place + j];
+          }
+          a.grad_logits[place + j] = grad;
+          mean[j] += g[j] * grad;
+        }
+      }
+      for (int64_t n = 0; n < a.num_blocks; ++n) {
+        const int64_t place = (b * a.num_blocks + n) * a.size + item.d;
+        const float *g = item.weights + own + n * F, *e = item.sigmoids + own + n * F;
+#pragma GCC ivdep
+        for (int64_t j = 0; j < item.count; ++j) {
+          const float logit = g[j] * (a.grad_logits[place + j] - mean[j]);
+          a.grad_logits[place + j] = logit;
+          a.grad_normed[place + j] = logit * e[j] * (1.0f - e[j]);
+        }
+      }
+    }
+  }
+}
+
+// Order of summation: four rows at a time as a tree, ascending in a chunk, the last few one by one; then the chunks ascending.
+S2SENT_CLONES void multiply_rows(const Product& a, int64_t begin, int64_t end) {
+  const int64_t tiles = (a.columns + kProductColumns - 1) / kProductColumns;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t chunk = item / tiles, start = chunk * kProductRows, stop = std::min(a.rows, start + kProductRows);
+    const int64_t from = item % tiles * kProductColumns, to = std::min(a.columns, from + kProductColumns);
+    for (int64_t b = 0; b < a.sentences; ++b) {
+      float* __restrict sum = a.partial + (chunk * a.sentences + b) * a.columns;
+      const float* x = a.x + b * a.rows;
+      std::fill(sum + from, sum + to, 0.0f);
+      int64_t r = start;
+      for (; r + 4 <= stop; r += 4) {
+        const float *w0 = a.weight + r * a.columns, *w1 = w0 + a.columns, *w2 = w1 + a.columns, *w3 = w2 + a.columns;
+        const float x0 = x[r], x1 = x[r + 1], x2 = x[r + 2], x3 = x[r + 3];
+#pragma GCC ivdep
+        for (int64_t c = from; c < to; ++c) sum[c] += (x0 * w0[c] + x1 * w1[c]) + (x2 * w2[c] + x3 * w3[c]);
+      }
+      for (; r < stop; ++r) {
+        const float* w = a.weight + r * a.columns;
+#pragma GCC ivdep
+        for (int64_t c = from; c < to; ++c) sum[c] += x[r] * w[c];
+      }
+    }
+  }
+}
+
+S2SENT_CLONES void sum_products(const Product& a, int64_t begin, int64_t end) {
+  const int64_t chunks = (a.rows + kProductRows - 1) / kProductRows;
+  for (int64_t b = begin; b < end; ++b) {
+    float* __restrict sum = a.result + b * a.columns;
+    std::fill(sum, sum + a.columns, 0.0f);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const float* partial = a.partial + (chunk * a.sentences + b) * a.columns;
+      for (int64_t c = 0; c < a.columns; ++c) sum[c] += partial[c];
+    }
+  }
+}
 
 S2SENT_CLONES void bottleneck(const Gate& a, int64_t begin, int64_t end) {
   for (int64_t h = begin; h < end; ++h) {

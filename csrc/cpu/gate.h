@@ -30,6 +30,14 @@ struct Gate {
   const float* pooled; // p [B, N, D] or null
   void* output;        // o [B, D] with p
   DType dtype;         // of o
+
+  // Of the backward alone: with dg, or with do and p.
+  const float* grad_gates;   // dg [B, N, D] or null
+  const float* grad_output;  // do [B, D], with p
+  float* grad_pooled;        // dp [B, N, D], with p
+  float* grad_logits;        // [B, N, D] of e + c
+  float* grad_normed;        // [B, N, D] of the norm's result, or of z where there is none
+  float* normed;             // [B, N, D] (z - mean) / std, with a norm
 };
 
 // Items are h: s.
@@ -38,5 +46,27 @@ void bottleneck(const Gate& args, int64_t begin, int64_t end);
 // Items are (sentences kGateSentences at a time, features kGateFeatures at a time), features first.
 // ``scratch`` holds kGateFeatures (H + kGateSentences N) floats.
 void excite(const Gate& args, int64_t begin, int64_t end, float* scratch);
+
+// Items as of excite: dp and the gradients inside the gate. ``scratch`` holds kGateFeatures (H + 2 kGateSentences N) floats.
+void excite_backward(const Gate& args, int64_t begin, int64_t end, float* scratch);
+
+constexpr int64_t kProductRows = 256;     // of an item of multiply_rows
+constexpr int64_t kProductColumns = 256;
+
+struct Product {
+  int64_t sentences;
+  int64_t rows;
+  int64_t columns;
+  const float* x;       // [B, rows]
+  const float* weight;  // [rows, columns]
+  float* partial;       // [chunks of rows, B, columns]
+  float* result;        // [B, columns]
+};
+
+// Items are (kProductRows rows at a time, kProductColumns columns at a time), columns first: partial sums of x @ weight.
+void multiply_rows(const Product& args, int64_t begin, int64_t end);
+
+// Items are sentences: the chunks' sum.
+void sum_products(const Product& args, int64_t begin, int64_t end);
 
 }  // namespace s2sent
