@@ -1,6 +1,6 @@
 // gate: s = act(W1 f + b1), z = W2 s + b2, g = s-norm(sigmoid(norm(z))), and o = sum_n g p.
 //
-// Order of summation: W1 f in kLanes running sums over features, then these as a tree; W2 s over h ascending; the s-norm and o
+// Order of summation: W1 f in kLanes running sums over features, then these as a tree; W2 s in two running sums over even and odd h; the s-norm and o
 // over the blocks ascending; the backward's products over rows of W2 and W1 as multiply_rows says. Sentences and features only stand side by side, so that one has the bits that it has alone.
 
 #include "gate.h"
@@ -68,9 +68,21 @@ S2SENT_INLINE void turn(const float* up_weight, int64_t count, int64_t width, fl
 }
 
 S2SENT_INLINE void multiply(const float* columns, const float* s, int64_t width, float* __restrict z) {
-  Vector a0 = {}, a1 = {}, a2 = {}, a3 = {};
-  for (int64_t h = 0; h < width; ++h) {
-    const UnalignedVector* w = reinterpret_cast<const UnalignedVector*>(columns + h * kGateFeatures);
+  Vector a0 = {}, a1 = {}, a2 = {}, a3 = {}, b0 = {}, b1 = {}, b2 = {}, b3 = {};
+  const UnalignedVector* w = reinterpret_cast<const UnalignedVector*>(columns);
+  int64_t h = 0;
+  for (; h + 2 <= width; h += 2, w += 8) {
+    const float x = s[h], y = s[h + 1];
+    a0 += w[0] * x;
+    a1 += w[1] * x;
+    a2 += w[2] * x;
+    a3 += w[3] * x;
+    b0 += w[4] * y;
+    b1 += w[5] * y;
+    b2 += w[6] * y;
+    b3 += w[7] * y;
+  }
+  if (h < width) {
     const float x = s[h];
     a0 += w[0] * x;
     a1 += w[1] * x;
@@ -78,10 +90,10 @@ S2SENT_INLINE void multiply(const float* columns, const float* s, int64_t width,
     a3 += w[3] * x;
   }
   UnalignedVector* to = reinterpret_cast<UnalignedVector*>(z);
-  to[0] = a0;
-  to[1] = a1;
-  to[2] = a2;
-  to[3] = a3;
+  to[0] = a0 + b0;
+  to[1] = a1 + b1;
+  to[2] = a2 + b2;
+  to[3] = a3 + b3;
 }
 
 // From exp(e + c) [N, F]: g.
@@ -231,7 +243,7 @@ S2SENT_CLONES void excite_backward(const Gate& a, int64_t begin, int64_t end, fl
   }
 }
 
-// Order of summation: four rows at a time as a tree, ascending in a chunk, the last few one by one; then the chunks ascending.
+// Order of summation: eight rows at a time as a tree, ascending in a chunk, the last few one by one; then the chunks ascending.
 S2SENT_CLONES void multiply_rows(const Product& a, int64_t begin, int64_t end) {
   const int64_t tiles = (a.columns + kProductColumns - 1) / kProductColumns;
   for (int64_t item = begin; item < end; ++item) {
@@ -242,11 +254,16 @@ S2SENT_CLONES void multiply_rows(const Product& a, int64_t begin, int64_t end) {
       const float* x = a.x + b * a.rows;
       std::fill(sum + from, sum + to, 0.0f);
       int64_t r = start;
-      for (; r + 4 <= stop; r += 4) {
+      for (; r + 8 <= stop; r += 8) {
         const float *w0 = a.weight + r * a.columns, *w1 = w0 + a.columns, *w2 = w1 + a.columns, *w3 = w2 + a.columns;
+        const float *w4 = w3 + a.columns, *w5 = w4 + a.columns, *w6 = w5 + a.columns, *w7 = w6 + a.columns;
         const float x0 = x[r], x1 = x[r + 1], x2 = x[r + 2], x3 = x[r + 3];
+        const float x4 = x[r + 4], x5 = x[r + 5], x6 = x[r + 6], x7 = x[r + 7];
 #pragma GCC ivdep
-        for (int64_t c = from; c < to; ++c) sum[c] += (x0 * w0[c] + x1 * w1[c]) + (x2 * w2[c] + x3 * w3[c]);
+        for (int64_t c = from; c < to; ++c) {
+          sum[c] += ((x0 * w0[c] + x1 * w1[c]) + (x2 * w2[c] + x3 * w3[c])) +
+              ((x4 * w4[c] + x5 * w5[c]) + (x6 * w6[c] + x7 * w7[c]));
+        }
       }
       for (; r < stop; ++r) {
         const float* w = a.weight + r * a.columns;
