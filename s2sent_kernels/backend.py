@@ -59,7 +59,8 @@ def _native_status() -> BackendStatus:
         return BackendStatus(False, f"the compiled extension does not load: {type(error).__name__}: {error}")
     if found != NATIVE_INTERFACE:
         return BackendStatus(
-            False, f"the compiled extension has interface {found}, this package needs {NATIVE_INTERFACE}: build it again"
+            False,
+            f"the compiled extension has interface {found}, this package needs {NATIVE_INTERFACE}: build it again",
         )
     return BackendStatus(True, "compiled C++, on the CPU")
 

@@ -240,9 +240,7 @@ def _backward(
 def gate_backward(
     grad_gates: Tensor, squeezed: Tensor, parameters: GateParameters, activation: str, eps: float
 ) -> tuple[Tensor, GateParameters]:
-    _, grad, grads = _backward(
-        grad_gates, None, squeezed, None, parameters, grad_gates.shape[1], activation, eps
-    )
+    _, grad, grads = _backward(grad_gates, None, squeezed, None, parameters, grad_gates.shape[1], activation, eps)
     return grad, grads
 
 
@@ -271,7 +269,10 @@ def fuse_backward(
     first, rows = hidden_states[0], _rows(hidden_states, cu_seqlens)
     grad = first.new_empty(rows, len(hidden_states), first.shape[-1], dtype=torch.float32)
     _ops.fuse_backward(
-        _dense(grad_fused.to(first.dtype)), [_dense(u) for u in hidden_states], *_tokens(attention_mask, cu_seqlens), grad
+        _dense(grad_fused.to(first.dtype)),
+        [_dense(u) for u in hidden_states],
+        *_tokens(attention_mask, cu_seqlens),
+        grad,
     )
     return grad
 
