@@ -24,7 +24,7 @@ HEADERS = ["csrc/cpu/batch.h", "csrc/cpu/fuse.h", "csrc/cpu/gate.h", "csrc/cpu/s
 MINIMUM_TORCH = "2.11"
 TARGET_VERSION = "0x020b000000000000"  # the stable ABI as of MINIMUM_TORCH, whatever newer torch it is built with
 FLAGS = [
-    "-std=c++17", "-O3", "-fvisibility=hidden",
+    "-std=c++17", "-O3", "-g0", "-fvisibility=hidden",
     "-ffp-contract=off",  # a kernel compiled for several instruction sets gives the same bits on each
     "-fno-math-errno", "-fno-trapping-math",  # conditional floating point vectorises; changes no bits
 ]  # fmt: skip

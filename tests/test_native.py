@@ -134,6 +134,23 @@ def test_bits_do_not_depend_on_the_number_of_threads(batch_size, mask, pooling):
             assert torch.equal(one, two)
 
 
+# ---------------------------------------------------------------- storage types
+
+
+@BUILT
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_number_is_read_and_rounded_as_pytorch_does(dtype):
+    """All 65536 of them, subnormal, infinite and NaN too, times numbers that make every kind of rounding."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[None, None]
+    generator = torch.Generator().manual_seed(0)
+    for gates in (torch.ones(1, 1, 2**16), torch.rand(1, 1, 2**16, generator=generator) * 4, torch.full((), 0.5)):
+        gates = gates.expand(1, 1, 2**16)
+        found = functional.fuse([every], gates, backend="native")
+        # fuse adds to 0, which turns -0 into 0
+        assert torch.equal(found.nan_to_num(nan=123.0), (gates * every.float()).to(dtype).nan_to_num(nan=123.0))
+        assert torch.equal(found.isnan(), every.isnan())
+
+
 # ---------------------------------------------------------------- setup.py
 
 
