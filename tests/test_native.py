@@ -134,6 +134,22 @@ def test_bits_do_not_depend_on_the_number_of_threads(batch_size, mask, pooling):
             assert torch.equal(one, two)
 
 
+@BUILT
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_bits_do_not_depend_on_where_the_padding_is(pooling):
+    torch.manual_seed(0)
+    parameters = s2.GateParameters(*(torch.randn(shape) for shape in ((H, 64), (H,), (N * 64, H), (N * 64,))))
+    hidden = [torch.randn(1, L, 64) for _ in range(N)]
+    options = {"frequencies": M, "pooling": pooling, "backend": "native"}
+    alone = functional.select_pool(hidden, parameters, **options)
+    place = torch.stack([torch.randperm(3 * L).sort()[1][:L].sort()[0], torch.arange(2 * L, 3 * L)])  # holes, left
+    padded = [torch.full((2, 3 * L, 64), float("nan")) for _ in range(N)]
+    mask = torch.zeros(2, 3 * L, dtype=torch.bool).scatter(1, place, True)
+    for u, wide in zip(hidden, padded, strict=True):
+        wide[mask] = u.expand(2, -1, -1).flatten(0, 1)
+    assert torch.equal(functional.select_pool(padded, parameters, mask, **options), alone.expand(2, -1))
+
+
 # ---------------------------------------------------------------- storage types
 
 
