@@ -25,6 +25,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
 endif
 
+CSRC := $(wildcard csrc/*.cpp csrc/cpu/*)
+
 ifdef PYTHON
 PY := $(PYTHON)
 DEMO_READY := package
@@ -47,15 +49,15 @@ help:
 	.venv/bin/python -m pip install --quiet $(TORCH)
 	@touch $@
 
-.venv/demo.installed: .venv/created pyproject.toml setup.py
+.venv/demo.installed: .venv/created pyproject.toml setup.py $(CSRC)
 	.venv/bin/python -m pip install --quiet --no-build-isolation -e ".[demo]"
 	@touch $@
 
-.venv/dev.installed: .venv/created pyproject.toml setup.py
+.venv/dev.installed: .venv/created pyproject.toml setup.py $(CSRC)
 	.venv/bin/python -m pip install --quiet --no-build-isolation -e ".[test,lint]" $(TRITON)
 	@touch $@
 
-.venv/bench.installed: .venv/created pyproject.toml setup.py
+.venv/bench.installed: .venv/created pyproject.toml setup.py $(CSRC)
 	.venv/bin/python -m pip install --quiet --no-build-isolation -e ".[bench]" $(TRITON)
 	@touch $@
 
@@ -65,8 +67,9 @@ package:
 demo: $(DEMO_READY)
 	$(PY) -m s2sent_kernels.cli demo
 
-# Two processes: Triton decides when a kernel is decorated whether it is compiled or interpreted. Without a GPU the tests in
-# tests/kernels run the kernels in the interpreter; with one they run them on it. Both closing lines are repeated at the end.
+# Three processes: Triton decides when a kernel is decorated whether it is compiled or interpreted. Without a GPU the tests in
+# tests/kernels run the kernels in the interpreter; with one they run them on it. The third runs them over the compiled backend on
+# the CPU, where it was built. All closing lines are repeated at the end.
 test: $(DEV_READY)
 	@logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; interpret= workers= failed=0; \
 	if ! $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
@@ -75,8 +78,10 @@ test: $(DEV_READY)
 	fi; \
 	env -u TRITON_INTERPRET $(PY) -m pytest tests --ignore=tests/kernels $$workers 2>&1 | tee "$$logs/1" || failed=1; \
 	env -u TRITON_INTERPRET $$interpret $(PY) -m pytest tests/kernels $$workers 2>&1 | tee "$$logs/2" || failed=1; \
-	echo "tests:         $$(tail -n 1 "$$logs/1")"; \
-	echo "tests/kernels: $$(tail -n 1 "$$logs/2")"; \
+	env -u TRITON_INTERPRET S2SENT_TEST_BACKEND=native $(PY) -m pytest tests/kernels $$workers 2>&1 | tee "$$logs/3" || failed=1; \
+	echo "tests:                  $$(tail -n 1 "$$logs/1")"; \
+	echo "tests/kernels:          $$(tail -n 1 "$$logs/2")"; \
+	echo "tests/kernels (native): $$(tail -n 1 "$$logs/3")"; \
 	exit $$failed
 
 # The report is rebuilt from what there is, also where something failed parity or broke; that still fails the command.
@@ -92,4 +97,4 @@ lint: $(DEV_READY)
 	$(PY) -m mypy
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf .venv build dist s2sent_kernels/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 import warnings
@@ -12,7 +13,8 @@ import torch
 
 BACKENDS = ("reference", "triton", "native")
 BACKEND_VARIABLE = "S2SENT_BACKEND"
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of every backend but the reference
+NATIVE_INTERFACE = 1  # of csrc/bindings.cpp: an extension that says another number was built from other sources
 MINIMUM_CAPABILITY = (8, 0)  # sm_80: the oldest GPU whose kernels are compiled in the tests
 
 
@@ -44,6 +46,25 @@ def _triton_status(device_index: int | None, interprets: bool) -> BackendStatus:
     return BackendStatus(True, f"on {name}")
 
 
+@functools.cache
+def _native_status() -> BackendStatus:
+    """Loads the extension, which registers torch.ops.s2sent_native.*. Whatever is wrong with it becomes a reason."""
+    name = f"{__package__}._C"
+    try:
+        if importlib.util.find_spec(name) is None:
+            return BackendStatus(False, "the compiled extension is not built (see S2SENT_BUILD in setup.py)")
+        importlib.import_module(name)
+        found = torch.ops.s2sent_native.interface_version()
+    except Exception as error:  # a library that is cut off, or for another torch or processor
+        return BackendStatus(False, f"the compiled extension does not load: {type(error).__name__}: {error}")
+    if found != NATIVE_INTERFACE:
+        return BackendStatus(
+            False,
+            f"the compiled extension has interface {found}, this package needs {NATIVE_INTERFACE}: build it again",
+        )
+    return BackendStatus(True, "compiled C++, on the CPU")
+
+
 def backends() -> dict[str, BackendStatus]:
     """The backends by name: whether each is usable on this machine, and why not or on what.
 
@@ -52,7 +73,7 @@ def backends() -> dict[str, BackendStatus]:
     return {
         "reference": BackendStatus(True, "plain PyTorch, on any device"),
         "triton": _triton_status(None, triton_interprets()),
-        "native": BackendStatus(False, "the compiled extension is not built"),
+        "native": _native_status(),
     }
 
 
@@ -61,12 +82,17 @@ def _refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     if backend == "reference":
         return None
     if backend == "native":
-        return backends()["native"].reason
+        status = _native_status()
+        if not status.usable:
+            return status.reason
+        if dtype not in KERNEL_DTYPES:
+            return f"it computes float32, float16 and bfloat16, got {dtype}"
+        return None if device.type == "cpu" else f"it runs on cpu tensors, got {device.type} tensors"
     interprets = triton_interprets()
     status = _triton_status(device.index if device.type == "cuda" else None, interprets)
     if not status.usable:
         return status.reason
-    if dtype not in TRITON_DTYPES:
+    if dtype not in KERNEL_DTYPES:
         return f"it computes float32, float16 and bfloat16, got {dtype}"
     if device.type != ("cpu" if interprets else "cuda"):
         return (
@@ -99,12 +125,14 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         if refusal is not None:
             raise ValueError(f"backend: {asked!r} cannot be used here: {refusal}")
         return asked
+    if device.type == "cpu" and _refusal("native", device, dtype) is None:
+        return "native"
     if device.type != "cuda":
         return "reference"
     refusal = _refusal("triton", device, dtype)
     if refusal is None:
         return "triton"
-    if dtype in TRITON_DTYPES:  # float64 is the reference's own business and no loss to report
+    if dtype in KERNEL_DTYPES:  # float64 is the reference's own business and no loss to report
         _say_once(f"s2sent_kernels falls back to plain PyTorch: backend 'triton': {refusal}")
     return "reference"
 

@@ -54,11 +54,17 @@ for _name, _schema in _SCHEMAS.items():
 
 
 def engine(backend: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The module that computes for ``backend``: plain PyTorch or the Triton kernels (imported when first used)."""
-    if choose(backend, device, dtype) == "triton":
+    """The module that computes for ``backend``: plain PyTorch, the Triton kernels or the compiled ones (imported when first
+    used)."""
+    chosen = choose(backend, device, dtype)
+    if chosen == "triton":
         from . import kernels
 
         return kernels
+    if chosen == "native":
+        from . import native
+
+        return native
     return plain
 
 

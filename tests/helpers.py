@@ -137,7 +137,7 @@ def assert_close(actual: Tensor, expected: Tensor, relative: float = 1e-12, name
 
 def through_ops(monkeypatch) -> str:
     """Make ``functional`` call torch.ops.s2sent.*, and with it the written-out backward, where it would take plain
-    PyTorch. Returns the ``backend`` to ask for; inside the op it still means the reference on CPU tensors."""
+    PyTorch. Returns the ``backend`` to ask for; inside the op S2SENT_BACKEND makes it the reference."""
     choose = functional.choose
 
     def choose_ops(*args):
@@ -145,4 +145,5 @@ def through_ops(monkeypatch) -> str:
         return "auto"
 
     monkeypatch.setattr(functional, "choose", choose_ops)
+    monkeypatch.setenv("S2SENT_BACKEND", "reference")
     return "auto"

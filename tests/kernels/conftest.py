@@ -1,6 +1,8 @@
 """What the kernels' tests share: the device, poisoned memory, small batches and the tolerance policy.
 
-With a GPU the kernels are compiled and run on it. Without one they run in Triton's interpreter, which a process must
+S2SENT_TEST_BACKEND names the backend under test: "triton", or "native", which runs on the CPU.
+
+Triton: with a GPU the kernels are compiled and run on it. Without one they run in Triton's interpreter, which a process must
 choose before it first imports a kernel: ``make test`` sets TRITON_INTERPRET=1 and gives this directory a process of its
 own. The interpreter takes tens of milliseconds per program, so shapes are tiny and combined in pairs.
 
@@ -9,6 +11,7 @@ inputs' own dtype. See ``assert_as_close``.
 """
 
 import functools
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +19,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from s2sent_kernels import GateParameters
+from s2sent_kernels import GateParameters, backends
 from s2sent_kernels.backend import triton_interprets
 
-INTERPRETED = triton_interprets()
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+BACKEND = os.environ.get("S2SENT_TEST_BACKEND") or "triton"
+if BACKEND not in ("triton", "native"):
+    raise ValueError(f"S2SENT_TEST_BACKEND: expected 'triton' or 'native', got {BACKEND!r}")
+NATIVE = BACKEND == "native"
+INTERPRETED = not NATIVE and triton_interprets()
+DEVICE = torch.device("cpu" if NATIVE or INTERPRETED else "cuda")
 NAN = float("nan")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # What a result of hidden states' dtype is judged in. The interpreter truncates where it stores bfloat16, a GPU rounds.
@@ -32,9 +39,15 @@ if INTERPRETED:
 
 
 def pytest_collection_modifyitems(items):
-    if INTERPRETED or torch.cuda.is_available():
+    if NATIVE:
+        if backends()["native"].usable:
+            return
+        reason = backends()["native"].reason
+    elif INTERPRETED or torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="needs a CUDA device, or TRITON_INTERPRET=1 set before the start: see make test")
+    else:
+        reason = "needs a CUDA device, or TRITON_INTERPRET=1 set before the start: see make test"
+    skip = pytest.mark.skip(reason=reason)
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(skip)
@@ -223,10 +236,10 @@ def _jitter(t: Tensor, seed: int) -> Tensor:
 
 
 def check(function, inputs, gradient="random", frozen=(), draws=3):
-    """Hold ``function`` on Triton to the policy: its outputs, and the gradient of every input that is not ``frozen``.
+    """Hold ``function`` on BACKEND to the policy: its outputs, and the gradient of every input that is not ``frozen``.
 
     function(backend, inputs) returns outputs by name; ``inputs`` are tensors (or None) by name, whose strides are kept.
-    Returns Triton's outputs and gradients by name.
+    Returns BACKEND's outputs and gradients by name.
     """
     given = None
 
@@ -248,7 +261,7 @@ def check(function, inputs, gradient="random", frozen=(), draws=3):
             found |= zip(wanted, grads, strict=True)
         return found
 
-    actual = run("triton", inputs)
+    actual = run(BACKEND, inputs)
     pairs = []
     for draw in range(1 + draws):
         if draw:

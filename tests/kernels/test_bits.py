@@ -7,7 +7,7 @@ block.
 import numpy
 import pytest
 import torch
-from conftest import DEVICE, HIDDEN_DTYPES, INTERPRETED, POOLINGS, lay_out, make_batch, pack, randn
+from conftest import BACKEND, DEVICE, HIDDEN_DTYPES, INTERPRETED, POOLINGS, lay_out, make_batch, pack, randn
 from test_select import make_selector, run
 
 PATHS = (None, *POOLINGS, "gates")  # None is the token output
@@ -35,7 +35,7 @@ ENCODERS = [(12, 768, 4), (6, 384, 4), (24, 1024, 8), (3, 768, 1), (8, 21, 3)]
 
 
 def selector_for(N, M, size=D, **options):
-    return make_selector(N, size, M, H=8, block_prior=True, backend="triton", **options)
+    return make_selector(N, size, M, H=8, block_prior=True, backend=BACKEND, **options)
 
 
 def equal(one, other):
@@ -112,7 +112,7 @@ def test_a_bottleneck_wider_than_the_kernel_holds(path):
     """Its gate is plain PyTorch, whose matrix products depend on the batch in the last bits: no promise there."""
     from s2sent_kernels.kernels import config
 
-    selector = make_selector(2, D, 1, H=config.MAX_BOTTLENECK + 44, backend="triton")
+    selector = make_selector(2, D, 1, H=config.MAX_BOTTLENECK + 44, backend=BACKEND)
     hidden = make_batch(2, 5, 3, D).hidden_states
     output = run(selector, hidden, {}, path)
     for b in range(5):
@@ -152,7 +152,7 @@ def test_run_to_run(path, profile, training):
     batch = make_batch(N, 3, 5, D, HIDDEN_DTYPES[-1], mask="holes")
     results = []
     for _ in range(2):
-        selector = make_selector(N, D, 2, profile=profile, backend="triton").train(training)
+        selector = make_selector(N, D, 2, profile=profile, backend=BACKEND).train(training)
         hidden = [u.clone().requires_grad_() for u in batch.hidden_states]
         output = run(selector, hidden, batch.where, path)
         gradient = randn(*output.shape, seed=5, dtype=output.dtype)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import BF16, DEVICE, F16, F32, INTERPRETED, NAN, assert_as_close, check, make_batch, pack, randn
+from conftest import BACKEND, BF16, DEVICE, F16, F32, INTERPRETED, NAN, assert_as_close, check, make_batch, pack, randn
 
 from s2sent_kernels import functional
 
@@ -91,7 +91,7 @@ def test_the_gates_gradient_is_float32_for_bfloat16():
         return torch.ops.s2sent.fuse_backward(dv, hidden, mask, None, backend)
 
     truth = dgates([u.double() for u in batch.hidden_states], dv.double(), "reference")
-    found, same_dtype = (dgates(batch.hidden_states, dv, backend) for backend in ("triton", "reference"))
+    found, same_dtype = (dgates(batch.hidden_states, dv, backend) for backend in (BACKEND, "reference"))
     assert found.dtype == F32
     assert_as_close(found, same_dtype, truth, "dg")
 
@@ -133,7 +133,7 @@ def test_packed_tiles(lengths):
     found = check(fuse_of(where), {"g": gates, "u0": hidden[0], "u1": hidden[1]})
     mask = torch.tensor([[i < length for i in range(L)] for length in lengths] or [[False] * L], device=DEVICE)
     if lengths:
-        v = functional.fuse(padded.hidden_states, gates, mask, backend="triton")
+        v = functional.fuse(padded.hidden_states, gates, mask, backend=BACKEND)
         assert torch.equal(found["v"], v[mask])
 
 
@@ -151,7 +151,7 @@ def test_nan_at_padding_has_no_effect(mask):
     def run(hidden, gates, dv):
         hidden = [u.detach().requires_grad_() for u in hidden]
         gates = gates.clone().requires_grad_()
-        v = functional.fuse(hidden, gates, batch.real, backend="triton")
+        v = functional.fuse(hidden, gates, batch.real, backend=BACKEND)
         return [v, *torch.autograd.grad(v, [gates, *hidden], dv)]
 
     dv = randn(4, 5, 40, seed=5)
@@ -168,9 +168,9 @@ def test_nan_at_padding_has_no_effect(mask):
 def test_nan_in_a_gate_stays_in_its_sentence_and_feature():
     batch = make_batch(2, 2, 3, 24)
     gates = randn(2, 2, 24, seed=77)
-    clean = functional.fuse(batch.hidden_states, gates, backend="triton")
+    clean = functional.fuse(batch.hidden_states, gates, backend=BACKEND)
     gates[1, 0, 3] = NAN
-    v = functional.fuse(batch.hidden_states, gates, backend="triton")
+    v = functional.fuse(batch.hidden_states, gates, backend=BACKEND)
     assert v[1, :, 3].isnan().all()
     v[1, :, 3] = clean[1, :, 3]
     assert torch.equal(v, clean)

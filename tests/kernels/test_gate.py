@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import BF16, F16, F32, NAN, check, make_parameters, randn
+from conftest import BACKEND, BF16, F16, F32, NAN, check, make_parameters, randn
 
 from s2sent_kernels import GateParameters, functional
 
@@ -80,7 +80,7 @@ def test_parameters_of_any_strides():
     strided = strided._replace(down_weight=parameters.down_weight.T.contiguous().T)
     assert not any(t.is_contiguous() for t in strided)
     f = randn(24, 3, seed=11).T
-    one, other = (functional.gate(f, p, num_blocks=2, backend="triton") for p in (strided, parameters))
+    one, other = (functional.gate(f, p, num_blocks=2, backend=BACKEND) for p in (strided, parameters))
     assert torch.equal(one, other)
 
 
@@ -98,7 +98,7 @@ def test_activations_of_every_size(scale):
 
 def test_a_large_prior_does_not_overflow():
     parameters = make_parameters(3, 24, 4, prior=(0.0, 2000.0, -2000.0))
-    g = functional.gate(randn(2, 24, seed=11), parameters, num_blocks=3, backend="triton")
+    g = functional.gate(randn(2, 24, seed=11), parameters, num_blocks=3, backend=BACKEND)
     assert torch.equal(g, torch.tensor([0.0, 1.0, 0.0], device=g.device)[None, :, None].expand(2, 3, 24))
 
 
@@ -121,10 +121,10 @@ def test_a_bottleneck_wider_than_the_kernel_holds():
 def test_nan_and_inf_stay_where_they_belong(value, what):
     """Of a sentence's f in that sentence; of a parameter wherever the formula takes it."""
     inputs = inputs_of(3, 24, make_parameters(2, 24, 4, norm=False, prior=(0.5, -1.0)))
-    clean = gate_of(2)("triton", inputs)["g"]
+    clean = gate_of(2)(BACKEND, inputs)["g"]
     inputs[what] = inputs[what].clone()
     inputs[what].view(-1)[-1] = value
-    found, expected = (gate_of(2)(backend, inputs)["g"] for backend in ("triton", "reference"))
+    found, expected = (gate_of(2)(backend, inputs)["g"] for backend in (BACKEND, "reference"))
     assert torch.equal(found.isnan(), expected.isnan())
     if what == "f":
         assert torch.equal(found[:-1], clean[:-1])
@@ -133,7 +133,7 @@ def test_nan_and_inf_stay_where_they_belong(value, what):
 def test_batch_statistics_update_the_running_ones():
     """In training the gate is plain PyTorch on every backend: the same bits."""
     results = []
-    for backend in ("triton", "reference"):
+    for backend in (BACKEND, "reference"):
         parameters = make_parameters(2, 24, 4)
         f = randn(5, 24, seed=11)
         g = functional.gate(f, parameters, num_blocks=2, training=True, momentum=0.3, backend=backend)

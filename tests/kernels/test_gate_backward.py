@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import BF16, F16, F32, NAN, assert_as_close, lay_out, make_gradient, make_parameters, randn
+from conftest import BACKEND, BF16, F16, F32, NAN, assert_as_close, lay_out, make_gradient, make_parameters, randn
 
 from s2sent_kernels import GateParameters
 from s2sent_kernels.kernels import config
@@ -19,7 +19,7 @@ def inputs_of(name, B, N, D, parameters, dtype=F32, gradient="random"):
     return (given, f) if name == "gate_backward" else (given, f, p)
 
 
-def call(name, tensors, parameters, activation="tanh", eps=1e-6, backend="triton"):
+def call(name, tensors, parameters, activation="tanh", eps=1e-6, backend=BACKEND):
     """The gradients by name."""
     found = getattr(torch.ops.s2sent, name)(*tensors, *parameters, activation, eps, backend)
     names = [n for n in GRADIENTS if getattr(parameters, n) is not None]
@@ -132,7 +132,7 @@ def test_gates_that_the_kernels_do_not_hold(name, N, H):
 def test_an_empty_batch(name, prior):
     parameters = make_parameters(2, 24, 4, BF16, prior=prior)
     tensors = inputs_of(name, 0, 2, 24, parameters)
-    found, expected = (call(name, tensors, parameters, backend=backend) for backend in ("triton", "reference"))
+    found, expected = (call(name, tensors, parameters, backend=backend) for backend in (BACKEND, "reference"))
     for key in expected:
         assert found[key].shape == expected[key].shape and found[key].dtype == expected[key].dtype
         assert not found[key].any()
@@ -150,7 +150,7 @@ def test_nan_stays_in_its_sentence(name, value, what):
     clean = call(name, tensors, parameters)
     tensors[place] = tensors[place].clone()
     tensors[place][1].view(-1)[-1] = value
-    found, expected = (call(name, tensors, parameters, backend=backend) for backend in ("triton", "reference"))
+    found, expected = (call(name, tensors, parameters, backend=backend) for backend in (BACKEND, "reference"))
     for key in found:
         assert torch.equal(found[key].isnan(), expected[key].isnan()), key
     for key in set(found) & {"f", "p"}:
@@ -163,7 +163,7 @@ def test_nan_in_a_parameter_goes_where_the_formula_takes_it(name, what):
     parameters = make_parameters(3, 24, 4, prior=(0.5, -1.0))
     getattr(parameters, what).view(-1)[-1] = NAN
     tensors = inputs_of(name, 3, 3, 24, parameters)
-    found, expected = (call(name, tensors, parameters, backend=backend) for backend in ("triton", "reference"))
+    found, expected = (call(name, tensors, parameters, backend=backend) for backend in (BACKEND, "reference"))
     for key in found:
         assert torch.equal(found[key].isnan(), expected[key].isnan()), key
 

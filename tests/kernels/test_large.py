@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import BF16, DEVICE, F32, INTERPRETED, lay_out, make_batch, make_parameters, randn
+from conftest import BACKEND, BF16, DEVICE, F32, lay_out, make_batch, make_parameters, randn
 from test_select import make_selector, run
 
 from s2sent_kernels import functional
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+pytestmark = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 
 LIMIT = 2**31  # elements, from where 32-bit offsets wrap
 PATHS = (None, "mean", "last", "gates")
@@ -63,7 +63,7 @@ def test_one_hidden_state_of_more_than_2_31_elements(N, form):
         hidden = [u.detach().requires_grad_(n == 0) for n in range(N)]
         shape = (rows, L, D)
         found = []
-        f, p = functional.squeeze(hidden, **where, frequencies=M, pooling="mean", backend="triton")
+        f, p = functional.squeeze(hidden, **where, frequencies=M, pooling="mean", backend=BACKEND)
         found += [tail(f.detach()), tail(p.detach())]
         (du,) = torch.autograd.grad([f, p], hidden[:1], [torch.ones_like(f), torch.ones_like(p)])
         found.append(tail(du.view(shape)))
@@ -71,7 +71,7 @@ def test_one_hidden_state_of_more_than_2_31_elements(N, form):
         g = gates.new_zeros(rows, N, D)
         g[-3:] = gates
         g.requires_grad_()
-        v = functional.fuse(hidden, g, **where, backend="triton")
+        v = functional.fuse(hidden, g, **where, backend=BACKEND)
         found.append(tail(v.detach().view(shape)))
         dg, du = torch.autograd.grad(v, [g, hidden[0]], dv)
         return [*found, tail(dg), tail(du.view(shape))]
@@ -96,9 +96,9 @@ def test_2_31_elements_in_all_together():
     def outputs(u):
         hidden = [u] * N
         with torch.no_grad():
-            o = tail(functional.select_pool(hidden, parameters, frequencies=4, backend="triton"))
+            o = tail(functional.select_pool(hidden, parameters, frequencies=4, backend=BACKEND))
             torch.cuda.empty_cache()
-            return o, tail(functional.select(hidden, parameters, frequencies=4, backend="triton"))
+            return o, tail(functional.select(hidden, parameters, frequencies=4, backend=BACKEND))
 
     for one, other in zip(outputs(u), outputs(small), strict=True):
         assert torch.equal(one, other)
@@ -115,8 +115,8 @@ def test_a_stride_beyond_2_31(stride):
     gates = randn(3, 1, D, seed=2)
 
     def outputs(u):
-        f, p = functional.squeeze([u], frequencies=4, pooling="mean", backend="triton")
-        return f, p, functional.fuse([u], gates, backend="triton")
+        f, p = functional.squeeze([u], frequencies=4, pooling="mean", backend=BACKEND)
+        return f, p, functional.fuse([u], gates, backend=BACKEND)
 
     for one, other in zip(outputs(apart), outputs(apart.contiguous()), strict=True):
         assert torch.equal(one, other)
@@ -129,7 +129,7 @@ def test_a_stride_beyond_2_31(stride):
 @pytest.mark.parametrize("path", PATHS)
 def test_cuda_graph(path, masked):
     """Captured once, replayed on other contents of the same memory, the mask's too: the bits of eager."""
-    selector = make_selector(3, 96, 4, block_prior=True, backend="triton").requires_grad_(False)
+    selector = make_selector(3, 96, 4, block_prior=True, backend=BACKEND).requires_grad_(False)
     batch = make_batch(3, 5, 33, 96, BF16, "mixed")
     where = {"attention_mask": batch.real.clone()} if masked else {}
     run(selector, batch.hidden_states, where, path)  # compiles
@@ -149,7 +149,7 @@ def test_cuda_graph(path, masked):
 
 @pytest.mark.parametrize("path", [None, "mean"])
 def test_cuda_graph_of_packed_sentences_and_of_the_backward(path):
-    selector = make_selector(3, 96, 4, backend="triton")
+    selector = make_selector(3, 96, 4, backend=BACKEND)
     hidden = [u.requires_grad_() for u in make_batch(3, 4, 17, 96, mask="packed").hidden_states]
     ends = make_batch(3, 4, 17, 96, mask="packed").where["cu_seqlens"]
 
@@ -178,7 +178,7 @@ def test_cuda_graph_of_packed_sentences_and_of_the_backward(path):
 @pytest.mark.parametrize("path", PATHS)
 def test_another_stream(path):
     """Work queued before on that stream is waited for, and work after it sees the result."""
-    selector = make_selector(3, 96, 4, backend="triton")
+    selector = make_selector(3, 96, 4, backend=BACKEND)
     batch = make_batch(3, 5, 33, 96, BF16, "right")
     expected = run(selector, batch.hidden_states, batch.where, path)
     hidden = [torch.zeros_like(u) for u in batch.hidden_states]
@@ -203,7 +203,7 @@ def test_another_device(path):
     """While the first is the current one: the same bits and gradients there."""
     results = []
     for device in ("cuda:0", "cuda:1"):
-        selector = make_selector(3, 96, 4, backend="triton").to(device)
+        selector = make_selector(3, 96, 4, backend=BACKEND).to(device)
         batch = make_batch(3, 5, 33, 96, BF16, "right")
         hidden = [u.to(device).requires_grad_() for u in batch.hidden_states]
         output = run(selector, hidden, {"attention_mask": batch.real.to(device)}, path)
@@ -223,7 +223,7 @@ def test_compile(path, dynamic, training, monkeypatch):
     """fullgraph=True with Inductor, forward and backward, at two shapes."""
     monkeypatch.undo()  # the poison is no part of what is compiled
     torch._dynamo.reset()
-    selectors = [make_selector(3, 96, 4, block_prior=True, backend="triton").train(training) for _ in range(2)]
+    selectors = [make_selector(3, 96, 4, block_prior=True, backend=BACKEND).train(training) for _ in range(2)]
     eager, compiled = (selector.forward if path is None else selector.pool for selector in selectors)
     compiled = torch.compile(compiled, fullgraph=True, dynamic=dynamic)
     close = 1e-3 if training else 1e-4
@@ -253,7 +253,7 @@ class _Pool(torch.nn.Module):
 def test_export(path, monkeypatch):
     """In eval mode, with B and L left open."""
     monkeypatch.undo()
-    selector = make_selector(3, 96, 4, backend="triton").requires_grad_(False)
+    selector = make_selector(3, 96, 4, backend=BACKEND).requires_grad_(False)
     module = selector if path is None else _Pool(selector)
     B, L = torch.export.Dim("B", min=2, max=64), torch.export.Dim("L", min=2, max=512)
     batch = make_batch(3, 5, 33, 96, F32, "right")
@@ -268,7 +268,7 @@ def test_export(path, monkeypatch):
 
 def test_every_layout_has_the_same_bits():
     """At a size where the kernels load 128 bits at a time."""
-    selector = make_selector(3, 768, 4, backend="triton")
+    selector = make_selector(3, 768, 4, backend=BACKEND)
     batch = make_batch(3, 4, 70, 768, BF16, "right")
     for path in (None, "mean"):
         expected = run(selector, batch.hidden_states, batch.where, path)

@@ -4,7 +4,20 @@ import copy
 
 import pytest
 import torch
-from conftest import BF16, DEVICE, F16, F32, HIDDEN_DTYPES, NAN, POOLINGS, check, make_batch, make_parameters, randn
+from conftest import (
+    BACKEND,
+    BF16,
+    DEVICE,
+    F16,
+    F32,
+    HIDDEN_DTYPES,
+    NAN,
+    POOLINGS,
+    check,
+    make_batch,
+    make_parameters,
+    randn,
+)
 
 from s2sent_kernels import S2SentSelector, functional
 
@@ -124,7 +137,7 @@ def test_a_hooked_part_is_called(pooling):
     """And the gate then goes through the parts as modules."""
     selector = make_selector(2, 24, 3, block_prior=True)
     batch = make_batch(2, 3, 5, 24, mask="holes")
-    selector.backend = "triton"
+    selector.backend = BACKEND
     plain = run(selector, batch.hidden_states, batch.where, pooling)
     calls = []
     selector.up.register_forward_hook(lambda *arguments: calls.append(arguments))
@@ -147,7 +160,7 @@ def test_only_some_inputs_need_a_gradient(pooling):
 def test_batch_norm_is_updated_as_on_the_reference(profile, training):
     batch = make_batch(3, 5, 2, D, mask="mixed")
     states = []
-    for backend in ("triton", "reference"):
+    for backend in (BACKEND, "reference"):
         selector = make_selector(profile=profile).train(training)
         selector.backend = backend
         selector.pool(batch.hidden_states, **batch.where)
@@ -166,7 +179,7 @@ def test_batch_norm_is_updated_as_on_the_reference(profile, training):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("pooling", [None, "mean", "gates"])
 def test_an_empty_batch(pooling, training, profile):
-    selector = make_selector(profile=profile, backend="triton").train(training)
+    selector = make_selector(profile=profile, backend=BACKEND).train(training)
     hidden = [randn(0, 5, D, seed=n).requires_grad_() for n in range(3)]
     output = run(selector, hidden, {}, pooling)
     assert output.shape == {None: (0, 5, D), "mean": (0, D), "gates": (0, 3, D)}[pooling]
@@ -179,7 +192,7 @@ def test_an_empty_batch(pooling, training, profile):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("pooling", [None, "mean", "last"])
 def test_a_sentence_without_real_tokens(pooling, packed):
-    selector = make_selector(backend="triton", block_prior=True)
+    selector = make_selector(backend=BACKEND, block_prior=True)
     batch = make_batch(3, 3, 5, D, mask="packed" if packed else "mixed")  # sentence 0 or 2 is empty
     empty = 0 if packed else 2
     hidden = [u.requires_grad_() for u in batch.hidden_states]
@@ -190,14 +203,14 @@ def test_a_sentence_without_real_tokens(pooling, packed):
     assert not any(du[~batch.real].any() for du in grads) and not any(du.isnan().any() for du in grads)
     gates = selector.gates(hidden, **batch.where)
     of_nothing = functional.gate(
-        torch.zeros(1, D, device=DEVICE), selector._parameters_of_gate(), num_blocks=3, backend="triton"
+        torch.zeros(1, D, device=DEVICE), selector._parameters_of_gate(), num_blocks=3, backend=BACKEND
     )
     assert torch.equal(gates[empty], of_nothing[0])
 
 
 @pytest.mark.parametrize("pooling", [None, "mean", "gates"])
 def test_one_sentence_has_no_batch_statistics(pooling):
-    selector = make_selector(backend="triton").train()
+    selector = make_selector(backend=BACKEND).train()
     with pytest.raises(ValueError, match="more than 1 value"):
         run(selector, make_batch(3, 1, 5, D).hidden_states, {}, pooling)
 
@@ -206,7 +219,7 @@ def test_one_sentence_has_no_batch_statistics(pooling):
 @pytest.mark.parametrize("mask", ["right", "packed"])
 @pytest.mark.parametrize("pooling", PATHS)
 def test_nan_and_inf_stay_in_their_sentence(pooling, mask, value):
-    selector = make_selector(backend="triton", block_prior=True)
+    selector = make_selector(backend=BACKEND, block_prior=True)
     batch = make_batch(3, 3, 5, D, mask=mask)
     clean = run(selector, batch.hidden_states, batch.where, pooling)
     batch.hidden_states[1].view(-1, D)[1, 3] = value  # in the first sentence that has tokens
@@ -227,7 +240,7 @@ def test_nan_at_padding_has_no_effect(pooling, mask, training):
     padding = ~batch.real[..., None]
     results = []
     for value in (0.0, NAN):
-        selector = make_selector(backend="triton", block_prior=True).train(training)
+        selector = make_selector(backend=BACKEND, block_prior=True).train(training)
         hidden = [u.masked_fill(padding, value).requires_grad_() for u in batch.hidden_states]
         output = run(selector, hidden, batch.where, pooling)
         gradient = randn(*output.shape, seed=5)
@@ -239,7 +252,7 @@ def test_nan_at_padding_has_no_effect(pooling, mask, training):
 
 
 def test_official_nan_at_padding_reaches_the_batch():
-    selector = make_selector(profile="official", backend="triton")
+    selector = make_selector(profile="official", backend=BACKEND)
     batch = make_batch(3, 3, 5, D, mask="right")
     batch.hidden_states[0][1, -1] = NAN
     assert selector.gates(batch.hidden_states, **batch.where).isnan().all()
@@ -251,7 +264,7 @@ def test_dtypes(pooling, dtype):
     """Of the output, whatever the parameters' dtype."""
     batch = make_batch(3, 2, 5, D, dtype)
     for parameters in (F32, F16, BF16):
-        selector = make_selector(backend="triton").to(parameters)
+        selector = make_selector(backend=BACKEND).to(parameters)
         output = run(selector, batch.hidden_states, {}, pooling)
         assert output.dtype == (F32 if pooling == "gates" else dtype) and output.isfinite().all()
 
@@ -262,7 +275,7 @@ def test_autocast_changes_nothing(pooling, training):
     batch = make_batch(3, 3, 5, D, mask="right")
     results = []
     for enabled in (False, True):
-        selector = make_selector(backend="triton").train(training)
+        selector = make_selector(backend=BACKEND).train(training)
         hidden = [u.requires_grad_() for u in batch.hidden_states]
         with torch.autocast(DEVICE.type, dtype=BF16, enabled=enabled):
             output = run(selector, hidden, batch.where, pooling)
@@ -273,7 +286,7 @@ def test_autocast_changes_nothing(pooling, training):
 
 @pytest.mark.parametrize("pooling", [None, "mean", "gates"])
 def test_float64_is_refused(pooling):
-    selector = make_selector(backend="triton").double()
+    selector = make_selector(backend=BACKEND).double()
     with pytest.raises(ValueError, match=r"backend.*float64"):
         run(selector, make_batch(3, 2, 5, D, torch.float64).hidden_states, {}, pooling)
 
@@ -281,7 +294,7 @@ def test_float64_is_refused(pooling):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("pooling", [None, "mean", "gates"])
 def test_second_derivatives_raise(pooling, training):
-    selector = make_selector(backend="triton").train(training)
+    selector = make_selector(backend=BACKEND).train(training)
     hidden = [u.requires_grad_() for u in make_batch(3, 2, 3, D).hidden_states]
     output = run(selector, hidden, {}, pooling)
     grads = torch.autograd.grad(output.square().sum(), [*hidden, selector.down.weight], create_graph=True)
@@ -293,7 +306,7 @@ def test_second_derivatives_raise(pooling, training):
 def test_forward_mode_raises(pooling):
     import torch.autograd.forward_ad as forward
 
-    selector = make_selector(backend="triton")
+    selector = make_selector(backend=BACKEND)
     hidden = make_batch(3, 2, 3, D).hidden_states
     with forward.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         run(selector, [forward.make_dual(u, torch.ones_like(u)) for u in hidden], {}, pooling)
@@ -310,21 +323,21 @@ def _examples():
     f, dg, dp = randn(2, 8, seed=1), randn(2, 2, 8, seed=2), randn(2, 2, 8, seed=3)
     v, shape = randn(2, 3, 8, seed=4), [2, 3, 8]
     full, bare = make_parameters(2, 8, 3, prior=(1.0, -1.0)), make_parameters(2, 8, 3, norm=False)
-    options = (2, "tanh", 1e-6, "triton")
+    options = (2, "tanh", 1e-6, BACKEND)
     back = (shape, F32, DEVICE, [True, False], mask, None, 2, "paper")
     return {
         "squeeze": [
-            (hidden, mask, None, 2, "paper", "mean", "triton"), (packed, None, cu_seqlens, 2, "paper", None, "triton")
+            (hidden, mask, None, 2, "paper", "mean", BACKEND), (packed, None, cu_seqlens, 2, "paper", None, BACKEND)
         ],
         "gate": [(f, *full, *options), (f, *bare, *options)],
-        "fuse": [(hidden, mask, None, dg, "triton"), (packed, None, cu_seqlens, dg, "triton")],
-        "select_pool": [(hidden, mask, None, *full, 2, "mean", "tanh", 1e-6, "triton")],
-        "select": [(packed, None, cu_seqlens, *bare, 2, "relu", 1e-6, "triton")],
-        "squeeze_backward": [(f, dp, None, None, *back, "mean", "triton"), (f, None, v, dg, *back, None, "triton")],
-        "gate_backward": [(dg, f, *full, *options[1:]), (dg, f, *bare, "relu", 1e-6, "triton")],
-        "gate_pool_backward": [(f, f, dp, *full, *options[1:]), (f, f, dp, *bare, "relu", 1e-6, "triton")],
-        "fuse_backward": [(v, hidden, mask, None, "triton")],
-        "squeeze_block": [(hidden[0], 0, 2, f[:, None].clone(), dp, mask, None, 2, "paper", "mean", "triton")],
+        "fuse": [(hidden, mask, None, dg, BACKEND), (packed, None, cu_seqlens, dg, BACKEND)],
+        "select_pool": [(hidden, mask, None, *full, 2, "mean", "tanh", 1e-6, BACKEND)],
+        "select": [(packed, None, cu_seqlens, *bare, 2, "relu", 1e-6, BACKEND)],
+        "squeeze_backward": [(f, dp, None, None, *back, "mean", BACKEND), (f, None, v, dg, *back, None, BACKEND)],
+        "gate_backward": [(dg, f, *full, *options[1:]), (dg, f, *bare, "relu", 1e-6, BACKEND)],
+        "gate_pool_backward": [(f, f, dp, *full, *options[1:]), (f, f, dp, *bare, "relu", 1e-6, BACKEND)],
+        "fuse_backward": [(v, hidden, mask, None, BACKEND)],
+        "squeeze_block": [(hidden[0], 0, 2, f[:, None].clone(), dp, mask, None, 2, "paper", "mean", BACKEND)],
     }  # fmt: skip
 
 
@@ -368,7 +381,7 @@ def test_the_graph_is_whole(pooling, training, dynamic):
     hidden = [u.requires_grad_() for u in batch.hidden_states]
     results = []
     for compiled in (False, True):
-        selector = make_selector(2, 8, 2, block_prior=True, backend="triton").train(training)
+        selector = make_selector(2, 8, 2, block_prior=True, backend=BACKEND).train(training)
         function = selector if pooling is None else selector.pool
         if compiled:
             function = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")

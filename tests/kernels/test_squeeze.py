@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import (
+    BACKEND,
     BF16,
     DEVICE,
     F16,
@@ -16,7 +17,7 @@ from conftest import (
     randn,
 )
 
-from s2sent_kernels import functional
+from s2sent_kernels import functional, ops
 
 # Every two values of every two columns that can go together stand in some row. D / M is a multiple of no tile.
 # N, M, D, L, mask, pooling, dtype, layout, output gradient
@@ -151,7 +152,7 @@ def test_every_mask_is_the_same_mask(profile, dtype):
 
     def run(mask):
         hidden = [u.detach().requires_grad_() for u in batch.hidden_states]
-        f, p = functional.squeeze(hidden, mask, frequencies=2, profile=profile, pooling="last", backend="triton")
+        f, p = functional.squeeze(hidden, mask, frequencies=2, profile=profile, pooling="last", backend=BACKEND)
         return [f, p, *torch.autograd.grad([f, p], hidden, [torch.ones_like(f), torch.ones_like(p)])]
 
     for one, other in zip(run(mask), run(same), strict=True):
@@ -180,10 +181,10 @@ def test_a_gradient_of_one_output_alone(output, profile):
 def test_nan_at_padding_has_no_effect_on_p(profile, mask):
     """Nor on f, in profile ``paper``."""
     batch = make_batch(3, 4, 5, 24, mask=mask)
-    clean = squeeze_of(batch.where, 4, profile, "mean")("triton", named(batch.hidden_states))
+    clean = squeeze_of(batch.where, 4, profile, "mean")(BACKEND, named(batch.hidden_states))
     for u in batch.hidden_states:
         u[~batch.real] = float("nan")
-    dirty = squeeze_of(batch.where, 4, profile, "mean")("triton", named(batch.hidden_states))
+    dirty = squeeze_of(batch.where, 4, profile, "mean")(BACKEND, named(batch.hidden_states))
     assert torch.equal(dirty["p"], clean["p"])
     assert profile == "official" or torch.equal(dirty["f"], clean["f"])
 
@@ -193,10 +194,10 @@ def test_nan_at_padding_has_no_effect_on_p(profile, mask):
 def test_nan_in_a_token_that_is_not_pooled_does_not_reach_p(pooling, profile):
     batch = make_batch(1, 2, 5, 24, mask="right")
     function = squeeze_of(batch.where, 4, profile, pooling)
-    clean = function("triton", named(batch.hidden_states))
+    clean = function(BACKEND, named(batch.hidden_states))
     batch.hidden_states[0][:, 1] = float("nan")
     expected = function("reference", named(batch.hidden_states))
-    dirty = function("triton", named(batch.hidden_states))
+    dirty = function(BACKEND, named(batch.hidden_states))
     assert torch.equal(dirty["p"], clean["p"]) and dirty["f"].isnan().all() and expected["f"].isnan().all()
 
 
@@ -223,17 +224,16 @@ def test_nothing_to_squeeze(profile, mask, L):
 # ---------------------------------------------------------------- block by block
 
 
-def squeeze_by_blocks(batch, M, profile, pooling, backend="triton"):
+def squeeze_by_blocks(batch, M, profile, pooling, backend=BACKEND):
     """f, p from squeeze_block, called with each block in turn. The partial sums start from anything."""
-    from s2sent_kernels import kernels
-
+    engine = ops.engine(backend, DEVICE, F32)
     N, D = len(batch.hidden_states), batch.hidden_states[0].shape[-1]
-    groups = torch.zeros(batch.num_sentences, kernels.num_groups(N), D, device=DEVICE)
+    groups = torch.zeros(batch.num_sentences, engine.num_groups(N), D, device=DEVICE)
     pooled = None if pooling is None else torch.empty(batch.num_sentences, N, D, device=DEVICE)
     mask, cu_seqlens = batch.where.get("attention_mask"), batch.where.get("cu_seqlens")
     for n, u in enumerate(batch.hidden_states):
         torch.ops.s2sent.squeeze_block(u, n, N, groups, pooled, mask, cu_seqlens, M, profile, pooling, backend)
-    return kernels.sum_groups(groups), pooled
+    return engine.sum_groups(groups), pooled
 
 
 @pytest.mark.parametrize(

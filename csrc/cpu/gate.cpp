@@ -1,0 +1,307 @@
+// gate: s = act(W1 f + b1), z = W2 s + b2, g = s-norm(sigmoid(norm(z))), and o = sum_n g p.
+//
+// Order of summation: W1 f in kLanes running sums over features, then these as a tree; W2 s in two running sums over even and odd h; the s-norm and o
+// over the blocks ascending; the backward's products over rows of W2 and W1 as multiply_rows says. Sentences and features only stand side by side, so that one has the bits that it has alone.
+
+#include "gate.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace s2sent {
+namespace {
+
+// Eight floats at any address: two registers, one or half a one, whatever the level of x86-64 has.
+typedef float Vector __attribute__((vector_size(32)));
+typedef float UnalignedVector __attribute__((vector_size(32), aligned(4), may_alias));
+constexpr int64_t kVector = 8;
+constexpr int64_t kLanes = 4 * kVector;
+static_assert(kGateFeatures == 4 * kVector, "excite holds an item's z of one sentence in four vectors");
+
+S2SENT_INLINE float dot(const float* x, const float* y, int64_t size) {
+  Vector a0 = {}, a1 = {}, a2 = {}, a3 = {};
+  int64_t d = 0;
+  for (; d + kLanes <= size; d += kLanes) {
+    const UnalignedVector *px = reinterpret_cast<const UnalignedVector*>(x + d);
+    const UnalignedVector *py = reinterpret_cast<const UnalignedVector*>(y + d);
+    a0 += px[0] * py[0];
+    a1 += px[1] * py[1];
+    a2 += px[2] * py[2];
+    a3 += px[3] * py[3];
+  }
+  const Vector a = (a0 + a1) + (a2 + a3);
+  float rest = 0.0f;
+  for (; d < size; ++d) rest += x[d] * y[d];
+  return (((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7]))) + rest;
+}
+
+// e^x to about an ulp for x <= 88, 0 below -87; NaN stays NaN. Branchless, so that it vectorises.
+S2SENT_INLINE float exponential(float x) {
+  const float bounded = x < -87.0f ? -87.0f : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float shifted = bounded * 1.44269504f + magic;
+  const float k = shifted - magic;
+  const float r = (bounded - k * 0.693359375f) - k * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * (r * r) + r) + 1.0f;
+  const float power = from_bits((to_bits(shifted) - to_bits(magic) + 127) << 23);
+  return x < -87.0f ? 0.0f : p * power;
+}
+
+S2SENT_INLINE float sigmoid(float x) {
+  const float negative = -x > 87.0f ? 87.0f : -x;
+  return 1.0f / (1.0f + exponential(negative));
+}
+
+// up_weight's rows [row, row + width) as columns [H, kGateFeatures], the rest 0.
+S2SENT_INLINE void turn(const float* up_weight, int64_t count, int64_t width, float* __restrict columns) {
+  if (count < kGateFeatures) std::fill(columns, columns + width * kGateFeatures, 0.0f);
+  for (int64_t d = 0; d < count; ++d) {
+    const float* row = up_weight + d * width;
+    for (int64_t h = 0; h < width; ++h) columns[h * kGateFeatures + d] = row[h];
+  }
+}
+
+S2SENT_INLINE void multiply(const float* columns, const float* s, int64_t width, float* __restrict z) {
+  Vector a0 = {}, a1 = {}, a2 = {}, a3 = {}, b0 = {}, b1 = {}, b2 = {}, b3 = {};
+  const UnalignedVector* w = reinterpret_cast<const UnalignedVector*>(columns);
+  int64_t h = 0;
+  for (; h + 2 <= width; h += 2, w += 8) {
+    const float x = s[h], y = s[h + 1];
+    a0 += w[0] * x;
+    a1 += w[1] * x;
+    a2 += w[2] * x;
+    a3 += w[3] * x;
+    b0 += w[4] * y;
+    b1 += w[5] * y;
+    b2 += w[6] * y;
+    b3 += w[7] * y;
+  }
+  if (h < width) {
+    const float x = s[h];
+    a0 += w[0] * x;
+    a1 += w[1] * x;
+    a2 += w[2] * x;
+    a3 += w[3] * x;
+  }
+  UnalignedVector* to = reinterpret_cast<UnalignedVector*>(z);
+  to[0] = a0 + b0;
+  to[1] = a1 + b1;
+  to[2] = a2 + b2;
+  to[3] = a3 + b3;
+}
+
+// From exp(e + c) [N, F]: g.
+S2SENT_INLINE void normalise(float* __restrict g, int64_t num_blocks) {
+  float total[kGateFeatures] = {};
+  for (int64_t n = 0; n < num_blocks; ++n) {
+    for (int64_t j = 0; j < kGateFeatures; ++j) total[j] += g[n * kGateFeatures + j];
+  }
+  for (int64_t n = 0; n < num_blocks; ++n) {
+    for (int64_t j = 0; j < kGateFeatures; ++j) g[n * kGateFeatures + j] = g[n * kGateFeatures + j] / total[j];
+  }
+}
+
+// What an item is, and its share of the scratch.
+struct Item {
+  int64_t d, count;     // features [d, d + count)
+  int64_t first, last;  // sentences
+  float* columns;       // [H, F] of W2
+  float* weights;       // [sentences, N, F] exp(e + c)
+  float* sigmoids;      // [sentences, N, F] e, of the backward
+
+  S2SENT_INLINE Item(const Gate& a, int64_t item, float* scratch) {
+    const int64_t tiles = (a.size + kGateFeatures - 1) / kGateFeatures;
+    d = item % tiles * kGateFeatures;
+    count = std::min(kGateFeatures, a.size - d);
+    first = item / tiles * kGateSentences;
+    last = std::min(a.sentences, first + kGateSentences);
+    columns = scratch;
+    weights = columns + kGateFeatures * a.width;
+    sigmoids = weights + (last - first) * a.num_blocks * kGateFeatures;
+  }
+};
+
+// exp(e + c) of an item, for the backward e and the normalised z too.
+template <bool BACKWARD>
+S2SENT_INLINE void weigh(const Gate& a, const Item& item) {
+  const int64_t d = item.d, count = item.count, first = item.first, last = item.last, F = kGateFeatures;
+  float* columns = item.columns;
+  for (int64_t n = 0; n < a.num_blocks; ++n) {
+    const int64_t row = n * a.size + d;
+    turn(a.up_weight + row * a.width, count, a.width, columns);
+    float bias[kGateFeatures] = {}, scale[kGateFeatures], shift[kGateFeatures] = {};
+    std::fill(scale, scale + F, 1.0f);
+    for (int64_t j = 0; j < count; ++j) bias[j] = a.up_bias[row + j];
+    if (a.norm_weight) {
+      for (int64_t j = 0; j < count; ++j) {
+        scale[j] = a.norm_weight[row + j] * (1.0f / std::sqrt(a.running_var[row + j] + a.eps));
+        shift[j] = a.norm_bias[row + j] - a.running_mean[row + j] * scale[j];
+      }
+    }
+    const float prior = a.prior ? a.prior[n] : 0.0f;
+    for (int64_t b = first; b < last; ++b) {
+      float* __restrict z = item.weights + ((b - first) * a.num_blocks + n) * F;
+      multiply(columns, a.bottleneck + b * a.width, a.width, z);
+      if (BACKWARD && a.norm_weight) {
+        float* __restrict normed = a.normed + b * a.num_blocks * a.size + row;
+        for (int64_t j = 0; j < count; ++j) {
+          const float mean = a.running_mean[row + j], var = a.running_var[row + j];
+          normed[j] = ((z[j] + bias[j]) - mean) * (1.0f / std::sqrt(var + a.eps));
+        }
+      }
+      if (a.norm_weight) {
+        for (int64_t j = 0; j < F; ++j) z[j] = (z[j] + bias[j]) * scale[j] + shift[j];
+      } else {
+        for (int64_t j = 0; j < F; ++j) z[j] = z[j] + bias[j];
+      }
+      for (int64_t j = 0; j < F; ++j) z[j] = sigmoid(z[j]);
+      if (BACKWARD) std::copy_n(z, F, item.sigmoids + ((b - first) * a.num_blocks + n) * F);
+      for (int64_t j = 0; j < F; ++j) z[j] = exponential(z[j] + prior);
+    }
+  }
+  for (int64_t b = first; b < last; ++b) normalise(item.weights + (b - first) * a.num_blocks * F, a.num_blocks);
+}
+
+template <class T>
+S2SENT_INLINE void excite_items(const Gate& a, int64_t begin, int64_t end, float* scratch) {
+  const int64_t F = kGateFeatures;
+  for (int64_t index = begin; index < end; ++index) {
+    const Item item(a, index, scratch);
+    const int64_t d = item.d, count = item.count;
+    weigh<false>(a, item);
+    for (int64_t b = item.first; b < item.last; ++b) {
+      const float* g = item.weights + (b - item.first) * a.num_blocks * F;
+      float sum[kGateFeatures] = {};
+      for (int64_t n = 0; n < a.num_blocks; ++n) {
+        const int64_t place = (b * a.num_blocks + n) * a.size + d;
+        if (a.gates) std::memcpy(a.gates + place, g + n * F, size_t(count) * sizeof(float));
+        if (a.pooled) {
+          for (int64_t j = 0; j < count; ++j) sum[j] += g[n * F + j] * a.pooled[place + j];
+        }
+      }
+      if (a.pooled) {
+        T* to = static_cast<T*>(a.output) + b * a.size + d;
+        for (int64_t j = 0; j < count; ++j) store(sum[j], to + j);
+      }
+    }
+  }
+}
+
+S2SENT_CLONES void excite_float32(const Gate& a, int64_t begin, int64_t end, float* scratch) {
+  excite_items<float>(a, begin, end, scratch);
+}
+S2SENT_CLONES void excite_bfloat16(const Gate& a, int64_t begin, int64_t end, float* scratch) {
+  excite_items<BFloat16>(a, begin, end, scratch);
+}
+S2SENT_CLONES void excite_float16(const Gate& a, int64_t begin, int64_t end, float* scratch) {
+  excite_items<Float16>(a, begin, end, scratch);
+}
+
+}  // namespace
+
+S2SENT_CLONES void excite_backward(const Gate& a, int64_t begin, int64_t end, float* scratch) {
+  const int64_t F = kGateFeatures;
+  for (int64_t index = begin; index < end; ++index) {
+    const Item item(a, index, scratch);
+    weigh<true>(a, item);
+    for (int64_t b = item.first; b < item.last; ++b) {
+      const int64_t own = (b - item.first) * a.num_blocks * F;
+      float mean[kGateFeatures] = {};  // sum_n g dg
+      for (int64_t n = 0; n < a.num_blocks; ++n) {
+        const int64_t place = (b * a.num_blocks + n) * a.size + item.d;
+        const float* g = item.weights + own + n * F;
+        for (int64_t j = 0; j < item.count; ++j) {
+          float grad;
+          if (a.pooled) {
+            const float output = a.grad_output[b * a.size + item.d + j];
+            a.grad_pooled[place + j] = g[j] * output;
+            grad = output * a.pooled[place + j];
+          } else {
+            grad = a.grad_gates[place + j];
+          }
+          a.grad_logits[place + j] = grad;
+          mean[j] += g[j] * grad;
+        }
+      }
+      for (int64_t n = 0; n < a.num_blocks; ++n) {
+        const int64_t place = (b * a.num_blocks + n) * a.size + item.d;
+        const float *g = item.weights + own + n * F, *e = item.sigmoids + own + n * F;
+#pragma GCC ivdep
+        for (int64_t j = 0; j < item.count; ++j) {
+          const float logit = g[j] * (a.grad_logits[place + j] - mean[j]);
+          a.grad_logits[place + j] = logit;
+          a.grad_normed[place + j] = logit * e[j] * (1.0f - e[j]);
+        }
+      }
+    }
+  }
+}
+
+// Order of summation: eight rows at a time as a tree, ascending in a chunk, the last few one by one; then the chunks ascending.
+S2SENT_CLONES void multiply_rows(const Product& a, int64_t begin, int64_t end) {
+  const int64_t tiles = (a.columns + kProductColumns - 1) / kProductColumns;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t chunk = item / tiles, start = chunk * kProductRows, stop = std::min(a.rows, start + kProductRows);
+    const int64_t from = item % tiles * kProductColumns, to = std::min(a.columns, from + kProductColumns);
+    for (int64_t b = 0; b < a.sentences; ++b) {
+      float* __restrict sum = a.partial + (chunk * a.sentences + b) * a.columns;
+      const float* x = a.x + b * a.rows;
+      std::fill(sum + from, sum + to, 0.0f);
+      int64_t r = start;
+      for (; r + 8 <= stop; r += 8) {
+        const float *w0 = a.weight + r * a.columns, *w1 = w0 + a.columns, *w2 = w1 + a.columns, *w3 = w2 + a.columns;
+        const float *w4 = w3 + a.columns, *w5 = w4 + a.columns, *w6 = w5 + a.columns, *w7 = w6 + a.columns;
+        const float x0 = x[r], x1 = x[r + 1], x2 = x[r + 2], x3 = x[r + 3];
+        const float x4 = x[r + 4], x5 = x[r + 5], x6 = x[r + 6], x7 = x[r + 7];
+#pragma GCC ivdep
+        for (int64_t c = from; c < to; ++c) {
+          sum[c] += ((x0 * w0[c] + x1 * w1[c]) + (x2 * w2[c] + x3 * w3[c])) +
+              ((x4 * w4[c] + x5 * w5[c]) + (x6 * w6[c] + x7 * w7[c]));
+        }
+      }
+      for (; r < stop; ++r) {
+        const float* w = a.weight + r * a.columns;
+#pragma GCC ivdep
+        for (int64_t c = from; c < to; ++c) sum[c] += x[r] * w[c];
+      }
+    }
+  }
+}
+
+S2SENT_CLONES void sum_products(const Product& a, int64_t begin, int64_t end) {
+  const int64_t chunks = (a.rows + kProductRows - 1) / kProductRows;
+  for (int64_t b = begin; b < end; ++b) {
+    float* __restrict sum = a.result + b * a.columns;
+    std::fill(sum, sum + a.columns, 0.0f);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const float* partial = a.partial + (chunk * a.sentences + b) * a.columns;
+      for (int64_t c = 0; c < a.columns; ++c) sum[c] += partial[c];
+    }
+  }
+}
+
+S2SENT_CLONES void bottleneck(const Gate& a, int64_t begin, int64_t end) {
+  for (int64_t h = begin; h < end; ++h) {
+    for (int64_t b = 0; b < a.sentences; ++b) {
+      const float t = dot(a.down_weight + h * a.size, a.squeezed + b * a.size, a.size) + a.down_bias[h];
+      // tanh in float64 and rounded once. relu(NaN) is NaN.
+      a.bottleneck[b * a.width + h] = a.relu ? (t < 0.0f ? 0.0f : t) : float(std::tanh(double(t)));
+    }
+  }
+}
+
+void excite(const Gate& args, int64_t begin, int64_t end, float* scratch) {
+  switch (args.dtype) {
+    case DType::kFloat32: return excite_float32(args, begin, end, scratch);
+    case DType::kBFloat16: return excite_bfloat16(args, begin, end, scratch);
+    case DType::kFloat16: return excite_float16(args, begin, end, scratch);
+  }
+}
+
+}  // namespace s2sent

@@ -1,0 +1,239 @@
+// squeeze: f and, in the same read, the pooled p; and every hidden state's gradient.
+//
+// Order of summation, on which every bit depends: a sentence's real tokens, in their order, come in chunks of kChunk; in a chunk
+// kTogether tokens are summed as a tree and added to a running sum, the last few one by one; then the chunks ascending; then the
+// blocks ascending, weighted by alpha. kChunk bounds how many terms one running sum takes, and with it its rounding.
+
+#include "squeeze.h"
+
+#include <algorithm>
+
+namespace s2sent {
+namespace {
+
+constexpr int64_t kTogether = 8;
+constexpr int64_t kChunk = 512;
+
+// sums += sum_j beta[j] u_j, pools += sum_j u_j over features [from, to) of kTogether tokens.
+template <class T, bool SUM, bool POOL>
+S2SENT_INLINE void add_tokens(
+    const T* const* u, const float* beta, float* __restrict sums, float* __restrict pools, int64_t from, int64_t to) {
+  const T *u0 = u[0], *u1 = u[1], *u2 = u[2], *u3 = u[3], *u4 = u[4], *u5 = u[5], *u6 = u[6], *u7 = u[7];
+  const float b0 = beta[0], b1 = beta[1], b2 = beta[2], b3 = beta[3];
+  const float b4 = beta[4], b5 = beta[5], b6 = beta[6], b7 = beta[7];
+#pragma GCC ivdep
+  for (int64_t d = from; d < to; ++d) {
+    const float x0 = load(u0[d]), x1 = load(u1[d]), x2 = load(u2[d]), x3 = load(u3[d]);
+    const float x4 = load(u4[d]), x5 = load(u5[d]), x6 = load(u6[d]), x7 = load(u7[d]);
+    if (SUM) {
+      sums[d] += ((b0 * x0 + b1 * x1) + (b2 * x2 + b3 * x3)) + ((b4 * x4 + b5 * x5) + (b6 * x6 + b7 * x7));
+    }
+    if (POOL) pools[d] += ((x0 + x1) + (x2 + x3)) + ((x4 + x5) + (x6 + x7));
+  }
+}
+
+template <class T, bool SUM, bool POOL>
+S2SENT_INLINE void add_token(
+    const T* u, float beta, float* __restrict sums, float* __restrict pools, int64_t from, int64_t to) {
+#pragma GCC ivdep
+  for (int64_t d = from; d < to; ++d) {
+    const float x = load(u[d]);
+    if (SUM) sums[d] += beta * x;
+    if (POOL) pools[d] += x;
+  }
+}
+
+// Sums over ``count`` tokens, the r-th beginning at row(r): S, or the pool's sum, or both. scratch: 2 D.
+template <class T, bool SUM, bool POOL, class Row>
+S2SENT_INLINE void sum_sentence(
+    const Squeeze& a, const T* data, int64_t count, Row row, const float* beta, int64_t beta_stride, float* sums,
+    float* pools, float* scratch) {
+  const int64_t size = a.size, part = size / a.parts;
+  float *part_sums = scratch, *part_pools = scratch + size;
+  if (SUM) std::fill(sums, sums + size, 0.0f);
+  if (POOL) std::fill(pools, pools + size, 0.0f);
+  for (int64_t chunk = 0; chunk < count; chunk += kChunk) {
+    const int64_t stop = std::min(count, chunk + kChunk);
+    float* into = sums;
+    float* pool_into = pools;
+    if (chunk != 0) {
+      if (SUM) std::fill(part_sums, part_sums + size, 0.0f);
+      if (POOL) std::fill(part_pools, part_pools + size, 0.0f);
+      into = part_sums;
+      pool_into = part_pools;
+    }
+    int64_t r = chunk;
+    for (; r + kTogether <= stop; r += kTogether) {
+      const T* u[kTogether];
+      for (int64_t j = 0; j < kTogether; ++j) u[j] = data + row(r + j);
+      if (SUM) {
+        for (int64_t m = 0; m < a.parts; ++m) {
+          add_tokens<T, SUM, POOL>(u, beta + m * beta_stride + r, into, pool_into, m * part, (m + 1) * part);
+        }
+      } else {
+        const float unused[kTogether] = {};
+        add_tokens<T, SUM, POOL>(u, unused, into, pool_into, 0, size);
+      }
+    }
+    for (; r < stop; ++r) {
+      const T* u = data + row(r);
+      for (int64_t m = 0; m < a.parts; ++m) {
+        add_token<T, SUM, POOL>(u, SUM ? beta[m * beta_stride + r] : 0.0f, into, pool_into, m * part, (m + 1) * part);
+      }
+    }
+    if (chunk != 0) {
+      for (int64_t d = 0; SUM && d < size; ++d) sums[d] += part_sums[d];
+      for (int64_t d = 0; POOL && d < size; ++d) pools[d] += part_pools[d];
+    }
+  }
+}
+
+template <class T>
+S2SENT_INLINE void sum_items(const Squeeze& a, int64_t begin, int64_t end, float* scratch) {
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item / a.num, n = item % a.num, length = a.batch.length(b);
+    const Rows& hidden = a.hidden[n];
+    const T* data = static_cast<const T*>(hidden.data);
+    float* sums = a.sums + item * a.size;
+    float* pools = a.pooled ? a.pooled + (b * a.num_blocks + a.first_block + n) * a.size : nullptr;
+    const auto real = [&](int64_t r) { return hidden.real(a.batch, b, r); };
+    const auto any = [&](int64_t l) { return b * hidden.stride_b + l * hidden.stride_l; };
+    if (a.official) {  // f sees other tokens than p does: two reads
+      sum_sentence<T, true, false>(
+          a, data, a.batch.size, any, a.beta[b], a.beta_stride[b], sums, nullptr, scratch);
+      if (a.pooling == Pooling::kMean) {
+        sum_sentence<T, false, true>(a, data, length, real, nullptr, 0, nullptr, pools, scratch);
+      }
+    } else if (a.pooling == Pooling::kMean) {
+      sum_sentence<T, true, true>(a, data, length, real, a.beta[b], a.beta_stride[b], sums, pools, scratch);
+    } else {
+      sum_sentence<T, true, false>(a, data, length, real, a.beta[b], a.beta_stride[b], sums, nullptr, scratch);
+    }
+    if (pools == nullptr) continue;
+    if (a.pooling == Pooling::kMean) {
+      const float weight = 1.0f / float(std::max<int64_t>(length, 1));
+      for (int64_t d = 0; d < a.size; ++d) pools[d] *= weight;
+    } else if (length == 0) {
+      std::fill(pools, pools + a.size, 0.0f);
+    } else {
+      const T* u = data + real(a.pooling == Pooling::kCls ? 0 : length - 1);
+      for (int64_t d = 0; d < a.size; ++d) pools[d] = load(u[d]);
+    }
+  }
+}
+
+S2SENT_CLONES void sum_float32(const Squeeze& a, int64_t begin, int64_t end, float* scratch) {
+  sum_items<float>(a, begin, end, scratch);
+}
+S2SENT_CLONES void sum_bfloat16(const Squeeze& a, int64_t begin, int64_t end, float* scratch) {
+  sum_items<BFloat16>(a, begin, end, scratch);
+}
+S2SENT_CLONES void sum_float16(const Squeeze& a, int64_t begin, int64_t end, float* scratch) {
+  sum_items<Float16>(a, begin, end, scratch);
+}
+
+// to = g dv + pool + beta * share, every term optional but the last two, which may be rows of zeros.
+template <class T, bool FUSED>
+S2SENT_INLINE void gradient_row(
+    T* __restrict to, const float* gates, const T* fused, const float* pool, const float* share, const float* beta,
+    int64_t beta_stride, int64_t parts, int64_t part) {
+  for (int64_t m = 0; m < parts; ++m) {
+    const float factor = beta ? beta[m * beta_stride] : 0.0f;
+#pragma GCC ivdep
+    for (int64_t d = m * part; d < (m + 1) * part; ++d) {
+      float value = pool[d];
+      if (FUSED) value = gates[d] * load(fused[d]) + value;
+      store(value + factor * share[d], to + d);
+    }
+  }
+}
+
+template <class T>
+S2SENT_INLINE void backward_items(const SqueezeBackward& a, int64_t begin, int64_t end, float* scratch) {
+  const int64_t size = a.size, part = size / a.parts;
+  float *share = scratch, *pool = scratch + size, *zeros = scratch + 2 * size;
+  std::fill(zeros, zeros + size, 0.0f);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item / a.num_blocks, n = item % a.num_blocks, length = a.batch.length(b);
+    if (a.grads[n] == nullptr) continue;
+    const float* gates = a.gates ? a.gates + item * size : nullptr;
+    const float* beta = a.grad_squeezed ? a.beta[b] : nullptr;
+    for (int64_t d = 0; d < size; ++d) {
+      share[d] = a.grad_squeezed ? a.alpha[d / part * a.num_blocks + n] * a.grad_squeezed[b * size + d] : 0.0f;
+    }
+    const float weight = a.pooling == Pooling::kMean ? 1.0f / float(std::max<int64_t>(length, 1)) : 1.0f;
+    for (int64_t d = 0; d < size; ++d) pool[d] = a.grad_pooled ? weight * a.grad_pooled[item * size + d] : 0.0f;
+
+    // Rows of this sentence, real or not; r counts the real ones.
+    const int64_t first = a.batch.packed ? a.batch.starts[b] : b * a.batch.size;
+    const int64_t rows = a.batch.packed ? length : a.batch.size;
+    const int64_t* places = a.batch.places ? a.batch.places + a.batch.starts[b] : nullptr;
+    int64_t r = 0;
+    for (int64_t l = 0; l < rows; ++l) {
+      T* to = static_cast<T*>(a.grads[n]) + (first + l) * size;
+      const bool real = places == nullptr || (r < length && places[r] == l);
+      if (!real && !a.official) {
+        std::memset(to, 0, size_t(size) * sizeof(T));
+        continue;
+      }
+      const bool pooled = real && a.grad_pooled &&
+          (a.pooling == Pooling::kMean || (a.pooling == Pooling::kCls && r == 0) ||
+           (a.pooling == Pooling::kLast && r == length - 1));
+      const float* row_pool = pooled ? pool : zeros;
+      const float* row_beta = beta ? beta + (a.official ? l : r) : nullptr;
+      if (real && a.grad_fused) {
+        const T* fused = static_cast<const T*>(a.grad_fused->data) + a.grad_fused->real(a.batch, b, r);
+        gradient_row<T, true>(to, gates, fused, row_pool, share, row_beta, a.beta_stride[b], a.parts, part);
+      } else {
+        gradient_row<T, false>(to, nullptr, nullptr, row_pool, share, row_beta, a.beta_stride[b], a.parts, part);
+      }
+      r += real;
+    }
+  }
+}
+
+S2SENT_CLONES void backward_float32(const SqueezeBackward& a, int64_t begin, int64_t end, float* scratch) {
+  backward_items<float>(a, begin, end, scratch);
+}
+S2SENT_CLONES void backward_bfloat16(const SqueezeBackward& a, int64_t begin, int64_t end, float* scratch) {
+  backward_items<BFloat16>(a, begin, end, scratch);
+}
+S2SENT_CLONES void backward_float16(const SqueezeBackward& a, int64_t begin, int64_t end, float* scratch) {
+  backward_items<Float16>(a, begin, end, scratch);
+}
+
+}  // namespace
+
+void sum_tokens(const Squeeze& args, int64_t begin, int64_t end, float* scratch) {
+  switch (args.dtype) {
+    case DType::kFloat32: return sum_float32(args, begin, end, scratch);
+    case DType::kBFloat16: return sum_bfloat16(args, begin, end, scratch);
+    case DType::kFloat16: return sum_float16(args, begin, end, scratch);
+  }
+}
+
+S2SENT_CLONES void sum_blocks(const Squeeze& a, int64_t begin, int64_t end) {
+  const int64_t part = a.size / a.parts;
+  for (int64_t b = begin; b < end; ++b) {
+    float* f = a.squeezed + b * a.size;
+    if (a.first_block == 0) std::fill(f, f + a.size, 0.0f);
+    for (int64_t n = 0; n < a.num; ++n) {
+      const float* sums = a.sums + (b * a.num + n) * a.size;
+      for (int64_t m = 0; m < a.parts; ++m) {
+        const float alpha = a.alpha[m * a.num_blocks + a.first_block + n];
+#pragma GCC ivdep
+        for (int64_t d = m * part; d < (m + 1) * part; ++d) f[d] += alpha * sums[d];
+      }
+    }
+  }
+}
+
+void squeeze_backward(const SqueezeBackward& args, int64_t begin, int64_t end, float* scratch) {
+  switch (args.dtype) {
+    case DType::kFloat32: return backward_float32(args, begin, end, scratch);
+    case DType::kBFloat16: return backward_bfloat16(args, begin, end, scratch);
+    case DType::kFloat16: return backward_float16(args, begin, end, scratch);
+  }
+}
+
+}  // namespace s2sent

@@ -1,0 +1,218 @@
+"""The compiled backend beside its kernels: when it is usable, when it is chosen, what setup.py builds, threads."""
+
+import contextlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import s2sent_kernels as s2
+from s2sent_kernels import backend as backend_module
+from s2sent_kernels import functional
+
+ROOT = Path(__file__).parent.parent
+BUILT = pytest.mark.skipif(not s2.backends()["native"].usable, reason=s2.backends()["native"].reason)
+N, B, L, H, M = 5, 6, 40, 8, 4
+
+
+# ---------------------------------------------------------------- status
+
+
+def status_of(folder, before=""):
+    """What a fresh process says of the package in ``folder``, after a use of "auto" on the CPU."""
+    code = (
+        f"import s2sent_kernels as s2, torch; from s2sent_kernels import backend\n{before}\n"
+        "s2.squeeze([torch.zeros(1, 2, 4)]); print(s2.__file__); print(*s2.backends()['native'])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    where, status = run.stdout.strip().split("\n", 1)
+    assert Path(where).parent.parent == Path(folder)
+    return status
+
+
+@pytest.fixture
+def pure(tmp_path):
+    """The package without its extension."""
+    source = Path(s2.__file__).parent
+    shutil.copytree(source, tmp_path / "s2sent_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+def test_a_missing_extension(pure):
+    assert status_of(pure).startswith("False the compiled extension is not built")
+
+
+def test_a_broken_extension(pure):
+    (pure / "s2sent_kernels" / "_C.abi3.so").write_bytes(b"no library")
+    assert status_of(pure).startswith("False the compiled extension does not load: ImportError: ")
+
+
+def test_an_extension_that_does_not_register_its_ops(pure):
+    (pure / "s2sent_kernels" / "_C.py").write_text("")
+    assert status_of(pure).startswith("False the compiled extension does not load: AttributeError: ")
+
+
+@BUILT
+def test_an_extension_of_another_version():
+    status = status_of(Path(s2.__file__).parent.parent, "backend.NATIVE_INTERFACE = 10**6")
+    assert status.startswith("False the compiled extension has interface ") and "1000000" in status
+
+
+@BUILT
+def test_importing_does_not_load_it():
+    code = "import sys, s2sent_kernels; sys.exit('s2sent_kernels._C' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(s2.__file__).parent.parent, check=True)
+
+
+@BUILT
+def test_auto_takes_it_on_the_cpu(monkeypatch):
+    monkeypatch.delenv("S2SENT_BACKEND", raising=False)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert backend_module.choose("auto", torch.device("cpu"), dtype) == "native"
+    assert backend_module.choose("auto", torch.device("cpu"), torch.float64) == "reference"
+    assert backend_module.choose("auto", torch.device("meta"), torch.float32) == "reference"
+
+
+@BUILT
+def test_it_refuses_what_it_cannot_take():
+    with pytest.raises(ValueError, match=r"backend: 'native' .*got torch.float64"):
+        backend_module.choose("native", torch.device("cpu"), torch.float64)
+    with pytest.raises(ValueError, match=r"backend: 'native' .*got cuda tensors"):
+        backend_module.choose("native", torch.device("cuda"), torch.float32)
+
+
+# ---------------------------------------------------------------- threads
+
+
+@contextlib.contextmanager
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@BUILT
+@pytest.mark.parametrize("pooling", [None, "mean"])
+@pytest.mark.parametrize("mask", [None, "right", "packed"])
+@pytest.mark.parametrize("batch_size", [1, B])
+def test_bits_do_not_depend_on_the_number_of_threads(batch_size, mask, pooling):
+    """Outputs, and the hidden states' gradients."""
+    torch.manual_seed(0)
+    size = 768  # large enough that every stage is shared
+    parameters = s2.GateParameters(*(torch.randn(shape) for shape in ((H, size), (H,), (N * size, H), (N * size,))))
+    hidden = [torch.randn(batch_size, L, size) for _ in range(N)]
+    where = {}
+    lengths = torch.tensor([L - 7 * b for b in range(batch_size)])
+    if mask == "right":
+        where = {"attention_mask": torch.arange(L) < lengths[:, None]}
+    elif mask == "packed":
+        hidden = [u.flatten(0, 1) for u in hidden]
+        where = {"cu_seqlens": torch.arange(0, batch_size * L + 1, L, dtype=torch.int32)}
+
+    def run():
+        leaves = [u.detach().requires_grad_() for u in hidden]
+        options = {"frequencies": M, "backend": "native", **where}
+        if pooling is None:
+            output = functional.select(leaves, parameters, **options)
+        else:
+            output = functional.select_pool(leaves, parameters, pooling=pooling, **options)
+        return [output, *torch.autograd.grad(output.sum(), leaves)]
+
+    results = []
+    for number in (1, 2, 3):
+        with threads(number):
+            results.append(run())
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert torch.equal(one, two)
+
+
+@BUILT
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_bits_do_not_depend_on_where_the_padding_is(pooling):
+    torch.manual_seed(0)
+    parameters = s2.GateParameters(*(torch.randn(shape) for shape in ((H, 64), (H,), (N * 64, H), (N * 64,))))
+    hidden = [torch.randn(1, L, 64) for _ in range(N)]
+    options = {"frequencies": M, "pooling": pooling, "backend": "native"}
+    alone = functional.select_pool(hidden, parameters, **options)
+    place = torch.stack([torch.randperm(3 * L).sort()[1][:L].sort()[0], torch.arange(2 * L, 3 * L)])  # holes, left
+    padded = [torch.full((2, 3 * L, 64), float("nan")) for _ in range(N)]
+    mask = torch.zeros(2, 3 * L, dtype=torch.bool).scatter(1, place, True)
+    for u, wide in zip(hidden, padded, strict=True):
+        wide[mask] = u.expand(2, -1, -1).flatten(0, 1)
+    assert torch.equal(functional.select_pool(padded, parameters, mask, **options), alone.expand(2, -1))
+
+
+# ---------------------------------------------------------------- storage types
+
+
+@BUILT
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_number_is_read_and_rounded_as_pytorch_does(dtype):
+    """All 65536 of them, subnormal, infinite and NaN too, times numbers that make every kind of rounding."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[None, None]
+    generator = torch.Generator().manual_seed(0)
+    for gates in (torch.ones(1, 1, 2**16), torch.rand(1, 1, 2**16, generator=generator) * 4, torch.full((), 0.5)):
+        gates = gates.expand(1, 1, 2**16)
+        found = functional.fuse([every], gates, backend="native")
+        # fuse adds to 0, which turns -0 into 0
+        assert torch.equal(found.nan_to_num(nan=123.0), (gates * every.float()).to(dtype).nan_to_num(nan=123.0))
+        assert torch.equal(found.isnan(), every.isnan())
+
+
+# ---------------------------------------------------------------- setup.py
+
+
+@pytest.fixture
+def setup_py():
+    path = ROOT / "setup.py"
+    if not path.exists():
+        pytest.skip("not a checkout")
+    spec = importlib.util.spec_from_file_location("s2sent_setup", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("choice", ["gpu", "CPU", "1", ""])
+def test_an_unknown_choice_is_an_error(setup_py, choice):
+    with pytest.raises(SystemExit, match=r"S2SENT_BUILD: expected one of .*'auto', '0', 'cpu', 'cuda'.* got"):
+        setup_py.decide(choice)
+
+
+def test_zero_builds_nothing(setup_py, monkeypatch):
+    monkeypatch.setattr(setup_py, "missing", lambda: pytest.fail("looked for a compiler"))
+    assert setup_py.decide("0") == {}
+
+
+def test_cuda_does_not_exist_yet(setup_py):
+    with pytest.raises(SystemExit, match=r"S2SENT_BUILD: .*CUDA.*'cuda'"):
+        setup_py.decide("cuda")
+
+
+def test_auto_falls_back_and_says_why(setup_py, monkeypatch, capsys):
+    monkeypatch.setattr(setup_py, "missing", lambda: "a C++ compiler")
+    assert setup_py.decide("auto") == {}
+    out = capsys.readouterr().out
+    assert "it needs a C++ compiler" in out and out.count("\n") == 1
+
+
+def test_cpu_that_cannot_be_built_is_an_error(setup_py, monkeypatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    with pytest.raises(SystemExit, match=r"S2SENT_BUILD: 'cpu' needs a C\+\+ compiler.*/no/such/compiler"):
+        setup_py.decide("cpu")
+    monkeypatch.setattr(setup_py.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"S2SENT_BUILD: 'cpu' needs torch"):
+        setup_py.decide("cpu")
+
+
+def test_every_source_is_built(setup_py):
+    found = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h")}
+    assert found == {*setup_py.SOURCES, *setup_py.HEADERS}
