@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -12,15 +11,14 @@ from typing import Any
 from uuid import uuid4
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import validate
+from . import families, validate
 from .blockwise import BlockwisePool
 from .selector import S2SentSelector
 
-# What configurations call the two sizes; transformers' attribute map already answers to the first of each for most.
-_NUM_BLOCKS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
-_HIDDEN_SIZE = ("hidden_size", "dim", "d_model", "n_embd")
+BLOCK_NORMS = ("final", "layernorm", None)
 
 
 class BlockCapture:
@@ -30,14 +28,21 @@ class BlockCapture:
         embeddings = capture.pool(selector, input_ids=ids, attention_mask=mask)     # [B, D]
 
     Args:
-        encoder: a transformers model of the BERT, RoBERTa, MPNet or DistilBERT kind: post-norm blocks, in an
-            nn.ModuleList of as many as its configuration says.
-        blocks: which blocks, 0 the lowest, negative from the last; None takes all. Whatever the order given, hidden
-            states come lowest first. Block i's output is ``hidden_states[i + 1]`` of ``output_hidden_states=True``.
+        encoder: a transformers model, or a module with such a ``config``, whose blocks stand in an nn.ModuleList of as
+            many as the configuration says: BERT, RoBERTa, XLM-R, MPNet, DistilBERT, ELECTRA, DeBERTa-v2, NomicBERT,
+            ModernBERT, T5 encoders, Llama, Qwen3, Mistral and their like. Where blocks are shared (ALBERT), block i is
+            the i-th run.
+        blocks: which blocks, 0 the lowest, negative from the last, or "last:N"; None takes all. Whatever the order
+            given, hidden states come lowest first.
+        block_norm: "final" applies the encoder's final norm to each chosen block where the family has one (pre-norm:
+            ModernBERT, T5, Llama, Qwen3, Mistral), so that the last block is what the encoder returns and inner ones
+            come to its scale; elsewhere it does nothing. "layernorm" applies a layer norm without parameters to each
+            chosen block of any family. None takes what the blocks return: block i's output is ``hidden_states[i + 1]``
+            of ``output_hidden_states=True``, but the last one's before the final norm.
 
     A call's state lives on its own thread until the call ends or fails. So nested calls, and threads that share a
     model, do not mix, and outside of a call (in the encoder's own forward, in a checkpoint's recomputation) the hooks
-    do nothing. Where a block runs more than once within a call, its first output counts.
+    do nothing. Where a block that is not shared runs more than once within a call, its first output counts.
 
     The hooks stay when the capture is forgotten: ``remove`` them, or use the capture as a context manager. Encoder and
     capture can be copied and pickled: a copied or loaded capture belongs to the encoder copied or loaded with it, and
@@ -50,22 +55,34 @@ class BlockCapture:
     uncompiled, and ``fullgraph=True`` fails.
 
     Raises:
-        ValueError, TypeError: an argument is wrong, or the encoder's blocks cannot be found or are shared (ALBERT).
+        ValueError, TypeError: an argument is wrong, or the encoder's blocks cannot be found.
     """
 
-    def __init__(self, encoder: nn.Module, blocks: Sequence[int] | None = None) -> None:
-        found = _find_blocks(encoder)
+    def __init__(
+        self, encoder: nn.Module, blocks: Sequence[int] | str | None = None, *, block_norm: str | None = "final"
+    ) -> None:
+        found = families.find_blocks(encoder)
+        validate.option("block_norm", block_norm, BLOCK_NORMS)
         self.encoder = encoder
-        self.blocks = _indices(blocks, len(found))
+        self.blocks = families.indices(blocks, len(found))
+        self.block_norm = block_norm
+        self._norm = families.find_final_norm(encoder) if block_norm == "final" else None
         self._modules = [found[index] for index in self.blocks]
+        # Which n each run of a module delivers, -1 for none: one run a module, but for shared ones.
+        self._hooked = list(dict.fromkeys(self._modules))
+        number = {index: n for n, index in enumerate(self.blocks)}
+        self._runs = [
+            tuple(number.get(index, -1) for index, module in enumerate(found) if module is hooked)
+            for hooked in self._hooked
+        ]
         # Copies of encoder and capture share the key, which is how a copied hook still finds its copied capture.
         self._key = uuid4().hex
         self._handles = [
-            module.register_forward_hook(partial(_deliver, self._key, n)) for n, module in enumerate(self._modules)
+            module.register_forward_hook(partial(_deliver, self._key, slot)) for slot, module in enumerate(self._hooked)
         ]
 
     def __repr__(self) -> str:
-        return f"BlockCapture({type(self.encoder).__name__}, blocks={self.blocks})"
+        return f"BlockCapture({type(self.encoder).__name__}, blocks={self.blocks}, block_norm={self.block_norm!r})"
 
     def collect(self, **encoder_inputs: Any) -> list[Tensor]:
         """Run the encoder on its inputs, as given; the chosen blocks' N hidden states [B, L, D], lowest first.
@@ -133,7 +150,7 @@ class BlockCapture:
             raise ValueError(
                 f"selector: expected num_blocks = {len(self.blocks)}, as many as captured, got {selector.num_blocks}"
             )
-        size = _first(getattr(self.encoder, "config", None), _HIDDEN_SIZE)
+        size = families.hidden_size(self.encoder)
         if size is not None and selector.hidden_size != size:
             raise ValueError(f"selector: expected hidden_size = {size} as the encoder's, got {selector.hidden_size}")
 
@@ -159,14 +176,20 @@ class _Call:
     """One run of a capture's encoder: who takes the hidden states, and which comes next. Keeps none itself."""
 
     def __init__(self, capture: BlockCapture, consumer: _Kept | BlockwisePool) -> None:
-        self.key, self.modules, self.blocks = capture._key, capture._modules, capture.blocks
+        self.key, self.modules, self.blocks = capture._key, capture._hooked, capture.blocks
+        self.runs, self.ran = capture._runs, [0] * len(capture._runs)
+        self.norm, self.block_norm = capture._norm, capture.block_norm
         self.consumer = consumer
         self.with_gradients = torch.is_grad_enabled()
         self.next = 0
 
-    def take(self, n: int, module: nn.Module, output: Any) -> None:
+    def take(self, slot: int, module: nn.Module, output: Any) -> None:
         # A copy of the encoder has hooks of the same key; within a call of this one it is somebody else's.
-        if module is not self.modules[n] or n < self.next:
+        if module is not self.modules[slot] or self.ran[slot] == len(self.runs[slot]):
+            return
+        n = self.runs[slot][self.ran[slot]]
+        self.ran[slot] += 1
+        if n < self.next:
             return
         if n > self.next:
             raise self.missing()
@@ -182,7 +205,14 @@ class _Call:
                 f"block {self.blocks[n]}: expected a tensor or a tuple led by one, got {type(output).__name__}"
             )
         self.next += 1
-        self.consumer.add(n, hidden_state)
+        self.consumer.add(n, self.normalised(hidden_state))
+
+    def normalised(self, hidden_state: Tensor) -> Tensor:
+        if self.norm is not None:
+            return self.norm(hidden_state)
+        if self.block_norm == "layernorm":
+            return F.layer_norm(hidden_state, hidden_state.shape[-1:])
+        return hidden_state
 
     def missing(self) -> RuntimeError:
         block = self.blocks[self.next]
@@ -199,54 +229,7 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def _deliver(key: str, n: int, module: nn.Module, args: Any, output: Any) -> None:
+def _deliver(key: str, slot: int, module: nn.Module, args: Any, output: Any) -> None:
     """The hook. A function of this module with plain arguments, so that an encoder that carries it can be pickled."""
     if _thread.calls and _thread.calls[-1].key == key:
-        _thread.calls[-1].take(n, module, output)
-
-
-def _first(config: Any, names: Sequence[str]) -> int | None:
-    """The first of a configuration's attributes that is there."""
-    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
-
-
-def _find_blocks(encoder: Any) -> list[nn.Module]:
-    """The first nn.ModuleList that is as long as the configuration says the encoder is deep."""
-    if not isinstance(encoder, nn.Module):
-        raise TypeError(f"encoder: expected a torch.nn.Module, got {type(encoder).__name__}")
-    config, name = getattr(encoder, "config", None), type(encoder).__name__
-    depth = _first(config, _NUM_BLOCKS)
-    if depth is None:
-        raise ValueError(f"encoder: expected a config with one of {', '.join(_NUM_BLOCKS)}, got {name} without")
-    groups = getattr(config, "num_hidden_groups", depth)  # ALBERT's
-    lists = [module for module in encoder.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
-    if groups < depth or (lists and len(set(lists[0])) < depth):
-        raise ValueError(
-            f"encoder: expected {depth} blocks apart, got {name}, which runs one shared block several times"
-        )
-    if not lists:
-        raise ValueError(
-            f"encoder: expected an nn.ModuleList of {depth} blocks, as the config says, got {name} without"
-        )
-    return list(lists[0])
-
-
-def _indices(blocks: Any, depth: int) -> tuple[int, ...]:
-    """``blocks`` as ascending indices from 0."""
-    if blocks is None:
-        return tuple(range(depth))
-    if isinstance(blocks, str) or not isinstance(blocks, Sequence):
-        raise TypeError(f"blocks: expected a sequence of integers or None, got {type(blocks).__name__}")
-    if len(blocks) == 0:
-        raise ValueError("blocks: expected at least one index, got none")
-    found = []
-    for value in blocks:
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"blocks: expected integers, got {type(value).__name__}")
-        index = operator.index(value)
-        if not -depth <= index < depth:
-            raise ValueError(f"blocks: expected indices from {-depth} to {depth - 1} of {depth} blocks, got {index}")
-        found.append(index % depth)
-    if len(set(found)) < len(found):
-        raise ValueError(f"blocks: expected each block once, got {list(blocks)}")
-    return tuple(sorted(found))
+        _thread.calls[-1].take(slot, module, output)

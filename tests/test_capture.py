@@ -95,7 +95,8 @@ def test_collect_equals_output_hidden_states(name, mask):
 
 
 @pytest.mark.parametrize(
-    "blocks, indices", [([1], (1,)), ([-1, 0], (0, 3)), ((-3, -2, -1), (1, 2, 3)), (range(2), (0, 1))]
+    "blocks, indices",
+    [([1], (1,)), ([-1, 0], (0, 3)), ((-3, -2, -1), (1, 2, 3)), (range(2), (0, 1)), ("last:3", (1, 2, 3))],
 )
 def test_chosen_blocks_come_lowest_first(blocks, indices):
     encoder, inputs = make_encoder(), make_inputs()
@@ -371,6 +372,14 @@ def test_nested_calls_do_not_mix():
     assert_same(got, wanted)
 
 
+def test_one_block_listed_several_times():
+    encoder, values = Toy(shared=True), torch.randn(2, 5, D)
+    with torch.no_grad():
+        first = encoder.layers[0](values)
+        third = encoder(values)
+        assert_same(BlockCapture(encoder, [0, 2]).collect(values=values), [first, third])
+
+
 def test_two_captures_on_one_encoder():
     encoder, inputs = make_encoder(), make_inputs()
     first, second = BlockCapture(encoder, [0, 1]), BlockCapture(encoder, [1, 3])
@@ -537,8 +546,11 @@ class Toy(nn.Module):
         ([0, 4], ValueError, "blocks: expected indices from -4 to 3 of 4 blocks, got 4"),
         ([-5], ValueError, "blocks: expected indices from -4 to 3 of 4 blocks, got -5"),
         ([3, -1], ValueError, r"blocks: expected each block once, got \[3, -1\]"),
-        (2, TypeError, "blocks: expected a sequence of integers or None, got int"),
-        ("last:3", TypeError, "blocks: expected a sequence of integers or None, got str"),
+        (2, TypeError, "blocks: expected a sequence of integers, 'last:N' or None, got int"),
+        ("first:3", ValueError, "blocks: expected indices or 'last:N' with N from 1 to 4, got 'first:3'"),
+        ("last:5", ValueError, "blocks: expected indices or 'last:N' with N from 1 to 4, got 'last:5'"),
+        ("last:0", ValueError, "got 'last:0'"),
+        ("last:", ValueError, "got 'last:'"),
         ([0.5], TypeError, "blocks: expected integers, got float"),
         ([True], TypeError, "blocks: expected integers, got bool"),
     ],
@@ -548,18 +560,15 @@ def test_wrong_blocks(blocks, error, message):
         BlockCapture(make_encoder(), blocks)
 
 
-def test_encoders_without_blocks_apart():
+def test_encoders_without_blocks():
     with pytest.raises(TypeError, match=r"encoder: expected a torch\.nn\.Module, got str"):
         BlockCapture("bert")
     with pytest.raises(ValueError, match=r"encoder: expected a config with one of num_hidden_layers, .* got Linear"):
         BlockCapture(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"encoder: expected an nn.ModuleList of 3 blocks, .* got Toy"):
         BlockCapture(Toy(listed=2))
-    with pytest.raises(ValueError, match="encoder: expected 3 blocks apart, got Toy, which runs one shared block"):
-        BlockCapture(Toy(shared=True))
-    config = transformers.AlbertConfig(**SIZES, **WIDTHS, embedding_size=8)
-    with pytest.raises(ValueError, match="encoder: expected 4 blocks apart, got AlbertModel"):
-        BlockCapture(transformers.AlbertModel(config))
+    with pytest.raises(ValueError, match=r"block_norm: expected one of .* got 'rms'"):
+        BlockCapture(make_encoder(), block_norm="rms")
 
 
 def test_selector_and_encoder_that_do_not_fit():

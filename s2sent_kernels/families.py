@@ -1,0 +1,90 @@
+"""Where encoders of different families keep their blocks and their final norm, found by structure and not by class."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+# What configurations call the sizes; transformers' attribute map already answers to the first of each for most.
+_NUM_BLOCKS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
+_HIDDEN_SIZE = ("hidden_size", "dim", "d_model", "n_embd")
+# What pre-norm families call the norm that follows their last block, beside the list of blocks: ModernBERT; T5; Llama, Qwen3,
+# Mistral, Gemma; GPT-2; GPT-NeoX, Phi. DeBERTa-v2 keeps a norm of its position embeddings in that place, as ``LayerNorm``.
+_FINAL_NORMS = ("final_norm", "final_layer_norm", "norm", "ln_f", "final_layernorm")
+
+
+def _first(config: Any, names: Sequence[str]) -> int | None:
+    """The first of a configuration's attributes that is there."""
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+
+
+def hidden_size(encoder: nn.Module) -> int | None:
+    """D as the encoder's configuration says, or None where it does not."""
+    return _first(getattr(encoder, "config", None), _HIDDEN_SIZE)
+
+
+def _find_list(encoder: Any) -> tuple[nn.Module, nn.ModuleList, int]:
+    """The module that runs the blocks, its list of them, and how many blocks run. The list is the first nn.ModuleList that is as
+    long as the configuration says the encoder is deep, or as ALBERT's says it has groups, which take their turns."""
+    if not isinstance(encoder, nn.Module):
+        raise TypeError(f"encoder: expected a torch.nn.Module, got {type(encoder).__name__}")
+    config, name = getattr(encoder, "config", None), type(encoder).__name__
+    depth = _first(config, _NUM_BLOCKS)
+    if depth is None:
+        raise ValueError(f"encoder: expected a config with one of {', '.join(_NUM_BLOCKS)}, got {name} without")
+    length = getattr(config, "num_hidden_groups", depth)
+    for parent in encoder.modules():
+        for child in parent.children():
+            if isinstance(child, nn.ModuleList) and len(child) == length:
+                return parent, child, depth
+    raise ValueError(f"encoder: expected an nn.ModuleList of {length} blocks, as the config says, got {name} without")
+
+
+def find_blocks(encoder: Any) -> list[nn.Module]:
+    """The module that runs as block i, for every i; the same one several times where blocks are shared.
+
+    Raises:
+        TypeError: no nn.Module. ValueError: no configuration that says how deep it is, or no list of as many.
+    """
+    _, modules, depth = _find_list(encoder)
+    return [modules[block * len(modules) // depth] for block in range(depth)]
+
+
+def find_final_norm(encoder: nn.Module) -> nn.Module | None:
+    """The norm that the encoder applies to its last block's output, None in post-norm families."""
+    parent, _, _ = _find_list(encoder)
+    norms = (getattr(parent, name, None) for name in _FINAL_NORMS)
+    return next((norm for norm in norms if isinstance(norm, nn.Module)), None)
+
+
+def indices(blocks: Any, depth: int) -> tuple[int, ...]:
+    """``blocks`` (indices, negative ones from the last; "last:N"; None for all) as ascending indices from 0.
+
+    Raises:
+        TypeError, ValueError: no such thing, none, one out of range, one twice.
+    """
+    if blocks is None:
+        return tuple(range(depth))
+    if isinstance(blocks, str):
+        kind, _, count = blocks.partition(":")
+        if kind != "last" or not count.isdecimal() or not 1 <= int(count) <= depth:
+            raise ValueError(f"blocks: expected indices or 'last:N' with N from 1 to {depth}, got {blocks!r}")
+        return tuple(range(depth - int(count), depth))
+    if not isinstance(blocks, Sequence):
+        raise TypeError(f"blocks: expected a sequence of integers, 'last:N' or None, got {type(blocks).__name__}")
+    if len(blocks) == 0:
+        raise ValueError("blocks: expected at least one index, got none")
+    found = []
+    for value in blocks:
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"blocks: expected integers, got {type(value).__name__}")
+        index = operator.index(value)
+        if not -depth <= index < depth:
+            raise ValueError(f"blocks: expected indices from {-depth} to {depth - 1} of {depth} blocks, got {index}")
+        found.append(index % depth)
+    if len(set(found)) < len(found):
+        raise ValueError(f"blocks: expected each block once, got {list(blocks)}")
+    return tuple(sorted(found))
