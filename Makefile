@@ -2,6 +2,8 @@
 # make test                    makes .venv, installs what the tests need, runs them
 # make test PYTHON=/a/python   the same in an environment that exists; installs nothing but this package
 # make bench                   measures what this machine can (without a GPU under ten minutes): bench/results, bench/REPORT.md
+# make wheel                   builds dist/*.whl, audits its ABI, and loads it in a fresh environment with torch alone beside it
+# make sanitize                the compiled backend's CPU tests under AddressSanitizer and UBSan; needs GCC, minutes
 # make lint                    ruff and mypy; PYTHON= as above
 # make clean                   removes .venv and what builds and tests left behind
 #
@@ -11,7 +13,7 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
-.PHONY: help demo test bench lint clean package
+.PHONY: help demo test bench wheel sanitize lint clean package
 
 BOOTSTRAP ?= python3
 WORKERS ?= 2
@@ -32,11 +34,13 @@ PY := $(PYTHON)
 DEMO_READY := package
 DEV_READY := package
 BENCH_READY := package
+WHEEL_READY :=
 else
 PY := .venv/bin/python
 DEMO_READY := .venv/demo.installed
 DEV_READY := .venv/dev.installed
 BENCH_READY := .venv/bench.installed
+WHEEL_READY := .venv/wheel.installed
 endif
 
 help:
@@ -59,6 +63,10 @@ help:
 
 .venv/bench.installed: .venv/created pyproject.toml setup.py $(CSRC)
 	.venv/bin/python -m pip install --quiet --no-build-isolation -e ".[bench]" $(TRITON)
+	@touch $@
+
+.venv/wheel.installed: .venv/created
+	.venv/bin/python -m pip install --quiet abi3audit
 	@touch $@
 
 package:
@@ -90,6 +98,20 @@ bench: $(BENCH_READY)
 	env -u TRITON_INTERPRET $(PY) bench/suite.py $(BENCH_OPTIONS) || failed=$$?; \
 	if [ $$failed -lt 2 ]; then $(PY) bench/report.py; fi; \
 	exit $$failed
+
+wheel: $(WHEEL_READY)
+	rm -rf dist build
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(PY) -m abi3audit --strict dist/*.whl
+	$(BOOTSTRAP) -m venv dist/venv
+	dist/venv/bin/python -m pip install --quiet $(TORCH)
+	dist/venv/bin/python -m pip install --quiet --no-deps dist/*.whl
+	cd dist && venv/bin/python -W error::RuntimeWarning -c 'import torch, s2sent_kernels as s; u = [torch.ones(1, 3, 8)]; \
+		assert torch.equal(s.squeeze(u, backend="native")[0], s.squeeze(u, backend="reference")[0]); print(s.backends()["native"])'
+	rm -rf dist/venv
+
+sanitize: $(DEV_READY)
+	tests/sanitize.sh $(PY)
 
 lint: $(DEV_READY)
 	$(PY) -m ruff check .

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from s2sent_kernels import S2SentSelector, fuse, gate, squeeze
 
 OURS, MEAN_OF_LAST = "s2sent_kernels", "mean of last block"
+SUM = "torch.sum of every state"  # reads what the pooled path reads, and does nothing else
 PROFILES = {"official": "published formula", "paper": "paper formula"}
 COMPILERS = {
     "torch.compile": None,
@@ -33,6 +34,9 @@ COMPILERS = {
     },
 }
 WEIGHTED, ATTENTION = "WeightedLayerPooling + mean", "fla attention over layers"
+# Each direction of each path is a compilation of its own: tens of seconds.
+MAIN_COMPILED = ("A", "A-small")
+COMPILED_WITH_GRADIENTS = (("A", "pooled"), ("A-small", "pooled"), ("A-small", "token"))
 CHOICES = ("none", "eager", "all")
 
 
@@ -98,6 +102,10 @@ def ours(case: Case, what: str, device: str, backend: str = "auto") -> Contestan
     return Contestant(OURS, selector_call(selector, what), gate_parameters(selector, what))
 
 
+def sum_of_states(inputs: Inputs) -> tuple[Tensor, ...]:
+    return tuple(u.sum() for u in inputs.blocks)
+
+
 def mean_of_last(inputs: Inputs) -> Tensor:
     return masked_mean(inputs.blocks[-1], inputs.mask)
 
@@ -109,6 +117,8 @@ def contestants(case: Case, what: str, device: str, choice: str) -> Iterator[Con
         return
     if what == "pooled":
         yield Contestant(MEAN_OF_LAST, mean_of_last, judged=False)
+        if device == "cpu":
+            yield Contestant(SUM, sum_of_states, judged=False, modes=("forward",))
     if choice == "none" or case.layout != "full" or case.name not in (*MAIN, "A-small"):
         return
     for profile, name in PROFILES.items():
@@ -116,9 +126,9 @@ def contestants(case: Case, what: str, device: str, choice: str) -> Iterator[Con
     yield _weighted_layer_pooling(case, what, device)
     if what == "token":
         yield _attention_over_layers(case, device)
-    if choice == "all" and (what == "pooled" or case.name == "A"):
+    if choice == "all" and (what == "pooled" or case.name in MAIN_COMPILED):
         for profile, name in PROFILES.items():
-            for compiler in COMPILERS:
+            for compiler in COMPILERS if device == "cuda" else ("torch.compile",):
                 yield _formula(case, what, device, profile, f"{name}, {compiler}", compiler)
 
 
@@ -129,9 +139,8 @@ def _formula(case: Case, what: str, device: str, profile: str, name: str, compil
     if compiler is None:
         return Contestant(name, lambda i: function(i.blocks, i.mask), dict(selector.named_parameters()))
     compiled = torch.compile(function, options=COMPILERS[compiler], dynamic=False)
-    # Each direction is a compilation of its own: gradients for A's paths only. The backward alone would need one more,
-    # of code that may not reuse the forward's buffers.
-    modes = ("forward", "both") if case.name == "A" and what == "pooled" else ("forward",)
+    # The backward alone would be one more compilation, of code that may not reuse the forward's buffers.
+    modes = ("forward", "both") if (case.name, what) in COMPILED_WITH_GRADIENTS else ("forward",)
     note = "without its own CUDA graphs, products by cuBLAS" if "max-autotune" in name else ""
     return Contestant(
         name,

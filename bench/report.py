@@ -225,9 +225,9 @@ def section(results: Results, pictures: Path) -> str:
     used = sorted({row["backend"] for row in results.rows if "backend" in row})
     if used:
         parts.append(f"`{OURS}` runs here on backend " + " and ".join(f"`{name}`" for name in used) + ".")
-    if results.device == targets.DEVICE:
+    if results.device in targets.TARGETS:
         head = ("<target", "limit", "measured", "<verdict", "<why")
-        parts += ["### Targets", table(head, targets.verdicts(results.find))]
+        parts += ["### Targets", table(head, targets.verdicts(results.find, results.device))]
     for title, text in (
         ("Paths", lambda: own_table(results, "paths")),
         ("Pooled path beside others", lambda: against_table(results, "pooled")),

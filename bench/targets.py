@@ -1,4 +1,5 @@
-"""The targets on one H200, in bfloat16, and how far the results are from them. The one place where they are written down.
+"""The targets on one H200, in bfloat16, and on two CPU cores, in float32, and how far the results are from them. The one place
+where they are written down.
 
 A target names a quantity of the results and a limit; ``value`` finds the quantity. Ratios to the floor are at the ceilings of the
 same run.
@@ -10,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from contestants import OURS
+from contestants import OURS, PROFILES, SUM
 from end_to_end import FED, KEPT
 
-DEVICE = "nvidia-h200"
+GPU, CPU = "nvidia-h200", "cpu"  # as files of results are named
 Find = Callable[..., dict[str, Any] | None]  # (section, case, what, mode, contestant) to a row that came out, or None
 
 
@@ -21,7 +22,7 @@ Find = Callable[..., dict[str, Any] | None]  # (section, case, what, mode, conte
 class Target:
     text: str
     limit: float
-    unit: str  # "x floor", "x", "us", "%"
+    unit: str  # "x floor", "x", "us", "%", or "x faster", of which the limit is the least
     value: Callable[[Find], float | None]
     gap: str = ""  # why a limit is missed, as far as NOTES.md knows
 
@@ -53,6 +54,19 @@ def _over(case: str, other: str, what: str, factor: float = 1.0) -> Callable[[Fi
     return value
 
 
+def _beside(case: str, what: str, mode: str, other: str, faster: bool = False) -> Callable[[Find], float | None]:
+    """This package's time over another contestant's; or how many times ``faster`` it is."""
+
+    def value(find: Find) -> float | None:
+        mine, theirs = (find("paths", case, what, mode, name) for name in (OURS, other))
+        if not mine or not theirs:
+            return None
+        ratio = mine["device_us"]["median"] / theirs["device_us"]["median"]
+        return 1 / ratio if faster else ratio
+
+    return value
+
+
 def _overhead(batch: str, names: tuple[str, ...], key: str = "overhead") -> Callable[[Find], float | None]:
     """Percent over BERT-base with the mean of the last block, of the best of the variants named."""
 
@@ -65,7 +79,7 @@ def _overhead(batch: str, names: tuple[str, ...], key: str = "overhead") -> Call
 
 
 EITHER = (KEPT, FED)
-TARGETS = (
+_H200 = (
     Target(
         "A pooled forward",
         1.20,
@@ -144,17 +158,40 @@ TARGETS = (
     Target("A token forward, float32 over twice bfloat16", 1.15, "x", _over("A-float32", "A", "token", 2)),
 )
 
+_COMPILED = f"{PROFILES['official']}, torch.compile"
+_CPU = (
+    Target(
+        "A-small pooled forward, torch.sum of the same states", 3, "x", _beside("A-small", "pooled", "forward", SUM)
+    ),
+    *(
+        Target(
+            f"A-small {what} {text}, the published formula compiled",
+            least,
+            "x faster",
+            _beside("A-small", what, mode, _COMPILED, faster=True),
+        )
+        for what, mode, text, least in (
+            ("pooled", "forward", "forward", 5),
+            ("token", "forward", "forward", 4),
+            ("pooled", "both", "forward + backward", 3),
+            ("token", "both", "forward + backward", 3),
+        )
+    ),
+)
+TARGETS = {GPU: _H200, CPU: _CPU}
 
-def verdicts(find: Find) -> list[tuple[str, str, str, str, str]]:
+
+def verdicts(find: Find, device: str = GPU) -> list[tuple[str, str, str, str, str]]:
     """For every target its text, limit, value, whether it is met or by how much it is missed, and then why."""
     rows = []
-    for target in TARGETS:
+    for target in TARGETS[device]:
         value = target.value(find)
-        limit = f"≤ {_number(target.limit, target.unit)}"
+        at_least = target.unit == "x faster"
+        limit = f"{'≥' if at_least else '≤'} {_number(target.limit, target.unit)}"
         if value is None:
             rows.append((target.text, limit, "–", "not measured", ""))
             continue
-        missed = value - target.limit
+        missed = target.limit - value if at_least else value - target.limit
         if missed <= 0:
             verdict = "met"
         elif target.unit == "%":
@@ -170,4 +207,4 @@ def _number(value: float, unit: str) -> str:
         return f"{value:.1f} µs"
     if unit == "%":
         return f"{value:+.2f} %"
-    return f"{value:.2f} × floor" if unit == "x floor" else f"{value:.2f} ×"
+    return f"{value:.2f} ×" + {"x floor": " floor", "x faster": " faster"}.get(unit, "")

@@ -283,7 +283,7 @@ def test_targets_are_met_or_missed_by_how_much():
         "≤ 1.20 × floor",
         "1.32 × floor",
         "missed by 10.0 %",
-        targets.TARGETS[0].gap,
+        targets.TARGETS[targets.GPU][0].gap,
     ]
     assert verdicts["B pooled forward as a graph"] == ["≤ 10.0 µs", "9.0 µs", "met", ""]
     assert verdicts["BERT-base 256 x 128, block by block"] == ["≤ +1.50 %", "+1.20 %", "met", ""]
@@ -299,7 +299,7 @@ def test_report_of_a_small_file_keeps_lost_cases_and_failures(tmp_path):
     failed = row(contestant="published formula, eager", status="parity failed", note="output 0: 3.00")
     failed.pop("device_us")
     missing = row(contestant=contestants.ATTENTION, status="not installed")
-    content = results(row(), faster, failed, missing, device=targets.DEVICE)
+    content = results(row(), faster, failed, missing, device=targets.GPU)
     (tmp_path / "gpu.json").write_text(json.dumps(content))
     (tmp_path / "old.json").write_text("{}")
     text = report.build(sorted(tmp_path.glob("*.json")), tmp_path / "REPORT.md")
