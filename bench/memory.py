@@ -139,7 +139,7 @@ def _fed(case: Case, device: str) -> Contestant:
             stream.add(n, hidden_state)
         return stream.result()
 
-    return Contestant(FED, call, dict(selector.named_parameters()))
+    return Contestant(FED, call, dict(selector.named_parameters()), modes=("forward",))
 
 
 def measure(case: Case, device: str, choice: str) -> Iterator[dict[str, object]]:
@@ -154,7 +154,7 @@ def measure(case: Case, device: str, choice: str) -> Iterator[dict[str, object]]
                 if isinstance(contestant, Missing):
                     row = row_of(case, what, mode, contestant.name)
                     yield row | {"section": "memory", "status": contestant.why}
-                elif not (mode == "both" and contestant.name == FED):
+                elif mode in contestant.modes:
                     yield peak_row(contestant, case, inputs, what, mode)
             del inputs
         del found
