@@ -34,6 +34,7 @@ COMPILERS = {
     },
 }
 WEIGHTED, ATTENTION = "WeightedLayerPooling + mean", "fla attention over layers"
+REFERENCE = "official reference, torch.compile"  # as the package has it; the formulas' bases are held as buffers
 # Each direction of each path is a compilation of its own: tens of seconds.
 MAIN_COMPILED = ("A", "A-small")
 COMPILED_WITH_GRADIENTS = (("A", "pooled"), ("A-small", "pooled"), ("A-small", "token"))
@@ -130,6 +131,8 @@ def contestants(case: Case, what: str, device: str, choice: str) -> Iterator[Con
         for profile, name in PROFILES.items():
             for compiler in COMPILERS if device == "cuda" else ("torch.compile",):
                 yield _formula(case, what, device, profile, f"{name}, {compiler}", compiler)
+        if device == "cpu":
+            yield _reference(case, what)
 
 
 def _formula(case: Case, what: str, device: str, profile: str, name: str, compiler: str | None) -> Contestant:
@@ -150,6 +153,12 @@ def _formula(case: Case, what: str, device: str, profile: str, name: str, compil
         modes=modes,
         note=note,
     )
+
+
+def _reference(case: Case, what: str) -> Contestant:
+    selector = make_selector(case, "cpu", "official", backend="reference")
+    compiled = torch.compile(selector_call(selector, what), dynamic=False)
+    return Contestant(REFERENCE, compiled, dict(selector.named_parameters()), compiled=True, modes=("forward", "both"))
 
 
 def _weighted_layer_pooling(case: Case, what: str, device: str) -> Contestant | Missing:

@@ -52,7 +52,7 @@ def _row(contestant: Contestant, case: Case, what: str, mode: str, settings: Set
 
 
 def _profile(contestant: Contestant) -> str:
-    return "official" if contestant.name.startswith("published") else "paper"
+    return "official" if contestant.name.startswith(("published", "official")) else "paper"
 
 
 def _judge(contestant: Contestant, case: Case, what: str, rows: dict[str, Row], settings: Settings) -> bool:

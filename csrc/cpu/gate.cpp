@@ -1,7 +1,8 @@
 // gate: s = act(W1 f + b1), z = W2 s + b2, g = s-norm(sigmoid(norm(z))), and o = sum_n g p.
 //
-// Order of summation: W1 f in kLanes running sums over features, then these as a tree; W2 s in two running sums over even and odd h; the s-norm and o
-// over the blocks ascending; the backward's products over rows of W2 and W1 as multiply_rows says. Sentences and features only stand side by side, so that one has the bits that it has alone.
+// Order of summation: W1 f in kLanes running sums over features, then these as a tree; W2 s in two running sums over even and odd
+// h; the s-norm and o over the blocks ascending; the backward's products over rows of W2 and W1 as multiply_rows says. Sentences
+// and features only stand side by side, so that one has the bits that it has alone.
 
 #include "gate.h"
 
