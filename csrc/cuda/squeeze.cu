@@ -1,0 +1,190 @@
+// squeeze: f and, in the same read, the pooled p.
+//
+// Order of summation, on which every bit depends: a sentence's real tokens, in their order, come in groups of kTogether, which
+// are dealt to kSlots warps in turn. In a group the first and the second half are chains of fused multiply-adds; the halves'
+// sum is added to the warp's running sum, which every kChunk groups is added to another; the last few tokens of a sentence
+// come one by one. Then the warps as a tree; then the blocks ascending, weighted by alpha. How many features a thread takes
+// changes none of it.
+
+#include "tokens.cuh"
+
+namespace s2sent::cuda {
+namespace {
+
+constexpr int kTogether = 8;
+constexpr int kSlots = 4;
+constexpr int kChunk = 64;  // bounds how many terms one running sum takes, and with it its rounding
+constexpr int kThreads = kSlots * kWarp;
+
+template <int W>
+struct Sums {
+  float outer[W] = {}, inner[W] = {};
+
+  __device__ void close() {
+#pragma unroll
+    for (int i = 0; i < W; ++i) outer[i] += inner[i], inner[i] = 0.0f;
+  }
+};
+
+// This warp's share of sum_r beta_r u_r and of sum_r u_r over ``count`` tokens, the r-th beginning at data + row(r).
+template <class T, int W, bool SUM, bool POOL, class Row>
+__device__ void sum_tokens(
+    const T* data, int64_t count, const Row& row, const float* beta, Sums<W>& sums, Sums<W>& pools) {
+  int groups = 0;
+  for (int64_t r = threadIdx.x / kWarp * kTogether; r < count; r += kSlots * kTogether) {
+    if (r + kTogether <= count) {
+      Piece<T, W> u[kTogether];
+      float factor[kTogether];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        u[j] = load_piece<T, W>(data + row(r + j));
+        if (SUM) factor[j] = beta[r + j];
+      }
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        float x[kTogether];
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) x[j] = widen(u[j].values[i]);
+        if (SUM) {
+          float low = factor[0] * x[0], high = factor[4] * x[4];
+#pragma unroll
+          for (int j = 1; j < 4; ++j) low = fmaf(factor[j], x[j], low), high = fmaf(factor[j + 4], x[j + 4], high);
+          sums.inner[i] += low + high;
+        }
+        if (POOL) pools.inner[i] += ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+      }
+    } else {
+      for (int64_t k = r; k < count; ++k) {
+        const Piece<T, W> u = load_piece<T, W>(data + row(k));
+        const float factor = SUM ? beta[k] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < W; ++i) {
+          const float x = widen(u.values[i]);
+          if (SUM) sums.inner[i] = fmaf(factor, x, sums.inner[i]);
+          if (POOL) pools.inner[i] += x;
+        }
+      }
+    }
+    if (++groups == kChunk) {
+      groups = 0;
+      if (SUM) sums.close();
+      if (POOL) pools.close();
+    }
+  }
+  if (SUM) sums.close();
+  if (POOL) pools.close();
+}
+
+// The warps' sums as a tree; the result is the first warp's.
+template <int W>
+__device__ void gather(float (&sums)[W]) {
+  __shared__ float shared[kSlots - 1][W][kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  __syncthreads();
+  if (warp) {
+#pragma unroll
+    for (int i = 0; i < W; ++i) shared[warp - 1][i][lane] = sums[i];
+  }
+  __syncthreads();
+  if (warp == 0) {
+#pragma unroll
+    for (int i = 0; i < W; ++i) sums[i] = (sums[i] + shared[0][i][lane]) + (shared[1][i][lane] + shared[2][i][lane]);
+  }
+}
+
+template <class T, int W, bool MEAN, bool OFFICIAL, int MAX>
+__global__ void __launch_bounds__(kThreads) sum_kernel(
+    const __grid_constant__ Squeeze a, const __grid_constant__ Blocks<MAX> blocks, int64_t tiles) {
+  const int64_t index = blockIdx.x, tile = index % tiles, n = index / tiles % a.num, b = index / tiles / a.num;
+  const int64_t d = (tile * kWarp + threadIdx.x % kWarp) * W;
+  const bool inside = d < a.size;
+  const Rows rows = blocks.rows[n];
+  const Sentence sentence(a.batch, rows, b);
+  const T* data = static_cast<const T*>(rows.data) + d;
+  const int64_t length = length_of(a.batch, b);
+  Sums<W> sums, pools;
+  if (inside) {
+    const float* beta = factors_of(a.factors, a.batch, b, d / (a.size / a.parts));
+    const auto real = [&](int64_t r) { return sentence.real(r); };
+    const auto any = [&](int64_t l) { return sentence.any(l); };
+    if (OFFICIAL) {  // f sees other tokens than p does: two reads
+      sum_tokens<T, W, true, false>(data, a.batch.size, any, beta, sums, pools);
+      if (MEAN) sum_tokens<T, W, false, true>(data, length, real, nullptr, sums, pools);
+    } else {
+      sum_tokens<T, W, true, MEAN>(data, length, real, beta, sums, pools);
+    }
+  }
+  gather(sums.outer);
+  if (MEAN) gather(pools.outer);
+  if (!inside || threadIdx.x >= kWarp) return;
+  store_floats(sums.outer, a.sums + (b * a.num + n) * a.size + d);
+  if (a.pooled == nullptr) return;
+  if (MEAN) {
+    const float weight = 1.0f / float(length > 1 ? length : 1);
+#pragma unroll
+    for (int i = 0; i < W; ++i) pools.outer[i] *= weight;
+  } else if (length > 0) {
+    const Piece<T, W> u = load_piece<T, W>(data + sentence.real(a.pooling == Pooling::kCls ? 0 : length - 1));
+#pragma unroll
+    for (int i = 0; i < W; ++i) pools.outer[i] = widen(u.values[i]);
+  }
+  store_floats(pools.outer, a.pooled + (b * a.num_blocks + a.first_block + n) * a.size + d);
+}
+
+constexpr int kBlockThreads = 256;
+
+__global__ void __launch_bounds__(kBlockThreads) blocks_kernel(const __grid_constant__ Squeeze a) {
+  const int64_t index = int64_t(blockIdx.x) * kBlockThreads + threadIdx.x;
+  if (index >= a.batch.sentences * a.size) return;
+  const int64_t b = index / a.size, d = index % a.size;
+  const float* alpha = a.alpha + d / (a.size / a.parts) * a.num_blocks + a.first_block;
+  const float* sums = a.sums + b * a.num * a.size + d;
+  float f = a.first_block == 0 ? 0.0f : a.squeezed[index];
+#pragma unroll 4
+  for (int64_t n = 0; n < a.num; ++n) f = fmaf(alpha[n], sums[n * a.size], f);
+  a.squeezed[index] = f;
+}
+
+template <class T, int W, int MAX>
+void launch(const Squeeze& a, cudaStream_t stream) {
+  const Blocks<MAX> blocks(a.hidden, a.num);
+  const int64_t tiles = pieces(a.size, W * kWarp);
+  const unsigned grid = unsigned(a.batch.sentences * a.num * tiles);
+  const bool mean = a.pooled && a.pooling == Pooling::kMean;
+  if (a.official) {
+    if (mean) {
+      sum_kernel<T, W, true, true, MAX><<<grid, kThreads, 0, stream>>>(a, blocks, tiles);
+    } else {
+      sum_kernel<T, W, false, true, MAX><<<grid, kThreads, 0, stream>>>(a, blocks, tiles);
+    }
+  } else if (mean) {
+    sum_kernel<T, W, true, false, MAX><<<grid, kThreads, 0, stream>>>(a, blocks, tiles);
+  } else {
+    sum_kernel<T, W, false, false, MAX><<<grid, kThreads, 0, stream>>>(a, blocks, tiles);
+  }
+}
+
+template <class T>
+cudaError_t launch(const Squeeze& a, cudaStream_t stream) {
+  const bool few = a.num <= kFewBlocks;
+  if (wide<T>(a.size / a.parts, a.hidden, a.num) && aligned(a.sums) && aligned(a.pooled)) {
+    few ? launch<T, kWide<T>, kFewBlocks>(a, stream) : launch<T, kWide<T>, kMaxBlocks>(a, stream);
+  } else {
+    few ? launch<T, 1, kFewBlocks>(a, stream) : launch<T, 1, kMaxBlocks>(a, stream);
+  }
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  const int64_t features = a.batch.sentences * a.size;
+  blocks_kernel<<<unsigned(pieces(features, kBlockThreads)), kBlockThreads, 0, stream>>>(a);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t squeeze(const Squeeze& args, cudaStream_t stream) {
+  if (args.batch.sentences == 0 || args.num == 0) return cudaSuccess;
+  if (args.num > kMaxBlocks) return cudaErrorInvalidValue;
+  S2SENT_DTYPE(args.dtype, [&] { return launch<T>(args, stream); })
+}
+
+}  // namespace s2sent::cuda

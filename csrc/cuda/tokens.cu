@@ -1,0 +1,85 @@
+// A batch's real tokens and their factors: one program a sentence, or one for all where every token is real.
+
+#include "tokens.cuh"
+
+namespace s2sent::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+
+struct Frequencies {
+  int32_t y[kMaxParts];
+};
+
+__device__ float factor(int64_t y, int64_t r, int64_t length, int64_t num_blocks) {
+  if (y >= length) return 0.0f;
+  const double period = double(length), norm = y > 0 ? 1.4142135623730951 : 1.0;
+  const double wave = y > 0 ? cospi(double(y * (2 * r + 1) % (4 * length)) / (2.0 * period)) : 1.0;
+  return float(6.0 / sqrt(double(num_blocks) * period) * (wave * norm / sqrt(period)));
+}
+
+__global__ void __launch_bounds__(kThreads) find_kernel(
+    const __grid_constant__ TokenFinder a, const __grid_constant__ Frequencies frequencies) {
+  const int64_t b = blockIdx.x;
+  const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+  int64_t length = a.batch.packed ? a.batch.starts[b + 1] - a.batch.starts[b] : a.batch.size;
+  if (a.lengths) {
+    __shared__ int counts[kWarps];
+    const bool* mask = a.batch.mask + b * a.batch.size;
+    int64_t before = 0;
+    for (int64_t start = 0; start < a.batch.size; start += kThreads) {
+      const int64_t l = start + thread;
+      const bool real = l < a.batch.size && mask[l];
+      const unsigned votes = __ballot_sync(~0u, real);
+      if (lane == 0) counts[warp] = __popc(votes);
+      __syncthreads();
+      int64_t rank = before + __popc(votes & ((1u << lane) - 1));
+      for (int w = 0; w < kWarps; ++w) {
+        if (w < warp) rank += counts[w];
+        before += counts[w];
+      }
+      if (real) a.places[b * a.batch.size + rank] = int32_t(l);
+      if (l < a.batch.size) a.ranks[b * a.batch.size + l] = real ? int32_t(rank) : -1;
+      __syncthreads();
+    }
+    length = before;
+    if (thread == 0) a.lengths[b] = int32_t(length);
+  }
+  if (a.beta == nullptr) return;
+  float* beta = a.beta + (a.batch.packed ? int64_t(a.batch.starts[b]) : b * a.stride_b);
+  // The parts' frequencies repeat: the first of equals computes for all.
+  for (int64_t m = 0; m < a.parts; ++m) {
+    bool again = false;
+    for (int64_t k = 0; k < m; ++k) again = again || frequencies.y[k] == frequencies.y[m];
+    if (again) continue;
+    for (int64_t r = blockIdx.y * kThreads + thread; r < length; r += gridDim.y * kThreads) {
+      const float value = factor(frequencies.y[m], r, length, a.num_blocks);
+      for (int64_t k = m; k < a.parts; ++k) {
+        if (frequencies.y[k] == frequencies.y[m]) beta[k * a.stride_m + r] = value;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+cudaError_t find_tokens(const TokenFinder& args, cudaStream_t stream) {
+  if (args.batch.sentences == 0 || args.batch.tokens == 0) {
+    if (args.lengths && args.batch.sentences) {
+      return cudaMemsetAsync(args.lengths, 0, size_t(args.batch.sentences) * sizeof(int32_t), stream);
+    }
+    return cudaSuccess;
+  }
+  if (args.parts > kMaxParts) return cudaErrorInvalidValue;
+  Frequencies frequencies = {};
+  for (int64_t m = 0; args.beta && m < args.parts; ++m) frequencies.y[m] = int32_t(args.y[m]);
+  const bool shared = !args.batch.packed && !args.batch.mask;  // one table for all
+  // More programs than one share a table's tokens, but never a mask's.
+  const unsigned many = unsigned(shared ? pieces(args.batch.size, kThreads) : 1);
+  const dim3 grid(unsigned(shared ? 1 : args.batch.sentences), many < 1024 ? many : 1024);
+  find_kernel<<<grid, kThreads, 0, stream>>>(args, frequencies);
+  return cudaGetLastError();
+}
+
+}  // namespace s2sent::cuda

@@ -1,0 +1,166 @@
+// What the CUDA kernels share: a batch's real tokens, the storage types, and pieces of rows.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "launch.h"
+
+namespace s2sent::cuda {
+
+constexpr int kWarp = 32;
+
+// Of a kernel with one thread a piece of W features in a row: 16 bytes where all addresses allow, else a single one.
+template <class T>
+constexpr int kWide = 16 / int(sizeof(T));
+
+// The blocks' rows as a kernel's argument; few is the usual case, and a launch copies what it is given.
+template <int MAX>
+struct Blocks {
+  Rows rows[MAX];
+
+  Blocks(const Rows* from, int64_t count) {
+    for (int64_t n = 0; n < count; ++n) rows[n] = from[n];
+    for (int64_t n = count; n < MAX; ++n) rows[n] = {};
+  }
+};
+constexpr int kFewBlocks = 16;
+
+inline int64_t pieces(int64_t whole, int64_t piece) { return (whole + piece - 1) / piece; }
+
+// Whether every row begins on 16 bytes and features come in whole pieces of 16 bytes, none of them in two parts.
+template <class T>
+bool wide(const Rows& rows) {
+  const int64_t step = kWide<T>;
+  return uintptr_t(rows.data) % 16 == 0 && rows.stride_b % step == 0 && rows.stride_l % step == 0;
+}
+
+template <class T>
+bool wide(int64_t part, const Rows* rows, int64_t count) {
+  bool all = part % 8 == 0;  // so that float32 beside it is wide too
+  for (int64_t n = 0; n < count; ++n) all = all && wide<T>(rows[n]);
+  return all;
+}
+
+inline bool aligned(const void* pointer) { return uintptr_t(pointer) % 16 == 0; }
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(__half x) { return __half2float(x); }
+
+__device__ inline void narrow(float x, float* to) { *to = x; }
+__device__ inline void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
+__device__ inline void narrow(float x, __half* to) { *to = __float2half_rn(x); }
+
+// W numbers that stand side by side.
+template <class T, int W>
+struct alignas(W * sizeof(T)) Piece {
+  T values[W];
+};
+
+template <class T, int W>
+__device__ inline Piece<T, W> load_piece(const T* from) {
+  if constexpr (W * sizeof(T) == 16) {
+    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from));
+    return *reinterpret_cast<const Piece<T, W>*>(&bits);
+  } else {
+    static_assert(W == 1, "a piece is 16 bytes or a number");
+    return {*from};
+  }
+}
+
+// W floats, W a multiple of 4 or 1.
+template <int W>
+__device__ inline void load_floats(const float* from, float (&to)[W]) {
+  if constexpr (W == 1) {
+    to[0] = *from;
+  } else {
+#pragma unroll
+    for (int i = 0; i < W; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from + i);
+      to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
+    }
+  }
+}
+
+template <int W>
+__device__ inline void store_floats(const float (&from)[W], float* to) {
+  if constexpr (W == 1) {
+    *to = from[0];
+  } else {
+#pragma unroll
+    for (int i = 0; i < W; i += 4) {
+      *reinterpret_cast<float4*>(to + i) = make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]);
+    }
+  }
+}
+
+template <class T, int W>
+__device__ inline void store_piece(const float (&from)[W], T* to) {
+  Piece<T, W> piece;
+#pragma unroll
+  for (int i = 0; i < W; ++i) narrow(from[i], &piece.values[i]);
+  if constexpr (W * sizeof(T) == 16) {
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&piece);
+  } else {
+    *to = piece.values[0];
+  }
+}
+
+// Real tokens of sentence b.
+__device__ inline int64_t length_of(const Batch& batch, int64_t b) {
+  if (batch.packed) return batch.starts[b + 1] - batch.starts[b];
+  return batch.lengths ? batch.lengths[b] : batch.size;
+}
+
+// A sentence's rows of one tensor: where its r-th real token begins, or its l-th token, in elements.
+struct Sentence {
+  int64_t base;
+  int64_t stride;
+  const int32_t* places;
+
+  __device__ Sentence(const Batch& batch, const Rows& rows, int64_t b)
+      : base(batch.packed ? batch.starts[b] * rows.stride_l : b * rows.stride_b),
+        stride(rows.stride_l),
+        places(batch.places ? batch.places + b * batch.size : nullptr) {}
+
+  __device__ int64_t real(int64_t r) const { return base + (places ? places[r] : r) * stride; }
+  __device__ int64_t any(int64_t l) const { return base + l * stride; }
+};
+
+// The sentence of packed token t, which is not the last of an empty one.
+__device__ inline int64_t sentence_of(const Batch& batch, int64_t t) {
+  int64_t low = 0, high = batch.sentences - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (batch.starts[middle] <= t) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+__device__ inline const float* factors_of(const Factors& factors, const Batch& batch, int64_t b, int64_t m) {
+  return factors.beta + (batch.packed ? int64_t(batch.starts[b]) : b * factors.stride_b) + m * factors.stride_m;
+}
+
+}  // namespace s2sent::cuda
+
+// Runs ``...`` with T, the storage type of a DType.
+#define S2SENT_DTYPE(dtype, ...) \
+  switch (dtype) { \
+    case DType::kFloat32: { \
+      using T = float; \
+      return __VA_ARGS__(); \
+    } \
+    case DType::kBFloat16: { \
+      using T = __nv_bfloat16; \
+      return __VA_ARGS__(); \
+    } \
+    default: { \
+      using T = __half; \
+      return __VA_ARGS__(); \
+    } \
+  }
