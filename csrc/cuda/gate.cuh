@@ -1,0 +1,97 @@
+// What the gate's forward and backward share: exp(e + c) of a tile of features of every block, for a few sentences.
+//
+// Order of summation: W2 s in two running sums over even and odd h, and these added; the s-norm over the blocks ascending.
+// Sentences and features only stand side by side, so that one has the bits that it has alone.
+#pragma once
+
+#include "tokens.cuh"
+
+namespace s2sent::cuda {
+
+constexpr int kGateWarps = 4;
+constexpr int kGateThreads = kGateWarps * kWarp;
+constexpr int kGateWidth = 32;  // of W2's columns, at a time
+
+// Sentences of a program, S: as many as its shared memory holds N blocks of.
+template <class Launch>
+cudaError_t with_sentences(int64_t num_blocks, const Launch& launch) {
+  if (num_blocks <= 16) return launch(std::integral_constant<int, 16>());
+  if (num_blocks <= 64) return launch(std::integral_constant<int, 4>());
+  if (num_blocks <= kMaxBlocks) return launch(std::integral_constant<int, 2>());
+  return cudaErrorInvalidValue;
+}
+
+template <int S>
+struct GateMemory {
+  float up[kGateWarps][kWarp][kGateWidth + 1];  // rows of W2
+  float s[kGateWarps][kGateWidth][S];
+};
+
+// Bytes of shared memory: GateMemory, then ``copies`` of [N, S, 32].
+template <int S>
+size_t gate_bytes(int64_t num_blocks, int copies) {
+  return sizeof(GateMemory<S>) + size_t(num_blocks) * copies * S * kWarp * sizeof(float);
+}
+
+template <class Kernel>
+cudaError_t allow_shared_memory(Kernel kernel, size_t bytes) {
+  if (bytes <= 48 << 10) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+}
+
+__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// weights [N, S, 32] = exp(e + c) of features from d0 and sentences from b0; sigmoids [N, S, 32] = e where not null, and then
+// a.normed too. The caller waits before it reads what another warp wrote.
+template <int S, bool BACKWARD>
+__device__ void weigh(const Gate& a, int64_t b0, int64_t d0, GateMemory<S>& memory, float* weights, float* sigmoids) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int rows = int(min(int64_t(kWarp), a.size - d0)), sentences = int(min(int64_t(S), a.sentences - b0));
+  auto& up = memory.up[warp];
+  auto& s = memory.s[warp];
+  for (int64_t n = warp; n < a.num_blocks; n += kGateWarps) {
+    const int64_t row = n * a.size + d0;
+    float even[S] = {}, odd[S] = {};
+    for (int64_t h0 = 0; h0 < a.width; h0 += kGateWidth) {
+      const int64_t h = h0 + lane;
+      __syncwarp();
+#pragma unroll 8
+      for (int j = 0; j < kWarp; ++j) {
+        up[j][lane] = j < rows && h < a.width ? a.up_weight[(row + j) * a.width + h] : 0.0f;
+      }
+#pragma unroll
+      for (int k = 0; k < S; ++k) {
+        s[lane][k] = k < sentences && h < a.width ? a.bottleneck[(b0 + k) * a.width + h] : 0.0f;
+      }
+      __syncwarp();
+#pragma unroll 4
+      for (int i = 0; i < kGateWidth; i += 2) {
+        const float x = up[lane][i], y = up[lane][i + 1];
+#pragma unroll
+        for (int k = 0; k < S; ++k) even[k] = fmaf(x, s[i][k], even[k]), odd[k] = fmaf(y, s[i + 1][k], odd[k]);
+      }
+    }
+    const bool inside = lane < rows;
+    const float bias = inside ? a.up_bias[row + lane] : 0.0f, prior = a.prior ? a.prior[n] : 0.0f;
+    float mean = 0.0f, inverse = 1.0f, scale = 1.0f, shift = 0.0f;
+    if (a.norm_weight && inside) {
+      mean = a.running_mean[row + lane];
+      inverse = 1.0f / sqrtf(a.running_var[row + lane] + a.eps);
+      scale = a.norm_weight[row + lane] * inverse;
+      shift = a.norm_bias[row + lane] - mean * scale;
+    }
+#pragma unroll
+    for (int k = 0; k < S; ++k) {
+      float z = (even[k] + odd[k]) + bias;
+      if (BACKWARD && a.norm_weight && inside && k < sentences) {
+        a.normed[(b0 + k) * a.num_blocks * a.size + row + lane] = (z - mean) * inverse;
+      }
+      if (a.norm_weight) z = z * scale + shift;
+      const float e = sigmoid(z);
+      if (BACKWARD) sigmoids[(n * S + k) * kWarp + lane] = e;
+      weights[(n * S + k) * kWarp + lane] = expf(e + prior);
+    }
+  }
+}
+
+}  // namespace s2sent::cuda

@@ -1,0 +1,81 @@
+// x @ weight, each sentence's sum in one order, whatever stands beside it.
+//
+// Order of summation: kProductRows rows come as kWarps running sums over neighbouring rows, then these as a tree; then such
+// partial sums ascending.
+
+#include "tokens.cuh"
+
+namespace s2sent::cuda {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kWarp;
+constexpr int kSentences = 8;
+constexpr int kRows = int(kProductRows) / kWarps;
+
+__global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ Product a, int64_t chunks, int64_t tiles) {
+  __shared__ float x[kProductRows][kSentences];
+  __shared__ float sums[kWarps - 1][kSentences][kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t tile = blockIdx.x % tiles, chunk = blockIdx.x / tiles % chunks;
+  const int64_t b0 = blockIdx.x / tiles / chunks * kSentences;
+  const int64_t start = chunk * kProductRows, column = tile * kWarp + lane;
+  const int count = int(min(kProductRows, a.rows - start));
+  for (int k = 0; k < kSentences; ++k) {
+    for (int r = threadIdx.x; r < count; r += kThreads) {
+      x[r][k] = b0 + k < a.sentences ? a.x[(b0 + k) * a.rows + start + r] : 0.0f;
+    }
+  }
+  __syncthreads();
+  float sum[kSentences] = {};
+  if (column < a.columns) {
+    const float* weight = a.weight + start * a.columns + column;
+#pragma unroll 4
+    for (int r = warp * kRows; r < min(count, (warp + 1) * kRows); ++r) {
+      const float w = weight[r * a.columns];
+#pragma unroll
+      for (int k = 0; k < kSentences; ++k) sum[k] = fmaf(x[r][k], w, sum[k]);
+    }
+  }
+  if (warp) {
+#pragma unroll
+    for (int k = 0; k < kSentences; ++k) sums[warp - 1][k][lane] = sum[k];
+  }
+  __syncthreads();
+  if (warp || column >= a.columns) return;
+#pragma unroll
+  for (int k = 0; k < kSentences; ++k) {
+    if (b0 + k >= a.sentences) break;
+    a.partial[(chunk * a.sentences + b0 + k) * a.columns + column] =
+        (sum[k] + sums[0][k][lane]) + (sums[1][k][lane] + sums[2][k][lane]);
+  }
+}
+
+constexpr int kSumThreads = 256;
+
+__global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant__ Product a, int64_t chunks) {
+  const int64_t index = int64_t(blockIdx.x) * kSumThreads + threadIdx.x, all = a.sentences * a.columns;
+  if (index >= all) return;
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += a.partial[chunk * all + index];
+  a.result[index] = sum;
+}
+
+}  // namespace
+
+cudaError_t multiply(const Product& args, cudaStream_t stream) {
+  if (args.sentences == 0 || args.columns == 0) return cudaSuccess;
+  const int64_t chunks = pieces(args.rows, kProductRows), tiles = pieces(args.columns, kWarp);
+  if (chunks > 0) {
+    const int64_t grid = tiles * chunks * pieces(args.sentences, kSentences);
+    rows_kernel<<<unsigned(grid), kThreads, 0, stream>>>(args, chunks, tiles);
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
+  }
+  const int64_t all = args.sentences * args.columns;
+  sum_kernel<<<unsigned(pieces(all, kSumThreads)), kSumThreads, 0, stream>>>(args, chunks);
+  return cudaGetLastError();
+}
+
+}  // namespace s2sent::cuda
