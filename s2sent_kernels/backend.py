@@ -62,7 +62,20 @@ def _native_status() -> BackendStatus:
             False,
             f"the compiled extension has interface {found}, this package needs {NATIVE_INTERFACE}: build it again",
         )
-    return BackendStatus(True, "compiled C++, on the CPU")
+    cuda = ", ".join(f"sm_{architecture}" for architecture in torch.ops.s2sent_native.cuda_architectures())
+    return BackendStatus(True, "compiled C++ on the CPU" + (f" and CUDA C++ for {cuda}" if cuda else ""))
+
+
+@functools.cache
+def native_cuda_refusal(device_index: int | None) -> str | None:
+    """Why the usable extension cannot run on this GPU, or None where it can."""
+    if not torch.ops.s2sent_native.cuda_architectures():
+        return "it was built without its CUDA part (see S2SENT_BUILD in setup.py)"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    index = torch.cuda.current_device() if device_index is None else device_index
+    error = torch.ops.s2sent_native.cuda_error(index)
+    return f"its kernels do not run on {torch.cuda.get_device_name(index)}: {error}" if error else None
 
 
 def backends() -> dict[str, BackendStatus]:
@@ -87,7 +100,10 @@ def _refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
             return status.reason
         if dtype not in KERNEL_DTYPES:
             return f"it computes float32, float16 and bfloat16, got {dtype}"
-        return None if device.type == "cpu" else f"it runs on cpu tensors, got {device.type} tensors"
+        if device.type not in ("cpu", "cuda"):
+            return f"it runs on cpu and cuda tensors, got {device.type} tensors"
+        cause = native_cuda_refusal(device.index) if device.type == "cuda" else None
+        return None if cause is None else f"it got cuda tensors, and {cause}"
     interprets = triton_interprets()
     status = _triton_status(device.index if device.type == "cuda" else None, interprets)
     if not status.usable:
@@ -129,9 +145,12 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         return "native"
     if device.type != "cuda":
         return "reference"
+    # On an H200 Triton's kernels are the faster ones in every path and dtype that bench/results has of both.
     refusal = _refusal("triton", device, dtype)
     if refusal is None:
         return "triton"
+    if _refusal("native", device, dtype) is None:
+        return "native"
     if dtype in KERNEL_DTYPES:  # float64 is the reference's own business and no loss to report
         _say_once(f"s2sent_kernels falls back to plain PyTorch: backend 'triton': {refusal}")
     return "reference"

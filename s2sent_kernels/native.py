@@ -1,12 +1,15 @@
-"""The compiled backend behind the interface that every backend offers to the ops: CPU tensors, C++ kernels (see csrc/).
+"""The compiled backend behind the interface that every backend offers to the ops: C++ kernels for CPU tensors, CUDA C++ for
+CUDA tensors (see csrc/).
 
 Imported once ``backend`` has found the extension usable. This module brings tensors into the form that
 those take (float32 gates and parameters, dense features, boolean masks) and allocates what they write; it never copies a
 hidden state whose features are dense.
 
+Nothing here waits for a GPU, but for the tables of factors, which are brought to a device once.
+
 Bits do not depend on the number of threads (but for the parameters' gradients, whose sums over the sentences are PyTorch's
 own products), and a sentence has the same ones in any batch, at any place, with any padding,
-packed and block by block: every sum has one order, written down in csrc/cpu/*.cpp.
+packed and block by block: every sum has one order, written down in csrc/cpu/*.cpp and csrc/cuda/*.cu.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from torch import Tensor
 from . import dct, reference
 from .reference import GateParameters
 
-_POOLINGS = {None: 0, "mean": 1, "cls": 2, "last": 3}  # as csrc/cpu/batch.h numbers them
+_POOLINGS = {None: 0, "mean": 1, "cls": 2, "last": 3}  # as csrc/cpu/batch.h and csrc/cuda/launch.h number them
+MAXIMUM_BLOCKS = 128  # on CUDA: kMaxBlocks of csrc/cuda/launch.h
 importlib.import_module(f"{__package__}._C")  # registers the ops
 _ops = torch.ops.s2sent_native
 
@@ -42,29 +46,42 @@ def _float(tensor: Tensor | None) -> Tensor | None:
 
 
 def _tokens(attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    mask = None if attention_mask is None else (attention_mask != 0).contiguous()
+    mask = attention_mask
+    if mask is not None:
+        mask = (mask if mask.dtype is torch.bool else mask != 0).contiguous()
     return mask, None if cu_seqlens is None else cu_seqlens.contiguous()
 
 
 @functools.lru_cache(maxsize=64)
-def _block_factors(num_blocks: int, frequencies: int, profile: str) -> tuple[Tensor, tuple[int, ...]]:
+def _block_factors(
+    num_blocks: int, frequencies: int, profile: str, device: torch.device
+) -> tuple[Tensor, tuple[int, ...]]:
     """alpha [M, N], and every part's frequency along the tokens."""
     pairs = dct.frequency_pairs(num_blocks, frequencies, profile)
     alpha = dct.block_basis(num_blocks, frequencies, profile).to(torch.float32).contiguous()
-    return alpha, tuple(y for _, y in pairs)
+    return alpha.to(device), tuple(y for _, y in pairs)
 
 
 @functools.lru_cache(maxsize=16)
-def _grid_factors(size: int, frequencies: int) -> Tensor:
+def _grid_factors(size: int, frequencies: int, device: torch.device) -> Tensor:
     """beta [M, L] of profile ``official``."""
-    return dct.grid_token_basis(size, frequencies, torch.device("cpu")).to(torch.float32).contiguous()
+    return dct.grid_token_basis(size, frequencies, torch.device("cpu")).to(torch.float32).contiguous().to(device)
 
 
 def _factors(
-    num_blocks: int, frequencies: int, profile: str, shape: Sequence[int]
+    num_blocks: int, frequencies: int, profile: str, shape: Sequence[int], device: torch.device
 ) -> tuple[Tensor, tuple[int, ...], Tensor | None]:
-    alpha, y = _block_factors(num_blocks, frequencies, profile)
-    return alpha, y, _grid_factors(shape[1], frequencies) if profile == "official" else None
+    if device.type == "cuda":
+        _check_blocks(num_blocks)
+    alpha, y = _block_factors(num_blocks, frequencies, profile, device)
+    return alpha, y, _grid_factors(shape[1], frequencies, device) if profile == "official" else None
+
+
+def _check_blocks(num_blocks: int) -> None:
+    if num_blocks > MAXIMUM_BLOCKS:
+        raise ValueError(
+            f"hidden_states: backend 'native' takes up to {MAXIMUM_BLOCKS} blocks on CUDA, got N = {num_blocks}"
+        )
 
 
 def _rows(hidden_states: Sequence[Tensor], cu_seqlens: Tensor | None) -> int:
@@ -85,7 +102,7 @@ def squeeze(
     pooled = None if pooling is None else first.new_empty(rows, num_blocks, size, dtype=torch.float32)
     _ops.squeeze(
         [_dense(u) for u in hidden_states], 0, num_blocks, *_tokens(attention_mask, cu_seqlens),
-        *_factors(num_blocks, frequencies, profile, first.shape), _POOLINGS[pooling], squeezed, pooled,
+        *_factors(num_blocks, frequencies, profile, first.shape, first.device), _POOLINGS[pooling], squeezed, pooled,
     )  # fmt: skip
     return squeezed, pooled
 
@@ -105,8 +122,8 @@ def squeeze_block(
     """One block into f's sum so far [B, 1, D] and its row of p [B, N, D]; blocks come in ascending order."""
     _ops.squeeze(
         [_dense(hidden_state)], block, num_blocks, *_tokens(attention_mask, cu_seqlens),
-        *_factors(num_blocks, frequencies, profile, hidden_state.shape), _POOLINGS[pooling], squeezed_groups[:, 0],
-        None if pooling is None else pooled,
+        *_factors(num_blocks, frequencies, profile, hidden_state.shape, hidden_state.device), _POOLINGS[pooling],
+        squeezed_groups[:, 0], None if pooling is None else pooled,
     )  # fmt: skip
 
 
@@ -135,7 +152,7 @@ def squeeze_backward(
     _ops.squeeze_backward(
         _float(grad_squeezed), None if pooling is None else _float(grad_pooled),
         _dense(grad_fused.to(dtype)) if fused and grad_fused is not None else None, _float(gates) if fused else None,
-        list(shape), *_tokens(attention_mask, cu_seqlens), *_factors(len(needed), frequencies, profile, shape),
+        list(shape), *_tokens(attention_mask, cu_seqlens), *_factors(len(needed), frequencies, profile, shape, device),
         _POOLINGS[pooling], grads,
     )  # fmt: skip
     return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
@@ -154,6 +171,8 @@ def _excite(
 ) -> Tensor:
     """Writes ``gates`` g, or, with ``pooled``, ``output`` o; or, with ``backward``, what the op's schema names grad_gates to
     normed. Returns s [B, H]."""
+    if squeezed.is_cuda:
+        _check_blocks(num_blocks)
     prior = parameters.block_prior
     if prior is not None:
         prior = prior.to(torch.float32)
@@ -257,6 +276,8 @@ def gate_pool_backward(
 def fuse(
     hidden_states: Sequence[Tensor], gates: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
+    if hidden_states[0].is_cuda:
+        _check_blocks(len(hidden_states))
     fused = hidden_states[0].new_empty(hidden_states[0].shape)
     rows = _float(gates)
     _ops.fuse([_dense(u) for u in hidden_states], rows, *_tokens(attention_mask, cu_seqlens), fused)

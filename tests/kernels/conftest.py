@@ -1,6 +1,7 @@
 """What the kernels' tests share: the device, poisoned memory, small batches and the tolerance policy.
 
-S2SENT_TEST_BACKEND names the backend under test: "triton", or "native", which runs on the CPU.
+S2SENT_TEST_BACKEND names the backend under test: "triton", or "native", which runs on a GPU where there is one and the build
+has a CUDA part, else on the CPU; S2SENT_TEST_DEVICE forces its device: "cpu" or "cuda".
 
 Triton: with a GPU the kernels are compiled and run on it. Without one they run in Triton's interpreter, which a process must
 choose before it first imports a kernel: ``make test`` sets TRITON_INTERPRET=1 and gives this directory a process of its
@@ -20,14 +21,24 @@ import torch
 from torch import Tensor
 
 from s2sent_kernels import GateParameters, backends
-from s2sent_kernels.backend import triton_interprets
+from s2sent_kernels.backend import native_cuda_refusal, triton_interprets
 
 BACKEND = os.environ.get("S2SENT_TEST_BACKEND") or "triton"
 if BACKEND not in ("triton", "native"):
     raise ValueError(f"S2SENT_TEST_BACKEND: expected 'triton' or 'native', got {BACKEND!r}")
 NATIVE = BACKEND == "native"
 INTERPRETED = not NATIVE and triton_interprets()
-DEVICE = torch.device("cpu" if NATIVE or INTERPRETED else "cuda")
+
+
+def _native_device() -> str:
+    asked = os.environ.get("S2SENT_TEST_DEVICE")
+    if asked:
+        return asked
+    usable = backends()["native"].usable and torch.cuda.is_available()
+    return "cuda" if usable and native_cuda_refusal(None) is None else "cpu"
+
+
+DEVICE = torch.device(_native_device() if NATIVE else "cpu" if INTERPRETED else "cuda")
 NAN = float("nan")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # What a result of hidden states' dtype is judged in. The interpreter truncates where it stores bfloat16, a GPU rounds.
