@@ -14,8 +14,8 @@ constexpr int kThreads = kWarps * kWarp;
 constexpr int kBlockTokens = kWarps * kRounds * kTokens;
 
 // v of TOKENS tokens of one sentence, from ``first`` on, all of them real.
-template <class T, int W, int TOKENS, int MAX>
-__device__ void fuse_tokens(const Fuse& a, const Blocks<MAX>& blocks, int64_t b, int64_t l, int64_t first, int64_t d) {
+template <class T, int W, int TOKENS>
+__device__ void fuse_tokens(const Fuse& a, const Blocks& blocks, int64_t b, int64_t l, int64_t first, int64_t d) {
   float sum[TOKENS][W] = {};
   const float* gates = a.gates + b * a.num_blocks * a.size + d;
 #pragma unroll 2
@@ -38,9 +38,9 @@ __device__ void fuse_tokens(const Fuse& a, const Blocks<MAX>& blocks, int64_t b,
   for (int j = 0; j < TOKENS; ++j) store_piece(sum[j], static_cast<T*>(a.fused) + (first + j) * a.size + d);
 }
 
-template <class T, int W, int MAX>
+template <class T, int W>
 __global__ void __launch_bounds__(kThreads) fuse_kernel(
-    const __grid_constant__ Fuse a, const __grid_constant__ Blocks<MAX> blocks, int64_t tiles, int64_t chunks) {
+    const __grid_constant__ Fuse a, const __grid_constant__ Blocks blocks, int64_t tiles, int64_t chunks) {
   // Chunks of tokens: of a sentence, or of the packed batch.
   const int64_t index = blockIdx.x, tile = index % tiles, chunk = index / tiles % chunks;
   int64_t b = index / tiles / chunks;
@@ -78,22 +78,21 @@ __global__ void __launch_bounds__(kThreads) fuse_kernel(
   }
 }
 
-template <class T, int W, int MAX>
+template <class T, int W>
 void launch(const Fuse& a, cudaStream_t stream) {
-  const Blocks<MAX> blocks(a.hidden, a.num_blocks);
+  const Blocks blocks(a.hidden, a.num_blocks);
   const int64_t tiles = pieces(a.size, W * kWarp);
   const int64_t chunks = pieces(a.batch.packed ? a.batch.tokens : a.batch.size, kBlockTokens);
   const int64_t grid = tiles * chunks * (a.batch.packed ? 1 : a.batch.sentences);
-  fuse_kernel<T, W, MAX><<<unsigned(grid), kThreads, 0, stream>>>(a, blocks, tiles, chunks);
+  fuse_kernel<T, W><<<unsigned(grid), kThreads, 0, stream>>>(a, blocks, tiles, chunks);
 }
 
 template <class T>
 cudaError_t launch(const Fuse& a, cudaStream_t stream) {
-  const bool few = a.num_blocks <= kFewBlocks;
   if (a.size % 8 == 0 && wide<T>(a.size, a.hidden, a.num_blocks) && aligned(a.gates) && aligned(a.fused)) {
-    few ? launch<T, kWide<T>, kFewBlocks>(a, stream) : launch<T, kWide<T>, kMaxBlocks>(a, stream);
+    launch<T, kWide<T>>(a, stream);
   } else {
-    few ? launch<T, 1, kFewBlocks>(a, stream) : launch<T, 1, kMaxBlocks>(a, stream);
+    launch<T, 1>(a, stream);
   }
   return cudaGetLastError();
 }

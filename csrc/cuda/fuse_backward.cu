@@ -15,9 +15,9 @@ constexpr int kChunk = 128;
 constexpr int kThreads = kSlots * kWarp;
 constexpr int kBlocksEach = 4;  // that share a read of dv
 
-template <class T, int W, int MAX>
+template <class T, int W>
 __global__ void __launch_bounds__(kThreads) backward_kernel(
-    const __grid_constant__ FuseBackward a, const __grid_constant__ Blocks<MAX> blocks, int64_t tiles, int64_t groups) {
+    const __grid_constant__ FuseBackward a, const __grid_constant__ Blocks blocks, int64_t tiles, int64_t groups) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t tile = blockIdx.x % tiles, n0 = blockIdx.x / tiles % groups * kBlocksEach, b = blockIdx.x / tiles / groups;
   const int64_t d = (tile * kWarp + lane) * W;
@@ -91,21 +91,20 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
   }
 }
 
-template <class T, int W, int MAX>
+template <class T, int W>
 void launch(const FuseBackward& a, cudaStream_t stream) {
-  const Blocks<MAX> blocks(a.hidden, a.num_blocks);
+  const Blocks blocks(a.hidden, a.num_blocks);
   const int64_t tiles = pieces(a.size, W * kWarp), groups = pieces(a.num_blocks, kBlocksEach);
   const unsigned grid = unsigned(a.batch.sentences * groups * tiles);
-  backward_kernel<T, W, MAX><<<grid, kThreads, 0, stream>>>(a, blocks, tiles, groups);
+  backward_kernel<T, W><<<grid, kThreads, 0, stream>>>(a, blocks, tiles, groups);
 }
 
 template <class T>
 cudaError_t launch(const FuseBackward& a, cudaStream_t stream) {
-  const bool few = a.num_blocks <= kFewBlocks;
   if (wide<T>(a.size, a.hidden, a.num_blocks) && wide<T>(a.grad_fused) && aligned(a.grad_gates)) {
-    few ? launch<T, kWide<T>, kFewBlocks>(a, stream) : launch<T, kWide<T>, kMaxBlocks>(a, stream);
+    launch<T, kWide<T>>(a, stream);
   } else {
-    few ? launch<T, 1, kFewBlocks>(a, stream) : launch<T, 1, kMaxBlocks>(a, stream);
+    launch<T, 1>(a, stream);
   }
   return cudaGetLastError();
 }

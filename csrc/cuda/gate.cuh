@@ -64,7 +64,7 @@ __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, GateMemory<S>& memo
         s[lane][k] = k < sentences && h < a.width ? a.bottleneck[(b0 + k) * a.width + h] : 0.0f;
       }
       __syncwarp();
-#pragma unroll 4
+#pragma unroll 2
       for (int i = 0; i < kGateWidth; i += 2) {
         const float x = up[lane][i], y = up[lane][i + 1];
 #pragma unroll
@@ -77,16 +77,17 @@ __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, GateMemory<S>& memo
     if (a.norm_weight && inside) {
       mean = a.running_mean[row + lane];
       inverse = 1.0f / sqrtf(a.running_var[row + lane] + a.eps);
-      scale = a.norm_weight[row + lane] * inverse;
-      shift = a.norm_bias[row + lane] - mean * scale;
+      scale = a.norm_weight[row + lane];
+      shift = a.norm_bias[row + lane];
     }
 #pragma unroll
     for (int k = 0; k < S; ++k) {
       float z = (even[k] + odd[k]) + bias;
-      if (BACKWARD && a.norm_weight && inside && k < sentences) {
-        a.normed[(b0 + k) * a.num_blocks * a.size + row + lane] = (z - mean) * inverse;
+      if (a.norm_weight) {
+        z = (z - mean) * inverse;  // first, since both may be far from 0
+        if (BACKWARD && inside && k < sentences) a.normed[(b0 + k) * a.num_blocks * a.size + row + lane] = z;
+        z = z * scale + shift;
       }
-      if (a.norm_weight) z = z * scale + shift;
       const float e = sigmoid(z);
       if (BACKWARD) sigmoids[(n * S + k) * kWarp + lane] = e;
       weights[(n * S + k) * kWarp + lane] = expf(e + prior);

@@ -10,7 +10,7 @@ namespace s2sent::cuda {
 namespace {
 
 template <int S>
-__global__ void __launch_bounds__(kGateThreads) backward_kernel(const __grid_constant__ Gate a, int64_t tiles) {
+__global__ void __launch_bounds__(kGateThreads, 2) backward_kernel(const __grid_constant__ Gate a, int64_t tiles) {
   extern __shared__ __align__(16) char bytes[];
   GateMemory<S>& memory = *reinterpret_cast<GateMemory<S>*>(bytes);
   float* weights = reinterpret_cast<float*>(bytes + sizeof(GateMemory<S>));

@@ -92,9 +92,9 @@ __device__ void gather(float (&sums)[W]) {
   }
 }
 
-template <class T, int W, bool MEAN, bool OFFICIAL, int MAX>
+template <class T, int W, bool MEAN, bool OFFICIAL>
 __global__ void __launch_bounds__(kThreads) sum_kernel(
-    const __grid_constant__ Squeeze a, const __grid_constant__ Blocks<MAX> blocks, int64_t tiles) {
+    const __grid_constant__ Squeeze a, const __grid_constant__ Blocks blocks, int64_t tiles) {
   const int64_t index = blockIdx.x, tile = index % tiles, n = index / tiles % a.num, b = index / tiles / a.num;
   const int64_t d = (tile * kWarp + threadIdx.x % kWarp) * W;
   const bool inside = d < a.size;
@@ -145,32 +145,31 @@ __global__ void __launch_bounds__(kBlockThreads) blocks_kernel(const __grid_cons
   a.squeezed[index] = f;
 }
 
-template <class T, int W, int MAX>
+template <class T, int W>
 void launch(const Squeeze& a, cudaStream_t stream) {
-  const Blocks<MAX> blocks(a.hidden, a.num);
+  const Blocks blocks(a.hidden, a.num);
   const int64_t tiles = pieces(a.size, W * kWarp);
   const unsigned grid = unsigned(a.batch.sentences * a.num * tiles);
   const bool mean = a.pooled && a.pooling == Pooling::kMean;
   if (a.official) {
     if (mean) {
-      sum_kernel<T, W, true, true, MAX><<<grid, kThreads, 0, stream>>>(a, blocks, tiles);
+      sum_kernel<T, W, true, true><<<grid, kThreads, 0, stream>>>(a, blocks, tiles);
     } else {
-      sum_kernel<T, W, false, true, MAX><<<grid, kThreads, 0, stream>>>(a, blocks, tiles);
+      sum_kernel<T, W, false, true><<<grid, kThreads, 0, stream>>>(a, blocks, tiles);
     }
   } else if (mean) {
-    sum_kernel<T, W, true, false, MAX><<<grid, kThreads, 0, stream>>>(a, blocks, tiles);
+    sum_kernel<T, W, true, false><<<grid, kThreads, 0, stream>>>(a, blocks, tiles);
   } else {
-    sum_kernel<T, W, false, false, MAX><<<grid, kThreads, 0, stream>>>(a, blocks, tiles);
+    sum_kernel<T, W, false, false><<<grid, kThreads, 0, stream>>>(a, blocks, tiles);
   }
 }
 
 template <class T>
 cudaError_t launch(const Squeeze& a, cudaStream_t stream) {
-  const bool few = a.num <= kFewBlocks;
   if (wide<T>(a.size / a.parts, a.hidden, a.num) && aligned(a.sums) && aligned(a.pooled)) {
-    few ? launch<T, kWide<T>, kFewBlocks>(a, stream) : launch<T, kWide<T>, kMaxBlocks>(a, stream);
+    launch<T, kWide<T>>(a, stream);
   } else {
-    few ? launch<T, 1, kFewBlocks>(a, stream) : launch<T, 1, kMaxBlocks>(a, stream);
+    launch<T, 1>(a, stream);
   }
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;

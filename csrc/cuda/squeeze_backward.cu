@@ -14,63 +14,56 @@ constexpr int kThreads = kWarps * kWarp;
 template <bool FUSED>
 constexpr int kTokens = FUSED ? 4 : 8;
 
-template <int MAX>
 struct Grads {
-  void* into[MAX];
+  void* into[kMaxBlocks];
 };
 
-// A token's row: whose it is, and its weights.
-struct Row {
-  int64_t b;
-  int64_t row;  // of du
-  int64_t dv;   // where its dv begins, in elements
-  bool real;    // else padding
+// A token's weights.
+struct Weights {
+  bool real;  // else padding
   float beta;
   float pool;  // w
 };
 
-__device__ Row row_of(const SqueezeBackward& a, int64_t b, int64_t l, int64_t m) {
-  Row row;
-  row.b = b;
-  const int64_t start = a.batch.packed ? a.batch.starts[b] : 0, length = length_of(a.batch, b);
-  row.row = a.batch.packed ? l : b * a.batch.size + l;
-  const int64_t rank = a.batch.packed ? l - start : a.batch.ranks ? a.batch.ranks[row.row] : l;
-  row.real = rank >= 0;
-  row.dv = b * a.grad_fused.stride_b + l * a.grad_fused.stride_l;
-  row.beta = 0.0f;
-  if (a.grad_squeezed && (row.real || a.official)) {
-    row.beta = factors_of(a.factors, a.batch, b, m)[a.official ? l : rank];
+__device__ Weights weights_of(const SqueezeBackward& a, int64_t b, int64_t l, int64_t m) {
+  const int64_t rank = a.batch.packed ? l - a.batch.starts[b] : a.batch.ranks ? a.batch.ranks[b * a.batch.size + l] : l;
+  Weights weights = {rank >= 0, 0.0f, 0.0f};
+  if (a.grad_squeezed && (weights.real || a.official)) {
+    weights.beta = factors_of(a.factors, a.batch, b, m)[a.official ? l : rank];
   }
-  row.pool = 0.0f;
-  if (a.grad_pooled && row.real) {
+  if (a.grad_pooled && weights.real) {
+    const int64_t length = length_of(a.batch, b);
     if (a.pooling == Pooling::kMean) {
-      row.pool = 1.0f / float(length);
+      weights.pool = 1.0f / float(length);
     } else {
-      row.pool = rank == (a.pooling == Pooling::kCls ? 0 : length - 1) ? 1.0f : 0.0f;
+      weights.pool = rank == (a.pooling == Pooling::kCls ? 0 : length - 1) ? 1.0f : 0.0f;
     }
   }
-  return row;
+  return weights;
 }
 
-// TOKENS rows of one sentence.
-template <class T, int W, bool FUSED, int TOKENS, int MAX>
-__device__ void write_rows(const SqueezeBackward& a, const Grads<MAX>& grads, const Row* rows, int64_t m, int64_t d) {
-  const int64_t b = rows[0].b;
-  float df[W] = {}, dv[TOKENS][W] = {};
+// The rows of TOKENS tokens of sentence b, from l on.
+template <class T, int W, bool FUSED, int TOKENS>
+__device__ void write_rows(const SqueezeBackward& a, const Grads& grads, int64_t b, int64_t l, int64_t m, int64_t d) {
+  Weights weights[TOKENS];
+#pragma unroll
+  for (int j = 0; j < TOKENS; ++j) weights[j] = weights_of(a, b, l + j, m);
+  float df[W] = {};
+  Piece<T, W> dv[TOKENS];
   if (a.grad_squeezed) load_floats(a.grad_squeezed + b * a.size + d, df);
   if (FUSED) {
+    const int64_t from = b * a.grad_fused.stride_b + l * a.grad_fused.stride_l + d;
 #pragma unroll
     for (int j = 0; j < TOKENS; ++j) {
-      if (!rows[j].real) continue;
-      const Piece<T, W> piece = load_piece<T, W>(static_cast<const T*>(a.grad_fused.data) + rows[j].dv + d);
-#pragma unroll
-      for (int i = 0; i < W; ++i) dv[j][i] = widen(piece.values[i]);
+      if (!weights[j].real) continue;
+      dv[j] = load_piece<T, W>(static_cast<const T*>(a.grad_fused.data) + from + j * a.grad_fused.stride_l);
     }
   }
+  const int64_t to = (a.batch.packed ? l : b * a.batch.size + l) * a.size + d;
   const float* alpha = a.alpha + m * a.num_blocks;
   for (int n = 0; n < a.num_blocks; ++n) {
     if (grads.into[n] == nullptr) continue;
-    T* into = static_cast<T*>(grads.into[n]);
+    T* into = static_cast<T*>(grads.into[n]) + to;
     const int64_t place = (b * a.num_blocks + n) * a.size + d;
     float gates[W] = {}, pooled[W] = {}, share[W];
     if (FUSED) load_floats(a.gates + place, gates);
@@ -83,18 +76,18 @@ __device__ void write_rows(const SqueezeBackward& a, const Grads<MAX>& grads, co
       float value[W];
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        value[i] = rows[j].pool != 0.0f ? rows[j].pool * pooled[i] : 0.0f;
-        if (FUSED && rows[j].real) value[i] = fmaf(gates[i], dv[j][i], value[i]);
-        if (a.official || rows[j].real) value[i] = fmaf(rows[j].beta, share[i], value[i]);
+        value[i] = weights[j].pool != 0.0f ? weights[j].pool * pooled[i] : 0.0f;
+        if (FUSED && weights[j].real) value[i] = fmaf(gates[i], widen(dv[j].values[i]), value[i]);
+        if (a.official || weights[j].real) value[i] = fmaf(weights[j].beta, share[i], value[i]);
       }
-      store_piece(value, into + rows[j].row * a.size + d);
+      store_piece(value, into + j * a.size);
     }
   }
 }
 
-template <class T, int W, bool FUSED, int MAX>
-__global__ void __launch_bounds__(kThreads) backward_kernel(
-    const __grid_constant__ SqueezeBackward a, const __grid_constant__ Grads<MAX> grads, int64_t tiles, int64_t chunks) {
+template <class T, int W, bool FUSED>
+__global__ void __launch_bounds__(kThreads, 3) backward_kernel(
+    const __grid_constant__ SqueezeBackward a, const __grid_constant__ Grads grads, int64_t tiles, int64_t chunks) {
   constexpr int TOKENS = kTokens<FUSED>;
   // Chunks of tokens: of a sentence, or of the packed batch.
   const int64_t index = blockIdx.x, tile = index % tiles, chunk = index / tiles % chunks;
@@ -111,39 +104,34 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
       while (l >= a.batch.starts[b + 1]) ++b;
     }
     if (l + TOKENS <= (a.batch.packed ? min(stop, int64_t(a.batch.starts[b + 1])) : stop)) {
-      Row rows[TOKENS];
-#pragma unroll
-      for (int j = 0; j < TOKENS; ++j) rows[j] = row_of(a, b, l + j, m);
-      write_rows<T, W, FUSED, TOKENS>(a, grads, rows, m, d);
+      write_rows<T, W, FUSED, TOKENS>(a, grads, b, l, m, d);
       continue;
     }
     for (int64_t k = l; k < min(stop, l + TOKENS); ++k) {
       if (a.batch.packed) {
         while (k >= a.batch.starts[b + 1]) ++b;
       }
-      const Row row = row_of(a, b, k, m);
-      write_rows<T, W, FUSED, 1>(a, grads, &row, m, d);
+      write_rows<T, W, FUSED, 1>(a, grads, b, k, m, d);
     }
   }
 }
 
-template <class T, int W, bool FUSED, int MAX>
+template <class T, int W, bool FUSED>
 void launch(const SqueezeBackward& a, cudaStream_t stream) {
-  Grads<MAX> grads = {};
+  Grads grads = {};
   for (int64_t n = 0; n < a.num_blocks; ++n) grads.into[n] = a.grads[n];
   const int64_t tiles = pieces(a.size, W * kWarp);
   const int64_t chunks = pieces(a.batch.packed ? a.batch.tokens : a.batch.size, kWarps * kRounds * kTokens<FUSED>);
   const int64_t grid = tiles * chunks * (a.batch.packed ? 1 : a.batch.sentences);
-  backward_kernel<T, W, FUSED, MAX><<<unsigned(grid), kThreads, 0, stream>>>(a, grads, tiles, chunks);
+  backward_kernel<T, W, FUSED><<<unsigned(grid), kThreads, 0, stream>>>(a, grads, tiles, chunks);
 }
 
 template <class T, int W>
 void launch(const SqueezeBackward& a, cudaStream_t stream) {
-  const bool few = a.num_blocks <= kFewBlocks;
   if (a.grad_fused.data) {
-    few ? launch<T, W, true, kFewBlocks>(a, stream) : launch<T, W, true, kMaxBlocks>(a, stream);
+    launch<T, W, true>(a, stream);
   } else {
-    few ? launch<T, W, false, kFewBlocks>(a, stream) : launch<T, W, false, kMaxBlocks>(a, stream);
+    launch<T, W, false>(a, stream);
   }
 }
 

@@ -14,17 +14,14 @@ constexpr int kWarp = 32;
 template <class T>
 constexpr int kWide = 16 / int(sizeof(T));
 
-// The blocks' rows as a kernel's argument; few is the usual case, and a launch copies what it is given.
-template <int MAX>
+// The blocks' rows as a kernel's argument.
 struct Blocks {
-  Rows rows[MAX];
+  Rows rows[kMaxBlocks];
 
-  Blocks(const Rows* from, int64_t count) {
+  Blocks(const Rows* from, int64_t count) : rows() {
     for (int64_t n = 0; n < count; ++n) rows[n] = from[n];
-    for (int64_t n = count; n < MAX; ++n) rows[n] = {};
   }
 };
-constexpr int kFewBlocks = 16;
 
 inline int64_t pieces(int64_t whole, int64_t piece) { return (whole + piece - 1) / piece; }
 
