@@ -27,7 +27,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
 endif
 
-CSRC := $(wildcard csrc/*.cpp csrc/cpu/*)
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
 ifdef PYTHON
 PY := $(PYTHON)
@@ -75,21 +75,27 @@ package:
 demo: $(DEMO_READY)
 	$(PY) -m s2sent_kernels.cli demo
 
-# Three processes: Triton decides when a kernel is decorated whether it is compiled or interpreted. Without a GPU the tests in
-# tests/kernels run the kernels in the interpreter; with one they run them on it. The third runs them over the compiled backend on
-# the CPU, where it was built. All closing lines are repeated at the end.
+# Processes of their own: Triton decides when a kernel is decorated whether it is compiled or interpreted. Without a GPU the tests in
+# tests/kernels run the kernels in the interpreter; with one they run them on it. The third runs them over the compiled backend,
+# where it was built: on a GPU with its CUDA part, else on the CPU. With a GPU a fourth runs its CPU part. All closing lines are
+# repeated at the end.
 test: $(DEV_READY)
-	@logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; interpret= workers= failed=0; \
+	@logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; interpret= workers= gpu=yes failed=0; \
 	if ! $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-		interpret=TRITON_INTERPRET=1; \
+		interpret=TRITON_INTERPRET=1 gpu=; \
 		if $(PY) -c 'import xdist' 2>/dev/null; then workers="-n $(WORKERS) --dist worksteal"; export OMP_NUM_THREADS=1; fi; \
 	fi; \
 	env -u TRITON_INTERPRET $(PY) -m pytest tests --ignore=tests/kernels $$workers 2>&1 | tee "$$logs/1" || failed=1; \
 	env -u TRITON_INTERPRET $$interpret $(PY) -m pytest tests/kernels $$workers 2>&1 | tee "$$logs/2" || failed=1; \
 	env -u TRITON_INTERPRET S2SENT_TEST_BACKEND=native $(PY) -m pytest tests/kernels $$workers 2>&1 | tee "$$logs/3" || failed=1; \
+	if [ "$$gpu" ]; then \
+		env -u TRITON_INTERPRET S2SENT_TEST_BACKEND=native S2SENT_TEST_DEVICE=cpu $(PY) -m pytest tests/kernels 2>&1 \
+			| tee "$$logs/4" || failed=1; \
+	fi; \
 	echo "tests:                  $$(tail -n 1 "$$logs/1")"; \
 	echo "tests/kernels:          $$(tail -n 1 "$$logs/2")"; \
 	echo "tests/kernels (native): $$(tail -n 1 "$$logs/3")"; \
+	if [ "$$gpu" ]; then echo "tests/kernels (native, CPU): $$(tail -n 1 "$$logs/4")"; fi; \
 	exit $$failed
 
 # The report is rebuilt from what there is, also where something failed parity or broke; that still fails the command.
