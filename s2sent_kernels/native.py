@@ -5,7 +5,8 @@ Imported once ``backend`` has found the extension usable. This module brings ten
 those take (float32 gates and parameters, dense features, boolean masks) and allocates what they write; it never copies a
 hidden state whose features are dense.
 
-Nothing here waits for a GPU, but for the tables of factors, which are brought to a device once.
+Nothing here waits for a GPU, but for the tables of factors, which are brought to a device once and stay: a captured CUDA
+graph goes on reading them.
 
 Bits do not depend on the number of threads (but for the parameters' gradients, whose sums over the sentences are PyTorch's
 own products), and a sentence has the same ones in any batch, at any place, with any padding,
@@ -52,7 +53,7 @@ def _tokens(attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[T
     return mask, None if cu_seqlens is None else cu_seqlens.contiguous()
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _block_factors(
     num_blocks: int, frequencies: int, profile: str, device: torch.device
 ) -> tuple[Tensor, tuple[int, ...]]:
@@ -62,7 +63,7 @@ def _block_factors(
     return alpha.to(device), tuple(y for _, y in pairs)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def _grid_factors(size: int, frequencies: int, device: torch.device) -> Tensor:
     """beta [M, L] of profile ``official``."""
     return dct.grid_token_basis(size, frequencies, torch.device("cpu")).to(torch.float32).contiguous().to(device)
