@@ -169,6 +169,23 @@ def test_every_number_is_read_and_rounded_as_pytorch_does(dtype):
         assert torch.equal(found.isnan(), every.isnan())
 
 
+# ---------------------------------------------------------------- tables
+
+
+@BUILT
+def test_tables_of_factors_stay():
+    """A captured CUDA graph reads them for as long as it is replayed, whatever else was computed since."""
+    native = importlib.import_module("s2sent_kernels.native")
+    device = torch.device("cpu")
+
+    def tables():
+        return [native._block_factors(n, 4, "paper", device)[0] for n in range(6, 90)] + [
+            native._grid_factors(size, 4, device) for size in range(1, 90)
+        ]
+
+    assert all(a is b for a, b in zip(tables(), tables(), strict=True))
+
+
 # ---------------------------------------------------------------- setup.py
 
 
