@@ -97,7 +97,9 @@ def missing_cuda():
     if not release:
         return f"nvcc (CUDA_HOME is {home!r}; the variable CUDA_HOME names another)"
     if release[0] != int(torch.version.cuda.split(".")[0]):
-        return f"nvcc of CUDA {torch.version.cuda}'s major version, as torch's (got {release[0]}.{release[1]} in {home})"
+        return (
+            f"nvcc of CUDA {torch.version.cuda}'s major version, as torch's (got {release[0]}.{release[1]} in {home})"
+        )
     return None
 
 
