@@ -19,8 +19,10 @@ from formula import Formula, masked_mean, parameters_of
 from torch import Tensor, nn
 
 from s2sent_kernels import S2SentSelector, fuse, gate, squeeze
+from s2sent_kernels.backend import choose
 
 OURS, MEAN_OF_LAST = "s2sent_kernels", "mean of last block"
+NATIVE = f"{OURS}, native"  # on a GPU, where "auto" takes another backend
 SUM = "torch.sum of every state"  # reads what the pooled path reads, and does nothing else
 PROFILES = {"official": "published formula", "paper": "paper formula"}
 COMPILERS = {
@@ -98,9 +100,17 @@ def gate_parameters(selector: S2SentSelector, what: str) -> dict[str, Tensor]:
     return {} if what in ("squeeze", "fuse") else dict(selector.named_parameters())
 
 
-def ours(case: Case, what: str, device: str, backend: str = "auto") -> Contestant:
+def ours(case: Case, what: str, device: str, backend: str = "auto", name: str = OURS) -> Contestant:
     selector = make_selector(case, device, backend=backend)
-    return Contestant(OURS, selector_call(selector, what), gate_parameters(selector, what))
+    return Contestant(name, selector_call(selector, what), gate_parameters(selector, what))
+
+
+def _native(case: Case, what: str, device: str) -> Contestant | Missing:
+    try:
+        choose("native", torch.device(device), case.dtype)
+    except ValueError as error:
+        return Missing(NATIVE, str(error))
+    return ours(case, what, device, "native", NATIVE)
 
 
 def sum_of_states(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -112,8 +122,10 @@ def mean_of_last(inputs: Inputs) -> Tensor:
 
 
 def contestants(case: Case, what: str, device: str, choice: str) -> Iterator[Contestant | Missing]:
-    """This package first, then those that ``choice`` names: none, eager (what takes no compiler) or all."""
+    """This package first, on a GPU over native too, then those that ``choice`` names: none, eager (what takes no compiler) or all."""
     yield ours(case, what, device)
+    if device == "cuda" and choose("auto", torch.device(device), case.dtype) != "native":
+        yield _native(case, what, device)
     if what in STAGES or case.layout == "packed":
         return
     if what == "pooled":
