@@ -122,7 +122,8 @@ def mean_of_last(inputs: Inputs) -> Tensor:
 
 
 def contestants(case: Case, what: str, device: str, choice: str) -> Iterator[Contestant | Missing]:
-    """This package first, on a GPU over native too, then those that ``choice`` names: none, eager (what takes no compiler) or all."""
+    """This package first, on a GPU over native too, then those that ``choice`` names: none, eager (what takes no compiler)
+    or all."""
     yield ours(case, what, device)
     if device == "cuda" and choose("auto", torch.device(device), case.dtype) != "native":
         yield _native(case, what, device)
