@@ -2,9 +2,12 @@
 
 import contextlib
 import importlib.util
+import os
+import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -85,6 +88,26 @@ def test_it_refuses_what_it_cannot_take():
         backend_module.choose("native", torch.device("cpu"), torch.float64)
     with pytest.raises(ValueError, match=r"backend: 'native' .*got meta tensors"):
         backend_module.choose("native", torch.device("meta"), torch.float32)
+
+
+@BUILT
+def test_cuda_tensors_need_a_build_with_cuda(monkeypatch):
+    if torch.ops.s2sent_native.cuda_architectures():
+        pytest.skip("the CUDA part is built")
+    with pytest.raises(ValueError, match=r"backend: 'native' .*got cuda tensors, and it was built without its CUDA part"):
+        backend_module.choose("native", torch.device("cuda"), torch.float32)
+
+
+@BUILT
+def test_native_stands_in_for_triton_on_cuda(monkeypatch, recwarn):
+    monkeypatch.delenv("S2SENT_BACKEND", raising=False)
+    usable, refused = backend_module.BackendStatus(True, ""), backend_module.BackendStatus(False, "no Triton")
+    monkeypatch.setattr(backend_module, "triton_interprets", lambda: False)
+    monkeypatch.setattr(backend_module, "native_cuda_refusal", lambda index: None)
+    for status, chosen in ((usable, "triton"), (refused, "native")):
+        monkeypatch.setattr(backend_module, "_triton_status", lambda *_, status=status: status)
+        assert backend_module.choose("auto", torch.device("cuda", 0), torch.bfloat16) == chosen
+    assert not recwarn.list
 
 
 # ---------------------------------------------------------------- threads
@@ -211,11 +234,6 @@ def test_zero_builds_nothing(setup_py, monkeypatch):
     assert setup_py.decide("0") == {}
 
 
-def test_cuda_does_not_exist_yet(setup_py):
-    with pytest.raises(SystemExit, match=r"S2SENT_BUILD: .*CUDA.*'cuda'"):
-        setup_py.decide("cuda")
-
-
 def test_auto_falls_back_and_says_why(setup_py, monkeypatch, capsys):
     monkeypatch.setattr(setup_py, "missing", lambda: "a C++ compiler")
     assert setup_py.decide("auto") == {}
@@ -232,6 +250,86 @@ def test_cpu_that_cannot_be_built_is_an_error(setup_py, monkeypatch):
         setup_py.decide("cpu")
 
 
+@pytest.fixture
+def cuda_torch(setup_py, monkeypatch):
+    """As if torch were built for CUDA 13.0 and nvcc of 13.1 were there; no GPU is."""
+    monkeypatch.setattr(setup_py, "missing", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
+    monkeypatch.setattr(setup_py, "cuda_home", lambda: "/toolkit")
+    monkeypatch.setattr(setup_py, "nvcc_release", lambda nvcc: (13, 1))
+
+
+@pytest.mark.parametrize("choice", ["auto", "cuda"])
+def test_cuda_is_built_where_torch_and_nvcc_fit(setup_py, cuda_torch, monkeypatch, choice):
+    monkeypatch.setattr(setup_py, "extension", lambda cuda=False: {"cuda": cuda})
+    assert setup_py.decide(choice) == {"cuda": True}
+    assert setup_py.decide("cpu") == {"cuda": False}
+
+
+def lacking_torch(setup_py, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+
+
+def lacking_nvcc(setup_py, monkeypatch):
+    monkeypatch.setattr(setup_py, "nvcc_release", lambda nvcc: None)
+
+
+def another_nvcc(setup_py, monkeypatch):
+    monkeypatch.setattr(setup_py, "nvcc_release", lambda nvcc: (12, 9))
+
+
+@pytest.mark.parametrize(
+    "change, cause",
+    [
+        (lacking_torch, r"a torch built for CUDA \(got "),
+        (lacking_nvcc, r"nvcc \(CUDA_HOME is '/toolkit'"),
+        (another_nvcc, r"nvcc of CUDA 13\.0's major version.*got 12\.9 in /toolkit"),
+    ],
+)
+def test_cuda_that_cannot_be_built(setup_py, cuda_torch, monkeypatch, capsys, change, cause):
+    """An error where it was asked for; "auto" builds the CPU part and says what is left out."""
+    change(setup_py, monkeypatch)
+    monkeypatch.setattr(setup_py, "extension", lambda cuda=False: {"cuda": cuda})
+    with pytest.raises(SystemExit, match="S2SENT_BUILD: 'cuda' needs " + cause):
+        setup_py.decide("cuda")
+    assert setup_py.decide("auto") == {"cuda": False}
+    out = capsys.readouterr().out
+    assert re.search("its CUDA part needs " + cause, out) and out.count("\n") == 1
+
+
+def test_cuda_without_a_compiler_is_an_error(setup_py, cuda_torch, monkeypatch):
+    monkeypatch.setattr(setup_py, "missing", lambda: "a C++ compiler")
+    with pytest.raises(SystemExit, match=r"S2SENT_BUILD: 'cuda' needs a C\+\+ compiler"):
+        setup_py.decide("cuda")
+
+
 def test_every_source_is_built(setup_py):
-    found = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h")}
-    assert found == {*setup_py.SOURCES, *setup_py.HEADERS}
+    kinds = (".cpp", ".h", ".cu", ".cuh")
+    found = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in kinds}
+    assert found == {*setup_py.SOURCES, *setup_py.HEADERS, *setup_py.CUDA_SOURCES, *setup_py.CUDA_HEADERS}
+
+
+# ---------------------------------------------------------------- nvcc
+
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("architecture", ["80", "90", "100", "120"])
+def test_nvcc_compiles_every_source_without_spills(setup_py, tmp_path, architecture):
+    sources = [source for source in setup_py.CUDA_SOURCES if source.endswith(".cu")]
+    assert len(sources) > 5
+
+    def compiled(source):
+        command = [
+            NVCC, *setup_py.NVCC_FLAGS, f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-Xptxas=-v", "-c",
+            str(ROOT / source), "-o", str(tmp_path / (Path(source).stem + ".o")),
+        ]  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for source, result in zip(sources, pool.map(compiled, sources), strict=True):
+            assert result.returncode == 0, result.stderr
+            spills = re.findall(r"(\d+) bytes spill", result.stderr)
+            assert spills and not any(map(int, spills)), f"{source} spills on sm_{architecture}: {result.stderr}"
