@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,35 @@ def bases_picture(num_blocks: int, frequencies: int, num_tokens: int, blocks: Se
             axes.tick_params(labelbottom=True)
     figure.colorbar(image, ax=grid, label="weight")
     figure.suptitle(f"DCT over {num_blocks} blocks and {num_tokens} tokens: x half waves along blocks, y along tokens")
+    return _png(figure)
+
+
+def scores_picture(scores: Mapping[str, Mapping[str, float]], title: str) -> bytes:
+    """A PNG of bars: a group for each task, in it a bar for each pooling. The axis starts below the lowest, and says so.
+
+    Args:
+        scores: by task, then by pooling.
+
+    Raises:
+        ImportError: matplotlib is missing; names the extra.
+        ValueError: there is nothing to draw.
+    """
+    if not scores:
+        raise ValueError("scores: expected at least one task, got none")
+    poolings = list(dict.fromkeys(pooling for found in scores.values() for pooling in found))
+    values = [value for found in scores.values() for value in found.values()]
+    low = max(0.0, min(values) - 0.25 * (max(values) - min(values)) - 2)
+    width = 0.8 / len(poolings)
+    figure = _figure(2.5 + 1.6 * len(scores), 4)
+    axes = figure.subplots()
+    for place, pooling in enumerate(poolings):
+        at = [task + (place - (len(poolings) - 1) / 2) * width for task in range(len(scores))]
+        heights = [found.get(pooling, float("nan")) for found in scores.values()]
+        axes.bar(at, [height - low for height in heights], width, bottom=low, label=pooling)
+    axes.set_xticks(range(len(scores)), list(scores))
+    axes.set_ylabel(f"score (the axis starts at {low:.0f})" if low else "score")
+    axes.set_title(title)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _png(figure)
 
 
