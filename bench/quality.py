@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,12 @@ def claims_configurations() -> list[Row]:
     return found + [{"N": n, "gates": "scalar mix"} for n in range(1, 7)]
 
 
-def claims(asked: Any) -> list[Row]:
+def claims(asked: Any) -> Iterator[Row]:
     data = Data.read(asked.data)
     cached = Frozen(data, asked.cache, asked.model, asked.device, TOKEN_FREQUENCIES)
     index, parts = asked.part
     # By (N, M), so that features are gathered once for each.
     configurations = sorted(claims_configurations(), key=lambda row: (row["N"], row.get("M", 4)))
-    rows: list[Row] = []
     bounds = [len(configurations) * part // parts for part in (index, index + 1)]
     for configuration in configurations[slice(*bounds)]:
         num_blocks, frequencies = configuration["N"], configuration.get("M", 4)
@@ -71,9 +71,9 @@ def claims(asked: Any) -> list[Row]:
             run = cached.train(
                 module, RECIPE._replace(seed=seed), num_blocks, frequencies, configuration["gates"] == "constant"
             )
-            rows.append(configuration | {"seed": seed} | run)
             seconds = time.perf_counter() - start
             print(f"{configuration} seed {seed}: mean {run['scores']['mean']:.2f}, {seconds:.1f} s", flush=True)
+            yield configuration | {"seed": seed} | run
     if index == 0:
         _, sts = cached.features(6, 4)
         means = {
@@ -82,11 +82,10 @@ def claims(asked: Any) -> list[Row]:
             evaluation.AVERAGE: sts.pooled.mean(dim=1),
         }
         for name, values in means.items():
-            rows.append({"gates": name, "scores": scores(values, cached.sts_texts, data), "parameters": 0})
-    return rows
+            yield {"gates": name, "scores": scores(values, cached.sts_texts, data), "parameters": 0}
 
 
-def transfer(asked: Any) -> list[Row]:
+def transfer(asked: Any) -> Iterator[Row]:
     encoder, tokenizer = load_encoder(asked.model, asked.device)
     name = "all-MiniLM-L6-v2" if asked.selector is None else asked.selector
     selector = S2SentSelector.from_pretrained(name).to(asked.device)
@@ -98,14 +97,13 @@ def transfer(asked: Any) -> list[Row]:
         return evaluation.side_by_side(encoder, tokenizer, texts, modules, max_length=MAX_LENGTH, progress=True)
 
     index, parts = asked.part
-    rows = []
     for task, file in list(TRANSFER.items())[index::parts]:
         splits = evaluation.read_transfer(asked.data / f"transfer/{file}.tsv")
         found = evaluation.transfer(embed, splits)
         for pooling, accuracy in found.items():
-            rows.append({"task": task, "pooling": pooling, **accuracy._asdict()})
-            print(rows[-1], flush=True)
-    return rows
+            row = {"task": task, "pooling": pooling, **accuracy._asdict()}
+            print(row, flush=True)
+            yield row
 
 
 SECTIONS = {"claims": claims, "transfer": transfer, "finetune": quality_finetune.measure}
@@ -120,13 +118,15 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="triplets at most, to try the scripts")
     parser.add_argument("--output", type=Path, default=record.RESULTS / "quality")
     asked = parser.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = False
-    rows = SECTIONS[asked.section](asked)
+    # Fine-tuning is bound by float32 products otherwise; what is trained from the cache has next to none.
+    torch.set_float32_matmul_precision("high" if asked.section == "finetune" else "highest")
     index, parts = asked.part
     path = asked.output / (f"{asked.section}.json" if parts == 1 else f"{asked.section}-{index}-of-{parts}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"section": asked.section, "environment": record.environment(), "rows": rows}
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    content: Row = {"section": asked.section, "environment": record.environment(), "rows": []}
+    for row in SECTIONS[asked.section](asked):
+        content["rows"].append(row)
+        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())  # what is done is kept if the rest fails
     print(path)
     return 0
 

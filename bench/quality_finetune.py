@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from s2sent_kernels.capture import BlockCapture
 from s2sent_kernels.tokens import Tokens
 
 BATCH = 128
+EVALUATED = 128  # texts at once where no gradient is wanted
 ENCODER_RATE, SELECTOR_RATE, PRIOR_RATE = 2e-5, 1e-3, 1e-2
 WARM_UP = 0.1
 TEMPERATURE = 0.05
@@ -73,8 +75,8 @@ def embed(capture: BlockCapture, tokenizer: Any, fusion: Any, texts: list[str], 
     capture.encoder.eval()
     fusion.eval()
     with torch.no_grad():
-        for start in range(0, len(order), 512):
-            some = [texts[place] for place in order[start : start + 512]]
+        for start in range(0, len(order), EVALUATED):
+            some = [texts[place] for place in order[start : start + EVALUATED]]
             batch = tokenizer(some, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt").to(device)
             result.append(fusion(capture.collect(**batch), batch["attention_mask"]))
     embeddings = torch.cat(result)
@@ -142,8 +144,9 @@ def run(asked: Any, data: Data, configuration: dict[str, Any], seed: int) -> dic
     }  # fmt: skip
 
 
-def measure(asked: Any) -> list[dict[str, Any]]:
+def measure(asked: Any) -> Iterator[dict[str, Any]]:
     data = Data.read(asked.data)
     index, parts = asked.part
     work = [(configuration, seed) for seed in SEEDS for configuration in CONFIGURATIONS]
-    return [run(asked, data, configuration, seed) for configuration, seed in work[index::parts]]
+    for configuration, seed in work[index::parts]:
+        yield run(asked, data, configuration, seed)

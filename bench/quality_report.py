@@ -171,7 +171,7 @@ def finetune(rows: Sequence[Row]) -> str:
     first = rows[0]
     parts.append(
         f"The same budget for all: {first['epochs']} epochs of {first['triplets']:,} triplets in batches of {first['batch']}, AdamW, learning "
-        "rate 2e-5\n(selector 1e-3, prior and mix 1e-2), linear warm-up and decay, float32. Nothing is chosen: the last epoch is reported."
+        "rate 2e-5\n(selector 1e-3, prior and mix 1e-2), linear warm-up and decay, float32 with TF32 products. Nothing is chosen: the last epoch is reported."
     )
     names = list(dict.fromkeys(map(fusion_name, rows)))
     order = sorted(names, key=lambda name: -statistics.median(r["scores"]["mean"] for r in rows if fusion_name(r) == name))
