@@ -12,12 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from .. import demo, evaluation, pictures, pretrained
-from ..demo import UserError
+from ..demo import BUNDLED, UserError
 from ..frozen import ScalarMix
 from ..selector import S2SentSelector
 from ..tokens import POOLINGS
-
-BUNDLED = "all-MiniLM-L6-v2"
 
 
 def add(commands: Any) -> None:
