@@ -17,6 +17,7 @@ from ..capture import BlockCapture
 from ..demo import BUNDLED, UserError
 from ..selector import S2SentSelector
 
+MOST = 16  # heat maps that fit a picture
 EXAMPLES = (
     "The ferry does not sail when the wind comes from the north.",
     "No ship leaves the harbour in this weather.",
@@ -48,6 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     texts: Sequence[str] = arguments.text or EXAMPLES
     if any(not text.strip() for text in texts):
         raise UserError("--text: expected texts, got an empty one")
+    if len(texts) > MOST:
+        raise UserError(f"--text: expected at most {MOST} texts, got {len(texts)}")
     name = arguments.selector
     if name is None and arguments.model is None:
         name = BUNDLED
@@ -59,9 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
     encoder, tokenizer, model = demo._load_model(arguments.model, device)
-    (batch,) = demo._batches(tokenizer, texts[: demo.BATCH], device)
-    if len(texts) > demo.BATCH:
-        raise UserError(f"--text: expected at most {demo.BATCH} texts, got {len(texts)}")
+    (batch,) = demo._batches(tokenizer, texts, device)
     try:
         with BlockCapture(encoder, f"last:{selector.num_blocks}") as capture, torch.no_grad():
             hidden_states, mask = capture.collect(**batch), batch["attention_mask"]
