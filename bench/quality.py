@@ -126,7 +126,9 @@ def main() -> int:
     content: Row = {"section": asked.section, "environment": record.environment(), "rows": []}
     for row in SECTIONS[asked.section](asked):
         content["rows"].append(row)
-        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())  # what is done is kept if the rest fails
+        write_atomically(
+            path, (json.dumps(content, indent=1) + "\n").encode()
+        )  # what is done is kept if the rest fails
     print(path)
     return 0
 

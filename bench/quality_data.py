@@ -49,9 +49,7 @@ class Data:
             (row["anchor"], row["positive"], row["negative"])
             for _, row in read_table(folder / "nli/nli_triplets.tsv", ("anchor", "positive", "negative"))
         ]
-        tests = {
-            name: evaluation.read_sts(folder / f"sts/{file}.tsv", split) for name, (file, split) in TESTS.items()
-        }
+        tests = {name: evaluation.read_sts(folder / f"sts/{file}.tsv", split) for name, (file, split) in TESTS.items()}
         dev = evaluation.read_sts(folder / "sts/stsb.tsv", "dev")
         held = {name: {_key(pair) for pair in pairs} for name, pairs in tests.items()}
         shared = {name: sum(_key(pair) in keys for pair in dev) for name, keys in held.items()}

@@ -77,7 +77,9 @@ def embed(capture: BlockCapture, tokenizer: Any, fusion: Any, texts: list[str], 
     with torch.no_grad():
         for start in range(0, len(order), EVALUATED):
             some = [texts[place] for place in order[start : start + EVALUATED]]
-            batch = tokenizer(some, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt").to(device)
+            batch = tokenizer(some, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt").to(
+                device
+            )
             result.append(fusion(capture.collect(**batch), batch["attention_mask"]))
     embeddings = torch.cat(result)
     return embeddings[torch.tensor(order).argsort()].cpu()

@@ -92,7 +92,11 @@ def claims(rows: Sequence[Row]) -> str:
     ]
     parts.append(table(("<pooling", *TITLES), lines))
     parts += ["### DCT components", "M = 1 is global average pooling.", varied(rows, "M", (1, 2, 4, 8, 16), "M", str)]
-    parts += ["### Blocks", "N = 1 has one gate, which is 1: the mean of the last block.", varied(rows, "N", range(1, 7), "N", str)]
+    parts += [
+        "### Blocks",
+        "N = 1 has one gate, which is 1: the mean of the last block.",
+        varied(rows, "N", range(1, 7), "N", str),
+    ]
     parts += ["### Norm and gates", "Constant gates: f = 0 for every sentence, so that they cannot depend on it."]
     lines = []
     for norm in (True, False):
@@ -174,7 +178,9 @@ def finetune(rows: Sequence[Row]) -> str:
         "rate 2e-5\n(selector 1e-3, prior and mix 1e-2), linear warm-up and decay, float32 with TF32 products. Nothing is chosen: the last epoch is reported."
     )
     names = list(dict.fromkeys(map(fusion_name, rows)))
-    order = sorted(names, key=lambda name: -statistics.median(r["scores"]["mean"] for r in rows if fusion_name(r) == name))
+    order = sorted(
+        names, key=lambda name: -statistics.median(r["scores"]["mean"] for r in rows if fusion_name(r) == name)
+    )
     lines = [[name, *cells([row for row in rows if fusion_name(row) == name])] for name in order]
     parts.append(table(("<fusion", *TITLES), lines))
     parts.append("The mean of the four sets on the way:")
@@ -237,11 +243,18 @@ def build(results: Path, output: Path, readme: Path | None) -> None:
     transfer_rows, second = load(results, "transfer")
     tuned, third = load(results, "finetune")
     parts = [INTRO.format(shared=shared, dev=content["dev"], triplets=content["triplets"]), shipped(content)]
-    parts += [section(rows) for section, rows in ((transfer, transfer_rows), (claims, claim_rows), (finetune, tuned)) if rows]
+    parts += [
+        section(rows) for section, rows in ((transfer, transfer_rows), (claims, claim_rows), (finetune, tuned)) if rows
+    ]
     if claim_rows:
         parts.append(parameters(claim_rows, content["parameters"]["encoder"]))
     lines = []
-    for name, environments in (("selector", [content["environment"]]), ("claims", first), ("transfer", second), ("finetune", third)):
+    for name, environments in (
+        ("selector", [content["environment"]]),
+        ("claims", first),
+        ("transfer", second),
+        ("finetune", third),
+    ):
         if environments:
             one = environments[0]
             lines.append([name, one["device"], one["date"], one["commit"], f"torch {one['versions']['torch']}"])

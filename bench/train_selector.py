@@ -143,7 +143,9 @@ The scalar mix's weights, for comparison (`s2sent evaluate`), stand in `config.j
 
 def card(content: dict[str, Any], recipe: dict[str, Any], module: S2SentSelector, mix: list[float]) -> str:
     own = content["parameters"]
-    means = {kind: median([r for r in content["runs"] if r["pooling"] == kind and r["chosen"]], "mean") for kind in NAMES[1:]}
+    means = {
+        kind: median([r for r in content["runs"] if r["pooling"] == kind and r["chosen"]], "mean") for kind in NAMES[1:]
+    }
     assert module.block_prior is not None
     return CARD.format(
         **recipe, blocks=BLOCKS, bottleneck=BOTTLENECK, frequencies=FREQUENCIES, parameters=own["selector"],
@@ -184,7 +186,9 @@ def main() -> int:
             run["chosen"], run["shipped"] = run["learning_rate"] == best, run is ship
     final = {run["pooling"]: run for run in runs if run["shipped"]}
     shipped = modules[evaluation.S2SENT, final[evaluation.S2SENT]["learning_rate"], final[evaluation.S2SENT]["seed"]]
-    mix = modules[evaluation.SCALAR_MIX, final[evaluation.SCALAR_MIX]["learning_rate"], final[evaluation.SCALAR_MIX]["seed"]]
+    mix = modules[
+        evaluation.SCALAR_MIX, final[evaluation.SCALAR_MIX]["learning_rate"], final[evaluation.SCALAR_MIX]["seed"]
+    ]
     assert isinstance(shipped, S2SentSelector) and isinstance(mix, frozen.ScalarMix)
     weights = mix.block_prior.softmax(dim=0).tolist()
     content = {

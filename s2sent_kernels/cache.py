@@ -49,6 +49,9 @@ class Settings(NamedTuple):
     batch_size: int = 128
 
 
+DEFAULT = Settings()
+
+
 class BlockCache:
     """One finished cache. ``row`` finds a text's place; ``squeezed`` and ``pooled`` take rows.
 
@@ -125,9 +128,7 @@ class BlockCache:
         squares = self._each(rows, lambda kept, _: kept.square().mean(dim=3), tuple(self._kept.shape[1:3]))
         return squares.mean(dim=0)
 
-    def _each(
-        self, rows: Tensor | None, chunk: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]
-    ) -> Tensor:
+    def _each(self, rows: Tensor | None, chunk: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]) -> Tensor:
         index = torch.arange(len(self)) if rows is None else rows
         result = torch.empty(len(index), *shape)
         for start in range(0, len(index), CHUNK):
@@ -152,6 +153,7 @@ def fingerprint(encoder: torch.nn.Module, tokenizer: Any) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules: Any
     if backend is None:
         rules = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     else:  # padding and truncation are how it was last called
@@ -173,7 +175,7 @@ def make(
     tokenizer: Any,
     texts: Sequence[str],
     folder: str | Path,
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULT,
     *,
     progress: bool = False,
 ) -> BlockCache:

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .capture import BlockCapture
+from .families import hidden_size
+from .frozen import ScalarMix
 from .selector import S2SentSelector
 from .tables import read_table
 from .tokens import Tokens
@@ -123,7 +125,7 @@ def side_by_side(
     encoder: nn.Module,
     tokenizer: Any,
     texts: Sequence[str],
-    modules: Mapping[str, nn.Module] | None = None,
+    modules: Mapping[str, S2SentSelector | ScalarMix] | None = None,
     *,
     blocks: Sequence[int] | str | None = None,
     block_norm: str | None = "final",
@@ -139,8 +141,6 @@ def side_by_side(
         blocks, block_norm: as BlockCapture takes them.
         pooling: over the tokens, of selectors and scalar mixes.
     """
-    from .frozen import ScalarMix
-
     device = next(encoder.parameters()).device
     limit = min(max_length, tokenizer.model_max_length)
     kept = list(dict.fromkeys(texts))
@@ -148,11 +148,12 @@ def side_by_side(
     found: dict[str, Tensor] = {}
     was_training = encoder.training
     encoder.eval()
-    starts: Any = range(0, len(order), batch_size)
-    if progress:
-        starts = _require("tqdm.auto", "tqdm").tqdm(starts, desc="encode", unit="batch")
     try:
         with BlockCapture(encoder, blocks, block_norm=block_norm) as capture, torch.no_grad():
+            _check(modules or {}, len(capture.blocks), hidden_size(encoder))
+            starts: Any = range(0, len(order), batch_size)
+            if progress:
+                starts = _require("tqdm.auto", "tqdm").tqdm(starts, desc="encode", unit="batch")
             for start in starts:
                 places = order[start : start + batch_size]
                 batch = tokenizer(
@@ -174,12 +175,10 @@ def side_by_side(
                 for name, module in (modules or {}).items():
                     if isinstance(module, S2SentSelector):
                         result[name] = module.pool(states[-module.num_blocks :], mask, pooling=pooling)
-                    elif isinstance(module, ScalarMix):
+                    else:
                         weights = tokens.pooling_weights(pooling).float()
                         each = [_weighted(weights, tokens.keep_real(u.float())) for u in states[-module.num_blocks :]]
                         result[name] = module(torch.stack(each, dim=1))
-                    else:
-                        raise TypeError(f"modules: expected selectors and scalar mixes, got {type(module).__name__}")
                 for name, values in result.items():
                     if name not in found:
                         found[name] = torch.empty(len(kept), values.shape[1])
@@ -189,6 +188,17 @@ def side_by_side(
     place = {text: index for index, text in enumerate(kept)}
     rows = torch.tensor([place[text] for text in texts])
     return {name: values[rows] for name, values in found.items()}
+
+
+def _check(modules: Mapping[str, Any], num_blocks: int, size: int | None) -> None:
+    """Before the first text is encoded: every module is of a kind that is known, and fits."""
+    for name, module in modules.items():
+        if not isinstance(module, (S2SentSelector, ScalarMix)):
+            raise TypeError(f"modules: expected selectors and scalar mixes, got {type(module).__name__}")
+        if module.num_blocks > num_blocks:
+            raise ValueError(f"{name}: reads {module.num_blocks} blocks, got an encoder of {num_blocks}")
+        if isinstance(module, S2SentSelector) and size is not None and module.hidden_size != size:
+            raise ValueError(f"{name}: reads D = {module.hidden_size} features, got an encoder of {size}")
 
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:
@@ -204,7 +214,8 @@ def correlations(similarity: Sequence[float], gold: Sequence[float]) -> Correlat
     if len(similarity) != len(gold):
         raise ValueError(f"gold: expected {len(similarity)} scores, one for each pair, got {len(gold)}")
     return Correlations(
-        100 * float(stats.spearmanr(similarity, gold).statistic), 100 * float(stats.pearsonr(similarity, gold).statistic)
+        100 * float(stats.spearmanr(similarity, gold).statistic),
+        100 * float(stats.pearsonr(similarity, gold).statistic),
     )
 
 
@@ -229,7 +240,9 @@ def transfer(embed: Embed, splits: Mapping[str, Sequence[Labelled]]) -> dict[str
     labels = [item.label for item in items]
     result = {}
     for name, values in embed([text for item in items for text in item.texts]).items():
-        inputs = values if width == 1 else torch.cat([(values[::2] - values[1::2]).abs(), values[::2] * values[1::2]], 1)
+        inputs = (
+            values if width == 1 else torch.cat([(values[::2] - values[1::2]).abs(), values[::2] * values[1::2]], 1)
+        )
         predicted, expected = _predict(inputs.numpy(), labels, bounds)
         result[name] = _accuracy(predicted, expected)
     return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,9 @@ class Recipe(NamedTuple):
     prior_learning_rate: float = 1e-2
     weight_decay: float = 0.01  # of matrices; biases, norms and priors have none
     seed: int = 0
+
+
+DEFAULT = Recipe()
 
 
 class History(NamedTuple):
@@ -129,7 +133,7 @@ def train(
     anchor: Tensor,
     positive: Tensor,
     negative: Tensor | None = None,
-    recipe: Recipe = Recipe(),
+    recipe: Recipe = DEFAULT,
     *,
     score: Callable[[nn.Module], float] | None = None,
 ) -> History:
@@ -194,7 +198,8 @@ def _check(recipe: Recipe, count: int) -> None:
         raise ValueError(f"anchor: expected at least two, since a batch's others are the negatives, got {count}")
 
 
-class Dev(NamedTuple):
+@dataclass(frozen=True)
+class Dev:
     """A scorer for ``train``: Spearman x 100 of cosine similarities with ``gold`` on pairs of rows."""
 
     features: Features
@@ -218,8 +223,8 @@ def fit(
     *,
     folder: str | Path,
     dev: Sequence[tuple[str, str, float]] | None = None,
-    recipe: Recipe = Recipe(),
-    settings: cache.Settings = cache.Settings(),
+    recipe: Recipe = DEFAULT,
+    settings: cache.Settings = cache.DEFAULT,
     progress: bool = False,
 ) -> History:
     """Encode once (or open the cache), and train ``selector`` in place from it.
@@ -235,10 +240,12 @@ def fit(
     """
     if selector.profile != "paper":
         raise ValueError(f"selector: expected profile 'paper', got {selector.profile!r}")
-    cached = cache.make(encoder, tokenizer, [t for row in triplets for t in row if t], folder, settings, progress=progress)
+    cached = cache.make(
+        encoder, tokenizer, [t for row in triplets for t in row if t], folder, settings, progress=progress
+    )
     if selector.hidden_size != cached.hidden_size:
         raise ValueError(f"selector: expected hidden_size = {cached.hidden_size}, got {selector.hidden_size}")
-    score = None
+    score: Dev | None = None
     if dev is not None:
         pairs = [text for one, other, _ in dev for text in (one, other)]
         cached_dev = cache.make(encoder, tokenizer, pairs, folder, settings, progress=progress)
@@ -250,7 +257,7 @@ def fit(
     device = next(selector.parameters()).device
     features = Features.of(cached, selector.num_blocks, selector.frequencies).to(device)
     if score is not None:
-        score = score._replace(features=score.features.to(device))
+        score = replace(score, features=score.features.to(device))
     anchor, positive = cached.rows([row[0] for row in triplets]), cached.rows([row[1] for row in triplets])
     negative = torch.tensor([cached.row(row[2]) if row[2] else -1 for row in triplets])
     return train(selector, features, anchor, positive, negative, recipe, score=score)

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = 1
-_ARGUMENTS = ("hidden_size", "num_blocks", "bottleneck", "frequencies", "profile", "gate_norm", "block_prior", "activation")
+_ARGUMENTS = (
+    "hidden_size",
+    "num_blocks",
+    "bottleneck",
+    "frequencies",
+    "profile",
+    "gate_norm",
+    "block_prior",
+    "activation",
+)
 
 
 def _shipped_root() -> Path:
@@ -80,16 +89,16 @@ def save(selector: S2SentSelector, folder: str | os.PathLike[str], about: dict[s
     write_atomically(path / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
 
 
-def load(
-    kind: type[S2SentSelector], name_or_folder: str | os.PathLike[str], backend: str = "auto"
-) -> S2SentSelector:
+def load(kind: type[S2SentSelector], name_or_folder: str | os.PathLike[str], backend: str = "auto") -> S2SentSelector:
     """The selector of a folder or a shipped name, in eval mode and in the dtype that it was saved in."""
     folder = find(name_or_folder)
     config = read_config(folder)["selector"]
     try:
         arguments = {name: config[name] for name in _ARGUMENTS}
     except KeyError as error:
-        raise ValueError(f"{folder / CONFIG}: expected {error.args[0]!r} under 'selector', and it is not there") from error
+        raise ValueError(
+            f"{folder / CONFIG}: expected {error.args[0]!r} under 'selector', and it is not there"
+        ) from error
     selector = kind(**arguments, backend=backend)
     tensors = _safetensors()
     path = folder / WEIGHTS

@@ -184,7 +184,9 @@ def test_training_lowers_the_loss_and_repeats_bit_for_bit(kind):
     assert history.losses[-1] < 0.5 * history.losses[0]
     assert module.block_prior.argmax() == 0
     assert history == again
-    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.state_dict().values(), other.state_dict().values(), strict=True)
+    )
 
 
 def test_the_best_epoch_is_kept():
@@ -248,7 +250,9 @@ def test_a_mix_of_weights():
 # ---------------------------------------------------------------- folders
 
 
-@pytest.mark.parametrize("options", [{"block_prior": True}, {"gate_norm": None, "activation": "relu"}, {"profile": "official"}])
+@pytest.mark.parametrize(
+    "options", [{"block_prior": True}, {"gate_norm": None, "activation": "relu"}, {"profile": "official"}]
+)
 def test_saved_and_loaded_has_the_same_bits(options, tmp_path):
     pytest.importorskip("safetensors")
     selector = S2SentSelector(16, 3, 4, 2, **options)
@@ -258,7 +262,9 @@ def test_saved_and_loaded_has_the_same_bits(options, tmp_path):
     loaded = S2SentSelector.from_pretrained(tmp_path / "made" / "here", backend="reference")
     assert not loaded.training
     assert loaded.extra_repr().replace("'reference'", "'auto'") == selector.extra_repr()
-    assert all(torch.equal(a, b) for a, b in zip(selector.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(selector.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
 
 
 def test_folders_that_hold_no_selector(tmp_path):

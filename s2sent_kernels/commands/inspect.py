@@ -74,13 +74,18 @@ def run(arguments: argparse.Namespace) -> None:
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
 
-    print(f"encoder   {model}; selector {name}: blocks {', '.join(map(str, blocks))}, {selector.frequencies} components")
+    print(
+        f"encoder   {model}; selector {name}: blocks {', '.join(map(str, blocks))}, {selector.frequencies} components"
+    )
     print("\nMean gate of each block, and the share of features where the block's gate is the largest, in %")
     largest = gates.argmax(dim=1)
     shares = torch.stack([(largest == n).double().mean(dim=1) for n in range(selector.num_blocks)], dim=1)
     print("  " + "".join(f"{f'block {block}':>16}" for block in blocks))
     for row, share, text in zip(gates.mean(dim=2).tolist(), shares.tolist(), texts, strict=True):
-        print("  " + "".join(f"{mean:>9.3f} {100 * part:>5.1f}%" for mean, part in zip(row, share, strict=True)), f" {text}")
+        print(
+            "  " + "".join(f"{mean:>9.3f} {100 * part:>5.1f}%" for mean, part in zip(row, share, strict=True)),
+            f" {text}",
+        )
     print("\nDifference between texts' gates: mean absolute, in % of the mean gate")
     difference = 100 * (gates[:, None] - gates[None]).abs().mean(dim=(2, 3)) / gates.mean()
     for row in difference.tolist():
