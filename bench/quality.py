@@ -1,5 +1,5 @@
-"""The method's claims, measured: which parts of the selector earn their place on all-MiniLM-L6-v2, with a frozen encoder and with one
-that is trained too, and what the shipped selector gives beyond similarity.
+"""The method's claims, measured: which parts of the selector earn their place on all-MiniLM-L6-v2, with a frozen encoder and with
+one that is trained too, and what the shipped selector gives beyond similarity.
 
     python bench/quality.py claims   --data FOLDER      tables over M, N, prior, norm, gates of the input or constant
     python bench/quality.py transfer --data FOLDER      logistic regression on the shipped selector's embeddings, beside others

@@ -9,16 +9,18 @@ import argparse
 import json
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import record
 import train_selector
-from quality_data import TESTS, TRANSFER
+from quality import RECIPE as claims_recipe
+from quality_data import MODEL_NAME, TESTS, TRANSFER
 from report import table
 
-from s2sent_kernels import evaluation
+from s2sent_kernels import evaluation, pretrained
 from s2sent_kernels.pictures import write_atomically
 
 Row = dict[str, Any]
@@ -30,13 +32,14 @@ BASE = {"N": 6, "M": 4, "norm": True, "gates": "input"}
 INTRO = """\
 # Quality
 
-Written by `bench/quality_report.py` from [results/quality](results/quality), which `bench/train_selector.py` and `bench/quality.py`
-measured; nothing is typed by hand. Encoder: all-MiniLM-L6-v2, 6 blocks of 384 features. Figures are Spearman × 100 of cosine
-similarities, each STS set as one; where there are seeds, the median of three and the lowest and highest in parentheses.
+Written by `bench/quality_report.py` from [results/quality](results/quality), which `bench/train_selector.py` and
+`bench/quality.py` measured; nothing is typed by hand. Encoder: all-MiniLM-L6-v2, 6 blocks of 384 features. Figures are
+Spearman × 100 of cosine similarities, each STS set as one; where there are seeds, the median of three and the lowest and
+highest in parentheses.
 
-STS-B dev chooses epochs (of 6), and for the shipped selector the learning rate and the seed. It shares pairs with STS12, STS14 and
-STS16 ({shared}; of {dev:,}): the shipped selector's section says what other choices would have given. Training: {triplets:,} NLI
-triplets without the sentences of the STS sets, InfoNCE with hard negatives, temperature 0.05."""
+STS-B dev chooses epochs (of 6), and for the shipped selector the learning rate and the seed. It shares pairs with STS12, STS14
+and STS16 ({shared}; of {dev:,}): the shipped selector's section says what other choices would have given.
+Training: {triplets:,} NLI triplets without the sentences of the STS sets, InfoNCE with hard negatives, temperature 0.05."""
 
 
 def load(folder: Path, section: str) -> tuple[list[Row], list[Row]]:
@@ -81,7 +84,8 @@ def varied(rows: Sequence[Row], name: str, values: Sequence[Any], title: str, sa
 def claims(rows: Sequence[Row]) -> str:
     parts = ["## What earns its place, encoder frozen"]
     parts.append(
-        "Around one base: N = 6 blocks, M = 4 components, H = 32, batch norm, gates of the input. Prior off is the paper's formula."
+        "Around one base: N = 6 blocks, M = 4 components, H = 32, batch norm, gates of the input. Prior off is the paper's\n"
+        f"formula. Learning rate {claims_recipe.learning_rate:g}."
     )
     parts += ["### For comparison"]
     lines = baseline_rows(rows, evaluation.MEAN_OF_LAST, evaluation.FIRST_LAST, evaluation.AVERAGE)
@@ -148,8 +152,8 @@ def readings(rows: Sequence[Row]) -> str:
 def transfer(rows: Sequence[Row]) -> str:
     parts = ["## Transfer of the shipped selector"]
     parts.append(
-        "Logistic regression on frozen embeddings, as SentEval does it: accuracy × 100, for MRPC with F1. C is chosen on dev or on a\n"
-        "tenth of the training part; MR is cross-validated in ten folds. None of these sets chose anything."
+        "Logistic regression on frozen embeddings, as SentEval does it: accuracy × 100, for MRPC with F1. C is chosen on dev or\n"
+        "on a tenth of the training part; MR is cross-validated in ten folds. None of these sets chose anything."
     )
     lines = []
     for pooling in dict.fromkeys(row["pooling"] for row in rows):
@@ -174,8 +178,9 @@ def finetune(rows: Sequence[Row]) -> str:
     parts = ["## Fine-tuning, encoder and fusion together"]
     first = rows[0]
     parts.append(
-        f"The same budget for all: {first['epochs']} epochs of {first['triplets']:,} triplets in batches of {first['batch']}, AdamW, learning "
-        "rate 2e-5\n(selector 1e-3, prior and mix 1e-2), linear warm-up and decay, float32 with TF32 products. Nothing is chosen: the last epoch is reported."
+        f"The same budget for all: {first['epochs']} epochs of {first['triplets']:,} triplets in batches of {first['batch']}, "
+        "AdamW, learning rate 2e-5\n(selector 1e-3, prior and mix 1e-2), linear warm-up and decay, float32 with TF32 products. "
+        "Nothing is chosen:\nthe last epoch is reported."
     )
     names = list(dict.fromkeys(map(fusion_name, rows)))
     order = sorted(
@@ -211,25 +216,37 @@ def shipped(content: Row) -> str:
     return "\n\n".join(parts)
 
 
-def when(content: Row, tuned: Sequence[Row]) -> str:
-    """The README's two sentences and its small table."""
-    median = {
+def when(content: Row, claim_rows: Sequence[Row], transfer_rows: Sequence[Row], tuned: Sequence[Row]) -> str:
+    """The README's sentences on when to use what; the figures choose the words where they could go either way."""
+    of = {
         kind: statistics.median(r["scores"]["mean"] for r in content["runs"] if r["pooling"] == kind and r["chosen"])
         for kind in (evaluation.SCALAR_MIX, evaluation.S2SENT)
     }
     last = content["baselines"][evaluation.MEAN_OF_LAST]["mean"]
-    text = (
-        f"Behind a frozen, contrastively trained encoder use the selector with its block prior: on all-MiniLM-L6-v2 the mean of four STS\n"
-        f"sets goes from {last:.2f} (mean of the last block) to {median[evaluation.S2SENT]:.2f}, a learned scalar mix of six numbers to "
-        f"{median[evaluation.SCALAR_MIX]:.2f}."
+    paper = _median(claim_rows, prior=False)
+    words = (
+        f"Behind a frozen encoder that was trained contrastively, use the selector with its block prior for similarity: on "
+        f"all-MiniLM-L6-v2 the mean of four STS sets goes from {last:.2f} (mean of the last block) to "
+        f"{of[evaluation.S2SENT]:.2f}, with a learned scalar mix to {of[evaluation.SCALAR_MIX]:.2f}"
     )
+    words += f", with the paper's formula, without a prior, to {paper:.2f}." if paper is not None else "."
+    accuracy = {
+        pooling: statistics.mean(row["accuracy"] for row in matching(transfer_rows, {"pooling": pooling}))
+        for pooling in dict.fromkeys(row["pooling"] for row in transfer_rows)
+    }
+    if accuracy:
+        best = max(accuracy, key=lambda pooling: accuracy[pooling])
+        words += (
+            f" For classifiers on frozen embeddings the {best} is best, mean accuracy {accuracy[best]:.2f} "
+            f"(selector {accuracy[evaluation.S2SENT]:.2f}, mean of the last block {accuracy[evaluation.MEAN_OF_LAST]:.2f})."
+        )
     names = list(dict.fromkeys(map(fusion_name, tuned)))
     if names:
         scores = {n: [r["scores"]["mean"] for r in tuned if fusion_name(r) == n] for n in names}
         order = sorted(names, key=lambda name: -statistics.median(scores[name]))
         told = ", ".join(f"{name} {spread(scores[name])}" for name in order)
-        text += f"\nWhere the encoder is fine-tuned too, take what wins at the same budget: {told}."
-    return text
+        words += f" Where the encoder is fine-tuned too, what gave the most at the same budget comes first: {told}."
+    return textwrap.fill(words, 128, break_on_hyphens=False)
 
 
 def build(results: Path, output: Path, readme: Path | None) -> None:
@@ -260,8 +277,10 @@ def build(results: Path, output: Path, readme: Path | None) -> None:
             lines.append([name, one["device"], one["date"], one["commit"], f"torch {one['versions']['torch']}"])
     parts += ["## Runs", table(("<results", "<device", "<date", "<commit", "<versions"), lines)]
     write_atomically(output, ("\n\n".join(parts) + "\n").encode())
+    folder = pretrained.find(MODEL_NAME)
+    write_atomically(folder / "README.md", train_selector.card(content, folder).encode())
     if readme is not None:
-        insert(readme, when(content, tuned))
+        insert(readme, when(content, claim_rows, transfer_rows, tuned))
 
 
 def insert(readme: Path, text: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import demo, evaluation, pictures, pretrained
+from .. import demo, evaluation, mteb_tasks, pictures, pretrained
 from ..demo import BUNDLED, UserError
 from ..frozen import ScalarMix
 from ..selector import S2SentSelector
@@ -95,8 +95,6 @@ def run(arguments: argparse.Namespace) -> None:
             accuracies = evaluation.transfer(embed, splits)
             content["transfer"][Path(path).stem] = {key: value._asdict() for key, value in accuracies.items()}
         if arguments.mteb:
-            from .. import mteb_tasks
-
             content["mteb"] = mteb_tasks.run(arguments.mteb, embed)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
