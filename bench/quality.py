@@ -2,6 +2,7 @@
 one that is trained too, and what the shipped selector gives beyond similarity.
 
     python bench/quality.py claims   --data FOLDER      tables over M, N, prior, norm, gates of the input or constant
+    python bench/quality.py subsets  --data FOLDER      the shipped selector on every part of the STS sets, beside others
     python bench/quality.py transfer --data FOLDER      logistic regression on the shipped selector's embeddings, beside others
     python bench/quality.py finetune --data FOLDER      encoder and fusion trained together, same budget for all
     python bench/quality_report.py                      bench/results/quality/*.json to bench/QUALITY.md
@@ -85,7 +86,8 @@ def claims(asked: Any) -> Iterator[Row]:
             yield {"gates": name, "scores": scores(values, cached.sts_texts, data), "parameters": 0}
 
 
-def transfer(asked: Any) -> Iterator[Row]:
+def _embed_shipped(asked: Any) -> evaluation.Embed:
+    """Texts to the embeddings of the shipped selector and of every other pooling."""
     encoder, tokenizer = load_encoder(asked.model, asked.device)
     name = "all-MiniLM-L6-v2" if asked.selector is None else asked.selector
     selector = S2SentSelector.from_pretrained(name).to(asked.device)
@@ -96,6 +98,24 @@ def transfer(asked: Any) -> Iterator[Row]:
     def embed(texts: Any) -> dict[str, torch.Tensor]:
         return evaluation.side_by_side(encoder, tokenizer, texts, modules, max_length=MAX_LENGTH, progress=True)
 
+    return embed
+
+
+def subsets(asked: Any) -> Iterator[Row]:
+    """Spearman of every part of the test sets, by where its pairs come from."""
+    embed = _embed_shipped(asked)
+    for name, pairs in Data.read(asked.data).tests.items():
+        parts: dict[str, list[evaluation.Pair]] = {}
+        for pair in pairs:
+            # STS-B names genre, source and year: the genre is what has pairs enough.
+            parts.setdefault(pair.subset.partition("/")[0], []).append(pair)
+        for part, some in parts.items():
+            for pooling, found in evaluation.sts(embed, some).items():
+                yield {"set": name, "subset": part, "pairs": len(some), "pooling": pooling, **found._asdict()}
+
+
+def transfer(asked: Any) -> Iterator[Row]:
+    embed = _embed_shipped(asked)
     index, parts = asked.part
     for task, file in list(TRANSFER.items())[index::parts]:
         splits = evaluation.read_transfer(asked.data / f"transfer/{file}.tsv")
@@ -106,7 +126,7 @@ def transfer(asked: Any) -> Iterator[Row]:
             yield row
 
 
-SECTIONS = {"claims": claims, "transfer": transfer, "finetune": quality_finetune.measure}
+SECTIONS = {"claims": claims, "subsets": subsets, "transfer": transfer, "finetune": quality_finetune.measure}
 
 
 def main() -> int:
