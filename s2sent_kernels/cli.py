@@ -14,7 +14,7 @@ import torch
 
 from . import __version__, demo
 from .backend import BACKEND_VARIABLE, BACKENDS, backends, choose
-from .commands import evaluate, inspect
+from .commands import evaluate, inspect, train
 from .demo import UserError
 from .validate import DEBUG_VARIABLE
 
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
     about = "print versions, the backends and why they are or are not usable"
     commands.add_parser("doctor", help=about, description=about)
-    for module in (evaluate, inspect):
+    for module in (train, evaluate, inspect):
         module.add(commands)
     return parser
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import cache, validate
+from . import cache, dct, validate
 from .cache import BlockCache
 from .selector import S2SentSelector
 
@@ -213,6 +213,11 @@ class Dev:
         embeddings = embed_all(module, self.features)
         similarity = F.cosine_similarity(embeddings[self.first], embeddings[self.second])
         return correlations(similarity.tolist(), self.gold).spearman
+
+
+def token_frequencies(selector: S2SentSelector) -> int:
+    """Y: how many token frequencies a cache needs for the selector's components."""
+    return 1 + max(y for _, y in dct.frequency_pairs(selector.num_blocks, selector.frequencies))
 
 
 def fit(

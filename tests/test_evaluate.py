@@ -191,6 +191,59 @@ def test_inspect_prints_gates_and_energies_and_writes_pictures(places, tmp_path,
     assert all(path.read_bytes().startswith(PNG) for path in (tmp_path / "out").iterdir())
 
 
+def test_train_with_a_frozen_encoder_writes_what_evaluate_reads(places, tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    pytest.importorskip("matplotlib")
+    data = tmp_path / "triplets.tsv"
+    rows = [f"{TEXTS[i]}\t{TEXTS[(i + 1) % 8]}\t{TEXTS[(i + 3) % 8] if i % 2 else ''}" for i in range(8)]
+    data.write_text("\n".join(["anchor\tpositive\tnegative", *rows]) + "\n")
+    arguments = ["train", "--freeze-encoder", "--model", places / "model", "--data", data, "--dev", places / "sts.tsv"]
+    arguments += [
+        "--dev-split",
+        "test",
+        "--blocks",
+        "last:3",
+        "--frequencies",
+        "8",
+        "--bottleneck",
+        "4",
+        "--epochs",
+        "2",
+    ]
+    arguments += ["--batch-size", "4", "--cache", tmp_path / "cache", "--device", "cpu"]
+    assert main([*map(str, arguments), "--output", str(tmp_path / "one")]) == 0
+    assert capsys.readouterr().out.count(", kept") == 1
+    assert main([*map(str, arguments), "--output", str(tmp_path / "two")]) == 0
+    first, second = (S2SentSelector.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    assert (first.num_blocks, first.frequencies, first.bottleneck) == (3, 8, 4)
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["blocks"] == [1, 2, 3]
+    evaluate = ["evaluate", "--model", places / "model", "--selector", tmp_path / "one", "--sts", places / "sts.tsv"]
+    assert main([*map(str, evaluate), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ("anchor\tpositive\na\tb\nc\td\n", ["--freeze-encoder", "--blocks", "last:9"], "'last:N' with N from 1 to 4"),
+        ("anchor\tpositive\na\tb\nc\td\n", ["--freeze-encoder", "--frequencies", "5"], "divisible by M"),
+        ("anchor\tpositive\na\tb\n", ["--freeze-encoder"], "expected at least two"),
+        ("anchor\tpositive\na\t\n", ["--freeze-encoder"], "line 2: expected an anchor and a positive"),
+        ("anchor\tother\na\tb\n", ["--freeze-encoder"], "expected a tab-separated column positive"),
+        ("anchor\tpositive\na\tb\n", [], "--freeze-encoder: expected it"),
+    ],
+)
+def test_training_that_cannot_be(content, options, message, places, tmp_path, capsys):
+    data = tmp_path / "data.tsv"
+    data.write_text(content)
+    arguments = ["train", "--model", places / "model", "--data", data, "--output", tmp_path / "out", "--device", "cpu"]
+    assert main([*map(str, arguments), "--cache", str(tmp_path / "cache"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_pictures_of_scores_and_energies():
     pytest.importorskip("matplotlib")
     assert pictures.scores_picture({"one": {"a": 70.0, "b": 80.0}, "two": {"a": 60.0}}, "title").startswith(PNG)
