@@ -14,6 +14,7 @@ import torch
 
 from . import __version__, demo
 from .backend import BACKEND_VARIABLE, BACKENDS, backends, choose
+from .commands import evaluate, inspect, train
 from .demo import UserError
 from .validate import DEBUG_VARIABLE
 
@@ -60,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
 
     about = "print versions, the backends and why they are or are not usable"
     commands.add_parser("doctor", help=about, description=about)
+    for module in (train, evaluate, inspect):
+        module.add(commands)
     return parser
 
 
@@ -100,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         if arguments.command == "doctor":
             doctor()
+        elif arguments.command != "demo":
+            arguments.run(arguments)
         else:
             demo.run(
                 model=arguments.model, file=arguments.file, output_dir=arguments.output_dir, top=arguments.top,

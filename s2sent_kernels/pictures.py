@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,93 @@ def bases_picture(num_blocks: int, frequencies: int, num_tokens: int, blocks: Se
             axes.tick_params(labelbottom=True)
     figure.colorbar(image, ax=grid, label="weight")
     figure.suptitle(f"DCT over {num_blocks} blocks and {num_tokens} tokens: x half waves along blocks, y along tokens")
+    return _png(figure)
+
+
+def gates_by_text_picture(gates: Tensor, texts: Sequence[str], blocks: Sequence[int] | None = None) -> bytes:
+    """A PNG with a heat map for each text: by how much its gates depart from the mean over the texts, blocks by features.
+
+    Args:
+        gates: g [B, N, D].
+        texts: B titles.
+        blocks: the N blocks' numbers in the encoder, for the axis; 0 to N - 1 by default.
+
+    Raises:
+        ImportError: matplotlib is missing; names the extra.
+        ValueError: ``gates`` is not [B, N, D] with B = the number of texts.
+    """
+    if gates.dim() != 3 or len(gates) != len(texts):
+        raise ValueError(f"gates: expected [B, N, D] with B = {len(texts)} texts, got shape {list(gates.shape)}")
+    values = gates.detach().double().cpu()
+    departure = 100 * (values / values.mean(dim=0, keepdim=True) - 1)
+    limit = max(departure.abs().max().item(), 1e-3)
+    names = [str(block) for block in (range(values.shape[1]) if blocks is None else blocks)]
+    figure = _figure(9, 0.8 + (0.5 + 0.2 * len(names)) * len(texts))
+    grid = figure.subplots(len(texts), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, text, one in zip(grid, texts, departure, strict=True):
+        image = axes.imshow(
+            one.numpy(), aspect="auto", origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest"
+        )
+        axes.set_title(text, fontsize=9)
+        axes.set_ylabel("block")
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+    grid[-1].set_xlabel("feature")
+    figure.colorbar(image, ax=list(grid), label="departure from the mean over texts, in %")
+    return _png(figure)
+
+
+def energy_picture(energy: Tensor, pairs: Sequence[tuple[int, int]], texts: Sequence[str]) -> bytes:
+    """A PNG of bars: the energy of f in each DCT component (x, y), a bar for each text, on a logarithmic axis.
+
+    Args:
+        energy: [B, M].
+
+    Raises:
+        ImportError: matplotlib is missing; names the extra.
+        ValueError: the shape is another.
+    """
+    if energy.shape != (len(texts), len(pairs)):
+        raise ValueError(f"energy: expected [B, M] = {[len(texts), len(pairs)]}, got shape {list(energy.shape)}")
+    figure = _figure(2.5 + 0.9 * len(pairs), 3.5)
+    axes = figure.subplots()
+    width = 0.8 / len(texts)
+    for place, (text, row) in enumerate(zip(texts, energy.tolist(), strict=True)):
+        at = [m + (place - (len(texts) - 1) / 2) * width for m in range(len(pairs))]
+        axes.bar(at, row, width, label=text)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(pairs)), [f"({x}, {y})" for x, y in pairs])
+    axes.set_xlabel("component: x half waves along blocks, y along tokens")
+    axes.set_ylabel("mean square of f")
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return _png(figure)
+
+
+def scores_picture(scores: Mapping[str, Mapping[str, float]], title: str) -> bytes:
+    """A PNG of bars: a group for each task, in it a bar for each pooling. The axis starts below the lowest, and says so.
+
+    Args:
+        scores: by task, then by pooling.
+
+    Raises:
+        ImportError: matplotlib is missing; names the extra.
+        ValueError: there is nothing to draw.
+    """
+    if not scores:
+        raise ValueError("scores: expected at least one task, got none")
+    poolings = list(dict.fromkeys(pooling for found in scores.values() for pooling in found))
+    values = [value for found in scores.values() for value in found.values()]
+    low = max(0.0, min(values) - 0.25 * (max(values) - min(values)) - 2)
+    width = 0.8 / len(poolings)
+    figure = _figure(2.5 + 1.6 * len(scores), 4)
+    axes = figure.subplots()
+    for place, pooling in enumerate(poolings):
+        at = [task + (place - (len(poolings) - 1) / 2) * width for task in range(len(scores))]
+        heights = [found.get(pooling, float("nan")) for found in scores.values()]
+        axes.bar(at, [height - low for height in heights], width, bottom=low, label=pooling)
+    axes.set_xticks(range(len(scores)), list(scores))
+    axes.set_ylabel(f"score (the axis starts at {low:.0f})" if low else "score")
+    axes.set_title(title)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _png(figure)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import functional, reference, validate
+from . import functional, pretrained, reference, validate
 from .backend import BACKENDS
 from .blockwise import BlockwisePool
 from .reference import GateParameters
@@ -236,6 +237,22 @@ class S2SentSelector(nn.Module):
                 excited = _call(self.norm, excited)
             excited = excited.to(squeezed.dtype).unflatten(1, (self.num_blocks, self.hidden_size))
             return reference.s_norm(excited, self.block_prior, self.profile)
+
+    # ------------------------------------------------------------ folders
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into ``folder``, which is made where it is not there."""
+        pretrained.save(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | os.PathLike[str], *, backend: str = "auto") -> S2SentSelector:
+        """The selector of a folder that ``save_pretrained`` wrote, or one shipped with the package, as
+        "all-MiniLM-L6-v2"; in eval mode.
+
+        Raises:
+            ValueError: there is no such folder or name (says which names are), or it holds no selector.
+        """
+        return pretrained.load(cls, name_or_folder, backend)
 
     # ------------------------------------------------------------ published checkpoints
 

@@ -1,0 +1,157 @@
+"""The method's claims, measured: which parts of the selector earn their place on all-MiniLM-L6-v2, with a frozen encoder and with
+one that is trained too, and what the shipped selector gives beyond similarity.
+
+    python bench/quality.py claims   --data FOLDER      tables over M, N, prior, norm, gates of the input or constant
+    python bench/quality.py subsets  --data FOLDER      the shipped selector on every part of the STS sets, beside others
+    python bench/quality.py transfer --data FOLDER      logistic regression on the shipped selector's embeddings, beside others
+    python bench/quality.py finetune --data FOLDER      encoder and fusion trained together, same budget for all
+    python bench/quality_report.py                      bench/results/quality/*.json to bench/QUALITY.md
+
+The folder's layout stands in bench/quality_data.py. A GPU is used where there is one. Every configuration is trained from three
+seeds; nothing is chosen on what is reported. --part I/K measures every K-th configuration, for several processes at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import quality_finetune
+import record
+import torch
+from quality_data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, load_encoder, scores
+
+from s2sent_kernels import S2SentSelector, evaluation, frozen, pretrained
+from s2sent_kernels.pictures import write_atomically
+
+HIDDEN, BOTTLENECK = 384, 32
+RECIPE = frozen.Recipe(epochs=6)
+BASE = {"N": 6, "M": 4, "prior": True, "norm": True, "gates": "input"}
+TOKEN_FREQUENCIES = 6  # M = 16 on 6 blocks takes y = 5
+
+Row = dict[str, Any]
+
+
+def claims_configurations() -> list[Row]:
+    """Around one base, each thing varied with and without the prior; what a table shares with another is trained once."""
+    varied: list[Row] = [{"M": m} for m in (1, 2, 4, 8, 16)] + [{"N": n} for n in range(1, 7)]
+    varied += [{"norm": norm, "gates": gates} for norm in (True, False) for gates in ("input", "constant")]
+    found: list[Row] = []
+    for change in varied:
+        for prior in (True, False):
+            row = BASE | change | {"prior": prior}
+            if row not in found:
+                found.append(row)
+    return found + [{"N": n, "gates": "scalar mix"} for n in range(1, 7)]
+
+
+def claims(asked: Any) -> Iterator[Row]:
+    data = Data.read(asked.data)
+    cached = Frozen(data, asked.cache, asked.model, asked.device, TOKEN_FREQUENCIES)
+    index, parts = asked.part
+    # By (N, M), so that features are gathered once for each.
+    configurations = sorted(claims_configurations(), key=lambda row: (row["N"], row.get("M", 4)))
+    bounds = [len(configurations) * part // parts for part in (index, index + 1)]
+    for configuration in configurations[slice(*bounds)]:
+        num_blocks, frequencies = configuration["N"], configuration.get("M", 4)
+        for seed in SEEDS:
+            start = time.perf_counter()
+            torch.manual_seed(seed)
+            module: torch.nn.Module
+            if configuration["gates"] == "scalar mix":
+                module = frozen.ScalarMix(num_blocks)
+            else:
+                module = S2SentSelector(
+                    HIDDEN, num_blocks, BOTTLENECK, frequencies, block_prior=configuration["prior"],
+                    gate_norm="batch" if configuration["norm"] else None, backend="reference",
+                )  # fmt: skip
+            run = cached.train(
+                module, RECIPE._replace(seed=seed), num_blocks, frequencies, configuration["gates"] == "constant"
+            )
+            seconds = time.perf_counter() - start
+            print(f"{configuration} seed {seed}: mean {run['scores']['mean']:.2f}, {seconds:.1f} s", flush=True)
+            yield configuration | {"seed": seed} | run
+    if index == 0:
+        _, sts = cached.features(6, 4)
+        means = {
+            evaluation.MEAN_OF_LAST: sts.pooled[:, -1],
+            evaluation.FIRST_LAST: sts.pooled[:, [0, -1]].mean(dim=1),
+            evaluation.AVERAGE: sts.pooled.mean(dim=1),
+        }
+        for name, values in means.items():
+            yield {"gates": name, "scores": scores(values, cached.sts_texts, data), "parameters": 0}
+
+
+def _embed_shipped(asked: Any) -> evaluation.Embed:
+    """Texts to the embeddings of the shipped selector and of every other pooling."""
+    encoder, tokenizer = load_encoder(asked.model, asked.device)
+    name = "all-MiniLM-L6-v2" if asked.selector is None else asked.selector
+    selector = S2SentSelector.from_pretrained(name).to(asked.device)
+    about = pretrained.read_config(pretrained.find(name))
+    mix = frozen.ScalarMix.of_weights(about["scalar_mix"]).to(asked.device)
+    modules = {evaluation.S2SENT: selector, evaluation.SCALAR_MIX: mix}
+
+    def embed(texts: Any) -> dict[str, torch.Tensor]:
+        return evaluation.side_by_side(encoder, tokenizer, texts, modules, max_length=MAX_LENGTH, progress=True)
+
+    return embed
+
+
+def subsets(asked: Any) -> Iterator[Row]:
+    """Spearman of every part of the test sets, by where its pairs come from."""
+    embed = _embed_shipped(asked)
+    for name, pairs in Data.read(asked.data).tests.items():
+        parts: dict[str, list[evaluation.Pair]] = {}
+        for pair in pairs:
+            # STS-B names genre, source and year: the genre is what has pairs enough.
+            parts.setdefault(pair.subset.partition("/")[0], []).append(pair)
+        for part, some in parts.items():
+            for pooling, found in evaluation.sts(embed, some).items():
+                yield {"set": name, "subset": part, "pairs": len(some), "pooling": pooling, **found._asdict()}
+
+
+def transfer(asked: Any) -> Iterator[Row]:
+    embed = _embed_shipped(asked)
+    index, parts = asked.part
+    for task, file in list(TRANSFER.items())[index::parts]:
+        splits = evaluation.read_transfer(asked.data / f"transfer/{file}.tsv")
+        found = evaluation.transfer(embed, splits)
+        for pooling, accuracy in found.items():
+            row = {"task": task, "pooling": pooling, **accuracy._asdict()}
+            print(row, flush=True)
+            yield row
+
+
+SECTIONS = {"claims": claims, "subsets": subsets, "transfer": transfer, "finetune": quality_finetune.measure}
+
+
+def main() -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("section", choices=SECTIONS)
+    parser.add_argument("--part", default="0/1", type=lambda text: tuple(int(part) for part in text.split("/")))
+    parser.add_argument("--selector", help="folder of a selector, for transfer (default: the shipped one)")
+    parser.add_argument("--epochs", type=int, default=3, help="of finetune (default: 3)")
+    parser.add_argument("--limit", type=int, help="triplets at most, to try the scripts")
+    parser.add_argument("--output", type=Path, default=record.RESULTS / "quality")
+    asked = parser.parse_args()
+    # Fine-tuning is bound by float32 products otherwise; what is trained from the cache has next to none.
+    torch.set_float32_matmul_precision("high" if asked.section == "finetune" else "highest")
+    index, parts = asked.part
+    path = asked.output / (f"{asked.section}.json" if parts == 1 else f"{asked.section}-{index}-of-{parts}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content: Row = {"section": asked.section, "environment": record.environment(), "rows": []}
+    for row in SECTIONS[asked.section](asked):
+        content["rows"].append(row)
+        write_atomically(
+            path, (json.dumps(content, indent=1) + "\n").encode()
+        )  # what is done is kept if the rest fails
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""A cache of what a selector reads of an encoder with frozen weights, so that many selectors are trained from one encoding pass.
+
+The squeeze is separable: along the tokens it takes a DCT of each block, along the blocks a weighted sum. So what is kept of a
+sentence are the lowest Y token frequencies of each block, and f and p of any selector follow, for any of the cached blocks and
+any M whose components have y < Y:
+
+    C[n,y,d] = sum_l c(y, rank of l, length) u_n[l,d]           kept, [N, Y, D]
+    f[d]     = 6 / sqrt(N length) sum_n alpha[m(d),n] C[n, y_m(d), d]
+    p[n,d]   = C[n,0,d] / sqrt(length)                          for pooling "mean"; "cls" and "last" are kept apart
+
+Arrays are numpy files, mapped into memory. A cache's folder is named by a digest of the encoder's weights, the tokenizer, the
+blocks, the texts and the settings; it is written beside its final name and renamed when whole, and a pass that was interrupted
+goes on where it last recorded its progress.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import dct, validate
+from .capture import BLOCK_NORMS, BlockCapture
+from .pictures import write_atomically
+from .tokens import POOLINGS, Tokens
+
+FORMAT = 1
+RECORD_EVERY = 32  # batches between two records of progress
+CHUNK = 4096  # rows that are turned into f and p at once
+
+
+class Settings(NamedTuple):
+    """What a cache was made with, beside encoder, tokenizer and texts."""
+
+    blocks: Sequence[int] | str | None = None  # as BlockCapture takes them
+    block_norm: str | None = "final"
+    token_frequencies: int = 2  # Y; 2 are enough for M <= 4, 7 for every M
+    pooling: str = "mean"
+    max_length: int = 512  # tokens; the tokenizer's own limit where that is lower
+    batch_size: int = 128
+
+
+DEFAULT = Settings()
+
+
+class BlockCache:
+    """One finished cache. ``row`` finds a text's place; ``squeezed`` and ``pooled`` take rows.
+
+    Attributes:
+        blocks: the encoder's blocks that were kept, ascending.
+        hidden_size, token_frequencies, pooling: D, Y, and what p is.
+    """
+
+    def __init__(self, folder: Path, texts: Sequence[str]) -> None:
+        import numpy
+
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        self.folder, self.blocks, self.pooling = folder, tuple(about["blocks"]), about["pooling"]
+        self._kept = numpy.load(folder / "frequencies.npy", mmap_mode="r")
+        self._ends = None if self.pooling == "mean" else numpy.load(folder / "pooled.npy", mmap_mode="r")
+        self._lengths = torch.from_numpy(numpy.load(folder / "lengths.npy"))
+        _, _, self.token_frequencies, self.hidden_size = self._kept.shape
+        self._row = {text: row for row, text in enumerate(texts)}
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def row(self, text: str) -> int:
+        """Where a text stands in the cache; a KeyError where it was not among its texts."""
+        return self._row[text]
+
+    def rows(self, texts: Sequence[str]) -> Tensor:
+        return torch.tensor([self._row[text] for text in texts], dtype=torch.long)
+
+    def _places(self, num_blocks: int) -> list[int]:
+        validate.positive_int("num_blocks", num_blocks)
+        if num_blocks > len(self.blocks):
+            raise ValueError(f"num_blocks: expected at most {len(self.blocks)}, as many as cached, got {num_blocks}")
+        return list(range(len(self.blocks) - num_blocks, len(self.blocks)))
+
+    def squeezed(self, num_blocks: int, frequencies: int, rows: Tensor | None = None) -> Tensor:
+        """f [S, D] of the last ``num_blocks`` cached blocks, as a selector of ``frequencies`` components sees them.
+
+        Raises:
+            ValueError: there are fewer blocks, no such M on that many, or components of a y that was not kept.
+        """
+        places = self._places(num_blocks)
+        validate.components(num_blocks, self.hidden_size, frequencies, "paper")
+        y = torch.tensor([pair[1] for pair in dct.frequency_pairs(num_blocks, frequencies)])
+        if int(y.max()) >= self.token_frequencies:
+            raise ValueError(
+                f"frequencies: M = {frequencies} on N = {num_blocks} blocks needs {int(y.max()) + 1} token frequencies, "
+                f"got a cache of {self.token_frequencies}"
+            )
+        part = torch.arange(self.hidden_size) // (self.hidden_size // frequencies)  # m(d)
+        alpha = dct.block_basis(num_blocks, frequencies)[part].T.float()  # [N, D]
+        wanted = y[part][None, None].expand(num_blocks, 1, -1)  # [N, 1, D]
+
+        def chunk(kept: Tensor, length: Tensor) -> Tensor:
+            of_each = kept[:, places].gather(2, wanted.expand(len(kept), -1, -1, -1))[:, :, 0]
+            return (alpha * of_each).sum(dim=1) * (dct.GRID / (num_blocks * length.clamp(min=1)).sqrt())[:, None]
+
+        return self._each(rows, chunk, (self.hidden_size,))
+
+    def pooled(self, num_blocks: int, rows: Tensor | None = None) -> Tensor:
+        """p [S, N, D] of the last ``num_blocks`` cached blocks."""
+        places = self._places(num_blocks)
+        if self._ends is not None:
+            index = torch.arange(len(self)) if rows is None else rows
+            return torch.from_numpy(self._ends[index.numpy()])[:, places]
+
+        def chunk(kept: Tensor, length: Tensor) -> Tensor:
+            return kept[:, places, 0] / length.clamp(min=1).sqrt()[:, None, None]
+
+        return self._each(rows, chunk, (num_blocks, self.hidden_size))
+
+    def energy(self, rows: Tensor | None = None) -> Tensor:
+        """[N, Y]: the mean square of each block's token frequencies, over sentences and features."""
+        squares = self._each(rows, lambda kept, _: kept.square().mean(dim=3), tuple(self._kept.shape[1:3]))
+        return squares.mean(dim=0)
+
+    def _each(self, rows: Tensor | None, chunk: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]) -> Tensor:
+        index = torch.arange(len(self)) if rows is None else rows
+        result = torch.empty(len(index), *shape)
+        for start in range(0, len(index), CHUNK):
+            some = index[start : start + CHUNK]
+            kept = torch.from_numpy(self._kept[some.numpy()])
+            result[start : start + CHUNK] = chunk(kept, self._lengths[some].float())
+        return result
+
+
+# ---------------------------------------------------------------- making one
+
+
+def unique(texts: Sequence[str]) -> list[str]:
+    """Each text once, in the order of first appearance: what a cache is made of."""
+    return list(dict.fromkeys(texts))
+
+
+def fingerprint(encoder: torch.nn.Module, tokenizer: Any) -> str:
+    """A digest of all weights, and of what the tokenizer does."""
+    digest = hashlib.sha256(type(encoder).__name__.encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules: Any
+    if backend is None:
+        rules = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    else:  # padding and truncation are how it was last called
+        rules = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+    digest.update(json.dumps(rules, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time makes a cache; a second waits, and finds it made."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def make(
+    encoder: torch.nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    folder: str | Path,
+    settings: Settings = DEFAULT,
+    *,
+    progress: bool = False,
+) -> BlockCache:
+    """The cache of ``texts`` in a folder below ``folder``: opened where it is there, resumed where a pass was interrupted, made
+    where not. Texts that come twice are kept once. The encoder is run in eval mode, on the device where it is.
+
+    Raises:
+        ValueError, TypeError: a setting is wrong, or there is no text.
+    """
+    texts = unique(texts)
+    if not texts:
+        raise ValueError("texts: expected at least one, got none")
+    validate.positive_int("token_frequencies", settings.token_frequencies)
+    validate.positive_int("max_length", settings.max_length)
+    validate.positive_int("batch_size", settings.batch_size)
+    validate.option("pooling", settings.pooling, POOLINGS)
+    validate.option("block_norm", settings.block_norm, BLOCK_NORMS)
+    capture = BlockCapture(encoder, settings.blocks, block_norm=settings.block_norm)
+    try:
+        about = {
+            "format": FORMAT,
+            "model": fingerprint(encoder, tokenizer),
+            "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+            **settings._asdict(),
+            "blocks": list(capture.blocks),
+        }
+        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
+        parent = Path(folder)
+        parent.mkdir(parents=True, exist_ok=True)
+        target = parent / name
+        with _locked(parent / f".{name}.lock"):
+            if not target.exists():
+                part = parent / f".{name}.part"
+                _fill(part, about, capture, tokenizer, texts, settings, progress)
+                os.replace(part, target)
+    finally:
+        capture.remove()
+    return BlockCache(target, texts)
+
+
+def _fill(
+    part: Path,
+    about: dict[str, Any],
+    capture: BlockCapture,
+    tokenizer: Any,
+    texts: Sequence[str],
+    settings: Settings,
+    progress: bool,
+) -> None:
+    import numpy
+
+    encoder = capture.encoder
+    device = next(encoder.parameters()).device
+    limit = min(settings.max_length, tokenizer.model_max_length)
+    # By length, so that batches hold little padding: longest first, so that what does not fit fails at once.
+    order = sorted(range(len(texts)), key=lambda row: (-len(texts[row]), row))
+    batches = [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
+    arrays: dict[str, Any] = {}
+    done, record = 0, part / "progress.json"
+    if record.exists():
+        done = json.loads(record.read_text(encoding="utf-8"))["batches"]
+        arrays = {path.stem: numpy.load(path, mmap_mode="r+") for path in part.glob("*.npy")}
+    part.mkdir(exist_ok=True)
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        for number, rows in enumerate(_bar(batches, progress)):
+            if number < done:
+                continue
+            batch = tokenizer(
+                [texts[row] for row in rows], padding=True, truncation=True, max_length=limit, return_tensors="pt"
+            ).to(device)
+            with torch.no_grad():
+                result = _summaries(capture.collect(**batch), batch["attention_mask"], settings)
+            for key, tensor in result.items():
+                if key not in arrays:
+                    shape = (len(texts), *tensor.shape[1:])
+                    kind = numpy.int64 if key == "lengths" else numpy.float32
+                    arrays[key] = numpy.lib.format.open_memmap(part / f"{key}.npy", "w+", kind, shape)
+                arrays[key][rows] = tensor.cpu().numpy()
+            if (number + 1) % RECORD_EVERY == 0 or number + 1 == len(batches):
+                for array in arrays.values():
+                    array.flush()
+                write_atomically(record, json.dumps({"batches": number + 1}).encode())
+    finally:
+        encoder.train(was_training)
+    write_atomically(part / "about.json", (json.dumps(about, indent=1) + "\n").encode())
+    record.unlink()
+
+
+def _summaries(hidden_states: Sequence[Tensor], mask: Tensor, settings: Settings) -> dict[str, Tensor]:
+    """What is kept of a batch: "frequencies" C [B, N, Y, D], "lengths" [B], "pooled" [B, N, D] where C does not say it."""
+    first = hidden_states[0]
+    tokens = Tokens.of(first.shape, first.device, mask)
+    y = torch.arange(settings.token_frequencies, device=first.device)
+    wave = dct.cosine(y, tokens.rank[..., None], tokens.length.clamp(min=1)[..., None])
+    beta = torch.where(tokens.real[..., None] & (y < tokens.length[..., None]), wave, 0.0).float()  # [B, L, Y]
+    real = [tokens.keep_real(u.float()) for u in hidden_states]
+    result = {
+        "frequencies": torch.stack([beta.mT @ u for u in real], dim=1),
+        "lengths": tokens.real.sum(dim=1),
+    }
+    if settings.pooling != "mean":
+        weights = tokens.pooling_weights(settings.pooling).float()[:, None]  # [B, 1, L]
+        result["pooled"] = torch.stack([(weights @ u)[:, 0] for u in real], dim=1)
+    return result
+
+
+def _bar(batches: Sequence[Any], progress: bool) -> Any:
+    if not progress:
+        return batches
+    from tqdm.auto import tqdm
+
+    return tqdm(batches, desc="encode", unit="batch")
+
+
+def rough_bytes(num_texts: int, num_blocks: int, hidden_size: int, token_frequencies: int = 2) -> int:
+    """What a cache takes on the disk."""
+    return 4 * math.prod((num_texts, num_blocks, hidden_size, token_frequencies))

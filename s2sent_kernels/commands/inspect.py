@@ -1,0 +1,132 @@
+"""Look at what a selector selects: which blocks and features the gates of each text take, how gates differ between texts, the DCT
+bases, and the energy of f in each component. Numbers on the terminal, pictures in a folder."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dct, demo, functional, pictures
+from ..capture import BlockCapture
+from ..demo import BUNDLED, UserError
+from ..selector import S2SentSelector
+
+MOST = 16  # heat maps that fit a picture
+EXAMPLES = (
+    "The ferry does not sail when the wind comes from the north.",
+    "No ship leaves the harbour in this weather.",
+    "A loaf stays fresh for longer in a linen bag than in the fridge.",
+)
+
+
+def add(commands: Any) -> None:
+    about = "look at a selector's gates, the DCT bases and the energy of f"
+    command = commands.add_parser("inspect", help=about, description=__doc__)
+    command.add_argument("--text", nargs="+", metavar="TEXT", help="texts (default: three examples)")
+    command.add_argument("--model", help="path or hub id of an encoder (default: all-MiniLM-L6-v2, bundled)")
+    command.add_argument("--selector", help="folder or shipped name (default: the shipped one of the default model)")
+    command.add_argument("--show", action="store_true", help="also open the pictures")
+    command.add_argument("--device", help="a torch device (default: cuda where there is one, else cpu)")
+    command.add_argument("--output-dir", default="inspection", help="where the pictures go (default: ./inspection)")
+    command.set_defaults(run=run)
+
+
+def energies(squeezed: Tensor, frequencies: int) -> Tensor:
+    """[B, M]: the mean square of f [B, D] over each component's part of the features."""
+    return squeezed.detach().double().unflatten(1, (frequencies, -1)).square().mean(dim=2)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    directory = Path(arguments.output_dir)
+    demo._check_writable(directory)
+    demo._require("matplotlib.figure", "matplotlib")
+    texts: Sequence[str] = arguments.text or EXAMPLES
+    if any(not text.strip() for text in texts):
+        raise UserError("--text: expected texts, got an empty one")
+    if len(texts) > MOST:
+        raise UserError(f"--text: expected at most {MOST} texts, got {len(texts)}")
+    name = arguments.selector
+    if name is None and arguments.model is None:
+        name = BUNDLED
+    if name is None:
+        raise UserError("--selector: expected a folder or a shipped name beside --model, got none")
+    device = demo._device(arguments.device)
+    try:
+        selector = S2SentSelector.from_pretrained(name).to(device)
+    except (ValueError, ImportError) as error:
+        raise UserError(str(error)) from error
+    encoder, tokenizer, model = demo._load_model(arguments.model, device)
+    (batch,) = demo._batches(tokenizer, texts, device)
+    try:
+        with BlockCapture(encoder, f"last:{selector.num_blocks}") as capture, torch.no_grad():
+            hidden_states, mask = capture.collect(**batch), batch["attention_mask"]
+            blocks = capture.blocks
+            squeezed, _ = functional.squeeze(
+                hidden_states, mask, frequencies=selector.frequencies, profile=selector.profile
+            )
+            gates = selector.gates(hidden_states, mask)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+
+    print(
+        f"encoder   {model}; selector {name}: blocks {', '.join(map(str, blocks))}, {selector.frequencies} components"
+    )
+    print("\nMean gate of each block, and the share of features where the block's gate is the largest, in %")
+    largest = gates.argmax(dim=1)
+    shares = torch.stack([(largest == n).double().mean(dim=1) for n in range(selector.num_blocks)], dim=1)
+    print("  " + "".join(f"{f'block {block}':>16}" for block in blocks))
+    for row, share, text in zip(gates.mean(dim=2).tolist(), shares.tolist(), texts, strict=True):
+        print(
+            "  " + "".join(f"{mean:>9.3f} {100 * part:>5.1f}%" for mean, part in zip(row, share, strict=True)),
+            f" {text}",
+        )
+    print("\nDifference between texts' gates: mean absolute, in % of the mean gate")
+    difference = 100 * (gates[:, None] - gates[None]).abs().mean(dim=(2, 3)) / gates.mean()
+    for row in difference.tolist():
+        print("  " + "".join(f"{value:>8.2f}" for value in row))
+    energy = energies(squeezed, selector.frequencies)
+    pairs = _pairs(selector)
+    print("\nEnergy of f, mean square in each component (x along blocks, y along tokens)")
+    print("  " + "".join(f"{f'({x}, {y})':>10}" for x, y in pairs))
+    for row in energy.tolist():
+        print("  " + "".join(f"{value:>10.3g}" for value in row))
+
+    tokens = max(1, int(mask.sum(dim=1).median()))
+    shorts = [text if len(text) <= 48 else text[:47] + "…" for text in texts]
+    content = {
+        "gates.png": pictures.gates_picture(gates, blocks),
+        "gates_by_text.png": pictures.gates_by_text_picture(gates, shorts, blocks),
+        "energy.png": pictures.energy_picture(energy, pairs, shorts),
+    }
+    if selector.profile == "paper":
+        bases = pictures.bases_picture(selector.num_blocks, selector.frequencies, tokens, blocks)
+        content["dct_bases.png"] = bases
+    demo._write_pictures(directory, content)
+    if arguments.show:
+        _show([directory / file for file in content])
+
+
+def _pairs(selector: S2SentSelector) -> Sequence[tuple[int, int]]:
+    return dct.frequency_pairs(selector.num_blocks, selector.frequencies, selector.profile)
+
+
+def _show(paths: Sequence[Path]) -> None:
+    """In one window; says so where there is no display."""
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    if matplotlib.get_backend().lower() == "agg":
+        raise UserError(f"--show: there is no display to show pictures on; they stand in {paths[0].parent}")
+    columns = math.ceil(math.sqrt(len(paths)))
+    _, grid = plt.subplots(-(-len(paths) // columns), columns, squeeze=False)
+    for axes, path in zip(grid.flat, paths, strict=False):
+        axes.imshow(plt.imread(path))
+    for axes in grid.flat:
+        axes.set_axis_off()
+    plt.show()

@@ -1,0 +1,290 @@
+"""Measuring embeddings: semantic textual similarity, and classification by logistic regression on frozen embeddings.
+
+One pass of an encoder gives every pooling that is compared: a selector's, the mean of the last block, the average of the first
+and the last, all blocks mixed, and cls. Correlations are scipy's, the classifier is scikit-learn's.
+
+Files are tab-separated UTF-8 with a header line and no quoting:
+
+    STS         split  score  sentence1  sentence2  [subset]
+    transfer    split  label  text                            or      split  label  sentence1  sentence2
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .capture import BlockCapture
+from .families import hidden_size
+from .frozen import ScalarMix
+from .selector import S2SentSelector
+from .tables import read_table
+from .tokens import Tokens
+
+STRENGTHS = (0.1, 1.0, 10.0)  # scikit-learn's C, chosen apart from what is tested on
+FOLDS = 10
+HELD_OUT = 0.1  # of the training part, where a file has no split "dev" to choose C on
+
+MEAN_OF_LAST = "mean of last"
+FIRST_LAST = "first-last average"
+AVERAGE = "average of blocks"
+CLS = "cls"
+SCALAR_MIX = "scalar mix"
+S2SENT = "s2sent"
+
+Embed = Callable[[Sequence[str]], Mapping[str, Tensor]]  # texts to [S, D] for each pooling
+
+
+class Correlations(NamedTuple):
+    """Times 100, as the literature gives them."""
+
+    spearman: float
+    pearson: float
+
+
+class Pair(NamedTuple):
+    sentence1: str
+    sentence2: str
+    score: float
+    subset: str
+
+
+class Labelled(NamedTuple):
+    """One text, or a pair of them, with its label."""
+
+    texts: tuple[str, ...]
+    label: str
+
+
+class Accuracy(NamedTuple):
+    """Times 100; F1 of label "1" where the labels are "0" and "1", else None."""
+
+    accuracy: float
+    f1: float | None
+
+
+def _require(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{package} cannot be imported ({error}): pip install 's2sent_kernels[evaluate]'") from error
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_sts(path: str | Path, split: str | None = "test") -> list[Pair]:
+    """The pairs of one split, or of all with None.
+
+    Raises:
+        ValueError: as ``read_table``; a score that is no number names its line; no pair of that split.
+    """
+    found, splits = [], set()
+    for line, row in read_table(path, ("split", "score", "sentence1", "sentence2")):
+        splits.add(row["split"])
+        if split is not None and row["split"] != split:
+            continue
+        try:
+            score = float(row["score"])
+        except ValueError as error:
+            raise ValueError(f"{path}: line {line}: expected a number as score, got {row['score']!r}") from error
+        found.append(Pair(row["sentence1"], row["sentence2"], score, row.get("subset") or ""))
+    if len(found) < 2:
+        raise ValueError(f"{path}: expected pairs of split {split!r}, got splits {', '.join(sorted(splits))}")
+    return found
+
+
+def read_transfer(path: str | Path) -> dict[str, list[Labelled]]:
+    """The texts of each split. Splits are "train" and "test", with "dev" or without; or "all", to be cross-validated.
+
+    Raises:
+        ValueError: as ``read_table``; other splits, or fewer than two labels to learn.
+    """
+    found: dict[str, list[Labelled]] = {}
+    for _, row in read_table(path, ("split", "label"), ("text",), ("sentence1", "sentence2")):
+        texts = (row["text"],) if "text" in row else (row["sentence1"], row["sentence2"])
+        found.setdefault(row["split"], []).append(Labelled(texts, row["label"]))
+    if set(found) != {"all"} and not {"train", "test"} <= set(found) <= {"train", "dev", "test"}:
+        raise ValueError(f"{path}: expected splits train and test, or all, got {', '.join(sorted(found))}")
+    labels = {item.label for item in found.get("all", found.get("train", []))}
+    if len(labels) < 2:
+        raise ValueError(f"{path}: expected at least two labels, got {len(labels)}")
+    return found
+
+
+# ---------------------------------------------------------------- embeddings
+
+
+def side_by_side(
+    encoder: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    modules: Mapping[str, S2SentSelector | ScalarMix] | None = None,
+    *,
+    blocks: Sequence[int] | str | None = None,
+    block_norm: str | None = "final",
+    pooling: str = "mean",
+    batch_size: int = 128,
+    max_length: int = 512,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """Embeddings [S, D], float32 on the CPU, of every text by every pooling, from one pass over the encoder.
+
+    Args:
+        modules: by name: selectors, which read the last N of ``blocks``, and scalar mixes, which read p.
+        blocks, block_norm: as BlockCapture takes them.
+        pooling: over the tokens, of selectors and scalar mixes.
+    """
+    device = next(encoder.parameters()).device
+    limit = min(max_length, tokenizer.model_max_length)
+    kept = list(dict.fromkeys(texts))
+    order = sorted(range(len(kept)), key=lambda place: (-len(kept[place]), place))
+    found: dict[str, Tensor] = {}
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        with BlockCapture(encoder, blocks, block_norm=block_norm) as capture, torch.no_grad():
+            _check(modules or {}, len(capture.blocks), hidden_size(encoder))
+            starts: Any = range(0, len(order), batch_size)
+            if progress:
+                starts = _require("tqdm.auto", "tqdm").tqdm(starts, desc="encode", unit="batch")
+            for start in starts:
+                places = order[start : start + batch_size]
+                batch = tokenizer(
+                    [kept[place] for place in places], padding=True, truncation=True, max_length=limit,
+                    return_tensors="pt",
+                ).to(device)  # fmt: skip
+                mask = batch["attention_mask"]
+                states = capture.collect(**batch)
+                tokens = Tokens.of(states[0].shape, device, mask)
+                mean, cls = (tokens.pooling_weights(name).float() for name in ("mean", "cls"))
+                last = tokens.keep_real(states[-1].float())
+                average = torch.stack([_weighted(mean, tokens.keep_real(u.float())) for u in states], dim=1)
+                result = {
+                    MEAN_OF_LAST: average[:, -1],
+                    FIRST_LAST: (average[:, 0] + average[:, -1]) / 2,
+                    AVERAGE: average.mean(dim=1),
+                    CLS: _weighted(cls, last),
+                }
+                for name, module in (modules or {}).items():
+                    if isinstance(module, S2SentSelector):
+                        result[name] = module.pool(states[-module.num_blocks :], mask, pooling=pooling)
+                    else:
+                        weights = tokens.pooling_weights(pooling).float()
+                        each = [_weighted(weights, tokens.keep_real(u.float())) for u in states[-module.num_blocks :]]
+                        result[name] = module(torch.stack(each, dim=1))
+                for name, values in result.items():
+                    if name not in found:
+                        found[name] = torch.empty(len(kept), values.shape[1])
+                    found[name][places] = values.float().cpu()
+    finally:
+        encoder.train(was_training)
+    place = {text: index for index, text in enumerate(kept)}
+    rows = torch.tensor([place[text] for text in texts])
+    return {name: values[rows] for name, values in found.items()}
+
+
+def _check(modules: Mapping[str, Any], num_blocks: int, size: int | None) -> None:
+    """Before the first text is encoded: every module is of a kind that is known, and fits."""
+    for name, module in modules.items():
+        if not isinstance(module, (S2SentSelector, ScalarMix)):
+            raise TypeError(f"modules: expected selectors and scalar mixes, got {type(module).__name__}")
+        if module.num_blocks > num_blocks:
+            raise ValueError(f"{name}: reads {module.num_blocks} blocks, got an encoder of {num_blocks}")
+        if isinstance(module, S2SentSelector) and size is not None and module.hidden_size != size:
+            raise ValueError(f"{name}: reads D = {module.hidden_size} features, got an encoder of {size}")
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    return (weights[:, None] @ values)[:, 0]
+
+
+# ---------------------------------------------------------------- scores
+
+
+def correlations(similarity: Sequence[float], gold: Sequence[float]) -> Correlations:
+    """Spearman's and Pearson's correlation, times 100."""
+    stats = _require("scipy.stats", "scipy")
+    if len(similarity) != len(gold):
+        raise ValueError(f"gold: expected {len(similarity)} scores, one for each pair, got {len(gold)}")
+    return Correlations(
+        100 * float(stats.spearmanr(similarity, gold).statistic),
+        100 * float(stats.pearsonr(similarity, gold).statistic),
+    )
+
+
+def sts(embed: Embed, pairs: Sequence[Pair]) -> dict[str, Correlations]:
+    """For each pooling the correlations of cosine similarities with the gold scores."""
+    gold = [pair.score for pair in pairs]
+    result = {}
+    for name, values in embed([text for pair in pairs for text in (pair.sentence1, pair.sentence2)]).items():
+        result[name] = correlations(F.cosine_similarity(values[::2], values[1::2]).tolist(), gold)
+    return result
+
+
+def transfer(embed: Embed, splits: Mapping[str, Sequence[Labelled]]) -> dict[str, Accuracy]:
+    """For each pooling the accuracy of logistic regression on frozen embeddings, as SentEval does it: of a pair |u - v| and
+    u * v; C chosen on "dev", or on a tenth of the training part; "all" cross-validated in ten folds."""
+    items = [item for split in splits.values() for item in split]
+    bounds, start = {}, 0
+    for name, split in splits.items():
+        bounds[name] = slice(start, start + len(split))
+        start += len(split)
+    width = len(items[0].texts)
+    labels = [item.label for item in items]
+    result = {}
+    for name, values in embed([text for item in items for text in item.texts]).items():
+        inputs = (
+            values if width == 1 else torch.cat([(values[::2] - values[1::2]).abs(), values[::2] * values[1::2]], 1)
+        )
+        predicted, expected = _predict(inputs.numpy(), labels, bounds)
+        result[name] = _accuracy(predicted, expected)
+    return result
+
+
+def _predict(inputs: Any, labels: Sequence[str], bounds: Mapping[str, slice]) -> tuple[Any, Any]:
+    import numpy
+
+    selection = _require("sklearn.model_selection", "scikit-learn")
+    target = numpy.array(labels)
+    if "all" in bounds:
+        predicted = numpy.empty_like(target)
+        folds = selection.StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+        for inside, outside in folds.split(inputs, target):
+            predicted[outside] = _fit(inputs[inside], target[inside]).predict(inputs[outside])
+        return predicted, target
+    inside, outside = bounds["train"], bounds["test"]
+    dev = bounds.get("dev")
+    held = None if dev is None else (inputs[dev], target[dev])
+    return _fit(inputs[inside], target[inside], held).predict(inputs[outside]), target[outside]
+
+
+def _fit(inputs: Any, target: Any, held: tuple[Any, Any] | None = None) -> Any:
+    linear = _require("sklearn.linear_model", "scikit-learn")
+    selection = _require("sklearn.model_selection", "scikit-learn")
+    rest, rest_target = inputs, target
+    if held is None:
+        rest, kept, rest_target, kept_target = selection.train_test_split(
+            inputs, target, test_size=HELD_OUT, random_state=0, stratify=target
+        )
+        held = (kept, kept_target)
+
+    def classifier(strength: float) -> Any:
+        return linear.LogisticRegression(C=strength, max_iter=1000)
+
+    best = max(STRENGTHS, key=lambda strength: classifier(strength).fit(rest, rest_target).score(*held))
+    return classifier(best).fit(inputs, target)
+
+
+def _accuracy(predicted: Any, expected: Any) -> Accuracy:
+    metrics = _require("sklearn.metrics", "scikit-learn")
+    f1 = None
+    if set(expected) <= {"0", "1"}:
+        f1 = 100 * float(metrics.f1_score(expected, predicted, pos_label="1"))
+    return Accuracy(100 * float(metrics.accuracy_score(expected, predicted)), f1)

@@ -1,0 +1,268 @@
+"""Training a selector on an encoder with frozen weights: f and p are constants of a sentence then, and come from a cache.
+
+The objective is the source's: InfoNCE over cosine similarities at temperature 0.05, each anchor against every positive and
+every hard negative of its batch. A step touches [3 B, N, D] numbers and no encoder, so that plain PyTorch takes seconds.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import cache, dct, validate
+from .cache import BlockCache
+from .selector import S2SentSelector
+
+CHUNK = 2048  # sentences that are embedded at once where no gradient is wanted
+
+
+class Recipe(NamedTuple):
+    """How to train. The prior has a learning rate of its own: it is one number per block and starts far from its end."""
+
+    epochs: int = 5
+    batch_size: int = 256
+    temperature: float = 0.05
+    learning_rate: float = 3e-3
+    prior_learning_rate: float = 1e-2
+    weight_decay: float = 0.01  # of matrices; biases, norms and priors have none
+    seed: int = 0
+
+
+DEFAULT = Recipe()
+
+
+class History(NamedTuple):
+    """Mean loss of each epoch; the dev score before the first and after each; the epoch that was kept."""
+
+    losses: list[float]
+    scores: list[float]
+    kept: int
+
+
+class Features(NamedTuple):
+    """f and p of S sentences, on any device."""
+
+    squeezed: Tensor  # f [S, D]
+    pooled: Tensor  # p [S, N, D]
+
+    @staticmethod
+    def of(cached: BlockCache, num_blocks: int, frequencies: int, rows: Tensor | None = None) -> Features:
+        return Features(cached.squeezed(num_blocks, frequencies, rows), cached.pooled(num_blocks, rows))
+
+    def to(self, device: torch.device | str) -> Features:
+        return Features(*(tensor.to(device) for tensor in self))
+
+    def take(self, rows: Tensor) -> Features:
+        return Features(self.squeezed[rows], self.pooled[rows])
+
+
+class ScalarMix(nn.Module):
+    """The baseline that every fusion of blocks has to beat: one learned weight for each block, softmax over the blocks."""
+
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__()
+        validate.positive_int("num_blocks", num_blocks)
+        self.num_blocks = num_blocks
+        self.block_prior = nn.Parameter(torch.zeros(num_blocks))
+
+    @classmethod
+    def of_weights(cls, weights: Sequence[float]) -> ScalarMix:
+        """The mix with these positive weights, up to their sum."""
+        if not weights or min(weights) <= 0:
+            raise ValueError(f"weights: expected positive numbers, one for each block, got {list(weights)}")
+        mix = cls(len(weights))
+        with torch.no_grad():
+            mix.block_prior.copy_(torch.tensor(weights, dtype=torch.float64).log())
+        return mix
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[B, D] from p [B, N, D]."""
+        return torch.einsum("n,bnd->bd", self.block_prior.softmax(dim=0), pooled)
+
+
+def embed(module: nn.Module, features: Features) -> Tensor:
+    """o [B, D]: what a selector, or a scalar mix, makes of f and p."""
+    if isinstance(module, S2SentSelector):
+        return (module._gate(features.squeezed) * features.pooled).sum(dim=1)
+    return module(features.pooled)
+
+
+def embed_all(module: nn.Module, features: Features) -> Tensor:
+    """``embed`` in eval mode, without gradients, a chunk at a time."""
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            starts = range(0, len(features.pooled), CHUNK)
+            parts = [Features(*(t[start : start + CHUNK] for t in features)) for start in starts]
+            return torch.cat([embed(module, part) for part in parts])
+    finally:
+        module.train(was_training)
+
+
+def info_nce(anchor: Tensor, positive: Tensor, negative: Tensor | None, temperature: float) -> Tensor:
+    """Each anchor's [B, D] cross entropy over all positives [B, D] and hard negatives [K, D] of the batch."""
+    candidates = positive if negative is None else torch.cat([positive, negative])
+    scores = F.normalize(anchor, dim=1) @ F.normalize(candidates, dim=1).T / temperature
+    return F.cross_entropy(scores, torch.arange(len(anchor), device=anchor.device))
+
+
+def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    named = list(module.named_parameters())
+    priors = [p for name, p in named if name.endswith("block_prior")]
+    matrices = [p for name, p in named if not name.endswith("block_prior") and p.dim() > 1]
+    vectors = [p for name, p in named if not name.endswith("block_prior") and p.dim() == 1]
+    groups = [
+        {"params": matrices, "lr": recipe.learning_rate, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "lr": recipe.learning_rate, "weight_decay": 0.0},
+        {"params": priors, "lr": recipe.prior_learning_rate, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]])
+
+
+def train(
+    module: nn.Module,
+    features: Features,
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor | None = None,
+    recipe: Recipe = DEFAULT,
+    *,
+    score: Callable[[nn.Module], float] | None = None,
+) -> History:
+    """Train a selector or a scalar mix in place, on rows of ``features``; the seed decides the order of the triplets.
+
+    Args:
+        module: an S2SentSelector, or ScalarMix; its device is that of ``features``.
+        anchor, positive, negative: int64 [T], rows; ``negative`` None for pairs, -1 where a triplet has none.
+        score: called before the first epoch and after each; the state of the highest is kept (the last without it).
+
+    Raises:
+        ValueError: the sizes do not fit, or a number of the recipe is out of range.
+    """
+    _check(recipe, len(anchor))
+    # A last batch of one has no batch statistics and no negatives: what does not fill half a batch waits for the next epoch.
+    size = min(recipe.batch_size, len(anchor))
+    generator = torch.Generator().manual_seed(recipe.seed)
+    optimizer = _optimizer(module, recipe)
+    losses: list[float] = []
+    scores = [] if score is None else [score(module)]
+    best, kept = None, 0
+    for epoch in range(1, recipe.epochs + 1):
+        module.train()
+        order = torch.randperm(len(anchor), generator=generator)
+        total, batches = torch.zeros((), device=features.pooled.device), 0
+        for chosen in order.split(size):
+            if 2 * len(chosen) < size:
+                continue
+            parts = [anchor[chosen], positive[chosen]]
+            if negative is not None:
+                parts.append(negative[chosen][negative[chosen] >= 0])
+            # All of a batch goes through the gate at once: its norm sees one distribution, not anchors apart from the rest.
+            together = embed(module, features.take(torch.cat(parts).to(features.pooled.device)))
+            anchors, positives, negatives = together.split([len(chosen), len(chosen), len(together) - 2 * len(chosen)])
+            loss = info_nce(anchors, positives, negatives, recipe.temperature)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+            batches += 1
+        losses.append((total / batches).item())
+        module.eval()
+        if score is not None:
+            scores.append(score(module))
+            if best is None or scores[-1] > scores[kept]:
+                best, kept = copy.deepcopy(module.state_dict()), epoch
+        else:
+            kept = epoch
+    if best is not None:
+        module.load_state_dict(best)
+    return History(losses, scores, kept)
+
+
+def _check(recipe: Recipe, count: int) -> None:
+    for name in ("epochs", "batch_size"):
+        validate.positive_int(name, getattr(recipe, name))
+    for name in ("temperature", "learning_rate", "prior_learning_rate"):
+        validate.number(name, getattr(recipe, name))
+        if getattr(recipe, name) <= 0:
+            raise ValueError(f"{name}: expected a positive number, got {getattr(recipe, name)}")
+    if count < 2:
+        raise ValueError(f"anchor: expected at least two, since a batch's others are the negatives, got {count}")
+
+
+@dataclass(frozen=True)
+class Dev:
+    """A scorer for ``train``: Spearman x 100 of cosine similarities with ``gold`` on pairs of rows."""
+
+    features: Features
+    first: Tensor
+    second: Tensor
+    gold: Sequence[float]
+
+    def __call__(self, module: nn.Module) -> float:
+        from .evaluation import correlations
+
+        embeddings = embed_all(module, self.features)
+        similarity = F.cosine_similarity(embeddings[self.first], embeddings[self.second])
+        return correlations(similarity.tolist(), self.gold).spearman
+
+
+def token_frequencies(selector: S2SentSelector) -> int:
+    """Y: how many token frequencies a cache needs for the selector's components."""
+    return 1 + max(y for _, y in dct.frequency_pairs(selector.num_blocks, selector.frequencies))
+
+
+def fit(
+    encoder: nn.Module,
+    tokenizer: Any,
+    selector: S2SentSelector,
+    triplets: Sequence[tuple[str, str, str | None]],
+    *,
+    folder: str | Path,
+    dev: Sequence[tuple[str, str, float]] | None = None,
+    recipe: Recipe = DEFAULT,
+    settings: cache.Settings = cache.DEFAULT,
+    progress: bool = False,
+) -> History:
+    """Encode once (or open the cache), and train ``selector`` in place from it.
+
+    Args:
+        triplets: (anchor, positive, hard negative or None).
+        folder: where caches live.
+        dev: (sentence, sentence, score): chooses the epoch.
+        settings: of the cache; the selector reads the last N of its blocks.
+
+    Raises:
+        ValueError: the selector does not fit the cached blocks, there are fewer than two triplets, or a setting is wrong.
+    """
+    if selector.profile != "paper":
+        raise ValueError(f"selector: expected profile 'paper', got {selector.profile!r}")
+    cached = cache.make(
+        encoder, tokenizer, [t for row in triplets for t in row if t], folder, settings, progress=progress
+    )
+    if selector.hidden_size != cached.hidden_size:
+        raise ValueError(f"selector: expected hidden_size = {cached.hidden_size}, got {selector.hidden_size}")
+    score: Dev | None = None
+    if dev is not None:
+        pairs = [text for one, other, _ in dev for text in (one, other)]
+        cached_dev = cache.make(encoder, tokenizer, pairs, folder, settings, progress=progress)
+        rows = cached_dev.rows(pairs)
+        score = Dev(
+            Features.of(cached_dev, selector.num_blocks, selector.frequencies), rows[::2], rows[1::2],
+            [gold for _, _, gold in dev],
+        )  # fmt: skip
+    device = next(selector.parameters()).device
+    features = Features.of(cached, selector.num_blocks, selector.frequencies).to(device)
+    if score is not None:
+        score = replace(score, features=score.features.to(device))
+    anchor, positive = cached.rows([row[0] for row in triplets]), cached.rows([row[1] for row in triplets])
+    negative = torch.tensor([cached.row(row[2]) if row[2] else -1 for row in triplets])
+    return train(selector, features, anchor, positive, negative, recipe, score=score)

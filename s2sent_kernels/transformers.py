@@ -1,0 +1,120 @@
+"""S2SentModel: an encoder with a selector behind it as one model of the library transformers. Needs the extra of that name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from . import families, validate
+from .capture import BLOCK_NORMS, BlockCapture
+from .selector import S2SentSelector
+
+try:
+    import transformers
+    from transformers.utils import ModelOutput
+except ImportError as error:
+    raise ImportError("transformers is not installed: pip install 's2sent_kernels[transformers]'") from error
+
+
+class S2SentConfig(transformers.PreTrainedConfig):
+    """The encoder's configuration and class name, which of its blocks are fused and how, and the selector's arguments."""
+
+    model_type = "s2sent"
+
+    def __init__(
+        self,
+        encoder_config: dict[str, Any] | None = None,
+        encoder_class: str | None = None,
+        blocks: Sequence[int] | None = None,
+        block_norm: str | None = "final",
+        pooling: str = "mean",
+        selector: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.encoder_config, self.encoder_class = encoder_config, encoder_class
+        self.blocks = None if blocks is None else list(blocks)
+        self.block_norm, self.pooling, self.selector = block_norm, pooling, selector
+        super().__init__(**kwargs)
+
+
+@dataclass
+class S2SentOutput(ModelOutput):
+    """embedding o [B, D]; on request tokens v [B, L, D] and gates g [B, N, D]."""
+
+    embedding: Tensor | None = None
+    tokens: Tensor | None = None
+    gates: Tensor | None = None
+
+
+class S2SentModel(transformers.PreTrainedModel):
+    """Sentence embeddings from several blocks of an encoder. Made by ``from_encoder`` or ``from_pretrained``."""
+
+    config_class = S2SentConfig
+
+    def __init__(self, config: S2SentConfig) -> None:
+        super().__init__(config)
+        if config.encoder_config is None or config.encoder_class is None or config.selector is None:
+            raise ValueError("config: expected encoder_config, encoder_class and selector, as from_encoder sets them")
+        encoder_class = getattr(transformers, config.encoder_class, None)
+        if encoder_class is None:
+            raise ValueError(f"encoder_class: expected a model class of transformers, got {config.encoder_class!r}")
+        self.encoder = encoder_class(transformers.AutoConfig.for_model(**config.encoder_config))
+        self.selector = S2SentSelector(**config.selector)
+        self._capture = BlockCapture(self.encoder, config.blocks, block_norm=config.block_norm)
+        self.post_init()
+
+    @classmethod
+    def from_encoder(
+        cls,
+        path_or_model: str | os.PathLike[str] | transformers.PreTrainedModel,
+        blocks: Sequence[int] | str | None = "last:3",
+        *,
+        block_norm: str | None = "final",
+        pooling: str = "mean",
+        **selector: Any,
+    ) -> S2SentModel:
+        """A fresh selector behind an encoder; ``selector`` goes to S2SentSelector (bottleneck, block_prior, ...).
+
+        A model that is given is used, not copied.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong, or the encoder's blocks cannot be found.
+        """
+        validate.option("block_norm", block_norm, BLOCK_NORMS)
+        validate.option("pooling", pooling, validate.POOLINGS)
+        encoder: Any = path_or_model
+        if isinstance(path_or_model, (str, os.PathLike)):
+            encoder = transformers.AutoModel.from_pretrained(path_or_model)
+        chosen = families.indices(blocks, len(families.find_blocks(encoder)))
+        arguments = {"hidden_size": families.hidden_size(encoder), "num_blocks": len(chosen), **selector}
+        fresh = S2SentSelector(**arguments)  # first, since it judges the arguments
+        config = S2SentConfig(encoder.config.to_dict(), type(encoder).__name__, chosen, block_norm, pooling, arguments)
+        model = cls(config)
+        model._capture.remove()
+        # Not those of __init__, whose weights post_init drew by the library's rule for its own models.
+        model.encoder, model.selector = encoder, fresh.to(encoder.device)
+        model._capture = BlockCapture(encoder, chosen, block_norm=block_norm)
+        return model.eval()
+
+    def forward(
+        self, *, output_tokens: bool = False, output_gates: bool = False, **encoder_inputs: Any
+    ) -> S2SentOutput:
+        """The embedding of each sentence, under ``attention_mask`` of the encoder's inputs."""
+        pooling = self.config.pooling
+        if not (output_tokens or output_gates):
+            return S2SentOutput(embedding=self._capture.pool(self.selector, pooling=pooling, **encoder_inputs))
+        mask = encoder_inputs.get("attention_mask")
+        states = self._capture.collect(**encoder_inputs)
+        return S2SentOutput(
+            embedding=self.selector.pool(states, mask, pooling=pooling),
+            tokens=self.selector(states, mask) if output_tokens else None,
+            gates=self.selector.gates(states, mask) if output_gates else None,
+        )
+
+
+transformers.AutoConfig.register("s2sent", S2SentConfig)
+transformers.AutoModel.register(S2SentConfig, S2SentModel)

@@ -1,0 +1,306 @@
+"""Scores, files and the commands `evaluate` and `inspect`: on a tiny random encoder."""
+
+import json
+import sys
+
+import pytest
+import torch
+from test_frozen import TEXTS, make_encoder
+
+from s2sent_kernels import S2SentSelector, evaluation, frozen, pictures, tables
+from s2sent_kernels.cli import main
+
+stats = pytest.importorskip("scipy.stats")
+
+PNG = b"\x89PNG\r\n\x1a\n"
+POOLINGS = ["mean of last", "first-last average", "average of blocks", "cls", "s2sent", "scalar mix"]
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch):
+    for name in ("S2SENT_BACKEND", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A folder with a model, a selector, an STS file and transfer files."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    encoder, tokenizer = make_encoder()
+    encoder.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    selector = S2SentSelector(16, 3, 4, 4, block_prior=True)
+    selector.save_pretrained(folder / "selector")
+    path = folder / "selector" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"scalar_mix": [0.2, 0.3, 0.5]}))
+    rows = [f"test\t{i % 6}\t{TEXTS[i]}\t{TEXTS[(3 * i + 1) % 8]}\tall" for i in range(8)]
+    rows.append(f"dev\t1\t{TEXTS[0]}\t{TEXTS[1]}\tall")
+    (folder / "sts.tsv").write_text("\n".join(["split\tscore\tsentence1\tsentence2\tsubset", *rows]) + "\n")
+    labelled = [f"{split}\t{int('moon' in text)}\t{text}" for split in ("train", "test") for text in TEXTS * 6]
+    (folder / "words.tsv").write_text("\n".join(["split\tlabel\ttext", *labelled]) + "\n")
+    return folder
+
+
+# ---------------------------------------------------------------- scores
+
+
+def test_every_pooling_is_what_its_name_says(places):
+    encoder, tokenizer = make_encoder()
+    selector = S2SentSelector(16, 3, 4, 4, block_prior=True, backend="reference").eval()
+    mix = frozen.ScalarMix.of_weights([1.0, 2.0, 5.0])
+    texts = [*TEXTS, TEXTS[2]]
+    found = evaluation.side_by_side(encoder, tokenizer, texts, {"s2sent": selector, "scalar mix": mix}, batch_size=3)
+    assert sorted(found) == sorted(POOLINGS)
+    for row, text in enumerate(texts):
+        batch = tokenizer([text], return_tensors="pt")
+        with torch.no_grad():
+            states = encoder(**batch, output_hidden_states=True).hidden_states[1:]
+            means = torch.stack([state[0].mean(dim=0) for state in states])
+            expected = {
+                "mean of last": means[-1],
+                "first-last average": (means[0] + means[-1]) / 2,
+                "average of blocks": means.mean(dim=0),
+                "cls": states[-1][0, 0],
+                "s2sent": selector.pool(states[-3:], batch["attention_mask"])[0],
+                "scalar mix": (torch.tensor([0.125, 0.25, 0.625])[:, None] * means[-3:]).sum(dim=0),
+            }
+        for name, values in expected.items():
+            torch.testing.assert_close(found[name][row], values, rtol=1e-4, atol=1e-5, msg=f"{name}, {text}")
+    with pytest.raises(TypeError, match="modules: expected selectors and scalar mixes, got Linear"):
+        evaluation.side_by_side(encoder, tokenizer, texts, {"other": torch.nn.Linear(2, 2)})
+
+
+def test_correlations_are_scipys_times_100():
+    similarity, gold = [0.1, 0.4, 0.35, 0.9, 0.2], [1.0, 3.0, 3.0, 5.0, 0.0]
+    found = evaluation.correlations(similarity, gold)
+    assert found.spearman == pytest.approx(100 * stats.spearmanr(similarity, gold).statistic)
+    assert found.pearson == pytest.approx(100 * stats.pearsonr(similarity, gold).statistic)
+    with pytest.raises(ValueError, match="gold: expected 5 scores"):
+        evaluation.correlations(similarity, gold[:-1])
+
+
+def test_sts_finds_what_it_was_made_from():
+    pairs = [evaluation.Pair(f"a{i}", f"b{i}", float(i), "") for i in range(6)]
+    angle = torch.linspace(1.5, 0, 6)  # the greater the score, the smaller the angle
+    vectors = {f"a{i}": torch.tensor([1.0, 0.0]) for i in range(6)}
+    vectors |= {f"b{i}": torch.stack([angle[i].cos(), angle[i].sin()]) for i in range(6)}
+    found = evaluation.sts(lambda texts: {"known": torch.stack([vectors[text] for text in texts])}, pairs)
+    assert found["known"].spearman == pytest.approx(100)
+
+
+@pytest.mark.parametrize("cross_validated", [False, True])
+@pytest.mark.parametrize("pair", [False, True])
+def test_transfer_learns_what_is_there_and_nothing_else(cross_validated, pair):
+    pytest.importorskip("sklearn")
+    generator = torch.Generator().manual_seed(0)
+    vectors, items = {}, []
+    for i in range(120):
+        noise = torch.randn(4, generator=generator)
+        vectors[f"x{i}"] = torch.cat([torch.tensor([3.0 if i % 3 else -3.0]), noise])
+        vectors[f"y{i}"] = torch.cat([torch.tensor([1.0]), noise])
+        items.append(evaluation.Labelled((f"x{i}", f"y{i}") if pair else (f"x{i}",), str(int(i % 3 > 0))))
+    splits = {"all": items} if cross_validated else {"train": items[:90], "test": items[90:]}
+
+    def embed(texts):
+        told = torch.stack([vectors[text] for text in texts])
+        return {"told": told, "silent": torch.zeros_like(told)}
+
+    found = evaluation.transfer(embed, splits)
+    assert found["told"] == (100, 100)
+    expected = splits["all" if cross_validated else "test"]
+    share = 100 * sum(item.label == "1" for item in expected) / len(expected)
+    assert found["silent"].accuracy == pytest.approx(share)
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        (b"", "an empty file"),
+        (b"split\tscore\tsentence1\n", "expected a tab-separated column sentence2, got split, score, sentence1"),
+        (b"split\tscore\tsentence1\tsentence2\n", "expected rows below the header"),
+        (b"split\tscore\tsentence1\tsentence2\ntest\t1\ta\n", "line 2: expected 4 tab-separated fields, got 3"),
+        (b"split\tscore\tsentence1\tsentence2\n\ntest\tone\ta\tb\n", "line 3: expected a number as score, got 'one'"),
+        (b"split\tscore\tsentence1\tsentence2\ntest\t1\ta\t\xff\n", r"line 2 is not UTF-8 \(byte 0xff\)"),
+        (b"split\tscore\tsentence1\tsentence2\ntrain\t1\ta\tb\n", "expected pairs of split 'test', got splits train"),
+    ],
+)
+def test_sts_files(content, message, tmp_path):
+    path = tmp_path / "file.tsv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        evaluation.read_sts(path)
+    assert str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("split\tlabel\nall\t1\n", r"expected a tab-separated column text or sentence1\+sentence2"),
+        ("split\tlabel\ttext\ntrain\t1\ta\n", "expected splits train and test, or all, got train"),
+        ("split\tlabel\ttext\nall\t1\ta\nall\t1\tb\n", "expected at least two labels, got 1"),
+    ],
+)
+def test_transfer_files(content, message, tmp_path):
+    path = tmp_path / "file.tsv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        evaluation.read_transfer(path)
+
+
+def test_quotes_and_byte_order_marks_are_no_trouble(tmp_path):
+    path = tmp_path / "file.tsv"
+    path.write_bytes('\ufeffa\tb\r\n"x\ty"z\r\n'.encode())
+    assert list(tables.read_table(path, ("a", "b"))) == [(2, {"a": '"x', "b": 'y"z'})]
+
+
+# ---------------------------------------------------------------- commands
+
+
+def test_evaluate_prints_a_table_and_writes_json_and_a_picture(places, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    arguments = ["evaluate", "--model", places / "model", "--selector", places / "selector", "--device", "cpu"]
+    arguments += ["--sts", places / "sts.tsv", "--transfer", places / "words.tsv", "--output-dir", tmp_path / "out"]
+    assert main(list(map(str, arguments))) == 0
+    out = capsys.readouterr().out
+    assert [line[:18].strip() for line in out.splitlines()[1:7]] == POOLINGS
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert sorted(content["sts"]["sts"]) == sorted(content["transfer"]["words"]) == sorted(POOLINGS)
+    assert f"{content['sts']['sts']['s2sent']['spearman']:.2f}" in out
+    assert content["transfer"]["words"]["s2sent"]["accuracy"] == 100  # the same texts in train and test
+    assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(PNG)
+
+
+def test_inspect_prints_gates_and_energies_and_writes_pictures(places, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    arguments = ["inspect", "--model", places / "model", "--selector", places / "selector", "--device", "cpu"]
+    arguments += ["--output-dir", tmp_path / "out", "--text", TEXTS[0], TEXTS[1]]
+    assert main(list(map(str, arguments))) == 0
+    out = capsys.readouterr().out
+    assert "blocks 1, 2, 3, 4 components" in out
+    gates = [float(value) for value in out.split(f" {TEXTS[0]}")[0].splitlines()[-1].split()[::2]]
+    assert sum(gates) == pytest.approx(1, abs=2e-3)
+    names = ["dct_bases.png", "energy.png", "gates.png", "gates_by_text.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert all(path.read_bytes().startswith(PNG) for path in (tmp_path / "out").iterdir())
+
+
+def test_train_with_a_frozen_encoder_writes_what_evaluate_reads(places, tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    pytest.importorskip("matplotlib")
+    data = tmp_path / "triplets.tsv"
+    rows = [f"{TEXTS[i]}\t{TEXTS[(i + 1) % 8]}\t{TEXTS[(i + 3) % 8] if i % 2 else ''}" for i in range(8)]
+    data.write_text("\n".join(["anchor\tpositive\tnegative", *rows]) + "\n")
+    arguments = ["train", "--freeze-encoder", "--model", places / "model", "--data", data, "--dev", places / "sts.tsv"]
+    arguments += [
+        "--dev-split",
+        "test",
+        "--blocks",
+        "last:3",
+        "--frequencies",
+        "8",
+        "--bottleneck",
+        "4",
+        "--epochs",
+        "2",
+    ]
+    arguments += ["--batch-size", "4", "--cache", tmp_path / "cache", "--device", "cpu"]
+    assert main([*map(str, arguments), "--output", str(tmp_path / "one")]) == 0
+    assert capsys.readouterr().out.count(", kept") == 1
+    assert main([*map(str, arguments), "--output", str(tmp_path / "two")]) == 0
+    first, second = (S2SentSelector.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    assert (first.num_blocks, first.frequencies, first.bottleneck) == (3, 8, 4)
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["blocks"] == [1, 2, 3]
+    evaluate = ["evaluate", "--model", places / "model", "--selector", tmp_path / "one", "--sts", places / "sts.tsv"]
+    assert main([*map(str, evaluate), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ("anchor\tpositive\na\tb\nc\td\n", ["--freeze-encoder", "--blocks", "last:9"], "'last:N' with N from 1 to 4"),
+        ("anchor\tpositive\na\tb\nc\td\n", ["--freeze-encoder", "--frequencies", "5"], "divisible by M"),
+        ("anchor\tpositive\na\tb\n", ["--freeze-encoder"], "expected at least two"),
+        ("anchor\tpositive\na\t\n", ["--freeze-encoder"], "line 2: expected an anchor and a positive"),
+        ("anchor\tother\na\tb\n", ["--freeze-encoder"], "expected a tab-separated column positive"),
+        ("anchor\tpositive\na\tb\n", [], "--freeze-encoder: expected it"),
+    ],
+)
+def test_training_that_cannot_be(content, options, message, places, tmp_path, capsys):
+    data = tmp_path / "data.tsv"
+    data.write_text(content)
+    arguments = ["train", "--model", places / "model", "--data", data, "--output", tmp_path / "out", "--device", "cpu"]
+    assert main([*map(str, arguments), "--cache", str(tmp_path / "cache"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_of_scores_and_energies():
+    pytest.importorskip("matplotlib")
+    assert pictures.scores_picture({"one": {"a": 70.0, "b": 80.0}, "two": {"a": 60.0}}, "title").startswith(PNG)
+    assert pictures.energy_picture(torch.rand(2, 3), [(0, 0), (0, 1), (1, 0)], ["x", "y"]).startswith(PNG)
+    with pytest.raises(ValueError, match="scores: expected at least one"):
+        pictures.scores_picture({}, "title")
+    with pytest.raises(ValueError, match="energy: expected"):
+        pictures.energy_picture(torch.rand(2, 2), [(0, 0)], ["x", "y"])
+    with pytest.raises(ValueError, match="gates: expected"):
+        pictures.gates_by_text_picture(torch.rand(2, 3, 4), ["x"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate"], "expected files or tasks to score on"),
+        (["evaluate", "--sts", "no/such.tsv"], "no/such.tsv: cannot be read: No such file"),
+        (
+            ["evaluate", "--sts", "{sts}", "--split", "nothing"],
+            "expected pairs of split 'nothing', got splits dev, test",
+        ),
+        (["evaluate", "--sts", "{sts}", "--selector", "nowhere"], "expected a folder or one of the shipped names"),
+        (["evaluate", "--sts", "{sts}", "--model", "./nowhere"], "there is no such directory"),
+        (["evaluate", "--transfer", "{sts}"], "expected a tab-separated column label"),
+        (
+            ["evaluate", "--sts", "{sts}", "--model", "{model}", "--selector", "all-MiniLM-L6-v2"],
+            "reads 6 blocks, got an encoder of 4",
+        ),
+        (["inspect", "--text", " "], "expected texts, got an empty one"),
+        (["inspect", "--model", "{model}", "--text", "a"], "expected a folder or a shipped name beside --model"),
+        (["inspect", "--model", "{model}", "--selector", "all-MiniLM-L6-v2"], "last:N' with N from 1 to 4"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(arguments, message, places, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("safetensors")
+    filled = [text.format(sts=places / "sts.tsv", model=places / "model") for text in arguments]
+    assert main([*filled, "--output-dir", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("s2sent: error: ")]
+    assert len(error) == 1
+    assert message in error[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("missing", ["scipy.stats", "sklearn.linear_model"])
+def test_a_missing_extra_is_named(missing, places, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setitem(sys.modules, missing, None)
+    arguments = [
+        "evaluate",
+        "--model",
+        places / "model",
+        "--sts",
+        places / "sts.tsv",
+        "--transfer",
+        places / "words.tsv",
+    ]
+    assert main([*map(str, arguments), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    assert "pip install 's2sent_kernels[evaluate]'" in capsys.readouterr().err

@@ -1,0 +1,184 @@
+"""The scripts behind bench/QUALITY.md: what may choose, what is trained, what the report says. Small, made here."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("scipy")
+pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+
+import quality
+import quality_data
+import quality_finetune
+import quality_report
+import record
+import train_selector
+
+from s2sent_kernels import S2SentSelector, evaluation
+
+ENVIRONMENT = {"device": "A CPU", "date": "2026-01-01", "commit": "abc", "versions": {"torch": "2"}}
+
+
+def scores(value):
+    return {"dev": value, "dev apart": 100 - value, **dict.fromkeys(quality_data.TESTS, value), "mean": value}
+
+
+@pytest.fixture
+def data_folder(tmp_path):
+    (tmp_path / "nli").mkdir()
+    (tmp_path / "sts").mkdir()
+    (tmp_path / "nli" / "nli_triplets.tsv").write_text(
+        "anchor\tpositive\tnegative\tsource\na\tb\tc\tmade\nd\te\tf\tmade\n"
+    )
+    header = "split\tscore\tsentence1\tsentence2\tsubset\n"
+    dev = "dev\t1\tA cat.\tA dog.\tx\ndev\t2\tOne.\tTwo.\tx\ndev\t3\tThree.\tFour.\tx\n"
+    own = "test\t4\tFive.\tSix.\tx\ntest\t5\tSeven.\tEight.\tx\n"
+    (tmp_path / "sts" / "stsb.tsv").write_text(header + dev + own)
+    for name, shared in (("sts12", "a  DOG.\ta cat."), ("sts14", "One.\tOther."), ("sts16", "Four.\tThree.")):
+        (tmp_path / "sts" / f"{name}.tsv").write_text(f"{header}test\t0\t{shared}\tx\n{own}")
+    return tmp_path
+
+
+def test_pairs_that_dev_shares_with_a_test_set_are_counted_and_set_apart(data_folder):
+    data = quality_data.Data.read(data_folder)
+    assert data.triplets == [("a", "b", "c"), ("d", "e", "f")]
+    assert data.dev_shared == {"STS12": 1, "STS14": 0, "STS16": 1, "STS-B": 0}
+    assert len(data.dev) == 3
+    assert [(pair.sentence1, pair.sentence2) for pair in data.dev_apart] == [("One.", "Two.")]
+
+
+def test_every_claim_is_varied_with_and_without_the_prior_and_trained_once():
+    found = quality.claims_configurations()
+    assert all(found.count(row) == 1 for row in found)
+    gated = [row for row in found if row["gates"] in ("input", "constant")]
+    assert {row["M"] for row in gated} == {1, 2, 4, 8, 16}
+    assert {row["N"] for row in gated} == set(range(1, 7))
+    assert all(row | {"prior": not row["prior"]} in gated for row in gated)
+    assert [row["N"] for row in found if row["gates"] == "scalar mix"] == list(range(1, 7))
+    for row in gated:
+        S2SentSelector(quality.HIDDEN, row["N"], 2, row["M"])  # exists
+
+
+@pytest.mark.parametrize("configuration", quality_finetune.CONFIGURATIONS, ids=str)
+def test_every_fusion_gives_embeddings_and_gradients(configuration):
+    fusion = quality_finetune.build(configuration)
+    states = [torch.randn(3, 5, 384, requires_grad=True) for _ in range(fusion.num_blocks)]
+    mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [1] + [0] * 4])
+    embeddings = fusion(states, mask)
+    assert embeddings.shape == (3, 384)
+    if configuration["fusion"] == evaluation.MEAN_OF_LAST:
+        torch.testing.assert_close(embeddings[1], states[0][1, :3].mean(dim=0))
+    embeddings.square().sum().backward()
+    assert all(state.grad.abs().sum() > 0 for state in states)
+
+
+def content():
+    recipe = {
+        "epochs": 2, "batch_size": 4, "temperature": 0.05, "learning_rate": 1e-3, "prior_learning_rate": 1e-2,
+        "weight_decay": 0.0, "seed": 0,
+    }  # fmt: skip
+    runs = []
+    for kind, base in ((evaluation.SCALAR_MIX, 60.0), (evaluation.S2SENT, 70.0)):
+        for seed in (0, 1, 2):
+            by_epoch = [scores(base), *(scores(base + seed + epoch) for epoch in range(1, train_selector.EPOCHS + 1))]
+            runs.append({
+                "pooling": kind, "learning_rate": 1e-3, "seed": seed, "recipe": recipe, "epoch": 2, "by_epoch": by_epoch,
+                "scores": by_epoch[2], "chosen": True, "shipped": seed == 2,
+            })  # fmt: skip
+    runs += [run | {"learning_rate": 3e-3, "chosen": False, "shipped": False} for run in runs[3:]]
+    return {
+        "environment": ENVIRONMENT, "baselines": {evaluation.MEAN_OF_LAST: scores(50.0)}, "runs": runs, "triplets": 2,
+        "dev": 3, "dev_apart": 1, "dev_shared": {"STS12": 2}, "parameters": {"selector": 10, "encoder": 1000},
+    }  # fmt: skip
+
+
+def test_the_tables_of_the_shipped_selector():
+    table = train_selector.table(content())
+    assert "| s2sent | 73.00 (72.00–74.00) |" in table
+    assert "| **shipped**, seed 2 | 74.00 |" in table
+    rules = train_selector.rules(content())
+    assert "| STS-B dev | 0.001 | 2, 2, 2 | 73.00 (72.00–74.00) | +23.00 |" in rules
+    assert "| STS-B dev without shared pairs | 0.001 | 1, 1, 1 | 72.00 (71.00–73.00) | +22.00 |" in rules
+    assert "| none: the last of 6 epochs | 0.001 | 6, 6, 6 | 77.00 (76.00–78.00) | +27.00 |" in rules
+
+
+def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkeypatch):
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "selector.json").write_text(json.dumps(content()))
+    claims = []
+    for place, row in enumerate(quality.claims_configurations()):
+        claims += [row | {"seed": seed, "scores": scores(40.0 + place + seed), "parameters": 7} for seed in (0, 1, 2)]
+    tuned = []
+    for place, row in enumerate(quality_finetune.CONFIGURATIONS):
+        for seed in (0, 1, 2):
+            after = scores(80.0 + place + seed / 10)
+            tuned.append(
+                row
+                | {
+                    "seed": seed,
+                    "scores": after,
+                    "by_epoch": [scores(1.0), after],
+                    "epochs": 1,
+                    "triplets": 2,
+                    "batch": 4,
+                }
+            )
+    transfer = [
+        {"task": task, "pooling": pooling, "accuracy": 90.0 + place, "f1": 5.0}
+        for task in quality_data.TRANSFER
+        for place, pooling in enumerate((evaluation.MEAN_OF_LAST, evaluation.S2SENT, evaluation.AVERAGE))
+    ]
+    subsets = [
+        {"set": "STS12", "subset": "part", "pairs": 9, "pooling": pooling, "spearman": value, "pearson": 0.0}
+        for pooling, value in ((evaluation.MEAN_OF_LAST, 10.0), (evaluation.S2SENT, 11.0))
+    ]
+    for name, rows in (("claims-0-of-2", claims[:9]), ("claims-1-of-2", claims[9:]), ("transfer", transfer),
+                       ("finetune", tuned), ("subsets", subsets)):  # fmt: skip
+        (results / f"{name}.json").write_text(json.dumps({"environment": ENVIRONMENT, "rows": rows}))
+    readme, output = tmp_path / "README.md", tmp_path / "QUALITY.md"
+    readme.write_text(f"before\n{quality_report.START}\nold\n{quality_report.END}\nafter\n")
+    card = tmp_path / "card"
+    S2SentSelector(8, 2, 2, 2, block_prior=True).save_pretrained(card)
+    about = json.loads((card / "config.json").read_text())
+    (card / "config.json").write_text(json.dumps(about | {"scalar_mix": [0.5, 0.5]}))
+    monkeypatch.setattr(quality_report.pretrained, "find", lambda _: card)
+    quality_report.build(results, output, readme)
+
+    text = output.read_text(encoding="utf-8")
+    assert "| 1 | on | 41.00 (40.00–42.00) |" in text  # M = 1, the first configuration
+    assert "on 1 of 1 parts" in text
+    assert "| average of blocks | 92.00 | 92.00 | 92.00 | 92.00 / 5.00 | 92.00 |" in text
+    assert text.index("| s2sent + prior, N = 6 | 84.10") < text.index("| mean of last | 80.10")
+    told = " ".join(readme.read_text(encoding="utf-8").split())
+    assert told.startswith("before")
+    assert told.endswith("after")
+    assert "old" not in told
+    assert "from 50.00 (mean of the last block) to 73.00, with a learned scalar mix to 63.00" in told
+    assert "the average of blocks is best, mean accuracy 92.00 (selector 91.00" in told
+    assert "comes first: s2sent + prior, N = 6 84.10 (84.00–84.20)" in told
+    assert "seeds 0, 1, 2" in (card / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_report_without_results_or_markers_says_so(tmp_path):
+    with pytest.raises(record.UserError, match=r"selector\.json: cannot be read"):
+        quality_report.build(tmp_path, tmp_path / "QUALITY.md", None)
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers")
+    with pytest.raises(record.UserError, match="expected the markers"):
+        quality_report.insert(readme, "text")
+    assert readme.read_text() == "no markers"
+
+
+def test_the_committed_report_is_what_the_committed_results_give(tmp_path):
+    root = Path(quality_report.__file__).parent
+    parts = {name: (root.parent / name).read_text(encoding="utf-8") for name in ("bench/QUALITY.md", "README.md")}
+    readme = tmp_path / "README.md"
+    readme.write_text(parts["README.md"])
+    quality_report.build(root / "results" / "quality", tmp_path / "QUALITY.md", readme, card=False)
+    assert (tmp_path / "QUALITY.md").read_text(encoding="utf-8") == parts["bench/QUALITY.md"]
+    assert readme.read_text(encoding="utf-8") == parts["README.md"]
