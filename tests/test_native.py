@@ -94,7 +94,9 @@ def test_it_refuses_what_it_cannot_take():
 def test_cuda_tensors_need_a_build_with_cuda(monkeypatch):
     if torch.ops.s2sent_native.cuda_architectures():
         pytest.skip("the CUDA part is built")
-    with pytest.raises(ValueError, match=r"backend: 'native' .*got cuda tensors, and it was built without its CUDA part"):
+    with pytest.raises(
+        ValueError, match=r"backend: 'native' .*got cuda tensors, and it was built without its CUDA part"
+    ):
         backend_module.choose("native", torch.device("cuda"), torch.float32)
 
 

@@ -39,7 +39,7 @@ __device__ void fuse_tokens(const Fuse& a, const Blocks& blocks, int64_t b, int6
 }
 
 template <class T, int W>
-__global__ void __launch_bounds__(kThreads) fuse_kernel(
+__global__ void __launch_bounds__(kThreads, W == 1 ? 4 : 0) fuse_kernel(
     const __grid_constant__ Fuse a, const __grid_constant__ Blocks blocks, int64_t tiles, int64_t chunks) {
   // Chunks of tokens: of a sentence, or of the packed batch.
   const int64_t index = blockIdx.x, tile = index % tiles, chunk = index / tiles % chunks;

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kWarps * kWarp) bottleneck_kernel(const __grid
 }
 
 template <class T, int S>
-__global__ void __launch_bounds__(kGateThreads) excite_kernel(const __grid_constant__ Gate a, int64_t tiles) {
+__global__ void __launch_bounds__(kGateThreads, 4) excite_kernel(const __grid_constant__ Gate a, int64_t tiles) {
   extern __shared__ __align__(16) char bytes[];
   GateMemory<S>& memory = *reinterpret_cast<GateMemory<S>*>(bytes);
   float* weights = reinterpret_cast<float*>(bytes + sizeof(GateMemory<S>));
