@@ -13,10 +13,10 @@ constexpr int kTogether = 4;
 constexpr int kSlots = 4;
 constexpr int kChunk = 128;
 constexpr int kThreads = kSlots * kWarp;
-constexpr int kBlocksEach = 4;  // that share a read of dv
+constexpr int kBlocksEach = 2;  // that share a read of dv
 
 template <class T, int W>
-__global__ void __launch_bounds__(kThreads) backward_kernel(
+__global__ void __launch_bounds__(kThreads, 4) backward_kernel(
     const __grid_constant__ FuseBackward a, const __grid_constant__ Blocks blocks, int64_t tiles, int64_t groups) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t tile = blockIdx.x % tiles, n0 = blockIdx.x / tiles % groups * kBlocksEach, b = blockIdx.x / tiles / groups;
@@ -28,35 +28,37 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
   float outer[kBlocksEach][W] = {}, inner[kBlocksEach][W] = {};
   int seen = 0;
   for (int64_t r0 = warp * kTogether; r0 < length; r0 += kSlots * kTogether) {
-    const int count = int(min(int64_t(kTogether), length - r0));
-    Piece<T, W> dv[kTogether];
+    if (r0 + kTogether <= length) {
+      Piece<T, W> dv[kTogether];
 #pragma unroll
-    for (int j = 0; j < kTogether; ++j) {
-      if (j < count) dv[j] = load_piece<T, W>(v + fused.real(r0 + j));
-    }
+      for (int j = 0; j < kTogether; ++j) dv[j] = load_piece<T, W>(v + fused.real(r0 + j));
+      // A block past the last is the last again, so that no branch keeps the loads from running side by side.
 #pragma unroll
-    for (int k = 0; k < kBlocksEach; ++k) {
-      if (n0 + k >= a.num_blocks) break;
-      const Rows rows = blocks.rows[n0 + k];
-      const Sentence sentence(a.batch, rows, b);
-      const T* u = static_cast<const T*>(rows.data) + d;
-      Piece<T, W> piece[kTogether];
+      for (int k = 0; k < kBlocksEach; ++k) {
+        const Rows rows = blocks.rows[min(n0 + k, a.num_blocks - 1)];
+        const Sentence sentence(a.batch, rows, b);
+        const T* u = static_cast<const T*>(rows.data) + d;
+        Piece<T, W> piece[kTogether];
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        if (j < count) piece[j] = load_piece<T, W>(u + sentence.real(r0 + j));
-      }
+        for (int j = 0; j < kTogether; ++j) piece[j] = load_piece<T, W>(u + sentence.real(r0 + j));
 #pragma unroll
-      for (int i = 0; i < W; ++i) {
-        if (count == kTogether) {
+        for (int i = 0; i < W; ++i) {
           float sum = widen(dv[0].values[i]) * widen(piece[0].values[i]);
 #pragma unroll
           for (int j = 1; j < kTogether; ++j) sum = fmaf(widen(dv[j].values[i]), widen(piece[j].values[i]), sum);
           inner[k][i] += sum;
-        } else {
+        }
+      }
+    } else {
+      for (int64_t r = r0; r < length; ++r) {
+        const Piece<T, W> dv = load_piece<T, W>(v + fused.real(r));
 #pragma unroll
-          for (int j = 0; j < kTogether - 1; ++j) {
-            if (j < count) inner[k][i] = fmaf(widen(dv[j].values[i]), widen(piece[j].values[i]), inner[k][i]);
-          }
+        for (int k = 0; k < kBlocksEach; ++k) {
+          const Rows rows = blocks.rows[min(n0 + k, a.num_blocks - 1)];
+          const Sentence sentence(a.batch, rows, b);
+          const Piece<T, W> piece = load_piece<T, W>(static_cast<const T*>(rows.data) + d + sentence.real(r));
+#pragma unroll
+          for (int i = 0; i < W; ++i) inner[k][i] = fmaf(widen(dv.values[i]), widen(piece.values[i]), inner[k][i]);
         }
       }
     }
