@@ -1,0 +1,63 @@
+"""Every CUDA kernel of the native backend once over small batches, forward and backward, for compute-sanitizer:
+
+    compute-sanitizer --tool memcheck|racecheck --error-exitcode 1 python tests/sanitize_cuda.py
+
+PyTorch's own kernels run under it too; --kernel-name kernel_substring=s2sent leaves them out. Prints how many cases it ran.
+"""
+
+import itertools
+
+import torch
+
+from s2sent_kernels import GateParameters, functional
+
+KINDS = ("none", "mask", "packed")
+
+
+def make_parameters(num_blocks, size, width):
+    def random(*shape):
+        return torch.randn(shape, device="cuda", requires_grad=True)
+
+    both = num_blocks * size
+    statistics = torch.randn(both, device="cuda"), torch.rand(both, device="cuda") + 1
+    return GateParameters(
+        random(width, size), random(width), random(both, width), random(both), random(both), random(both), *statistics,
+        random(num_blocks),
+    )  # fmt: skip
+
+
+def where_tokens_are(kind, batch, length):
+    if kind == "mask":
+        return {"attention_mask": torch.rand(batch, length, device="cuda") < 0.6}
+    if kind == "packed":
+        inner = sorted(torch.randint(0, batch * length + 1, (batch - 1,)).tolist())
+        return {"cu_seqlens": torch.tensor([0, *inner, batch * length], dtype=torch.int32, device="cuda")}
+    return {}
+
+
+def main():
+    torch.manual_seed(0)
+    count = 0
+    shapes = itertools.product((1, 5, 20), (1, 3), (1, 37, 70), (12, 64), (5, 33))
+    dtypes = (torch.float32, torch.bfloat16)
+    for (num_blocks, batch, length, size, width), dtype, kind in itertools.product(shapes, dtypes, KINDS):
+        if (num_blocks + batch + length + size + width) % 3:  # a third of them: it is slow
+            continue
+        shape = (batch * length, size) if kind == "packed" else (batch, length, size)
+        hidden = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(num_blocks)]
+        options = {"frequencies": 1 if num_blocks == 1 else 4, "backend": "native"}
+        options |= where_tokens_are(kind, batch, length)
+        parameters = make_parameters(num_blocks, size, width)
+        for pooling in ("mean", "last", None):
+            if pooling is None:
+                output = functional.select(hidden, parameters, **options)
+            else:
+                output = functional.select_pool(hidden, parameters, pooling=pooling, **options)
+            output.float().sum().backward()
+        count += 1
+    torch.cuda.synchronize()
+    print(f"{count} cases")
+
+
+if __name__ == "__main__":
+    main()
