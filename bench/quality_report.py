@@ -202,8 +202,11 @@ def finetune(rows: Sequence[Row]) -> str:
     order = sorted(
         names, key=lambda name: -statistics.median(r["scores"]["mean"] for r in rows if fusion_name(r) == name)
     )
-    lines = [[name, *cells([row for row in rows if fusion_name(row) == name])] for name in order]
-    parts.append(table(("<fusion", *TITLES), lines))
+    lines = []
+    for name in order:
+        mine = [row for row in rows if fusion_name(row) == name]
+        lines.append([name, str(len(mine)), *cells(mine)])
+    parts.append(table(("<fusion", "seeds", *TITLES), lines))
     parts.append("The mean of the four sets on the way:")
     steps = ["before", *(f"epoch {epoch}" for epoch in range(1, first["epochs"] + 1))]
     lines = []

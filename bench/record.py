@@ -1,6 +1,8 @@
 """Results: one JSON file for each device, written whole after every step, merged row by row.
 
-python bench/record.py merged.json part.json [part.json ...]     # later files win
+python bench/record.py merged.json part.json [--only=NAME] [part.json ...]     # later files win
+
+Of the parts behind --only=NAME the rows of that contestant alone are taken: a ratio of two cases belongs to one run.
 
 {"format": 2, "device": slug, "runs": [{environment, ceilings, ...}], "rows": [{"section", "case", ..., "run": index}]}
 """
@@ -170,8 +172,15 @@ def main(arguments: list[str]) -> int:
         if len(arguments) < 2:
             raise UserError("expected the merged file and at least one part")
         merged: dict[str, Any] | None = None
+        only = None
         for part in arguments[1:]:
-            merged = merge(merged, load(Path(part)))
+            if part.startswith("--only="):
+                only = part.removeprefix("--only=")
+                continue
+            content = load(Path(part))
+            if only is not None:
+                content["rows"] = [row for row in content["rows"] if row["contestant"] == only]
+            merged = merge(merged, content)
         _write(Path(arguments[0]), merged)
     except UserError as error:
         print(f"record: error: {error}", file=sys.stderr)
