@@ -153,7 +153,7 @@ def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkey
     assert "| 1 | on | 41.00 (40.00–42.00) |" in text  # M = 1, the first configuration
     assert "on 1 of 1 parts" in text
     assert "| average of blocks | 92.00 | 92.00 | 92.00 | 92.00 / 5.00 | 92.00 |" in text
-    assert text.index("| s2sent + prior, N = 6 | 84.10") < text.index("| mean of last | 80.10")
+    assert text.index("| s2sent + prior, N = 6 | 3 | 84.10") < text.index("| mean of last | 3 | 80.10")
     told = " ".join(readme.read_text(encoding="utf-8").split())
     assert told.startswith("before")
     assert told.endswith("after")
