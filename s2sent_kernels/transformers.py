@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import families, validate
+from . import families, functional, reference, validate
 from .capture import BLOCK_NORMS, BlockCapture
 from .selector import S2SentSelector
 
@@ -107,12 +107,20 @@ class S2SentModel(transformers.PreTrainedModel):
         pooling = self.config.pooling
         if not (output_tokens or output_gates):
             return S2SentOutput(embedding=self._capture.pool(self.selector, pooling=pooling, **encoder_inputs))
+        # One set of gates for all of it: in training each look at the sentences would count as a batch.
         mask = encoder_inputs.get("attention_mask")
         states = self._capture.collect(**encoder_inputs)
+        selector = self.selector
+        squeezed, pooled = functional.squeeze(
+            states, mask, frequencies=selector.frequencies, profile=selector.profile, pooling=pooling,
+            backend=selector.backend,
+        )  # fmt: skip
+        assert pooled is not None  # with a pooling
+        gates = selector._gate(squeezed)
         return S2SentOutput(
-            embedding=self.selector.pool(states, mask, pooling=pooling),
-            tokens=self.selector(states, mask) if output_tokens else None,
-            gates=self.selector.gates(states, mask) if output_gates else None,
+            embedding=reference.pool(gates, pooled, states[0].dtype),
+            tokens=functional.fuse(states, gates, mask, backend=selector.backend) if output_tokens else None,
+            gates=gates if output_gates else None,
         )
 
 

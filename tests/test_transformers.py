@@ -58,6 +58,23 @@ def test_tokens_and_gates_on_request():
     assert model(**_batch()).tokens is None
 
 
+def test_tokens_and_gates_do_not_count_as_batches_of_their_own():
+    model = S2SentModel.from_encoder(_encoder("bert"), "last:2", bottleneck=4, frequencies=2).train()
+    model(**_batch(), output_tokens=True, output_gates=True).embedding.sum().backward()
+    assert model.selector.norm.num_batches_tracked == 1
+    assert model.selector.up.weight.grad.isfinite().all()
+
+
+@torch.no_grad()
+def test_the_embedding_beside_tokens_and_gates():
+    model = S2SentModel.from_encoder(_encoder("bert"), "last:2", bottleneck=4, frequencies=2)
+    output = model(**_batch(), output_tokens=True, output_gates=True)
+    torch.testing.assert_close(output.embedding, model(**_batch()).embedding, rtol=1e-5, atol=1e-6)
+    mask = _batch()["attention_mask"][..., None]
+    mean = (output.tokens * mask).sum(1) / mask.sum(1)
+    torch.testing.assert_close(output.embedding, mean, rtol=1e-5, atol=1e-6)
+
+
 def test_a_pooling_that_does_not_exist():
     with pytest.raises(ValueError, match="pooling"):
         S2SentModel.from_encoder(_encoder("bert"), pooling="max")

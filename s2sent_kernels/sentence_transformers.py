@@ -1,0 +1,237 @@
+"""S2SentPooling: the selector in the place of Pooling in a SentenceTransformer. Needs the extra sentence-transformers.
+
+    transformer = Transformer("sentence-transformers/all-MiniLM-L6-v2")
+    model = SentenceTransformer(modules=[transformer, S2SentPooling.behind(transformer, blocks="last:3")])
+
+Everything else (encode, prompts, similarity, losses, the trainer, quantisation, pools of processes) is the library's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import capture as _capture
+from . import families, validate
+from .capture import BLOCK_NORMS, BlockCapture
+from .selector import S2SentSelector
+
+try:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Module
+except ImportError as error:
+    raise ImportError(
+        "sentence-transformers 6 or newer is not installed: pip install 's2sent_kernels[sentence-transformers]'"
+    ) from error
+
+
+class S2SentPooling(Module):
+    """Sentence embeddings from the hidden states of the transformer before it in the list of modules.
+
+    It listens to that transformer's blocks, so it has to know it: made by ``behind`` it does, and ``load`` of this module
+    sees to it. Loaded by SentenceTransformer itself (which takes ``trust_remote_code=True``), it is given it by ``attach``.
+
+    Args:
+        selector: the arguments of S2SentSelector.
+        blocks: which blocks, 0 the lowest.
+        block_norm: as BlockCapture's.
+        pooling: "mean", "cls" or "last".
+        include_prompt: whether a prompt's tokens count.
+    """
+
+    config_keys = ["selector_arguments", "blocks", "block_norm", "pooling", "include_prompt"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        selector_arguments: dict[str, Any],
+        blocks: Sequence[int],
+        block_norm: str | None = "final",
+        pooling: str = "mean",
+        include_prompt: bool = True,
+    ) -> None:
+        super().__init__()
+        validate.option("block_norm", block_norm, BLOCK_NORMS)
+        validate.option("pooling", pooling, validate.POOLINGS)
+        self.selector_arguments, self.blocks = dict(selector_arguments), list(blocks)
+        self.block_norm, self.pooling, self.include_prompt = block_norm, pooling, include_prompt
+        self.selector = S2SentSelector(**self.selector_arguments)
+        self._blocks_of: _Listener | None = None
+
+    @classmethod
+    def behind(
+        cls,
+        transformer: nn.Module,
+        blocks: Sequence[int] | str | None = "last:3",
+        *,
+        block_norm: str | None = "final",
+        pooling: str = "mean",
+        include_prompt: bool = True,
+        **selector: Any,
+    ) -> S2SentPooling:
+        """A fresh selector behind ``transformer``, a Transformer of sentence-transformers or a model of transformers;
+        ``selector`` goes to S2SentSelector (bottleneck, block_prior, ...).
+
+        Raises:
+            ValueError, TypeError: an argument is wrong, or the transformer's blocks cannot be found.
+        """
+        encoder = _encoder_of(transformer)
+        chosen = families.indices(blocks, len(families.find_blocks(encoder)))
+        arguments = {"hidden_size": families.hidden_size(encoder), "num_blocks": len(chosen), **selector}
+        module = cls(arguments, chosen, block_norm, pooling, include_prompt)
+        module.attach(transformer)
+        return module
+
+    def attach(self, transformer: nn.Module) -> None:
+        """Listen to the blocks of ``transformer``, and no longer to another's."""
+        if self._blocks_of is not None:
+            self._blocks_of.remove()
+        capture = _Listener(transformer, self.blocks, block_norm=self.block_norm)
+        capture._check(self.selector)
+        self._blocks_of = capture
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Adds ``sentence_embedding`` [B, D] to the features."""
+        if self._blocks_of is None:
+            raise RuntimeError(
+                "S2SentPooling does not know its transformer: load the model by s2sent_kernels.sentence_transformers.load, "
+                "or call attach"
+            )
+        states = self._blocks_of.take()
+        mask, cu_seqlens = features.get("attention_mask"), None
+        skip = 0
+        if not self.include_prompt and "prompt_length" in features:
+            length = features["prompt_length"]
+            skip = int(length[0].item()) if isinstance(length, Tensor) else int(length)
+        if "cu_seq_lens_q" in features:  # packed [1, T, D]
+            mask, cu_seqlens = None, features["cu_seq_lens_q"].to(torch.int32)
+            states = [state.reshape(-1, state.shape[-1]) for state in states]
+            if skip:
+                states, cu_seqlens = _without_prompt(states, cu_seqlens, skip)
+        elif skip and mask is not None:
+            mask = mask * (mask.cumsum(1) > skip)
+        features["sentence_embedding"] = self.selector.pool(states, mask, cu_seqlens=cu_seqlens, pooling=self.pooling)
+        return features
+
+    def get_embedding_dimension(self) -> int:
+        return self.selector.hidden_size
+
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        self.save_config(output_path)
+        self.save_torch_weights(output_path, safe_serialization=safe_serialization)
+
+    @classmethod
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        init_defaults: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> S2SentPooling:
+        hub: dict[str, Any] = {
+            "token": token, "cache_folder": cache_folder, "revision": revision, "local_files_only": local_files_only,
+        }  # fmt: skip
+        model = cls(**cls.load_config(model_name_or_path, subfolder=subfolder, **hub))
+        return cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=model, **hub)
+
+
+def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:
+    """The SentenceTransformer that was saved in a folder, an S2SentPooling among its modules, without
+    ``trust_remote_code``: modules come from sentence-transformers and this package only. ``options`` go to
+    SentenceTransformer.
+
+    Raises:
+        ValueError: there is no such folder, or a module of it comes from elsewhere; names it.
+    """
+    folder = Path(path).expanduser()
+    listing = folder / "modules.json"
+    if not listing.is_file():
+        raise ValueError(
+            f"path: expected the folder of a saved SentenceTransformer, with a modules.json, got {str(path)!r}"
+        )
+    modules: list[nn.Module] = []
+    for entry in json.loads(listing.read_text(encoding="utf-8")):
+        package, _, name = entry["type"].rpartition(".")
+        if package.split(".")[0] not in ("sentence_transformers", __package__):
+            raise ValueError(
+                f"{listing}: expected modules of sentence_transformers or {__package__}, got {entry['type']!r}"
+            )
+        module = getattr(import_module(package), name).load(str(folder), subfolder=entry["path"])
+        if isinstance(module, S2SentPooling):
+            module.attach(modules[0])
+        modules.append(module)
+    saved = folder / "config_sentence_transformers.json"
+    if saved.is_file():
+        config = json.loads(saved.read_text(encoding="utf-8"))
+        known = ("prompts", "default_prompt_name", "similarity_fn_name")
+        options = {name: config[name] for name in known if config.get(name)} | options
+    return SentenceTransformer(modules=modules, **options)
+
+
+def _encoder_of(transformer: nn.Module) -> nn.Module:
+    return getattr(transformer, "auto_model", transformer)
+
+
+def _without_prompt(states: list[Tensor], cu_seqlens: Tensor, skip: int) -> tuple[list[Tensor], Tensor]:
+    """Packed states without the first ``skip`` tokens of each sentence."""
+    lengths = cu_seqlens.diff()
+    place = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
+    kept = place - cu_seqlens[:-1].repeat_interleave(lengths) >= skip
+    ends = (lengths - skip).clamp(min=0).cumsum(0)
+    return [state[kept] for state in states], torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
+
+
+class _Listener(BlockCapture):
+    """A capture that is not called but follows every call of the transformer; ``take`` hands over the hidden states of the
+    last one on this thread. The library's Transformer calls its encoder's forward past the encoder's own hooks."""
+
+    def __init__(self, transformer: nn.Module, blocks: Sequence[int], *, block_norm: str | None) -> None:
+        super().__init__(_encoder_of(transformer), blocks, block_norm=block_norm)
+        self._handles += [
+            transformer.register_forward_pre_hook(partial(_begin, self)),
+            transformer.register_forward_hook(partial(_end, self), always_call=True),
+        ]
+
+    def take(self) -> list[Tensor]:
+        states = _heard.states.pop(self._key, None)
+        if states is None:
+            raise RuntimeError(
+                "S2SentPooling heard no forward of its transformer on this thread: is it the module before it?"
+            )
+        return states
+
+
+class _Heard(threading.local):
+    def __init__(self) -> None:
+        self.states: dict[str, list[Tensor]] = {}  # by a capture's key
+
+
+_heard = _Heard()
+
+
+def _begin(listener: _Listener, module: nn.Module, args: Any) -> None:
+    if _capture._thread.calls:  # a BlockCapture's own run of the encoder, whose hidden states are its own
+        return
+    _heard.states.pop(listener._key, None)
+    _capture._thread.calls.append(_capture._Call(listener, _capture._Kept()))
+
+
+def _end(listener: _Listener, module: nn.Module, args: Any, output: Any) -> None:
+    calls = _capture._thread.calls
+    if not calls or calls[-1].key != listener._key:
+        return
+    call = calls.pop()
+    if call.next == len(listener.blocks) and isinstance(call.consumer, _capture._Kept):
+        _heard.states[listener._key] = call.consumer.hidden_states
