@@ -54,6 +54,9 @@ class S2SentModel(transformers.PreTrainedModel):
     """Sentence embeddings from several blocks of an encoder. Made by ``from_encoder`` or ``from_pretrained``."""
 
     config_class = S2SentConfig
+    supports_gradient_checkpointing = (
+        True  # the encoder's own; a reentrant one is refused where it would lose gradients
+    )
 
     def __init__(self, config: S2SentConfig) -> None:
         super().__init__(config)
@@ -82,13 +85,19 @@ class S2SentModel(transformers.PreTrainedModel):
         A model that is given is used, not copied.
 
         Raises:
-            ValueError, TypeError: an argument is wrong, or the encoder's blocks cannot be found.
+            ValueError, TypeError: an argument is wrong, there is no such model, or the encoder's blocks cannot be found.
         """
         validate.option("block_norm", block_norm, BLOCK_NORMS)
         validate.option("pooling", pooling, validate.POOLINGS)
         encoder: Any = path_or_model
         if isinstance(path_or_model, (str, os.PathLike)):
-            encoder = transformers.AutoModel.from_pretrained(path_or_model)
+            try:
+                encoder = transformers.AutoModel.from_pretrained(path_or_model)
+            except OSError as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(
+                    f"path_or_model: expected a folder or a hub's model, got {str(path_or_model)!r}: {reason}"
+                ) from error
         chosen = families.indices(blocks, len(families.find_blocks(encoder)))
         arguments = {"hidden_size": families.hidden_size(encoder), "num_blocks": len(chosen), **selector}
         fresh = S2SentSelector(**arguments)  # first, since it judges the arguments
@@ -100,10 +109,30 @@ class S2SentModel(transformers.PreTrainedModel):
         model._capture = BlockCapture(encoder, chosen, block_norm=block_norm)
         return model.eval()
 
+    def get_input_embeddings(self) -> Any:
+        return self.encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.encoder.set_input_embeddings(value)
+
     def forward(
-        self, *, output_tokens: bool = False, output_gates: bool = False, **encoder_inputs: Any
-    ) -> S2SentOutput:
-        """The embedding of each sentence, under ``attention_mask`` of the encoder's inputs."""
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        output_tokens: bool = False,
+        output_gates: bool = False,
+        return_dict: bool | None = None,
+        **encoder_inputs: Any,
+    ) -> S2SentOutput | tuple[Tensor, ...]:
+        """The embedding of each sentence; ``encoder_inputs`` are the encoder's further ones. A tuple of what there is where
+        ``return_dict`` is False."""
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        encoder_inputs |= {name: tensor for name, tensor in given.items() if tensor is not None}
+        output = self._fuse(encoder_inputs, output_tokens, output_gates)
+        return output if return_dict is not False else output.to_tuple()
+
+    def _fuse(self, encoder_inputs: dict[str, Any], output_tokens: bool, output_gates: bool) -> S2SentOutput:
         pooling = self.config.pooling
         if not (output_tokens or output_gates):
             return S2SentOutput(embedding=self._capture.pool(self.selector, pooling=pooling, **encoder_inputs))

@@ -75,6 +75,32 @@ def test_the_embedding_beside_tokens_and_gates():
     torch.testing.assert_close(output.embedding, mean, rtol=1e-5, atol=1e-6)
 
 
+def test_what_the_library_asks_of_a_model():
+    model = S2SentModel.from_encoder(_encoder("bert"), "last:2", bottleneck=4, frequencies=2)
+    assert model.get_input_embeddings() is model.encoder.embeddings.word_embeddings
+    batch = _batch()
+    expected = model(**batch).embedding
+    assert torch.equal(model(batch["input_ids"], batch["attention_mask"], return_dict=False)[0], expected)
+    expected.sum().backward()
+    grads = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    assert model.encoder.encoder.layer[0].gradient_checkpointing
+    model.encoder.train()
+    for module in model.encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model(**batch).embedding.sum().backward()
+    for grad, parameter in zip(grads, model.parameters(), strict=True):
+        assert (grad is None) == (parameter.grad is None)
+        assert grad is None or torch.equal(grad, parameter.grad)
+
+
+def test_a_path_without_a_model(tmp_path):
+    with pytest.raises(ValueError, match=r"path_or_model: expected a folder or a hub's model, got '.*none'"):
+        S2SentModel.from_encoder(tmp_path / "none")
+
+
 def test_a_pooling_that_does_not_exist():
     with pytest.raises(ValueError, match="pooling"):
         S2SentModel.from_encoder(_encoder("bert"), pooling="max")
