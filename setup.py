@@ -31,6 +31,7 @@ SOURCES = [
 ]  # fmt: skip
 HEADERS = [
     "csrc/bindings.h", "csrc/cpu/batch.h", "csrc/cpu/fuse.h", "csrc/cpu/gate.h", "csrc/cpu/squeeze.h", "csrc/cpu/tokens.h",
+    "csrc/stages.h",
 ]  # fmt: skip
 CUDA_SOURCES = [
     "csrc/bindings_cuda.cpp", "csrc/cuda/device.cu", "csrc/cuda/fuse.cu", "csrc/cuda/fuse_backward.cu", "csrc/cuda/gate.cu",

@@ -9,6 +9,8 @@
 #include <optional>
 #include <vector>
 
+#include "stages.h"
+
 namespace s2sent::ops {
 
 using torch::headeronly::ScalarType;
@@ -77,9 +79,7 @@ inline Ints shape_of(const Tensor& tensor) {
   return shape;
 }
 
-// DType of either half, whose members have the same names.
-template <class DType>
-DType dtype_of(const Tensor& tensor) {
+inline DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::BFloat16: return DType::kBFloat16;
@@ -88,9 +88,42 @@ DType dtype_of(const Tensor& tensor) {
   }
 }
 
-// The gate's arguments as both halves check them; Args is their struct Gate.
-template <class Args>
-Args gate_arguments(
+// What the numbers of a squeeze, or of its backward, must be for the kernels.
+inline void check_squeeze(int64_t first_block, int64_t num, int64_t num_blocks, int64_t parts, int64_t size, int64_t pooling) {
+  STD_TORCH_CHECK(
+      first_block >= 0 && first_block + num <= num_blocks && parts > 0 && size % parts == 0 && pooling >= 0 && pooling <= 3,
+      "s2sent_native: blocks, parts or pooling do not fit");
+}
+
+// Where each hidden state's gradient goes; null where none is wanted.
+inline std::vector<void*> gradients_into(const Checks& check, const Tensors& grads, const Ints& shape) {
+  std::vector<void*> into;
+  for (const Tensor& grad : grads) {
+    const bool wanted = grad.numel() != 0;
+    if (wanted) check.dense(grad, shape, grads[0].scalar_type(), "a hidden state's gradient");
+    into.push_back(wanted ? grad.mutable_data_ptr() : nullptr);
+  }
+  return into;
+}
+
+inline int64_t product_chunks(const Tensor& weight) { return (weight.size(0) + kProductRows - 1) / kProductRows; }
+
+// ``partial`` holds product_chunks x B x columns floats.
+inline Product product_arguments(const Tensor& x, const Tensor& weight, float* partial, const Tensor& result) {
+  const Checks check(x);
+  const int64_t count = x.size(0), rows = weight.size(0), columns = weight.size(1);
+  return {
+      count,
+      rows,
+      columns,
+      check.floats(x, {count, rows}, "x"),
+      check.floats(weight, {rows, columns}, "weight"),
+      partial,
+      check.written(result, {count, columns}, "result"),
+  };
+}
+
+inline Gate gate_arguments(
     const Tensor& squeezed, const Tensor& down_weight, const Tensor& down_bias, const Tensor& up_weight,
     const Tensor& up_bias, const Optional& norm_weight, const Optional& norm_bias, const Optional& running_mean,
     const Optional& running_var, const Optional& prior, int64_t num_blocks, bool relu, double eps,
@@ -110,7 +143,6 @@ Args gate_arguments(
   const Checks check(squeezed);
   const int64_t count = squeezed.size(0), size = squeezed.size(1), width = down_weight.size(0), both = num_blocks * size;
   if (output) check.dense(*output, {count, size}, output->scalar_type(), "output");
-  using DType = decltype(Args::dtype);
   return {
       count,
       num_blocks,
@@ -132,7 +164,7 @@ Args gate_arguments(
       check.written(gates, {count, num_blocks, size}, "gates"),
       check.floats(pooled, {count, num_blocks, size}, "pooled"),
       output ? output->mutable_data_ptr() : nullptr,
-      output ? dtype_of<DType>(*output) : DType::kFloat32,
+      output ? dtype_of(*output) : DType::kFloat32,
       check.floats(grad_gates, {count, num_blocks, size}, "grad_gates"),
       check.floats(grad_output, {count, size}, "grad_output"),
       check.written(grad_pooled, {count, num_blocks, size}, "grad_pooled"),

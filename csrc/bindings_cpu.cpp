@@ -93,15 +93,13 @@ void squeeze(
   const Sentences sentences(hidden_states[0], shape_of(hidden_states[0]), mask, cu_seqlens);
   const Batch& batch = sentences.batch;
   const int64_t num = int64_t(hidden_states.size()), size = sentences.size(), parts = alpha.size(0);
-  STD_TORCH_CHECK(
-      first_block >= 0 && first_block + num <= num_blocks && parts > 0 && size % parts == 0 && pooling >= 0 && pooling <= 3,
-      "s2sent_native: blocks, parts or pooling do not fit");
+  check_squeeze(first_block, num, num_blocks, parts, size, pooling);
   const std::vector<Rows> hidden = sentences.rows(hidden_states);
   const TokenFactors factors = factors_of(sentences, num_blocks, parts, y, beta);
   const std::unique_ptr<float[]> sums(new float[size_t(batch.sentences * num * size)]);
   Squeeze args = {
       batch,
-      dtype_of<DType>(hidden_states[0]),
+      dtype_of(hidden_states[0]),
       num,
       first_block,
       num_blocks,
@@ -136,21 +134,14 @@ void squeeze_backward(
   const Sentences sentences(grads[0], shape, mask, cu_seqlens);
   const Batch& batch = sentences.batch;
   const int64_t num_blocks = int64_t(grads.size()), size = sentences.size(), parts = alpha.size(0);
-  STD_TORCH_CHECK(
-      parts > 0 && size % parts == 0 && pooling >= 0 && pooling <= 3, "s2sent_native: parts or pooling do not fit");
+  check_squeeze(0, num_blocks, num_blocks, parts, size, pooling);
   const TokenFactors factors = factors_of(sentences, num_blocks, parts, y, beta);
-  const ScalarType dtype = grads[0].scalar_type();
-  std::vector<void*> into;
-  for (const Tensor& grad : grads) {
-    const bool wanted = grad.numel() != 0;
-    if (wanted) sentences.check.dense(grad, shape, dtype, "a hidden state's gradient");
-    into.push_back(wanted ? grad.mutable_data_ptr() : nullptr);
-  }
+  const std::vector<void*> into = gradients_into(sentences.check, grads, shape);
   std::optional<Rows> fused;
-  if (grad_fused) fused = sentences.rows(*grad_fused, dtype);
+  if (grad_fused) fused = sentences.rows(*grad_fused, grads[0].scalar_type());
   const SqueezeBackward args = {
       batch,
-      dtype_of<DType>(grads[0]),
+      dtype_of(grads[0]),
       num_blocks,
       size,
       parts,
@@ -182,7 +173,7 @@ void gate(
     const Optional& grad_gates, const Optional& grad_output,
     const Optional& grad_pooled, const Optional& grad_logits,
     const Optional& grad_normed, const Optional& normed) {
-  const Gate args = gate_arguments<Gate>(
+  const Gate args = gate_arguments(
       squeezed, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, running_mean, running_var, prior,
       num_blocks, relu, eps, bottleneck, gates, pooled, output, grad_gates, grad_output, grad_pooled, grad_logits,
       grad_normed, normed);
@@ -201,19 +192,9 @@ void gate(
 // x [B, rows] @ weight [rows, columns], each sentence's sum in one order.
 void multiply(const Tensor& x, const Tensor& weight, const Tensor& result) {
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "s2sent_native: expected two matrices");
-  const Checks check(x);
-  const int64_t count = x.size(0), rows = weight.size(0), columns = weight.size(1);
-  const int64_t chunks = (rows + kProductRows - 1) / kProductRows;
+  const int64_t count = x.size(0), columns = weight.size(1), chunks = product_chunks(weight);
   const std::unique_ptr<float[]> partial(new float[size_t(chunks * count * columns)]);
-  const Product args = {
-      count,
-      rows,
-      columns,
-      check.floats(x, {count, rows}, "x"),
-      check.floats(weight, {rows, columns}, "weight"),
-      partial.get(),
-      check.written(result, {count, columns}, "result"),
-  };
+  const Product args = product_arguments(x, weight, partial.get(), result);
   const int64_t tiles = (columns + kProductColumns - 1) / kProductColumns;
   share(chunks * tiles, grain_of(count * columns * 64), 0, [&](int64_t begin, int64_t end, float*) {
     s2sent::multiply_rows(args, begin, end);
@@ -236,7 +217,7 @@ void fuse(
   sentences.check.dense(fused, sentences.shape, hidden_states[0].scalar_type(), "fused");
   const Fuse args = {
       batch,
-      dtype_of<DType>(hidden_states[0]),
+      dtype_of(hidden_states[0]),
       num_blocks,
       size,
       hidden.data(),
@@ -259,7 +240,7 @@ void fuse_backward(
   const std::vector<Rows> hidden = sentences.rows(hidden_states);
   const FuseBackward args = {
       batch,
-      dtype_of<DType>(hidden_states[0]),
+      dtype_of(hidden_states[0]),
       num_blocks,
       size,
       hidden.data(),

@@ -127,9 +127,7 @@ void squeeze(
   const Tensor& first = hidden_states[0];
   Sentences sentences(first, shape_of(first), mask, cu_seqlens);
   const int64_t num = int64_t(hidden_states.size()), size = sentences.size(), parts = alpha.size(0);
-  STD_TORCH_CHECK(
-      first_block >= 0 && first_block + num <= num_blocks && parts > 0 && size % parts == 0 && pooling >= 0 && pooling <= 3,
-      "s2sent_native: blocks, parts or pooling do not fit");
+  check_squeeze(first_block, num, num_blocks, parts, size, pooling);
   const std::vector<Rows> hidden = sentences.rows(hidden_states);
   const Stream stream(sentences.check);
   sentences.find(first, true, num_blocks, parts, y, beta, stream);
@@ -137,7 +135,7 @@ void squeeze(
   const Tensor sums = scratch(first, batch.sentences * num * size, ScalarType::Float);
   const Squeeze args = {
       batch,
-      dtype_of<DType>(first),
+      dtype_of(first),
       num,
       first_block,
       num_blocks,
@@ -164,23 +162,16 @@ void squeeze_backward(
       "s2sent_native: gradients do not fit");
   Sentences sentences(grads[0], shape, mask, cu_seqlens);
   const int64_t num_blocks = int64_t(grads.size()), size = sentences.size(), parts = alpha.size(0);
-  STD_TORCH_CHECK(
-      parts > 0 && size % parts == 0 && pooling >= 0 && pooling <= 3, "s2sent_native: parts or pooling do not fit");
-  const ScalarType dtype = grads[0].scalar_type();
-  std::vector<void*> into;
-  for (const Tensor& grad : grads) {
-    const bool wanted = grad.numel() != 0;
-    if (wanted) sentences.check.dense(grad, shape, dtype, "a hidden state's gradient");
-    into.push_back(wanted ? grad.mutable_data_ptr() : nullptr);
-  }
+  check_squeeze(0, num_blocks, num_blocks, parts, size, pooling);
+  const std::vector<void*> into = gradients_into(sentences.check, grads, shape);
   Rows fused = {};
-  if (grad_fused) fused = sentences.rows(*grad_fused, dtype);
+  if (grad_fused) fused = sentences.rows(*grad_fused, grads[0].scalar_type());
   const Stream stream(sentences.check);
   sentences.find(grads[0], grad_squeezed.has_value(), num_blocks, parts, y, beta, stream);
   const Batch& batch = sentences.batch;
   const SqueezeBackward args = {
       batch,
-      dtype_of<DType>(grads[0]),
+      dtype_of(grads[0]),
       num_blocks,
       size,
       parts,
@@ -207,7 +198,7 @@ void gate(
     const Optional& grad_gates, const Optional& grad_output, const Optional& grad_pooled, const Optional& grad_logits,
     const Optional& grad_normed, const Optional& normed) {
   STD_TORCH_CHECK(num_blocks <= kMaxBlocks, "s2sent_native: too many blocks for the CUDA kernels");
-  const Gate args = gate_arguments<Gate>(
+  const Gate args = gate_arguments(
       squeezed, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, running_mean, running_var, prior,
       num_blocks, relu, eps, bottleneck, gates, pooled, output, grad_gates, grad_output, grad_pooled, grad_logits,
       grad_normed, normed);
@@ -223,20 +214,9 @@ void gate(
 // x [B, rows] @ weight [rows, columns], each sentence's sum in one order.
 void multiply(const Tensor& x, const Tensor& weight, const Tensor& result) {
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "s2sent_native: expected two matrices");
-  const Checks check(x);
-  const int64_t count = x.size(0), rows = weight.size(0), columns = weight.size(1);
-  const int64_t chunks = (rows + kProductRows - 1) / kProductRows;
-  const Stream stream(check);
-  const Tensor partial = scratch(x, chunks * count * columns, ScalarType::Float);
-  const Product args = {
-      count,
-      rows,
-      columns,
-      check.floats(x, {count, rows}, "x"),
-      check.floats(weight, {rows, columns}, "weight"),
-      floats_of(partial),
-      check.written(result, {count, columns}, "result"),
-  };
+  const Stream stream{Checks(x)};
+  const Tensor partial = scratch(x, product_chunks(weight) * x.size(0) * weight.size(1), ScalarType::Float);
+  const Product args = product_arguments(x, weight, floats_of(partial), result);
   launched(s2sent::cuda::multiply(args, stream), "multiply");
 }
 
@@ -252,7 +232,7 @@ void fuse(
   sentences.check.dense(fused, sentences.shape, hidden_states[0].scalar_type(), "fused");
   const Fuse args = {
       sentences.batch,
-      dtype_of<DType>(hidden_states[0]),
+      dtype_of(hidden_states[0]),
       num_blocks,
       size,
       hidden.data(),
@@ -276,7 +256,7 @@ void fuse_backward(
   sentences.find(first, false, num_blocks, 0, {}, std::nullopt, stream);
   const FuseBackward args = {
       sentences.batch,
-      dtype_of<DType>(first),
+      dtype_of(first),
       num_blocks,
       size,
       hidden.data(),

@@ -19,7 +19,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -122,11 +121,6 @@ class BlockCache:
             return kept[:, places, 0] / length.clamp(min=1).sqrt()[:, None, None]
 
         return self._each(rows, chunk, (num_blocks, self.hidden_size))
-
-    def energy(self, rows: Tensor | None = None) -> Tensor:
-        """[N, Y]: the mean square of each block's token frequencies, over sentences and features."""
-        squares = self._each(rows, lambda kept, _: kept.square().mean(dim=3), tuple(self._kept.shape[1:3]))
-        return squares.mean(dim=0)
 
     def _each(self, rows: Tensor | None, chunk: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]) -> Tensor:
         index = torch.arange(len(self)) if rows is None else rows
@@ -290,8 +284,3 @@ def _bar(batches: Sequence[Any], progress: bool) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(batches, desc="encode", unit="batch")
-
-
-def rough_bytes(num_texts: int, num_blocks: int, hidden_size: int, token_frequencies: int = 2) -> int:
-    """What a cache takes on the disk."""
-    return 4 * math.prod((num_texts, num_blocks, hidden_size, token_frequencies))

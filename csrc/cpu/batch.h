@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../stages.h"
+
 // A kernel is compiled for three levels of x86-64 and the right one chosen when the library is loaded. All of them give the
 // same bits: vectors run over features, which no sum runs over, and -ffp-contract=off forbids fused multiply-adds. What such a
 // kernel calls must be inlined into it, or it would be compiled for the lowest level only.
@@ -15,9 +17,6 @@
 #define S2SENT_INLINE inline __attribute__((always_inline))
 
 namespace s2sent {
-
-enum class DType : int { kFloat32, kBFloat16, kFloat16 };
-enum class Pooling : int { kNone, kMean, kCls, kLast };
 
 // Storage types: converted by integer arithmetic, which vectorises on every level, unlike the compiler's own types.
 struct BFloat16 {
