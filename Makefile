@@ -75,10 +75,10 @@ package:
 demo: $(DEMO_READY)
 	$(PY) -m s2sent_kernels.cli demo
 
-# Processes of their own: Triton decides when a kernel is decorated whether it is compiled or interpreted. Without a GPU the tests in
-# tests/kernels run the kernels in the interpreter; with one they run them on it. The third runs them over the compiled backend,
-# where it was built: on a GPU with its CUDA part, else on the CPU. With a GPU a fourth runs its CPU part. All closing lines are
-# repeated at the end.
+# Processes of their own: Triton decides when a kernel is decorated whether it is compiled or interpreted. Without a GPU the
+# tests in tests/kernels run the kernels in the interpreter; with one they run them on it. The third runs them over the compiled
+# backend, where it was built: on a GPU with its CUDA part, else on the CPU. With a GPU a fourth runs its CPU part. All closing
+# lines are repeated at the end.
 test: $(DEV_READY)
 	@logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; interpret= workers= gpu=yes failed=0; \
 	if ! $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

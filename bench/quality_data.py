@@ -10,6 +10,7 @@ is counted, and what the rest of it ("dev apart") would have chosen, and trainin
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,12 @@ class Frozen:
             "losses": history.losses, "by_epoch": by_epoch, "epoch": history.kept, "scores": by_epoch[history.kept],
             "parameters": sum(parameter.numel() for parameter in module.parameters()),
         }  # fmt: skip
+
+
+def spread(values: Sequence[float]) -> str:
+    """The median, and the lowest and highest where they differ."""
+    middle = f"{statistics.median(values):.2f}"
+    return middle if max(values) - min(values) < 0.005 else f"{middle} ({min(values):.2f}–{max(values):.2f})"
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

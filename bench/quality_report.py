@@ -16,8 +16,9 @@ from typing import Any
 
 import record
 import train_selector
+from quality import BASE as CLAIMS_BASE
 from quality import RECIPE as claims_recipe
-from quality_data import MODEL_NAME, TESTS, TRANSFER
+from quality_data import MODEL_NAME, TESTS, TRANSFER, spread
 from report import table
 
 from s2sent_kernels import evaluation, pretrained
@@ -27,15 +28,15 @@ Row = dict[str, Any]
 COLUMNS = ("dev", *TESTS, "mean")
 TITLES = ("STS-B dev", "STS12", "STS14", "STS16", "STS-B test", "mean of the four")
 START, END = "<!-- quality: written by bench/quality_report.py -->", "<!-- quality: end -->"
-BASE = {"N": 6, "M": 4, "norm": True, "gates": "input"}
+BASE = {name: value for name, value in CLAIMS_BASE.items() if name != "prior"}
 
 INTRO = """\
 # Quality
 
 Written by `bench/quality_report.py` from [results/quality](results/quality), which `bench/train_selector.py` and
 `bench/quality.py` measured; nothing is typed by hand. Encoder: all-MiniLM-L6-v2, 6 blocks of 384 features. Figures are
-Spearman × 100 of cosine similarities, each STS set as one; where there are seeds, the median of three and the lowest and
-highest in parentheses.
+Spearman × 100 of cosine similarities, each STS set as one; where there are seeds, the median and in parentheses the lowest and
+highest, of three where no other number is given.
 
 STS-B dev chooses epochs (of 6), and for the shipped selector the learning rate and the seed. It shares pairs with STS12, STS14
 and STS16 ({shared}; of {dev:,}): the shipped selector's section says what other choices would have given.
@@ -50,12 +51,6 @@ def load(folder: Path, section: str) -> tuple[list[Row], list[Row]]:
         rows += content["rows"]
         environments.append(content["environment"])
     return rows, environments
-
-
-def spread(values: Sequence[float]) -> str:
-    if len(values) == 1 or max(values) - min(values) < 0.005:
-        return f"{statistics.median(values):.2f}"
-    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
 
 def matching(rows: Iterable[Row], wanted: Row) -> list[Row]:
@@ -264,7 +259,11 @@ def when(content: Row, claim_rows: Sequence[Row], transfer_rows: Sequence[Row], 
         scores = {n: [r["scores"]["mean"] for r in tuned if fusion_name(r) == n] for n in names}
         order = sorted(names, key=lambda name: -statistics.median(scores[name]))
         told = ", ".join(f"{name} {spread(scores[name])}" for name in order)
-        words += f" Where the encoder is fine-tuned too, what gave the most at the same budget comes first: {told}."
+        seeds = sorted({len(values) for values in scores.values()})
+        words += (
+            f" Where the encoder is fine-tuned too, what gave the most at the same budget comes first "
+            f"({' or '.join(map(str, seeds))} seeds each): {told}."
+        )
     return textwrap.fill(words, 128, break_on_hyphens=False)
 
 

@@ -145,7 +145,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         return "native"
     if device.type != "cuda":
         return "reference"
-    # On an H200 Triton's kernels are the faster ones in every path and dtype that bench/results has of both.
+    # On an H200 Triton's kernels are the faster ones in every row that bench/results/parts has of both (bfloat16).
     refusal = _refusal("triton", device, dtype)
     if refusal is None:
         return "triton"

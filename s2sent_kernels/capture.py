@@ -9,6 +9,7 @@ from itertools import chain
 from types import TracebackType
 from typing import Any
 from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +106,7 @@ class BlockCapture:
             ValueError: the selector's N or D is not the capture's, before the encoder runs; the mask has another shape.
             RuntimeError: as ``collect``.
         """
-        self._check(selector)
+        self.check(selector)
         validate.option("pooling", pooling, validate.POOLINGS)
         mask = encoder_inputs.get("attention_mask")
         if self._needs_gradient(selector, encoder_inputs):
@@ -116,7 +117,7 @@ class BlockCapture:
 
     def fuse(self, selector: S2SentSelector, **encoder_inputs: Any) -> Tensor:
         """Fused tokens v [B, L, D], 0 at padding: ``selector`` of the blocks. Errors as in ``pool``."""
-        self._check(selector)
+        self.check(selector)
         return selector(self.collect(**encoder_inputs), encoder_inputs.get("attention_mask"))
 
     def remove(self) -> None:
@@ -145,7 +146,8 @@ class BlockCapture:
         if call.next < len(self.blocks):
             raise call.missing()
 
-    def _check(self, selector: S2SentSelector) -> None:
+    def check(self, selector: S2SentSelector) -> None:
+        """Raises a ValueError where the selector's N or D is not the capture's."""
         if selector.num_blocks != len(self.blocks):
             raise ValueError(
                 f"selector: expected num_blocks = {len(self.blocks)}, as many as captured, got {selector.num_blocks}"
@@ -162,6 +164,48 @@ class BlockCapture:
         return any(tensor.requires_grad for tensor in tensors)
 
 
+class BlockListener(BlockCapture):
+    """A capture that is not called: it follows every call of its encoder, whoever makes it.
+
+        listener = BlockListener(encoder, "last:3")
+        encoder(**inputs)
+        hidden_states = listener.take()
+
+    Args:
+        encoder, blocks, block_norm: as BlockCapture's.
+        called: the module that is called, where it runs the encoder past the encoder's own hooks.
+
+    The hidden states of a thread's last call wait for ``take``, or for the next call. Within a BlockCapture's own run of the
+    encoder a listener hears nothing.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        blocks: Sequence[int] | str | None = None,
+        *,
+        block_norm: str | None = "final",
+        called: nn.Module | None = None,
+    ) -> None:
+        super().__init__(encoder, blocks, block_norm=block_norm)
+        called = encoder if called is None else called
+        self._handles += [
+            called.register_forward_pre_hook(partial(_begin, self)),
+            called.register_forward_hook(partial(_end, self), always_call=True),
+        ]
+
+    def take(self) -> list[Tensor]:
+        """The chosen blocks' hidden states, as ``collect`` gives them, once.
+
+        Raises:
+            RuntimeError: no call on this thread came to its end since the last time.
+        """
+        states = _thread.heard.pop(self, None)
+        if states is None:
+            raise RuntimeError("no call of the encoder was heard on this thread since the last one was taken")
+        return states
+
+
 class _Kept:
     """The consumer that keeps every hidden state."""
 
@@ -176,6 +220,7 @@ class _Call:
     """One run of a capture's encoder: who takes the hidden states, and which comes next. Keeps none itself."""
 
     def __init__(self, capture: BlockCapture, consumer: _Kept | BlockwisePool) -> None:
+        self.capture = capture
         self.key, self.modules, self.blocks = capture._key, capture._hooked, capture.blocks
         self.runs, self.ran = capture._runs, [0] * len(capture._runs)
         self.norm, self.block_norm = capture._norm, capture.block_norm
@@ -220,10 +265,12 @@ class _Call:
 
 
 class _Thread(threading.local):
-    """The calls under way in this thread, innermost last. What runs within a call belongs to the innermost alone."""
+    """The calls under way in this thread, innermost last: what runs within a call belongs to the innermost alone. And what
+    listeners heard and nobody took yet; it goes with its listener."""
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
+        self.heard: WeakKeyDictionary[BlockListener, list[Tensor]] = WeakKeyDictionary()
 
 
 _thread = _Thread()
@@ -233,3 +280,18 @@ def _deliver(key: str, slot: int, module: nn.Module, args: Any, output: Any) -> 
     """The hook. A function of this module with plain arguments, so that an encoder that carries it can be pickled."""
     if _thread.calls and _thread.calls[-1].key == key:
         _thread.calls[-1].take(slot, module, output)
+
+
+def _begin(listener: BlockListener, module: nn.Module, args: Any) -> None:
+    if not _thread.calls:
+        _thread.heard.pop(listener, None)
+        _thread.calls.append(_Call(listener, _Kept()))
+
+
+def _end(listener: BlockListener, module: nn.Module, args: Any, output: Any) -> None:
+    """Runs after a call that failed, too."""
+    if not _thread.calls or _thread.calls[-1].capture is not listener:
+        return
+    call = _thread.calls.pop()
+    if call.next == len(listener.blocks) and isinstance(call.consumer, _Kept):
+        _thread.heard[listener] = call.consumer.hidden_states

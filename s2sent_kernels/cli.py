@@ -15,7 +15,7 @@ import torch
 from . import __version__, demo
 from .backend import BACKEND_VARIABLE, BACKENDS, backends, choose
 from .commands import evaluate, inspect, train
-from .demo import UserError
+from .commands.common import UserError, positive
 from .validate import DEBUG_VARIABLE
 
 VARIABLES = (BACKEND_VARIABLE, DEBUG_VARIABLE, "TRITON_INTERPRET")
@@ -29,19 +29,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see '{self.prog} --help')")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
 def _blocks(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-# argparse puts these names into its messages: "invalid positive number value: '0'".
-_positive.__name__ = "positive number"
+# argparse puts the name into its messages.
 _blocks.__name__ = "list of block numbers"
 
 
@@ -54,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--model", help="path or hub id of an encoder (default: all-MiniLM-L6-v2, bundled)")
     run.add_argument("--file", help="text file, one sentence a line, queries begin with '? ' (default: bundled)")
     run.add_argument("--output-dir", default="demo_output", help="where the pictures go (default: ./demo_output)")
-    run.add_argument("--top", type=_positive, default=3, help="sentences to print for each query (default: 3)")
+    run.add_argument("--top", type=positive, default=3, help="sentences to print for each query (default: 3)")
     run.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="default: auto")
     run.add_argument("--device", help="a torch device (default: cuda where there is one, else cpu)")
     run.add_argument("--blocks", type=_blocks, help="blocks to fuse, 0 the lowest, as in 3,4,5 (default: all)")

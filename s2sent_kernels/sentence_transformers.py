@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Sequence
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import capture as _capture
 from . import families, validate
-from .capture import BLOCK_NORMS, BlockCapture
+from .capture import BLOCK_NORMS, BlockListener
 from .selector import S2SentSelector
 
 try:
@@ -64,7 +61,7 @@ class S2SentPooling(Module):
         self.selector_arguments, self.blocks = dict(selector_arguments), list(blocks)
         self.block_norm, self.pooling, self.include_prompt = block_norm, pooling, include_prompt
         self.selector = S2SentSelector(**self.selector_arguments)
-        self._blocks_of: _Listener | None = None
+        self._listener: BlockListener | None = None
 
     @classmethod
     def behind(
@@ -92,20 +89,21 @@ class S2SentPooling(Module):
 
     def attach(self, transformer: nn.Module) -> None:
         """Listen to the blocks of ``transformer``, and no longer to another's."""
-        if self._blocks_of is not None:
-            self._blocks_of.remove()
-        capture = _Listener(transformer, self.blocks, block_norm=self.block_norm)
-        capture._check(self.selector)
-        self._blocks_of = capture
+        if self._listener is not None:
+            self._listener.remove()
+        # The library's Transformer calls its encoder's forward past the encoder's own hooks: it is what is listened to.
+        listener = BlockListener(_encoder_of(transformer), self.blocks, block_norm=self.block_norm, called=transformer)
+        listener.check(self.selector)
+        self._listener = listener
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Adds ``sentence_embedding`` [B, D] to the features."""
-        if self._blocks_of is None:
+        if self._listener is None:
             raise RuntimeError(
                 "S2SentPooling does not know its transformer: load the model by s2sent_kernels.sentence_transformers.load, "
                 "or call attach"
             )
-        states = self._blocks_of.take()
+        states = self._listener.take()
         mask, cu_seqlens = features.get("attention_mask"), None
         skip = 0
         if not self.include_prompt and "prompt_length" in features:
@@ -191,47 +189,3 @@ def _without_prompt(states: list[Tensor], cu_seqlens: Tensor, skip: int) -> tupl
     kept = place - cu_seqlens[:-1].repeat_interleave(lengths) >= skip
     ends = (lengths - skip).clamp(min=0).cumsum(0)
     return [state[kept] for state in states], torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
-
-
-class _Listener(BlockCapture):
-    """A capture that is not called but follows every call of the transformer; ``take`` hands over the hidden states of the
-    last one on this thread. The library's Transformer calls its encoder's forward past the encoder's own hooks."""
-
-    def __init__(self, transformer: nn.Module, blocks: Sequence[int], *, block_norm: str | None) -> None:
-        super().__init__(_encoder_of(transformer), blocks, block_norm=block_norm)
-        self._handles += [
-            transformer.register_forward_pre_hook(partial(_begin, self)),
-            transformer.register_forward_hook(partial(_end, self), always_call=True),
-        ]
-
-    def take(self) -> list[Tensor]:
-        states = _heard.states.pop(self._key, None)
-        if states is None:
-            raise RuntimeError(
-                "S2SentPooling heard no forward of its transformer on this thread: is it the module before it?"
-            )
-        return states
-
-
-class _Heard(threading.local):
-    def __init__(self) -> None:
-        self.states: dict[str, list[Tensor]] = {}  # by a capture's key
-
-
-_heard = _Heard()
-
-
-def _begin(listener: _Listener, module: nn.Module, args: Any) -> None:
-    if _capture._thread.calls:  # a BlockCapture's own run of the encoder, whose hidden states are its own
-        return
-    _heard.states.pop(listener._key, None)
-    _capture._thread.calls.append(_capture._Call(listener, _capture._Kept()))
-
-
-def _end(listener: _Listener, module: nn.Module, args: Any, output: Any) -> None:
-    calls = _capture._thread.calls
-    if not calls or calls[-1].key != listener._key:
-        return
-    call = calls.pop()
-    if call.next == len(listener.blocks) and isinstance(call.consumer, _capture._Kept):
-        _heard.states[listener._key] = call.consumer.hidden_states

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import families, functional, reference, validate
@@ -102,9 +103,9 @@ class S2SentModel(transformers.PreTrainedModel):
         arguments = {"hidden_size": families.hidden_size(encoder), "num_blocks": len(chosen), **selector}
         fresh = S2SentSelector(**arguments)  # first, since it judges the arguments
         config = S2SentConfig(encoder.config.to_dict(), type(encoder).__name__, chosen, block_norm, pooling, arguments)
-        model = cls(config)
+        with torch.device("meta"):  # __init__'s own encoder and selector are not those that are wanted
+            model = cls(config)
         model._capture.remove()
-        # Not those of __init__, whose weights post_init drew by the library's rule for its own models.
         model.encoder, model.selector = encoder, fresh.to(encoder.device)
         model._capture = BlockCapture(encoder, chosen, block_norm=block_norm)
         return model.eval()

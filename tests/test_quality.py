@@ -160,7 +160,7 @@ def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkey
     assert "old" not in told
     assert "from 50.00 (mean of the last block) to 73.00, with a learned scalar mix to 63.00" in told
     assert "the average of blocks is best, mean accuracy 92.00 (selector 91.00" in told
-    assert "comes first: s2sent + prior, N = 6 84.10 (84.00–84.20)" in told
+    assert "comes first (3 seeds each): s2sent + prior, N = 6 84.10 (84.00–84.20)" in told
     assert "seeds 0, 1, 2" in (card / "README.md").read_text(encoding="utf-8")
 
 

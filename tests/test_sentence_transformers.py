@@ -75,7 +75,7 @@ def test_what_cannot_be_loaded(tmp_path):
 def test_copies_and_pickles_listen_to_their_own_transformer(model):
     expected = model.encode(TEXTS)
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert again[1]._blocks_of.encoder is again[0].auto_model
+        assert again[1]._listener.encoder is again[0].auto_model
         with torch.no_grad():
             model[1].selector.block_prior.add_(1.0)
         try:
@@ -94,7 +94,7 @@ def test_a_forward_that_fails_leaves_nothing(model):
 
     with layer.register_forward_pre_hook(fail), pytest.raises(ArithmeticError):
         model.encode(TEXTS)
-    with pytest.raises(RuntimeError, match="heard no forward"):
+    with pytest.raises(RuntimeError, match="no call of the encoder was heard"):
         model[1]({"attention_mask": torch.ones(1, 2)})
     assert equal(model.encode(TEXTS), expected)
 
@@ -119,15 +119,13 @@ def test_truncation_precision_and_prompts(model):
 def states_of(model, texts):
     with torch.no_grad():
         features = model[0](model.preprocess(texts))
-    return features, model[1]._blocks_of.take()
+    return features, model[1]._listener.take()
 
 
 def pooled(pooling, states, features):
     """``pooling`` as if it had just heard ``states``."""
-    from s2sent_kernels import sentence_transformers as module
-
-    module._heard.states[pooling._blocks_of._key] = states
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pooling._listener, "take", lambda: states)
         return pooling(features)["sentence_embedding"]
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import demo, evaluation, mteb_tasks, pictures, pretrained
-from ..demo import BUNDLED, UserError
+from .. import evaluation, mteb_tasks, pictures, pretrained
 from ..frozen import ScalarMix
 from ..selector import S2SentSelector
 from ..tokens import POOLINGS
+from . import common
+from .common import BUNDLED, UserError, positive
 
 
 def add(commands: Any) -> None:
@@ -33,21 +34,11 @@ def add(commands: Any) -> None:
     command.add_argument("--mteb", nargs="+", default=[], metavar="TASK", help="tasks of mteb (needs a network)")
     command.add_argument("--split", default="test", help="split of STS files (default: test)")
     command.add_argument("--pooling", choices=POOLINGS, default="mean", help="of the selector (default: mean)")
-    command.add_argument("--max-length", type=_positive, default=256, help="tokens at most (default: 256)")
-    command.add_argument("--batch-size", type=_positive, default=128, help="texts at once (default: 128)")
+    command.add_argument("--max-length", type=positive, default=256, help="tokens at most (default: 256)")
+    command.add_argument("--batch-size", type=positive, default=128, help="texts at once (default: 128)")
     command.add_argument("--device", help="a torch device (default: cuda where there is one, else cpu)")
     command.add_argument("--output-dir", default="evaluation", help="where results go (default: ./evaluation)")
     command.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_positive.__name__ = "positive number"
 
 
 def _modules(name: str | None) -> dict[str, Any]:
@@ -65,8 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not (arguments.sts or arguments.transfer or arguments.mteb):
         raise UserError("expected files or tasks to score on: --sts, --transfer or --mteb")
     directory = Path(arguments.output_dir)
-    demo._check_writable(directory)
-    demo._require("matplotlib.figure", "matplotlib")
+    common.check_writable(directory)
+    common.require("matplotlib.figure", "matplotlib")
     name = arguments.selector
     if name is None and arguments.model is None:
         name = BUNDLED
@@ -76,8 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
         modules = _modules(name)
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
-    device = demo._device(arguments.device)
-    encoder, tokenizer, model = demo._load_model(arguments.model, device)
+    device = common.device_of(arguments.device)
+    encoder, tokenizer, model = common.load_model(arguments.model, device)
     modules = {key: module.to(device) for key, module in modules.items()}
 
     def embed(texts: Sequence[str]) -> Mapping[str, Tensor]:
@@ -100,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(str(error)) from error
     print(table(content))
     columns = _columns(content)
-    demo._write_pictures(
+    common.write_files(
         directory,
         {
             "evaluation.json": (json.dumps(content, indent=1) + "\n").encode(),

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dct, demo, functional, pictures
+from .. import dct, functional, pictures
 from ..capture import BlockCapture
-from ..demo import BUNDLED, UserError
 from ..selector import S2SentSelector
+from . import common
+from .common import BUNDLED, UserError
 
 MOST = 16  # heat maps that fit a picture
 EXAMPLES = (
@@ -44,8 +45,8 @@ def energies(squeezed: Tensor, frequencies: int) -> Tensor:
 
 def run(arguments: argparse.Namespace) -> None:
     directory = Path(arguments.output_dir)
-    demo._check_writable(directory)
-    demo._require("matplotlib.figure", "matplotlib")
+    common.check_writable(directory)
+    common.require("matplotlib.figure", "matplotlib")
     texts: Sequence[str] = arguments.text or EXAMPLES
     if any(not text.strip() for text in texts):
         raise UserError("--text: expected texts, got an empty one")
@@ -56,13 +57,13 @@ def run(arguments: argparse.Namespace) -> None:
         name = BUNDLED
     if name is None:
         raise UserError("--selector: expected a folder or a shipped name beside --model, got none")
-    device = demo._device(arguments.device)
+    device = common.device_of(arguments.device)
     try:
         selector = S2SentSelector.from_pretrained(name).to(device)
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
-    encoder, tokenizer, model = demo._load_model(arguments.model, device)
-    (batch,) = demo._batches(tokenizer, texts, device)
+    encoder, tokenizer, model = common.load_model(arguments.model, device)
+    (batch,) = common.batches(tokenizer, texts, device)
     try:
         with BlockCapture(encoder, f"last:{selector.num_blocks}") as capture, torch.no_grad():
             hidden_states, mask = capture.collect(**batch), batch["attention_mask"]
@@ -107,7 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
     if selector.profile == "paper":
         bases = pictures.bases_picture(selector.num_blocks, selector.frequencies, tokens, blocks)
         content["dct_bases.png"] = bases
-    demo._write_pictures(directory, content)
+    common.write_files(directory, content)
     if arguments.show:
         _show([directory / file for file in content])
 

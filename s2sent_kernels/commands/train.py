@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from .. import cache, demo, evaluation, families, frozen, pretrained
-from ..demo import UserError
+from .. import cache, evaluation, families, frozen, pretrained
 from ..selector import S2SentSelector
 from ..tables import read_table
 from ..tokens import POOLINGS
+from . import common
+from .common import UserError, positive
 
 RECIPE, SETTINGS = frozen.DEFAULT, cache.DEFAULT
 
@@ -32,15 +33,13 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--dev-split", default="dev", help="its split (default: dev)")
     command.add_argument("--blocks", default=None, metavar="last:N", help="blocks to fuse (default: all)")
-    command.add_argument("--bottleneck", type=_positive, help="H (default: D / 12)")
-    command.add_argument("--frequencies", type=_positive, default=4, help="M (default: 4)")
+    command.add_argument("--bottleneck", type=positive, help="H (default: D / 12)")
+    command.add_argument("--frequencies", type=positive, default=4, help="M (default: 4)")
     command.add_argument("--no-prior", action="store_true", help="without block prior: the paper's formula")
     command.add_argument("--no-norm", action="store_true", help="without batch norm in the gate")
     command.add_argument("--pooling", choices=POOLINGS, default="mean", help="default: mean")
-    command.add_argument("--epochs", type=_positive, default=RECIPE.epochs, help=f"default: {RECIPE.epochs}")
-    command.add_argument(
-        "--batch-size", type=_positive, default=RECIPE.batch_size, help=f"default: {RECIPE.batch_size}"
-    )
+    command.add_argument("--epochs", type=positive, default=RECIPE.epochs, help=f"default: {RECIPE.epochs}")
+    command.add_argument("--batch-size", type=positive, default=RECIPE.batch_size, help=f"default: {RECIPE.batch_size}")
     command.add_argument(
         "--temperature", type=float, default=RECIPE.temperature, help=f"default: {RECIPE.temperature:g}"
     )
@@ -52,22 +51,12 @@ def add(commands: Any) -> None:
         help=f"default: {RECIPE.prior_learning_rate:g}",
     )  # fmt: skip
     command.add_argument("--seed", type=int, default=0, help="default: 0")
-    command.add_argument("--max-length", type=_positive, default=256, help="tokens at most (default: 256)")
+    command.add_argument("--max-length", type=positive, default=256, help="tokens at most (default: 256)")
     command.add_argument(
         "--cache", metavar="FOLDER", default="s2sent_cache", help="of f and p (default: ./s2sent_cache)"
     )
     command.add_argument("--device", help="a torch device (default: cuda where there is one, else cpu)")
     command.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_positive.__name__ = "positive number"
 
 
 def read_triplets(path: str | Path) -> list[tuple[str, str, str | None]]:
@@ -91,15 +80,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def frozen_run(arguments: argparse.Namespace) -> None:
-    demo._check_writable(Path(arguments.output))
-    demo._check_writable(Path(arguments.cache))
+    common.check_writable(Path(arguments.output))
+    common.check_writable(Path(arguments.cache))
     try:
         triplets = read_triplets(arguments.data)
         dev = None if arguments.dev is None else evaluation.read_sts(arguments.dev, arguments.dev_split)
     except ValueError as error:
         raise UserError(str(error)) from error
-    device = demo._device(arguments.device)
-    encoder, tokenizer, name = demo._load_model(arguments.model, device)
+    device = common.device_of(arguments.device)
+    encoder, tokenizer, name = common.load_model(arguments.model, device)
     try:
         blocks = families.indices(arguments.blocks, len(families.find_blocks(encoder)))
         size = encoder.config.hidden_size
