@@ -23,6 +23,7 @@ from s2sent_kernels.backend import choose
 
 OURS, MEAN_OF_LAST = "s2sent_kernels", "mean of last block"
 NATIVE = f"{OURS}, native"  # on a GPU, where "auto" takes another backend
+ONE_PASS = f"{NATIVE}, one pass"  # csrc/cuda/select.cu, whether or not it is the faster way
 SUM = "torch.sum of every state"  # reads what the pooled path reads, and does nothing else
 PROFILES = {"official": "published formula", "paper": "paper formula"}
 COMPILERS = {
@@ -113,6 +114,21 @@ def _native(case: Case, what: str, device: str) -> Contestant | Missing:
     return ours(case, what, device, "native", NATIVE)
 
 
+def _one_pass(case: Case, device: str) -> Contestant:
+    from s2sent_kernels import native
+
+    selector = make_selector(case, device, backend="native")
+
+    def call(inputs: Inputs) -> Tensor:
+        before, native.ONE_PASS = native.ONE_PASS, True
+        try:
+            return selector(inputs.blocks, inputs.mask, cu_seqlens=inputs.cu_seqlens)
+        finally:
+            native.ONE_PASS = before
+
+    return Contestant(ONE_PASS, call, gate_parameters(selector, "token"), modes=("forward",))
+
+
 def sum_of_states(inputs: Inputs) -> tuple[Tensor, ...]:
     return tuple(u.sum() for u in inputs.blocks)
 
@@ -126,7 +142,10 @@ def contestants(case: Case, what: str, device: str, choice: str) -> Iterator[Con
     or all."""
     yield ours(case, what, device)
     if device == "cuda" and choose("auto", torch.device(device), case.dtype) != "native":
-        yield _native(case, what, device)
+        native = _native(case, what, device)
+        yield native
+        if what == "token" and case.name in MAIN and isinstance(native, Contestant):
+            yield _one_pass(case, device)
     if what in STAGES or case.layout == "packed":
         return
     if what == "pooled":

@@ -21,7 +21,7 @@ PyMODINIT_FUNC PyInit__C(void) {
 namespace {
 
 // Goes up with every change of a schema below; s2sent_kernels/backend.py knows the number it was written for.
-constexpr int64_t kInterface = 2;
+constexpr int64_t kInterface = 3;
 
 int64_t interface_version() { return kInterface; }
 
@@ -58,6 +58,13 @@ STABLE_TORCH_LIBRARY(s2sent_native, m) {
   m.def(
       "fuse_backward(Tensor grad_fused, Tensor[] hidden_states, Tensor? mask, Tensor? cu_seqlens, Tensor(a!) grad_gates) "
       "-> ()");
+  // CUDA alone: v, f and g from one read of the hidden states. False, and nothing written, where the kernel does not take the
+  // batch, or, unless ``always``, where the others are as fast.
+  m.def(
+      "select(Tensor[] hidden_states, Tensor? mask, Tensor? cu_seqlens, Tensor alpha, int[] y, Tensor down_weight, "
+      "Tensor down_bias, Tensor up_weight, Tensor up_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? running_mean, "
+      "Tensor? running_var, Tensor? block_prior, bool relu, float eps, bool always, Tensor(a!) squeezed, "
+      "Tensor(b!) gates, Tensor(c!) fused) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(s2sent_native, CompositeExplicitAutograd, m) {
@@ -83,5 +90,6 @@ STABLE_TORCH_LIBRARY_IMPL(s2sent_native, CUDA, m) {
   m.impl("multiply", TORCH_BOX(&s2sent::ops::cuda::multiply));
   m.impl("fuse", TORCH_BOX(&s2sent::ops::cuda::fuse));
   m.impl("fuse_backward", TORCH_BOX(&s2sent::ops::cuda::fuse_backward));
+  m.impl("select", TORCH_BOX(&s2sent::ops::cuda::select));
 }
 #endif

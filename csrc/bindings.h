@@ -127,7 +127,7 @@ inline Gate gate_arguments(
     const Tensor& squeezed, const Tensor& down_weight, const Tensor& down_bias, const Tensor& up_weight,
     const Tensor& up_bias, const Optional& norm_weight, const Optional& norm_bias, const Optional& running_mean,
     const Optional& running_var, const Optional& prior, int64_t num_blocks, bool relu, double eps,
-    const Tensor& bottleneck, const Optional& gates, const Optional& pooled, const Optional& output,
+    const Optional& bottleneck, const Optional& gates, const Optional& pooled, const Optional& output,
     const Optional& grad_gates, const Optional& grad_output, const Optional& grad_pooled, const Optional& grad_logits,
     const Optional& grad_normed, const Optional& normed) {
   STD_TORCH_CHECK(
@@ -204,6 +204,12 @@ S2SENT_OPS
 }
 namespace cuda {
 S2SENT_OPS
+bool select(
+    const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens, const Tensor& alpha, const Ints& y,
+    const Tensor& down_weight, const Tensor& down_bias, const Tensor& up_weight, const Tensor& up_bias,
+    const Optional& norm_weight, const Optional& norm_bias, const Optional& running_mean, const Optional& running_var,
+    const Optional& prior, bool relu, double eps, bool always, const Tensor& squeezed, const Tensor& gates,
+    const Tensor& fused);
 }
 #undef S2SENT_OPS
 

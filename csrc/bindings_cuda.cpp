@@ -266,4 +266,47 @@ void fuse_backward(
   launched(s2sent::cuda::fuse_backward(args, stream), "fuse_backward");
 }
 
+// ---------------------------------------------------------------- the whole selector
+
+bool select(
+    const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens, const Tensor& alpha, const Ints& y,
+    const Tensor& down_weight, const Tensor& down_bias, const Tensor& up_weight, const Tensor& up_bias,
+    const Optional& norm_weight, const Optional& norm_bias, const Optional& running_mean, const Optional& running_var,
+    const Optional& prior, bool relu, double eps, bool always, const Tensor& squeezed, const Tensor& gates,
+    const Tensor& fused) {
+  STD_TORCH_CHECK(!hidden_states.empty(), "s2sent_native: expected a hidden state");
+  const Tensor& first = hidden_states[0];
+  Sentences sentences(first, shape_of(first), mask, cu_seqlens);
+  const int64_t num_blocks = int64_t(hidden_states.size()), size = sentences.size(), parts = alpha.size(0);
+  check_squeeze(0, num_blocks, num_blocks, parts, size, 0);
+  const std::vector<Rows> hidden = sentences.rows(hidden_states);
+  const Gate gate = gate_arguments(
+      squeezed, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, running_mean, running_var, prior,
+      num_blocks, relu, eps, std::nullopt, gates, std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt,
+      std::nullopt, std::nullopt, std::nullopt);
+  sentences.check.dense(fused, sentences.shape, first.scalar_type(), "fused");
+  Select args = {
+      sentences.batch,
+      dtype_of(first),
+      num_blocks,
+      size,
+      parts,
+      hidden.data(),
+      sentences.check.floats(alpha, {parts, num_blocks}, "alpha"),
+      {},
+      gate,
+      sentences.check.written(squeezed, {sentences.batch.sentences, size}, "squeezed"),
+      fused.mutable_data_ptr(),
+  };
+  const Stream stream(sentences.check);
+  bool taken = false;
+  launched(takes(args, always, taken), "select");
+  if (!taken) return false;
+  sentences.find(first, true, num_blocks, parts, y, std::nullopt, stream);
+  args.batch = sentences.batch;
+  args.factors = sentences.factors;
+  launched(s2sent::cuda::select(args, stream), "select");
+  return true;
+}
+
 }  // namespace s2sent::ops::cuda

@@ -14,7 +14,7 @@ import torch
 BACKENDS = ("reference", "triton", "native")
 BACKEND_VARIABLE = "S2SENT_BACKEND"
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of every backend but the reference
-NATIVE_INTERFACE = 2  # of csrc/bindings.cpp: an extension that says another number was built from other sources
+NATIVE_INTERFACE = 3  # of csrc/bindings.cpp: an extension that says another number was built from other sources
 MINIMUM_CAPABILITY = (8, 0)  # sm_80: the oldest GPU whose kernels are compiled in the tests
 
 

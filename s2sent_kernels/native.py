@@ -27,6 +27,9 @@ from .reference import GateParameters
 
 _POOLINGS = {None: 0, "mean": 1, "cls": 2, "last": 3}  # as csrc/cpu/batch.h and csrc/cuda/launch.h number them
 MAXIMUM_BLOCKS = 128  # on CUDA: kMaxBlocks of csrc/cuda/launch.h
+# Whether ``select`` on CUDA takes the kernel that reads each hidden state once: None where it is the faster one. It has the
+# bits of the others; tests and the benchmark say which.
+ONE_PASS: bool | None = None
 importlib.import_module(f"{__package__}._C")  # registers the ops
 _ops = torch.ops.s2sent_native
 
@@ -159,6 +162,14 @@ def squeeze_backward(
     return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
 
 
+def _float_parameters(parameters: GateParameters) -> list[Tensor | None]:
+    prior = parameters.block_prior
+    if prior is not None:
+        prior = prior.to(torch.float32)
+        prior = prior - prior.amax()  # c is unbounded
+    return [_float(tensor) for tensor in parameters._replace(block_prior=prior)]
+
+
 def _excite(
     squeezed: Tensor,
     parameters: GateParameters,
@@ -174,14 +185,9 @@ def _excite(
     normed. Returns s [B, H]."""
     if squeezed.is_cuda:
         _check_blocks(num_blocks)
-    prior = parameters.block_prior
-    if prior is not None:
-        prior = prior.to(torch.float32)
-        prior = prior - prior.amax()  # c is unbounded
-    tensors = parameters._replace(block_prior=prior)
     bottleneck = squeezed.new_empty(squeezed.shape[0], parameters.down_weight.shape[0])
     _ops.gate(
-        squeezed.contiguous(), *map(_float, tensors), num_blocks, activation == "relu", eps, bottleneck, gates, pooled,
+        squeezed.contiguous(), *_float_parameters(parameters), num_blocks, activation == "relu", eps, bottleneck, gates, pooled,
         output, *(backward or (None,) * 6),
     )  # fmt: skip
     return bottleneck
@@ -323,6 +329,32 @@ def select(
     activation: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if ONE_PASS is not False and hidden_states[0].is_cuda:
+        done = _select_once(hidden_states, attention_mask, cu_seqlens, parameters, frequencies, activation, eps)
+        if done is not None:
+            return done
     squeezed, _ = squeeze(hidden_states, attention_mask, cu_seqlens, frequencies, "paper", None)
     gates = gate(squeezed, parameters, len(hidden_states), activation, eps)
     return fuse(hidden_states, gates, attention_mask, cu_seqlens), squeezed, gates
+
+
+def _select_once(
+    hidden_states: Sequence[Tensor],
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    parameters: GateParameters,
+    frequencies: int,
+    activation: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(v, f, g) from one read of the hidden states, where csrc/cuda/select.cu takes such a batch; the bits are the same."""
+    first, rows, num_blocks = hidden_states[0], _rows(hidden_states, cu_seqlens), len(hidden_states)
+    squeezed = first.new_empty(rows, first.shape[-1], dtype=torch.float32)
+    gates = first.new_empty(rows, num_blocks, first.shape[-1], dtype=torch.float32)
+    fused = first.new_empty(first.shape)
+    alpha, y, _ = _factors(num_blocks, frequencies, "paper", first.shape, first.device)
+    taken = _ops.select(
+        [_dense(u) for u in hidden_states], *_tokens(attention_mask, cu_seqlens), alpha, y,
+        *_float_parameters(parameters), activation == "relu", eps, ONE_PASS is True, squeezed, gates, fused,
+    )  # fmt: skip
+    return (fused, squeezed, gates) if taken else None

@@ -1,7 +1,7 @@
 // gate: s = act(W1 f + b1), z = W2 s + b2, g = s-norm(sigmoid(norm(z))), and o = sum_n g p.
 //
-// Order of summation: W1 f in 32 running sums over features, then these as a tree; o over the blocks ascending; the rest as
-// gate.cuh says.
+// Order of summation: W1 f in slices of slice_of(D) features, in a slice four running sums, over a quarter each, and
+// these as a tree, then the slices ascending; o over the blocks ascending; the rest as gate.cuh says.
 
 #include <type_traits>
 
@@ -13,30 +13,37 @@ namespace {
 constexpr int kSentences = 4;  // that share a read of W1
 constexpr int kWarps = 8;
 
+// A warp a row of W1: eight slices at a time, four lanes each.
 __global__ void __launch_bounds__(kWarps * kWarp) bottleneck_kernel(const __grid_constant__ Gate a, int64_t tiles) {
-  const int lane = threadIdx.x % kWarp;
+  const int lane = threadIdx.x % kWarp, quarter = lane % 4;
   const int64_t h = blockIdx.x % tiles * kWarps + threadIdx.x / kWarp, b0 = blockIdx.x / tiles * kSentences;
   if (h >= a.width) return;
+  const int64_t slice = slice_of(a.size);
   const float* weight = a.down_weight + h * a.size;
   const float* f[kSentences];
 #pragma unroll
   for (int k = 0; k < kSentences; ++k) f[k] = a.squeezed + min(b0 + k, a.sentences - 1) * a.size;
-  float sum[kSentences] = {};
+  float total[kSentences] = {};
+  for (int64_t start = 0; start < a.size; start += 8 * slice) {
+    const int64_t first = start + lane / 4 * slice + quarter * (slice / 4), stop = min(first + slice / 4, a.size);
+    float sum[kSentences] = {};
 #pragma unroll 4
-  for (int64_t d = lane; d < a.size; d += kWarp) {
-    const float w = weight[d];
+    for (int64_t d = first; d < stop; ++d) {
+      const float w = weight[d];
 #pragma unroll
-    for (int k = 0; k < kSentences; ++k) sum[k] = fmaf(w, f[k][d], sum[k]);
+      for (int k = 0; k < kSentences; ++k) sum[k] = fmaf(w, f[k][d], sum[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kSentences; ++k) {
+      sum[k] += __shfl_xor_sync(~0u, sum[k], 1);
+      sum[k] += __shfl_xor_sync(~0u, sum[k], 2);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) total[k] += __shfl_sync(~0u, sum[k], 4 * i);
+    }
   }
 #pragma unroll
   for (int k = 0; k < kSentences; ++k) {
-#pragma unroll
-    for (int step = kWarp / 2; step; step /= 2) sum[k] += __shfl_xor_sync(~0u, sum[k], step);
-    if (lane == k && b0 + k < a.sentences) {
-      const float t = sum[k] + a.down_bias[h];
-      // tanh in float64 and rounded once. relu(NaN) is NaN.
-      a.bottleneck[(b0 + k) * a.width + h] = a.relu ? (t < 0.0f ? 0.0f : t) : float(tanh(double(t)));
-    }
+    if (lane == k && b0 + k < a.sentences) a.bottleneck[(b0 + k) * a.width + h] = activate(a, h, total[k]);
   }
 }
 

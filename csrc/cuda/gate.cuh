@@ -39,7 +39,36 @@ cudaError_t allow_shared_memory(Kernel kernel, size_t bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
 }
 
+// W1 f is summed in slices of this many features.
+__host__ __device__ constexpr int64_t slice_of(int64_t size) { return size % 48 == 0 ? 48 : 64; }
+
+// s from W1 f. relu(NaN) is NaN.
+__device__ inline float activate(const Gate& a, int64_t h, float sum) {
+  const float t = sum + a.down_bias[h];
+  return a.relu ? (t < 0.0f ? 0.0f : t) : tanhf(t);
+}
+
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// What turns W2 s into e at ``row`` of [N, D]. Loading it waits for nothing.
+struct Unit {
+  bool norm;
+  float bias, mean, variance, scale, shift;
+
+  Unit() = default;
+
+  __device__ Unit(const Gate& a, int row) : norm(a.norm_weight), bias(a.up_bias[row]) {
+    mean = norm ? a.running_mean[row] : 0.0f;
+    variance = norm ? a.running_var[row] : 0.0f;
+    scale = norm ? a.norm_weight[row] : 1.0f;
+    shift = norm ? a.norm_bias[row] : 0.0f;
+  }
+
+  __device__ float inverse(const Gate& a) const { return norm ? 1.0f / sqrtf(variance + a.eps) : 1.0f; }
+  // The mean first, since it and z may both be far from 0.
+  __device__ float normed(float sum, float inverse) const { return norm ? (sum + bias - mean) * inverse : sum + bias; }
+  __device__ float open(float normed) const { return sigmoid(norm ? fmaf(normed, scale, shift) : normed); }
+};
 
 // weights [N, S, 32] = exp(e + c) of features from d0 and sentences from b0; sigmoids [N, S, 32] = e where not null, and then
 // a.normed too. The caller waits before it reads what another warp wrote.
@@ -72,23 +101,15 @@ __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, GateMemory<S>& memo
       }
     }
     const bool inside = lane < rows;
-    const float bias = inside ? a.up_bias[row + lane] : 0.0f, prior = a.prior ? a.prior[n] : 0.0f;
-    float mean = 0.0f, inverse = 1.0f, scale = 1.0f, shift = 0.0f;
-    if (a.norm_weight && inside) {
-      mean = a.running_mean[row + lane];
-      inverse = 1.0f / sqrtf(a.running_var[row + lane] + a.eps);
-      scale = a.norm_weight[row + lane];
-      shift = a.norm_bias[row + lane];
-    }
+    const Unit unit(a, int(row) + (inside ? lane : 0));
+    const float inverse = unit.inverse(a), prior = a.prior ? a.prior[n] : 0.0f;
 #pragma unroll
     for (int k = 0; k < S; ++k) {
-      float z = (even[k] + odd[k]) + bias;
-      if (a.norm_weight) {
-        z = (z - mean) * inverse;  // first, since both may be far from 0
-        if (BACKWARD && inside && k < sentences) a.normed[(b0 + k) * a.num_blocks * a.size + row + lane] = z;
-        z = z * scale + shift;
+      const float z = unit.normed(even[k] + odd[k], inverse);
+      if (BACKWARD && unit.norm && inside && k < sentences) {
+        a.normed[(b0 + k) * a.num_blocks * a.size + row + lane] = z;
       }
-      const float e = sigmoid(z);
+      const float e = unit.open(z);
       if (BACKWARD) sigmoids[(n * S + k) * kWarp + lane] = e;
       weights[(n * S + k) * kWarp + lane] = expf(e + prior);
     }

@@ -118,6 +118,24 @@ struct Fuse {
 };
 cudaError_t fuse(const Fuse& args, cudaStream_t stream);
 
+struct Select {
+  Batch batch;
+  DType dtype;
+  int64_t num_blocks;
+  int64_t size;
+  int64_t parts;
+  const Rows* hidden;  // host [N]
+  const float* alpha;  // [M, N]
+  Factors factors;
+  Gate gate;        // its gates are written
+  float* squeezed;  // f [B, D]
+  void* fused;      // v, dense, like a hidden state
+};
+// One launch that reads each hidden state once. Whether it takes such a batch (factors are not looked at), and, unless
+// ``always``, whether it is then the faster way.
+cudaError_t takes(const Select& args, bool always, bool& taken);
+cudaError_t select(const Select& args, cudaStream_t stream);
+
 struct FuseBackward {
   Batch batch;
   DType dtype;
