@@ -3,7 +3,9 @@
 import copy
 import json
 import pickle
+import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -250,3 +252,55 @@ def test_processes(model):
     finally:
         model.stop_multi_process_pool(pool)
     assert equal(found[:3], model.encode(TEXTS))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than two CUDA devices")
+def test_several_gpus(model):
+    again = copy.deepcopy(model).to("cuda:0")
+    found = again.encode(TEXTS * 2, device=["cuda:0", "cuda:1"], chunk_size=3)
+    wanted = again.encode(TEXTS)
+    assert equal(found[:3], wanted) and equal(found[3:], wanted)
+
+
+def on_the_gpu(model):
+    return model.to("cuda")
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+
+@pytest.mark.parametrize(
+    "move",
+    [torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.double, pytest.param(on_the_gpu, marks=gpu)],
+)
+def test_it_listens_on_after_a_move(move, model):
+    moved = copy.deepcopy(model)
+    encoder, listener = moved[0].auto_model, moved[1]._listener
+    move(moved)
+    assert moved[1]._listener is listener and listener.encoder is encoder
+    found = moved.encode(TEXTS, convert_to_tensor=True)
+    features = moved.preprocess(TEXTS)
+    inputs = {name: features[name].to(encoder.device) for name in ("input_ids", "attention_mask")}
+    with torch.no_grad(), BlockCapture(encoder, "last:3") as capture:
+        assert equal(found, capture.pool(moved[1].selector, **inputs))
+    assert found.dtype == encoder.dtype and found.device == encoder.device
+
+
+def test_pushed_to_the_hub_and_loaded(model, tmp_path, monkeypatch):
+    """Up to the upload itself."""
+    api, folder = pytest.importorskip("huggingface_hub").HfApi, tmp_path / "repository"
+
+    def upload_folder(self, *, repo_id, folder_path, **_):
+        shutil.copytree(folder_path, folder)
+        return SimpleNamespace(commit_url=f"commit of {repo_id}")
+
+    monkeypatch.setattr(api, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(api, "upload_folder", upload_folder)
+    assert model.push_to_hub("somebody/model", replace_model_card=True) == "commit of somebody/model"
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    needed = {"modules.json", "config_sentence_transformers.json", "config.json", "tokenizer.json", "README.md"}
+    own = {f"1_S2SentPooling/{name}" for name in ("config.json", "model.safetensors")}
+    assert needed | own | {"model.safetensors"} <= files
+    again = load(folder, device="cpu")
+    assert equal(again.encode(TEXTS), model.encode(TEXTS))
+    assert again.prompts["query"] == "query: "
