@@ -54,11 +54,11 @@ class BlockCapture:
     capture can be copied and pickled: a copied or loaded capture belongs to the encoder copied or loaded with it, and
     the hooks of an encoder that is loaded without its capture do nothing.
 
-    torch.compile: the hooks are traced, also with ``fullgraph=True``; the encoder's own forward, ``collect`` and
-    ``pool`` are compiled once each. Capture ``torch.compile(encoder)``, or the encoder before or after
-    ``encoder.compile()``, but before it first runs compiled; the capture calls what it was given. Where single blocks
-    are compiled results are right, but every block counts against the recompilation limit: beyond it the hooks run
-    uncompiled, and ``fullgraph=True`` fails.
+    torch.compile: the hooks are traced, also with ``fullgraph=True``. Compile ``capture.pool`` or ``capture.collect``
+    whole; or capture ``torch.compile(encoder)``, or the encoder before or after ``encoder.compile()``, but before it first
+    runs compiled: the capture calls what it was given, and the encoder's own forward, ``collect`` and ``pool`` are compiled
+    once each. Where single blocks are compiled results are right, but every block counts against the recompilation limit:
+    beyond it the hooks run uncompiled, and ``fullgraph=True`` fails.
 
     Raises:
         ValueError, TypeError: an argument is wrong, or the encoder's blocks cannot be found.
@@ -83,6 +83,7 @@ class BlockCapture:
         ]
         # Copies of encoder and capture share the key, which is how a copied hook still finds its copied capture.
         self._key = uuid4().hex
+        self._removed = False  # torch.compile can ask this, but knows no handles
         self._handles = [
             module.register_forward_hook(partial(_deliver, self._key, slot)) for slot, module in enumerate(self._hooked)
         ]
@@ -129,7 +130,7 @@ class BlockCapture:
         """Take the hooks off; again is harmless."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._removed = [], True
 
     def __enter__(self) -> BlockCapture:
         return self
@@ -140,7 +141,7 @@ class BlockCapture:
         self.remove()
 
     def _run(self, consumer: Consumer, encoder_inputs: dict[str, Any]) -> None:
-        if not self._handles:
+        if self._removed:
             raise RuntimeError("the capture's hooks were removed: make a new BlockCapture")
         call = _Call(self, consumer)
         _thread.calls.append(call)
