@@ -89,9 +89,10 @@ def run(arguments: argparse.Namespace) -> None:
             batch_size=arguments.batch_size, progress=True,
         )  # fmt: skip
         if pipeline is not None:
-            found[evaluation.S2SENT] = whole.encode(
+            own = whole.encode(
                 list(texts), batch_size=arguments.batch_size, show_progress_bar=True, convert_to_tensor=True
-            ).cpu()
+            )
+            found[evaluation.S2SENT] = own.float().cpu()
         return found
 
     content: dict[str, Any] = {"model": model, "selector": name, "split": arguments.split, "sts": {}, "transfer": {}}
