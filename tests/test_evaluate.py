@@ -236,6 +236,20 @@ def test_evaluate_scores_a_whole_model_beside_its_encoders_poolings(whole, place
         assert f"{option}: expected none beside --model {folder}" in capsys.readouterr().err
 
 
+def test_evaluate_takes_a_whole_model_in_bfloat16(places, tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sentence_transformers")
+    from s2sent_kernels.transformers import S2SentModel
+
+    S2SentModel.from_encoder(places / "model", bottleneck=4).bfloat16().save_pretrained(tmp_path / "half")
+    make_encoder()[1].save_pretrained(tmp_path / "half")
+    arguments = ["evaluate", "--model", tmp_path / "half", "--transfer", places / "words.tsv", "--device", "cpu"]
+    assert main([*map(str, arguments), "--output-dir", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["transfer"]["words"]
+    assert found["s2sent"]["accuracy"] == 100  # the same texts in train and test
+
+
 @pytest.mark.parametrize(
     ("missing", "message"),
     [("weights", "cannot be loaded: "), ("sentence_transformers", "s2sent_kernels[sentence-transformers]")],
