@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
@@ -16,10 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import families, validate
-from .blockwise import BlockwisePool
 from .selector import S2SentSelector
 
 BLOCK_NORMS = ("final", "layernorm", None)
+
+
+class Consumer(Protocol):
+    """Takes the hidden states of one call: each once, lowest first. BlockwisePool is one."""
+
+    def add(self, block: int, hidden_state: Tensor, /) -> None: ...
 
 
 class BlockCapture:
@@ -49,11 +54,11 @@ class BlockCapture:
     capture can be copied and pickled: a copied or loaded capture belongs to the encoder copied or loaded with it, and
     the hooks of an encoder that is loaded without its capture do nothing.
 
-    torch.compile: the hooks are traced, also with ``fullgraph=True``; the encoder's own forward, ``collect`` and
-    ``pool`` are compiled once each. Capture ``torch.compile(encoder)``, or the encoder before or after
-    ``encoder.compile()``, but before it first runs compiled; the capture calls what it was given. Where single blocks
-    are compiled results are right, but every block counts against the recompilation limit: beyond it the hooks run
-    uncompiled, and ``fullgraph=True`` fails.
+    torch.compile: the hooks are traced, also with ``fullgraph=True``. Compile ``capture.pool`` or ``capture.collect``
+    whole; or capture ``torch.compile(encoder)``, or the encoder before or after ``encoder.compile()``, but before it first
+    runs compiled: the capture calls what it was given, and the encoder's own forward, ``collect`` and ``pool`` are compiled
+    once each. Where single blocks are compiled results are right, but every block counts against the recompilation limit:
+    beyond it the hooks run uncompiled, and ``fullgraph=True`` fails.
 
     Raises:
         ValueError, TypeError: an argument is wrong, or the encoder's blocks cannot be found.
@@ -78,6 +83,7 @@ class BlockCapture:
         ]
         # Copies of encoder and capture share the key, which is how a copied hook still finds its copied capture.
         self._key = uuid4().hex
+        self._removed = False  # torch.compile can ask this, but knows no handles
         self._handles = [
             module.register_forward_hook(partial(_deliver, self._key, slot)) for slot, module in enumerate(self._hooked)
         ]
@@ -109,7 +115,7 @@ class BlockCapture:
         self.check(selector)
         validate.option("pooling", pooling, validate.POOLINGS)
         mask = encoder_inputs.get("attention_mask")
-        if self._needs_gradient(selector, encoder_inputs):
+        if self.needs_gradient(selector, encoder_inputs):
             return selector.pool(self.collect(**encoder_inputs), mask, pooling=pooling)
         stream = selector.blockwise(mask, pooling=pooling)
         self._run(stream, encoder_inputs)
@@ -124,7 +130,7 @@ class BlockCapture:
         """Take the hooks off; again is harmless."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._removed = [], True
 
     def __enter__(self) -> BlockCapture:
         return self
@@ -134,8 +140,8 @@ class BlockCapture:
     ) -> None:
         self.remove()
 
-    def _run(self, consumer: _Kept | BlockwisePool, encoder_inputs: dict[str, Any]) -> None:
-        if not self._handles:
+    def _run(self, consumer: Consumer, encoder_inputs: dict[str, Any]) -> None:
+        if self._removed:
             raise RuntimeError("the capture's hooks were removed: make a new BlockCapture")
         call = _Call(self, consumer)
         _thread.calls.append(call)
@@ -156,7 +162,8 @@ class BlockCapture:
         if size is not None and selector.hidden_size != size:
             raise ValueError(f"selector: expected hidden_size = {size} as the encoder's, got {selector.hidden_size}")
 
-    def _needs_gradient(self, selector: nn.Module, encoder_inputs: dict[str, Any]) -> bool:
+    def needs_gradient(self, selector: nn.Module, encoder_inputs: Mapping[str, Any]) -> bool:
+        """Whether the hidden states of such a call must be kept for a backward."""
         if not torch.is_grad_enabled():
             return False
         inputs = (value for value in encoder_inputs.values() if isinstance(value, Tensor))
@@ -174,9 +181,11 @@ class BlockListener(BlockCapture):
     Args:
         encoder, blocks, block_norm: as BlockCapture's.
         called: the module that is called, where it runs the encoder past the encoder's own hooks.
+        consumer: told the positional arguments of each call before it runs, says who takes its hidden states as blocks
+            finish; None keeps them.
 
-    The hidden states of a thread's last call wait for ``take``, or for the next call. Within a BlockCapture's own run of the
-    encoder a listener hears nothing.
+    The hidden states of a thread's last call, or who took them, wait for ``take``, or for the next call. Within a
+    BlockCapture's own run of the encoder a listener hears nothing.
     """
 
     def __init__(
@@ -186,24 +195,26 @@ class BlockListener(BlockCapture):
         *,
         block_norm: str | None = "final",
         called: nn.Module | None = None,
+        consumer: Callable[..., Consumer | None] | None = None,
     ) -> None:
         super().__init__(encoder, blocks, block_norm=block_norm)
+        self._consumer = consumer
         called = encoder if called is None else called
         self._handles += [
             called.register_forward_pre_hook(partial(_begin, self)),
             called.register_forward_hook(partial(_end, self), always_call=True),
         ]
 
-    def take(self) -> list[Tensor]:
-        """The chosen blocks' hidden states, as ``collect`` gives them, once.
+    def take(self) -> Any:
+        """The chosen blocks' hidden states, as ``collect`` gives them, or the consumer that took them; once.
 
         Raises:
             RuntimeError: no call on this thread came to its end since the last time.
         """
-        states = _thread.heard.pop(self, None)
-        if states is None:
+        consumer = _thread.heard.pop(self, None)
+        if consumer is None:
             raise RuntimeError("no call of the encoder was heard on this thread since the last one was taken")
-        return states
+        return consumer.hidden_states if isinstance(consumer, _Kept) else consumer
 
 
 class _Kept:
@@ -212,14 +223,14 @@ class _Kept:
     def __init__(self) -> None:
         self.hidden_states: list[Tensor] = []
 
-    def add(self, n: int, hidden_state: Tensor) -> None:
+    def add(self, block: int, hidden_state: Tensor) -> None:
         self.hidden_states.append(hidden_state)  # in order: a call lets none come twice or before its turn
 
 
 class _Call:
     """One run of a capture's encoder: who takes the hidden states, and which comes next. Keeps none itself."""
 
-    def __init__(self, capture: BlockCapture, consumer: _Kept | BlockwisePool) -> None:
+    def __init__(self, capture: BlockCapture, consumer: Consumer) -> None:
         self.capture = capture
         self.key, self.modules, self.blocks = capture._key, capture._hooked, capture.blocks
         self.runs, self.ran = capture._runs, [0] * len(capture._runs)
@@ -270,7 +281,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
-        self.heard: WeakKeyDictionary[BlockListener, list[Tensor]] = WeakKeyDictionary()
+        self.heard: WeakKeyDictionary[BlockListener, Consumer] = WeakKeyDictionary()
 
 
 _thread = _Thread()
@@ -285,7 +296,8 @@ def _deliver(key: str, slot: int, module: nn.Module, args: Any, output: Any) -> 
 def _begin(listener: BlockListener, module: nn.Module, args: Any) -> None:
     if not _thread.calls:
         _thread.heard.pop(listener, None)
-        _thread.calls.append(_Call(listener, _Kept()))
+        consumer = None if listener._consumer is None else listener._consumer(*args)
+        _thread.calls.append(_Call(listener, _Kept() if consumer is None else consumer))
 
 
 def _end(listener: BlockListener, module: nn.Module, args: Any, output: Any) -> None:
@@ -293,5 +305,5 @@ def _end(listener: BlockListener, module: nn.Module, args: Any, output: Any) -> 
     if not _thread.calls or _thread.calls[-1].capture is not listener:
         return
     call = _thread.calls.pop()
-    if call.next == len(listener.blocks) and isinstance(call.consumer, _Kept):
-        _thread.heard[listener] = call.consumer.hidden_states
+    if call.next == len(listener.blocks):
+        _thread.heard[listener] = call.consumer

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import families, validate
+from .blockwise import BlockwisePool
 from .capture import BLOCK_NORMS, BlockListener
 from .selector import S2SentSelector
 
@@ -36,6 +37,10 @@ class S2SentPooling(Module):
 
     It listens to that transformer's blocks, so it has to know it: made by ``behind`` it does, and ``load`` of this module
     sees to it. Loaded by SentenceTransformer itself (which takes ``trust_remote_code=True``), it is given it by ``attach``.
+
+    Without gradients (grad mode off, or nothing that requires one) each block is pooled as it finishes and its hidden state
+    let go. That takes a transformer that is called with the features, as sentence-transformers does: behind a model of
+    transformers, whose call says nothing of prompts, the hidden states are kept until this module runs.
 
     Args:
         selector: the arguments of S2SentSelector.
@@ -92,32 +97,42 @@ class S2SentPooling(Module):
         if self._listener is not None:
             self._listener.remove()
         # The library's Transformer calls its encoder's forward past the encoder's own hooks: it is what is listened to.
-        listener = BlockListener(_encoder_of(transformer), self.blocks, block_norm=self.block_norm, called=transformer)
+        listener = BlockListener(
+            _encoder_of(transformer), self.blocks, block_norm=self.block_norm, called=transformer, consumer=self._stream
+        )
         listener.check(self.selector)
         self._listener = listener
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Adds ``sentence_embedding`` [B, D] to the features."""
+        """Adds ``sentence_embedding`` [B, D] to the features.
+
+        Raises:
+            RuntimeError: the transformer is not known or did not run; or it ran without gradients, and the selector's are
+                wanted now.
+            ValueError: what says which tokens count was replaced since the transformer ran.
+        """
         if self._listener is None:
             raise RuntimeError(
                 "S2SentPooling does not know its transformer: load the model by s2sent_kernels.sentence_transformers.load, "
                 "or call attach"
             )
-        states = self._listener.take()
-        mask, cu_seqlens = features.get("attention_mask"), None
-        skip = 0
-        if not self.include_prompt and "prompt_length" in features:
-            length = features["prompt_length"]
-            skip = int(length[0].item()) if isinstance(length, Tensor) else int(length)
-        if "cu_seq_lens_q" in features:  # packed [1, T, D]
-            mask, cu_seqlens = None, features["cu_seq_lens_q"].to(torch.int32)
-            states = [state.reshape(-1, state.shape[-1]) for state in states]
-            if skip:
-                states, cu_seqlens = _without_prompt(states, cu_seqlens, skip)
-        elif skip and mask is not None:
-            mask = mask * (mask.cumsum(1) > skip)
-        features["sentence_embedding"] = self.selector.pool(states, mask, cu_seqlens=cu_seqlens, pooling=self.pooling)
+        heard = self._listener.take()
+        if isinstance(heard, _Stream):
+            features["sentence_embedding"] = heard.result(features)
+            return features
+        tokens = _Counted.of(features, self.include_prompt)
+        states = [tokens.select(state) for state in heard]
+        features["sentence_embedding"] = self.selector.pool(
+            states, tokens.attention_mask, cu_seqlens=tokens.cu_seqlens, pooling=self.pooling
+        )
         return features
+
+    def _stream(self, features: Any = None, *args: Any) -> _Stream | None:
+        """Who takes the hidden states of a call of the transformer with these arguments; None keeps them."""
+        assert self._listener is not None  # it asks
+        if not isinstance(features, Mapping) or self._listener.needs_gradient(self.selector, features):
+            return None
+        return _Stream(self, features)
 
     def get_embedding_dimension(self) -> int:
         return self.selector.hidden_size
@@ -182,10 +197,66 @@ def _encoder_of(transformer: nn.Module) -> nn.Module:
     return getattr(transformer, "auto_model", transformer)
 
 
-def _without_prompt(states: list[Tensor], cu_seqlens: Tensor, skip: int) -> tuple[list[Tensor], Tensor]:
-    """Packed states without the first ``skip`` tokens of each sentence."""
-    lengths = cu_seqlens.diff()
-    place = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
-    kept = place - cu_seqlens[:-1].repeat_interleave(lengths) >= skip
-    ends = (lengths - skip).clamp(min=0).cumsum(0)
-    return [state[kept] for state in states], torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
+class _Counted(NamedTuple):
+    """Which tokens of a batch count, as a selector takes it."""
+
+    attention_mask: Tensor | None
+    cu_seqlens: Tensor | None = None
+    kept: Tensor | None = None  # [T] bool, of packed tokens, where prompts are left out
+
+    @classmethod
+    def of(cls, features: Mapping[str, Any], include_prompt: bool) -> _Counted:
+        mask, skip = features.get("attention_mask"), 0
+        if not include_prompt and "prompt_length" in features:
+            length = features["prompt_length"]
+            skip = int(length[0].item()) if isinstance(length, Tensor) else int(length)
+        if "cu_seq_lens_q" in features:
+            return cls._packed(features["cu_seq_lens_q"].to(torch.int32), skip)
+        return cls(mask * (mask.cumsum(1) > skip) if skip and mask is not None else mask)
+
+    @classmethod
+    def _packed(cls, cu_seqlens: Tensor, skip: int) -> _Counted:
+        if not skip:
+            return cls(None, cu_seqlens)
+        lengths = cu_seqlens.diff()
+        place = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
+        kept = place - cu_seqlens[:-1].repeat_interleave(lengths) >= skip
+        ends = (lengths - skip).clamp(min=0).cumsum(0)
+        return cls(None, torch.cat([ends.new_zeros(1), ends]).to(torch.int32), kept)
+
+    def select(self, state: Tensor) -> Tensor:
+        """[B, L, D] as it is, or of packed [1, T, D] the tokens that count."""
+        if self.cu_seqlens is None:
+            return state
+        state = state.reshape(-1, state.shape[-1])
+        return state if self.kept is None else state[self.kept]
+
+
+class _Stream:
+    """The consumer that pools each block of a call as it finishes."""
+
+    def __init__(self, module: S2SentPooling, features: Mapping[str, Any]) -> None:
+        self.said = _said(features)
+        self.tokens = _Counted.of(features, module.include_prompt)
+        self.selector = module.selector
+        self.pool: BlockwisePool = module.selector.blockwise(
+            self.tokens.attention_mask, cu_seqlens=self.tokens.cu_seqlens, pooling=module.pooling
+        )
+
+    def add(self, block: int, hidden_state: Tensor) -> None:
+        self.pool.add(block, self.tokens.select(hidden_state))
+
+    def result(self, features: Mapping[str, Any]) -> Tensor:
+        for name, value in _said(features).items():
+            if value is not self.said[name]:
+                raise ValueError(f"features: expected the {name} that the transformer was called with, got another")
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.selector.parameters()):
+            raise RuntimeError(
+                "the transformer ran without gradients, and with it the selector: expected one grad mode for both"
+            )
+        return self.pool.result()
+
+
+def _said(features: Mapping[str, Any]) -> dict[str, Any]:
+    """What says which tokens count."""
+    return {name: features.get(name) for name in ("attention_mask", "prompt_length", "cu_seq_lens_q")}

@@ -41,6 +41,11 @@ class S2SentConfig(transformers.PreTrainedConfig):
         self.block_norm, self.pooling, self.selector = block_norm, pooling, selector
         super().__init__(**kwargs)
 
+    @property
+    def hidden_size(self) -> int | None:
+        """D, which is the embedding's size too."""
+        return None if self.selector is None else self.selector["hidden_size"]
+
 
 @dataclass
 class S2SentOutput(ModelOutput):

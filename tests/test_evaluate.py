@@ -1,6 +1,7 @@
 """Scores, files and the commands `evaluate` and `inspect`: on a tiny random encoder."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from test_frozen import TEXTS, make_encoder
 
 from s2sent_kernels import S2SentSelector, evaluation, frozen, pictures, tables
 from s2sent_kernels.cli import main
+from s2sent_kernels.commands.common import load_pipeline
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -175,6 +177,100 @@ def test_evaluate_prints_a_table_and_writes_json_and_a_picture(places, tmp_path,
     assert f"{content['sts']['sts']['s2sent']['spearman']:.2f}" in out
     assert content["transfer"]["words"]["s2sent"]["accuracy"] == 100  # the same texts in train and test
     assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(PNG)
+
+
+@pytest.fixture(scope="module", params=["sentence-transformers", "transformers"])
+def whole(request, places):
+    """A folder that holds encoder and selector, and the embeddings of what was saved."""
+    library = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.base.modules import Transformer
+
+    from s2sent_kernels.sentence_transformers import S2SentPooling
+    from s2sent_kernels.transformers import S2SentModel
+
+    folder, options = places / request.param, {"blocks": [1, 3], "pooling": "cls", "bottleneck": 4}
+    torch.manual_seed(1)
+    if request.param == "transformers":
+        model, tokenizer = S2SentModel.from_encoder(places / "model", **options), make_encoder()[1]
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        with torch.no_grad():
+            return folder, model(**tokenizer(TEXTS, padding=True, return_tensors="pt")).embedding
+    transformer = Transformer(str(places / "model"))
+    pooling = S2SentPooling.behind(transformer, **options)
+    model = library.SentenceTransformer(modules=[transformer, pooling], device="cpu").eval()
+    model.save(str(folder))
+    return folder, model.encode(TEXTS, convert_to_tensor=True)
+
+
+def test_a_folder_of_encoder_and_selector_is_a_pipeline(whole, places):
+    folder, wanted = whole
+    model, encoder = load_pipeline(folder)
+    assert torch.equal(model.encode(TEXTS, convert_to_tensor=True), wanted)
+    assert type(encoder).__name__ == "BertModel" and encoder in list(model.modules())
+    assert model.get_embedding_dimension() == 16
+    assert load_pipeline(places / "model") is None
+    assert load_pipeline("some/encoder-of-the-hub") is None
+
+
+def test_evaluate_scores_a_whole_model_beside_its_encoders_poolings(whole, places, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder, _ = whole
+    arguments = ["evaluate", "--model", folder, "--sts", places / "sts.tsv", "--device", "cpu"]
+    arguments += ["--max-length", "5", "--output-dir", tmp_path / "out"]
+    assert main(list(map(str, arguments))) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sts"]["sts"]
+    assert list(found) == ["mean of last", "first-last average", "average of blocks", "cls", "s2sent"]
+    model, _ = load_pipeline(folder)
+    model.max_seq_length = 5
+    pairs = evaluation.read_sts(places / "sts.tsv")
+    own = evaluation.sts(lambda texts: {"s2sent": model.encode(texts, convert_to_tensor=True)}, pairs)["s2sent"]
+    assert found["s2sent"] == own._asdict()
+    encoder, tokenizer = make_encoder()
+    others = evaluation.sts(lambda texts: evaluation.side_by_side(encoder, tokenizer, texts, max_length=5), pairs)
+    assert {name: scores._asdict() for name, scores in others.items()} == {
+        name: scores for name, scores in found.items() if name != "s2sent"
+    }
+    for option, value in (("--selector", places / "selector"), ("--pooling", "mean")):
+        assert main([*map(str, arguments), option, str(value)]) == 2
+        assert f"{option}: expected none beside --model {folder}" in capsys.readouterr().err
+
+
+def test_evaluate_takes_a_whole_model_in_bfloat16(places, tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sentence_transformers")
+    from s2sent_kernels.transformers import S2SentModel
+
+    S2SentModel.from_encoder(places / "model", bottleneck=4).bfloat16().save_pretrained(tmp_path / "half")
+    make_encoder()[1].save_pretrained(tmp_path / "half")
+    arguments = ["evaluate", "--model", tmp_path / "half", "--transfer", places / "words.tsv", "--device", "cpu"]
+    assert main([*map(str, arguments), "--output-dir", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["transfer"]["words"]
+    assert found["s2sent"]["accuracy"] == 100  # the same texts in train and test
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [("weights", "cannot be loaded: "), ("sentence_transformers", "s2sent_kernels[sentence-transformers]")],
+)
+def test_a_whole_model_that_cannot_be_loaded(missing, message, whole, places, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    folder, _ = whole
+    if missing == "weights":
+        shutil.copytree(folder, tmp_path / "broken")
+        for path in (tmp_path / "broken").rglob("model.safetensors"):
+            path.write_bytes(b"no tensors")
+        folder = tmp_path / "broken"
+    else:
+        monkeypatch.delitem(sys.modules, "s2sent_kernels.sentence_transformers")
+        monkeypatch.setitem(sys.modules, missing, None)
+    arguments = ["evaluate", "--model", folder, "--sts", places / "sts.tsv", "--output-dir", tmp_path / "out"]
+    assert main(list(map(str, arguments))) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("s2sent: error: ")]
+    assert len(error) == 1
+    assert f"model {folder} cannot be loaded: " in error[0] and message in error[0]
+    assert not (tmp_path / "out").exists()
 
 
 def test_inspect_prints_gates_and_energies_and_writes_pictures(places, tmp_path, capsys):

