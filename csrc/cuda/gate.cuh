@@ -42,10 +42,10 @@ cudaError_t allow_shared_memory(Kernel kernel, size_t bytes) {
 // W1 f is summed in slices of this many features.
 __host__ __device__ constexpr int64_t slice_of(int64_t size) { return size % 48 == 0 ? 48 : 64; }
 
-// s from W1 f. relu(NaN) is NaN.
+// s from W1 f. tanh in float64 and rounded once; relu(NaN) is NaN.
 __device__ inline float activate(const Gate& a, int64_t h, float sum) {
   const float t = sum + a.down_bias[h];
-  return a.relu ? (t < 0.0f ? 0.0f : t) : tanhf(t);
+  return a.relu ? (t < 0.0f ? 0.0f : t) : float(tanh(double(t)));
 }
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }

@@ -28,7 +28,6 @@ constexpr int kThreads = kWarps * kWarp;
 constexpr int kMaxStages = 48;
 constexpr int kMaxStageParts = 4;  // parts of the frequencies that a slice may touch
 constexpr int kMaxCluster = 16;
-constexpr int kRounds = 4;   // of sentences over the clusters: with more the two-pass kernels are as fast (bench/NOTES.md)
 constexpr int kMaxWidth = 88;  // H: what D = 1024 has by default; four threads a row of W1
 
 // Where things stand in a block's shared memory, in bytes.
@@ -657,7 +656,9 @@ cudaError_t plan_for(const Select& a, Plan& plan) {
 cudaError_t takes(const Select& a, bool always, bool& taken) {
   Plan plan;
   const cudaError_t error = plan_for(a, plan);
-  taken = plan.kernel && (always || a.batch.sentences <= kRounds * plan.clusters);
+  // Of more rounds of sentences than 2 N / 3 the two-pass kernels make as much or more (bench/NOTES.md): they use all of the GPU,
+  // and here most warps wait while there are fewer than 12 blocks to squeeze.
+  taken = plan.kernel && (always || 3 * a.batch.sentences <= 2 * a.num_blocks * plan.clusters);
   return error;
 }
 
