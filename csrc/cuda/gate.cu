@@ -1,7 +1,8 @@
 // gate: s = act(W1 f + b1), z = W2 s + b2, g = s-norm(sigmoid(norm(z))), and o = sum_n g p.
 //
-// Order of summation: W1 f in slices of slice_of(D) features, in a slice four running sums, over a quarter each, and
-// these as a tree, then the slices ascending; o over the blocks ascending; the rest as gate.cuh says.
+// Order of summation: W1 f in slices of slice_of(D) features, in a slice its quarters, in a quarter four running sums
+// over every fourth feature; these and the quarters as trees, the slices ascending; o over the blocks ascending; the rest as
+// gate.cuh says.
 
 #include <type_traits>
 
@@ -26,19 +27,24 @@ __global__ void __launch_bounds__(kWarps * kWarp) bottleneck_kernel(const __grid
   float total[kSentences] = {};
   for (int64_t start = 0; start < a.size; start += 8 * slice) {
     const int64_t first = start + lane / 4 * slice + quarter * (slice / 4), stop = min(first + slice / 4, a.size);
-    float sum[kSentences] = {};
-#pragma unroll 4
-    for (int64_t d = first; d < stop; ++d) {
-      const float w = weight[d];
+    float sum[kSentences][4] = {};
+#pragma unroll 2
+    for (int64_t d = first; d < stop; d += 4) {
 #pragma unroll
-      for (int k = 0; k < kSentences; ++k) sum[k] = fmaf(w, f[k][d], sum[k]);
+      for (int j = 0; j < 4; ++j) {
+        if (d + j >= stop) break;
+        const float w = weight[d + j];
+#pragma unroll
+        for (int k = 0; k < kSentences; ++k) sum[k][j] = fmaf(w, f[k][d + j], sum[k][j]);
+      }
     }
 #pragma unroll
     for (int k = 0; k < kSentences; ++k) {
-      sum[k] += __shfl_xor_sync(~0u, sum[k], 1);
-      sum[k] += __shfl_xor_sync(~0u, sum[k], 2);
+      float part = (sum[k][0] + sum[k][1]) + (sum[k][2] + sum[k][3]);
+      part += __shfl_xor_sync(~0u, part, 1);
+      part += __shfl_xor_sync(~0u, part, 2);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) total[k] += __shfl_sync(~0u, sum[k], 4 * i);
+      for (int i = 0; i < 8; ++i) total[k] += __shfl_sync(~0u, part, 4 * i);
     }
   }
 #pragma unroll

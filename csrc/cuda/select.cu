@@ -281,9 +281,10 @@ __device__ void bottleneck(
     if (thread < features) a.squeezed[b * a.size + block.d0() + thread] = sum;
   }
   __syncthreads();
-  float sum = 0.0f;
+  float four[4] = {};
 #pragma unroll
-  for (int k = 0; k < kQuarter; ++k) sum = fmaf(weight[k], f[thread % 4 * kQuarter + k], sum);
+  for (int k = 0; k < kQuarter; ++k) four[k % 4] = fmaf(weight[k], f[thread % 4 * kQuarter + k], four[k % 4]);
+  float sum = (four[0] + four[1]) + (four[2] + four[3]);
   sum += __shfl_xor_sync(~0u, sum, 1);
   sum += __shfl_xor_sync(~0u, sum, 2);
   if (row < width && thread % 4 == 0) {
@@ -611,7 +612,7 @@ cudaLaunchConfig_t config_of(const Plan& plan, int64_t clusters, cudaLaunchAttri
 }
 
 // How many clusters run at once on the current device, asked for once; none where it cannot hold one.
-int clusters_at_once(const Plan& plan, int device) {
+int clusters_at_once(const Plan& plan, int device, int most) {
   static std::mutex mutex;
   static std::map<std::tuple<Kernel, int, int, int>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -622,7 +623,8 @@ int clusters_at_once(const Plan& plan, int device) {
   cudaLaunchAttribute cluster = {};
   const cudaLaunchConfig_t config = config_of(plan, 1, cluster, nullptr);
   int clusters = 0;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.at.bytes);
+  // The most there is: other batches of this kernel take other sizes.
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
   if (error != cudaSuccess) {
@@ -646,7 +648,7 @@ cudaError_t plan_for(const Select& a, Plan& plan) {
   const int64_t length = a.batch.packed ? 1 : a.batch.size;
   if (plan.at.stages < 2 || pieces(length, kStageTokens) > plan.at.stages) return cudaSuccess;
   plan.kernel = a.dtype == DType::kBFloat16 ? kernel_for<__nv_bfloat16>(a) : kernel_for<__half>(a);
-  if (plan.kernel) plan.clusters = clusters_at_once(plan, device);
+  if (plan.kernel) plan.clusters = clusters_at_once(plan, device, most);
   if (plan.clusters == 0) plan.kernel = nullptr;
   return cudaSuccess;
 }
