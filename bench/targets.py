@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from contestants import OURS, REFERENCE, SUM
+from contestants import ONE_PASS, OURS, REFERENCE, SUM
 from end_to_end import FED, KEPT
 
 GPU, CPU = "nvidia-h200", "cpu"  # as files of results are named
@@ -67,6 +67,22 @@ def _beside(case: str, what: str, mode: str, other: str, faster: bool = False) -
     return value
 
 
+def _slower(find: Find, case: str, what: str, other: str) -> float | None:
+    """Another contestant's time over this package's."""
+    ratio = _beside(case, what, "forward", other)(find)
+    return None if ratio is None else 1 / ratio
+
+
+def _one_pass_over_floor(find: Find) -> float | None:
+    """The floor of its own traffic: squeeze's read of every state, and fuse's write without its read."""
+    row, fuse = find("paths", "A", "token", "forward", ONE_PASS), find("stages", "A", "fuse", "forward", OURS)
+    if not row or not fuse:
+        return None
+    each = fuse["floor_us"] / (fuse["read_bytes"] + fuse["write_bytes"])
+    size = row["read_bytes"] / 2 + row["write_bytes"]  # the row counts two passes
+    return row["device_us"]["median"] / (each * size)
+
+
 def _overhead(batch: str, names: tuple[str, ...], key: str = "overhead") -> Callable[[Find], float | None]:
     """Percent over BERT-base with the mean of the last block, of the best of the variants named."""
 
@@ -102,6 +118,14 @@ _H200 = (
         _ratio("A", "token", "both"),
         "the gate's backward, as above",
     ),
+    Target(
+        "A token forward, one pass over the faster of two",
+        1.0,
+        "x",
+        lambda find: _slower(find, "A", "token", ONE_PASS),
+        "seven clusters of 16 fill 112 of 132 multiprocessors, with twelve warps each, and wait for each other twice a sentence",
+    ),
+    Target("A token forward, one pass over its floor", 1.35, "x", _one_pass_over_floor, "the same"),
     Target(
         "A ragged pooled forward over full A",
         0.70,
