@@ -18,7 +18,7 @@ def read_table(
     Raises:
         ValueError: the file cannot be read, is not UTF-8 or empty, or lacks a column; a row has another number of fields.
     """
-    lines = _lines(path)
+    lines = read_lines(path)
     number, header = next(lines, (0, ""))
     names = header.split("\t")
     if not header:
@@ -39,8 +39,12 @@ def read_table(
         raise ValueError(f"{path}: expected rows below the header, got none")
 
 
-def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not empty, without their ends."""
+def read_lines(path: str | Path, *, keep_empty: bool = False) -> Iterator[tuple[int, str]]:
+    """Numbers and lines of a UTF-8 file, without their ends; those that are not empty, unless ``keep_empty``.
+
+    Raises:
+        ValueError: the file cannot be read, or a line is not UTF-8.
+    """
     try:
         with open(path, "rb") as file:
             for number, raw in enumerate(file, 1):
@@ -49,7 +53,7 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
                 except UnicodeDecodeError as error:
                     byte = raw[error.start]
                     raise ValueError(f"{path}: line {number} is not UTF-8 (byte 0x{byte:02x})") from error
-                if line:
+                if line or keep_empty:
                     yield number, line
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error

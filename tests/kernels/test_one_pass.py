@@ -57,20 +57,18 @@ def gate_parameters(N, D, H, **options):
 def test_bits(monkeypatch, dtype, N, D, H, B, L, kind):
     where = {} if kind == "none" else {"attention_mask": make_mask(kind, B, L).to(DEVICE)}
     frequencies = 1 if D == 200 or N == 1 else 2 if D == 48 else 4
-    check(
-        monkeypatch, make_hidden(N, (B, L, D), dtype), gate_parameters(N, D, H), frequencies=frequencies, **where
-    )
+    check(monkeypatch, make_hidden(N, (B, L, D), dtype), gate_parameters(N, D, H), frequencies=frequencies, **where)
 
 
 @pytest.mark.parametrize("frequencies", [1, 2, 16])
-@pytest.mark.parametrize("options", [{"norm": False}, {"prior": (0.5, -1.0, 2.0, 0.0, 1.0, -3.0)}, {"activation": "relu"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"norm": False}, {"prior": (0.5, -1.0, 2.0, 0.0, 1.0, -3.0)}, {"activation": "relu"}], ids=str
+)
 def test_bits_of_every_gate(monkeypatch, frequencies, options):
     options = dict(options)
     activation = options.pop("activation", "tanh")
     hidden = make_hidden(6, (5, 61, 768), BF16)
-    check(
-        monkeypatch, hidden, gate_parameters(6, 768, 64, **options), frequencies=frequencies, activation=activation
-    )
+    check(monkeypatch, hidden, gate_parameters(6, 768, 64, **options), frequencies=frequencies, activation=activation)
 
 
 @pytest.mark.parametrize("N, D, lengths", [

@@ -1,0 +1,129 @@
+"""Training examples from files: tables by suffix (.tsv, .csv, .jsonl, .parquet), or a text file (.txt), of which each line is its
+own positive. Every error names the file, and the line or row where there is one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import tables
+
+SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet", ".txt")
+_NEGATIVE = re.compile(r"negative(_\d+)?")
+
+
+class Examples(NamedTuple):
+    """Columns anchor and positive, then the negatives; and rows of as many texts."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    supervised: bool  # else each anchor is its own positive
+
+    def triplets(self) -> list[tuple[str, str, str | None]]:
+        """(anchor, positive, negative or None).
+
+        Raises:
+            ValueError: there is more than one column of negatives.
+        """
+        if len(self.columns) > 3:
+            raise ValueError(f"expected at most one column of negatives, got {', '.join(self.columns[2:])}")
+        return [(row[0], row[1], row[2] or None if len(row) > 2 else None) for row in self.rows]
+
+
+def read_examples(path: str | Path) -> Examples:
+    """Of a table the columns ``anchor``, ``positive`` and, in the order in which they stand, ``negative`` or ``negative_1``,
+    ``negative_2``, ...; a negative may be empty in some rows. Of a text file its lines that are not empty.
+
+    Raises:
+        ValueError: the file's suffix is not one of SUFFIXES; it cannot be read, is broken, empty or not UTF-8; a column is
+            missing; an anchor or a positive is empty, or something is no text.
+        ImportError: pyarrow, which reads Parquet, is not installed.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path}: expected a file of {', '.join(SUFFIXES)}, got suffix {suffix!r}")
+    if suffix == ".txt":
+        texts = [line.strip() for _, line in tables.read_lines(path) if line.strip()]
+        if not texts:
+            raise ValueError(f"{path}: expected sentences, got an empty file")
+        return Examples(("anchor", "positive"), [(text, text) for text in texts], supervised=False)
+    columns: tuple[str, ...] = ()
+    rows = []
+    for place, row in _READERS[suffix](path):
+        if not columns:
+            columns = _columns(path, row)
+        values = tuple(row.get(name) or "" for name in columns)
+        for name, value in zip(columns, values, strict=True):
+            if not isinstance(value, str):
+                raise ValueError(f"{path}: {place}: {name}: expected a text, got {value!r}")
+        if not values[0].strip() or not values[1].strip():
+            raise ValueError(f"{path}: {place}: expected an anchor and a positive, got an empty field")
+        rows.append(values)
+    if not rows:
+        raise ValueError(f"{path}: expected rows with columns anchor and positive, got none")
+    return Examples(columns, rows, supervised=True)
+
+
+def _columns(path: str | Path, row: dict[str, Any]) -> tuple[str, ...]:
+    missing = [name for name in ("anchor", "positive") if name not in row]
+    if missing:
+        raise ValueError(f"{path}: expected a column {', '.join(missing)}, got {', '.join(map(str, row)) or 'none'}")
+    return ("anchor", "positive", *(name for name in row if _NEGATIVE.fullmatch(name)))
+
+
+def _read_tsv(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((f"line {line}", row) for line, row in tables.read_table(path, ("anchor", "positive")))
+
+
+def _read_csv(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    place = "line 1"
+
+    def lines() -> Iterator[str]:
+        nonlocal place
+        for number, line in tables.read_lines(path, keep_empty=True):
+            place = f"line {number}"
+            yield line + "\n"
+
+    reader = csv.DictReader(lines(), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"{path}: {place}: expected {len(reader.fieldnames or ())} comma-separated fields")
+            yield place, row
+    except csv.Error as error:
+        raise ValueError(f"{path}: {place} is broken: {error}") from error
+
+
+def _read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in tables.read_lines(path):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number} is not JSON: {error.msg}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: line {number}: expected an object with columns, got {line[:40]!r}")
+        yield f"line {number}", row
+
+
+def _read_parquet(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(f"{path}: pyarrow is not installed: pip install 's2sent_kernels[train]'") from error
+    try:
+        table = parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+    number = 0
+    for batch in table.to_batches():
+        for row in batch.to_pylist():
+            number += 1
+            yield f"row {number}", row
+
+
+_READERS = {".tsv": _read_tsv, ".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

@@ -1,0 +1,307 @@
+"""Fine-tuning of encoder and selector: what it reads, that it learns, goes on and keeps the best, and its errors."""
+
+import json
+
+import pytest
+import torch
+
+from s2sent_kernels.cli import main
+from s2sent_kernels.examples import Examples, read_examples
+
+pa = pytest.importorskip("pyarrow")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+
+from pyarrow import parquet  # noqa: E402
+from sentence_transformers import SentenceTransformer  # noqa: E402
+from sentence_transformers.base.modules import Transformer  # noqa: E402
+
+from s2sent_kernels import frozen, training  # noqa: E402
+from s2sent_kernels.commands import train  # noqa: E402
+from s2sent_kernels.sentence_transformers import S2SentPooling, load  # noqa: E402
+
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "under",
+    "mat",
+    "moon",
+    "is",
+    "bright",
+    "who",
+    "old",
+    "new",
+    "red",
+]
+ROWS = [("a b", 'b, "c"', "d"), ("é", "f", "")]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A random BERT of 2 blocks with a tokenizer of a few words, in a folder."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("encoder")
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def write(path, rows=ROWS, columns=("anchor", "positive", "negative")):
+    if path.suffix == ".tsv":
+        path.write_text("\n".join("\t".join(row) for row in (columns, *rows)) + "\n", encoding="utf-8")
+    elif path.suffix == ".csv":
+        quoted = [",".join('"' + text.replace('"', '""') + '"' for text in row) for row in (columns, *rows)]
+        path.write_text("\n".join(quoted) + "\n", encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(dict(zip(columns, row, strict=True))) for row in rows), encoding="utf-8")
+    else:
+        parquet.write_table(pa.table({name: [row[i] for row in rows] for i, name in enumerate(columns)}), path)
+    return path
+
+
+def sentences(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (5,), generator=generator)) for _ in range(count)]
+
+
+def pairs(count):
+    """Sentences, and the same in other words."""
+    other = dict(zip(WORDS, WORDS[8:] + WORDS[:8], strict=True))
+    return [(text, " ".join(other[word] for word in text.split())) for text in sentences(count)]
+
+
+def make_model(encoder):
+    transformer = Transformer(str(encoder))
+    torch.manual_seed(0)
+    pooling = S2SentPooling.behind(transformer, blocks=None, bottleneck=4, frequencies=4, block_prior=True)
+    return SentenceTransformer(modules=[transformer, pooling], device="cpu")
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".parquet"])
+def test_every_format_gives_the_same_examples(tmp_path, suffix):
+    examples = read_examples(write(tmp_path / f"data{suffix}"))
+    assert examples == Examples(("anchor", "positive", "negative"), ROWS, supervised=True)
+    assert examples.triplets() == [("a b", 'b, "c"', "d"), ("é", "f", None)]
+
+
+def test_several_negatives_and_other_columns(tmp_path):
+    columns = ("id", "negative_2", "positive", "anchor", "negative_1", "negatives")
+    examples = read_examples(write(tmp_path / "data.jsonl", [("1", "n2", "p", "a", "n1", "x")], columns))
+    assert examples == Examples(("anchor", "positive", "negative_2", "negative_1"), [("a", "p", "n2", "n1")], True)
+    with pytest.raises(ValueError, match="at most one column of negatives, got negative_2, negative_1"):
+        examples.triplets()
+
+
+def test_sentences_are_their_own_positives(tmp_path):
+    path = tmp_path / "data.txt"
+    path.write_text("One.\n\n Two.\n", encoding="utf-8")
+    assert read_examples(path) == Examples(("anchor", "positive"), [("One.", "One."), ("Two.", "Two.")], False)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("data.doc", b"a", "expected a file of .tsv, .csv, .jsonl, .parquet, .txt, got suffix '.doc'"),
+        ("data.txt", b"\n \n", "expected sentences, got an empty file"),
+        ("data.txt", b"ok\n\xff\n", "line 2 is not UTF-8"),
+        ("data.tsv", b"", "got an empty file"),
+        ("data.tsv", b"anchor\tother\na\tb\n", "expected a tab-separated column positive"),
+        ("data.csv", b"", "expected rows with columns anchor and positive, got none"),
+        ("data.csv", b"anchor,other\na,b\n", "expected a column positive, got anchor, other"),
+        ("data.csv", b"anchor,positive\na\n", "line 2: expected 2 comma-separated fields"),
+        ("data.csv", b"anchor,positive\na,b,c\n", "line 2: expected 2 comma-separated fields"),
+        ("data.csv", b'anchor,positive\n"a"x,b\n', "line 2 is broken"),
+        ("data.csv", b"anchor,positive\na,b\n\xff,b\n", "line 3 is not UTF-8"),
+        ("data.jsonl", b'{"anchor": "a", "positive": "b"}\n{\n', "line 2 is not JSON"),
+        ("data.jsonl", b"[1]\n", "line 1: expected an object"),
+        ("data.jsonl", b'{"anchor": "a"}\n', "expected a column positive"),
+        ("data.jsonl", b'{"anchor": "a", "positive": 3}\n', "line 1: positive: expected a text, got 3"),
+        ("data.jsonl", b'{"anchor": "a", "positive": " "}\n', "line 1: expected an anchor and a positive"),
+        ("data.parquet", b"PAR1 no", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_broken_files(tmp_path, capsys, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        read_examples(path)
+    assert str(path) in str(caught.value) and message in str(caught.value)
+    assert main(["train", "--data", str(path), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_it_learns_and_what_is_saved_is_what_was_trained(tmp_path, encoder):
+    model = make_model(encoder)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    examples = Examples(("anchor", "positive"), pairs(64), True)
+    recipe = training.Recipe(epochs=15, batch_size=16, learning_rate=3e-3)
+    assert training.fine_tune(model, examples, tmp_path / "out", recipe) is None
+    after = model.state_dict()
+    for part in ("0.", "1.selector."):
+        assert any(name.startswith(part) and not torch.equal(before[name], after[name]) for name in after), part
+    texts, partners = (list(side) for side in zip(*pairs(64), strict=True))
+
+    def accuracy(some):
+        similarity = some.similarity(some.encode(texts), some.encode(partners))
+        return (similarity.argmax(1) == torch.arange(64)).float().mean().item()
+
+    assert accuracy(model) > accuracy(make_model(encoder)) + 0.3
+    loaded = load(tmp_path / "out", device="cpu")
+    assert torch.equal(loaded.encode(texts, convert_to_tensor=True), model.encode(texts, convert_to_tensor=True))
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, encoder, monkeypatch):
+    examples = Examples(
+        ("anchor", "positive", "negative"),
+        [(*pair, other) for pair, other in zip(pairs(24), sentences(24, 1), strict=True)],
+        True,
+    )
+    recipe = training.Recipe(epochs=3, batch_size=8, learning_rate=1e-3)
+    whole = make_model(encoder)
+    training.fine_tune(whole, examples, tmp_path / "whole", recipe)
+
+    class Stop(Exception):
+        pass
+
+    class Interrupt(transformers.TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            if state.epoch and state.epoch > 1.5:
+                raise Stop
+
+    model, plain = make_model(encoder), training._Trainer
+    monkeypatch.setattr(
+        training, "_Trainer", lambda callbacks, **options: plain(callbacks=[*callbacks, Interrupt()], **options)
+    )
+    with pytest.raises(Stop):
+        training.fine_tune(model, examples, tmp_path / "parts", recipe)
+    monkeypatch.setattr(training, "_Trainer", plain)
+    resumed = make_model(encoder)
+    training.fine_tune(resumed, examples, tmp_path / "parts", recipe, resume=True)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_best_epoch_is_kept_and_patience_stops(tmp_path, encoder, monkeypatch):
+    scores = iter([0.3, 0.7, 0.5, 0.4, 0.9])
+    seen = []
+
+    class Evaluator(training.EmbeddingSimilarityEvaluator):
+        def __call__(self, model, *args, **kwargs):
+            seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            return {"dev_spearman_cosine": next(scores)}
+
+    monkeypatch.setattr(training, "EmbeddingSimilarityEvaluator", Evaluator)
+    model = make_model(encoder)
+    recipe = training.Recipe(epochs=5, batch_size=16, learning_rate=1e-3, patience=2)
+    dev = (["a cat", "a dog"], ["the cat", "the moon"], [1.0, 0.0])
+    score = training.fine_tune(
+        model, Examples(("anchor", "positive"), pairs(32), True), tmp_path / "out", recipe, dev=dev
+    )
+    assert score == pytest.approx(70) and len(seen) == 4
+    assert all(torch.equal(tensor, seen[1][name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_selector_has_its_own_learning_rate(tmp_path, encoder):
+    model = make_model(encoder)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    recipe = training.Recipe(epochs=1, batch_size=8, learning_rate=0.0, selector_learning_rate=1e-2)
+    training.fine_tune(model, Examples(("anchor", "positive"), pairs(16), True), tmp_path, recipe)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all(name.startswith("1.selector.") for name in changed)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rows": [("a", "b", "c")]}, "expected two or more"),
+        ({"rows": [("a", "b", "c"), ("d", "e", "c")]}, "expected 64 at once without a text that repeats"),
+        ({"rows": [("a", "b", "c"), ("d", "e", "")]}, "expected every row to have all negatives"),
+        ({"recipe": training.Recipe(patience=2)}, "patience: expected dev"),
+        ({"resume": True}, "resume: expected a checkpoint in"),
+    ],
+)
+def test_what_it_refuses(tmp_path, encoder, change, message):
+    rows = change.pop("rows", [("a", "b", "c"), ("d", "e", "f")])
+    examples = Examples(("anchor", "positive", "negative"), rows, True)
+    with pytest.raises(ValueError, match=message):
+        training.fine_tune(make_model(encoder), examples, tmp_path / "out", **change)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command(tmp_path, encoder, capsys):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(sentences(24)), encoding="utf-8")
+    sts = tmp_path / "sts.tsv"
+    rows = [f"dev\t{i % 5}\t{a}\t{b}" for i, (a, b) in enumerate(zip(sentences(8), sentences(8, seed=1), strict=True))]
+    sts.write_text("split\tscore\tsentence1\tsentence2\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    arguments = [
+        "train", "--data", path, "--model", encoder, "--output", tmp_path / "out", "--blocks", "last:1", "--dev", sts,
+        "--epochs", 1, "--batch-size", 8, "--bottleneck", 4, "--device", "cpu", "--accumulation", 2,
+    ]  # fmt: skip
+    assert main(list(map(str, arguments))) == 0
+    assert f"wrote {tmp_path / 'out'}" in capsys.readouterr().out
+    model = load(tmp_path / "out", device="cpu")
+    assert model[1].blocks == [1] and model[1].selector.block_prior is not None
+    assert main(list(map(str, arguments))) == 2
+    assert "it is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--freeze-encoder", "--patience", "2"], "--patience: not with --freeze-encoder"),
+        (["--freeze-encoder", "--precision", "bfloat16"], "--precision: not with --freeze-encoder"),
+        (["--freeze-encoder", "--resume"], "--resume: not with --freeze-encoder"),
+        (["--cache", "x"], "--cache: only with --freeze-encoder"),
+        (["--prior-learning-rate", "1"], "--prior-learning-rate: only with --freeze-encoder"),
+        (["--resume"], "resume: expected a checkpoint"),
+        (["--patience", "2"], "patience: expected dev"),
+        (["--model", "/nowhere/model"], "there is no such directory"),
+        (["--dev", "/nowhere/sts.tsv"], "cannot be read"),
+        (["--blocks", "last:9"], "'last:N' with N from 1 to 2"),
+    ],
+)
+def test_the_command_refuses(tmp_path, encoder, capsys, options, message):
+    path = write(tmp_path / "data.tsv", pairs(4), ("anchor", "positive"))
+    model = [] if "--model" in options else ["--model", str(encoder)]
+    arguments = ["train", "--data", str(path), "--output", str(tmp_path / "out"), "--device", "cpu", *model, *options]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_frozen_training_needs_pairs(tmp_path, encoder, capsys):
+    path = tmp_path / "texts.txt"
+    path.write_text("a cat\na dog\n", encoding="utf-8")
+    arguments = ["train", "--freeze-encoder", "--data", path, "--model", encoder, "--output", tmp_path / "out"]
+    assert main(list(map(str, arguments))) == 2
+    assert "--freeze-encoder needs pairs" in capsys.readouterr().err
+
+
+def test_defaults_are_the_recipes():
+    recipe = training.Recipe()._asdict()
+    assert {name: recipe[name] for name in train._TUNED} == train._TUNED
+    assert set(train._FROZEN_ONLY) - {"cache"} <= set(frozen.Recipe._fields)
