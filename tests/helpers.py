@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -147,3 +148,33 @@ def through_ops(monkeypatch) -> str:
     monkeypatch.setattr(functional, "choose", choose_ops)
     monkeypatch.setenv("S2SENT_BACKEND", "reference")
     return "auto"
+
+
+WORDS = [
+    "the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "moon", "is", "bright", "who", "old", "new", "red",
+]  # fmt: skip
+
+
+def save_encoder(folder: str | os.PathLike[str], layers: int = 2, size: int = 16) -> None:
+    """A random BERT with a tokenizer of WORDS."""
+    import tokenizers
+    import transformers
+
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary), hidden_size=size, num_hidden_layers=layers, num_attention_heads=2,
+        intermediate_size=2 * size,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder)
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Five of WORDS each."""
+    generator = torch.Generator().manual_seed(seed)
+    return [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (5,), generator=generator)) for _ in range(count)]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers import WORDS, save_encoder, sentences
 
 from s2sent_kernels.cli import main
 from s2sent_kernels.examples import Examples, read_examples
@@ -20,43 +21,14 @@ from s2sent_kernels import frozen, training  # noqa: E402
 from s2sent_kernels.commands import train  # noqa: E402
 from s2sent_kernels.sentence_transformers import S2SentPooling, load  # noqa: E402
 
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "sat",
-    "ran",
-    "on",
-    "under",
-    "mat",
-    "moon",
-    "is",
-    "bright",
-    "who",
-    "old",
-    "new",
-    "red",
-]
 ROWS = [("a b", 'b, "c"', "d"), ("é", "f", "")]
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     """A random BERT of 2 blocks with a tokenizer of a few words, in a folder."""
-    tokenizers = pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("encoder")
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
-    transformers.BertModel(config).save_pretrained(folder)
+    save_encoder(folder)
     return folder
 
 
@@ -71,11 +43,6 @@ def write(path, rows=ROWS, columns=("anchor", "positive", "negative")):
     else:
         parquet.write_table(pa.table({name: [row[i] for row in rows] for i, name in enumerate(columns)}), path)
     return path
-
-
-def sentences(count, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (5,), generator=generator)) for _ in range(count)]
 
 
 def pairs(count):

@@ -1,0 +1,215 @@
+"""Embeddings of files of texts into one file, chunk by chunk: in constant memory, whole or not at all, and going on where an
+interrupted run stopped. The encoding is sentence-transformers'. Needs the extra encode."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .tables import read_lines
+
+try:
+    import pyarrow as pa
+    from pyarrow import parquet
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError(f"{error}: pip install 's2sent_kernels[encode]'") from error
+
+INPUTS, OUTPUTS = (".txt", ".jsonl", ".parquet"), (".parquet", ".npy")
+STDIN = "-"
+Encode = Callable[[list[str]], np.ndarray]  # texts to [rows, D]
+
+
+class Row(NamedTuple):
+    id: Any
+    text: str
+
+
+def read_texts(paths: Sequence[str], column: str = "text", id_column: str | None = None) -> Iterator[Row]:
+    """The texts of files in their order: lines of a text file or of standard input ("-"), empty ones too; a column of JSONL or
+    Parquet. Their ids are the row's number, over all files, or another column's values.
+
+    Raises:
+        ValueError: a file has another suffix, cannot be read, is broken, empty or not UTF-8, lacks a column, or holds something
+            else than texts; names the file and the line or row.
+    """
+    number = 0
+    for path in paths:
+        before = number
+        for place, text, identity in _rows(path, column, id_column):
+            if not isinstance(text, str):
+                raise ValueError(f"{path}: {place}: {column}: expected a text, got {text!r}")
+            yield Row(number if id_column is None else identity, text)
+            number += 1
+        if number == before:
+            raise ValueError(f"{path}: expected texts, got an empty file")
+
+
+def _rows(path: str, column: str, id_column: str | None) -> Iterator[tuple[str, Any, Any]]:
+    suffix = Path(path).suffix.lower()
+    if id_column is not None and (path == STDIN or suffix == ".txt"):
+        raise ValueError(f"{path}: expected columns, of which one is {id_column}, got lines of text")
+    wanted = [column] if id_column is None else [column, id_column]
+    if path == STDIN:
+        for number, line in enumerate(sys.stdin, 1):
+            yield f"line {number}", line.rstrip("\r\n"), None
+    elif suffix == ".txt":
+        for number, line in read_lines(path, keep_empty=True):
+            yield f"line {number}", line, None
+    elif suffix == ".jsonl":
+        for number, line in read_lines(path):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: line {number} is not JSON: {error.msg}") from error
+            if not isinstance(row, dict) or any(name not in row for name in wanted):
+                got = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                raise ValueError(f"{path}: line {number}: expected a column {' and '.join(wanted)}, got {got}")
+            yield f"line {number}", row[column], row.get(id_column or "")
+    elif suffix == ".parquet":
+        yield from _parquet_rows(path, wanted)
+    else:
+        raise ValueError(f"{path}: expected a file of {', '.join(INPUTS)}, got suffix {suffix!r}")
+
+
+def _parquet_rows(path: str, wanted: list[str]) -> Iterator[tuple[str, Any, Any]]:
+    try:
+        with parquet.ParquetFile(path) as file:
+            missing = [name for name in wanted if name not in file.schema_arrow.names]
+            if missing:
+                got = ", ".join(file.schema_arrow.names)
+                raise ValueError(f"{path}: expected a column {' and '.join(missing)}, got {got}")
+            number = 0
+            for batch in file.iter_batches(columns=wanted, batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row[wanted[0]], row[wanted[-1]]
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, ValueError) and str(error).startswith(f"{path}: "):
+            raise
+        raise ValueError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def encode_texts(
+    rows: Iterable[Row],
+    encode: Encode,
+    output: str | os.PathLike[str],
+    *,
+    chunk: int = 4096,
+    key: Any = None,
+    keep_text: bool = False,
+    progress: bool = False,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Writes ``output`` and returns how many rows it has. Parquet has columns ``id``, ``embedding`` (a list of D numbers) and, on
+    request, ``text``; .npy is an array [rows, D].
+
+    Each chunk's result goes into a hidden folder beside the output, which is made of them at the end. With a ``key``, which JSON
+    can hold and which says all that the result depends on, a later call with an equal one begins after the last chunk that is
+    there; chunks of another key are thrown away.
+
+    Raises:
+        ValueError: the output's suffix is not one of OUTPUTS; ids are of several types; what ``rows`` raises.
+    """
+    output = Path(output)
+    if output.suffix.lower() not in OUTPUTS:
+        raise ValueError(f"{output}: expected a file of {', '.join(OUTPUTS)}, got suffix {output.suffix!r}")
+    if keep_text and output.suffix.lower() == ".npy":
+        raise ValueError(f"{output}: an array holds no texts: expected .parquet")
+    parts = _Parts(output, {"key": key, "chunk": chunk, "keep_text": keep_text}, key is not None, say)
+    stream = iter(rows)
+    done = parts.rows()
+    try:
+        for _ in itertools.islice(stream, done):  # read, since errors are theirs, but not encoded
+            pass
+        with tqdm(total=None, initial=done, unit=" texts", disable=not progress, file=sys.stderr) as bar:
+            while some := list(itertools.islice(stream, chunk)):
+                parts.add(some, np.asarray(encode([row.text for row in some])), keep_text)
+                bar.update(len(some))
+    except BaseException:
+        parts.leave()
+        raise
+    return parts.join()
+
+
+class _Parts:
+    """The chunks' results, each a Parquet file, in order; a file is there only when it is whole."""
+
+    def __init__(self, output: Path, key: Any, resumable: bool, say: Callable[[str], None]) -> None:
+        self.output, self.folder = output, output.parent / f".{output.name}.parts"
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        mark = self.folder / "key"
+        known = mark.is_file() and mark.read_text() == digest
+        if self.folder.exists() and not (resumable and known):
+            say(f"{self.folder}: chunks of another run are thrown away")
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not known or not resumable:
+            mark.write_text(digest)
+        elif self.files():
+            say(f"{self.folder}: going on after {self.rows()} texts")
+
+    def files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.parquet"))
+
+    def rows(self) -> int:
+        return sum(parquet.read_metadata(path).num_rows for path in self.files())
+
+    def add(self, rows: list[Row], embeddings: np.ndarray, keep_text: bool) -> None:
+        values = pa.array(embeddings.reshape(-1))
+        columns: dict[str, Any] = {
+            "id": [row.id for row in rows],
+            "embedding": pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1]),
+        }
+        if keep_text:
+            columns["text"] = [row.text for row in rows]
+        try:
+            table = pa.table(columns)
+        except pa.ArrowException as error:
+            raise ValueError(f"ids: expected values of one type: {str(error).splitlines()[0]}") from error
+        place = self.folder / f"{len(self.files()):08d}.parquet"
+        parquet.write_table(table, place.with_suffix(".part"))
+        os.replace(place.with_suffix(".part"), place)
+
+    def leave(self) -> None:
+        """After an error: what there is stays, but no empty folder."""
+        if not self.files():
+            shutil.rmtree(self.folder)
+
+    def join(self) -> int:
+        """The output from all parts; then they are gone."""
+        whole = self.folder / f"whole{self.output.suffix}"
+        count, files = self.rows(), self.files()
+        if self.output.suffix.lower() == ".parquet":
+            schema = parquet.read_schema(files[0])
+            with parquet.ParquetWriter(whole, schema) as writer:
+                for path in files:
+                    table = parquet.read_table(path)
+                    if table.schema != schema:
+                        raise ValueError(f"ids: expected values of one type, got {schema.field('id').type} and another")
+                    writer.write_table(table)
+        else:
+            array = None
+            start = 0
+            for path in files:
+                column = parquet.read_table(path, columns=["embedding"])["embedding"].combine_chunks()
+                part = column.values.to_numpy().reshape(len(column), -1)
+                if array is None:
+                    shape = (count, part.shape[1])
+                    array = np.lib.format.open_memmap(whole, mode="w+", dtype=part.dtype, shape=shape)
+                array[start : start + len(part)] = part
+                start += len(part)
+            assert array is not None
+            array.flush()
+        os.replace(whole, self.output)
+        shutil.rmtree(self.folder)
+        return count
