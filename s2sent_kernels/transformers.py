@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import families, functional, reference, validate
+from . import families, functional, published_model, reference, validate
 from .capture import BLOCK_NORMS, BlockCapture
 from .selector import S2SentSelector
 
 try:
     import transformers
+    from transformers.modeling_outputs import SequenceClassifierOutput
     from transformers.utils import ModelOutput
 except ImportError as error:
     raise ImportError("transformers is not installed: pip install 's2sent_kernels[transformers]'") from error
@@ -34,11 +35,14 @@ class S2SentConfig(transformers.PreTrainedConfig):
         block_norm: str | None = "final",
         pooling: str = "mean",
         selector: dict[str, Any] | None = None,
+        head: bool = False,
+        classifier_dropout: float = 0.1,
         **kwargs: Any,
     ) -> None:
         self.encoder_config, self.encoder_class = encoder_config, encoder_class
         self.blocks = None if blocks is None else list(blocks)
         self.block_norm, self.pooling, self.selector = block_norm, pooling, selector
+        self.head, self.classifier_dropout = head, classifier_dropout
         super().__init__(**kwargs)
 
     @property
@@ -56,8 +60,20 @@ class S2SentOutput(ModelOutput):
     gates: Tensor | None = None
 
 
+class _Head(nn.Module):
+    """tanh(W o + b), which the published code trains behind the embedding."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(size, size)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return torch.tanh(self.dense(embedding))
+
+
 class S2SentModel(transformers.PreTrainedModel):
-    """Sentence embeddings from several blocks of an encoder. Made by ``from_encoder`` or ``from_pretrained``."""
+    """Sentence embeddings from several blocks of an encoder. Made by ``from_encoder``, ``from_published`` or
+    ``from_pretrained``."""
 
     config_class = S2SentConfig
     supports_gradient_checkpointing = (
@@ -73,6 +89,7 @@ class S2SentModel(transformers.PreTrainedModel):
             raise ValueError(f"encoder_class: expected a model class of transformers, got {config.encoder_class!r}")
         self.encoder = encoder_class(transformers.AutoConfig.for_model(**config.encoder_config))
         self.selector = S2SentSelector(**config.selector)
+        self.head = _Head(self.selector.hidden_size) if config.head else None
         self._capture = BlockCapture(self.encoder, config.blocks, block_norm=config.block_norm)
         self.post_init()
 
@@ -107,13 +124,76 @@ class S2SentModel(transformers.PreTrainedModel):
         chosen = families.indices(blocks, len(families.find_blocks(encoder)))
         arguments = {"hidden_size": families.hidden_size(encoder), "num_blocks": len(chosen), **selector}
         fresh = S2SentSelector(**arguments)  # first, since it judges the arguments
-        config = S2SentConfig(encoder.config.to_dict(), type(encoder).__name__, chosen, block_norm, pooling, arguments)
+        return cls._of(encoder, fresh, arguments, chosen, block_norm, pooling)
+
+    @classmethod
+    def from_published(
+        cls,
+        path: str | os.PathLike[str],
+        blocks: Sequence[int] | str | None = None,
+        *,
+        pooling: str = "mean",
+        head: bool = False,
+    ) -> S2SentModel:
+        """A whole checkpoint of the published code (github.com/hggzjx/S2Sent), with its arithmetic (``profile="official"``): a
+        folder with the encoder's config.json and, in model.safetensors or pytorch_model.bin, the encoder under ``bert.`` or
+        ``roberta.``, the selector under ``S2A.`` and the head under ``mlp.``.
+
+        Args:
+            blocks: which blocks the selector was trained on; by default the last, as many as it has.
+            pooling: as it was trained: "mean" is the published "avg".
+            head: apply the head. The published code does so in training, and at evaluation with its pooler "cls" alone.
+
+        The head of a masked language model (``lm_head.``, ``cls.``), which the published training may use beside, is left out.
+
+        Raises:
+            ValueError: there is no such folder or file, it is no BERT or RoBERTa, or a key is missing, unknown or of another
+                shape; names it.
+        """
+        validate.option("pooling", pooling, validate.POOLINGS)
+        encoder, selector, mlp = published_model.read(path)
+        num_blocks = selector.num_blocks
+        chosen = families.indices(
+            f"last:{num_blocks}" if blocks is None else blocks, len(families.find_blocks(encoder))
+        )
+        if len(chosen) != num_blocks:
+            raise ValueError(f"blocks: expected {num_blocks}, as the selector has, got {chosen}")
+        if head and not mlp:
+            raise ValueError(f"head: expected keys mlp. in {path}, there are none")
+        arguments = {
+            "hidden_size": selector.hidden_size, "num_blocks": num_blocks, "bottleneck": selector.bottleneck,
+            "frequencies": selector.frequencies, "profile": "official",
+        }  # fmt: skip
+        model = cls._of(encoder, selector, arguments, chosen, "final", pooling, head)
+        if model.head is not None:
+            model.head.to_empty(device="cpu").load_state_dict(mlp)
+        return model
+
+    @classmethod
+    def _of(
+        cls,
+        encoder: Any,
+        selector: S2SentSelector,
+        arguments: dict[str, Any],
+        chosen: Sequence[int],
+        block_norm: str | None,
+        pooling: str,
+        head: bool = False,
+    ) -> S2SentModel:
+        """A model of these very modules, in eval mode; its head's weights are not there yet."""
+        config = S2SentConfig(
+            encoder.config.to_dict(), type(encoder).__name__, chosen, block_norm, pooling, arguments, head
+        )
         with torch.device("meta"):  # __init__'s own encoder and selector are not those that are wanted
             model = cls(config)
-        model._capture.remove()
-        model.encoder, model.selector = encoder, fresh.to(encoder.device)
+        model.release()
+        model.encoder, model.selector = encoder, selector.to(encoder.device)
         model._capture = BlockCapture(encoder, chosen, block_norm=block_norm)
         return model.eval()
+
+    def release(self) -> None:
+        """Listen no longer to the encoder's blocks; the model cannot run then."""
+        self._capture.remove()
 
     def get_input_embeddings(self) -> Any:
         return self.encoder.get_input_embeddings()
@@ -141,7 +221,8 @@ class S2SentModel(transformers.PreTrainedModel):
     def _fuse(self, encoder_inputs: dict[str, Any], output_tokens: bool, output_gates: bool) -> S2SentOutput:
         pooling = self.config.pooling
         if not (output_tokens or output_gates):
-            return S2SentOutput(embedding=self._capture.pool(self.selector, pooling=pooling, **encoder_inputs))
+            embedding = self._capture.pool(self.selector, pooling=pooling, **encoder_inputs)
+            return S2SentOutput(embedding=embedding if self.head is None else self.head(embedding))
         # One set of gates for all of it: in training each look at the sentences would count as a batch.
         mask = encoder_inputs.get("attention_mask")
         states = self._capture.collect(**encoder_inputs)
@@ -152,12 +233,91 @@ class S2SentModel(transformers.PreTrainedModel):
         )  # fmt: skip
         assert pooled is not None  # with a pooling
         gates = selector._gate(squeezed)
+        embedding = reference.pool(gates, pooled, states[0].dtype)
         return S2SentOutput(
-            embedding=reference.pool(gates, pooled, states[0].dtype),
+            embedding=embedding if self.head is None else self.head(embedding),
             tokens=functional.fuse(states, gates, mask, backend=selector.backend) if output_tokens else None,
             gates=gates if output_gates else None,
         )
 
 
+class S2SentForSequenceClassification(transformers.PreTrainedModel):
+    """A dropout and a linear layer behind the embedding; the loss is transformers' own for ``problem_type``."""
+
+    config_class = S2SentConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: S2SentConfig) -> None:
+        super().__init__(config)
+        self.model = S2SentModel(config)
+        self._add_classifier()
+        self.post_init()
+
+    def _add_classifier(self) -> None:
+        self.dropout = nn.Dropout(self.config.classifier_dropout)
+        self.classifier = nn.Linear(self.model.selector.hidden_size, int(self.config.num_labels or 0))
+
+    @classmethod
+    def from_encoder(
+        cls,
+        path_or_model: str | os.PathLike[str] | transformers.PreTrainedModel,
+        blocks: Sequence[int] | str | None = "last:3",
+        *,
+        num_labels: int = 2,
+        problem_type: str | None = None,
+        classifier_dropout: float = 0.1,
+        **options: Any,
+    ) -> S2SentForSequenceClassification:
+        """A fresh selector and classifier behind an encoder; ``options`` go to ``S2SentModel.from_encoder``.
+
+        Raises:
+            ValueError, TypeError: as ``S2SentModel.from_encoder``.
+        """
+        return cls.from_model(
+            S2SentModel.from_encoder(path_or_model, blocks, **options), num_labels=num_labels, problem_type=problem_type,
+            classifier_dropout=classifier_dropout,
+        )  # fmt: skip
+
+    @classmethod
+    def from_model(
+        cls,
+        model: S2SentModel,
+        *,
+        num_labels: int = 2,
+        problem_type: str | None = None,
+        classifier_dropout: float = 0.1,
+    ) -> S2SentForSequenceClassification:
+        """A fresh classifier behind a model, which is used, not copied."""
+        config = S2SentConfig(
+            **model.config.to_dict() | {"classifier_dropout": classifier_dropout, "problem_type": problem_type},
+            num_labels=num_labels,
+        )
+        with torch.device("meta"):  # but for the classifier, nothing of __init__ is wanted
+            whole = cls(config)
+        whole.model.release()
+        whole.model = model
+        whole._add_classifier()
+        whole.classifier.to(model.device)
+        return whole.eval()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **encoder_inputs: Any,
+    ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
+        """Logits [B, num_labels] and, with ``labels``, the loss."""
+        found = self.model(input_ids, attention_mask, **encoder_inputs)
+        logits = self.classifier(self.dropout(found.embedding))
+        loss = None if labels is None else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        output = SequenceClassifierOutput(loss=loss, logits=logits)
+        return output if return_dict is not False else output.to_tuple()
+
+
 transformers.AutoConfig.register("s2sent", S2SentConfig)
 transformers.AutoModel.register(S2SentConfig, S2SentModel)
+transformers.AutoModelForSequenceClassification.register(S2SentConfig, S2SentForSequenceClassification)
