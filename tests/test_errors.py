@@ -1,0 +1,116 @@
+"""What a person meets first: every command says in one line what is wrong, ends with 2, and leaves nothing behind."""
+
+import pytest
+from helpers import save_encoder
+
+pytest.importorskip("sentence_transformers")
+pytest.importorskip("datasets")
+
+import huggingface_hub
+
+from s2sent_kernels.cli import main
+
+STS = "split\tscore\tsentence1\tsentence2\n" + "".join(f"test\t{i}\ta cat {i}\ta dog {i}\n" for i in range(4))
+TRIPLETS = "anchor\tpositive\n" + "".join(f"a cat {i}\ta dog {i}\n" for i in range(4))
+COMMANDS = {
+    "demo": ["demo", "--file", "texts.txt", "--output-dir", "out"],
+    "train": ["train", "--data", "triplets.tsv", "--output", "out"],
+    "train frozen": ["train", "--freeze-encoder", "--data", "triplets.tsv", "--output", "out", "--cache", "cache"],
+    "evaluate": ["evaluate", "--sts", "sts.tsv", "--output-dir", "out"],
+    "inspect": ["inspect", "--text", "a cat", "--output-dir", "out"],
+    "encode": ["encode", "texts.txt", "--output", "out.npy"],
+}
+FILES = {
+    "train": "triplets.tsv",
+    "train frozen": "triplets.tsv",
+    "evaluate": "sts.tsv",
+    "encode": "texts.txt",
+    "demo": "texts.txt",
+}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    save_encoder(folder)
+    return folder
+
+
+@pytest.fixture
+def fails(tmp_path, monkeypatch, capsys):
+    """Run a command in a folder with good files, expect its error, and return the message."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sts.tsv").write_text(STS)
+    (tmp_path / "triplets.tsv").write_text(TRIPLETS)
+    (tmp_path / "texts.txt").write_text("? a cat\na dog\na cat sat\n")
+
+    def run(name, *options):
+        before = sorted(tmp_path.rglob("*"))
+        assert main([*COMMANDS[name], "--device", "cpu", *map(str, options)]) == 2
+        error = capsys.readouterr().err
+        line = error.strip().splitlines()[-1]
+        assert line.startswith("s2sent: error: ") and "Traceback" not in error
+        assert sorted(tmp_path.rglob("*")) == before
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_model_that_does_not_exist(fails, name):
+    options = ["--selector", "all-MiniLM-L6-v2"] if name == "inspect" else []
+    assert "nowhere/model" in fails(name, "--model", "./nowhere/model", *options)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_network(fails, name, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    options = ["--selector", "all-MiniLM-L6-v2"] if name in ("evaluate", "inspect", "encode") else []
+    assert "somebody/something" in fails(name, "--model", "somebody/something", *options)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"", "empty"), (b"anchor\tpositive\tsplit\nok\tok\tok\n\xff\tb\tc\n", "line 3 is not UTF-8"), (None, FILES)],
+    ids=["empty", "not UTF-8", "missing"],
+)
+def test_files(fails, tmp_path, name, content, message):
+    path = tmp_path / FILES[name]
+    if name == "evaluate" and content:
+        content, message = STS.encode() + b"\xff\n", "line 6 is not UTF-8"
+    if content is None:
+        path.unlink()
+        message = FILES[name]
+    else:
+        path.write_bytes(content)
+    if name == "demo" and content == b"":
+        message = "expected sentences, one a line, found none"
+    assert message in fails(name)
+
+
+@pytest.mark.parametrize("name", ["train", "train frozen", "evaluate"])
+def test_a_file_without_its_columns(fails, tmp_path, name):
+    (tmp_path / FILES[name]).write_text("one\ttwo\na\tb\n")
+    assert "expected a tab-separated column" in fails(name)
+
+
+@pytest.mark.parametrize("name", ["evaluate", "inspect", "encode"])
+def test_a_selector_of_another_shape(fails, encoder, name):
+    line = fails(name, "--model", encoder, "--selector", "all-MiniLM-L6-v2")
+    assert "384" in line or "6" in line
+
+
+@pytest.mark.parametrize("name", ["evaluate", "inspect", "encode"])
+def test_a_selector_that_is_broken_or_not_there(fails, tmp_path, name):
+    assert "nowhere" in fails(name, "--selector", "./nowhere")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    assert "broken" in fails(name, "--selector", tmp_path / "broken")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_output_that_cannot_be_written(fails, tmp_path, name):
+    option = "--output" if name in ("train", "train frozen", "encode") else "--output-dir"
+    target = "texts.txt/out.npy" if name == "encode" else "texts.txt/out"
+    assert "texts.txt" in fails(name, option, target)
