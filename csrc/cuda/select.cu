@@ -252,8 +252,7 @@ __device__ void squeeze_stage(const char* stage, const float* factors, int own, 
 
 // s of sentence b, the ``turn``-th of this cluster, into every block of it, from squeeze's sums.
 template <int SLICE>
-__device__ void bottleneck(
-    const Select& a, const Layout& at, const Block<SLICE>& block, int64_t b, int turn) {
+__device__ void bottleneck(const Select& a, const Layout& at, const Block<SLICE>& block, int64_t b, int turn) {
   constexpr int kQuarter = SLICE / 4;  // of the slice's features, a thread's in a row of W1
   const int thread = block.thread(), half = turn & 1, width = int(a.gate.width), rank = block.rank(), row = thread / 4;
   float* f = block.floats(at.f);
@@ -345,8 +344,8 @@ struct Units {
 // The gates of sentence b, the ``turn``-th of this cluster.
 template <int SLICE, int ROWS, int WIDTH>
 __device__ void excite(
-    const Select& a, const Layout& at, const Block<SLICE>& block, const Up<SLICE, ROWS, WIDTH>& up, const Units<SLICE>& own_units,
-    int b, int turn) {
+    const Select& a, const Layout& at, const Block<SLICE>& block, const Up<SLICE, ROWS, WIDTH>& up,
+    const Units<SLICE>& of, int b, int turn) {
   const int units = int(a.num_blocks) * SLICE, thread = block.thread();
   float* sums = block.floats(at.sums);  // squeeze's are taken when s is there
   wait(block.s(at, turn & 1), turn >> 1 & 1);
@@ -373,7 +372,7 @@ __device__ void excite(
   for (int i = 0; i < kUnits; ++i) {
     const int row = thread + kThreads * i;
     if (row >= units) break;
-    const float e = own_units.unit[i].open(own_units.unit[i].normed(sums[row], own_units.unit[i].inverse(a.gate)));
+    const float e = of.unit[i].open(of.unit[i].normed(sums[row], of.unit[i].inverse(a.gate)));
     sums[row] = expf(e + (a.gate.prior ? a.gate.prior[row / SLICE] : 0.0f));
   }
   __syncthreads();
@@ -449,8 +448,7 @@ __device__ void clear_padding(const Select& a, const Block<SLICE>& block, int b)
 // ---------------------------------------------------------------- all of it
 
 template <class T, int SLICE, int ROWS, int WIDTH, bool LONG>
-__device__ void select_sentences(
-    const Select& a, const Blocks& blocks, const Layout& at, const Block<SLICE>& block) {
+__device__ void select_sentences(const Select& a, const Blocks& blocks, const Layout& at, const Block<SLICE>& block) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   Loader<T, SLICE, LONG> loader(a, blocks, block);
   Ring ring;
@@ -470,7 +468,8 @@ __device__ void select_sentences(
   const int slot = lane / kPiece, piece = lane % kPiece;
   const bool squeezes = warp < int(a.num_blocks) && piece * kPiece < block.features(a);
   const int group = ((warp * kStageTokens + slot * kGroup) * SLICE + piece * kPiece) * int(sizeof(T));
-  const int factors = at.factors + (squeezes ? block.ints(at.parts)[piece] * kStageTokens + slot * kGroup : 0) * int(sizeof(float));
+  const int part = squeezes ? block.ints(at.parts)[piece] : 0;
+  const int factors = at.factors + (part * kStageTokens + slot * kGroup) * int(sizeof(float));
 #pragma unroll 1
   for (int turn = 0;; ++turn) {
     const int b = block.cluster() + turn * block.clusters();
@@ -521,7 +520,8 @@ __device__ void select_sentences(
         wait(block.full(at, ring.stage), ring.round & 1);
         if (two) wait(block.full(at, next.stage), next.round & 1);
       }
-      fuse_stages<T>(a, at, block, block.stage(at, ring), block.stage(at, next), b, c * kStageTokens, length);
+      const char* stage = block.stage(at, ring);
+      fuse_stages<T>(a, at, block, stage, two ? block.stage(at, next) : stage, b, c * kStageTokens, length);
       load();
       leave();
       if (two) leave();
@@ -536,7 +536,7 @@ template <class T, int SLICE, int ROWS, int WIDTH, bool LONG>
 __global__ void __launch_bounds__(kThreads, 1) select_kernel(
     const __grid_constant__ Select a, const __grid_constant__ Blocks blocks, const __grid_constant__ Layout at) {
 #if __CUDA_ARCH__ >= 900
-  extern __shared__ __align__(1024) char memory[];
+  extern __shared__ __align__(128) char memory[];
   const Block<SLICE> block = {memory};
   if (threadIdx.x == 0) {
     for (int i = 0; i < at.stages; ++i) {
@@ -587,7 +587,8 @@ Kernel kernel_for(const Select& a) {
   });
   const int64_t part = a.size / a.parts, slice = slice_of(a.size);
   if (!alike || a.num_blocks > kWarps || pieces(a.size, slice) > kMaxCluster) return nullptr;
-  if (part < 2 * kPiece || !wide<T>(part, a.hidden, a.num_blocks) || !aligned(a.fused)) return nullptr;
+  if (part < 2 * kPiece || !wide<T>(part, a.hidden, a.num_blocks)) return nullptr;
+  if (!aligned(a.fused) || !aligned(a.gate.down_weight)) return nullptr;
   return slice == 48 ? kernel_for<T, 48>(a) : kernel_for<T, 64>(a);
 }
 
@@ -658,9 +659,11 @@ cudaError_t plan_for(const Select& a, Plan& plan) {
 cudaError_t takes(const Select& a, bool always, bool& taken) {
   Plan plan;
   const cudaError_t error = plan_for(a, plan);
-  // Of more rounds of sentences than 2 N / 3 the two-pass kernels make as much or more (bench/NOTES.md): they use all of the GPU,
-  // and here most warps wait while there are fewer than 12 blocks to squeeze.
-  taken = plan.kernel && (always || 3 * a.batch.sentences <= 2 * a.num_blocks * plan.clusters);
+  // Of more rounds of sentences than 2 N / 3 the two-pass kernels make as much or more (bench/NOTES.md): they use all of the
+  // GPU, and here most warps wait while there are fewer than 12 blocks to squeeze.
+  const bool few = 3 * a.batch.sentences <= 2 * a.num_blocks * plan.clusters;
+  const bool fit = a.batch.tokens <= a.batch.sentences * plan.at.stages * kStageTokens;  // where packed, on average
+  taken = plan.kernel && (always || (few && fit));
   return error;
 }
 
