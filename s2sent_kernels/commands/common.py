@@ -46,7 +46,7 @@ def device_of(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        raise UserError(f"device {name!r} cannot be used: {_first_line(error)}") from error
+        raise UserError(f"device {name!r} cannot be used: {first_line(error)}") from error
     return device
 
 
@@ -57,6 +57,13 @@ def check_writable(directory: Path) -> None:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"output directory {directory}: {existing} is not a directory that can be written to")
+
+
+def quiet(transformers: Any) -> None:
+    """Loading says nothing: what goes wrong comes as an error."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
@@ -72,18 +79,16 @@ def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
             path = os.path.expanduser(model)
             if not os.path.isdir(path):
                 raise UserError(f"model {model}: there is no such directory")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    quiet(transformers)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         encoder = transformers.AutoModel.from_pretrained(path, dtype=torch.float32)
     except Exception as error:  # whatever a broken checkpoint makes the loader raise
-        raise UserError(f"model {name} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"model {name} cannot be loaded: {first_line(error)}") from error
     return encoder.to(device).eval(), tokenizer, name
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
