@@ -149,10 +149,11 @@ def _in_eval(pipeline: Pipeline) -> Pipeline:
 
 
 def _example(pipeline: Pipeline) -> tuple[Tensor, Tensor]:
-    """Inputs to trace with: sizes that stand for any, and are neither 1 nor each other's."""
+    """Inputs to trace with: sizes that stand for any, neither 1 nor each other's, and two tensors, since one would become one
+    input."""
     device = next(pipeline.encoder.parameters()).device
-    ids = torch.ones(2, 8, dtype=torch.int64, device=device)
-    return ids, ids
+    input_ids = torch.ones(2, 8, dtype=torch.int64, device=device)
+    return input_ids, torch.ones_like(input_ids)
 
 
 def _require(module: str) -> Any:

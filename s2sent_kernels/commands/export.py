@@ -50,7 +50,12 @@ def run(arguments: argparse.Namespace) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it names what it has no use for, torchvision
     try:
         pipeline = _load(arguments.model, arguments.selector).to(device).eval()
-        pipeline.selector.backend = arguments.backend
+    except UserError:
+        raise
+    except Exception as error:  # whatever a broken checkpoint makes a loader raise
+        raise UserError(common.first_line(error)) from error
+    pipeline.selector.backend = arguments.backend
+    try:
         WRITERS[path.suffix](pipeline, path)
     except OSError as error:
         raise UserError(f"--output {path}: {error.strerror or error}") from error
@@ -75,6 +80,8 @@ def _load(model: str | None, selector: str | None) -> export.Pipeline:
     from ..transformers import S2SentConfig, S2SentModel
 
     kind = S2SentConfig.get_config_dict(folder)[0].get("model_type")
+    if kind is None:
+        raise UserError(f"model {model}: expected a config.json that names a model_type, and there is none")
     if kind != S2SentConfig.model_type:
         raise UserError(f"--selector: expected a folder or a shipped name beside an encoder ({kind}), got none")
     return export.as_pipeline(S2SentModel.from_pretrained(folder))
