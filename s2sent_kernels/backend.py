@@ -94,6 +94,8 @@ def _refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     """Why ``backend`` cannot take tensors of this device and dtype here, or None where it can."""
     if backend == "reference":
         return None
+    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():  # the first is cheap and true in every export
+        return "a graph in ONNX takes no custom ops, the plain PyTorch of 'reference' alone"
     if backend == "native":
         status = _native_status()
         if not status.usable:
@@ -127,7 +129,8 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
     "auto" (or what S2SENT_BACKEND names in its place) takes the fastest one that is usable, judged by device and
     dtype (N and D may join them), never by B or L: the same sentence must not change backends, and so bits, with the batch
-    it stands in. A backend asked for by name works or raises.
+    it stands in. A backend asked for by name works or raises. Within ``torch.onnx.export`` the reference is the only usable
+    one, so that the graph holds PyTorch's own operators.
 
     Raises:
         ValueError: ``backend`` is unknown or cannot take such tensors here; says why.

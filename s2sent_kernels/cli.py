@@ -14,7 +14,7 @@ import torch
 
 from . import __version__, demo
 from .backend import BACKEND_VARIABLE, BACKENDS, backends, choose
-from .commands import encode, evaluate, inspect, train
+from .commands import encode, evaluate, export, inspect, train
 from .commands.common import UserError, positive
 from .validate import DEBUG_VARIABLE
 
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
     about = "print versions, the backends and why they are or are not usable"
     commands.add_parser("doctor", help=about, description=about)
-    for module in (train, evaluate, encode, inspect):
+    for module in (train, evaluate, encode, export, inspect):
         module.add(commands)
     return parser
 

@@ -193,7 +193,8 @@ def s_norm(excited: Tensor, block_prior: Tensor | None, profile: str = "paper") 
     logits = torch.sigmoid(excited)
     if block_prior is not None:
         prior = block_prior.to(logits.dtype)
-        logits = logits + (prior - prior.detach().amax())[:, None]  # c is unbounded
+        # c is unbounded. (amax with its dim: the ONNX exporter has no other.)
+        logits = logits + (prior - prior.detach().amax(dim=0))[:, None]
     weights = logits.exp()
     return weights / (weights.sum() if profile == "official" else weights.sum(dim=1, keepdim=True))
 

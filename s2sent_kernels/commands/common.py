@@ -47,7 +47,7 @@ def device_of(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        raise UserError(f"device {name!r} cannot be used: {_first_line(error)}") from error
+        raise UserError(f"device {name!r} cannot be used: {first_line(error)}") from error
     return device
 
 
@@ -75,13 +75,13 @@ def find_model(model: str | None) -> tuple[str, str]:
 
 def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
     """Encoder, tokenizer and name; ``model`` as in ``find_model``."""
-    transformers = _transformers()
+    transformers = quiet_transformers()
     path, name = find_model(model)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         encoder = transformers.AutoModel.from_pretrained(path, dtype=torch.float32)
     except Exception as error:  # whatever a broken checkpoint makes the loader raise
-        raise UserError(f"model {name} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"model {name} cannot be loaded: {first_line(error)}") from error
     return encoder.to(device).eval(), tokenizer, name
 
 
@@ -89,14 +89,14 @@ def load_transformer(model: str | None, max_length: int | None = None) -> Any:
     """The same as a module of sentence-transformers, on the CPU, that cuts texts off after ``max_length`` tokens."""
     from ..sentence_transformers import SentenceTransformer  # noqa: F401  first, since it names the extra
 
-    _transformers()
+    quiet_transformers()
     path, name = find_model(model)
     from sentence_transformers.base.modules import Transformer
 
     try:
         module = Transformer(path, model_kwargs={"dtype": torch.float32})
     except Exception as error:  # as above
-        raise UserError(f"model {name} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"model {name} cannot be loaded: {first_line(error)}") from error
     if max_length is not None:
         module.max_seq_length = min(max_length, module.max_seq_length or max_length)
     return module
@@ -107,7 +107,7 @@ def load_pipeline(folder: str | os.PathLike[str]) -> tuple[Any, Any] | None:
     saved by a SentenceTransformer with S2SentPooling, or by S2SentModel with its tokenizer beside it. None where the folder
     holds no selector, or there is none: see ``load_model``."""
     path = Path(folder).expanduser()
-    _transformers()
+    quiet_transformers()
     try:
         modules, config = _read_json(path / "modules.json"), _read_json(path / "config.json")
         if any(entry["type"].startswith("s2sent_kernels.") for entry in modules or ()):
@@ -129,15 +129,15 @@ def load_pipeline(folder: str | os.PathLike[str]) -> tuple[Any, Any] | None:
         )
         return SentenceTransformer(modules=[module], device="cpu").eval(), module.auto_model.encoder
     except Exception as error:  # whatever a broken folder makes the loaders raise
-        raise UserError(f"model {folder} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"model {folder} cannot be loaded: {first_line(error)}") from error
 
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _transformers() -> Any:
-    """The library, quiet."""
+def quiet_transformers() -> Any:
+    """The library; loading says nothing: what goes wrong comes as an error."""
     transformers = require("transformers", "transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -145,7 +145,7 @@ def _transformers() -> Any:
     return transformers
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

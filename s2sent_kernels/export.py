@@ -1,0 +1,184 @@
+"""A model as a file: ONNX, or a package of AOTInductor. Both hold the whole pipeline, tokens in and sentence embeddings out, for
+any batch and length.
+
+    export_onnx(model, "model.onnx")    # plain PyTorch's operators; ONNX Runtime and its like. Needs the extra onnx.
+    export_aot(model, "model.pt2")      # compiled for this machine's kind; needs a C++ compiler here
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import validate
+from .capture import BlockCapture
+from .selector import S2SentSelector
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from .transformers import S2SentModel
+
+INPUTS, OUTPUT = ("input_ids", "attention_mask"), "sentence_embedding"
+ONNX_LIMIT = 2**31 - 2**20  # bytes of weights: one protobuf message ends at 2 GiB, and the graph takes its part
+
+
+class Pipeline(nn.Module):
+    """An encoder, a selector behind its blocks and the pooling: what is exported.
+
+    Args:
+        capture: the blocks of the encoder.
+        selector: for as many blocks.
+        pooling: "mean", "cls" or "last".
+        head: what comes behind the embedding, as that of S2SentModel.from_published.
+
+    Raises:
+        ValueError: the selector's N or D is not the capture's, or ``pooling`` is unknown.
+    """
+
+    def __init__(
+        self, capture: BlockCapture, selector: S2SentSelector, pooling: str = "mean", head: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        capture.check(selector)
+        validate.option("pooling", pooling, validate.POOLINGS)
+        self.encoder, self.selector, self.pooling = capture.encoder, selector, pooling
+        self.head, self._capture = head, capture
+        self.training = capture.encoder.training or selector.training
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """o [B, D] from int64 [B, L] and [B, L]."""
+        states = self._capture.collect(input_ids=input_ids, attention_mask=attention_mask)
+        embedding = self.selector.pool(states, attention_mask, pooling=self.pooling)  # one op for the whole selector
+        return embedding if self.head is None else self.head(embedding)
+
+
+def export_onnx(model: S2SentModel | SentenceTransformer | Pipeline, path: str | os.PathLike[str]) -> None:
+    """Write ``model`` as one ONNX file: ``input_ids`` and ``attention_mask``, int64 [batch, length], to
+    ``sentence_embedding`` [batch, D] in the model's dtype. The file is checked, and comes to ``path`` whole or not at all.
+
+    The selector becomes plain PyTorch's operators, whatever backend "auto" takes elsewhere.
+
+    Raises:
+        TypeError, ValueError: the model is none of these, is in training mode, has weights of about 2 GiB or more, its
+            selector asks for a backend by name other than the reference, or the exporter cannot take its encoder.
+        ImportError: onnx or onnxscript is missing; names the extra.
+    """
+    pipeline = _in_eval(as_pipeline(model))
+    onnx = _require("onnx")
+    _require("onnxscript")
+    weights = sum(tensor.nbytes for tensor in pipeline.state_dict().values())
+    if weights > ONNX_LIMIT:
+        raise ValueError(
+            f"model: expected at most {ONNX_LIMIT} bytes of weights, since one ONNX file has no room for more, got {weights}"
+        )
+    names, same = {0: "batch", 1: "length"}, dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
+    try:
+        with torch.no_grad():
+            program = torch.onnx.export(
+                pipeline, _example(pipeline), dynamo=True, dynamic_shapes=(names, same), input_names=INPUTS,
+                output_names=[OUTPUT], verbose=False,
+            )  # fmt: skip
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ValueError(f"model: cannot be exported to ONNX: {_root(error)}") from error
+    assert program is not None  # with dynamo
+    with _written_whole(Path(path), ".onnx") as file:
+        program.save(file, external_data=False)
+        onnx.checker.check_model(file, full_check=True)
+
+
+def export_aot(model: S2SentModel | SentenceTransformer | Pipeline, path: str | os.PathLike[str]) -> None:
+    """Compile ``model`` ahead of time (torch.export, AOTInductor) into one file, which comes to ``path`` whole or not at all:
+
+        import s2sent_kernels                                   # registers the op that the package calls
+        model = torch._inductor.aoti_load_package("model.pt2")
+        embeddings = model(input_ids, attention_mask)           # int64 [B, L] and [B, L] to [B, D]
+
+    The selector stays one op, of the backend that it takes here: the package needs this package, with that backend, where it
+    is loaded. With ``S2SentSelector(backend="reference")`` it is compiled along with the encoder and needs torch alone.
+    It runs on the kind of device that the model is on. It does not check its inputs: more tokens than the encoder has
+    positions give numbers without a meaning, so let the tokenizer truncate.
+
+    Raises:
+        TypeError, ValueError: the model is none of these, or is in training mode.
+        RuntimeError: no C++ compiler, or torch.export cannot take the encoder.
+    """
+    pipeline = _in_eval(as_pipeline(model))
+    axes = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
+    with torch.no_grad():
+        program = torch.export.export(pipeline, _example(pipeline), dynamic_shapes=(axes, axes))
+    with _written_whole(Path(path), ".pt2") as file:
+        torch._inductor.aoti_compile_and_package(program, package_path=file)
+
+
+def as_pipeline(model: S2SentModel | SentenceTransformer | Pipeline) -> Pipeline:
+    """What is exported of a model. A SentenceTransformer is a Transformer and an S2SentPooling; the text's side of it (prompts,
+    truncation) stays with the tokenizer.
+
+    Raises:
+        TypeError, ValueError: the model is none of these; says what it is.
+    """
+    if isinstance(model, Pipeline):
+        return model
+    if isinstance(model, nn.Sequential):
+        from .sentence_transformers import S2SentPooling
+
+        pooling = model[-1] if len(model) == 2 else None
+        if not isinstance(pooling, S2SentPooling) or not pooling.include_prompt or pooling._listener is None:
+            names = ", ".join(type(module).__name__ for module in model)
+            raise ValueError(
+                "model: expected a Transformer and an S2SentPooling that is attached to it and includes prompts, "
+                f"got {names}"
+            )
+        return Pipeline(pooling._listener, pooling.selector, pooling.pooling)
+    from .transformers import S2SentModel
+
+    if isinstance(model, S2SentModel):
+        return Pipeline(model._capture, model.selector, model.config.pooling, model.head)
+    raise TypeError(f"model: expected an S2SentModel, a SentenceTransformer or a Pipeline, got {type(model).__name__}")
+
+
+def _in_eval(pipeline: Pipeline) -> Pipeline:
+    if any(module.training for module in pipeline.modules()):
+        raise ValueError("model: expected it in eval mode, got it in training mode")
+    return pipeline
+
+
+def _example(pipeline: Pipeline) -> tuple[Tensor, Tensor]:
+    """Inputs to trace with: sizes that stand for any, neither 1 nor each other's, and two tensors, since one would become one
+    input."""
+    device = next(pipeline.encoder.parameters()).device
+    input_ids = torch.ones(2, 8, dtype=torch.int64, device=device)
+    return input_ids, torch.ones_like(input_ids)
+
+
+def _require(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} is not installed: pip install 's2sent_kernels[onnx]'") from error
+
+
+def _root(error: BaseException) -> str:
+    """What lies at the bottom of an exporter's error, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _written_whole(path: Path, suffix: str) -> Iterator[str]:
+    """A path to write to; what stands there in the end is moved to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        file = os.path.join(folder, f"model{suffix}")
+        yield file
+        os.replace(file, path)
