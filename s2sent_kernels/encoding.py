@@ -157,6 +157,7 @@ class _Parts:
             mark.write_text(digest)
         elif self.files():
             say(f"{self.folder}: going on after {self.rows()} texts")
+        self.count = len(self.files())
 
     def files(self) -> list[Path]:
         return sorted(self.folder.glob("*.parquet"))
@@ -176,13 +177,14 @@ class _Parts:
             table = pa.table(columns)
         except pa.ArrowException as error:
             raise ValueError(f"ids: expected values of one type: {str(error).splitlines()[0]}") from error
-        place = self.folder / f"{len(self.files()):08d}.parquet"
+        place = self.folder / f"{self.count:08d}.parquet"
         parquet.write_table(table, place.with_suffix(".part"))
         os.replace(place.with_suffix(".part"), place)
+        self.count += 1
 
     def leave(self) -> None:
         """After an error: what there is stays, but no empty folder."""
-        if not self.files():
+        if not self.count:
             shutil.rmtree(self.folder)
 
     def join(self) -> int:

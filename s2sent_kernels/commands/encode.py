@@ -158,6 +158,15 @@ def _key(arguments: argparse.Namespace) -> Any:
     paths = [*arguments.inputs, arguments.model, arguments.selector, arguments.calibration]
     settings = {
         name: getattr(arguments, name)
-        for name in ("column", "id_column", "max_length", "prompt", "normalize", "truncate_dim", "precision")
+        for name in (
+            "column",
+            "id_column",
+            "max_length",
+            "prompt",
+            "normalize",
+            "truncate_dim",
+            "precision",
+            "batch_size",
+        )
     }
     return [__version__, settings, [None if path is None else state(path) for path in paths]]
