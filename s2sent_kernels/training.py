@@ -5,9 +5,14 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
+from . import validate
 from .examples import Examples
 from .sentence_transformers import SentenceTransformer, load
 
@@ -18,11 +23,11 @@ try:
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from sentence_transformers.sentence_transformer.training_args import BatchSamplers
     from transformers import EarlyStoppingCallback
-    from transformers.trainer_utils import get_last_checkpoint
 except ImportError as error:
     raise ImportError(f"{error}: pip install 's2sent_kernels[train]'") from error
 
-CHECKPOINTS = "checkpoints"  # in the output folder
+CHECKPOINTS = "checkpoints"  # in the output folder, until the model is there
+_LISTING = "modules.json"  # what makes a folder a model: ``load`` asks for it
 _SCORE = "dev_spearman_cosine"
 
 
@@ -31,6 +36,7 @@ class Recipe(NamedTuple):
     batch_size: int = 64
     learning_rate: float = 3e-5  # of the encoder
     selector_learning_rate: float = 1e-3  # it starts from nothing
+    prior_learning_rate: float = 1e-2  # one number a block, which starts far from its end
     temperature: float = 0.05
     warmup: float = 0.1  # of all steps
     accumulation: int = 1  # batches a step
@@ -54,26 +60,21 @@ def fine_tune(
     dev: tuple[list[str], list[str], list[float]] | None = None,
     resume: bool = False,
 ) -> float | None:
-    """Trains ``model`` in place on in-batch negatives, and those of the examples; saves it in ``output``, its checkpoints, one an
-    epoch, in a folder below. With ``dev`` (sentences, their partners, scores) the best epoch's weights are kept, and 100 times
-    their Spearman correlation is returned.
+    """Trains ``model`` in place on in-batch negatives, and those of the examples; saves it in ``output``, and until then its
+    checkpoints, one an epoch, in a folder below. With ``dev`` (sentences, their partners, scores) the best epoch's weights are
+    kept, and 100 times their Spearman correlation is returned.
 
-    Several GPUs: start the process by torchrun or accelerate. ``resume`` goes on from the last checkpoint in ``output``.
+    Several GPUs: start the process by torchrun or accelerate; the first one writes. ``resume`` goes on from the last whole
+    checkpoint in ``output``, to the same result as without the interruption.
 
     Raises:
-        ValueError: there are fewer examples than two, or no batch without repeated texts; only some have a negative; the recipe
-            asks for patience without ``dev``; or there is no checkpoint to resume.
+        ValueError: a number of the recipe is out of range, or it asks for patience without ``dev``; there are fewer examples
+            than two, or no batch without repeated texts; only some have a negative; anchors are their own positives and the
+            encoder has no dropout; one process sees several GPUs; there is no checkpoint to resume.
     """
-    if len(examples.rows) < 2:
-        raise ValueError(
-            f"examples: expected two or more, since each is the others' negative, got {len(examples.rows)}"
-        )
-    if any(not text for row in examples.rows for text in row):
-        raise ValueError("examples: expected every row to have all negatives, got empty ones")
-    if recipe.patience is not None and dev is None:
-        raise ValueError("patience: expected dev, whose score it waits for")
+    _check(model, examples, recipe, dev)
     checkpoints = Path(output) / CHECKPOINTS
-    last = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
+    last = _last_checkpoint(checkpoints) if resume else None
     if resume and last is None:
         raise ValueError(f"resume: expected a checkpoint in {checkpoints}, there is none")
     arguments = SentenceTransformerTrainingArguments(
@@ -84,7 +85,7 @@ def fine_tune(
         dataloader_drop_last=True,  # batch statistics of one sentence are none
         gradient_accumulation_steps=recipe.accumulation,
         learning_rate=recipe.learning_rate,
-        learning_rate_mapping={r"\.selector\.": recipe.selector_learning_rate},
+        learning_rate_mapping=_learning_rates(model, recipe),
         warmup_steps=recipe.warmup,
         bf16=recipe.precision == "bfloat16",
         fp16=recipe.precision == "float16",
@@ -101,6 +102,10 @@ def fine_tune(
         report_to="none",
         use_cpu=model.device.type == "cpu",
     )
+    if arguments.n_gpu > 1:  # nn.DataParallel would copy the encoder, and not what listens to it
+        raise ValueError(
+            f"device: expected one GPU a process, got {arguments.n_gpu}: start with torchrun, or set CUDA_VISIBLE_DEVICES"
+        )
     evaluator = None if dev is None else EmbeddingSimilarityEvaluator(*dev, name="dev", write_csv=False)
     callbacks: list[Any] = [] if recipe.patience is None else [EarlyStoppingCallback(recipe.patience)]
     trainer = _Trainer(
@@ -116,8 +121,54 @@ def fine_tune(
     if len(next(iter(trainer.get_train_dataloader()), ())) == 0:
         raise ValueError(f"examples: expected {recipe.batch_size} at once without a text that repeats, there are none")
     trainer.train(resume_from_checkpoint=last)
-    model.eval()
+    trainer.accelerator.wait_for_everyone()  # until nobody reads a checkpoint any more
     if trainer.is_world_process_zero():
-        model.save(str(output))
+        _save(model.eval(), Path(output))
     best = trainer.state.best_metric
     return None if dev is None or best is None else 100 * best
+
+
+def _check(model: SentenceTransformer, examples: Examples, recipe: Recipe, dev: Any) -> None:
+    for name in ("epochs", "batch_size", "accumulation"):
+        validate.positive_int(name, getattr(recipe, name))
+    for name in ("temperature", "selector_learning_rate", "prior_learning_rate"):
+        validate.number(name, getattr(recipe, name))
+        if getattr(recipe, name) <= 0:
+            raise ValueError(f"{name}: expected a positive number, got {getattr(recipe, name)}")
+    validate.option("precision", recipe.precision, ("float32", "bfloat16", "float16"))
+    if len(examples.rows) < 2:
+        raise ValueError(
+            f"examples: expected two or more, since each is the others' negative, got {len(examples.rows)}"
+        )
+    if any(not text for row in examples.rows for text in row):
+        raise ValueError("examples: expected every row to have all negatives, got empty ones")
+    if not examples.supervised and not any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)):
+        raise ValueError("examples: expected positives other than their anchors, since the encoder's dropout is 0")
+    if recipe.patience is not None and dev is None:
+        raise ValueError("patience: expected dev, whose score it waits for")
+    if dev is not None and len(set(dev[2])) < 2:
+        raise ValueError("dev: expected pairs with different scores")
+
+
+def _learning_rates(model: SentenceTransformer, recipe: Recipe) -> dict[str, float]:
+    rates = {r"\.selector\.": recipe.selector_learning_rate}
+    if any(name.endswith(".block_prior") for name, _ in model.named_parameters()):
+        rates[r"\.block_prior$"] = recipe.prior_learning_rate
+    return rates
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest that is whole: the trainer's state is what is written last."""
+    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None if newest is None else str(newest)
+
+
+def _save(model: SentenceTransformer, folder: Path) -> None:
+    """So that half of a model is not taken for one; the checkpoints have done their service."""
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        whole = Path(temporary) / "model"
+        model.save(str(whole))
+        shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(_LISTING), dirs_exist_ok=True)
+        os.replace(whole / _LISTING, folder / _LISTING)
+    shutil.rmtree(folder / CHECKPOINTS)

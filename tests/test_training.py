@@ -125,6 +125,7 @@ def test_it_learns_and_what_is_saved_is_what_was_trained(tmp_path, encoder):
     recipe = training.Recipe(epochs=15, batch_size=16, learning_rate=3e-3)
     assert training.fine_tune(model, examples, tmp_path / "out", recipe) is None
     after = model.state_dict()
+    assert not (tmp_path / "out" / training.CHECKPOINTS).exists()
     for part in ("0.", "1.selector."):
         assert any(name.startswith(part) and not torch.equal(before[name], after[name]) for name in after), part
     texts, partners = (list(side) for side in zip(*pairs(64), strict=True))
@@ -192,10 +193,14 @@ def test_the_best_epoch_is_kept_and_patience_stops(tmp_path, encoder, monkeypatc
 def test_the_selector_has_its_own_learning_rate(tmp_path, encoder):
     model = make_model(encoder)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    recipe = training.Recipe(epochs=1, batch_size=8, learning_rate=0.0, selector_learning_rate=1e-2)
+    rates = {"learning_rate": 0.0, "selector_learning_rate": 1e-12, "prior_learning_rate": 1e-2}
+    recipe = training.Recipe(epochs=1, batch_size=8, **rates)
     training.fine_tune(model, Examples(("anchor", "positive"), pairs(16), True), tmp_path, recipe)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed and all(name.startswith("1.selector.") for name in changed)
+    assert "1.selector.block_prior" in changed and all(name.startswith("1.selector.") for name in changed)
+    assert (model.state_dict()["1.selector.block_prior"] - before["1.selector.block_prior"]).abs().max() > 1e-4
+    down = "1.selector.down.weight"
+    assert (model.state_dict()[down] - before[down]).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -206,6 +211,9 @@ def test_the_selector_has_its_own_learning_rate(tmp_path, encoder):
         ({"rows": [("a", "b", "c"), ("d", "e", "")]}, "expected every row to have all negatives"),
         ({"recipe": training.Recipe(patience=2)}, "patience: expected dev"),
         ({"resume": True}, "resume: expected a checkpoint in"),
+        ({"recipe": training.Recipe(precision="int4")}, "precision: expected one of"),
+        ({"recipe": training.Recipe(epochs=0)}, "epochs: expected a positive"),
+        ({"dev": (["a", "b"], ["c", "d"], [1.0, 1.0])}, "dev: expected pairs with different scores"),
     ],
 )
 def test_what_it_refuses(tmp_path, encoder, change, message):
@@ -213,6 +221,16 @@ def test_what_it_refuses(tmp_path, encoder, change, message):
     examples = Examples(("anchor", "positive", "negative"), rows, True)
     with pytest.raises(ValueError, match=message):
         training.fine_tune(make_model(encoder), examples, tmp_path / "out", **change)
+
+
+def test_sentences_alone_need_dropout(tmp_path, encoder):
+    model = make_model(encoder)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    examples = Examples(("anchor", "positive"), [(text, text) for text in sentences(8)], False)
+    with pytest.raises(ValueError, match="since the encoder's dropout is 0"):
+        training.fine_tune(model, examples, tmp_path / "out")
 
 
 # ---------------------------------------------------------------- the command
@@ -243,7 +261,7 @@ def test_the_command(tmp_path, encoder, capsys):
         (["--freeze-encoder", "--precision", "bfloat16"], "--precision: not with --freeze-encoder"),
         (["--freeze-encoder", "--resume"], "--resume: not with --freeze-encoder"),
         (["--cache", "x"], "--cache: only with --freeze-encoder"),
-        (["--prior-learning-rate", "1"], "--prior-learning-rate: only with --freeze-encoder"),
+        (["--temperature", "0"], "temperature: expected a positive number"),
         (["--resume"], "resume: expected a checkpoint"),
         (["--patience", "2"], "patience: expected dev"),
         (["--model", "/nowhere/model"], "there is no such directory"),

@@ -18,7 +18,7 @@ from . import common
 from .common import UserError, positive
 
 SETTINGS = cache.DEFAULT
-_FROZEN_ONLY = ("prior_learning_rate", "cache")
+_FROZEN_ONLY = ("cache",)
 _TUNED_ONLY = ("selector_learning_rate", "accumulation", "precision", "patience", "resume")
 _PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -57,10 +57,7 @@ def add(commands: Any) -> None:
         )
         command.add_argument(name, type=kind, help=f"{what} (default: {both})")
     command.add_argument("--selector-learning-rate", type=float, help=f"default: {_TUNED['selector_learning_rate']:g}")
-    command.add_argument(
-        "--prior-learning-rate", type=float,
-        help=f"with --freeze-encoder (default: {frozen.DEFAULT.prior_learning_rate:g})",
-    )  # fmt: skip
+    command.add_argument("--prior-learning-rate", type=float, help=f"default: {frozen.DEFAULT.prior_learning_rate:g}")
     command.add_argument("--accumulation", type=positive, help="batches that are one step (default: 1)")
     command.add_argument("--precision", choices=_PRECISIONS, help="autocast (default: float32)")
     command.add_argument("--patience", type=positive, help="stop after so many epochs without a better --dev")
@@ -129,8 +126,8 @@ def _fine_tune(arguments: argparse.Namespace, examples: Examples, dev: list[eval
     recipe = training.Recipe(
         seed=arguments.seed,
         **_given(
-            arguments, "epochs", "batch_size", "temperature", "learning_rate", "selector_learning_rate", "accumulation",
-            "precision", "patience",
+            arguments, "epochs", "batch_size", "temperature", "learning_rate", "selector_learning_rate",
+            "prior_learning_rate", "accumulation", "precision", "patience",
         ),
     )  # fmt: skip
     pairs = None
