@@ -89,7 +89,7 @@ def export_onnx(model: S2SentModel | SentenceTransformer | Pipeline, path: str |
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
         raise ValueError(f"model: cannot be exported to ONNX: {_root(error)}") from error
-    assert program is not None  # with dynamo
+    assert program is not None  # it is where the exporter itself writes no file
     with _written_whole(Path(path), ".onnx") as file:
         program.save(file, external_data=False)
         onnx.checker.check_model(file, full_check=True)
@@ -167,11 +167,11 @@ def _require(module: str) -> Any:
         raise ImportError(f"{module} is not installed: pip install 's2sent_kernels[onnx]'") from error
 
 
-def _root(error: BaseException) -> str:
-    """What lies at the bottom of an exporter's error, in one line."""
+def _root(error: BaseException) -> BaseException:
+    """What lies at the bottom of an exporter's error, whose own message is advice to the exporter's authors."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return error
 
 
 @contextmanager

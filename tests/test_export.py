@@ -218,6 +218,7 @@ def fails(tmp_path, capsys):
     """Run the command, expect its error, return the message; nothing must have been written."""
 
     def run(*arguments, output=tmp_path / "out" / "model.onnx"):
+        capsys.readouterr()  # what the test itself has loaded says so
         assert main(["export", "--device", "cpu", "--output", str(output), *map(str, arguments)]) == 2
         captured = capsys.readouterr()
         assert captured.err.startswith("s2sent: error: ") and captured.err.count("\n") == 1
@@ -284,6 +285,16 @@ def test_a_selector_with_the_blocks_and_the_pooling_that_it_was_trained_for(tmp_
         torch.testing.assert_close(found, expected)
 
 
+def test_the_backend_is_the_one_asked_for_or_the_selectors_own(tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setitem(command.WRITERS, ".pt2", lambda pipeline, path: taken.append(pipeline.selector.backend))
+    make_model(backend="reference").save_pretrained(tmp_path)
+    arguments = ["export", "--model", str(tmp_path), "--output", str(tmp_path / "model.pt2"), "--device", "cpu"]
+    for asked in ([], ["--backend", "native"]):
+        assert main([*arguments, *asked]) == 0
+    assert taken == ["reference", "native"]
+
+
 def test_what_cannot_be_exported(tmp_path):
     for export in (export_onnx, export_aot):
         path = tmp_path / "model"
@@ -327,7 +338,9 @@ def test_models_that_are_not_there(tmp_path, fails):
     assert "got 'nobody'" in fails("--selector", "nobody")
     make_model().save_pretrained(tmp_path / "broken")
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"half")
-    assert fails("--model", tmp_path / "broken")
+    assert fails("--model", tmp_path / "broken").startswith(f"model {tmp_path / 'broken'} cannot be loaded: ")
+    (tmp_path / "broken" / "config.json").write_text("{")
+    assert fails("--model", tmp_path / "broken").startswith(f"model {tmp_path / 'broken'} cannot be loaded: ")
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])

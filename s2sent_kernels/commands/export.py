@@ -31,8 +31,8 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--selector", help="folder or shipped name")
     command.add_argument(
-        "--backend", choices=("auto", *BACKENDS), default="auto",
-        help="of the selector; with reference a FILE.pt2 needs torch alone where it is loaded (default: auto)",
+        "--backend", choices=("auto", *BACKENDS),
+        help="of the selector; with reference a FILE.pt2 needs torch alone where it is loaded (default: its own, or auto)",
     )  # fmt: skip
     command.add_argument("--device", help="a torch device (default: cuda where there is one, else cpu)")
     command.set_defaults(run=run)
@@ -50,12 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it names what it has no use for, torchvision
     try:
         pipeline = _load(arguments.model, arguments.selector).to(device).eval()
-    except UserError:
-        raise
-    except Exception as error:  # whatever a broken checkpoint makes a loader raise
-        raise UserError(common.first_line(error)) from error
-    pipeline.selector.backend = arguments.backend
-    try:
+        if arguments.backend is not None:
+            pipeline.selector.backend = arguments.backend
         WRITERS[path.suffix](pipeline, path)
     except OSError as error:
         raise UserError(f"--output {path}: {error.strerror or error}") from error
@@ -70,21 +66,31 @@ def _load(model: str | None, selector: str | None) -> export.Pipeline:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         raise UserError(f"model {model}: there is no such directory")
+    try:
+        saved = _read(folder)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a broken checkpoint makes a loader raise
+        raise UserError(f"model {model} cannot be loaded: {common.first_line(error)}") from error
+    try:
+        return export.as_pipeline(saved)
+    except ValueError as error:
+        raise UserError(f"{error} (beside an encoder: --selector)") from error
+
+
+def _read(folder: Path) -> Any:
     if (folder / "modules.json").is_file():
         from ..sentence_transformers import load
 
-        try:
-            return export.as_pipeline(load(folder, device="cpu"))
-        except ValueError as error:
-            raise UserError(f"{error} (beside an encoder: --selector)") from error
+        return load(folder, device="cpu")
     from ..transformers import S2SentConfig, S2SentModel
 
     kind = S2SentConfig.get_config_dict(folder)[0].get("model_type")
     if kind is None:
-        raise UserError(f"model {model}: expected a config.json that names a model_type, and there is none")
+        raise UserError(f"model {folder}: expected a config.json that names a model_type, and there is none")
     if kind != S2SentConfig.model_type:
         raise UserError(f"--selector: expected a folder or a shipped name beside an encoder ({kind}), got none")
-    return export.as_pipeline(S2SentModel.from_pretrained(folder))
+    return S2SentModel.from_pretrained(folder)
 
 
 def _encoder_and_selector(model: str | None, name: str) -> export.Pipeline:
