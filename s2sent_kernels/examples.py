@@ -20,18 +20,8 @@ class Examples(NamedTuple):
     """Columns anchor and positive, then the negatives; and rows of as many texts."""
 
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: list[tuple[str, ...]]  # a negative that is empty is none
     supervised: bool  # else each anchor is its own positive
-
-    def triplets(self) -> list[tuple[str, str, str | None]]:
-        """(anchor, positive, negative or None).
-
-        Raises:
-            ValueError: there is more than one column of negatives.
-        """
-        if len(self.columns) > 3:
-            raise ValueError(f"expected at most one column of negatives, got {', '.join(self.columns[2:])}")
-        return [(row[0], row[1], row[2] or None if len(row) > 2 else None) for row in self.rows]
 
 
 def read_examples(path: str | Path) -> Examples:
@@ -51,28 +41,25 @@ def read_examples(path: str | Path) -> Examples:
         if not texts:
             raise ValueError(f"{path}: expected sentences, got an empty file")
         return Examples(("anchor", "positive"), [(text, text) for text in texts], supervised=False)
-    columns: tuple[str, ...] = ()
+    found = list(_READERS[suffix](path))
+    if not found:
+        raise ValueError(f"{path}: expected rows with columns anchor and positive, got none")
+    # An object of JSON may leave out what it does not have: any row may be the first with a negative.
+    names = dict.fromkeys(name for _, row in found for name in row)
+    missing = [name for name in ("anchor", "positive") if name not in names]
+    if missing:
+        raise ValueError(f"{path}: expected a column {', '.join(missing)}, got {', '.join(names) or 'none'}")
+    columns = ("anchor", "positive", *(name for name in names if _NEGATIVE.fullmatch(name)))
     rows = []
-    for place, row in _READERS[suffix](path):
-        if not columns:
-            columns = _columns(path, row)
-        values = tuple(row.get(name) or "" for name in columns)
+    for place, row in found:
+        values = ["" if row.get(name) is None else row[name] for name in columns]
         for name, value in zip(columns, values, strict=True):
             if not isinstance(value, str):
                 raise ValueError(f"{path}: {place}: {name}: expected a text, got {value!r}")
         if not values[0].strip() or not values[1].strip():
             raise ValueError(f"{path}: {place}: expected an anchor and a positive, got an empty field")
-        rows.append(values)
-    if not rows:
-        raise ValueError(f"{path}: expected rows with columns anchor and positive, got none")
+        rows.append(tuple(values))
     return Examples(columns, rows, supervised=True)
-
-
-def _columns(path: str | Path, row: dict[str, Any]) -> tuple[str, ...]:
-    missing = [name for name in ("anchor", "positive") if name not in row]
-    if missing:
-        raise ValueError(f"{path}: expected a column {', '.join(missing)}, got {', '.join(map(str, row)) or 'none'}")
-    return ("anchor", "positive", *(name for name in row if _NEGATIVE.fullmatch(name)))
 
 
 def _read_tsv(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:

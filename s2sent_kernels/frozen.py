@@ -141,7 +141,7 @@ def train(
 
     Args:
         module: an S2SentSelector, or ScalarMix; its device is that of ``features``.
-        anchor, positive, negative: int64 [T], rows; ``negative`` None for pairs, -1 where a triplet has none.
+        anchor, positive, negative: int64 [T], rows; ``negative`` also [T, K]; None for pairs, -1 where there is none.
         score: called before the first epoch and after each; the state of the highest is kept (the last without it).
 
     Raises:
@@ -224,7 +224,7 @@ def fit(
     encoder: nn.Module,
     tokenizer: Any,
     selector: S2SentSelector,
-    triplets: Sequence[tuple[str, str, str | None]],
+    examples: Sequence[tuple[str, ...]],
     *,
     folder: str | Path,
     dev: Sequence[tuple[str, str, float]] | None = None,
@@ -235,18 +235,18 @@ def fit(
     """Encode once (or open the cache), and train ``selector`` in place from it.
 
     Args:
-        triplets: (anchor, positive, hard negative or None).
+        examples: (anchor, positive, hard negatives ...), all of one length; a negative that is empty, or None, is none.
         folder: where caches live.
         dev: (sentence, sentence, score): chooses the epoch.
         settings: of the cache; the selector reads the last N of its blocks.
 
     Raises:
-        ValueError: the selector does not fit the cached blocks, there are fewer than two triplets, or a setting is wrong.
+        ValueError: the selector does not fit the cached blocks, there are fewer than two examples, or a setting is wrong.
     """
     if selector.profile != "paper":
         raise ValueError(f"selector: expected profile 'paper', got {selector.profile!r}")
     cached = cache.make(
-        encoder, tokenizer, [t for row in triplets for t in row if t], folder, settings, progress=progress
+        encoder, tokenizer, [t for row in examples for t in row if t], folder, settings, progress=progress
     )
     if selector.hidden_size != cached.hidden_size:
         raise ValueError(f"selector: expected hidden_size = {cached.hidden_size}, got {selector.hidden_size}")
@@ -263,6 +263,7 @@ def fit(
     features = Features.of(cached, selector.num_blocks, selector.frequencies).to(device)
     if score is not None:
         score = replace(score, features=score.features.to(device))
-    anchor, positive = cached.rows([row[0] for row in triplets]), cached.rows([row[1] for row in triplets])
-    negative = torch.tensor([cached.row(row[2]) if row[2] else -1 for row in triplets])
+    anchor, positive = cached.rows([row[0] for row in examples]), cached.rows([row[1] for row in examples])
+    negatives = [[cached.row(text) if text else -1 for text in row[2:]] for row in examples]
+    negative = torch.tensor(negatives, dtype=torch.int64)
     return train(selector, features, anchor, positive, negative, recipe, score=score)

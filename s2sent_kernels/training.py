@@ -17,6 +17,7 @@ from .examples import Examples
 from .sentence_transformers import SentenceTransformer, load
 
 try:
+    import accelerate  # noqa: F401  the trainer asks for it late, and names another extra
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
@@ -89,8 +90,7 @@ def fine_tune(
         warmup_steps=recipe.warmup,
         bf16=recipe.precision == "bfloat16",
         fp16=recipe.precision == "float16",
-        # Of a text that is its own positive the sampler would see a duplicate.
-        batch_sampler=BatchSamplers.NO_DUPLICATES if examples.supervised else BatchSamplers.BATCH_SAMPLER,
+        batch_sampler=BatchSamplers.NO_DUPLICATES,
         eval_strategy="no" if dev is None else "epoch",
         save_strategy="epoch",
         save_total_limit=2,

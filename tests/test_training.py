@@ -1,6 +1,8 @@
 """Fine-tuning of encoder and selector: what it reads, that it learns, goes on and keeps the best, and its errors."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -65,15 +67,18 @@ def make_model(encoder):
 def test_every_format_gives_the_same_examples(tmp_path, suffix):
     examples = read_examples(write(tmp_path / f"data{suffix}"))
     assert examples == Examples(("anchor", "positive", "negative"), ROWS, supervised=True)
-    assert examples.triplets() == [("a b", 'b, "c"', "d"), ("é", "f", None)]
 
 
 def test_several_negatives_and_other_columns(tmp_path):
     columns = ("id", "negative_2", "positive", "anchor", "negative_1", "negatives")
     examples = read_examples(write(tmp_path / "data.jsonl", [("1", "n2", "p", "a", "n1", "x")], columns))
     assert examples == Examples(("anchor", "positive", "negative_2", "negative_1"), [("a", "p", "n2", "n1")], True)
-    with pytest.raises(ValueError, match="at most one column of negatives, got negative_2, negative_1"):
-        examples.triplets()
+
+
+def test_any_row_may_be_the_first_with_a_negative(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"anchor": "a", "positive": "b"}\n{"anchor": "c", "positive": "d", "negative": "e"}\n')
+    assert read_examples(path).rows == [("a", "b", ""), ("c", "d", "e")]
 
 
 def test_sentences_are_their_own_positives(tmp_path):
@@ -100,6 +105,7 @@ def test_sentences_are_their_own_positives(tmp_path):
         ("data.jsonl", b"[1]\n", "line 1: expected an object"),
         ("data.jsonl", b'{"anchor": "a"}\n', "expected a column positive"),
         ("data.jsonl", b'{"anchor": "a", "positive": 3}\n', "line 1: positive: expected a text, got 3"),
+        ("data.jsonl", b'{"anchor": "a", "positive": "b", "negative": 0}\n', "line 1: negative: expected a text, got 0"),
         ("data.jsonl", b'{"anchor": "a", "positive": " "}\n', "line 1: expected an anchor and a positive"),
         ("data.parquet", b"PAR1 no", "cannot be read"),
     ],
@@ -290,3 +296,46 @@ def test_defaults_are_the_recipes():
     recipe = training.Recipe()._asdict()
     assert {name: recipe[name] for name in train._TUNED} == train._TUNED
     assert set(train._FROZEN_ONLY) - {"cache"} <= set(frozen.Recipe._fields)
+
+
+def test_frozen_training_takes_several_negatives(tmp_path, encoder):
+    from s2sent_kernels import S2SentSelector
+
+    columns = ("anchor", "positive", "negative_1", "negative_2")
+    rows = [(*pair, one, two) for pair, one, two in zip(pairs(8), sentences(8, 1), sentences(8, 2), strict=True)]
+    arguments = ["train", "--freeze-encoder", "--model", encoder, "--device", "cpu", "--cache", tmp_path / "cache"]
+    arguments += ["--bottleneck", 4, "--epochs", 1, "--batch-size", 8]
+    for name, some in (("both", rows), ("one", [(*row[:3], "") for row in rows])):
+        data = write(tmp_path / f"{name}.csv", some, columns)
+        assert main(list(map(str, [*arguments, "--data", data, "--output", tmp_path / name]))) == 0
+    both, one = (S2SentSelector.from_pretrained(tmp_path / name) for name in ("both", "one"))
+    assert not torch.equal(both.up.weight, one.up.weight)
+
+
+def test_sentences_that_repeat_are_not_their_own_negatives(tmp_path, encoder):
+    """Two texts, many times: only batches of two are without a repetition."""
+    examples = Examples(("anchor", "positive"), [(text, text) for text in sentences(2) * 4], False)
+    training.fine_tune(make_model(encoder), examples, tmp_path / "two", training.Recipe(epochs=1, batch_size=2))
+    with pytest.raises(ValueError, match="expected 4 at once without a text that repeats"):
+        training.fine_tune(make_model(encoder), examples, tmp_path / "four", training.Recipe(epochs=1, batch_size=4))
+
+
+def test_a_missing_extra_is_named(tmp_path, encoder, capsys, monkeypatch):
+    path = write(tmp_path / "data.tsv", pairs(4), ("anchor", "positive"))
+    monkeypatch.delitem(sys.modules, "s2sent_kernels.training")
+    monkeypatch.delattr("s2sent_kernels.training")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert main(["train", "--data", str(path), "--model", str(encoder), "--output", str(tmp_path / "out")]) == 2
+    assert "pip install 's2sent_kernels[train]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes(tmp_path, encoder):
+    path = write(tmp_path / "data.tsv", pairs(8), ("anchor", "positive"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["--data", path, "--model", encoder, "--output", tmp_path / "out", "--device", "cpu", "--batch-size", 4]
+    command = [*launch, "-m", "s2sent_kernels.cli", "train", *arguments, "--epochs", 1, "--bottleneck", 4]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") == 1
+    assert load(tmp_path / "out", device="cpu").encode("a cat").shape == (16,)

@@ -6,6 +6,7 @@ sentences if need be. The folder that is written is what `s2sent evaluate` takes
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(str(error)) from error
     except OSError as error:
         raise UserError(f"output folder {arguments.output}: {error.strerror}") from error
-    print(f"wrote {arguments.output}")
+    if _is_first_process():
+        print(f"wrote {arguments.output}")
+
+
+def _is_first_process() -> bool:
+    """Of those that torchrun started: the one that wrote, and that speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -134,7 +141,7 @@ def _fine_tune(arguments: argparse.Namespace, examples: Examples, dev: list[eval
     if dev is not None:
         pairs = ([pair.sentence1 for pair in dev], [pair.sentence2 for pair in dev], [pair.score for pair in dev])
     score = training.fine_tune(model, examples, output, recipe, dev=pairs, resume=bool(arguments.resume))
-    if score is not None:
+    if score is not None and _is_first_process():
         print(f"dev {score:.2f}, the best epoch's")
 
 
@@ -143,7 +150,6 @@ def _train_frozen(arguments: argparse.Namespace, examples: Examples, dev: list[e
         raise UserError(f"{arguments.data}: --freeze-encoder needs pairs: without dropout a sentence is its own copy")
     folder = arguments.cache or "s2sent_cache"
     common.check_writable(Path(folder))
-    triplets = examples.triplets()
     device = common.device_of(arguments.device)
     encoder, tokenizer, name = common.load_model(arguments.model, device)
     blocks = families.indices(arguments.blocks, len(families.find_blocks(encoder)))
@@ -159,7 +165,7 @@ def _train_frozen(arguments: argparse.Namespace, examples: Examples, dev: list[e
         token_frequencies=frozen.token_frequencies(selector),
     )  # fmt: skip
     history = frozen.fit(
-        encoder, tokenizer, selector, triplets, folder=folder, recipe=recipe, settings=settings, progress=True,
+        encoder, tokenizer, selector, examples.rows, folder=folder, recipe=recipe, settings=settings, progress=True,
         dev=None if dev is None else [(pair.sentence1, pair.sentence2, pair.score) for pair in dev],
     )  # fmt: skip
     for epoch, loss in enumerate(history.losses, 1):
@@ -167,6 +173,6 @@ def _train_frozen(arguments: argparse.Namespace, examples: Examples, dev: list[e
         print(f"epoch {epoch}: loss {loss:.4f}{score}{', kept' if epoch == history.kept else ''}")
     about = {
         "encoder": name, "blocks": list(blocks), "pooling": arguments.pooling, "max_length": arguments.max_length,
-        "recipe": recipe._asdict(), "triplets": len(triplets), "epoch": history.kept,
+        "recipe": recipe._asdict(), "triplets": len(examples.rows), "epoch": history.kept,
     }  # fmt: skip
     pretrained.save(selector, arguments.output, about)
