@@ -38,7 +38,9 @@ CUDA_SOURCES = [
     "csrc/cuda/gate_backward.cu", "csrc/cuda/product.cu", "csrc/cuda/select.cu", "csrc/cuda/squeeze.cu",
     "csrc/cuda/squeeze_backward.cu", "csrc/cuda/tokens.cu",
 ]  # fmt: skip
-CUDA_HEADERS = ["csrc/cuda/cluster.cuh", "csrc/cuda/gate.cuh", "csrc/cuda/launch.h", "csrc/cuda/select.cuh", "csrc/cuda/tokens.cuh"]
+CUDA_HEADERS = [
+    "csrc/cuda/cluster.cuh", "csrc/cuda/gate.cuh", "csrc/cuda/launch.h", "csrc/cuda/select.cuh", "csrc/cuda/tokens.cuh",
+]  # fmt: skip
 ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # those of them that nvcc knows, and PTX of the newest
 MINIMUM_TORCH = "2.11"
 TARGET_VERSION = "0x020b000000000000"  # the stable ABI as of MINIMUM_TORCH, whatever newer torch it is built with

@@ -75,7 +75,7 @@ def fine_tune(
     """
     _check(model, examples, recipe, dev)
     checkpoints = Path(output) / CHECKPOINTS
-    last = _last_checkpoint(checkpoints) if resume else None
+    last = last_checkpoint(checkpoints) if resume else None
     if resume and last is None:
         raise ValueError(f"resume: expected a checkpoint in {checkpoints}, there is none")
     arguments = SentenceTransformerTrainingArguments(
@@ -135,6 +135,9 @@ def _check(model: SentenceTransformer, examples: Examples, recipe: Recipe, dev: 
         validate.number(name, getattr(recipe, name))
         if getattr(recipe, name) <= 0:
             raise ValueError(f"{name}: expected a positive number, got {getattr(recipe, name)}")
+    validate.number("learning_rate", recipe.learning_rate)
+    if recipe.learning_rate < 0:
+        raise ValueError(f"learning_rate: expected 0 or more, got {recipe.learning_rate}")
     validate.option("precision", recipe.precision, ("float32", "bfloat16", "float16"))
     if len(examples.rows) < 2:
         raise ValueError(
@@ -157,7 +160,7 @@ def _learning_rates(model: SentenceTransformer, recipe: Recipe) -> dict[str, flo
     return rates
 
 
-def _last_checkpoint(folder: Path) -> str | None:
+def last_checkpoint(folder: Path) -> str | None:
     """The newest that is whole: the trainer's state is what is written last."""
     found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -252,6 +252,7 @@ def test_the_command(tmp_path, encoder, capsys):
         "train", "--data", path, "--model", encoder, "--output", tmp_path / "out", "--blocks", "last:1", "--dev", sts,
         "--epochs", 1, "--batch-size", 8, "--bottleneck", 4, "--device", "cpu", "--accumulation", 2,
     ]  # fmt: skip
+    (tmp_path / "out" / training.CHECKPOINTS / "checkpoint-1").mkdir(parents=True)  # interrupted before it was whole
     assert main(list(map(str, arguments))) == 0
     assert f"wrote {tmp_path / 'out'}" in capsys.readouterr().out
     model = load(tmp_path / "out", device="cpu")
@@ -268,6 +269,7 @@ def test_the_command(tmp_path, encoder, capsys):
         (["--freeze-encoder", "--resume"], "--resume: not with --freeze-encoder"),
         (["--cache", "x"], "--cache: only with --freeze-encoder"),
         (["--temperature", "0"], "temperature: expected a positive number"),
+        (["--learning-rate", "-1"], "learning_rate: expected 0 or more"),
         (["--resume"], "resume: expected a checkpoint"),
         (["--patience", "2"], "patience: expected dev"),
         (["--model", "/nowhere/model"], "there is no such directory"),

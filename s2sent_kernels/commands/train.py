@@ -120,7 +120,10 @@ def _fine_tune(arguments: argparse.Namespace, examples: Examples, dev: list[eval
     from ..sentence_transformers import S2SentPooling, SentenceTransformer
 
     output = Path(arguments.output)
-    if not arguments.resume and output.is_dir() and any(output.iterdir()):
+    found = list(output.iterdir()) if output.is_dir() else []
+    if found == [output / training.CHECKPOINTS] and training.last_checkpoint(found[0]) is None:
+        found = []  # of a run that was interrupted before its first
+    if found and not arguments.resume:
         raise UserError(f"output folder {output}: it is not empty; --resume goes on from a checkpoint in it")
     device = common.device_of(arguments.device)
     transformer = common.load_transformer(arguments.model, arguments.max_length)
