@@ -1,5 +1,8 @@
 """What a person meets first: every command says in one line what is wrong, ends with 2, and leaves nothing behind."""
 
+import subprocess
+import sys
+
 import pytest
 from helpers import save_encoder
 
@@ -114,3 +117,23 @@ def test_an_output_that_cannot_be_written(fails, tmp_path, name):
     option = "--output" if name in ("train", "train frozen", "encode") else "--output-dir"
     target = "texts.txt/out.npy" if name == "encode" else "texts.txt/out"
     assert "texts.txt" in fails(name, option, target)
+
+
+@pytest.mark.parametrize(
+    "name, package, extra",
+    [
+        ("encode", "pyarrow", "encode"), ("encode", "sentence_transformers", "sentence-transformers"),
+        ("train", "sentence_transformers", "sentence-transformers"),
+        ("evaluate", "transformers", "demo"),
+    ],
+)  # fmt: skip
+def test_a_package_that_is_not_installed(tmp_path, name, package, extra):
+    """In a process of its own: here they are loaded."""
+    for file, content in (("sts.tsv", STS), ("triplets.tsv", TRIPLETS), ("texts.txt", "a cat\n")):
+        (tmp_path / file).write_text(content)
+    code = f"import sys; sys.modules[{package!r}] = None; from s2sent_kernels.cli import main; sys.exit(main({COMMANDS[name]!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("s2sent: error: ") and f"s2sent_kernels[{extra}]" in line and "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sts.tsv", "texts.txt", "triplets.tsv"]

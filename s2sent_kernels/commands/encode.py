@@ -50,10 +50,8 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from .. import sentence_transformers  # noqa: F401  these three name their extras
-
     try:
-        from .. import encoding
+        from .. import encoding, sentence_transformers  # noqa: F401  each names its extra
     except ImportError as error:
         raise UserError(str(error)) from error
     output = Path(arguments.output)
