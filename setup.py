@@ -41,7 +41,7 @@ CUDA_SOURCES = [
 CUDA_HEADERS = [
     "csrc/cuda/cluster.cuh", "csrc/cuda/gate.cuh", "csrc/cuda/launch.h", "csrc/cuda/select.cuh", "csrc/cuda/tokens.cuh",
 ]  # fmt: skip
-ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # those of them that nvcc knows, and PTX of the newest
+ARCHITECTURES = ("8.0", "9.0a", "10.0", "12.0")  # those of them that nvcc knows, and PTX of the newest; csrc/cuda/select.cu's "a"
 MINIMUM_TORCH = "2.11"
 TARGET_VERSION = "0x020b000000000000"  # the stable ABI as of MINIMUM_TORCH, whatever newer torch it is built with
 FLAGS = [
@@ -110,7 +110,7 @@ def architectures():
     """TORCH_CUDA_ARCH_LIST where it is unset: those of ARCHITECTURES that nvcc compiles for, and PTX for newer ones."""
     command = [os.path.join(cuda_home(), "bin", "nvcc"), "--list-gpu-code"]
     known = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
-    found = [arch for arch in ARCHITECTURES if "sm_" + arch.replace(".", "") in known]
+    found = [arch for arch in ARCHITECTURES if "sm_" + arch.strip("a").replace(".", "") in known]
     return ";".join(found) + "+PTX"
 
 

@@ -299,13 +299,13 @@ bool select(
       fused.mutable_data_ptr(),
   };
   const Stream stream(sentences.check);
-  bool taken = false;
-  launched(takes(args, always, taken), "select");
-  if (!taken) return false;
+  std::shared_ptr<const SelectPlan> plan;
+  launched(s2sent::cuda::plan(args, always, plan), "select");
+  if (!plan) return false;
   sentences.find(first, true, num_blocks, parts, y, std::nullopt, stream);
   args.batch = sentences.batch;
   args.factors = sentences.factors;
-  launched(s2sent::cuda::select(args, stream), "select");
+  launched(s2sent::cuda::select(args, *plan, stream), "select");
   return true;
 }
 

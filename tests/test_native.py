@@ -318,7 +318,7 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("architecture", ["80", "90", "100", "120"])
+@pytest.mark.parametrize("architecture", ["80", "90a", "100", "120"])
 def test_nvcc_compiles_every_source_without_spills(setup_py, tmp_path, architecture):
     sources = [source for source in setup_py.CUDA_SOURCES if source.endswith(".cu")]
     assert len(sources) > 5

@@ -2,13 +2,15 @@
 // another block of the cluster.
 #pragma once
 
+#include <cuda.h>
+
 #include <cstdint>
 
 namespace s2sent::cuda {
 
 __device__ inline uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
 
-#if __CUDA_ARCH__ >= 900
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 enum SpecialRegister { kThread, kRank, kCluster, kClusters };
 
@@ -21,6 +23,16 @@ __device__ inline uint32_t special_register() {
   if constexpr (WHICH == kCluster) asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(value));
   if constexpr (WHICH == kClusters) asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(value));
   return value;
+}
+
+// A warpgroup's registers a thread from here on: what others have left, or fewer.
+template <int COUNT>
+__device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+__device__ inline void leave_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
 __device__ inline void cluster_wait_for_all() {
@@ -44,6 +56,11 @@ __device__ inline void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// At another block's barrier.
+__device__ inline void arrive_there(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 __device__ inline void arrive_expecting(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -63,11 +80,12 @@ __device__ inline void wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-// Stores a float at ``address`` of another block and counts its bytes at that block's ``barrier``.
-__device__ inline void store_there(uint32_t address, float value, uint32_t barrier) {
+// Stores four floats at ``address`` of another block and counts their bytes at that block's ``barrier``.
+__device__ inline void store_there(uint32_t address, const float (&values)[4], uint32_t barrier) {
   asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
-      "r"(__float_as_uint(value)), "r"(barrier)
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "r"(__float_as_uint(values[0])), "r"(__float_as_uint(values[1])), "r"(__float_as_uint(values[2])),
+      "r"(__float_as_uint(values[3])), "r"(barrier)
       : "memory");
 }
 
@@ -75,8 +93,19 @@ __device__ inline void copy_4(uint32_t to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 
-__device__ inline void copy_16(uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+// A box of a tensor from (x, y, z) on, by the copy engine, which counts its bytes at ``barrier``; 0 beyond the tensor's ends.
+__device__ inline void copy_box(uint32_t to, const CUtensorMap* from, int x, int y, int z, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+          to),
+      "l"(from), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      : "memory");
+}
+
+__device__ inline void copy_row(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+               "r"(bytes), "r"(barrier)
+               : "memory");
 }
 
 #endif

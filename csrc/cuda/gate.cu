@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kWarps * kWarp) bottleneck_kernel(const __grid
   }
 #pragma unroll
   for (int k = 0; k < kSentences; ++k) {
-    if (lane == k && b0 + k < a.sentences) a.bottleneck[(b0 + k) * a.width + h] = activate(a, h, total[k]);
+    if (lane == k && b0 + k < a.sentences) a.bottleneck[(b0 + k) * a.width + h] = activate(a, total[k] + a.down_bias[h]);
   }
 }
 

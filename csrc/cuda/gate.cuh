@@ -42,32 +42,26 @@ cudaError_t allow_shared_memory(Kernel kernel, size_t bytes) {
 // W1 f is summed in slices of this many features.
 __host__ __device__ constexpr int64_t slice_of(int64_t size) { return size % 48 == 0 ? 48 : 64; }
 
-// s from W1 f. tanh in float64 and rounded once; relu(NaN) is NaN.
-__device__ inline float activate(const Gate& a, int64_t h, float sum) {
-  const float t = sum + a.down_bias[h];
+// s from W1 f + b1. tanh in float64 and rounded once; relu(NaN) is NaN.
+__device__ inline float activate(const Gate& a, float t) {
   return a.relu ? (t < 0.0f ? 0.0f : t) : float(tanh(double(t)));
 }
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// What turns W2 s into e at ``row`` of [N, D]. Loading it waits for nothing.
+// What turns W2 s into e at ``row`` of [N, D]. Without a norm these are numbers that change nothing.
 struct Unit {
-  bool norm;
-  float bias, mean, variance, scale, shift;
+  float bias, mean = 0.0f, inverse = 1.0f, scale = 1.0f, shift = 0.0f;
 
-  Unit() = default;
-
-  __device__ Unit(const Gate& a, int row) : norm(a.norm_weight), bias(a.up_bias[row]) {
-    mean = norm ? a.running_mean[row] : 0.0f;
-    variance = norm ? a.running_var[row] : 0.0f;
-    scale = norm ? a.norm_weight[row] : 1.0f;
-    shift = norm ? a.norm_bias[row] : 0.0f;
+  __device__ Unit(const Gate& a, int row) : bias(a.up_bias[row]) {
+    if (!a.norm_weight) return;
+    mean = a.running_mean[row], inverse = 1.0f / sqrtf(a.running_var[row] + a.eps);
+    scale = a.norm_weight[row], shift = a.norm_bias[row];
   }
 
-  __device__ float inverse(const Gate& a) const { return norm ? 1.0f / sqrtf(variance + a.eps) : 1.0f; }
   // The mean first, since it and z may both be far from 0.
-  __device__ float normed(float sum, float inverse) const { return norm ? (sum + bias - mean) * inverse : sum + bias; }
-  __device__ float open(float normed) const { return sigmoid(norm ? fmaf(normed, scale, shift) : normed); }
+  __device__ float normed(float sum) const { return (sum + bias - mean) * inverse; }
+  __device__ float open(float normed) const { return sigmoid(fmaf(normed, scale, shift)); }
 };
 
 // weights [N, S, 32] = exp(e + c) of features from d0 and sentences from b0; sigmoids [N, S, 32] = e where not null, and then
@@ -102,11 +96,11 @@ __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, GateMemory<S>& memo
     }
     const bool inside = lane < rows;
     const Unit unit(a, int(row) + (inside ? lane : 0));
-    const float inverse = unit.inverse(a), prior = a.prior ? a.prior[n] : 0.0f;
+    const float prior = a.prior ? a.prior[n] : 0.0f;
 #pragma unroll
     for (int k = 0; k < S; ++k) {
-      const float z = unit.normed(even[k] + odd[k], inverse);
-      if (BACKWARD && unit.norm && inside && k < sentences) {
+      const float z = unit.normed(even[k] + odd[k]);
+      if (BACKWARD && a.norm_weight && inside && k < sentences) {
         a.normed[(b0 + k) * a.num_blocks * a.size + row + lane] = z;
       }
       const float e = unit.open(z);

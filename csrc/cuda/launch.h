@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -131,10 +132,11 @@ struct Select {
   float* squeezed;  // f [B, D]
   void* fused;      // v, dense, like a hidden state
 };
-// One launch that reads each hidden state once. Whether it takes such a batch (factors are not looked at), and, unless
-// ``always``, whether it is then the faster way.
-cudaError_t takes(const Select& args, bool always, bool& taken);
-cudaError_t select(const Select& args, cudaStream_t stream);
+// One launch that reads each hidden state once. There is a plan for it where it takes such a batch (factors are not looked at)
+// and, unless ``always``, where it is then the faster way.
+struct SelectPlan;
+cudaError_t plan(const Select& args, bool always, std::shared_ptr<const SelectPlan>& plan);
+cudaError_t select(const Select& args, const SelectPlan& plan, cudaStream_t stream);
 
 struct FuseBackward {
   Batch batch;

@@ -8,15 +8,28 @@
 #include "select.cuh"
 
 namespace s2sent::cuda {
+
+struct SelectPlan {
+  void (*kernel)(Select, Hidden, Layout);
+  Layout at;
+  Hidden hidden;
+  int clusters;  // that run at once
+};
+
 namespace {
+
+using Kernel = decltype(SelectPlan::kernel);
 
 Layout layout_of(const Select& a, int most) {
   Layout to = {};
   const int slice = int(slice_of(a.size)), blocks = int(a.num_blocks);
   to.cluster = int(pieces(a.size, slice));
-  to.rows = int(pieces(a.gate.width, to.cluster));
+  const int part = int(a.size / a.parts);
+  for (int d0 = 0; d0 < int(a.size); d0 += slice) {
+    to.stage_parts = std::max(to.stage_parts, (std::min(d0 + slice, int(a.size)) - 1) / part - d0 / part + 1);
+  }
   to.factors = blocks * kStageTokens * slice * 2;
-  to.stage = to.factors + kMaxStageParts * kStageTokens * int(sizeof(float));
+  to.stage = to.factors + to.stage_parts * kStageTokens * int(sizeof(float));
   int place = 0;
   const auto take = [&](int words) {
     const int begin = place;
@@ -27,19 +40,20 @@ Layout layout_of(const Select& a, int most) {
   to.gates = take(blocks * slice);
   to.f = take(slice);
   to.parts = take(slice / kPiece + 1);
-  to.alpha = take(kMaxStageParts * blocks);
-  to.shares = take(2 * to.cluster * to.rows);
-  to.s = take(2 * kMaxWidth);
-  to.barriers = take(2 * (2 * kMaxStages + 4));
-  to.stages = int(std::min<int64_t>(kMaxStages, (most - place) / to.stage));
-  for (int* offset : {&to.sums, &to.gates, &to.f, &to.parts, &to.alpha, &to.shares, &to.s, &to.barriers}) {
+  to.alpha = take(to.stage_parts * blocks);
+  to.prior = take(kWarps + 1);
+  to.width = (int(a.gate.width) + 3) / 4 * 4;
+  to.shares = take(kMaxCluster * to.width);
+  to.s = take(kMaxWidth);
+  to.barriers = take(4);
+  const int barriers = 2 * int(sizeof(uint64_t));  // of a stage
+  to.stages = (most - place) / (to.stage + barriers);
+  for (int* offset : {&to.sums, &to.gates, &to.f, &to.parts, &to.alpha, &to.prior, &to.shares, &to.s, &to.barriers}) {
     *offset += to.stages * to.stage;
   }
-  to.bytes = to.stages * to.stage + place;
+  to.bytes = to.stages * (to.stage + barriers) + place;
   return to;
 }
-
-using Kernel = void (*)(Select, Blocks, Layout);
 
 // The kernel for a batch, or null: what fits registers is how many rows of W2 a thread has a half of, and how long they are.
 template <class T, int SLICE>
@@ -58,29 +72,47 @@ Kernel kernel_for(const Select& a) {
 
 template <class T>
 Kernel kernel_for(const Select& a) {
-  const bool alike = std::all_of(a.hidden, a.hidden + a.num_blocks, [&](const Rows& rows) {
-    return rows.stride_b == a.hidden[0].stride_b && rows.stride_l == a.hidden[0].stride_l;
-  });
   const int64_t part = a.size / a.parts, slice = slice_of(a.size);
-  if (!alike || a.num_blocks > kWarps || pieces(a.size, slice) > kMaxCluster) return nullptr;
+  if (a.num_blocks > kWarps || pieces(a.size, slice) > kMaxCluster) return nullptr;
   if (part < 2 * kPiece || !wide<T>(part, a.hidden, a.num_blocks)) return nullptr;
   if (!aligned(a.fused) || !aligned(a.gate.down_weight)) return nullptr;
   return slice == 48 ? kernel_for<T, 48>(a) : kernel_for<T, 64>(a);
 }
 
-struct Plan {
-  Kernel kernel;  // or null
-  Layout at;
-  int clusters;  // that run at once
-};
+// False where the copy engine does not take such tensors.
+bool describe(const Select& a, Hidden& to) {
+  static const auto encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    cudaGetLastError();  // asked and answered
+    return result == cudaDriverEntryPointSuccess ? decltype(&cuTensorMapEncodeTiled)(found) : nullptr;
+  }();
+  if (!encode) return false;
+  const bool packed = a.batch.packed;
+  const cuuint64_t tokens = cuuint64_t(packed ? a.batch.tokens : a.batch.size);
+  const cuuint64_t sizes[3] = {cuuint64_t(a.size), tokens, cuuint64_t(packed ? 1 : a.batch.sentences)};
+  const cuuint32_t box[3] = {cuuint32_t(slice_of(a.size)), kBoxTokens, 1}, steps[3] = {1, 1, 1};
+  const auto dtype = a.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  for (int n = 0; n < int(a.num_blocks); ++n) {
+    const Rows& rows = to.rows[n] = a.hidden[n];
+    const cuuint64_t row = cuuint64_t(rows.stride_l) * 2;  // bytes
+    const cuuint64_t strides[2] = {row, packed ? tokens * row : cuuint64_t(rows.stride_b) * 2};
+    const CUresult result = encode(
+        &to.maps[n], dtype, 3, const_cast<void*>(rows.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) return false;
+  }
+  return true;
+}
 
-cudaLaunchConfig_t config_of(const Plan& plan, int64_t clusters, cudaLaunchAttribute& cluster, cudaStream_t stream) {
+cudaLaunchConfig_t config_of(const SelectPlan& plan, int64_t clusters, cudaLaunchAttribute& cluster, cudaStream_t stream) {
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = unsigned(plan.at.cluster);
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(plan.at.cluster * clusters));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(kAllThreads);
   config.dynamicSmemBytes = size_t(plan.at.bytes);
   config.stream = stream;
   config.attrs = &cluster;
@@ -88,8 +120,9 @@ cudaLaunchConfig_t config_of(const Plan& plan, int64_t clusters, cudaLaunchAttri
   return config;
 }
 
-// How many clusters run at once on the current device, asked for once; none where it cannot hold one.
-int clusters_at_once(const Plan& plan, int device, int most) {
+// How many clusters run at once on the current device, asked for once; none where it cannot hold one, or where there is but the
+// empty kernel of other architectures than sm_90a, which has no registers to speak of.
+int clusters_at_once(const SelectPlan& plan, int device, int most) {
   static std::mutex mutex;
   static std::map<std::tuple<Kernel, int, int, int>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -100,8 +133,11 @@ int clusters_at_once(const Plan& plan, int device, int most) {
   cudaLaunchAttribute cluster = {};
   const cudaLaunchConfig_t config = config_of(plan, 1, cluster, nullptr);
   int clusters = 0;
+  cudaFuncAttributes attributes = {};
+  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess && attributes.numRegs < kLoaderRegisters) return known[key] = 0;
   // The most there is: other batches of this kernel take other sizes.
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
   if (error != cudaSuccess) {
@@ -111,8 +147,10 @@ int clusters_at_once(const Plan& plan, int device, int most) {
   return known[key] = clusters;
 }
 
-cudaError_t plan_for(const Select& a, Plan& plan) {
-  plan = {};
+}  // namespace
+
+cudaError_t plan(const Select& a, bool always, std::shared_ptr<const SelectPlan>& result) {
+  result.reset();
   if (a.dtype == DType::kFloat32 || a.batch.tokens == 0 || a.batch.sentences == 0 || a.batch.sentences > INT32_MAX) {
     return cudaSuccess;
   }
@@ -120,37 +158,28 @@ cudaError_t plan_for(const Select& a, Plan& plan) {
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess || major < 9) return error;
-  plan.at = layout_of(a, most);
+  if (error != cudaSuccess || major != 9) return error;
+  SelectPlan found = {};
+  found.at = layout_of(a, most);
   const int64_t length = a.batch.packed ? 1 : a.batch.size;
-  if (plan.at.stages < 2 || pieces(length, kStageTokens) > plan.at.stages) return cudaSuccess;
-  plan.kernel = a.dtype == DType::kBFloat16 ? kernel_for<__nv_bfloat16>(a) : kernel_for<__half>(a);
-  if (plan.kernel) plan.clusters = clusters_at_once(plan, device, most);
-  if (plan.clusters == 0) plan.kernel = nullptr;
+  if (found.at.stages < 2 || pieces(length, kStageTokens) > found.at.stages) return cudaSuccess;
+  found.kernel = a.dtype == DType::kBFloat16 ? kernel_for<__nv_bfloat16>(a) : kernel_for<__half>(a);
+  if (!found.kernel) return cudaSuccess;
+  found.clusters = clusters_at_once(found, device, most);
+  if (found.clusters == 0) return cudaSuccess;
+  // Of more rounds of sentences than 2 N / 3 the two-pass kernels make as much or more (bench/NOTES.md): they use all of the
+  // GPU, and here most warps wait while there are fewer than 12 blocks to squeeze.
+  const bool few = 3 * a.batch.sentences <= 2 * a.num_blocks * found.clusters;
+  const bool fit = a.batch.tokens <= a.batch.sentences * found.at.stages * kStageTokens;  // where packed, on average
+  if ((always || (few && fit)) && describe(a, found.hidden)) result = std::make_shared<const SelectPlan>(found);
   return cudaSuccess;
 }
 
-}  // namespace
-
-cudaError_t takes(const Select& a, bool always, bool& taken) {
-  Plan plan;
-  const cudaError_t error = plan_for(a, plan);
-  // Of more rounds of sentences than 2 N / 3 the two-pass kernels make as much or more (bench/NOTES.md): they use all of the
-  // GPU, and here most warps wait while there are fewer than 12 blocks to squeeze.
-  const bool few = 3 * a.batch.sentences <= 2 * a.num_blocks * plan.clusters;
-  const bool fit = a.batch.tokens <= a.batch.sentences * plan.at.stages * kStageTokens;  // where packed, on average
-  taken = plan.kernel && (always || (few && fit));
-  return error;
-}
-
-cudaError_t select(const Select& a, cudaStream_t stream) {
-  Plan plan;
-  const cudaError_t error = plan_for(a, plan);
-  if (error != cudaSuccess || !plan.kernel) return error == cudaSuccess ? cudaErrorInvalidValue : error;
+cudaError_t select(const Select& a, const SelectPlan& plan, cudaStream_t stream) {
   cudaLaunchAttribute cluster = {};
   const int64_t clusters = std::min<int64_t>(plan.clusters, a.batch.sentences);
   const cudaLaunchConfig_t config = config_of(plan, clusters, cluster, stream);
-  return cudaLaunchKernelEx(&config, plan.kernel, a, Blocks(a.hidden, a.num_blocks), plan.at);
+  return cudaLaunchKernelEx(&config, plan.kernel, a, plan.hidden, plan.at);
 }
 
 }  // namespace s2sent::cuda

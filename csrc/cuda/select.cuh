@@ -1,10 +1,10 @@
-// squeeze, gate and fuse in one read of the hidden states (sm_90 and newer).
+// squeeze, gate and fuse in one read of the hidden states (sm_90a).
 //
 // A cluster of blocks holds one sentence: each block the N x l x slice_of(D) numbers of its slice of features, in a ring of
 // stages of kStageTokens tokens. squeeze adds the stages as they come; fuse adds them again under the gates, and each stage that
-// it has left is filled with the next sentence's tokens, which so arrive while this one is gated and summed. The slice's
-// weights stay in registers. Between the blocks travel W1 f, of which each has its slice's share, and s: every block ends the
-// sums of a few rows of W1 and tells all. A sentence longer than the ring is read twice. Clusters take sentences in turn.
+// it has left is filled with the next sentence's tokens by the copy engine, for which some warps do nothing but ask. The slice's
+// weights stay in registers. Between the blocks travels W1 f alone: each tells all others its slice's share, and all end the sums.
+// A sentence longer than the ring is read twice. Clusters take sentences in turn.
 //
 // Orders of summation are those of squeeze.cu, gate.cu and fuse.cu, and so are the bits.
 
@@ -21,9 +21,11 @@ constexpr int kGroup = 8;
 constexpr int kPiece = 8;   // features that a thread squeezes
 constexpr int kChunk = 64;  // groups of a slot after which squeeze.cu closes a running sum
 constexpr int kWarps = 12;  // of which each squeezes one of the N blocks
-constexpr int kThreads = kWarps * kWarp;
-constexpr int kMaxStages = 48;
-constexpr int kMaxStageParts = 4;  // parts of the frequencies that a slice may touch
+constexpr int kThreads = kWarps * kWarp;  // that compute
+constexpr int kLoaders = 4;               // warps that load: a warpgroup, whose registers the others take
+constexpr int kAllThreads = kThreads + kLoaders * kWarp;
+constexpr int kRegisters = 160, kLoaderRegisters = 32;  // 3 x 160 + 32 is 512, a quarter of what 128 threads have
+constexpr int kBoxTokens = 16;            // that are copied at once where they stand together
 constexpr int kMaxCluster = 16;
 constexpr int kMaxWidth = 88;  // H: what D = 1024 has by default; four threads a row of W1
 
@@ -34,16 +36,24 @@ struct Layout {
   int sums, gates;    // float [N, slice]
   int f;              // float [slice]
   int parts;          // int [slice / kPiece]: which of the slice's parts of frequencies a piece is in; then the first of them
-  int alpha;          // float [kMaxStageParts, N]
-  int shares;         // float [2][cluster][rows]: W1 f of this block's rows, from every block
-  int s;              // float [2][2][kMaxWidth / 2]: even and odd h
-  int barriers;       // full[stages], empty[stages], shares[2], s[2]
+  int alpha;          // float [parts, N]
+  int prior;          // float [kWarps + 1], N of them used
+  int shares;         // float [kMaxCluster, width]: W1 f, of every block's features
+  int s;              // float [2, kMaxWidth / 2]: even and odd h
+  int barriers;       // shares, taken, full[stages], empty[stages]
   int bytes;
-  int rows;           // of W1 that a block ends
+  int stage_parts;    // of the frequencies, that a slice touches at most
   int cluster;
+  int width;          // H, and up to three zeros more
 };
 
-#if __CUDA_ARCH__ >= 900
+// Where the hidden states stand, and the same as the copy engine takes it: boxes of [kBoxTokens, slice].
+struct Hidden {
+  CUtensorMap maps[kWarps];
+  Rows rows[kWarps];
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // A place in the ring, and how often it went round.
 struct Ring {
@@ -87,92 +97,72 @@ struct Block {
   __device__ float* floats(int offset) const { return reinterpret_cast<float*>(memory + offset); }
   __device__ int* ints(int offset) const { return reinterpret_cast<int*>(memory + offset); }
   __device__ const char* stage(const Layout& at, const Ring& ring) const { return memory + ring.stage * at.stage; }
-  __device__ uint32_t full(const Layout& at, int stage) const { return address(at.barriers + stage * 8); }
-  __device__ uint32_t empty(const Layout& at, int stage) const { return full(at, kMaxStages + stage); }
-  __device__ uint32_t shares(const Layout& at, int half) const { return full(at, 2 * kMaxStages + half); }
-  __device__ uint32_t s(const Layout& at, int half) const { return full(at, 2 * kMaxStages + 2 + half); }
+  __device__ uint32_t shares(const Layout& at) const { return address(at.barriers); }     // are here
+  __device__ uint32_t taken(const Layout& at) const { return address(at.barriers + 8); }  // from all blocks' memory
+  __device__ uint32_t full(const Layout& at, int stage) const { return address(at.barriers + 16 + stage * 8); }
+  __device__ uint32_t empty(const Layout& at, int stage) const { return full(at, at.stages + stage); }
 };
 
 __device__ inline int chunks_of(int length) { return (length + kStageTokens - 1) / kStageTokens; }
 
+// Waits for all threads that compute.
+__device__ inline void wait_for_all() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
+
 // ---------------------------------------------------------------- load
 
-// Fills the stages in the order in which they are used. LONG: there may be sentences that are longer than the ring.
-template <class T, int SLICE, bool LONG>
-struct Loader {
-  static constexpr int kAcross = SLICE * int(sizeof(T)) / 16;  // copies of 16 bytes that are a row
-  static constexpr int kFillers = kStageTokens * kAcross;      // threads that fill a stage, for all of the N
-  static constexpr int kTogether = kThreads / kFillers;        // stages at once
-  Ring ring;
-  int b, length, r0;    // what comes next: the tokens of sentence b from r0 on
-  int64_t base;         // where it begins, in elements
-  bool again;           // a long sentence's second read
-
-  __device__ Loader(const Select& a, const Blocks& blocks, const Block<SLICE>& block) : b(block.cluster()) {
-    find(a, blocks, block);
-  }
-
-  // The first sentence from b on that has tokens.
-  __device__ void find(const Select& a, const Blocks& blocks, const Block<SLICE>& block) {
-    r0 = 0, again = false;
-    for (; b < int(a.batch.sentences); b += block.clusters()) {
-      length = int(length_of(a.batch, b));
-      if (length == 0) continue;
-      base = a.batch.packed ? a.batch.starts[b] * blocks.rows[0].stride_l : b * blocks.rows[0].stride_b;
-      return;
-    }
-  }
-
-  // The next ``count`` stages, as far as there are sentences; each once all warps have left it.
-  __device__ void run(const Select& a, const Blocks& blocks, const Layout& at, const Block<SLICE>& block, int count) {
-#pragma unroll 1
-    while (count > 0 && b < int(a.batch.sentences)) {
-      const int mine = block.thread() / kFillers;  // of the stages that are filled together
-      const int together = min(min(count, kTogether), chunks_of(length - r0));
-      if (mine < together) {
-        Ring here = ring;
-        if (mine) here.advance(at.stages);
-        if (here.round) wait(block.empty(at, here.stage), (here.round - 1) & 1);
-        fill(a, blocks, at, block, here.stage, r0 + mine * kStageTokens);
-        arrive_after_copies(block.full(at, here.stage));
-      }
-      ring.advance(at.stages);
-      if (together > 1) ring.advance(at.stages);
-      count -= together;
-      r0 += together * kStageTokens;
-      if (r0 < length) continue;
-      if (LONG && !again && chunks_of(length) > at.stages) {
-        r0 = 0, again = true;
-      } else {
-        b += block.clusters();
-        find(a, blocks, block);
-      }
-    }
-  }
-
-  // A stage's rows and factors.
-  __device__ void fill(
-      const Select& a, const Blocks& blocks, const Layout& at, const Block<SLICE>& block, int where, int first) const {
-    const int thread = block.thread() % kFillers, token = thread / kAcross, r = first + token;
-    const int d = block.d0() + thread % kAcross * (16 / int(sizeof(T)));
-    const uint32_t stage = block.address(where * at.stage);
-    if (r < length && d < int(a.size)) {
-      const int l = a.batch.places ? a.batch.places[b * a.batch.size + r] : r;
-      const int64_t place = base + l * blocks.rows[0].stride_l + d;  // all of the N have these strides
-#pragma unroll
-      for (int n = 0; n < kWarps; ++n) {
-        if (n >= int(a.num_blocks)) break;
-        copy_16(stage + thread * 16 + n * (kFillers * 16), static_cast<const T*>(blocks.rows[n].data) + place);
-      }
-    }
+// This warp's share of a stage's rows, the real tokens of sentence b from r0 on, and the first warp's factors.
+template <class T, int SLICE>
+__device__ void fill_stage(
+    const Select& a, const Hidden& hidden, const Layout& at, const Block<SLICE>& block, int where, int64_t b, int r0,
+    int length) {
+  constexpr int kRow = SLICE * int(sizeof(T));
+  const int lane = block.thread() % kWarp, warp = (block.thread() - kThreads) / kWarp;
+  const int count = min(kStageTokens, length - r0), blocks = int(a.num_blocks);
+  const uint32_t stage = block.address(where * at.stage), full = block.full(at, where);
+  const int32_t* places = a.batch.places ? a.batch.places + b * a.batch.size + r0 : nullptr;
+  const int first = places ? places[0] : r0;
+  const bool together = !places || places[count - 1] - first == count - 1;
+  const int boxes = (count + kBoxTokens - 1) / kBoxTokens, bytes = block.features(a) * int(sizeof(T));
+  if (warp == 0) {
+    if (lane == 0) arrive_expecting(full, uint32_t(blocks * (together ? boxes * kBoxTokens * kRow : count * bytes)));
     const int* parts = block.ints(at.parts);
-    const int part = thread / kStageTokens, q = first + thread % kStageTokens;
-    if (part < kMaxStageParts && part <= parts[SLICE / kPiece - 1] && q < length) {
-      const float* from = factors_of(a.factors, a.batch, b, parts[SLICE / kPiece] + part) + q;
-      copy_4(stage + at.factors + thread * int(sizeof(float)), from);
+    for (int part = 0; lane < count && part <= parts[SLICE / kPiece - 1]; ++part) {
+      const float* from = factors_of(a.factors, a.batch, b, parts[SLICE / kPiece] + part) + r0 + lane;
+      copy_4(stage + at.factors + (part * kStageTokens + lane) * int(sizeof(float)), from);
+    }
+    arrive_after_copies(full);
+  }
+  if (together) {
+    const int n = lane / 2 * kLoaders + warp, token = lane % 2 * kBoxTokens;
+    if (n >= blocks || token >= count) return;
+    const int y = first + token + (a.batch.packed ? a.batch.starts[b] : 0), z = a.batch.packed ? 0 : int(b);
+    copy_box(stage + (n * kStageTokens + token) * kRow, &hidden.maps[n], block.d0(), y, z, full);
+  } else {
+    for (int n = warp; lane < count && n < blocks; n += kLoaders) {
+      const Rows& rows = hidden.rows[n];
+      const T* from = static_cast<const T*>(rows.data) + b * rows.stride_b + places[lane] * rows.stride_l + block.d0();
+      copy_row(stage + (n * kStageTokens + lane) * kRow, from, uint32_t(bytes), full);
     }
   }
-};
+}
+
+// The work of the last warps: fill the stages in the order in which they are used, each once all others have left it. LONG:
+// there may be sentences that are longer than the ring.
+template <class T, int SLICE, bool LONG>
+__device__ void load_sentences(const Select& a, const Hidden& hidden, const Layout& at, const Block<SLICE>& block) {
+  Ring ring;
+#pragma unroll 1
+  for (int b = block.cluster(); b < int(a.batch.sentences); b += block.clusters()) {
+    const int length = int(length_of(a.batch, b)), chunks = chunks_of(length);
+    const int fills = LONG && chunks > at.stages ? 2 * chunks : chunks;
+#pragma unroll 1
+    for (int c = 0; c < fills; ++c) {
+      if (ring.round) wait(block.empty(at, ring.stage), (ring.round - 1) & 1);
+      fill_stage<T>(a, hidden, at, block, ring.stage, b, (c < chunks ? c : c - chunks) * kStageTokens, length);
+      ring.advance(at.stages);
+    }
+  }
+}
 
 // ---------------------------------------------------------------- squeeze
 
@@ -216,61 +206,111 @@ __device__ void squeeze_stage(const char* stage, const float* factors, int own, 
   }
 }
 
+// Each of the N, S_n of a sentence, into shared memory: a warp a block, eight lanes a slot. ``come`` waits for a stage, ``leave``
+// goes on to the next.
+template <class T, int SLICE, class Come, class Leave>
+__device__ void squeeze_sentence(
+    const Select& a, const Layout& at, const Block<SLICE>& block, int length, const Ring& ring, const Come& come,
+    const Leave& leave) {
+  const int lane = block.thread() % kWarp, n = block.thread() / kWarp, slot = lane / kPiece, piece = lane % kPiece;
+  const bool squeezes = n < int(a.num_blocks) && piece * kPiece < block.features(a);
+  const int group = ((n * kStageTokens + slot * kGroup) * SLICE + piece * kPiece) * int(sizeof(T));
+  const int part = squeezes ? block.ints(at.parts)[piece] : 0;
+  const int factors = at.factors + (part * kStageTokens + slot * kGroup) * int(sizeof(float));
+  float sums[kPiece] = {};
+  volatile float closed[kPiece];  // rarely used: in local memory
+#pragma unroll 1
+  for (int c = 0; c < chunks_of(length); ++c) {
+    if (c && c % kChunk == 0) {
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) closed[i] = (c == kChunk ? 0.0f : closed[i]) + sums[i], sums[i] = 0.0f;
+    }
+    come(ring);
+    const char* stage = block.stage(at, ring);
+    const int own = length - c * kStageTokens - slot * kGroup;
+    if (squeezes) squeeze_stage<T, SLICE>(stage + group, reinterpret_cast<const float*>(stage + factors), own, sums);
+    leave();
+  }
+#pragma unroll
+  for (int i = 0; i < kPiece; ++i) {
+    sums[i] = (chunks_of(length) > kChunk ? closed[i] : 0.0f) + sums[i];
+    sums[i] += __shfl_xor_sync(~0u, sums[i], 8);  // the slots as a tree
+    sums[i] += __shfl_xor_sync(~0u, sums[i], 16);
+  }
+  if (squeezes && slot == 0) store_floats(sums, block.floats(at.sums) + n * SLICE + piece * kPiece);
+}
+
 // ---------------------------------------------------------------- gate
 
-// s of sentence b, the ``turn``-th of this cluster, into every block of it, from squeeze's sums.
+// A quarter of the slice's features in a row of W1, that of thread / 4.
 template <int SLICE>
-__device__ void bottleneck(const Select& a, const Layout& at, const Block<SLICE>& block, int64_t b, int turn) {
-  constexpr int kQuarter = SLICE / 4;  // of the slice's features, a thread's in a row of W1
-  const int thread = block.thread(), half = turn & 1, width = int(a.gate.width), rank = block.rank(), row = thread / 4;
-  float* f = block.floats(at.f);
-  float weight[kQuarter];
+struct Down {
+  float weight[SLICE / 4];
+
+  __device__ Down(const Select& a, const Block<SLICE>& block) {
+    const int thread = block.thread(), row = thread / 4;
 #pragma unroll
-  for (int k = 0; k < kQuarter; k += 4) {
-    const int d = thread % 4 * kQuarter + k;
-    const float* from = a.gate.down_weight + row * a.size + block.d0() + d;
-    const float4 four = row < width && d < block.features(a) ? __ldg(reinterpret_cast<const float4*>(from)) : float4();
-    weight[k] = four.x, weight[k + 1] = four.y, weight[k + 2] = four.z, weight[k + 3] = four.w;
+    for (int k = 0; k < SLICE / 4; k += 4) {
+      const int d = thread % 4 * (SLICE / 4) + k;
+      const float* from = a.gate.down_weight + row * a.size + block.d0() + d;
+      const bool inside = row < int(a.gate.width) && d < block.features(a);
+      const float4 four = inside ? __ldg(reinterpret_cast<const float4*>(from)) : float4();
+      weight[k] = four.x, weight[k + 1] = four.y, weight[k + 2] = four.z, weight[k + 3] = four.w;
+    }
   }
-  if (thread == 0) {
-    const int rows = max(0, min(at.rows, width - rank * at.rows));
-    arrive_expecting(block.shares(at, half), uint32_t(at.cluster * rows) * sizeof(float));
-    arrive_expecting(block.s(at, half), uint32_t(width) * sizeof(float));
-  }
+};
+
+// f of sentence b, the ``turn``-th of this cluster, from squeeze's sums, and W1 f of this slice's features to every block.
+template <int SLICE>
+__device__ void share(
+    const Select& a, const Layout& at, const Block<SLICE>& block, const Down<SLICE>& down, int64_t b, int turn) {
+  constexpr int kQuarter = SLICE / 4;
+  const int thread = block.thread(), width = int(a.gate.width);
+  float* f = block.floats(at.f);
+  if (thread == 0) arrive_expecting(block.shares(at), uint32_t(at.cluster * at.width) * sizeof(float));
   if (thread < SLICE) {
     const int features = block.features(a);
     const float* alpha = block.floats(at.alpha) + block.ints(at.parts)[thread / kPiece] * int(a.num_blocks);
     const float* sums = block.floats(at.sums) + thread;
     float sum = 0.0f;
-#pragma unroll 6
+#pragma unroll 12
     for (int n = 0; n < int(a.num_blocks); ++n) sum = fmaf(alpha[n], sums[n * SLICE], sum);
     f[thread] = thread < features ? sum : 0.0f;
     if (thread < features) a.squeezed[b * a.size + block.d0() + thread] = sum;
   }
-  __syncthreads();
+  wait_for_all();
   float four[4] = {};
 #pragma unroll
-  for (int k = 0; k < kQuarter; ++k) four[k % 4] = fmaf(weight[k], f[thread % 4 * kQuarter + k], four[k % 4]);
+  for (int k = 0; k < kQuarter; ++k) four[k % 4] = fmaf(down.weight[k], f[thread % 4 * kQuarter + k], four[k % 4]);
   float sum = (four[0] + four[1]) + (four[2] + four[3]);
   sum += __shfl_xor_sync(~0u, sum, 1);
   sum += __shfl_xor_sync(~0u, sum, 2);
-  if (row < width && thread % 4 == 0) {
-    const int there = row / at.rows;
-    const int place = at.shares + ((half * at.cluster + rank) * at.rows + row % at.rows) * int(sizeof(float));
-    store_there(address_in(block.address(place), there), sum, address_in(block.shares(at, half), there));
+  // Of four rows, whose threads are sixteen, each thread tells all to one of up to sixteen blocks.
+  float rows[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) rows[i] = __shfl_sync(~0u, sum, thread % kWarp / 16 * 16 + 4 * i);
+  const int there = thread % kMaxCluster, first = thread / 16 * 4;
+  if (first >= width || there >= at.cluster) return;
+  if (turn) wait(block.taken(at), (turn - 1) & 1);
+  const uint32_t place = block.address(at.shares + (block.rank() * at.width + first) * int(sizeof(float)));
+  store_there(address_in(place, there), rows, address_in(block.shares(at), there));
+}
+
+// s, in every block alike, from the shares of all.
+template <int SLICE>
+__device__ void bottleneck(const Select& a, const Layout& at, const Block<SLICE>& block, int turn) {
+  const int h = block.thread(), width = int(a.gate.width);
+  if (h < width) {
+    const float bias = a.gate.down_bias[h];
+    wait(block.shares(at), turn & 1);
+    const float* shares = block.floats(at.shares) + h;
+    float total = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kMaxCluster; ++k) total += shares[k * at.width];
+    block.floats(at.s)[h % 2 * (kMaxWidth / 2) + h / 2] = activate(a.gate, total + bias);
   }
-  if (thread < at.rows * at.cluster) {
-    const int own = thread % at.rows, h = rank * at.rows + own, there = thread / at.rows;
-    if (h < width) {
-      wait(block.shares(at, half), turn >> 1 & 1);
-      const float* shares = block.floats(at.shares) + half * at.cluster * at.rows + own;
-      float total = 0.0f;
-#pragma unroll 8
-      for (int k = 0; k < at.cluster; ++k) total += shares[k * at.rows];
-      const int place = at.s + (half * kMaxWidth + h % 2 * (kMaxWidth / 2) + h / 2) * int(sizeof(float));
-      store_there(address_in(block.address(place), there), activate(a.gate, h, total), address_in(block.s(at, half), there));
-    }
-  }
+  wait_for_all();
+  if (h < at.cluster) arrive_there(address_in(block.taken(at), h));
 }
 
 // Rows of W2 that this thread has a half of (even h or odd h): row group + kThreads / 2 * i of [N, slice].
@@ -292,33 +332,32 @@ struct Up {
   }
 };
 
-constexpr int kUnits = 2;  // of [N, slice] that a thread ends, at most
-
-// What this thread's units need; asked for early, since it comes from far.
-template <int SLICE>
+// Of the rows that a thread has a half of, it ends every other one, from thread % 2 on: their places in [N, slice], N slice or
+// more where there is none, and what turns W2 s into their gates.
+template <int SLICE, int ROWS>
 struct Units {
-  Unit unit[kUnits];
+  static constexpr int kCount = (ROWS + 1) / 2;
 
-  __device__ Units(const Select& a, const Block<SLICE>& block) {
-    const int thread = block.thread();
-#pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
-      const int row = thread + kThreads * i, n = row / SLICE, d = min(row % SLICE, block.features(a) - 1);
-      if (n < int(a.num_blocks)) unit[i] = Unit(a.gate, n * int(a.size) + block.d0() + d);
-    }
+  static __device__ int row(const Block<SLICE>& block, int i) {
+    return 2 * i + block.thread() % 2 < ROWS ? block.thread() / 2 + kThreads / 2 * (2 * i + block.thread() % 2) : kWarps * SLICE;
   }
+  static __device__ Unit unit(const Select& a, const Block<SLICE>& block, int i) {
+    const int n = min(row(block, i) / SLICE, int(a.num_blocks) - 1), d = min(row(block, i) % SLICE, block.features(a) - 1);
+    return Unit(a.gate, n * int(a.size) + block.d0() + d);
+  }
+
+  Unit units[2];
+  __device__ Units(const Select& a, const Block<SLICE>& block) : units{unit(a, block, 0), unit(a, block, kCount - 1)} {}
 };
 
-// The gates of sentence b, the ``turn``-th of this cluster.
+// The gates of sentence b.
 template <int SLICE, int ROWS, int WIDTH>
 __device__ void excite(
     const Select& a, const Layout& at, const Block<SLICE>& block, const Up<SLICE, ROWS, WIDTH>& up,
-    const Units<SLICE>& of, int b, int turn) {
-  const int units = int(a.num_blocks) * SLICE, thread = block.thread();
-  float* sums = block.floats(at.sums);  // squeeze's are taken when s is there
-  wait(block.s(at, turn & 1), turn >> 1 & 1);
-  float z[ROWS] = {};
-  const float* own = block.floats(at.s) + (turn & 1) * kMaxWidth + thread % 2 * (kMaxWidth / 2);
+    const Units<SLICE, ROWS>& units, int64_t b) {
+  const int thread = block.thread(), d = thread / 2 % SLICE, rows = int(a.num_blocks) * SLICE;
+  float z[ROWS + 1] = {};
+  const float* own = block.floats(at.s) + thread % 2 * (kMaxWidth / 2);
 #pragma unroll
   for (int k = 0; k < WIDTH / 2; k += 4) {
     float four[4];
@@ -330,72 +369,71 @@ __device__ void excite(
     }
   }
 #pragma unroll
-  for (int i = 0; i < ROWS; ++i) {
-    z[i] += __shfl_xor_sync(~0u, z[i], 1);
-    const int row = thread / 2 + kThreads / 2 * i;
-    if (thread % 2 == i % 2 && row < units) sums[row] = z[i];
-  }
-  __syncthreads();
+  for (int i = 0; i < ROWS; ++i) z[i] += __shfl_xor_sync(~0u, z[i], 1);
+  float* weights = block.floats(at.sums);  // squeeze's have been taken
+  float weight[units.kCount];
 #pragma unroll
-  for (int i = 0; i < kUnits; ++i) {
-    const int row = thread + kThreads * i;
-    if (row >= units) break;
-    const float e = of.unit[i].open(of.unit[i].normed(sums[row], of.unit[i].inverse(a.gate)));
-    sums[row] = expf(e + (a.gate.prior ? a.gate.prior[row / SLICE] : 0.0f));
+  for (int i = 0; i < units.kCount; ++i) {
+    const int row = units.row(block, i);
+    const float e = units.units[i].open(units.units[i].normed(thread % 2 ? z[2 * i + 1] : z[2 * i]));
+    weight[i] = expf(e + block.floats(at.prior)[row / SLICE]);
+    if (row < rows) weights[row] = weight[i];
   }
-  __syncthreads();
-  static_assert(kThreads % SLICE == 0, "a thread's units are of one feature");
-  const int d = thread % SLICE;
+  wait_for_all();
+  static_assert(kThreads / 2 % SLICE == 0, "a thread's rows are of one feature");
   float total = 0.0f;
-#pragma unroll 4
-  for (int n = 0; n < int(a.num_blocks); ++n) total += sums[n * SLICE + d];
+#pragma unroll 6
+  for (int n = 0; n < int(a.num_blocks); ++n) total += weights[n * SLICE + d];
 #pragma unroll
-  for (int i = 0; i < kUnits; ++i) {
-    const int row = thread + kThreads * i;
-    if (row >= units) break;
-    const float g = sums[row] / total;
+  for (int i = 0; i < units.kCount; ++i) {
+    const int row = units.row(block, i);
+    if (row >= rows) break;
+    const float g = weight[i] / total;
     block.floats(at.gates)[row] = g;
-    if (d < block.features(a)) a.gate.gates[(int64_t(b) * a.num_blocks + row / SLICE) * a.size + block.d0() + d] = g;
+    if (d < block.features(a)) a.gate.gates[(b * a.num_blocks + row / SLICE) * a.size + block.d0() + d] = g;
   }
 }
 
 // ---------------------------------------------------------------- fuse
 
-// v of the tokens from r0 on that stand in two stages, four features a thread.
-template <class T, int SLICE>
-__device__ void fuse_stages(
-    const Select& a, const Layout& at, const Block<SLICE>& block, const char* stage, const char* next, int64_t b, int r0,
-    int length) {
-  constexpr int kFours = SLICE / 4, kRows = kThreads / kFours, kItems = (2 * kStageTokens + kRows - 1) / kRows;
-  const int thread = block.thread(), four = thread % kFours, first = thread / kFours;  // tokens first, first + kRows, ...
-  const char* from[kItems];
-  int64_t to[kItems];
-  const Sentence sentence(a.batch, {a.fused, a.batch.size * a.size, a.size}, b);
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const int token = min(first + kRows * i, 2 * kStageTokens - 1);
-    from[i] = (token < kStageTokens ? stage : next) + (token % kStageTokens * SLICE + four * 4) * int(sizeof(T));
-    to[i] = r0 + token < length ? sentence.real(r0 + token) : -1;
-  }
-  const float4* gates = reinterpret_cast<const float4*>(block.floats(at.gates)) + four;
-  float4 sum[kItems] = {};
-#pragma unroll(kItems == 2 ? 3 : 2)
-  for (int n = 0; n < int(a.num_blocks); ++n) {
-    const float4 g = gates[n * kFours];
+// v of sentence b, two features a thread: each stage is free again soon.
+template <class T, int SLICE, class Come, class Leave>
+__device__ void fuse_sentence(
+    const Select& a, const Layout& at, const Block<SLICE>& block, int64_t b, int length, const Ring& ring, const Come& come,
+    const Leave& leave) {
+  constexpr int kPairs = SLICE / 2, kRows = kThreads / kPairs, kItems = (kStageTokens + kRows - 1) / kRows;
+  const int thread = block.thread(), pair = thread % kPairs, first = thread / kPairs;
+  const int32_t* places = a.batch.places ? a.batch.places + b * a.batch.size : nullptr;
+  T* to = static_cast<T*>(a.fused) + (a.batch.packed ? a.batch.starts[b] : b * a.batch.size) * a.size + block.d0() + 2 * pair;
+  const bool inside = 2 * pair < block.features(a);
+  const float2* gates = reinterpret_cast<const float2*>(block.floats(at.gates)) + pair;
+#pragma unroll 1
+  for (int c = 0; c < length; c += kStageTokens) {
+    come(ring);
+    const char* from = block.stage(at, ring) + (first * SLICE + 2 * pair) * int(sizeof(T));
+    int place[kItems];  // of tokens first, first + kRows, ... of the stage
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const uint2 pairs = *reinterpret_cast<const uint2*>(from[i] + n * kStageTokens * SLICE * int(sizeof(T)));
-      const float2 x = unpack(pairs.x, T()), y = unpack(pairs.y, T());
-      sum[i].x = fmaf(g.x, x.x, sum[i].x), sum[i].y = fmaf(g.y, x.y, sum[i].y);
-      sum[i].z = fmaf(g.z, y.x, sum[i].z), sum[i].w = fmaf(g.w, y.y, sum[i].w);
+      const int token = first + kRows * i;
+      place[i] = inside && token < kStageTokens && c + token < length ? c + token : -1;
+      if (places && place[i] >= 0) place[i] = places[place[i]];
     }
-  }
-  const int d = block.d0() + 4 * four;
+    float2 sum[kItems] = {};
+#pragma unroll 4
+    for (int n = 0; n < int(a.num_blocks); ++n) {
+      const float2 g = gates[n * kPairs];
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    if (to[i] < 0 || d >= int(a.size) || first + kRows * i >= 2 * kStageTokens) continue;
-    const uint2 pairs = make_uint2(pack<T>(sum[i].x, sum[i].y), pack<T>(sum[i].z, sum[i].w));
-    *reinterpret_cast<uint2*>(static_cast<T*>(a.fused) + to[i] + d) = pairs;
+      for (int i = 0; i < kItems; ++i) {
+        const int row = kStageTokens % kRows ? min(first + kRows * i, kStageTokens - 1) - first : kRows * i;
+        const float2 x = unpack(*reinterpret_cast<const uint32_t*>(from + (n * kStageTokens + row) * SLICE * int(sizeof(T))), T());
+        sum[i].x = fmaf(g.x, x.x, sum[i].x), sum[i].y = fmaf(g.y, x.y, sum[i].y);
+      }
+    }
+    leave();
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if (place[i] >= 0) *reinterpret_cast<uint32_t*>(to + int64_t(place[i]) * int(a.size)) = pack<T>(sum[i].x, sum[i].y);
+    }
   }
 }
 
@@ -416,84 +454,35 @@ __device__ void clear_padding(const Select& a, const Block<SLICE>& block, int b)
 // ---------------------------------------------------------------- all of it
 
 template <class T, int SLICE, int ROWS, int WIDTH, bool LONG>
-__device__ void select_sentences(const Select& a, const Blocks& blocks, const Layout& at, const Block<SLICE>& block) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  Loader<T, SLICE, LONG> loader(a, blocks, block);
+__device__ void select_sentences(const Select& a, const Layout& at, const Block<SLICE>& block) {
+  const Up<SLICE, ROWS, WIDTH> up(a, block.d0(), block.features(a));
+  const Down<SLICE> down(a, block);
   Ring ring;
-  int free = at.stages;  // stages that wait to be filled
-  const auto load = [&] {
-    loader.run(a, blocks, at, block, free);
-    free = 0;
-  };
-  const auto leave = [&] {
+  const auto leave = [&] {  // this stage, for the next
     __syncwarp();
-    if (lane == 0) arrive(block.empty(at, ring.stage));
-    ++free;
+    if (block.thread() % kWarp == 0) arrive(block.empty(at, ring.stage));
     ring.advance(at.stages);
   };
-  const Up<SLICE, ROWS, WIDTH> up(a, block.d0(), block.features(a));
-  // In squeeze: a warp a block of the N, eight lanes a slot.
-  const int slot = lane / kPiece, piece = lane % kPiece;
-  const bool squeezes = warp < int(a.num_blocks) && piece * kPiece < block.features(a);
-  const int group = ((warp * kStageTokens + slot * kGroup) * SLICE + piece * kPiece) * int(sizeof(T));
-  const int part = squeezes ? block.ints(at.parts)[piece] : 0;
-  const int factors = at.factors + (part * kStageTokens + slot * kGroup) * int(sizeof(float));
 #pragma unroll 1
   for (int turn = 0;; ++turn) {
     const int b = block.cluster() + turn * block.clusters();
     if (b >= int(a.batch.sentences)) break;
     const int length = int(length_of(a.batch, b)), chunks = chunks_of(length);
     const bool stays = !LONG || chunks <= at.stages;
-    load();
-    {
-      float sums[kPiece] = {};
-      volatile float closed[kPiece];  // rarely used: in local memory
-#pragma unroll 1
-      for (int c = 0; c < chunks; ++c) {
-        if (c && c % kChunk == 0) {
-#pragma unroll
-          for (int i = 0; i < kPiece; ++i) closed[i] = (c == kChunk ? 0.0f : closed[i]) + sums[i], sums[i] = 0.0f;
-        }
-        wait(block.full(at, ring.stage), ring.round & 1);
-        const char* stage = block.stage(at, ring);
-        const int own = length - c * kStageTokens - slot * kGroup;
-        if (squeezes) squeeze_stage<T, SLICE>(stage + group, reinterpret_cast<const float*>(stage + factors), own, sums);
-        if (stays) {
-          ring.advance(at.stages);
-        } else {
-          load();  // where the stage before this one was, which by now all warps have left
-          leave();
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kPiece; ++i) {
-        sums[i] = (chunks > kChunk ? closed[i] : 0.0f) + sums[i];
-        sums[i] += __shfl_xor_sync(~0u, sums[i], 8);  // the slots as a tree
-        sums[i] += __shfl_xor_sync(~0u, sums[i], 16);
-      }
-      if (squeezes && slot == 0) store_floats(sums, block.floats(at.sums) + warp * SLICE + piece * kPiece);
+    const auto come = [&](const Ring& place) { wait(block.full(at, place.stage), place.round & 1); };
+    if (stays) {
+      squeeze_sentence<T>(a, at, block, length, ring, come, [&] { ring.advance(at.stages); });
+      ring.go_back(chunks, at.stages);
+    } else {
+      squeeze_sentence<T>(a, at, block, length, ring, come, leave);
     }
-    __syncthreads();
-    const Units<SLICE> units(a, block);
-    bottleneck(a, at, block, b, turn);
-    excite(a, at, block, up, units, b, turn);
-    __syncthreads();
-    if (stays) ring.go_back(chunks, at.stages);
-#pragma unroll 1
-    for (int c = 0; c < chunks; c += 2) {
-      Ring next = ring;
-      next.advance(at.stages);
-      const bool two = c + 1 < chunks;
-      if (!stays) {
-        wait(block.full(at, ring.stage), ring.round & 1);
-        if (two) wait(block.full(at, next.stage), next.round & 1);
-      }
-      const char* stage = block.stage(at, ring);
-      fuse_stages<T>(a, at, block, stage, two ? block.stage(at, next) : stage, b, c * kStageTokens, length);
-      load();
-      leave();
-      if (two) leave();
-    }
+    wait_for_all();
+    share(a, at, block, down, b, turn);
+    const Units<SLICE, ROWS> units(a, block);  // while the shares are on their way
+    bottleneck(a, at, block, turn);
+    excite(a, at, block, up, units, b);
+    wait_for_all();
+    fuse_sentence<T>(a, at, block, b, length, ring, come, leave);
     if (a.batch.mask) clear_padding<T>(a, block, b);
   }
 }
@@ -501,17 +490,18 @@ __device__ void select_sentences(const Select& a, const Blocks& blocks, const La
 #endif
 
 template <class T, int SLICE, int ROWS, int WIDTH, bool LONG>
-__global__ void __launch_bounds__(kThreads, 1) select_kernel(
-    const __grid_constant__ Select a, const __grid_constant__ Blocks blocks, const __grid_constant__ Layout at) {
-#if __CUDA_ARCH__ >= 900
+__global__ void __launch_bounds__(kAllThreads, 1) select_kernel(
+    const __grid_constant__ Select a, const __grid_constant__ Hidden hidden, const __grid_constant__ Layout at) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(128) char memory[];
   const Block<SLICE> block = {memory};
   if (threadIdx.x == 0) {
     for (int i = 0; i < at.stages; ++i) {
-      init_barrier(block.full(at, i), Loader<T, SLICE, LONG>::kFillers);
+      init_barrier(block.full(at, i), kWarp + 1);
       init_barrier(block.empty(at, i), kWarps);
     }
-    for (int i = 0; i < 2; ++i) init_barrier(block.shares(at, i), 1), init_barrier(block.s(at, i), 1);
+    init_barrier(block.shares(at), 1);
+    init_barrier(block.taken(at), at.cluster);
     publish_barriers();
   }
   const int first = block.d0() / int(a.size / a.parts);
@@ -519,14 +509,25 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(
     const int d = block.d0() + min(kPiece * int(threadIdx.x), block.features(a) - 1);
     block.ints(at.parts)[threadIdx.x] = threadIdx.x < SLICE / kPiece ? d / int(a.size / a.parts) - first : first;
   }
-  for (int i = threadIdx.x; i < kMaxStageParts * int(a.num_blocks); i += kThreads) {
+  for (int i = threadIdx.x; i < at.stage_parts * int(a.num_blocks); i += kAllThreads) {
     const int64_t m = min(first + i / int(a.num_blocks), int(a.parts) - 1);
     block.floats(at.alpha)[i] = a.alpha[m * a.num_blocks + i % int(a.num_blocks)];
   }
-  for (int i = threadIdx.x; i < 2 * kMaxWidth; i += kThreads) block.floats(at.s)[i] = 0.0f;  // beyond H
+  if (threadIdx.x <= kWarps) {
+    const bool has = a.gate.prior && threadIdx.x < a.num_blocks;
+    block.floats(at.prior)[threadIdx.x] = has ? a.gate.prior[threadIdx.x] : 0.0f;
+  }
+  for (int i = threadIdx.x; i < kMaxWidth; i += kAllThreads) block.floats(at.s)[i] = 0.0f;  // beyond H
+  for (int i = threadIdx.x; i < kMaxCluster * at.width; i += kAllThreads) block.floats(at.shares)[i] = 0.0f;
   __syncthreads();
   cluster_wait_for_all();  // before anything is sent to a barrier
-  select_sentences<T, SLICE, ROWS, WIDTH, LONG>(a, blocks, at, block);
+  if (threadIdx.x < kThreads) {
+    take_registers<kRegisters>();
+    select_sentences<T, SLICE, ROWS, WIDTH, LONG>(a, at, block);
+  } else {
+    leave_registers<kLoaderRegisters>();
+    load_sentences<T, SLICE, LONG>(a, hidden, at, block);
+  }
   cluster_wait_for_all();  // nobody leaves while something is on its way to him
 #endif
 }
