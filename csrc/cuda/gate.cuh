@@ -51,16 +51,21 @@ __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // What turns W2 s into e at ``row`` of [N, D]. Without a norm these are numbers that change nothing.
 struct Unit {
-  float bias, mean = 0.0f, inverse = 1.0f, scale = 1.0f, shift = 0.0f;
+  float bias, mean, variance, scale, shift;
 
+  Unit() = default;
   __device__ Unit(const Gate& a, int row) : bias(a.up_bias[row]) {
-    if (!a.norm_weight) return;
-    mean = a.running_mean[row], inverse = 1.0f / sqrtf(a.running_var[row] + a.eps);
-    scale = a.norm_weight[row], shift = a.norm_bias[row];
+    const bool norm = a.norm_weight;
+    mean = norm ? a.running_mean[row] : 0.0f;
+    variance = norm ? a.running_var[row] : 0.0f;
+    scale = norm ? a.norm_weight[row] : 1.0f;
+    shift = norm ? a.norm_bias[row] : 0.0f;
   }
 
+  // Apart, so that several units are asked for before the first is waited for.
+  __device__ float inverse(const Gate& a) const { return a.norm_weight ? 1.0f / sqrtf(variance + a.eps) : 1.0f; }
   // The mean first, since it and z may both be far from 0.
-  __device__ float normed(float sum) const { return (sum + bias - mean) * inverse; }
+  __device__ float normed(float sum, float inverse) const { return (sum + bias - mean) * inverse; }
   __device__ float open(float normed) const { return sigmoid(fmaf(normed, scale, shift)); }
 };
 
@@ -96,10 +101,10 @@ __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, GateMemory<S>& memo
     }
     const bool inside = lane < rows;
     const Unit unit(a, int(row) + (inside ? lane : 0));
-    const float prior = a.prior ? a.prior[n] : 0.0f;
+    const float inverse = unit.inverse(a), prior = a.prior ? a.prior[n] : 0.0f;
 #pragma unroll
     for (int k = 0; k < S; ++k) {
-      const float z = unit.normed(even[k] + odd[k]);
+      const float z = unit.normed(even[k] + odd[k], inverse);
       if (BACKWARD && a.norm_weight && inside && k < sentences) {
         a.normed[(b0 + k) * a.num_blocks * a.size + row + lane] = z;
       }

@@ -161,17 +161,20 @@ cudaError_t plan(const Select& a, bool always, std::shared_ptr<const SelectPlan>
   if (error != cudaSuccess || major != 9) return error;
   SelectPlan found = {};
   found.at = layout_of(a, most);
+  if (a.batch.packed && a.batch.tokens * a.size > INT32_MAX) return cudaSuccess;  // a sentence's bytes are counted in 32 bits
   const int64_t length = a.batch.packed ? 1 : a.batch.size;
   if (found.at.stages < 2 || pieces(length, kStageTokens) > found.at.stages) return cudaSuccess;
   found.kernel = a.dtype == DType::kBFloat16 ? kernel_for<__nv_bfloat16>(a) : kernel_for<__half>(a);
   if (!found.kernel) return cudaSuccess;
   found.clusters = clusters_at_once(found, device, most);
   if (found.clusters == 0) return cudaSuccess;
-  // Of more rounds of sentences than 2 N / 3 the two-pass kernels make as much or more (bench/NOTES.md): they use all of the
-  // GPU, and here most warps wait while there are fewer than 12 blocks to squeeze.
-  const bool few = 3 * a.batch.sentences <= 2 * a.num_blocks * found.clusters;
-  const bool fit = a.batch.tokens <= a.batch.sentences * found.at.stages * kStageTokens;  // where packed, on average
-  if ((always || (few && fit)) && describe(a, found.hidden)) result = std::make_shared<const SelectPlan>(found);
+  // A sentence costs its gate's chain of latencies whatever its length. Where there are many sentences, and this is not beside
+  // much to read, the two-pass kernels are as fast or faster (bench/NOTES.md): they use all of the GPU.
+  const int64_t tokens = a.batch.tokens / a.batch.sentences;  // where packed, on average
+  const bool few = a.batch.sentences <= 2 * a.num_blocks * found.clusters;
+  const bool much = a.num_blocks * tokens * slice_of(a.size) * 2 >= 96 << 10;
+  const bool fit = tokens <= found.at.stages * kStageTokens;
+  if ((always || ((few || much) && fit)) && describe(a, found.hidden)) result = std::make_shared<const SelectPlan>(found);
   return cudaSuccess;
 }
 

@@ -346,8 +346,21 @@ struct Units {
     return Unit(a.gate, n * int(a.size) + block.d0() + d);
   }
 
-  Unit units[2];
-  __device__ Units(const Select& a, const Block<SLICE>& block) : units{unit(a, block, 0), unit(a, block, kCount - 1)} {}
+  float bias[2], mean[2], inverse[2];
+  volatile float scale[2], shift[2];  // in local memory: there are no registers for all
+
+  __device__ Units(const Select& a, const Block<SLICE>& block) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const Unit own = unit(a, block, i);
+      bias[i] = own.bias, mean[i] = own.mean, inverse[i] = own.inverse(a.gate), scale[i] = own.scale, shift[i] = own.shift;
+    }
+  }
+  __device__ float open(int i, float sum) const {
+    Unit own;
+    own.bias = bias[i], own.mean = mean[i], own.scale = scale[i], own.shift = shift[i];
+    return own.open(own.normed(sum, inverse[i]));
+  }
 };
 
 // The gates of sentence b.
@@ -375,8 +388,7 @@ __device__ void excite(
 #pragma unroll
   for (int i = 0; i < units.kCount; ++i) {
     const int row = units.row(block, i);
-    const float e = units.units[i].open(units.units[i].normed(thread % 2 ? z[2 * i + 1] : z[2 * i]));
-    weight[i] = expf(e + block.floats(at.prior)[row / SLICE]);
+    weight[i] = expf(units.open(i, thread % 2 ? z[2 * i + 1] : z[2 * i]) + block.floats(at.prior)[row / SLICE]);
     if (row < rows) weights[row] = weight[i];
   }
   wait_for_all();
@@ -396,43 +408,74 @@ __device__ void excite(
 
 // ---------------------------------------------------------------- fuse
 
-// v of sentence b, two features a thread: each stage is free again soon.
+// v of sentence b, two features a thread, whose gates of all blocks are in registers.
 template <class T, int SLICE, class Come, class Leave>
 __device__ void fuse_sentence(
     const Select& a, const Layout& at, const Block<SLICE>& block, int64_t b, int length, const Ring& ring, const Come& come,
     const Leave& leave) {
   constexpr int kPairs = SLICE / 2, kRows = kThreads / kPairs, kItems = (kStageTokens + kRows - 1) / kRows;
+  constexpr int kBatch = 6;  // blocks that are asked for together
+  const int blocks = int(a.num_blocks);
   const int thread = block.thread(), pair = thread % kPairs, first = thread / kPairs;
   const int32_t* places = a.batch.places ? a.batch.places + b * a.batch.size : nullptr;
-  T* to = static_cast<T*>(a.fused) + (a.batch.packed ? a.batch.starts[b] : b * a.batch.size) * a.size + block.d0() + 2 * pair;
+  const int64_t begin = (a.batch.packed ? a.batch.starts[b] : b * a.batch.size) * a.size + block.d0();
+  char* const to = static_cast<char*>(a.fused) + begin * int64_t(sizeof(T));
+  const uint32_t row = uint32_t(a.size) * uint32_t(sizeof(T));  // in bytes; a sentence has fewer than 2^32
   const bool inside = 2 * pair < block.features(a);
-  const float2* gates = reinterpret_cast<const float2*>(block.floats(at.gates)) + pair;
+  float2 gates[kWarps];
+#pragma unroll
+  for (int n = 0; n < kWarps; ++n) {
+    gates[n] = n < blocks ? reinterpret_cast<const float2*>(block.floats(at.gates) + n * SLICE)[pair] : float2();
+  }
 #pragma unroll 1
   for (int c = 0; c < length; c += kStageTokens) {
+    // Tokens first, first + kRows, ... of the stage.
+    const auto real = [&](int i) { return inside && first + kRows * i < min(kStageTokens, length - c); };
+    int place[kItems];
+    if (places) {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) place[i] = real(i) ? places[c + first + kRows * i] : 0;
+    }
     come(ring);
     const char* from = block.stage(at, ring) + (first * SLICE + 2 * pair) * int(sizeof(T));
-    int place[kItems];  // of tokens first, first + kRows, ... of the stage
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int token = first + kRows * i;
-      place[i] = inside && token < kStageTokens && c + token < length ? c + token : -1;
-      if (places && place[i] >= 0) place[i] = places[place[i]];
-    }
     float2 sum[kItems] = {};
-#pragma unroll 4
-    for (int n = 0; n < int(a.num_blocks); ++n) {
-      const float2 g = gates[n * kPairs];
+    const auto add = [&](int n, auto count) {  // so many blocks, asked for together
+      constexpr int kCount = decltype(count)::value;
+      uint32_t x[kCount][kItems];
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        const int row = kStageTokens % kRows ? min(first + kRows * i, kStageTokens - 1) - first : kRows * i;
-        const float2 x = unpack(*reinterpret_cast<const uint32_t*>(from + (n * kStageTokens + row) * SLICE * int(sizeof(T))), T());
-        sum[i].x = fmaf(g.x, x.x, sum[i].x), sum[i].y = fmaf(g.y, x.y, sum[i].y);
+      for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+          const int row = kStageTokens % kRows ? min(first + kRows * i, kStageTokens - 1) - first : kRows * i;
+          const int place = ((n + k) * kStageTokens + row) * SLICE * int(sizeof(T));
+          x[k][i] = *reinterpret_cast<const uint32_t*>(from + place);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+          const float2 two = unpack(x[k][i], T());
+          sum[i].x = fmaf(gates[n + k].x, two.x, sum[i].x), sum[i].y = fmaf(gates[n + k].y, two.y, sum[i].y);
+        }
+      }
+    };
+#pragma unroll
+    for (int n = 0; n < kWarps; n += kBatch) {
+      if (n + kBatch <= blocks) {
+        add(n, std::integral_constant<int, kBatch>());
+        continue;
+      }
+#pragma unroll
+      for (int k = 0; k < kBatch - 1; ++k) {
+        if (n + k < blocks) add(n + k, std::integral_constant<int, 1>());
       }
     }
     leave();
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      if (place[i] >= 0) *reinterpret_cast<uint32_t*>(to + int64_t(place[i]) * int(a.size)) = pack<T>(sum[i].x, sum[i].y);
+      const uint32_t l = uint32_t(places ? place[i] : c + first + kRows * i);
+      if (real(i)) *reinterpret_cast<uint32_t*>(to + (l * row + pair * uint32_t(2 * sizeof(T)))) = pack<T>(sum[i].x, sum[i].y);
     }
   }
 }
@@ -456,7 +499,7 @@ __device__ void clear_padding(const Select& a, const Block<SLICE>& block, int b)
 template <class T, int SLICE, int ROWS, int WIDTH, bool LONG>
 __device__ void select_sentences(const Select& a, const Layout& at, const Block<SLICE>& block) {
   const Up<SLICE, ROWS, WIDTH> up(a, block.d0(), block.features(a));
-  const Down<SLICE> down(a, block);
+  const Units<SLICE, ROWS> units(a, block);
   Ring ring;
   const auto leave = [&] {  // this stage, for the next
     __syncwarp();
@@ -469,6 +512,7 @@ __device__ void select_sentences(const Select& a, const Layout& at, const Block<
     if (b >= int(a.batch.sentences)) break;
     const int length = int(length_of(a.batch, b)), chunks = chunks_of(length);
     const bool stays = !LONG || chunks <= at.stages;
+    const Down<SLICE> down(a, block);  // early, since it comes from far
     const auto come = [&](const Ring& place) { wait(block.full(at, place.stage), place.round & 1); };
     if (stays) {
       squeeze_sentence<T>(a, at, block, length, ring, come, [&] { ring.advance(at.stages); });
@@ -478,7 +522,6 @@ __device__ void select_sentences(const Select& a, const Layout& at, const Block<
     }
     wait_for_all();
     share(a, at, block, down, b, turn);
-    const Units<SLICE, ROWS> units(a, block);  // while the shares are on their way
     bottleneck(a, at, block, turn);
     excite(a, at, block, up, units, b);
     wait_for_all();
