@@ -58,7 +58,7 @@ def claims(asked: Any) -> Iterator[Row]:
     bounds = [len(configurations) * part // parts for part in (index, index + 1)]
     for configuration in configurations[slice(*bounds)]:
         num_blocks, frequencies = configuration["N"], configuration.get("M", 4)
-        for seed in SEEDS:
+        for seed in asked.seeds:
             start = time.perf_counter()
             torch.manual_seed(seed)
             module: torch.nn.Module
@@ -133,6 +133,7 @@ def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("section", choices=SECTIONS)
     parser.add_argument("--part", default="0/1", type=lambda text: tuple(int(part) for part in text.split("/")))
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of claims and finetune (default: all)")
     parser.add_argument("--selector", help="folder of a selector, for transfer (default: the shipped one)")
     parser.add_argument("--epochs", type=int, default=3, help="of finetune (default: 3)")
     parser.add_argument("--limit", type=int, help="triplets at most, to try the scripts")
@@ -141,7 +142,10 @@ def main() -> int:
     # Fine-tuning is bound by float32 products otherwise; what is trained from the cache has next to none.
     torch.set_float32_matmul_precision("high" if asked.section == "finetune" else "highest")
     index, parts = asked.part
-    path = asked.output / (f"{asked.section}.json" if parts == 1 else f"{asked.section}-{index}-of-{parts}.json")
+    name = asked.section if parts == 1 else f"{asked.section}-{index}-of-{parts}"
+    if tuple(asked.seeds) != SEEDS:  # beside what other seeds gave
+        name += "-seeds-" + "-".join(map(str, asked.seeds))
+    path = asked.output / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     content: Row = {"section": asked.section, "environment": record.environment(), "rows": []}
     for row in SECTIONS[asked.section](asked):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from quality_data import MAX_LENGTH, SEEDS, Data, load_encoder, scores
+from quality_data import MAX_LENGTH, Data, load_encoder, scores
 from torch import Tensor, nn
 
 from s2sent_kernels import S2SentSelector, cache, evaluation, frozen
@@ -149,6 +149,6 @@ def run(asked: Any, data: Data, configuration: dict[str, Any], seed: int) -> dic
 def measure(asked: Any) -> Iterator[dict[str, Any]]:
     data = Data.read(asked.data)
     index, parts = asked.part
-    work = [(configuration, seed) for seed in SEEDS for configuration in CONFIGURATIONS]
+    work = [(configuration, seed) for seed in asked.seeds for configuration in CONFIGURATIONS]
     for configuration, seed in work[index::parts]:
         yield run(asked, data, configuration, seed)

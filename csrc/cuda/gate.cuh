@@ -58,8 +58,12 @@ struct Unit {
     const bool norm = a.norm_weight;
     mean = norm ? a.running_mean[row] : 0.0f;
     variance = norm ? a.running_var[row] : 0.0f;
-    scale = norm ? a.norm_weight[row] : 1.0f;
-    shift = norm ? a.norm_bias[row] : 0.0f;
+    rescale(a, row);
+  }
+
+  __device__ void rescale(const Gate& a, int row) {
+    scale = a.norm_weight ? a.norm_weight[row] : 1.0f;
+    shift = a.norm_weight ? a.norm_bias[row] : 0.0f;
   }
 
   // Apart, so that several units are asked for before the first is waited for.

@@ -319,15 +319,27 @@ struct Up {
   float weight[ROWS][WIDTH / 2];
 
   __device__ Up(const Select& a, int d0, int features) {
-    const int thread = int(threadIdx.x), half = thread % 2;
+    const int thread = int(threadIdx.x), half = thread % 2, width = int(a.gate.width);
+    const bool wide = width % 4 == 0 && reinterpret_cast<uintptr_t>(a.gate.up_weight) % 16 == 0;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       const int row = thread / 2 + kThreads / 2 * i, n = row / SLICE, d = row % SLICE;
-      const int count = n < int(a.num_blocks) && d < features ? (int(a.gate.width) + 1 - half) / 2 : 0;
-      const float* from = a.gate.up_weight + (n * a.size + d0 + d) * a.gate.width + half;
+      const int count = n < int(a.num_blocks) && d < features ? width : 0;
+      const float* from = a.gate.up_weight + (n * a.size + d0 + d) * width;
       asm volatile("" : "+l"(from));  // or an address for each of the weights is computed first, in registers
+      if (wide) {  // both threads ask for four in turn, and give each other what is theirs
 #pragma unroll
-      for (int k = 0; k < WIDTH / 2; ++k) weight[i][k] = k < count ? __ldg(from + 2 * k) : 0.0f;
+        for (int h = 0; h < WIDTH; h += 8) {
+          const int own = h + 4 * half;
+          const float4 four = own < count ? __ldg(reinterpret_cast<const float4*>(from + own)) : float4();
+          const float x = __shfl_xor_sync(~0u, half ? four.x : four.y, 1), y = __shfl_xor_sync(~0u, half ? four.z : four.w, 1);
+          weight[i][h / 2] = half ? x : four.x, weight[i][h / 2 + 1] = half ? y : four.z;
+          weight[i][h / 2 + 2] = half ? four.y : x, weight[i][h / 2 + 3] = half ? four.w : y;
+        }
+      } else {
+#pragma unroll
+        for (int k = 0; k < WIDTH / 2; ++k) weight[i][k] = 2 * k + half < count ? __ldg(from + 2 * k + half) : 0.0f;
+      }
     }
   }
 };
@@ -341,25 +353,23 @@ struct Units {
   static __device__ int row(const Block<SLICE>& block, int i) {
     return 2 * i + block.thread() % 2 < ROWS ? block.thread() / 2 + kThreads / 2 * (2 * i + block.thread() % 2) : kWarps * SLICE;
   }
-  static __device__ Unit unit(const Select& a, const Block<SLICE>& block, int i) {
+  // Of [N, D]; some row where there is none.
+  static __device__ int place(const Select& a, const Block<SLICE>& block, int i) {
     const int n = min(row(block, i) / SLICE, int(a.num_blocks) - 1), d = min(row(block, i) % SLICE, block.features(a) - 1);
-    return Unit(a.gate, n * int(a.size) + block.d0() + d);
+    return n * int(a.size) + block.d0() + d;
   }
 
-  float bias[2], mean[2], inverse[2];
-  volatile float scale[2], shift[2];  // in local memory: there are no registers for all
+  Unit units[kCount];
+  float inverse[kCount];
 
   __device__ Units(const Select& a, const Block<SLICE>& block) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const Unit own = unit(a, block, i);
-      bias[i] = own.bias, mean[i] = own.mean, inverse[i] = own.inverse(a.gate), scale[i] = own.scale, shift[i] = own.shift;
-    }
+    for (int i = 0; i < kCount; ++i) units[i] = Unit(a.gate, place(a, block, i)), inverse[i] = units[i].inverse(a.gate);
   }
-  __device__ float open(int i, float sum) const {
-    Unit own;
-    own.bias = bias[i], own.mean = mean[i], own.scale = scale[i], own.shift = shift[i];
-    return own.open(own.normed(sum, inverse[i]));
+  // Asks anew for what there are no registers for in squeeze.
+  __device__ void rescale(const Select& a, const Block<SLICE>& block) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) units[i].rescale(a.gate, place(a, block, i));
   }
 };
 
@@ -388,7 +398,8 @@ __device__ void excite(
 #pragma unroll
   for (int i = 0; i < units.kCount; ++i) {
     const int row = units.row(block, i);
-    weight[i] = expf(units.open(i, thread % 2 ? z[2 * i + 1] : z[2 * i]) + block.floats(at.prior)[row / SLICE]);
+    const float sum = units.units[i].normed(thread % 2 ? z[2 * i + 1] : z[2 * i], units.inverse[i]);
+    weight[i] = expf(units.units[i].open(sum) + block.floats(at.prior)[row / SLICE]);
     if (row < rows) weights[row] = weight[i];
   }
   wait_for_all();
@@ -499,7 +510,7 @@ __device__ void clear_padding(const Select& a, const Block<SLICE>& block, int b)
 template <class T, int SLICE, int ROWS, int WIDTH, bool LONG>
 __device__ void select_sentences(const Select& a, const Layout& at, const Block<SLICE>& block) {
   const Up<SLICE, ROWS, WIDTH> up(a, block.d0(), block.features(a));
-  const Units<SLICE, ROWS> units(a, block);
+  Units<SLICE, ROWS> units(a, block);
   Ring ring;
   const auto leave = [&] {  // this stage, for the next
     __syncwarp();
@@ -522,6 +533,7 @@ __device__ void select_sentences(const Select& a, const Layout& at, const Block<
     }
     wait_for_all();
     share(a, at, block, down, b, turn);
+    units.rescale(a, block);  // while the shares are on their way
     bottleneck(a, at, block, turn);
     excite(a, at, block, up, units, b);
     wait_for_all();
