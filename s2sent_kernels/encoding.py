@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .tables import read_lines
+from . import tables
+from .tables import STDIN
 
 try:
     import pyarrow as pa
@@ -25,7 +26,6 @@ except ImportError as error:
     raise ImportError(f"{error}: pip install 's2sent_kernels[encode]'") from error
 
 INPUTS, OUTPUTS = (".txt", ".jsonl", ".parquet"), (".parquet", ".npy")
-STDIN = "-"
 Encode = Callable[[list[str]], np.ndarray]  # texts to [rows, D]
 
 
@@ -46,8 +46,7 @@ def read_texts(paths: Sequence[str], column: str = "text", id_column: str | None
     for path in paths:
         before = number
         for place, text, identity in _rows(path, column, id_column):
-            if not isinstance(text, str):
-                raise ValueError(f"{path}: {place}: {column}: expected a text, got {text!r}")
+            tables.text(f"{path}: {place}: {column}", text)
             yield Row(number if id_column is None else identity, text)
             number += 1
         if number == before:
@@ -59,20 +58,13 @@ def _rows(path: str, column: str, id_column: str | None) -> Iterator[tuple[str, 
     if id_column is not None and (path == STDIN or suffix == ".txt"):
         raise ValueError(f"{path}: expected columns, of which one is {id_column}, got lines of text")
     wanted = [column] if id_column is None else [column, id_column]
-    if path == STDIN:
-        for number, line in enumerate(sys.stdin, 1):
-            yield f"line {number}", line.rstrip("\r\n"), None
-    elif suffix == ".txt":
-        for number, line in read_lines(path, keep_empty=True):
+    if path == STDIN or suffix == ".txt":
+        for number, line in tables.read_lines(path, keep_empty=True):
             yield f"line {number}", line, None
     elif suffix == ".jsonl":
-        for number, line in read_lines(path):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number} is not JSON: {error.msg}") from error
-            if not isinstance(row, dict) or any(name not in row for name in wanted):
-                got = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        for number, row in tables.read_json(path):
+            if any(name not in row for name in wanted):
+                got = ", ".join(row)
                 raise ValueError(f"{path}: line {number}: expected a column {' and '.join(wanted)}, got {got}")
             yield f"line {number}", row[column], row.get(id_column or "")
     elif suffix == ".parquet":

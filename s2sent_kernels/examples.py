@@ -4,7 +4,6 @@ own positive. Every error names the file, and the line or row where there is one
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +29,7 @@ def read_examples(path: str | Path) -> Examples:
 
     Raises:
         ValueError: the file's suffix is not one of SUFFIXES; it cannot be read, is broken, empty or not UTF-8; a column is
-            missing; an anchor or a positive is empty, or something is no text.
+            missing, or there twice; an anchor or a positive is empty, or something is no text.
         ImportError: pyarrow, which reads Parquet, is not installed.
     """
     suffix = Path(path).suffix.lower()
@@ -54,8 +53,7 @@ def read_examples(path: str | Path) -> Examples:
     for place, row in found:
         values = ["" if row.get(name) is None else row[name] for name in columns]
         for name, value in zip(columns, values, strict=True):
-            if not isinstance(value, str):
-                raise ValueError(f"{path}: {place}: {name}: expected a text, got {value!r}")
+            tables.text(f"{path}: {place}: {name}", value)
         if not values[0].strip() or not values[1].strip():
             raise ValueError(f"{path}: {place}: expected an anchor and a positive, got an empty field")
         rows.append(tuple(values))
@@ -77,6 +75,7 @@ def _read_csv(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     reader = csv.DictReader(lines(), strict=True)
     try:
+        tables.unique(path, list(reader.fieldnames or ()))
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(f"{path}: {place}: expected {len(reader.fieldnames or ())} comma-separated fields")
@@ -86,14 +85,7 @@ def _read_csv(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in tables.read_lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON: {error.msg}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: line {number}: expected an object with columns, got {line[:40]!r}")
-        yield f"line {number}", row
+    return ((f"line {line}", row) for line, row in tables.read_json(path))
 
 
 def _read_parquet(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,9 +1,15 @@
-"""Tab-separated files: UTF-8, a header line, no quoting. Every error names the file, and the line where there is one."""
+"""Files of lines: tab-separated ones (UTF-8, a header line, no quoting), JSON. Every error names the file, and the line where
+there is one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+STDIN = "-"
 
 
 def read_table(
@@ -16,7 +22,8 @@ def read_table(
         choices: of these sets of columns one must be there.
 
     Raises:
-        ValueError: the file cannot be read, is not UTF-8 or empty, or lacks a column; a row has another number of fields.
+        ValueError: the file cannot be read, is not UTF-8 or empty, lacks a column or has one twice; a row has another number
+            of fields.
     """
     lines = read_lines(path)
     number, header = next(lines, (0, ""))
@@ -28,6 +35,7 @@ def read_table(
         missing.append(" or ".join("+".join(choice) for choice in choices))
     if missing:
         raise ValueError(f"{path}: expected a tab-separated column {', '.join(missing)}, got {', '.join(names)}")
+    unique(path, names)
     empty = True
     for number, line in lines:
         fields = line.split("\t")
@@ -39,21 +47,72 @@ def read_table(
         raise ValueError(f"{path}: expected rows below the header, got none")
 
 
+def unique(path: str | Path, names: Sequence[str]) -> None:
+    """A ValueError for a column that is there twice: which one is meant cannot be said."""
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path}: expected each column once, got {', '.join(twice)} twice")
+
+
+def read_json(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbers and rows of a file with a JSON object a line; empty lines are skipped.
+
+    Raises:
+        ValueError: the file cannot be read, a line is not UTF-8 or no JSON object.
+    """
+    for number, line in read_lines(path):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number} is not JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of brackets
+            raise ValueError(f"{path}: line {number} cannot be read: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: line {number}: expected an object with columns, got {line[:40]!r}")
+        yield number, row
+
+
+def text(place: str, value: Any) -> str:
+    """``value``, which has to be a text.
+
+    Raises:
+        ValueError: it is none, or holds half a character (JSON can spell one), which no tokenizer takes; says where.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: expected a text, got {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place}: expected a text, got half a character, {value[error.start]!a}") from error
+    return value
+
+
 def read_lines(path: str | Path, *, keep_empty: bool = False) -> Iterator[tuple[int, str]]:
-    """Numbers and lines of a UTF-8 file, without their ends; those that are not empty, unless ``keep_empty``.
+    """Numbers and lines of a UTF-8 file, or of standard input ("-"), without their ends; those that are not empty, unless
+    ``keep_empty``.
 
     Raises:
         ValueError: the file cannot be read, or a line is not UTF-8.
     """
     try:
+        if path == STDIN:
+            if sys.stdin is None:
+                raise ValueError(f"{path}: standard input is closed")
+            # Its bytes, where it has some: its decoder is the locale's, and would take bytes that are not UTF-8.
+            yield from _decoded(path, getattr(sys.stdin, "buffer", None) or map(str.encode, sys.stdin), keep_empty)
+            return
         with open(path, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    byte = raw[error.start]
-                    raise ValueError(f"{path}: line {number} is not UTF-8 (byte 0x{byte:02x})") from error
-                if line or keep_empty:
-                    yield number, line
+            yield from _decoded(path, file, keep_empty)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _decoded(path: str | Path, lines: Iterable[bytes], keep_empty: bool) -> Iterator[tuple[int, str]]:
+    for number, raw in enumerate(lines, 1):
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise ValueError(f"{path}: line {number} is not UTF-8 (byte 0x{byte:02x})") from error
+        if line or keep_empty:
+            yield number, line

@@ -64,6 +64,20 @@ def test_every_format_gives_the_same_texts(tmp_path, suffix):
 def test_standard_input(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo"))
     assert list(read_texts(["-"])) == [Row(0, "one"), Row(1, "two")]
+    # As a file's, whatever the locale: a byte order mark is none of the text, a carriage return alone ends no line.
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfa\rb\r\nc"), encoding="ascii"))
+    assert list(read_texts(["-"])) == [Row(0, "a\rb"), Row(1, "c")]
+
+
+@pytest.mark.parametrize("content, message", [(None, "is closed"), (b"a\n\xff\n", "line 2 is not UTF-8 (byte 0xff)")])
+def test_standard_input_that_cannot_be_read(tmp_path, places, capsys, monkeypatch, content, message):
+    stdin = (
+        None if content is None else io.TextIOWrapper(io.BytesIO(content), encoding="ascii", errors="surrogateescape")
+    )
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert run(places, "-", "--output", tmp_path / "out.npy") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -75,6 +89,9 @@ def test_standard_input(monkeypatch):
         ("a.jsonl", b'{"text": "x"}\n{"text"\n', "line 2 is not JSON"),
         ("a.jsonl", b'{"words": "x"}\n', "line 1: expected a column text, got words"),
         ("a.jsonl", b'{"text": 7}\n', "line 1: text: expected a text, got 7"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud83d"}\n', "line 2: text: expected a text, got half a character"),
+        ("a.jsonl", b"[" * 200_000, "line 1 cannot be read"),
+        ("a.jsonl", b"7", "line 1: expected an object"),
         ("a.parquet", b"nothing", "cannot be read"),
     ],
 )
