@@ -12,6 +12,7 @@ Files are tab-separated UTF-8 with a header line and no quoting:
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +84,8 @@ def read_sts(path: str | Path, split: str | None = "test") -> list[Pair]:
     """The pairs of one split, or of all with None.
 
     Raises:
-        ValueError: as ``read_table``; a score that is no number names its line; no pair of that split.
+        ValueError: as ``read_table``; a score that is no number, or none that can be compared, names its line; fewer than two
+            pairs of that split, or all of one score, so that there is no correlation with them.
     """
     found, splits = [], set()
     for line, row in read_table(path, ("split", "score", "sentence1", "sentence2")):
@@ -92,11 +94,15 @@ def read_sts(path: str | Path, split: str | None = "test") -> list[Pair]:
             continue
         try:
             score = float(row["score"])
-        except ValueError as error:
-            raise ValueError(f"{path}: line {line}: expected a number as score, got {row['score']!r}") from error
+        except ValueError:
+            score = math.nan
+        if not math.isfinite(score):
+            raise ValueError(f"{path}: line {line}: expected a number as score, got {row['score']!r}")
         found.append(Pair(row["sentence1"], row["sentence2"], score, row.get("subset") or ""))
     if len(found) < 2:
         raise ValueError(f"{path}: expected pairs of split {split!r}, got splits {', '.join(sorted(splits))}")
+    if len({pair.score for pair in found}) < 2:
+        raise ValueError(f"{path}: expected pairs with different scores, got {len(found)} of score {found[0].score:g}")
     return found
 
 

@@ -127,6 +127,13 @@ def test_transfer_learns_what_is_there_and_nothing_else(cross_validated, pair):
         (b"split\tscore\tsentence1\tsentence2\n", "expected rows below the header"),
         (b"split\tscore\tsentence1\tsentence2\ntest\t1\ta\n", "line 2: expected 4 tab-separated fields, got 3"),
         (b"split\tscore\tsentence1\tsentence2\n\ntest\tone\ta\tb\n", "line 3: expected a number as score, got 'one'"),
+        (b"split\tscore\tsentence1\tsentence2\ntest\tnan\ta\tb\n", "line 2: expected a number as score, got 'nan'"),
+        (b"split\tscore\tsentence1\tsentence2\ntest\tinf\ta\tb\n", "line 2: expected a number as score, got 'inf'"),
+        (
+            b"split\tscore\tsentence1\tsentence2\ntest\t2\ta\tb\ntest\t2.0\tc\td\n",
+            "expected pairs with different scores, got 2 of score 2",
+        ),
+        (b"split\tscore\tsentence1\tsentence1\tsentence2\n", "expected each column once, got sentence1 twice"),
         (b"split\tscore\tsentence1\tsentence2\ntest\t1\ta\t\xff\n", r"line 2 is not UTF-8 \(byte 0xff\)"),
         (b"split\tscore\tsentence1\tsentence2\ntrain\t1\ta\tb\n", "expected pairs of split 'test', got splits train"),
     ],
@@ -177,6 +184,63 @@ def test_evaluate_prints_a_table_and_writes_json_and_a_picture(places, tmp_path,
     assert f"{content['sts']['sts']['s2sent']['spearman']:.2f}" in out
     assert content["transfer"]["words"]["s2sent"]["accuracy"] == 100  # the same texts in train and test
     assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(PNG)
+
+
+def test_files_of_one_name_are_told_apart_and_options_add_up(places, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    twin = tmp_path / "sts.tsv"
+    twin.write_bytes((places / "sts.tsv").read_bytes())
+    arguments = ["evaluate", "--model", places / "model", "--selector", places / "selector", "--device", "cpu"]
+    arguments += ["--sts", places / "sts.tsv", "--sts", twin, "--output-dir", tmp_path / "out"]
+    assert main(list(map(str, arguments))) == 0
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert list(content["sts"]) == [str(places / "sts.tsv"), str(twin)]
+    assert main(list(map(str, [*arguments, "--sts", twin]))) == 2
+    assert "expected each file once" in capsys.readouterr().err
+
+
+def test_the_pooling_of_a_selector_is_the_one_it_was_trained_for(places, tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(places / "selector", tmp_path / "cls")
+    path = tmp_path / "cls" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pooling": "cls"}))
+    scores = {}
+    for name, folder, options in (
+        ("mean", places / "selector", []), ("cls", tmp_path / "cls", []), ("asked", tmp_path / "cls", ["--pooling", "mean"]),
+    ):  # fmt: skip
+        arguments = [
+            "evaluate",
+            "--model",
+            places / "model",
+            "--selector",
+            folder,
+            "--sts",
+            places / "sts.tsv",
+            *options,
+        ]
+        assert main([*map(str, arguments), "--output-dir", str(tmp_path / name), "--device", "cpu"]) == 0
+        scores[name] = json.loads((tmp_path / name / "evaluation.json").read_text())["sts"]["sts"]["s2sent"]
+    assert scores["mean"] == scores["asked"] != scores["cls"]
+
+
+def test_embeddings_that_are_all_alike_give_json(places, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "unknown.tsv"
+    path.write_text("split\tscore\tsentence1\tsentence2\n" + "".join(f"test\t{i}\tx{i}\ty{i}\n" for i in range(3)))
+    arguments = [
+        "evaluate",
+        "--model",
+        places / "model",
+        "--sts",
+        path,
+        "--output-dir",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    ]
+    assert main(list(map(str, arguments))) == 0
+    text = (tmp_path / "out" / "evaluation.json").read_text()
+    assert "NaN" not in text and json.loads(text)["sts"]["unknown"]["cls"]["spearman"] is None
 
 
 @pytest.fixture(scope="module", params=["sentence-transformers", "transformers"])
@@ -363,6 +427,7 @@ def test_pictures_of_scores_and_energies():
         (["evaluate", "--sts", "{sts}", "--selector", "nowhere"], "expected a folder or one of the shipped names"),
         (["evaluate", "--sts", "{sts}", "--model", "./nowhere"], "there is no such directory"),
         (["evaluate", "--transfer", "{sts}"], "expected a tab-separated column label"),
+        (["evaluate", "--model", "{model}", "--transfer", "{few}"], "few.tsv: "),
         (
             ["evaluate", "--sts", "{sts}", "--model", "{model}", "--selector", "all-MiniLM-L6-v2"],
             "reads 6 blocks, got an encoder of 4",
@@ -375,7 +440,9 @@ def test_pictures_of_scores_and_energies():
 def test_errors_are_one_line_and_leave_nothing(arguments, message, places, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     pytest.importorskip("safetensors")
-    filled = [text.format(sts=places / "sts.tsv", model=places / "model") for text in arguments]
+    few = tmp_path / "few.tsv"
+    few.write_text("split\tlabel\ttext\nall\t0\ta\nall\t1\tcat\n")
+    filled = [text.format(sts=places / "sts.tsv", model=places / "model", few=few) for text in arguments]
     assert main([*filled, "--output-dir", str(tmp_path / "out"), "--device", "cpu"]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("s2sent: error: ")]
     assert len(error) == 1

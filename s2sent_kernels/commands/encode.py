@@ -44,7 +44,9 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--chunk", type=positive, default=4096, help="texts between two places to go on from (default: 4096)"
     )
-    command.add_argument("--device", nargs="+", help="one or several (default: cuda where there is one, else cpu)")
+    command.add_argument(
+        "--device", nargs="+", action="extend", help="one or several (default: cuda where there is one, else cpu)"
+    )
     command.add_argument("--force", action="store_true", help="replace an output that is there")
     command.set_defaults(run=run)
 

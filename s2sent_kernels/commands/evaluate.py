@@ -28,15 +28,22 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--selector", help="folder or shipped name (default: the shipped one of the default model)")
     command.add_argument(
-        "--sts", nargs="+", default=[], metavar="FILE", help="TSV with columns split, score, sentence1, sentence2"
+        "--sts",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="TSV with columns split, score, sentence1, sentence2",
     )
     command.add_argument(
-        "--transfer", nargs="+", default=[], metavar="FILE",
+        "--transfer", nargs="+", action="extend", default=[], metavar="FILE",
         help="TSV with columns split, label and text, or sentence1 and sentence2; splits train and test, or all",
     )  # fmt: skip
-    command.add_argument("--mteb", nargs="+", default=[], metavar="TASK", help="tasks of mteb (needs a network)")
+    command.add_argument(
+        "--mteb", nargs="+", action="extend", default=[], metavar="TASK", help="tasks of mteb (needs a network)"
+    )
     command.add_argument("--split", default="test", help="split of STS files (default: test)")
-    command.add_argument("--pooling", choices=POOLINGS, help="of the selector (default: mean)")
+    command.add_argument("--pooling", choices=POOLINGS, help="of the selector (default: what it was trained for)")
     command.add_argument("--max-length", type=positive, default=256, help="tokens at most (default: 256)")
     command.add_argument("--batch-size", type=positive, default=128, help="texts at once (default: 128)")
     command.add_argument("--device", help="a torch device (default: cuda where there is one, else cpu)")
@@ -44,15 +51,25 @@ def add(commands: Any) -> None:
     command.set_defaults(run=run)
 
 
-def _modules(name: str | None) -> dict[str, Any]:
-    """The selector, and the scalar mix that was trained like it where its folder says one."""
+def _modules(name: str | None) -> tuple[dict[str, Any], str]:
+    """The selector, and the scalar mix that was trained like it where its folder says one; and the pooling that it says."""
     if name is None:
-        return {}
+        return {}, "mean"
     config = pretrained.read_config(pretrained.find(name))
     modules: dict[str, Any] = {evaluation.S2SENT: S2SentSelector.from_pretrained(name)}
     if "scalar_mix" in config:
         modules[evaluation.SCALAR_MIX] = ScalarMix.of_weights(config["scalar_mix"])
-    return modules
+    return modules, config.get("pooling", "mean")
+
+
+def _named(paths: Sequence[str]) -> list[tuple[str, str]]:
+    """Each file with its name in the table: without folder and suffix, unless another file's is the same."""
+    stems = [Path(path).stem for path in paths]
+    names = [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, paths, strict=True)]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{name}: expected each file once")
+    return list(zip(names, paths, strict=True))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -65,9 +82,11 @@ def run(arguments: argparse.Namespace) -> None:
     if name is None and arguments.model is None:
         name = BUNDLED
     try:
-        sts_files = [(path, evaluation.read_sts(path, arguments.split)) for path in arguments.sts]
-        transfer_files = [(path, evaluation.read_transfer(path)) for path in arguments.transfer]
-        modules = _modules(name)
+        files = _named([*arguments.sts, *arguments.transfer])
+        count = len(arguments.sts)
+        sts_files = [(task, evaluation.read_sts(path, arguments.split)) for task, path in files[:count]]
+        transfer_files = [(task, path, evaluation.read_transfer(path)) for task, path in files[count:]]
+        modules, pooling = _modules(name)
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
     device = common.device_of(arguments.device)
@@ -85,7 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     def embed(texts: Sequence[str]) -> Mapping[str, Tensor]:
         found = evaluation.side_by_side(
-            encoder, tokenizer, texts, modules, pooling=arguments.pooling or "mean", max_length=arguments.max_length,
+            encoder, tokenizer, texts, modules, pooling=arguments.pooling or pooling, max_length=arguments.max_length,
             batch_size=arguments.batch_size, progress=True,
         )  # fmt: skip
         if pipeline is not None:
@@ -97,22 +116,27 @@ def run(arguments: argparse.Namespace) -> None:
 
     content: dict[str, Any] = {"model": model, "selector": name, "split": arguments.split, "sts": {}, "transfer": {}}
     try:
-        for path, pairs in sts_files:
+        for task, pairs in sts_files:
             found = evaluation.sts(embed, pairs)
-            content["sts"][Path(path).stem] = {key: value._asdict() for key, value in found.items()}
-        for path, splits in transfer_files:
-            accuracies = evaluation.transfer(embed, splits)
-            content["transfer"][Path(path).stem] = {key: value._asdict() for key, value in accuracies.items()}
+            content["sts"][task] = {key: value._asdict() for key, value in found.items()}
+        for task, path, splits in transfer_files:
+            try:
+                accuracies = evaluation.transfer(embed, splits)
+            except ValueError as error:  # scikit-learn's, of too few texts or of a label that is too rare
+                raise UserError(f"{path}: {error}") from error
+            content["transfer"][task] = {key: value._asdict() for key, value in accuracies.items()}
         if arguments.mteb:
             content["mteb"] = mteb_tasks.run(arguments.mteb, embed)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
     print(table(content))
     columns = _columns(content)
+    # Embeddings that are all alike have no correlation: NaN, which JSON does not know.
+    valid = json.loads(json.dumps(content), parse_constant=lambda _: None)
     common.write_files(
         directory,
         {
-            "evaluation.json": (json.dumps(content, indent=1) + "\n").encode(),
+            "evaluation.json": (json.dumps(valid, indent=1) + "\n").encode(),
             "evaluation.png": pictures.scores_picture(columns, f"{model}: Spearman or accuracy, times 100"),
         },
     )

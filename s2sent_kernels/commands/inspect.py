@@ -29,7 +29,7 @@ EXAMPLES = (
 def add(commands: Any) -> None:
     about = "look at a selector's gates, the DCT bases and the energy of f"
     command = commands.add_parser("inspect", help=about, description=__doc__)
-    command.add_argument("--text", nargs="+", metavar="TEXT", help="texts (default: three examples)")
+    command.add_argument("--text", nargs="+", action="extend", metavar="TEXT", help="texts (default: three examples)")
     command.add_argument("--model", help="path or hub id of an encoder (default: all-MiniLM-L6-v2, bundled)")
     command.add_argument("--selector", help="folder or shipped name (default: the shipped one of the default model)")
     command.add_argument("--show", action="store_true", help="also open the pictures")
