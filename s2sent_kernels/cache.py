@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dct, validate
+from . import dct, families, validate
 from .capture import BLOCK_NORMS, BlockCapture
 from .pictures import write_atomically
 from .tokens import POOLINGS, Tokens
@@ -223,7 +223,7 @@ def _fill(
 
     encoder = capture.encoder
     device = next(encoder.parameters()).device
-    limit = min(settings.max_length, tokenizer.model_max_length)
+    limit = families.max_length(encoder, tokenizer, settings.max_length)
     # By length, so that batches hold little padding: longest first, so that what does not fit fails at once.
     order = sorted(range(len(texts)), key=lambda row: (-len(texts[row]), row))
     batches = [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]

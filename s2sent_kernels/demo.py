@@ -227,7 +227,7 @@ def run(
             )
         print(f"backend   {chosen}: {backends()[chosen].reason}", flush=True)
 
-        batches = common.batches(tokenizer, texts.sentences + texts.queries, where)
+        batches = common.batches(encoder, tokenizer, texts.sentences + texts.queries, where)
         start = time.perf_counter()
         embeddings = torch.cat([capture.pool(selector, **batch) for batch in batches]).cpu()
         seconds = time.perf_counter() - start

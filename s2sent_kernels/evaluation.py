@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import families
 from .capture import BlockCapture
-from .families import hidden_size
 from .frozen import ScalarMix
 from .selector import S2SentSelector
 from .tables import read_table
@@ -148,7 +148,7 @@ def side_by_side(
         pooling: over the tokens, of selectors and scalar mixes.
     """
     device = next(encoder.parameters()).device
-    limit = min(max_length, tokenizer.model_max_length)
+    limit = families.max_length(encoder, tokenizer, max_length)
     kept = list(dict.fromkeys(texts))
     order = sorted(range(len(kept)), key=lambda place: (-len(kept[place]), place))
     found: dict[str, Tensor] = {}
@@ -156,7 +156,7 @@ def side_by_side(
     encoder.eval()
     try:
         with BlockCapture(encoder, blocks, block_norm=block_norm) as capture, torch.no_grad():
-            _check(modules or {}, len(capture.blocks), hidden_size(encoder))
+            _check(modules or {}, len(capture.blocks), families.hidden_size(encoder))
             starts: Any = range(0, len(order), batch_size)
             if progress:
                 starts = _require("tqdm.auto", "tqdm").tqdm(starts, desc="encode", unit="batch")

@@ -14,6 +14,7 @@ _HIDDEN_SIZE = ("hidden_size", "dim", "d_model", "n_embd")
 # What pre-norm families call the norm that follows their last block, beside the list of blocks: ModernBERT; T5; Llama, Qwen3,
 # Mistral, Gemma; GPT-2; GPT-NeoX, Phi. DeBERTa-v2 keeps a norm of its position embeddings in that place, as ``LayerNorm``.
 _FINAL_NORMS = ("final_norm", "final_layer_norm", "norm", "ln_f", "final_layernorm")
+_POSITIONS = ("position_embeddings", "wpe")  # BERT and its kind; GPT-2
 
 
 def _first(config: Any, names: Sequence[str]) -> int | None:
@@ -58,6 +59,21 @@ def find_final_norm(encoder: nn.Module) -> nn.Module | None:
     parent, _, _ = _find_list(encoder)
     norms = (getattr(parent, name, None) for name in _FINAL_NORMS)
     return next((norm for norm in norms if isinstance(norm, nn.Module)), None)
+
+
+def positions(encoder: nn.Module) -> int | None:
+    """How many tokens an encoder with a table of positions has rows for, or None without one. RoBERTa and MPNet count from behind
+    the padding's row."""
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
+
+
+def max_length(encoder: nn.Module, tokenizer: Any, wanted: int) -> int:
+    """Tokens after which a text is cut off: what is wanted, where tokenizer and encoder take as many. A tokenizer that was saved
+    without a limit says 1e30."""
+    return min(wanted, tokenizer.model_max_length, positions(encoder) or wanted)
 
 
 def indices(blocks: Any, depth: int) -> tuple[int, ...]:

@@ -155,7 +155,7 @@ WORDS = [
 ]  # fmt: skip
 
 
-def save_encoder(folder: str | os.PathLike[str], layers: int = 2, size: int = 16) -> None:
+def save_encoder(folder: str | os.PathLike[str], layers: int = 2, size: int = 16, positions: int = 512) -> None:
     """A random BERT with a tokenizer of WORDS."""
     import tokenizers
     import transformers
@@ -169,7 +169,7 @@ def save_encoder(folder: str | os.PathLike[str], layers: int = 2, size: int = 16
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=len(vocabulary), hidden_size=size, num_hidden_layers=layers, num_attention_heads=2,
-        intermediate_size=2 * size,
+        intermediate_size=2 * size, max_position_embeddings=positions,
     )  # fmt: skip
     transformers.BertModel(config).save_pretrained(folder)
 

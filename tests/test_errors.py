@@ -11,6 +11,7 @@ pytest.importorskip("datasets")
 
 import huggingface_hub
 
+from s2sent_kernels import S2SentSelector, pretrained
 from s2sent_kernels.cli import main
 
 STS = "split\tscore\tsentence1\tsentence2\n" + "".join(f"test\t{i}\ta cat {i}\ta dog {i}\n" for i in range(4))
@@ -117,6 +118,21 @@ def test_an_output_that_cannot_be_written(fails, tmp_path, name):
     option = "--output" if name in ("train", "train frozen", "encode") else "--output-dir"
     target = "texts.txt/out.npy" if name == "encode" else "texts.txt/out"
     assert "texts.txt" in fails(name, option, target)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_texts_that_are_longer_than_the_model(tmp_path, monkeypatch, name):
+    """The tokenizer was saved without a limit; the encoder has 16 positions."""
+    monkeypatch.chdir(tmp_path)
+    save_encoder("short", positions=16)
+    long = " ".join(["cat"] * 40)
+    (tmp_path / "sts.tsv").write_text(STS.replace("a cat 2", long))
+    (tmp_path / "triplets.tsv").write_text(TRIPLETS.replace("a cat 2", long))
+    (tmp_path / "texts.txt").write_text(f"? a cat\n{long}\na dog\n")
+    pretrained.save(S2SentSelector(16, 2, 4, 4), "selector")
+    options = ["--selector", "selector"] if name in ("evaluate", "inspect", "encode") else []
+    command = [long if text == "a cat" else text for text in COMMANDS[name]]
+    assert main([*command, "--model", "./short", "--device", "cpu", *options]) == 0
 
 
 @pytest.mark.parametrize(

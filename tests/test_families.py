@@ -65,6 +65,32 @@ def make_encoder(name, seed=0):
     return encoder
 
 
+@family
+def test_as_many_tokens_as_there_are_positions(name):
+    """One more than the table has rows for is what breaks; where there is none, nothing does."""
+    encoder = make_encoder(name)
+    count = families.positions(encoder)
+    tables = {
+        "bert",
+        "roberta",
+        "xlm-roberta",
+        "mpnet",
+        "distilbert",
+        "electra",
+        "deberta-v2",
+        "albert",
+        "albert, two groups",
+    }
+    assert (count is not None) == (name in tables)
+    tokens = torch.full((1, (count or 70)), 5)
+    with torch.no_grad():
+        encoder(tokens, attention_mask=torch.ones_like(tokens))
+        if count is not None:
+            tokens = torch.full((1, count + 1), 5)
+            with pytest.raises((IndexError, RuntimeError)):
+                encoder(tokens, attention_mask=torch.ones_like(tokens))
+
+
 def make_inputs(seed=0):
     ids = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(seed))
     lengths = torch.tensor([[7], [3], [5]])

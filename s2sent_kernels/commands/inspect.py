@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
     encoder, tokenizer, model = common.load_model(arguments.model, device)
-    (batch,) = common.batches(tokenizer, texts, device)
+    (batch,) = common.batches(encoder, tokenizer, texts, device)
     try:
         with BlockCapture(encoder, f"last:{selector.num_blocks}") as capture, torch.no_grad():
             hidden_states, mask = capture.collect(**batch), batch["attention_mask"]
