@@ -15,12 +15,10 @@ goes on where it last recorded its progress.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +27,7 @@ from torch import Tensor
 
 from . import dct, families, validate
 from .capture import BLOCK_NORMS, BlockCapture
+from .locks import locked
 from .pictures import write_atomically
 from .tokens import POOLINGS, Tokens
 
@@ -156,14 +155,6 @@ def fingerprint(encoder: torch.nn.Module, tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time makes a cache; a second waits, and finds it made."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def make(
     encoder: torch.nn.Module,
     tokenizer: Any,
@@ -200,7 +191,7 @@ def make(
         parent = Path(folder)
         parent.mkdir(parents=True, exist_ok=True)
         target = parent / name
-        with _locked(parent / f".{name}.lock"):
+        with locked(parent / f".{name}.lock", wait=True):  # a second process finds it made
             if not target.exists():
                 part = parent / f".{name}.part"
                 _fill(part, about, capture, tokenizer, texts, settings, progress)

@@ -7,6 +7,7 @@ every hard negative of its batch. A step touches [3 B, N, D] numbers and no enco
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -145,7 +146,7 @@ def train(
         score: called before the first epoch and after each; the state of the highest is kept (the last without it).
 
     Raises:
-        ValueError: the sizes do not fit, or a number of the recipe is out of range.
+        ValueError: the sizes do not fit, a number of the recipe is out of range, or the training diverged.
     """
     _check(recipe, len(anchor))
     # A last batch of one has no batch statistics and no negatives: what does not fill half a batch waits for the next epoch.
@@ -178,22 +179,26 @@ def train(
         module.eval()
         if score is not None:
             scores.append(score(module))
-            if best is None or scores[-1] > scores[kept]:
+            if best is None or _order(scores[-1]) > _order(scores[kept]):
                 best, kept = copy.deepcopy(module.state_dict()), epoch
         else:
             kept = epoch
     if best is not None:
         module.load_state_dict(best)
+    validate.finite_state("module", module)
     return History(losses, scores, kept)
+
+
+def _order(score: float) -> float:
+    """Embeddings that are all alike have a score of NaN: below every other."""
+    return -math.inf if math.isnan(score) else score
 
 
 def _check(recipe: Recipe, count: int) -> None:
     for name in ("epochs", "batch_size"):
         validate.positive_int(name, getattr(recipe, name))
     for name in ("temperature", "learning_rate", "prior_learning_rate"):
-        validate.number(name, getattr(recipe, name))
-        if getattr(recipe, name) <= 0:
-            raise ValueError(f"{name}: expected a positive number, got {getattr(recipe, name)}")
+        validate.positive_number(name, getattr(recipe, name))
     if count < 2:
         raise ValueError(f"anchor: expected at least two, since a batch's others are the negatives, got {count}")
 
@@ -245,6 +250,7 @@ def fit(
     """
     if selector.profile != "paper":
         raise ValueError(f"selector: expected profile 'paper', got {selector.profile!r}")
+    _check(recipe, len(examples))  # before the encoder runs for hours
     cached = cache.make(
         encoder, tokenizer, [t for row in examples for t in row if t], folder, settings, progress=progress
     )

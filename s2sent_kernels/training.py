@@ -3,10 +3,14 @@ train."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +18,9 @@ from torch import nn
 
 from . import validate
 from .examples import Examples
-from .sentence_transformers import SentenceTransformer, load
+from .locks import locked
+from .pictures import write_atomically
+from .sentence_transformers import S2SentPooling, SentenceTransformer, load
 
 try:
     import accelerate  # noqa: F401  the trainer asks for it late, and names another extra
@@ -28,8 +34,10 @@ except ImportError as error:
     raise ImportError(f"{error}: pip install 's2sent_kernels[train]'") from error
 
 CHECKPOINTS = "checkpoints"  # in the output folder, until the model is there
+_SETTINGS = "settings.json"  # of the run whose checkpoints stand beside it
 _LISTING = "modules.json"  # what makes a folder a model: ``load`` asks for it
 _SCORE = "dev_spearman_cosine"
+_Dev = tuple[list[str], list[str], list[float]]  # sentences, their partners, scores
 
 
 class Recipe(NamedTuple):
@@ -58,7 +66,7 @@ def fine_tune(
     output: str | os.PathLike[str],
     recipe: Recipe = Recipe(),  # noqa: B008
     *,
-    dev: tuple[list[str], list[str], list[float]] | None = None,
+    dev: _Dev | None = None,
     resume: bool = False,
 ) -> float | None:
     """Trains ``model`` in place on in-batch negatives, and those of the examples; saves it in ``output``, and until then its
@@ -66,18 +74,27 @@ def fine_tune(
     kept, and 100 times their Spearman correlation is returned.
 
     Several GPUs: start the process by torchrun or accelerate; the first one writes. ``resume`` goes on from the last whole
-    checkpoint in ``output``, to the same result as without the interruption.
+    checkpoint in ``output``, to the same result as without the interruption, and takes none of another training.
 
     Raises:
         ValueError: a number of the recipe is out of range, or it asks for patience without ``dev``; there are fewer examples
             than two, or no batch without repeated texts; only some have a negative; anchors are their own positives and the
-            encoder has no dropout; one process sees several GPUs; there is no checkpoint to resume.
+            encoder has no dropout; one process sees several GPUs; there is no checkpoint to resume, or one of a training with
+            other settings; another process is writing there; the training diverged.
     """
     _check(model, examples, recipe, dev)
     checkpoints = Path(output) / CHECKPOINTS
     last = last_checkpoint(checkpoints) if resume else None
     if resume and last is None:
         raise ValueError(f"resume: expected a checkpoint in {checkpoints}, there is none")
+    with _own(checkpoints, _settings(model, examples, recipe, dev), resume):
+        return _train(model, examples, Path(output), recipe, dev, last)
+
+
+def _train(
+    model: SentenceTransformer, examples: Examples, output: Path, recipe: Recipe, dev: _Dev | None, last: str | None
+) -> float | None:
+    checkpoints = output / CHECKPOINTS
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=recipe.epochs,
@@ -97,6 +114,7 @@ def fine_tune(
         load_best_model_at_end=dev is not None,
         metric_for_best_model=None if dev is None else f"eval_{_SCORE}",
         greater_is_better=None if dev is None else True,
+        logging_nan_inf_filter=False,  # it would log the steps before instead
         logging_steps=max(1, math.ceil(len(examples.rows) / recipe.batch_size / 10)),
         seed=recipe.seed,
         report_to="none",
@@ -122,8 +140,9 @@ def fine_tune(
         raise ValueError(f"examples: expected {recipe.batch_size} at once without a text that repeats, there are none")
     trainer.train(resume_from_checkpoint=last)
     trainer.accelerator.wait_for_everyone()  # until nobody reads a checkpoint any more
+    validate.finite_state("model", model)
     if trainer.is_world_process_zero():
-        _save(model.eval(), Path(output))
+        _save(model.eval(), output)
     best = trainer.state.best_metric
     return None if dev is None or best is None else 100 * best
 
@@ -132,11 +151,9 @@ def _check(model: SentenceTransformer, examples: Examples, recipe: Recipe, dev: 
     for name in ("epochs", "batch_size", "accumulation"):
         validate.positive_int(name, getattr(recipe, name))
     for name in ("temperature", "selector_learning_rate", "prior_learning_rate"):
-        validate.number(name, getattr(recipe, name))
-        if getattr(recipe, name) <= 0:
-            raise ValueError(f"{name}: expected a positive number, got {getattr(recipe, name)}")
+        validate.positive_number(name, getattr(recipe, name))
     validate.number("learning_rate", recipe.learning_rate)
-    if recipe.learning_rate < 0:
+    if not 0 <= recipe.learning_rate < math.inf:
         raise ValueError(f"learning_rate: expected 0 or more, got {recipe.learning_rate}")
     validate.option("precision", recipe.precision, ("float32", "bfloat16", "float16"))
     if len(examples.rows) < 2:
@@ -151,6 +168,51 @@ def _check(model: SentenceTransformer, examples: Examples, recipe: Recipe, dev: 
         raise ValueError("patience: expected dev, whose score it waits for")
     if dev is not None and len(set(dev[2])) < 2:
         raise ValueError("dev: expected pairs with different scores")
+
+
+def _settings(model: SentenceTransformer, examples: Examples, recipe: Recipe, dev: Any) -> dict[str, Any]:
+    """What a training is, but for the weights that it began with."""
+
+    def digest(content: Any) -> str:
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    pooling = {
+        key: getattr(module, key) for module in model if isinstance(module, S2SentPooling) for key in module.config_keys
+    }
+    found = {
+        **recipe._asdict(), **pooling, "max_seq_length": model.max_seq_length, "examples": digest(examples),
+        "dev": digest(dev), "parameters": digest([[name, *p.shape] for name, p in model.named_parameters()]),
+    }  # fmt: skip
+    return json.loads(json.dumps(found))
+
+
+@contextlib.contextmanager
+def _own(checkpoints: Path, settings: dict[str, Any], resume: bool) -> Iterator[None]:
+    """The folder of checkpoints as this training's alone. After an error before the first of them it is gone again."""
+    note = checkpoints / _SETTINGS
+    if resume:
+        known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        others = [name for name in settings if name not in known or known[name] != settings[name]]
+        if others:
+            raise ValueError(
+                f"resume: expected the settings that {checkpoints} was begun with, got other {', '.join(others)}"
+            )
+    if int(os.environ.get("RANK", "0")):  # the first process sees to it
+        yield
+        return
+    made = None if checkpoints.exists() else checkpoints
+    while made is not None and not made.parent.exists():
+        made = made.parent
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    with locked(checkpoints / "lock", wait=False):
+        try:
+            if not resume:
+                write_atomically(note, json.dumps(settings, indent=1).encode())
+            yield
+        except BaseException:
+            if made is not None and last_checkpoint(checkpoints) is None:
+                shutil.rmtree(made)
+            raise
 
 
 def _learning_rates(model: SentenceTransformer, recipe: Recipe) -> dict[str, float]:

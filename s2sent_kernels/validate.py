@@ -6,6 +6,7 @@ and is called wherever they are about to be read: in the ops (also in their fake
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,19 @@ def positive_int(name: str, value: Any) -> None:
 def number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def positive_number(name: str, value: Any) -> None:
+    number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
+def finite_state(name: str, module: torch.nn.Module) -> None:
+    """What training ends with: a ValueError where it diverged, since such a module is of no use to anybody."""
+    for key, tensor in module.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}: training diverged, {key} is not finite any more: a lower learning rate may help")
 
 
 def shaped(name: str, tensor: Tensor | None, shape: Sequence[int]) -> None:

@@ -227,12 +227,32 @@ def test_fit_from_texts(encoder_and_tokenizer, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"epochs": 0}, "epochs"), ({"temperature": 0.0}, "temperature"), ({"learning_rate": -1}, "learning_rate")],
+    [
+        ({"epochs": 0}, "epochs"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"learning_rate": -1}, "learning_rate"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"learning_rate": float("inf")}, "learning_rate"),
+    ],
 )
 def test_recipes_that_cannot_be(change, message):
     rows = torch.arange(4)
     with pytest.raises(ValueError, match=f"{message}: expected a positive number"):
         frozen.train(frozen.ScalarMix(3), _features(), rows, rows, None, frozen.Recipe()._replace(**change))
+
+
+def test_training_that_diverges_is_an_error():
+    recipe = frozen.Recipe(epochs=3, batch_size=16, temperature=1e-300)
+    with pytest.raises(ValueError, match=r"training diverged, .* is not finite any more"):
+        frozen.train(S2SentSelector(8, 3, 4, 4), _features(), torch.arange(32), torch.arange(32, 64), None, recipe)
+
+
+def test_a_score_that_is_none_is_below_every_other():
+    values = iter([1.0, float("nan"), 3.0, float("nan")])
+    module, recipe = S2SentSelector(8, 3, 4, 4), frozen.Recipe(epochs=3, batch_size=16)
+    rows = torch.arange(64)
+    history = frozen.train(module, _features(), rows[:32], rows[32:], None, recipe, score=lambda _: next(values))
+    assert history.kept == 2
 
 
 def test_one_triplet_is_too_few():

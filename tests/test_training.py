@@ -1,8 +1,11 @@
 """Fine-tuning of encoder and selector: what it reads, that it learns, goes on and keeps the best, and its errors."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +184,40 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, encoder, monk
         assert torch.equal(a, b), name
 
 
+def test_checkpoints_are_of_one_training(tmp_path, encoder, monkeypatch):
+    """Another one does not go on from them, and none begins beside one that runs."""
+    examples, recipe = Examples(("anchor", "positive"), pairs(16), True), training.Recipe(epochs=2, batch_size=8)
+    caught = []
+
+    class Interrupt(transformers.TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            with pytest.raises(ValueError, match="another process is writing there") as error:
+                training.fine_tune(make_model(encoder), examples, tmp_path, recipe, resume=bool(state.global_step))
+            caught.append(error)
+            if state.global_step:
+                raise KeyboardInterrupt
+
+    plain = training._Trainer
+    monkeypatch.setattr(
+        training, "_Trainer", lambda callbacks, **options: plain(callbacks=[*callbacks, Interrupt()], **options)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        training.fine_tune(make_model(encoder), examples, tmp_path, recipe)
+    assert len(caught) == 2
+    monkeypatch.setattr(training, "_Trainer", plain)
+    wider = Transformer(str(encoder))
+    wider = SentenceTransformer(modules=[wider, S2SentPooling.behind(wider, blocks=None, bottleneck=5)], device="cpu")
+    for model, some, other, word in (
+        (make_model(encoder), examples, recipe._replace(epochs=3), "epochs"),
+        (make_model(encoder), examples._replace(rows=examples.rows[1:]), recipe, "examples"),
+        (wider, examples, recipe, "selector_arguments, parameters"),
+    ):
+        with pytest.raises(ValueError, match=f"resume: expected the settings that .* got other {word}"):
+            training.fine_tune(model, some, tmp_path, other, resume=True)
+    training.fine_tune(make_model(encoder), examples, tmp_path, recipe, resume=True)
+    assert not (tmp_path / training.CHECKPOINTS).exists() and load(tmp_path, device="cpu")
+
+
 def test_the_best_epoch_is_kept_and_patience_stops(tmp_path, encoder, monkeypatch):
     scores = iter([0.3, 0.7, 0.5, 0.4, 0.9])
     seen = []
@@ -225,13 +262,18 @@ def test_the_selector_has_its_own_learning_rate(tmp_path, encoder):
         ({"recipe": training.Recipe(precision="int4")}, "precision: expected one of"),
         ({"recipe": training.Recipe(epochs=0)}, "epochs: expected a positive"),
         ({"dev": (["a", "b"], ["c", "d"], [1.0, 1.0])}, "dev: expected pairs with different scores"),
+        ({"recipe": training.Recipe(temperature=float("nan"))}, "temperature: expected a positive number"),
+        ({"recipe": training.Recipe(learning_rate=float("inf"))}, "learning_rate: expected 0 or more"),
+        ({"recipe": training.Recipe(learning_rate=1e38)}, "training diverged, .* is not finite any more"),
     ],
 )
 def test_what_it_refuses(tmp_path, encoder, change, message):
     rows = change.pop("rows", [("a", "b", "c"), ("d", "e", "f")])
     examples = Examples(("anchor", "positive", "negative"), rows, True)
     with pytest.raises(ValueError, match=message):
-        training.fine_tune(make_model(encoder), examples, tmp_path / "out", **change)
+        training.fine_tune(make_model(encoder), examples, tmp_path / "deep" / "out", **change)
+    left = {path.name for path in (tmp_path / "deep" / "out").glob("*")}
+    assert left == {training.CHECKPOINTS} if "diverged" in message else not (tmp_path / "deep").exists()
 
 
 def test_sentences_alone_need_dropout(tmp_path, encoder):
@@ -275,6 +317,10 @@ def test_the_command(tmp_path, encoder, capsys):
         (["--cache", "x"], "--cache: only with --freeze-encoder"),
         (["--temperature", "0"], "temperature: expected a positive number"),
         (["--learning-rate", "-1"], "learning_rate: expected 0 or more"),
+        (["--temperature", "nan"], "temperature: expected a positive number"),
+        (["--freeze-encoder", "--temperature", "nan"], "temperature: expected a positive number"),
+        (["--seed", "-1"], "argument --seed: invalid seed value: '-1'"),
+        (["--seed", "4294967296"], "argument --seed: invalid seed value: '4294967296'"),
         (["--resume"], "resume: expected a checkpoint"),
         (["--patience", "2"], "patience: expected dev"),
         (["--model", "/nowhere/model"], "there is no such directory"),
@@ -289,6 +335,21 @@ def test_the_command_refuses(tmp_path, encoder, capsys, options, message):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--freeze-encoder", "--cache", "cache"]], ids=["tuned", "frozen"])
+def test_the_encoder_is_not_written_over(tmp_path, encoder, capsys, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(encoder, "encoder")
+    before = {path.name: path.read_bytes() for path in Path("encoder").iterdir()}
+    path = write(tmp_path / "data.tsv", pairs(4), ("anchor", "positive"))
+    assert (
+        main(["train", "--data", str(path), "--model", "./encoder", "--output", "encoder", "--device", "cpu", *options])
+        == 2
+    )
+    assert "output folder encoder: it is not empty" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in Path("encoder").iterdir()} == before
+    assert sorted(os.listdir()) == ["data.tsv", "encoder"]
 
 
 def test_frozen_training_needs_pairs(tmp_path, encoder, capsys):

@@ -33,6 +33,14 @@ def positive(text: str) -> int:
 positive.__name__ = "positive number"  # argparse puts it into its messages: "invalid positive number value: '0'"
 
 
+def seed(text: str) -> int:
+    """An argparse type: what every library takes as a seed."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise ValueError
+    return value
+
+
 def require(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)

@@ -65,7 +65,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--resume", action="store_const", const=True, help="go on from the last checkpoint in --output"
     )
-    command.add_argument("--seed", type=int, default=0, help="default: 0")
+    command.add_argument("--seed", type=common.seed, default=0, help="default: 0")
     command.add_argument("--max-length", type=positive, default=256, help="tokens at most (default: 256)")
     command.add_argument(
         "--cache", metavar="FOLDER", help="of f and p, with --freeze-encoder (default: ./s2sent_cache)"
@@ -88,13 +88,15 @@ def run(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}: {word} --freeze-encoder")
     common.check_writable(Path(arguments.output))
     try:
+        _check_empty(arguments)
         examples = read_examples(arguments.data)
         dev = None if arguments.dev is None else evaluation.read_sts(arguments.dev, arguments.dev_split)
         (_train_frozen if arguments.freeze_encoder else _fine_tune)(arguments, examples, dev)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
     except OSError as error:
-        raise UserError(f"output folder {arguments.output}: {error.strerror}") from error
+        place = error.filename or f"output folder {arguments.output}"
+        raise UserError(f"{place}: {error.strerror or error}") from error
     if _is_first_process():
         print(f"wrote {arguments.output}")
 
@@ -102,6 +104,22 @@ def run(arguments: argparse.Namespace) -> None:
 def _is_first_process() -> bool:
     """Of those that torchrun started: the one that wrote, and that speaks."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def _check_empty(arguments: argparse.Namespace) -> None:
+    """What stands in the output folder is not written over: it may be the encoder."""
+    output = Path(arguments.output)
+    found = list(output.iterdir()) if output.is_dir() else []
+    if not found or arguments.resume:
+        return
+    advice = ""
+    if not arguments.freeze_encoder:
+        from .. import training
+
+        if found == [output / training.CHECKPOINTS] and training.last_checkpoint(found[0]) is None:
+            return  # of a run that was interrupted before its first
+        advice = "; --resume goes on from a checkpoint in it"
+    raise UserError(f"output folder {output}: it is not empty{advice}")
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -120,11 +138,6 @@ def _fine_tune(arguments: argparse.Namespace, examples: Examples, dev: list[eval
     from ..sentence_transformers import S2SentPooling, SentenceTransformer
 
     output = Path(arguments.output)
-    found = list(output.iterdir()) if output.is_dir() else []
-    if found == [output / training.CHECKPOINTS] and training.last_checkpoint(found[0]) is None:
-        found = []  # of a run that was interrupted before its first
-    if found and not arguments.resume:
-        raise UserError(f"output folder {output}: it is not empty; --resume goes on from a checkpoint in it")
     device = common.device_of(arguments.device)
     transformer = common.load_transformer(arguments.model, arguments.max_length)
     torch.manual_seed(arguments.seed)
