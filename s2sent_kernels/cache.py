@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -240,15 +241,32 @@ def _fill(
                     shape = (len(texts), *tensor.shape[1:])
                     kind = numpy.int64 if key == "lengths" else numpy.float32
                     arrays[key] = numpy.lib.format.open_memmap(part / f"{key}.npy", "w+", kind, shape)
+                    _allocate(part / f"{key}.npy")
                 arrays[key][rows] = tensor.cpu().numpy()
             if (number + 1) % RECORD_EVERY == 0 or number + 1 == len(batches):
                 for array in arrays.values():
                     array.flush()
                 write_atomically(record, json.dumps({"batches": number + 1}).encode())
+    except BaseException:
+        if not record.exists():  # there is nothing to go on from
+            shutil.rmtree(part)
+        raise
     finally:
         encoder.train(was_training)
     write_atomically(part / "about.json", (json.dumps(about, indent=1) + "\n").encode())
     record.unlink()
+
+
+def _allocate(path: Path) -> None:
+    """Takes a file's room on the disk. A file that is mapped into memory is full of holes at first: where the disk is full when
+    one of them is written to, that is no error but the end of the process."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _summaries(hidden_states: Sequence[Tensor], mask: Tensor, settings: Settings) -> dict[str, Tensor]:

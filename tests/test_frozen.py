@@ -1,6 +1,7 @@
 """Cache, training from it, and selectors in folders: on a tiny random encoder."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy
@@ -113,6 +114,18 @@ def test_an_interrupted_pass_goes_on_and_gives_the_same_bits(encoder_and_tokeniz
     assert len(calls) == 4  # three batches of eight texts: two were kept, the third ran again
     for name in ("frequencies.npy", "lengths.npy"):
         assert numpy.array_equal(numpy.load(resumed.folder / name), numpy.load(whole.folder / name))
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(encoder_and_tokenizer, tmp_path, monkeypatch):
+    """Before the encoder has run for hours: the room is taken first."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*frequencies\.npy"):
+        cache.make(*encoder_and_tokenizer, TEXTS, tmp_path, SETTINGS)
+    assert all(path.name.endswith(".lock") for path in tmp_path.iterdir())
 
 
 def test_the_encoders_mode_comes_back(tmp_path):
