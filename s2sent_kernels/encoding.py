@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import tables
+from .locks import locked
 from .tables import STDIN
 
 try:
@@ -110,49 +111,56 @@ def encode_texts(
     there; chunks of another key are thrown away.
 
     Raises:
-        ValueError: the output's suffix is not one of OUTPUTS; ids are of several types; what ``rows`` raises.
+        ValueError: the output's suffix is not one of OUTPUTS; ids are of several types; another process writes the same output;
+            what ``rows`` raises.
     """
     output = Path(output)
     if output.suffix.lower() not in OUTPUTS:
         raise ValueError(f"{output}: expected a file of {', '.join(OUTPUTS)}, got suffix {output.suffix!r}")
     if keep_text and output.suffix.lower() == ".npy":
         raise ValueError(f"{output}: an array holds no texts: expected .parquet")
-    parts = _Parts(output, {"key": key, "chunk": chunk, "keep_text": keep_text}, key is not None, say)
-    stream = iter(rows)
-    done = parts.rows()
-    try:
-        for _ in itertools.islice(stream, done):  # read, since errors are theirs, but not encoded
-            pass
-        with tqdm(total=None, initial=done, unit=" texts", disable=not progress, file=sys.stderr) as bar:
-            while some := list(itertools.islice(stream, chunk)):
-                parts.add(some, np.asarray(encode([row.text for row in some])), keep_text)
-                bar.update(len(some))
-    except BaseException:
-        parts.leave()
-        raise
-    return parts.join()
+    parts = _Parts(output)
+    parts.folder.mkdir(parents=True, exist_ok=True)
+    with locked(parts.folder / "lock", wait=False):
+        try:
+            parts.begin({"key": key, "chunk": chunk, "keep_text": keep_text}, key is not None, say)
+            stream = iter(rows)
+            done = parts.rows()
+            for _ in itertools.islice(stream, done):  # read, since errors are theirs, but not encoded
+                pass
+            with tqdm(total=None, initial=done, unit=" texts", disable=not progress, file=sys.stderr) as bar:
+                while some := list(itertools.islice(stream, chunk)):
+                    parts.add(some, np.asarray(encode([row.text for row in some])), keep_text)
+                    bar.update(len(some))
+        except BaseException:
+            parts.leave()
+            raise
+        return parts.join()
 
 
 class _Parts:
     """The chunks' results, each a Parquet file, in order; a file is there only when it is whole."""
 
-    def __init__(self, output: Path, key: Any, resumable: bool, say: Callable[[str], None]) -> None:
-        self.output, self.folder = output, output.parent / f".{output.name}.parts"
+    def __init__(self, output: Path) -> None:
+        self.output, self.folder, self.count = output, output.parent / f".{output.name}.parts", 0
+
+    def begin(self, key: Any, resumable: bool, say: Callable[[str], None]) -> None:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         mark = self.folder / "key"
         known = mark.is_file() and mark.read_text() == digest
-        if self.folder.exists() and not (resumable and known):
-            say(f"{self.folder}: chunks of another run are thrown away")
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not known or not resumable:
+        if not (resumable and known):
+            if self.files():
+                say(f"{self.folder}: chunks of another run are thrown away")
+            mark.unlink(missing_ok=True)  # first, so that a half of them is nobody's
+            for path in self.files():
+                path.unlink()
             mark.write_text(digest)
         elif self.files():
             say(f"{self.folder}: going on after {self.rows()} texts")
         self.count = len(self.files())
 
     def files(self) -> list[Path]:
-        return sorted(self.folder.glob("*.parquet"))
+        return sorted(self.folder.glob("[0-9]*.parquet"))
 
     def rows(self) -> int:
         return sum(parquet.read_metadata(path).num_rows for path in self.files())
@@ -167,7 +175,7 @@ class _Parts:
             columns["text"] = [row.text for row in rows]
         try:
             table = pa.table(columns)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OverflowError) as error:  # OverflowError: an integer of more than 64 bits
             raise ValueError(f"ids: expected values of one type: {str(error).splitlines()[0]}") from error
         place = self.folder / f"{self.count:08d}.parquet"
         parquet.write_table(table, place.with_suffix(".part"))
@@ -192,18 +200,14 @@ class _Parts:
                         raise ValueError(f"ids: expected values of one type, got {schema.field('id').type} and another")
                     writer.write_table(table)
         else:
-            array = None
-            start = 0
-            for path in files:
-                column = parquet.read_table(path, columns=["embedding"])["embedding"].combine_chunks()
-                part = column.values.to_numpy().reshape(len(column), -1)
-                if array is None:
-                    shape = (count, part.shape[1])
-                    array = np.lib.format.open_memmap(whole, mode="w+", dtype=part.dtype, shape=shape)
-                array[start : start + len(part)] = part
-                start += len(part)
-            assert array is not None
-            array.flush()
+            with open(whole, "wb") as file:  # not mapped into memory, where a full disk is no error but the end
+                for place, path in enumerate(files):
+                    column = parquet.read_table(path, columns=["embedding"])["embedding"].combine_chunks()
+                    part = column.values.to_numpy().reshape(len(column), -1)
+                    if place == 0:
+                        header = np.lib.format.header_data_from_array_1_0(part)
+                        np.lib.format.write_array_header_1_0(file, header | {"shape": (count, part.shape[1])})
+                    file.write(part.tobytes())
         os.replace(whole, self.output)
         shutil.rmtree(self.folder)
         return count

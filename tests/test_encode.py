@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,7 +190,48 @@ def test_another_run_starts_anew(tmp_path, key, chunk):
     assert len(count) == 8 and "thrown away" in said[0]
 
 
+def test_one_process_an_output(tmp_path):
+    rows = [Row(i, "x") for i in range(8)]
+
+    def rival(texts):
+        with pytest.raises(ValueError, match="another process is writing there"):
+            encode_texts(rows, lengths, tmp_path / "a.npy", key="other")
+        return lengths(texts)
+
+    assert encode_texts(rows, rival, tmp_path / "a.npy", chunk=4, key="k") == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".npy"])
+def test_a_run_that_ended_while_it_wrote_the_whole(tmp_path, monkeypatch, suffix):
+    rows, output = [Row(i, "x" * i) for i in range(8)], tmp_path / f"a{suffix}"
+
+    def end(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(encoding.os, "replace", lambda a, b: end() if b == output else os.rename(a, b))
+    with pytest.raises(OSError, match="No space left"):
+        encode_texts(rows, lengths, output, chunk=4, key="k")
+    assert not output.exists() and (tmp_path / f".a{suffix}.parts" / f"whole{suffix}").exists()
+    monkeypatch.undo()
+    assert encode_texts(rows, lengths, output, chunk=4, key="k", say=lambda _: None) == 8
+    encode_texts(rows, lengths, tmp_path / f"b{suffix}", chunk=4)
+    assert output.read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
+def test_nothing_is_left_of_a_run_that_could_not_begin(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        encode_texts([Row(0, "x")], lengths, tmp_path / "a.npy")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_ids_of_one_type(tmp_path):
+    with pytest.raises(ValueError, match="ids: expected values of one type"):
+        encode_texts([Row(1, "x"), Row(2**70, "y")], lengths, tmp_path / "c.parquet")
     with pytest.raises(ValueError, match="ids: expected values of one type"):
         encode_texts([Row("a", "x"), Row(3, "y")], lengths, tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="ids: expected values of one type"):
@@ -279,6 +322,9 @@ def test_the_shipped_selector_is_the_default(tmp_path):
         (["--output", "out.npy", "--id-column", "name"], "got lines of text"),
         (["--output", "a.txt/out.npy"], "is not a directory that can be written to"),
         (["--output", "out.npy", "--selector", "selector"], "expected none beside --model"),
+        (["--output", "out.npy", "--truncate-dim", "17"], "--truncate-dim: expected at most 16, as many features as there are"),
+        (["--output", "out.npy", "--precision", "int8", "--calibration", "a.txt"], "expected texts that differ in every feature"),
+        (["--output", ".", "--force"], "expected a file, got a directory"),
     ],
 )  # fmt: skip
 def test_what_the_command_refuses(tmp_path, places, capsys, monkeypatch, options, message):
@@ -294,6 +340,15 @@ def test_what_the_command_refuses(tmp_path, places, capsys, monkeypatch, options
     ):
         assert main(["encode", "--output", "out.npy", "--model", str(places / "whole"), *arguments]) == 2
         assert reason in capsys.readouterr().err
+
+
+def test_an_input_is_not_replaced(tmp_path, places, capsys):
+    path = write(tmp_path / "a.parquet", ["x", "y"])
+    before = path.read_bytes()
+    (tmp_path / "link.parquet").symlink_to(path)
+    for output in (path, tmp_path / "link.parquet"):
+        assert run(places, path, "--output", output, "--force") == 2
+        assert "whose texts would be lost" in capsys.readouterr().err and path.read_bytes() == before
 
 
 def test_models_that_do_not_fit(tmp_path, places, capsys):

@@ -60,6 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
     common.check_writable(output.parent)
     if output.exists() and not arguments.force:
         raise UserError(f"output {output}: it is there already; --force replaces it")
+    if output.is_dir():
+        raise UserError(f"output {output}: expected a file, got a directory")
     if output.suffix.lower() not in encoding.OUTPUTS:
         raise UserError(f"output {output}: expected a file of {', '.join(encoding.OUTPUTS)}")
     scaled = arguments.precision in ("int8", "uint8")
@@ -68,9 +70,15 @@ def run(arguments: argparse.Namespace) -> None:
     for path in (*arguments.inputs, *([arguments.calibration] if scaled else [])):
         if path != encoding.STDIN and not os.path.isfile(path):
             raise UserError(f"{path}: there is no such file")
+        if path != encoding.STDIN and output.exists() and output.samefile(path):
+            raise UserError(f"output {output}: expected another file than {path}, whose texts would be lost")
     model = load(arguments.model, arguments.selector)
     if arguments.max_length is not None:
         model.max_seq_length = min(arguments.max_length, model.max_seq_length or arguments.max_length)
+    if arguments.truncate_dim is not None and arguments.truncate_dim > (size := model.get_embedding_dimension()):
+        raise UserError(
+            f"--truncate-dim: expected at most {size}, as many features as there are, got {arguments.truncate_dim}"
+        )
     devices = [str(common.device_of(name)) for name in arguments.device or [None]]
     model.to(devices[0])
     pool = model.start_multi_process_pool(devices) if len(devices) > 1 else None
@@ -138,6 +146,10 @@ def _quantized(arguments: argparse.Namespace, encode: Any) -> Any:
     if arguments.calibration is not None:
         seen = encode([row.text for row in encoding.read_texts([arguments.calibration], arguments.column)])
         ranges = np.stack([seen.min(axis=0), seen.max(axis=0)])
+        if not (ranges[0] < ranges[1]).all():
+            raise UserError(
+                f"--calibration {arguments.calibration}: expected texts that differ in every feature, got {len(seen)}"
+            )
     return lambda texts: quantize_embeddings(encode(texts), precision=arguments.precision, ranges=ranges)
 
 
