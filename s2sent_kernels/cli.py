@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
+import io
 import os
 import platform
+import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
 
 from . import __version__, demo
 from .backend import BACKEND_VARIABLE, BACKENDS, backends, choose
 from .commands import encode, evaluate, export, inspect, train
-from .commands.common import UserError, positive
+from .commands.common import UserError, first_line, positive
 from .validate import DEBUG_VARIABLE
 
 VARIABLES = (BACKEND_VARIABLE, DEBUG_VARIABLE, "TRITON_INTERPRET")
@@ -89,23 +93,72 @@ def doctor() -> None:
         print(f"{name:<{width}}  {value}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, or 2 after an error, which is one line on stderr."""
+def _run(argv: Sequence[str] | None) -> None:
+    arguments = _parser().parse_args(argv)
+    if arguments.command == "doctor":
+        doctor()
+    elif arguments.command != "demo":
+        arguments.run(arguments)
+    else:
+        demo.run(
+            model=arguments.model, file=arguments.file, output_dir=arguments.output_dir, top=arguments.top,
+            backend=arguments.backend, device=arguments.device, blocks=arguments.blocks,
+        )  # fmt: skip
+    if sys.stdout is not None:
+        sys.stdout.flush()  # so that what comes of it is an error of this command, and not of the interpreter's end
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, with which schedulers end what they run, becomes an exception: temporary files go, and the processes of a pool.
+    Not under torchrun: its processes may wait for each other then, and it sees to them."""
+    if threading.current_thread() is not threading.main_thread() or "RANK" in os.environ:
+        yield
+        return
+
+    def end(*_: Any) -> NoReturn:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        arguments = _parser().parse_args(argv)
-        if arguments.command == "doctor":
-            doctor()
-        elif arguments.command != "demo":
-            arguments.run(arguments)
-        else:
-            demo.run(
-                model=arguments.model, file=arguments.file, output_dir=arguments.output_dir, top=arguments.top,
-                backend=arguments.backend, device=arguments.device, blocks=arguments.blocks,
-            )  # fmt: skip
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(BaseException):
+    """As KeyboardInterrupt is: no ``except Exception`` takes it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, or 2 after an error, which is one line on stderr; 128 and the signal's number
+    where one ended it."""
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # what it cannot spell (a name that is no UTF-8) is written as stderr writes it
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        with _terminated_as_interrupted():
+            _run(argv)
+        return 0
     except UserError as error:
-        print("s2sent: error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+        return _fail(str(error), 2)
+    except BrokenPipeError:  # who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's end tries again
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return _fail("interrupted", 128 + signal.SIGINT)
+    except _Terminated:
+        return _fail("terminated", 128 + signal.SIGTERM)
+    except (OSError, RuntimeError, MemoryError) as error:  # of the machine: its memory, its disk, its device
+        if os.environ.get(DEBUG_VARIABLE) == "1":
+            raise
+        return _fail(f"{type(error).__name__}: {first_line(error)} ({DEBUG_VARIABLE}=1 shows where)", 2)
+
+
+def _fail(message: str, code: int) -> int:
+    print("s2sent: error:", " ".join(message.split()), file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The command line: what it prints and writes, and that every error is one line, exit code 2 and nothing written."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -287,6 +289,76 @@ def test_missing_matplotlib_in_pictures(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 's2sent_kernels\[demo\]'"):
         pictures.bases_picture(3, 4, 9)
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "message"),
+    [
+        (KeyboardInterrupt, 130, "interrupted"),
+        ("SIGTERM", 143, "terminated"),
+        (RuntimeError("no memory\nat all"), 2, "RuntimeError: no memory (S2SENT_DEBUG=1 shows where)"),
+        (
+            OSError(28, "No space left on device"),
+            2,
+            "OSError: [Errno 28] No space left on device (S2SENT_DEBUG=1 shows where)",
+        ),
+    ],
+)
+def test_what_ends_a_command(what, code, message, capsys, monkeypatch):
+    cleaned = []
+
+    def run(**_):
+        try:
+            if what == "SIGTERM":
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+            raise what
+        finally:
+            cleaned.append(True)
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(demo, "run", run)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["demo"]) == code
+    assert cleaned and signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err == f"s2sent: error: {message}\n"
+    if isinstance(what, RuntimeError):
+        monkeypatch.setenv("S2SENT_DEBUG", "1")
+        with pytest.raises(RuntimeError):
+            main(["demo"])
+
+
+def test_an_output_that_nobody_reads_or_that_is_full():
+    command = [sys.executable, "-m", "s2sent_kernels.cli", "doctor"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (141, "")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
+
+
+def test_a_terminal_that_cannot_spell_it(model_dir, texts, tmp_path):
+    pytest.importorskip("matplotlib")
+    texts.write_text("A cat, naïvely.\n? Who?\n", encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "s2sent_kernels.cli",
+        "demo",
+        "--model",
+        model_dir,
+        "--file",
+        texts,
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run(
+        [*map(str, command), "--output-dir", str(tmp_path / "out")], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0 and "na\\xefvely" in done.stdout, done.stderr
 
 
 # ---------------------------------------------------------------- importing
