@@ -26,6 +26,10 @@ def _figure(width: float, height: float) -> Any:
 
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        for text in (axes.title, *(legend.get_texts() if legend else ())):
+            text.set_parse_math(False)  # people's texts: a dollar is a dollar. The numbers at an axis may be formulas
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
 
@@ -203,7 +207,7 @@ def scores_picture(scores: Mapping[str, Mapping[str, float]], title: str) -> byt
         at = [task + (place - (len(poolings) - 1) / 2) * width for task in range(len(scores))]
         heights = [found.get(pooling, float("nan")) for found in scores.values()]
         axes.bar(at, [height - low for height in heights], width, bottom=low, label=pooling)
-    axes.set_xticks(range(len(scores)), list(scores))
+    axes.set_xticks(range(len(scores)), list(scores), parse_math=False)
     axes.set_ylabel(f"score (the axis starts at {low:.0f})" if low else "score")
     axes.set_title(title)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

@@ -63,6 +63,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT or not isinstance(config.get("selector"), dict):
         raise ValueError(f"{path}: expected the configuration of a selector, format {FORMAT}")
+    for name in _ARGUMENTS:
+        if name not in config["selector"]:
+            raise ValueError(f"{path}: expected {name!r} under 'selector', and it is not there")
     return config
 
 
@@ -94,12 +97,9 @@ def load(kind: type[S2SentSelector], name_or_folder: str | os.PathLike[str], bac
     folder = find(name_or_folder)
     config = read_config(folder)["selector"]
     try:
-        arguments = {name: config[name] for name in _ARGUMENTS}
-    except KeyError as error:
-        raise ValueError(
-            f"{folder / CONFIG}: expected {error.args[0]!r} under 'selector', and it is not there"
-        ) from error
-    selector = kind(**arguments, backend=backend)
+        selector = kind(**{name: config[name] for name in _ARGUMENTS}, backend=backend)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
     tensors = _safetensors()
     path = folder / WEIGHTS
     try:

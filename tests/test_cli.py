@@ -12,6 +12,7 @@ import torch
 from s2sent_kernels import backends, demo, pictures
 from s2sent_kernels.backend import choose
 from s2sent_kernels.cli import main
+from s2sent_kernels.commands import common
 
 PNG = b"\x89PNG\r\n\x1a\n"
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "moon", "is", "bright", "who", "?", "."]
@@ -158,6 +159,16 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         pictures.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_of_files_that_could_not_be_written_is_not_left(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pictures, "write_atomically", full)
+    with pytest.raises(common.UserError, match="No space left on device"):
+        common.write_files(tmp_path / "out", {"a.png": b"a"})
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------- what does not

@@ -1,5 +1,6 @@
 """What a person meets first: every command says in one line what is wrong, ends with 2, and leaves nothing behind."""
 
+import json
 import subprocess
 import sys
 
@@ -111,6 +112,15 @@ def test_a_selector_that_is_broken_or_not_there(fails, tmp_path, name):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     assert "broken" in fails(name, "--selector", tmp_path / "broken")
+    good = {
+        "hidden_size": 16, "num_blocks": 2, "bottleneck": 4, "frequencies": 4, "profile": "paper", "gate_norm": "batch",
+        "block_prior": True, "activation": "tanh",
+    }  # fmt: skip
+    for change, message in (({"hidden_size": "x"}, "expected an integer"), ({"num_blocks": None}, "")):
+        selector = {key: value for key, value in (good | change).items() if value is not None}
+        (tmp_path / "broken" / "config.json").write_text(json.dumps({"format": 1, "selector": selector}))
+        line = fails(name, "--selector", tmp_path / "broken")
+        assert "broken" in line and next(iter(change)) in line and message in line
 
 
 @pytest.mark.parametrize("name", COMMANDS)

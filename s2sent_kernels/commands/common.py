@@ -171,10 +171,13 @@ def batches(encoder: Any, tokenizer: Any, texts: Sequence[str], device: torch.de
 def write_files(directory: Path, content: Mapping[str, bytes]) -> None:
     """Each whole or not at all; says where it is."""
     try:
+        there = directory.is_dir()
         directory.mkdir(parents=True, exist_ok=True)
         for name, data in content.items():
             pictures.write_atomically(directory / name, data)
     except OSError as error:
+        if not there and directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
         raise UserError(f"output directory {directory}: {error.strerror}") from error
     print()
     for name in content:
