@@ -1,6 +1,7 @@
 """What a person meets first: every command says in one line what is wrong, ends with 2, and leaves nothing behind."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ pytest.importorskip("sentence_transformers")
 pytest.importorskip("datasets")
 
 import huggingface_hub
+import safetensors.torch as safetensors
 
 from s2sent_kernels import S2SentSelector, pretrained
 from s2sent_kernels.cli import main
@@ -98,6 +100,18 @@ def test_files(fails, tmp_path, name, content, message):
 def test_a_file_without_its_columns(fails, tmp_path, name):
     (tmp_path / FILES[name]).write_text("one\ttwo\na\tb\n")
     assert "expected a tab-separated column" in fails(name)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_model_whose_weights_have_other_names(fails, encoder, tmp_path, name):
+    """The library would go on with random ones."""
+    shutil.copytree(encoder, tmp_path / "renamed")
+    path = tmp_path / "renamed" / "model.safetensors"
+    weights = {name.replace("attention", "attend"): tensor for name, tensor in safetensors.load_file(path).items()}
+    safetensors.save_file(weights, path, metadata={"format": "pt"})
+    options = ["--selector", "all-MiniLM-L6-v2"] if name in ("evaluate", "inspect", "encode") else []
+    line = fails(name, "--model", tmp_path / "renamed", *options)
+    assert "renamed cannot be loaded: expected weights 'encoder.layer.0.attention." in line
 
 
 @pytest.mark.parametrize("name", ["evaluate", "inspect", "encode"])

@@ -87,10 +87,25 @@ def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
     path, name = find_model(model)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        encoder = transformers.AutoModel.from_pretrained(path, dtype=torch.float32)
     except Exception as error:  # whatever a broken checkpoint makes the loader raise
         raise UserError(f"model {name} cannot be loaded: {first_line(error)}") from error
-    return encoder.to(device).eval(), tokenizer, name
+    return _load_encoder(path, name, torch.float32).to(device).eval(), tokenizer, name
+
+
+def _load_encoder(path: str, name: str, dtype: torch.dtype | str) -> Any:
+    """An encoder whose weights are all there. The library makes up those that are not, at random, and its warning is silenced;
+    a pooler and a decoder are asked for nothing here."""
+    try:
+        encoder, found = quiet_transformers().AutoModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # as above
+        raise UserError(f"model {name} cannot be loaded: {first_line(error)}") from error
+    missing = sorted(key for key in found["missing_keys"] if not {"pooler", "decoder"} & set(key.split(".")))
+    if missing:
+        raise UserError(
+            f"model {name} cannot be loaded: expected weights {missing[0]!r}, and they are not there, "
+            f"nor are {len(missing) - 1} others"
+        )
+    return encoder
 
 
 def load_transformer(model: str | None, max_length: int | None = None) -> Any:
@@ -101,6 +116,7 @@ def load_transformer(model: str | None, max_length: int | None = None) -> Any:
     path, name = find_model(model)
     from sentence_transformers.base.modules import Transformer
 
+    _load_encoder(path, name, "auto")  # for its error: what Transformer found of the weights, it does not say
     try:
         module = Transformer(path, model_kwargs={"dtype": torch.float32})
     except Exception as error:  # as above
