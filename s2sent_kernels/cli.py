@@ -19,7 +19,7 @@ import torch
 from . import __version__, demo
 from .backend import BACKEND_VARIABLE, BACKENDS, backends, choose
 from .commands import encode, evaluate, export, inspect, train
-from .commands.common import UserError, first_line, positive
+from .commands.common import UserError, first_line, path, positive
 from .validate import DEBUG_VARIABLE
 
 VARIABLES = (BACKEND_VARIABLE, DEBUG_VARIABLE, "TRITON_INTERPRET")
@@ -48,8 +48,12 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("demo", help="fuse an encoder's blocks on real sentences", description=demo.__doc__)
     run.add_argument("--model", help="path or hub id of an encoder (default: all-MiniLM-L6-v2, bundled)")
-    run.add_argument("--file", help="text file, one sentence a line, queries begin with '? ' (default: bundled)")
-    run.add_argument("--output-dir", default="demo_output", help="where the pictures go (default: ./demo_output)")
+    run.add_argument(
+        "--file", type=path, help="text file, one sentence a line, queries begin with '? ' (default: bundled)"
+    )
+    run.add_argument(
+        "--output-dir", type=path, default="demo_output", help="where the pictures go (default: ./demo_output)"
+    )
     run.add_argument("--top", type=positive, default=3, help="sentences to print for each query (default: 3)")
     run.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="default: auto")
     run.add_argument("--device", help="a torch device (default: cuda where there is one, else cpu)")

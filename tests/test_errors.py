@@ -159,6 +159,15 @@ def test_texts_that_are_longer_than_the_model(tmp_path, monkeypatch, name):
     assert main([*command, "--model", "./short", "--device", "cpu", *options]) == 0
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_home_and_an_empty_name(fails, encoder, tmp_path, monkeypatch, name):
+    """No shell replaces the ~ in --output=~/out."""
+    option = "--output" if name in ("train", "train frozen", "encode") else "--output-dir"
+    assert "invalid path value: ''" in fails(name, f"{option}=")
+    monkeypatch.setenv("HOME", str(tmp_path / "texts.txt"))
+    assert f"{tmp_path / 'texts.txt'} is not a directory" in fails(name, f"{option}=~/out.npy")
+
+
 @pytest.mark.parametrize(
     "name, package, extra",
     [

@@ -41,6 +41,13 @@ def seed(text: str) -> int:
     return value
 
 
+def path(text: str) -> str:
+    """An argparse type: of a file or a folder. Where ~ stands for a home is the shell's to say, but for it as in --output=~/x."""
+    if not text:
+        raise ValueError
+    return os.path.expanduser(text)
+
+
 def require(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)

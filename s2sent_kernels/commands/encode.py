@@ -21,11 +21,14 @@ def add(commands: Any) -> None:
     command = commands.add_parser("encode", help=about, description=__doc__)
     command.add_argument(
         "inputs",
+        type=common.path,
         nargs="+",
         metavar="FILE",
         help=".txt (one text a line), .jsonl or .parquet, in this order; - is standard input",
     )
-    command.add_argument("--output", required=True, metavar="FILE", help=".parquet (id, embedding) or .npy")
+    command.add_argument(
+        "--output", type=common.path, required=True, metavar="FILE", help=".parquet (id, embedding) or .npy"
+    )
     command.add_argument("--column", default="text", help="of .jsonl and .parquet (default: text)")
     command.add_argument("--id-column", help="whose values become the ids (default: the row's number)")
     command.add_argument("--keep-text", action="store_true", help="a column text in the output, too")
@@ -39,7 +42,9 @@ def add(commands: Any) -> None:
     command.add_argument("--normalize", action="store_true", help="to length 1")
     command.add_argument("--truncate-dim", type=positive, metavar="D", help="the first D features")
     command.add_argument("--precision", choices=PRECISIONS, default="float32", help="default: float32")
-    command.add_argument("--calibration", metavar="FILE", help="texts whose embeddings' ranges int8 and uint8 divide")
+    command.add_argument(
+        "--calibration", type=common.path, metavar="FILE", help="texts whose embeddings' ranges int8 and uint8 divide"
+    )
     command.add_argument("--batch-size", type=positive, default=32, help="default: 32")
     command.add_argument(
         "--chunk", type=positive, default=4096, help="texts between two places to go on from (default: 4096)"

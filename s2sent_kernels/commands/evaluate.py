@@ -29,6 +29,7 @@ def add(commands: Any) -> None:
     command.add_argument("--selector", help="folder or shipped name (default: the shipped one of the default model)")
     command.add_argument(
         "--sts",
+        type=common.path,
         nargs="+",
         action="extend",
         default=[],
@@ -36,7 +37,7 @@ def add(commands: Any) -> None:
         help="TSV with columns split, score, sentence1, sentence2",
     )
     command.add_argument(
-        "--transfer", nargs="+", action="extend", default=[], metavar="FILE",
+        "--transfer", type=common.path, nargs="+", action="extend", default=[], metavar="FILE",
         help="TSV with columns split, label and text, or sentence1 and sentence2; splits train and test, or all",
     )  # fmt: skip
     command.add_argument(
@@ -47,7 +48,9 @@ def add(commands: Any) -> None:
     command.add_argument("--max-length", type=positive, default=256, help="tokens at most (default: 256)")
     command.add_argument("--batch-size", type=positive, default=128, help="texts at once (default: 128)")
     command.add_argument("--device", help="a torch device (default: cuda where there is one, else cpu)")
-    command.add_argument("--output-dir", default="evaluation", help="where results go (default: ./evaluation)")
+    command.add_argument(
+        "--output-dir", type=common.path, default="evaluation", help="where results go (default: ./evaluation)"
+    )
     command.set_defaults(run=run)
 
 

@@ -23,7 +23,7 @@ WRITERS = {".onnx": export.export_onnx, ".pt2": export.export_aot}
 def add(commands: Any) -> None:
     about = "write encoder and selector as one file, ONNX or AOTInductor"
     command = commands.add_parser("export", help=about, description=__doc__)
-    command.add_argument("--output", required=True, metavar="FILE", help="FILE.onnx or FILE.pt2")
+    command.add_argument("--output", type=common.path, required=True, metavar="FILE", help="FILE.onnx or FILE.pt2")
     command.add_argument(
         "--model",
         help="folder of a saved S2SentModel or SentenceTransformer, or, beside --selector, path or hub id of an encoder "

@@ -34,7 +34,9 @@ def add(commands: Any) -> None:
     command.add_argument("--selector", help="folder or shipped name (default: the shipped one of the default model)")
     command.add_argument("--show", action="store_true", help="also open the pictures")
     command.add_argument("--device", help="a torch device (default: cuda where there is one, else cpu)")
-    command.add_argument("--output-dir", default="inspection", help="where the pictures go (default: ./inspection)")
+    command.add_argument(
+        "--output-dir", type=common.path, default="inspection", help="where the pictures go (default: ./inspection)"
+    )
     command.set_defaults(run=run)
 
 

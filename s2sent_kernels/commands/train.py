@@ -28,15 +28,18 @@ def add(commands: Any) -> None:
     about = "train a selector, with its encoder or behind a frozen one"
     command = commands.add_parser("train", help=about, description=__doc__)
     command.add_argument(
-        "--data", required=True, metavar="FILE",
+        "--data", type=common.path, required=True, metavar="FILE",
         help="columns anchor, positive and, optionally, negative or negative_1, negative_2, ... as .tsv, .csv, .jsonl or "
         ".parquet; or sentences, one a line, as .txt: each its own positive under dropout",
     )  # fmt: skip
-    command.add_argument("--output", required=True, metavar="FOLDER", help="where the result goes")
+    command.add_argument("--output", type=common.path, required=True, metavar="FOLDER", help="where the result goes")
     command.add_argument("--freeze-encoder", action="store_true", help="train the selector alone, from a cache")
     command.add_argument("--model", help="path or hub id of an encoder (default: all-MiniLM-L6-v2, bundled)")
     command.add_argument(
-        "--dev", metavar="FILE", help="STS file (split, score, sentence1, sentence2): chooses the epoch"
+        "--dev",
+        type=common.path,
+        metavar="FILE",
+        help="STS file (split, score, sentence1, sentence2): chooses the epoch",
     )
     command.add_argument("--dev-split", default="dev", help="its split (default: dev)")
     command.add_argument("--blocks", default=None, metavar="last:N", help="blocks to fuse (default: all)")
@@ -68,7 +71,10 @@ def add(commands: Any) -> None:
     command.add_argument("--seed", type=common.seed, default=0, help="default: 0")
     command.add_argument("--max-length", type=positive, default=256, help="tokens at most (default: 256)")
     command.add_argument(
-        "--cache", metavar="FOLDER", help="of f and p, with --freeze-encoder (default: ./s2sent_cache)"
+        "--cache",
+        type=common.path,
+        metavar="FOLDER",
+        help="of f and p, with --freeze-encoder (default: ./s2sent_cache)",
     )
     command.add_argument("--device", help="a torch device (default: cuda where there is one, else cpu)")
     command.set_defaults(run=run)
