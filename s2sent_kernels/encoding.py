@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import tables
-from .locks import locked
+from .locks import locked, missing, remove_empty
 from .tables import STDIN
 
 try:
@@ -120,6 +120,7 @@ def encode_texts(
     if keep_text and output.suffix.lower() == ".npy":
         raise ValueError(f"{output}: an array holds no texts: expected .parquet")
     parts = _Parts(output)
+    made = missing(parts.folder)
     parts.folder.mkdir(parents=True, exist_ok=True)
     with locked(parts.folder / "lock", wait=False):
         try:
@@ -133,7 +134,9 @@ def encode_texts(
                     parts.add(some, np.asarray(encode([row.text for row in some])), keep_text)
                     bar.update(len(some))
         except BaseException:
-            parts.leave()
+            if not parts.count:
+                shutil.rmtree(parts.folder)
+                remove_empty(made)
             raise
         return parts.join()
 
@@ -181,11 +184,6 @@ class _Parts:
         parquet.write_table(table, place.with_suffix(".part"))
         os.replace(place.with_suffix(".part"), place)
         self.count += 1
-
-    def leave(self) -> None:
-        """After an error: what there is stays, but no empty folder."""
-        if not self.count:
-            shutil.rmtree(self.folder)
 
     def join(self) -> int:
         """The output from all parts; then they are gone."""

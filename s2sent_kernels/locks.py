@@ -1,4 +1,4 @@
-"""One process at a time: files that are locked for as long as somebody works beside them."""
+"""Folders that somebody works in for hours: one process at a time, and nothing left where it came to nothing."""
 
 from __future__ import annotations
 
@@ -22,3 +22,15 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
         except BlockingIOError as error:
             raise ValueError(f"{path.parent}: another process is writing there") from error
         yield
+
+
+def missing(folder: Path) -> list[Path]:
+    """The folders that have to be made for ``folder`` to be there, the innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Those of the folders that hold nothing: another process may have put something into one."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -18,7 +18,7 @@ from torch import nn
 
 from . import validate
 from .examples import Examples
-from .locks import locked
+from .locks import locked, missing, remove_empty
 from .pictures import write_atomically
 from .sentence_transformers import S2SentPooling, SentenceTransformer, load
 
@@ -200,9 +200,7 @@ def _own(checkpoints: Path, settings: dict[str, Any], resume: bool) -> Iterator[
     if int(os.environ.get("RANK", "0")):  # the first process sees to it
         yield
         return
-    made = None if checkpoints.exists() else checkpoints
-    while made is not None and not made.parent.exists():
-        made = made.parent
+    made = missing(checkpoints)
     checkpoints.mkdir(parents=True, exist_ok=True)
     with locked(checkpoints / "lock", wait=False):
         try:
@@ -210,8 +208,9 @@ def _own(checkpoints: Path, settings: dict[str, Any], resume: bool) -> Iterator[
                 write_atomically(note, json.dumps(settings, indent=1).encode())
             yield
         except BaseException:
-            if made is not None and last_checkpoint(checkpoints) is None:
-                shutil.rmtree(made)
+            if made and last_checkpoint(checkpoints) is None:
+                shutil.rmtree(checkpoints)
+                remove_empty(made)
             raise
 
 
@@ -231,7 +230,9 @@ def last_checkpoint(folder: Path) -> str | None:
 
 def _save(model: SentenceTransformer, folder: Path) -> None:
     """So that half of a model is not taken for one; the checkpoints have done their service."""
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(
+        dir=folder / CHECKPOINTS
+    ) as temporary:  # where it goes with them, should it be left
         whole = Path(temporary) / "model"
         model.save(str(whole))
         shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(_LISTING), dirs_exist_ok=True)

@@ -167,7 +167,7 @@ def test_a_folder_of_files_that_could_not_be_written_is_not_left(tmp_path, monke
 
     monkeypatch.setattr(pictures, "write_atomically", full)
     with pytest.raises(common.UserError, match="No space left on device"):
-        common.write_files(tmp_path / "out", {"a.png": b"a"})
+        common.write_files(tmp_path / "new" / "out", {"a.png": b"a"})
     assert list(tmp_path.iterdir()) == []
 
 

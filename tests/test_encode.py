@@ -225,7 +225,7 @@ def test_nothing_is_left_of_a_run_that_could_not_begin(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space left"):
-        encode_texts([Row(0, "x")], lengths, tmp_path / "a.npy")
+        encode_texts([Row(0, "x")], lengths, tmp_path / "new" / "folder" / "a.npy")
     assert list(tmp_path.iterdir()) == []
 
 

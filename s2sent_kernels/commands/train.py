@@ -32,7 +32,13 @@ def add(commands: Any) -> None:
         help="columns anchor, positive and, optionally, negative or negative_1, negative_2, ... as .tsv, .csv, .jsonl or "
         ".parquet; or sentences, one a line, as .txt: each its own positive under dropout",
     )  # fmt: skip
-    command.add_argument("--output", type=common.path, required=True, metavar="FOLDER", help="where the result goes")
+    command.add_argument(
+        "--output",
+        type=common.path,
+        required=True,
+        metavar="FOLDER",
+        help="where the result goes, a new folder or an empty one",
+    )
     command.add_argument("--freeze-encoder", action="store_true", help="train the selector alone, from a cache")
     command.add_argument("--model", help="path or hub id of an encoder (default: all-MiniLM-L6-v2, bundled)")
     command.add_argument(
