@@ -120,7 +120,11 @@ def _terminated_as_interrupted() -> Iterator[None]:
         yield
         return
 
+    owner = os.getpid()
+
     def end(*_: Any) -> NoReturn:
+        if os.getpid() != owner:  # a fork, to which nothing here belongs
+            os._exit(128 + signal.SIGTERM)
         raise _Terminated
 
     before = signal.signal(signal.SIGTERM, end)

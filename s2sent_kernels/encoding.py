@@ -81,6 +81,7 @@ def _parquet_rows(path: str, wanted: list[str]) -> Iterator[tuple[str, Any, Any]
             if missing:
                 got = ", ".join(file.schema_arrow.names)
                 raise ValueError(f"{path}: expected a column {' and '.join(missing)}, got {got}")
+            tables.unique(path, [name for name in file.schema_arrow.names if name in wanted])
             number = 0
             for batch in file.iter_batches(columns=wanted, batch_size=1024):
                 for row in batch.to_pylist():

@@ -108,6 +108,9 @@ def test_parquet_without_the_column(tmp_path, places, capsys):
     path = write(tmp_path / "a.parquet", ["x"])
     assert run(places, path, "--output", tmp_path / "out.npy", "--column", "body") == 2
     assert "expected a column body, got name, text" in capsys.readouterr().err
+    parquet.write_table(pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"]), path)
+    assert run(places, path, "--output", tmp_path / "out.npy") == 2
+    assert "expected each column once, got text twice" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- writing
