@@ -41,7 +41,8 @@ CUDA_SOURCES = [
 CUDA_HEADERS = [
     "csrc/cuda/cluster.cuh", "csrc/cuda/gate.cuh", "csrc/cuda/launch.h", "csrc/cuda/select.cuh", "csrc/cuda/tokens.cuh",
 ]  # fmt: skip
-ARCHITECTURES = ("8.0", "9.0a", "10.0", "12.0")  # those of them that nvcc knows, and PTX of the newest; csrc/cuda/select.cu's "a"
+# Those of them that nvcc knows, and PTX of the newest. csrc/cuda/select.cu needs the "a".
+ARCHITECTURES = ("8.0", "9.0a", "10.0", "12.0")
 MINIMUM_TORCH = "2.11"
 TARGET_VERSION = "0x020b000000000000"  # the stable ABI as of MINIMUM_TORCH, whatever newer torch it is built with
 FLAGS = [

@@ -1,10 +1,10 @@
 // squeeze, gate and fuse in one read of the hidden states (sm_90a).
 //
 // A cluster of blocks holds one sentence: each block the N x l x slice_of(D) numbers of its slice of features, in a ring of
-// stages of kStageTokens tokens. squeeze adds the stages as they come; fuse adds them again under the gates, and each stage that
-// it has left is filled with the next sentence's tokens by the copy engine, for which some warps do nothing but ask. The slice's
-// weights stay in registers. Between the blocks travels W1 f alone: each tells all others its slice's share, and all end the sums.
-// A sentence longer than the ring is read twice. Clusters take sentences in turn.
+// stages of kStageTokens tokens. squeeze adds the stages as they come; fuse adds them again under the gates. Each stage that it
+// has left is filled with the next sentence's tokens by the copy engine, which a warpgroup of its own asks. W2's slice stays in
+// the others' registers. Between the blocks travels W1 f alone: each sends its slice's share to all, and all end the sums. A
+// sentence longer than the ring is read twice. Clusters take sentences in turn.
 //
 // Orders of summation are those of squeeze.cu, gate.cu and fuse.cu, and so are the bits.
 
@@ -206,8 +206,8 @@ __device__ void squeeze_stage(const char* stage, const float* factors, int own, 
   }
 }
 
-// Each of the N, S_n of a sentence, into shared memory: a warp a block, eight lanes a slot. ``come`` waits for a stage, ``leave``
-// goes on to the next.
+// S_n of a sentence, of each of the N, into shared memory: a warp a block, eight lanes a slot. ``come`` waits for a stage,
+// ``leave`` goes on to the next.
 template <class T, int SLICE, class Come, class Leave>
 __device__ void squeeze_sentence(
     const Select& a, const Layout& at, const Block<SLICE>& block, int length, const Ring& ring, const Come& come,
@@ -351,7 +351,8 @@ struct Units {
   static constexpr int kCount = (ROWS + 1) / 2;
 
   static __device__ int row(const Block<SLICE>& block, int i) {
-    return 2 * i + block.thread() % 2 < ROWS ? block.thread() / 2 + kThreads / 2 * (2 * i + block.thread() % 2) : kWarps * SLICE;
+    return 2 * i + block.thread() % 2 < ROWS ? block.thread() / 2 + kThreads / 2 * (2 * i + block.thread() % 2)
+                                             : kWarps * SLICE;
   }
   // Of [N, D]; some row where there is none.
   static __device__ int place(const Select& a, const Block<SLICE>& block, int i) {
@@ -431,7 +432,7 @@ __device__ void fuse_sentence(
   const int32_t* places = a.batch.places ? a.batch.places + b * a.batch.size : nullptr;
   const int64_t begin = (a.batch.packed ? a.batch.starts[b] : b * a.batch.size) * a.size + block.d0();
   char* const to = static_cast<char*>(a.fused) + begin * int64_t(sizeof(T));
-  const uint32_t row = uint32_t(a.size) * uint32_t(sizeof(T));  // in bytes; a sentence has fewer than 2^32
+  const uint32_t bytes = uint32_t(a.size) * uint32_t(sizeof(T));  // of a token; a sentence has fewer than 2^32
   const bool inside = 2 * pair < block.features(a);
   float2 gates[kWarps];
 #pragma unroll
@@ -457,9 +458,9 @@ __device__ void fuse_sentence(
       for (int k = 0; k < kCount; ++k) {
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
-          const int row = kStageTokens % kRows ? min(first + kRows * i, kStageTokens - 1) - first : kRows * i;
-          const int place = ((n + k) * kStageTokens + row) * SLICE * int(sizeof(T));
-          x[k][i] = *reinterpret_cast<const uint32_t*>(from + place);
+          const int after = kStageTokens % kRows ? min(first + kRows * i, kStageTokens - 1) - first : kRows * i;
+          const int offset = ((n + k) * kStageTokens + after) * SLICE * int(sizeof(T));
+          x[k][i] = *reinterpret_cast<const uint32_t*>(from + offset);
         }
       }
 #pragma unroll
@@ -486,7 +487,8 @@ __device__ void fuse_sentence(
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const uint32_t l = uint32_t(places ? place[i] : c + first + kRows * i);
-      if (real(i)) *reinterpret_cast<uint32_t*>(to + (l * row + pair * uint32_t(2 * sizeof(T)))) = pack<T>(sum[i].x, sum[i].y);
+      if (!real(i)) continue;
+      *reinterpret_cast<uint32_t*>(to + (l * bytes + pair * uint32_t(2 * sizeof(T)))) = pack<T>(sum[i].x, sum[i].y);
     }
   }
 }

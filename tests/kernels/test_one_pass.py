@@ -8,8 +8,8 @@ from s2sent_kernels import functional
 from s2sent_kernels import native as engine
 
 pytestmark = pytest.mark.skipif(
-    not (NATIVE and DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] >= 9),
-    reason="needs the native backend's CUDA part on a GPU of sm_90 or newer",
+    not (NATIVE and DEVICE.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)),
+    reason="needs the native backend's CUDA part, compiled for sm_90a, on such a GPU",
 )
 
 
