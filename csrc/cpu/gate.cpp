@@ -59,12 +59,45 @@ S2SENT_INLINE float sigmoid(float x) {
   return 1.0f / (1.0f + exponential(negative));
 }
 
+#if defined(__clang__)
+#define S2SENT_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+typedef int Indices __attribute__((vector_size(32)));
+#define S2SENT_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, Indices{__VA_ARGS__})
+#endif
+
+// Eight numbers of each of eight rows, as eight columns: single numbers, pairs and fours of two rows change places.
+S2SENT_INLINE void turn_eight(const float* rows, int64_t width, float* __restrict columns) {
+  Vector a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = *reinterpret_cast<const UnalignedVector*>(rows + i * width);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = S2SENT_SHUFFLE(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    b[i + 1] = S2SENT_SHUFFLE(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int k = 0; k < 2; ++k) {
+      a[i + 2 * k] = S2SENT_SHUFFLE(b[i + k], b[i + k + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      a[i + 2 * k + 1] = S2SENT_SHUFFLE(b[i + k], b[i + k + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    const Vector low = S2SENT_SHUFFLE(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    const Vector high = S2SENT_SHUFFLE(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    *reinterpret_cast<UnalignedVector*>(columns + i * kGateFeatures) = low;
+    *reinterpret_cast<UnalignedVector*>(columns + (i + 4) * kGateFeatures) = high;
+  }
+}
+
 // up_weight's rows [row, row + width) as columns [H, kGateFeatures], the rest 0.
 S2SENT_INLINE void turn(const float* up_weight, int64_t count, int64_t width, float* __restrict columns) {
   if (count < kGateFeatures) std::fill(columns, columns + width * kGateFeatures, 0.0f);
-  for (int64_t d = 0; d < count; ++d) {
-    const float* row = up_weight + d * width;
-    for (int64_t h = 0; h < width; ++h) columns[h * kGateFeatures + d] = row[h];
+  for (int64_t d = 0; d < count; d += 8) {
+    const float* rows = up_weight + d * width;
+    int64_t h = 0;
+    for (; d + 8 <= count && h + 8 <= width; h += 8) turn_eight(rows + h, width, columns + h * kGateFeatures + d);
+    for (; h < width; ++h) {
+      for (int64_t i = 0; i < std::min(int64_t(8), count - d); ++i) columns[h * kGateFeatures + d + i] = rows[i * width + h];
+    }
   }
 }
 
