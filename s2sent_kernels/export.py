@@ -51,12 +51,12 @@ class Pipeline(nn.Module):
         capture.check(selector)
         validate.option("pooling", pooling, validate.POOLINGS)
         self.encoder, self.selector, self.pooling = capture.encoder, selector, pooling
-        self.head, self._capture = head, capture
+        self.head, self.capture = head, capture
         self.training = capture.encoder.training or selector.training
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """o [B, D] from int64 [B, L] and [B, L]."""
-        states = self._capture.collect(input_ids=input_ids, attention_mask=attention_mask)
+        states = self.capture.collect(input_ids=input_ids, attention_mask=attention_mask)
         embedding = self.selector.pool(states, attention_mask, pooling=self.pooling)  # one op for the whole selector
         return embedding if self.head is None else self.head(embedding)
 

@@ -11,6 +11,7 @@ from test_frozen import TEXTS, make_encoder
 from s2sent_kernels import S2SentSelector, evaluation, frozen, pictures, tables
 from s2sent_kernels.cli import main
 from s2sent_kernels.commands.common import load_pipeline
+from s2sent_kernels.export import as_pipeline
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -349,6 +350,29 @@ def test_inspect_prints_gates_and_energies_and_writes_pictures(places, tmp_path,
     names = ["dct_bases.png", "energy.png", "gates.png", "gates_by_text.png"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert all(path.read_bytes().startswith(PNG) for path in (tmp_path / "out").iterdir())
+
+
+def test_inspect_looks_into_a_folder_of_encoder_and_selector(whole, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder, _ = whole
+    arguments = ["inspect", "--model", folder, "--device", "cpu", "--output-dir", tmp_path / "out", "--text", TEXTS[0]]
+    assert main(list(map(str, arguments))) == 0
+    out = capsys.readouterr().out
+    assert f"model     {folder}: blocks 1, 3, 4 components" in out
+    pipeline = as_pipeline(load_pipeline(folder)[0] if folder.name == "sentence-transformers" else read_model(folder))
+    batch = make_encoder()[1]([TEXTS[0]], return_tensors="pt")
+    with pipeline.capture, torch.no_grad():
+        gates = pipeline.selector.gates(pipeline.capture.collect(**batch), batch["attention_mask"]).mean(dim=(0, 2))
+    shown = [float(value) for value in out.split(f" {TEXTS[0]}")[0].splitlines()[-1].split()[::2]]
+    assert shown == pytest.approx(gates.tolist(), abs=1e-3)
+    assert main([*map(str, arguments), "--selector", "all-MiniLM-L6-v2"]) == 2
+    assert f"--selector: expected none beside --model {folder}" in capsys.readouterr().err
+
+
+def read_model(folder):
+    from s2sent_kernels.transformers import S2SentModel
+
+    return S2SentModel.from_pretrained(folder)
 
 
 def test_train_with_a_frozen_encoder_writes_what_evaluate_reads(places, tmp_path, capsys):

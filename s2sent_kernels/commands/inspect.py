@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dct, functional, pictures
+from .. import dct, export, functional, pictures
 from ..capture import BlockCapture
 from ..selector import S2SentSelector
 from . import common
@@ -30,7 +30,10 @@ def add(commands: Any) -> None:
     about = "look at a selector's gates, the DCT bases and the energy of f"
     command = commands.add_parser("inspect", help=about, description=__doc__)
     command.add_argument("--text", nargs="+", action="extend", metavar="TEXT", help="texts (default: three examples)")
-    command.add_argument("--model", help="path or hub id of an encoder (default: all-MiniLM-L6-v2, bundled)")
+    command.add_argument(
+        "--model",
+        help="path or hub id of an encoder, or folder of encoder and selector (default: all-MiniLM-L6-v2, bundled)",
+    )
     command.add_argument("--selector", help="folder or shipped name (default: the shipped one of the default model)")
     command.add_argument("--show", action="store_true", help="also open the pictures")
     command.add_argument("--device", help="a torch device (default: cuda where there is one, else cpu)")
@@ -54,32 +57,21 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--text: expected texts, got an empty one")
     if len(texts) > MOST:
         raise UserError(f"--text: expected at most {MOST} texts, got {len(texts)}")
-    name = arguments.selector
-    if name is None and arguments.model is None:
-        name = BUNDLED
-    if name is None:
-        raise UserError("--selector: expected a folder or a shipped name beside --model, got none")
     device = common.device_of(arguments.device)
     try:
-        selector = S2SentSelector.from_pretrained(name).to(device)
-    except (ValueError, ImportError) as error:
-        raise UserError(str(error)) from error
-    encoder, tokenizer, model = common.load_model(arguments.model, device)
-    (batch,) = common.batches(encoder, tokenizer, texts, device)
-    try:
-        with BlockCapture(encoder, f"last:{selector.num_blocks}") as capture, torch.no_grad():
+        capture, selector, tokenizer, names = _load(arguments.model, arguments.selector, device)
+        (batch,) = common.batches(capture.encoder, tokenizer, texts, device)
+        with capture, torch.no_grad():
             hidden_states, mask = capture.collect(**batch), batch["attention_mask"]
             blocks = capture.blocks
             squeezed, _ = functional.squeeze(
                 hidden_states, mask, frequencies=selector.frequencies, profile=selector.profile
             )
             gates = selector.gates(hidden_states, mask)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
 
-    print(
-        f"encoder   {model}; selector {name}: blocks {', '.join(map(str, blocks))}, {selector.frequencies} components"
-    )
+    print(f"{names}: blocks {', '.join(map(str, blocks))}, {selector.frequencies} components")
     print("\nMean gate of each block, and the share of features where the block's gate is the largest, in %")
     largest = gates.argmax(dim=1)
     shares = torch.stack([(largest == n).double().mean(dim=1) for n in range(selector.num_blocks)], dim=1)
@@ -113,6 +105,24 @@ def run(arguments: argparse.Namespace) -> None:
     common.write_files(directory, content)
     if arguments.show:
         _show([directory / file for file in content])
+
+
+def _load(model: str | None, name: str | None, device: torch.device) -> tuple[BlockCapture, S2SentSelector, Any, str]:
+    """The blocks that the selector takes, the selector, the tokenizer and what to call them."""
+    whole = None if model is None else common.load_pipeline(model)
+    if whole is not None:
+        if name is not None:
+            raise UserError(f"--selector: expected none beside --model {model}, which has its own")
+        sentences = whole[0].to(device)
+        pipeline = export.as_pipeline(sentences if len(sentences) > 1 else sentences[0].auto_model)
+        return pipeline.capture, pipeline.selector, sentences.tokenizer, f"model     {model}"
+    if name is None and model is not None:
+        raise UserError("--selector: expected a folder or a shipped name beside --model, got none")
+    name = name or BUNDLED
+    selector = S2SentSelector.from_pretrained(name).to(device)
+    encoder, tokenizer, found = common.load_model(model, device)
+    capture = BlockCapture(encoder, f"last:{selector.num_blocks}")
+    return capture, selector, tokenizer, f"encoder   {found}; selector {name}"
 
 
 def _pairs(selector: S2SentSelector) -> Sequence[tuple[int, int]]:
