@@ -64,22 +64,19 @@ class Pipeline(nn.Module):
 def export_onnx(model: S2SentModel | SentenceTransformer | Pipeline, path: str | os.PathLike[str]) -> None:
     """Write ``model`` as one ONNX file: ``input_ids`` and ``attention_mask``, int64 [batch, length], to
     ``sentence_embedding`` [batch, D] in the model's dtype. The file is checked, and comes to ``path`` whole or not at all.
+    Weights of about 2 GiB or more have no room in it: they come to ``path`` and ".data", where the file looks for that name.
 
     The selector becomes plain PyTorch's operators, whatever backend "auto" takes elsewhere.
 
     Raises:
-        TypeError, ValueError: the model is none of these, is in training mode, has weights of about 2 GiB or more, its
-            selector asks for a backend by name other than the reference, or the exporter cannot take its encoder.
+        TypeError, ValueError: the model is none of these, is in training mode, its selector asks for a backend by name other
+            than the reference, or the exporter cannot take its encoder.
         ImportError: onnx or onnxscript is missing; names the extra.
     """
     pipeline = _in_eval(as_pipeline(model))
     onnx = _require("onnx")
     _require("onnxscript")
     weights = sum(tensor.nbytes for tensor in pipeline.state_dict().values())
-    if weights > ONNX_LIMIT:
-        raise ValueError(
-            f"model: expected at most {ONNX_LIMIT} bytes of weights, since one ONNX file has no room for more, got {weights}"
-        )
     names, same = {0: "batch", 1: "length"}, dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
     try:
         with torch.no_grad():
@@ -90,8 +87,8 @@ def export_onnx(model: S2SentModel | SentenceTransformer | Pipeline, path: str |
     except torch.onnx.errors.OnnxExporterError as error:
         raise ValueError(f"model: cannot be exported to ONNX: {_root(error)}") from error
     assert program is not None  # it is where the exporter itself writes no file
-    with _written_whole(Path(path), ".onnx") as file:
-        program.save(file, external_data=False)
+    with _written_whole(Path(path), Path(path).name) as file:
+        program.save(file, external_data=weights > ONNX_LIMIT)
         onnx.checker.check_model(file, full_check=True)
 
 
@@ -115,7 +112,7 @@ def export_aot(model: S2SentModel | SentenceTransformer | Pipeline, path: str | 
     axes = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
     with torch.no_grad():
         program = torch.export.export(pipeline, _example(pipeline), dynamic_shapes=(axes, axes))
-    with _written_whole(Path(path), ".pt2") as file:
+    with _written_whole(Path(path), "model.pt2") as file:
         torch._inductor.aoti_compile_and_package(program, package_path=file)
 
 
@@ -175,10 +172,12 @@ def _root(error: BaseException) -> BaseException:
 
 
 @contextmanager
-def _written_whole(path: Path, suffix: str) -> Iterator[str]:
-    """A path to write to; what stands there in the end is moved to ``path``."""
+def _written_whole(path: Path, name: str) -> Iterator[str]:
+    """A path to write to, of that name; what stands there in the end is moved to ``path``, what belongs to it first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        file = os.path.join(folder, f"model{suffix}")
+        file = os.path.join(folder, name)
         yield file
+        if os.path.exists(f"{file}.data"):
+            os.replace(f"{file}.data", f"{path}.data")
         os.replace(file, path)

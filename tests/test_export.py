@@ -142,12 +142,19 @@ def test_a_file_that_fails_its_check_leaves_the_old_one(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
-def test_weights_that_one_file_cannot_hold(tmp_path, monkeypatch):
+def test_weights_that_one_file_cannot_hold_stand_beside_it(tmp_path, monkeypatch):
     model = make_model()
     size = sum(tensor.nbytes for tensor in as_pipeline(model).state_dict().values())
+    folder = tmp_path / "here"
+    monkeypatch.setattr("s2sent_kernels.export.ONNX_LIMIT", size)
+    export_onnx(model, folder / "small.onnx")
+    assert sorted(file.name for file in folder.iterdir()) == ["small.onnx"]
     monkeypatch.setattr("s2sent_kernels.export.ONNX_LIMIT", size - 1)
-    with pytest.raises(ValueError, match=f"model: expected at most {size - 1} bytes of weights.*got {size}"):
-        export_onnx(model, tmp_path / "model.onnx")
+    export_onnx(model, folder / "large.onnx")
+    assert sorted(file.name for file in folder.iterdir()) == ["large.onnx", "large.onnx.data", "small.onnx"]
+    assert (folder / "large.onnx.data").stat().st_size > size / 2  # the exporter folds some of it away
+    folder.rename(tmp_path / "there")  # it is found beside the file, wherever that is
+    assert_as_good_as_eager(onnx_session(tmp_path / "there" / "large.onnx"), as_pipeline(model))
 
 
 # ---------------------------------------------------------------- AOTInductor
