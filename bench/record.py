@@ -2,6 +2,8 @@
 
 python bench/record.py merged.json part.json [--only=NAME] [part.json ...]     # later files win
 
+merged.json keeps the rows that it has where it is itself the first of the parts.
+
 Of the parts behind --only=NAME the rows of that contestant alone are taken: a ratio of two cases belongs to one run.
 
 {"format": 2, "device": slug, "runs": [{environment, ceilings, ...}], "rows": [{"section", "case", ..., "run": index}]}

@@ -115,7 +115,8 @@ class BlockCapture:
         self.check(selector)
         validate.option("pooling", pooling, validate.POOLINGS)
         mask = encoder_inputs.get("attention_mask")
-        if self.needs_gradient(selector, encoder_inputs):
+        # An exported graph keeps the selector as one public op; which kernels an engine has is nothing to store.
+        if self.needs_gradient(selector, encoder_inputs) or torch.compiler.is_exporting():
             return selector.pool(self.collect(**encoder_inputs), mask, pooling=pooling)
         stream = selector.blockwise(mask, pooling=pooling)
         self._run(stream, encoder_inputs)

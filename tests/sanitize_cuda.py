@@ -1,15 +1,17 @@
 """Every CUDA kernel of the native backend once over small batches, forward and backward, for compute-sanitizer:
 
-    compute-sanitizer --tool memcheck|racecheck --error-exitcode 1 python tests/sanitize_cuda.py
+    compute-sanitizer --tool memcheck|racecheck --error-exitcode 1 python tests/sanitize_cuda.py [--one-pass]
 
 PyTorch's own kernels run under it too; --kernel-name kernel_substring=s2sent leaves them out. Prints how many cases it ran.
+--one-pass: a few batches through csrc/cuda/select.cu alone, whose waiting blocks racecheck takes minutes for.
 """
 
 import itertools
+import sys
 
 import torch
 
-from s2sent_kernels import GateParameters, functional
+from s2sent_kernels import GateParameters, functional, native
 
 KINDS = ("none", "mask", "packed")
 
@@ -33,6 +35,22 @@ def where_tokens_are(kind, batch, length):
         inner = sorted(torch.randint(0, batch * length + 1, (batch - 1,)).tolist())
         return {"cu_seqlens": torch.tensor([0, *inner, batch * length], dtype=torch.int32, device="cuda")}
     return {}
+
+
+def one_pass():
+    native.ONE_PASS = True
+    cases = ((12, 9, 70, 768, 64, "none"), (6, 20, 40, 384, 32, "mask"), (2, 20, 64, 96, 8, "packed"))
+    for num_blocks, batch, length, size, width, kind in cases:
+        shape = (batch * length, size) if kind == "packed" else (batch, length, size)
+        hidden = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(num_blocks)]
+        where = where_tokens_are(kind, batch, length)
+        mask, cu_seqlens = where.get("attention_mask"), where.get("cu_seqlens")
+        parameters = make_parameters(num_blocks, size, width).each(torch.Tensor.detach)
+        done = native._select_once(hidden, mask, cu_seqlens, parameters, 2, "tanh", 1e-5)
+        assert done is not None, "the kernel does not take this batch"
+        torch.cuda.synchronize()
+        print(f"{num_blocks} blocks, {kind}", flush=True)
+    print(f"{len(cases)} cases")
 
 
 def main():
@@ -60,4 +78,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    one_pass() if "--one-pass" in sys.argv else main()

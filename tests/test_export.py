@@ -199,6 +199,17 @@ def test_a_package_keeps_the_op_and_runs_where_this_package_is_imported(tmp_path
     assert_as_good_as_eager(in_a_fresh_process(path, tmp_path), as_pipeline(model))
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_model_that_is_exported_as_it_stands_holds_public_ops(backend):
+    model = make_model(backend=backend)
+    batch = dict(zip(("input_ids", "attention_mask"), make_batches()[2], strict=True))
+    with torch.no_grad():
+        program = torch.export.export(model, (), batch)
+        assert torch.equal(program.module()(**batch).embedding, model(**batch).embedding)
+    found = {str(node.target).split(".")[1] for node in program.graph.nodes if str(node.target).startswith("s2sent")}
+    assert found == ({"select_pool"} if backend == "auto" and backends()["native"].usable else set())
+
+
 def test_with_the_reference_what_is_compiled_needs_torch_alone(tmp_path, monkeypatch):
     programs = []
 
