@@ -123,7 +123,7 @@ _H200 = (
         1.0,
         "x",
         lambda find: _slower(find, "A", "token", ONE_PASS),
-        "see the next",
+        "as for its floor, below",
     ),
     Target(
         "A token forward, one pass over its floor",

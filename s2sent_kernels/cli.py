@@ -141,9 +141,8 @@ class _Terminated(BaseException):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, or 2 after an error, which is one line on stderr; 128 and the signal's number
     where one ended it."""
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # what it cannot spell (a name that is no UTF-8) is written as stderr writes it
+    # What it cannot spell (a name that is no UTF-8) is written as stderr writes it.
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _terminated_as_interrupted():

@@ -92,6 +92,11 @@ def save(selector: S2SentSelector, folder: str | os.PathLike[str], about: dict[s
     write_atomically(path / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
 
 
+def blocks_of(config: dict[str, Any]) -> Any:
+    """Which blocks of an encoder a folder's selector reads: what it was trained for, else the last of them."""
+    return config.get("blocks", f"last:{config['selector']['num_blocks']}")
+
+
 def load(kind: type[S2SentSelector], name_or_folder: str | os.PathLike[str], backend: str = "auto") -> S2SentSelector:
     """The selector of a folder or a shipped name, in eval mode and in the dtype that it was saved in."""
     folder = find(name_or_folder)

@@ -230,9 +230,8 @@ def last_checkpoint(folder: Path) -> str | None:
 
 def _save(model: SentenceTransformer, folder: Path) -> None:
     """So that half of a model is not taken for one; the checkpoints have done their service."""
-    with tempfile.TemporaryDirectory(
-        dir=folder / CHECKPOINTS
-    ) as temporary:  # where it goes with them, should it be left
+    # Among the checkpoints it goes with them, should it be left.
+    with tempfile.TemporaryDirectory(dir=folder / CHECKPOINTS) as temporary:
         whole = Path(temporary) / "model"
         model.save(str(whole))
         shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(_LISTING), dirs_exist_ok=True)

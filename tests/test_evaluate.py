@@ -352,6 +352,16 @@ def test_inspect_prints_gates_and_energies_and_writes_pictures(places, tmp_path,
     assert all(path.read_bytes().startswith(PNG) for path in (tmp_path / "out").iterdir())
 
 
+def test_inspect_reads_the_blocks_that_the_selector_was_trained_for(places, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(places / "selector", tmp_path / "selector")
+    path = tmp_path / "selector" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"blocks": [0, 1, 3]}))
+    arguments = ["inspect", "--model", places / "model", "--selector", tmp_path / "selector", "--device", "cpu"]
+    assert main(list(map(str, [*arguments, "--output-dir", tmp_path / "out", "--text", TEXTS[0]]))) == 0
+    assert "blocks 0, 1, 3, 4 components" in capsys.readouterr().out
+
+
 def test_inspect_looks_into_a_folder_of_encoder_and_selector(whole, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     folder, _ = whole

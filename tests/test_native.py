@@ -335,3 +335,21 @@ def test_nvcc_compiles_every_source_without_spills(setup_py, tmp_path, architect
             assert result.returncode == 0, result.stderr
             spills = re.findall(r"(\d+) bytes spill", result.stderr)
             assert spills and not any(map(int, spills)), f"{source} spills on sm_{architecture}: {result.stderr}"
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+def test_without_the_a_the_one_pass_kernel_is_empty_and_known_for_it(setup_py):
+    """sm_90 without its own features: csrc/cuda/select.cu tells the kernel that does nothing by its registers."""
+    source = (ROOT / "csrc/cuda/select.cuh").read_text()
+    fewest = int(re.search(r"kLoaderRegisters = (\d+)", source)[1])
+    used = {}
+    for architecture in ("90", "90a"):
+        command = [
+            NVCC, *setup_py.NVCC_FLAGS, f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-Xptxas=-v", "-c",
+            str(ROOT / "csrc/cuda/select.cu"), "-o", os.devnull,
+        ]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        used[architecture] = [int(count) for count in re.findall(r"Used (\d+) registers", result.stderr)]
+    assert len(used["90"]) == len(used["90a"]) > 0
+    assert max(used["90"]) < fewest <= min(used["90a"])

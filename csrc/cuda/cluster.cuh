@@ -95,11 +95,9 @@ __device__ inline void copy_4(uint32_t to, const void* from) {
 
 // A box of a tensor from (x, y, z) on, by the copy engine, which counts its bytes at ``barrier``; 0 beyond the tensor's ends.
 __device__ inline void copy_box(uint32_t to, const CUtensorMap* from, int x, int y, int z, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
-          to),
-      "l"(from), "r"(x), "r"(y), "r"(z), "r"(barrier)
-      : "memory");
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
+               ::"r"(to), "l"(from), "r"(x), "r"(y), "r"(z), "r"(barrier)
+               : "memory");
 }
 
 __device__ inline void copy_row(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {

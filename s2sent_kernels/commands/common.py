@@ -107,11 +107,11 @@ def _load_encoder(path: str, name: str, dtype: torch.dtype | str) -> Any:
         encoder, found = quiet_transformers().AutoModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except Exception as error:  # as above
         raise UserError(f"model {name} cannot be loaded: {first_line(error)}") from error
-    missing = sorted(key for key in found["missing_keys"] if not {"pooler", "decoder"} & set(key.split(".")))
-    if missing:
+    absent = sorted(key for key in found["missing_keys"] if not {"pooler", "decoder"} & set(key.split(".")))
+    if absent:
+        others = f", nor are {len(absent) - 1} others" if len(absent) > 1 else ""
         raise UserError(
-            f"model {name} cannot be loaded: expected weights {missing[0]!r}, and they are not there, "
-            f"nor are {len(missing) - 1} others"
+            f"model {name} cannot be loaded: expected weights {absent[0]!r}, and they are not there{others}"
         )
     return encoder
 

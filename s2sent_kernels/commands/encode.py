@@ -133,7 +133,7 @@ def load(model: str | None, selector: str | None) -> Any:
         name = selector or BUNDLED
         config = pretrained.read_config(pretrained.find(name))
         arguments = config["selector"]
-        blocks = config.get("blocks", f"last:{arguments['num_blocks']}")
+        blocks = pretrained.blocks_of(config)
         pooling = S2SentPooling.behind(transformer, blocks, pooling=config.get("pooling", "mean"), **arguments)
         pooling.selector.load_state_dict(S2SentSelector.from_pretrained(name).state_dict())
     except (ValueError, TypeError, ImportError) as error:

@@ -98,5 +98,5 @@ def _encoder_and_selector(model: str | None, name: str) -> export.Pipeline:
     config = pretrained.read_config(pretrained.find(name))
     selector = S2SentSelector.from_pretrained(name)
     encoder, _, _ = common.load_model(model, torch.device("cpu"))
-    capture = BlockCapture(encoder, config.get("blocks", f"last:{selector.num_blocks}"))
+    capture = BlockCapture(encoder, pretrained.blocks_of(config))
     return export.Pipeline(capture, selector, config.get("pooling", "mean"))

@@ -1,0 +1,61 @@
+"""The token forward in one read of the hidden states and in two, over shapes: what the rule in csrc/cuda/select.cu follows.
+
+    python bench/one_pass.py [N,B,L,D ...]      # bfloat16, no mask, H = D / 12; device microseconds, caches as they were left
+
+A shape that the kernel does not take has no time of one pass; where it has, the line says whether the bits are the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from cases import FREQUENCIES, Case, Inputs
+from timing import device_times
+
+from s2sent_kernels import S2SentSelector, backends, functional, native
+
+SHAPES = (
+    (12, 256, 128, 768), (12, 1, 128, 768), (12, 42, 128, 768), (12, 512, 32, 768), (6, 256, 128, 768), (6, 64, 32, 384),
+    (6, 512, 32, 384), (4, 256, 64, 384), (3, 28, 512, 768), (3, 256, 128, 768), (3, 1024, 32, 768), (2, 256, 128, 768),
+    (1, 256, 128, 768), (6, 128, 128, 1024), (9, 128, 64, 512),
+)  # fmt: skip
+
+
+def select(one_pass: bool, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    before, native.ONE_PASS = native.ONE_PASS, one_pass
+    try:
+        return native.select(*arguments)
+    finally:
+        native.ONE_PASS = before
+
+
+@torch.no_grad()
+def main(shapes: Sequence[tuple[int, ...]]) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for N, B, L, D in shapes:
+        case = Case(f"N = {N}, B = {B}, L = {L}, D = {D}", B, L, N, D)
+        hidden = Inputs(case, 0, False, device).blocks
+        selector = S2SentSelector(D, N, D // 12, FREQUENCIES, block_prior=True).to(device).eval()
+        parameters = selector._parameters_of_gate()
+        arguments = (hidden, None, None, parameters, FREQUENCIES, "tanh", 1e-5)
+        variants = {"two passes": [partial(select, False, *arguments)]}
+        if backends()["triton"].usable:
+            call = partial(functional.select, hidden, parameters, frequencies=FREQUENCIES, backend="triton")
+            variants["triton"] = [call]
+        bits = "not taken"
+        native.ONE_PASS = True
+        taken = device == "cuda" and native._select_once(*arguments)
+        native.ONE_PASS = None
+        if taken:
+            bits = "the same bits" if all(map(torch.equal, taken, select(False, *arguments))) else "OTHER BITS"
+            variants["one pass"] = [partial(select, True, *arguments)]
+        times = ", ".join(f"{name} {found.median:.1f}" for name, found in device_times(variants, 20).items())
+        print(f"{case.name}: {times}; {bits}", flush=True)
+
+
+if __name__ == "__main__":
+    main([tuple(map(int, text.split(","))) for text in sys.argv[1:]] or list(SHAPES))
