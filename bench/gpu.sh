@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, step by step. Results and logs go to $OUT; each step ends with a few lines.
-#   OUT=/tmp/results bench/gpu.sh [tests|native|sanitize|suite|bench|sweep ...]
+#   OUT=/tmp/results bench/gpu.sh [tests|native|sanitize|suite|devices|bench|sweep ...]
 # BENCH_OPTIONS are those of bench/suite.py, SWEEP_OPTIONS those of bench/sweep.py, PYTHON the interpreter. A run that has to be
 # split writes parts, which bench/record.py puts together:
 #   BENCH_OPTIONS="--sections latency --cases A" ...; python bench/record.py bench/results/<device>.json part1.json part2.json
@@ -30,6 +30,7 @@ for step in "$@"; do
           "$python" tests/sanitize_cuda.py $options 2>&1 | tee -a "$OUT/sanitize.log" | tail -3 || failed=1
       done ;;
     suite) pytest tests --ignore tests/kernels --durations=8 -o faulthandler_timeout=120 | tee "$OUT/suite.log" | grep -vE '^SKIPPED|^\.|^$' | tail -15 ;;
+    devices) pytest tests/test_devices.py --durations=8 -o faulthandler_timeout=120 | tee "$OUT/devices.log" | grep -vE '^SKIPPED|^\.|^$' | tail -15 ;;
     bench)
       # shellcheck disable=SC2086
       "$python" bench/suite.py --output "$OUT" ${BENCH_OPTIONS:-} >"$OUT/bench.log" 2>"$OUT/bench.err"
@@ -39,7 +40,7 @@ for step in "$@"; do
       (exit $code) ;;
     # shellcheck disable=SC2086
     sweep) "$python" bench/sweep.py ${SWEEP_OPTIONS:-squeeze A} 2>&1 | tee "$OUT/sweep.log" | tail -40 ;;
-    *) echo "gpu.sh: error: no step '$step': tests, native, sanitize, suite, bench or sweep" >&2; exit 2 ;;
+    *) echo "gpu.sh: error: no step '$step': tests, native, sanitize, suite, devices, bench or sweep" >&2; exit 2 ;;
   esac || failed=1
   echo "== $step took $((SECONDS - begin)) s"
 done
