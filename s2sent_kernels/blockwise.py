@@ -12,6 +12,8 @@ from . import ops, reference, validate
 if TYPE_CHECKING:
     from .selector import S2SentSelector
 
+_Kind = tuple[list[int], torch.dtype, torch.device]
+
 
 class BlockwisePool:
     """Accumulates f and p over the blocks as they come; ``result`` gates and sums.
@@ -36,7 +38,7 @@ class BlockwisePool:
         self._next = 0
         self._squeezed_groups = self._pooled = torch.empty(0)
         self._dtype = torch.float32
-        self._first = ""
+        self._first: _Kind | None = None
         self._engine: Any = None
 
     def add(self, block: int, hidden_state: Tensor) -> None:
@@ -49,12 +51,13 @@ class BlockwisePool:
             raise TypeError(f"hidden_state: expected a tensor, got {type(hidden_state).__name__}")
         if torch.is_grad_enabled() and hidden_state.requires_grad:
             raise RuntimeError("blockwise pooling is for inference: hidden_state requires a gradient")
-        if not self._first:
+        if self._first is None:
             self._start(hidden_state)
         else:
-            expected, came = self._first, _describe(hidden_state)
+            # Not by their descriptions: torch.compile cannot compare words that hold a size which may vary.
+            expected, came = self._first, _kind(hidden_state)
             if came != expected:
-                raise ValueError(f"hidden_state: expected {expected} as block 0, got {came}")
+                raise ValueError(f"hidden_state: expected {_describe(expected)} as block 0, got {_describe(came)}")
         arguments = (
             hidden_state, block, selector.num_blocks, self._squeezed_groups, self._pooled, self._mask,
             self._cu_seqlens, selector.frequencies, selector.profile, self._pooling,
@@ -97,7 +100,7 @@ class BlockwisePool:
             parameters = selector._parameters_of_gate()
             validate.gate_parameters(parameters, selector.num_blocks, selector.hidden_size, first.device)
         validate.cu_seqlens_values(self._cu_seqlens, first.shape[0])
-        self._first, self._dtype = _describe(first), first.dtype
+        self._first, self._dtype = _kind(first), first.dtype
         rows = self._cu_seqlens.shape[0] - 1 if packed and self._cu_seqlens is not None else first.shape[0]
         dtype = reference.compute_dtype(first.dtype)
         self._engine = ops.engine(selector.backend, first.device, first.dtype)
@@ -106,5 +109,10 @@ class BlockwisePool:
         self._pooled = first.new_empty(rows, selector.num_blocks, selector.hidden_size, dtype=dtype)
 
 
-def _describe(hidden_state: Tensor) -> str:
-    return f"{list(hidden_state.shape)} of {hidden_state.dtype} on {hidden_state.device}"
+def _kind(hidden_state: Tensor) -> _Kind:
+    return list(hidden_state.shape), hidden_state.dtype, hidden_state.device
+
+
+def _describe(kind: _Kind) -> str:
+    shape, dtype, device = kind
+    return f"{shape} of {dtype} on {device}"

@@ -516,6 +516,18 @@ def test_compiled_encoder(how):
     torch._dynamo.reset()
 
 
+@pytest.mark.skipif(triton_interprets(), reason="compiling and interpreting need separate processes")
+def test_compiled_for_every_batch_and_length():
+    encoder, inputs, selector = make_encoder(), make_inputs(), make_selector()
+    torch._dynamo.reset()
+    with BlockCapture(encoder) as capture, torch.no_grad():
+        compiled = torch.compile(capture.pool, backend="eager", fullgraph=True, dynamic=True)
+        for rows, length in ((slice(None), None), (slice(2), 3)):
+            some = {name: tensor[rows, :length] for name, tensor in inputs.items()}
+            torch.testing.assert_close(compiled(selector, **some), capture.pool(selector, **some))
+    torch._dynamo.reset()
+
+
 # ---------------------------------------------------------------- errors
 
 
