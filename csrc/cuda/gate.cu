@@ -4,102 +4,133 @@
 // over every fourth feature; these and the quarters as trees, the slices ascending; o over the blocks ascending; the rest as
 // gate.cuh says.
 
-#include <type_traits>
-
 #include "gate.cuh"
 
 namespace s2sent::cuda {
 namespace {
 
-constexpr int kSentences = 4;  // that share a read of W1
-constexpr int kWarps = 8;
+constexpr int kRows = 4;    // of W1, of a program
+constexpr int kSlices = 8;  // of a row, of a warp: four lanes each
+constexpr int kHalves = 2;  // warps that share a row
+constexpr int kWarps = kRows * kHalves;
 
-// A warp a row of W1: eight slices at a time, four lanes each.
-__global__ void __launch_bounds__(kWarps * kWarp) bottleneck_kernel(const __grid_constant__ Gate a, int64_t tiles) {
-  const int lane = threadIdx.x % kWarp, quarter = lane % 4;
-  const int64_t h = blockIdx.x % tiles * kWarps + threadIdx.x / kWarp, b0 = blockIdx.x / tiles * kSentences;
-  if (h >= a.width) return;
-  const int64_t slice = slice_of(a.size);
-  const float* weight = a.down_weight + h * a.size;
-  const float* f[kSentences];
+// Four numbers of a row from d on, 0 past its end.
+__device__ inline float4 load_four(const float* row, int64_t d, int64_t size, bool wide) {
+  if (wide) return d < size ? *reinterpret_cast<const float4*>(row + d) : float4();
+  const auto one = [&](int64_t i) { return i < size ? row[i] : 0.0f; };
+  return make_float4(one(d), one(d + 1), one(d + 2), one(d + 3));
+}
+
+// S sentences share a read of W1. QUARTER: features of a quarter of a slice.
+template <int S, int QUARTER>
+__global__ void __launch_bounds__(kWarps * kWarp) bottleneck_kernel(
+    const __grid_constant__ Gate a, unsigned tiles, bool wide) {
+  __shared__ float parts[kHalves * kSlices][kRows * S];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, slice = warp / kRows * kSlices + lane / 4;
+  const int64_t h0 = int64_t(blockIdx.x % tiles) * kRows, b0 = int64_t(blockIdx.x / tiles) * S;
+  const float* weight = a.down_weight + min(h0 + warp % kRows, a.width - 1) * a.size;
+  float total = 0.0f;  // of the first threads, a row and sentence each
+  for (int64_t start = 0; start < a.size; start += kHalves * kSlices * 4 * QUARTER) {
+    const int64_t first = start + (slice * 4 + lane % 4) * QUARTER;
+    float4 w[QUARTER / 4], f[S][QUARTER / 4];
 #pragma unroll
-  for (int k = 0; k < kSentences; ++k) f[k] = a.squeezed + min(b0 + k, a.sentences - 1) * a.size;
-  float total[kSentences] = {};
-  for (int64_t start = 0; start < a.size; start += 8 * slice) {
-    const int64_t first = start + lane / 4 * slice + quarter * (slice / 4), stop = min(first + slice / 4, a.size);
-    float sum[kSentences][4] = {};
-#pragma unroll 2
-    for (int64_t d = first; d < stop; d += 4) {
+    for (int i = 0; i < QUARTER / 4; ++i) w[i] = load_four(weight, first + 4 * i, a.size, wide);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (d + j >= stop) break;
-        const float w = weight[d + j];
+    for (int k = 0; k < S; ++k) {
+      const float* squeezed = a.squeezed + min(b0 + k, a.sentences - 1) * a.size;
 #pragma unroll
-        for (int k = 0; k < kSentences; ++k) sum[k][j] = fmaf(w, f[k][d + j], sum[k][j]);
-      }
+      for (int i = 0; i < QUARTER / 4; ++i) f[k][i] = load_four(squeezed, first + 4 * i, a.size, wide);
     }
 #pragma unroll
-    for (int k = 0; k < kSentences; ++k) {
-      float part = (sum[k][0] + sum[k][1]) + (sum[k][2] + sum[k][3]);
+    for (int k = 0; k < S; ++k) {
+      float4 sum = {};
+#pragma unroll
+      for (int i = 0; i < QUARTER / 4; ++i) {
+        sum.x = fmaf(w[i].x, f[k][i].x, sum.x), sum.y = fmaf(w[i].y, f[k][i].y, sum.y);
+        sum.z = fmaf(w[i].z, f[k][i].z, sum.z), sum.w = fmaf(w[i].w, f[k][i].w, sum.w);
+      }
+      float part = (sum.x + sum.y) + (sum.z + sum.w);
       part += __shfl_xor_sync(~0u, part, 1);
       part += __shfl_xor_sync(~0u, part, 2);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) total[k] += __shfl_sync(~0u, part, 4 * i);
+      if (lane % 4 == 0) parts[slice][warp % kRows * S + k] = part;
     }
-  }
+    __syncthreads();
+    if (threadIdx.x < kRows * S) {
 #pragma unroll
-  for (int k = 0; k < kSentences; ++k) {
-    if (lane == k && b0 + k < a.sentences) a.bottleneck[(b0 + k) * a.width + h] = activate(a, total[k] + a.down_bias[h]);
+      for (int i = 0; i < kHalves * kSlices; ++i) total += parts[i][threadIdx.x];
+    }
+    __syncthreads();
+  }
+  const int64_t h = h0 + threadIdx.x / S, b = b0 + threadIdx.x % S;
+  if (threadIdx.x >= kRows * S || h >= a.width || b >= a.sentences) return;
+  a.bottleneck[b * a.width + h] = activate(a, total + a.down_bias[h]);
+}
+
+constexpr int kAtOnce = 12;  // numbers of p that a thread asks for
+
+template <class T, class Shape>
+__global__ void __launch_bounds__(kGateThreads, 3) excite_kernel(const __grid_constant__ Gate a, unsigned tiles) {
+  constexpr int S = Shape::kSentences, F = Shape::kFeatures;
+  extern __shared__ __align__(16) float memory[];
+  float* weights = memory + Shape::kUp + S * ((a.width + kGateWidth - 1) / kGateWidth * kGateWidth);
+  const int64_t d0 = int64_t(blockIdx.x % tiles) * F, b0 = int64_t(blockIdx.x / tiles) * S;
+  weigh<Shape, false>(a, b0, d0, memory, weights, nullptr);
+  __syncthreads();
+  for (int i = threadIdx.x; i < S * F; i += kGateThreads) {
+    const int64_t b = b0 + i / F, d = d0 + i % F;
+    if (b >= a.sentences || d >= a.size) continue;
+    const float* own = weights + i;
+    float total = 0.0f, sum = 0.0f;
+#pragma unroll 4
+    for (int64_t n = 0; n < a.num_blocks; ++n) total += own[n * S * F];
+    const int64_t place = b * a.num_blocks * a.size + d;
+    for (int64_t n0 = 0; n0 < a.num_blocks; n0 += kAtOnce) {
+      const int count = int(min(int64_t(kAtOnce), a.num_blocks - n0));
+      float pooled[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) pooled[j] = a.pooled && j < count ? a.pooled[place + (n0 + j) * a.size] : 0.0f;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (j >= count) break;
+        const float g = own[(n0 + j) * S * F] / total;
+        if (a.gates) a.gates[place + (n0 + j) * a.size] = g;
+        sum = fmaf(g, pooled[j], sum);
+      }
+    }
+    if (a.pooled) narrow(sum, static_cast<T*>(a.output) + b * a.size + d);
   }
 }
 
-template <class T, int S>
-__global__ void __launch_bounds__(kGateThreads, 4) excite_kernel(const __grid_constant__ Gate a, int64_t tiles) {
-  extern __shared__ __align__(16) char bytes[];
-  GateMemory<S>& memory = *reinterpret_cast<GateMemory<S>*>(bytes);
-  float* weights = reinterpret_cast<float*>(bytes + sizeof(GateMemory<S>));
-  const int64_t d0 = blockIdx.x % tiles * kWarp, b0 = blockIdx.x / tiles * S;
-  weigh<S, false>(a, b0, d0, memory, weights, nullptr);
-  __syncthreads();
-  const int lane = threadIdx.x % kWarp;
-  const int64_t d = d0 + lane;
-  if (d >= a.size) return;
-  for (int k = threadIdx.x / kWarp; k < S && b0 + k < a.sentences; k += kGateWarps) {
-    const float* own = weights + k * kWarp + lane;
-    float total = 0.0f, sum = 0.0f;
-    for (int64_t n = 0; n < a.num_blocks; ++n) total += own[n * S * kWarp];
-    const int64_t place = (b0 + k) * a.num_blocks * a.size + d;
-#pragma unroll 4
-    for (int64_t n = 0; n < a.num_blocks; ++n) {
-      const float g = own[n * S * kWarp] / total;
-      if (a.gates) a.gates[place + n * a.size] = g;
-      if (a.pooled) sum = fmaf(g, a.pooled[place + n * a.size], sum);
-    }
-    if (a.pooled) narrow(sum, static_cast<T*>(a.output) + (b0 + k) * a.size + d);
-  }
+template <int S, int QUARTER>
+cudaError_t launch_bottleneck(const Gate& a, cudaStream_t stream) {
+  const bool wide = a.size % 4 == 0 && aligned(a.down_weight) && aligned(a.squeezed);
+  const unsigned tiles = unsigned(pieces(a.width, kRows)), grid = tiles * unsigned(pieces(a.sentences, S));
+  bottleneck_kernel<S, QUARTER><<<grid, kWarps * kWarp, 0, stream>>>(a, tiles, wide);
+  return cudaGetLastError();
+}
+
+template <int S>
+cudaError_t launch_bottleneck(const Gate& a, cudaStream_t stream) {
+  return slice_of(a.size) == 48 ? launch_bottleneck<S, 12>(a, stream) : launch_bottleneck<S, 16>(a, stream);
 }
 
 }  // namespace
 
 cudaError_t bottleneck(const Gate& args, cudaStream_t stream) {
   if (args.sentences == 0 || args.width == 0) return cudaSuccess;
-  const int64_t tiles = pieces(args.width, kWarps);
-  const unsigned grid = unsigned(tiles * pieces(args.sentences, kSentences));
-  bottleneck_kernel<<<grid, kWarps * kWarp, 0, stream>>>(args, tiles);
-  return cudaGetLastError();
+  return args.sentences == 1 ? launch_bottleneck<1>(args, stream) : launch_bottleneck<4>(args, stream);
 }
 
 cudaError_t excite(const Gate& args, cudaStream_t stream) {
   if (args.sentences == 0 || args.size == 0) return cudaSuccess;
   S2SENT_DTYPE(args.dtype, [&] {
-    return with_sentences(args.num_blocks, [&](auto sentences) {
-      constexpr int S = decltype(sentences)::value;
-      const size_t bytes = gate_bytes<S>(args.num_blocks, 1);
-      const cudaError_t error = allow_shared_memory(excite_kernel<T, S>, bytes);
+    return with_shape<2>(args, 1, [&](auto shape) {
+      using Shape = decltype(shape);
+      const size_t bytes = size_t(shape.bytes(args, 1));
+      const cudaError_t error = allow_shared_memory(excite_kernel<T, Shape>, bytes);
       if (error != cudaSuccess) return error;
-      const int64_t tiles = pieces(args.size, kWarp);
-      const unsigned grid = unsigned(tiles * pieces(args.sentences, S));
-      excite_kernel<T, S><<<grid, kGateThreads, bytes, stream>>>(args, tiles);
+      const unsigned tiles = unsigned(pieces(args.size, Shape::kFeatures));
+      excite_kernel<T, Shape><<<unsigned(shape.programs(args)), kGateThreads, bytes, stream>>>(args, tiles);
       return cudaGetLastError();
     });
   })

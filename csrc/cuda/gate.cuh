@@ -4,33 +4,55 @@
 // Sentences and features only stand side by side, so that one has the bits that it has alone.
 #pragma once
 
+#include <cuda_pipeline.h>
+
+#include <type_traits>
+
 #include "tokens.cuh"
 
 namespace s2sent::cuda {
 
 constexpr int kGateWarps = 4;
 constexpr int kGateThreads = kGateWarps * kWarp;
-constexpr int kGateWidth = 32;  // of W2's columns, at a time
+constexpr int kGateWidth = 32;               // of W2's columns, at a time
+constexpr int kGateStride = kGateWidth + 4;  // of a row of them: eight rows' 16 bytes are in different banks
+constexpr int64_t kGateMemory = 99 << 10;    // of a program, in bytes: what every architecture has
 
-// Sentences of a program, S: as many as its shared memory holds N blocks of.
-template <class Launch>
-cudaError_t with_sentences(int64_t num_blocks, const Launch& launch) {
-  if (num_blocks <= 16) return launch(std::integral_constant<int, 16>());
-  if (num_blocks <= 64) return launch(std::integral_constant<int, 4>());
-  if (num_blocks <= kMaxBlocks) return launch(std::integral_constant<int, 2>());
-  return cudaErrorInvalidValue;
-}
+// What a program takes: S sentences and F features of every block; STAGES tiles of W2 a warp, in use or on their way.
+template <int S, int F, int STAGES>
+struct GateShape {
+  static constexpr int kSentences = S, kFeatures = F, kStages = STAGES;
+  static constexpr int kBlocks = kWarp / F;  // of N, that a warp takes at a time: a row of W2 a lane
+  static constexpr int64_t kUp = int64_t(STAGES) * kGateWarps * kWarp * kGateStride;
 
-template <int S>
-struct GateMemory {
-  float up[kGateWarps][kWarp][kGateWidth + 1];  // rows of W2
-  float s[kGateWarps][kGateWidth][S];
+  // Floats of shared memory: W2's tiles, s [S, columns], then ``copies`` of [N, S, F].
+  static int64_t floats(const Gate& a, int copies) {
+    return kUp + S * pieces(a.width, kGateWidth) * kGateWidth + copies * a.num_blocks * S * F;
+  }
+  static int64_t bytes(const Gate& a, int copies) { return floats(a, copies) * int64_t(sizeof(float)); }
+  static int64_t programs(const Gate& a) { return pieces(a.size, F) * pieces(a.sentences, S); }
 };
 
-// Bytes of shared memory: GateMemory, then ``copies`` of [N, S, 32].
-template <int S>
-size_t gate_bytes(int64_t num_blocks, int copies) {
-  return sizeof(GateMemory<S>) + size_t(num_blocks) * copies * S * kWarp * sizeof(float);
+// Calls ``launch`` with the shape that reads W2 least often and still has two programs a multiprocessor, or else with that of
+// the most programs. Neither changes a bit.
+template <int STAGES, class Launch>
+cudaError_t with_shape(const Gate& a, int copies, const Launch& launch) {
+  int device = 0, processors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  const auto fits = [&](auto shape, int64_t most_blocks) {
+    return a.num_blocks <= most_blocks && shape.bytes(a, copies) <= kGateMemory && shape.programs(a) >= 2 * processors;
+  };
+  constexpr GateShape<16, 32, STAGES> large;
+  constexpr GateShape<4, 32, STAGES> middle;
+  constexpr GateShape<4, 8, STAGES> small;
+  constexpr GateShape<1, 8, STAGES> least;
+  if (fits(large, 16)) return launch(large);
+  if (fits(middle, 64)) return launch(middle);
+  if (fits(small, kMaxBlocks)) return launch(small);
+  if (a.num_blocks > kMaxBlocks || least.bytes(a, copies) > kGateMemory) return cudaErrorInvalidValue;
+  return launch(least);
 }
 
 template <class Kernel>
@@ -73,48 +95,93 @@ struct Unit {
   __device__ float open(float normed) const { return sigmoid(fmaf(normed, scale, shift)); }
 };
 
-// weights [N, S, 32] = exp(e + c) of features from d0 and sentences from b0; sigmoids [N, S, 32] = e where not null, and then
-// a.normed too. The caller waits before it reads what another warp wrote.
-template <int S, bool BACKWARD>
-__device__ void weigh(const Gate& a, int64_t b0, int64_t d0, GateMemory<S>& memory, float* weights, float* sigmoids) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int rows = int(min(int64_t(kWarp), a.size - d0)), sentences = int(min(int64_t(S), a.sentences - b0));
-  auto& up = memory.up[warp];
-  auto& s = memory.s[warp];
-  for (int64_t n = warp; n < a.num_blocks; n += kGateWarps) {
-    const int64_t row = n * a.size + d0;
-    float even[S] = {}, odd[S] = {};
-    for (int64_t h0 = 0; h0 < a.width; h0 += kGateWidth) {
-      const int64_t h = h0 + lane;
-      __syncwarp();
-#pragma unroll 8
-      for (int j = 0; j < kWarp; ++j) {
-        up[j][lane] = j < rows && h < a.width ? a.up_weight[(row + j) * a.width + h] : 0.0f;
-      }
+// Asks for a tile of W2: the rows of features from d0 of the blocks from n0, columns from h0; 0 where there are none.
+template <int F>
+__device__ void ask(const Gate& a, int64_t n0, int64_t d0, int64_t h0, float (*tile)[kGateStride]) {
+  const int lane = threadIdx.x % kWarp;
+  const bool wide = a.width % 4 == 0 && reinterpret_cast<uintptr_t>(a.up_weight) % 16 == 0;
+  const auto row = [&](int j, int64_t h) {  // null where there is no number
+    const int64_t n = n0 + j / F, d = d0 + j % F;
+    return n < a.num_blocks && d < a.size && h < a.width ? a.up_weight + (n * a.size + d) * a.width + h : nullptr;
+  };
+  if (wide) {
 #pragma unroll
-      for (int k = 0; k < S; ++k) {
-        s[lane][k] = k < sentences && h < a.width ? a.bottleneck[(b0 + k) * a.width + h] : 0.0f;
-      }
-      __syncwarp();
-#pragma unroll 2
-      for (int i = 0; i < kGateWidth; i += 2) {
-        const float x = up[lane][i], y = up[lane][i + 1];
-#pragma unroll
-        for (int k = 0; k < S; ++k) even[k] = fmaf(x, s[i][k], even[k]), odd[k] = fmaf(y, s[i + 1][k], odd[k]);
-      }
+    for (int i = 0; i < kWarp; i += 4) {
+      const int j = i + lane / 8, column = lane % 8 * 4;
+      const float* from = row(j, h0 + column);
+      __pipeline_memcpy_async(tile[j] + column, from ? from : a.up_weight, 16, from ? 0 : 16);
     }
-    const bool inside = lane < rows;
-    const Unit unit(a, int(row) + (inside ? lane : 0));
-    const float inverse = unit.inverse(a), prior = a.prior ? a.prior[n] : 0.0f;
+  } else {
+#pragma unroll 4
+    for (int j = 0; j < kWarp; ++j) {
+      const float* from = row(j, h0 + lane);
+      __pipeline_memcpy_async(tile[j] + lane, from ? from : a.up_weight, 4, from ? 0 : 4);
+    }
+  }
+}
+
+// weights [N, S, F] = exp(e + c) of features from d0 and sentences from b0; sigmoids [N, S, F] = e where BACKWARD, and then
+// a.normed too. ``memory``: W2's tiles and s, as GateShape has them. The caller waits before it reads what another warp wrote.
+template <class Shape, bool BACKWARD>
+__device__ void weigh(const Gate& a, int64_t b0, int64_t d0, float* memory, float* weights, float* sigmoids) {
+  constexpr int S = Shape::kSentences, F = Shape::kFeatures, kStages = Shape::kStages;
+  using Tiles = float[kGateWarps][kWarp][kGateStride];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int sentences = int(min(int64_t(S), a.sentences - b0));
+  const int chunks = int((a.width + kGateWidth - 1) / kGateWidth), columns = chunks * kGateWidth;
+  const int steps = (int(a.num_blocks) + Shape::kBlocks - 1) / Shape::kBlocks;
+  const int tiles = steps > warp ? (steps - warp + kGateWarps - 1) / kGateWarps * chunks : 0;
+  Tiles* up = reinterpret_cast<Tiles*>(memory);
+  float* s = memory + Shape::kUp;
+  const auto ask_tile = [&](int i) {  // the warp's i-th
+    if (i < tiles) {
+      ask<F>(a, (warp + i / chunks * kGateWarps) * Shape::kBlocks, d0, i % chunks * kGateWidth, up[i % kStages][warp]);
+    }
+    __pipeline_commit();
+  };
+#pragma unroll
+  for (int i = 0; i < kStages; ++i) ask_tile(i);
+  for (int h = threadIdx.x; h < columns; h += kGateThreads) {
+#pragma unroll
+    for (int k = 0; k < S; ++k) {
+      s[k * columns + h] = k < sentences && h < a.width ? a.bottleneck[(b0 + k) * a.width + h] : 0.0f;
+    }
+  }
+  __syncthreads();
+  int tile = 0;
+  for (int step = warp; step < steps; step += kGateWarps) {
+    const int64_t n = step * Shape::kBlocks + lane / F, d = d0 + lane % F;
+    const bool inside = n < a.num_blocks && d < a.size;
+    const int64_t row = inside ? n * a.size + d : 0;
+    const Unit unit(a, int(row));  // asked for before the product
+    const float prior = a.prior && inside ? a.prior[n] : 0.0f;
+    float even[S] = {}, odd[S] = {};
+    for (int h0 = 0; h0 < columns; h0 += kGateWidth, ++tile) {
+      __pipeline_wait_prior(kStages - 1);
+      __syncwarp();
+      const float* own = up[tile % kStages][warp][lane];
+#pragma unroll(S > 4 ? 1 : 4)
+      for (int i = 0; i < kGateWidth; i += 4) {
+        const float4 w = *reinterpret_cast<const float4*>(own + i);
+#pragma unroll
+        for (int k = 0; k < S; ++k) {
+          const float4 x = *reinterpret_cast<const float4*>(s + k * columns + h0 + i);
+          even[k] = fmaf(w.x, x.x, even[k]), odd[k] = fmaf(w.y, x.y, odd[k]);
+          even[k] = fmaf(w.z, x.z, even[k]), odd[k] = fmaf(w.w, x.w, odd[k]);
+        }
+      }
+      __syncwarp();
+      ask_tile(tile + kStages);
+    }
+    const float inverse = unit.inverse(a);
 #pragma unroll
     for (int k = 0; k < S; ++k) {
       const float z = unit.normed(even[k] + odd[k], inverse);
-      if (BACKWARD && a.norm_weight && inside && k < sentences) {
-        a.normed[(b0 + k) * a.num_blocks * a.size + row + lane] = z;
-      }
+      if (BACKWARD && a.norm_weight && inside && k < sentences) a.normed[(b0 + k) * a.num_blocks * a.size + row] = z;
       const float e = unit.open(z);
-      if (BACKWARD) sigmoids[(n * S + k) * kWarp + lane] = e;
-      weights[(n * S + k) * kWarp + lane] = expf(e + prior);
+      if (n >= a.num_blocks) continue;
+      if (BACKWARD) sigmoids[(n * S + k) * F + lane % F] = e;
+      weights[(n * S + k) * F + lane % F] = expf(e + prior);
     }
   }
 }

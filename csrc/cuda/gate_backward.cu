@@ -2,46 +2,43 @@
 //
 // Order of summation: sum_n g dg over the blocks ascending; the rest as gate.cuh says.
 
-#include <type_traits>
-
 #include "gate.cuh"
 
 namespace s2sent::cuda {
 namespace {
 
-template <int S>
-__global__ void __launch_bounds__(kGateThreads, 2) backward_kernel(const __grid_constant__ Gate a, int64_t tiles) {
-  extern __shared__ __align__(16) char bytes[];
-  GateMemory<S>& memory = *reinterpret_cast<GateMemory<S>*>(bytes);
-  float* weights = reinterpret_cast<float*>(bytes + sizeof(GateMemory<S>));
-  float* sigmoids = weights + a.num_blocks * S * kWarp;
-  const int64_t d0 = blockIdx.x % tiles * kWarp, b0 = blockIdx.x / tiles * S;
-  weigh<S, true>(a, b0, d0, memory, weights, sigmoids);
+template <class Shape>
+__global__ void __launch_bounds__(kGateThreads, 3) backward_kernel(const __grid_constant__ Gate a, unsigned tiles) {
+  constexpr int S = Shape::kSentences, F = Shape::kFeatures;
+  extern __shared__ __align__(16) float memory[];
+  float* weights = memory + Shape::kUp + S * ((a.width + kGateWidth - 1) / kGateWidth * kGateWidth);
+  float* sigmoids = weights + a.num_blocks * S * F;
+  const int64_t d0 = int64_t(blockIdx.x % tiles) * F, b0 = int64_t(blockIdx.x / tiles) * S;
+  weigh<Shape, true>(a, b0, d0, memory, weights, sigmoids);
   __syncthreads();
-  const int lane = threadIdx.x % kWarp;
-  const int64_t d = d0 + lane;
-  if (d >= a.size) return;
-  for (int k = threadIdx.x / kWarp; k < S && b0 + k < a.sentences; k += kGateWarps) {
-    float* own = weights + k * kWarp + lane;
-    const float* e = sigmoids + k * kWarp + lane;
-    const int64_t place = (b0 + k) * a.num_blocks * a.size + d;
-    const float output = a.pooled ? a.grad_output[(b0 + k) * a.size + d] : 0.0f;
+  for (int i = threadIdx.x; i < S * F; i += kGateThreads) {
+    const int64_t b = b0 + i / F, d = d0 + i % F;
+    if (b >= a.sentences || d >= a.size) continue;
+    float* own = weights + i;
+    const float* e = sigmoids + i;
+    const int64_t place = b * a.num_blocks * a.size + d;
+    const float output = a.pooled ? a.grad_output[b * a.size + d] : 0.0f;
     float total = 0.0f, mean = 0.0f;
-    for (int64_t n = 0; n < a.num_blocks; ++n) total += own[n * S * kWarp];
+    for (int64_t n = 0; n < a.num_blocks; ++n) total += own[n * S * F];
 #pragma unroll 2
     for (int64_t n = 0; n < a.num_blocks; ++n) {
-      const float g = own[n * S * kWarp] / total;
+      const float g = own[n * S * F] / total;
       const int64_t to = place + n * a.size;
       const float grad = a.pooled ? output * a.pooled[to] : a.grad_gates[to];
       if (a.pooled) a.grad_pooled[to] = g * output;
-      own[n * S * kWarp] = g;
+      own[n * S * F] = g;
       mean = fmaf(g, grad, mean);
     }
 #pragma unroll 2
     for (int64_t n = 0; n < a.num_blocks; ++n) {
       const int64_t to = place + n * a.size;
       const float grad = a.pooled ? output * a.pooled[to] : a.grad_gates[to];
-      const float logit = own[n * S * kWarp] * (grad - mean), s = e[n * S * kWarp];
+      const float logit = own[n * S * F] * (grad - mean), s = e[n * S * F];
       a.grad_logits[to] = logit;
       a.grad_normed[to] = logit * s * (1.0f - s);
     }
@@ -52,14 +49,13 @@ __global__ void __launch_bounds__(kGateThreads, 2) backward_kernel(const __grid_
 
 cudaError_t excite_backward(const Gate& args, cudaStream_t stream) {
   if (args.sentences == 0 || args.size == 0) return cudaSuccess;
-  return with_sentences(args.num_blocks, [&](auto sentences) {
-    constexpr int S = decltype(sentences)::value;
-    const size_t bytes = gate_bytes<S>(args.num_blocks, 2);
-    const cudaError_t error = allow_shared_memory(backward_kernel<S>, bytes);
+  return with_shape<1>(args, 2, [&](auto shape) {
+    using Shape = decltype(shape);
+    const size_t bytes = size_t(shape.bytes(args, 2));
+    const cudaError_t error = allow_shared_memory(backward_kernel<Shape>, bytes);
     if (error != cudaSuccess) return error;
-    const int64_t tiles = pieces(args.size, kWarp);
-    const unsigned grid = unsigned(tiles * pieces(args.sentences, S));
-    backward_kernel<S><<<grid, kGateThreads, bytes, stream>>>(args, tiles);
+    const unsigned tiles = unsigned(pieces(args.size, Shape::kFeatures));
+    backward_kernel<Shape><<<unsigned(shape.programs(args)), kGateThreads, bytes, stream>>>(args, tiles);
     return cudaGetLastError();
   });
 }
