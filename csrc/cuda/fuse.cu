@@ -2,52 +2,76 @@
 //
 // Order of summation: the blocks ascending, one chain of fused multiply-adds.
 
+#include <type_traits>
+
 #include "tokens.cuh"
 
 namespace s2sent::cuda {
 namespace {
 
-constexpr int kTokens = 4;  // that a thread holds at a time
-constexpr int kRounds = 2;
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kBlockTokens = kWarps * kRounds * kTokens;
+
+// Tokens that a thread holds at a time, and how often. Few for a small batch, which has too few programs otherwise.
+template <int TOKENS, int ROUNDS>
+struct Shape {
+  static constexpr int kTokens = TOKENS, kRounds = ROUNDS, kProgramTokens = kWarps * ROUNDS * TOKENS;
+};
 
 // v of TOKENS tokens of one sentence, from ``first`` on, all of them real.
 template <class T, int W, int TOKENS>
 __device__ void fuse_tokens(const Fuse& a, const Blocks& blocks, int64_t b, int64_t l, int64_t first, int64_t d) {
+  constexpr int kAtOnce = TOKENS == 1 ? 4 : 2;  // blocks that are asked for before the first is added
   float sum[TOKENS][W] = {};
   const float* gates = a.gates + b * a.num_blocks * a.size + d;
-#pragma unroll 2
-  for (int n = 0; n < a.num_blocks; ++n) {
-    const Rows rows = blocks.rows[n];
-    const T* u = static_cast<const T*>(rows.data) + (a.batch.packed ? first : l) * rows.stride_l + d;
-    if (!a.batch.packed) u += b * rows.stride_b;
-    Piece<T, W> piece[TOKENS];
+  const int num = int(a.num_blocks);
+  const auto add = [&](int n0, auto all) {  // kAtOnce blocks, or those that there are; no branch between loads
+    constexpr bool whole = decltype(all)::value;
+    Piece<T, W> piece[kAtOnce][TOKENS];
+    float g[kAtOnce][W];
 #pragma unroll
-    for (int j = 0; j < TOKENS; ++j) piece[j] = load_piece<T, W>(u + j * rows.stride_l);
-    float g[W];
-    load_floats(gates + int64_t(n) * a.size, g);
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int n = whole ? n0 + k : min(n0 + k, num - 1);  // past the last the last again
+      const Rows& rows = blocks.rows[n];
+      const T* u = static_cast<const T*>(rows.data) + (a.batch.packed ? first : l) * rows.stride_l + d;
+      if (!a.batch.packed) u += b * rows.stride_b;
 #pragma unroll
-    for (int j = 0; j < TOKENS; ++j) {
-#pragma unroll
-      for (int i = 0; i < W; ++i) sum[j][i] = fmaf(g[i], widen(piece[j].values[i]), sum[j][i]);
+      for (int j = 0; j < TOKENS; ++j) piece[k][j] = load_piece<T, W>(u + j * rows.stride_l);
+      load_floats(gates + int64_t(n) * a.size, g[k]);
     }
-  }
+    ask_first();
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const bool there = whole || n0 + k < num;
+#pragma unroll
+      for (int j = 0; j < TOKENS; ++j) {
+#pragma unroll
+        for (int i = 0; i < W; ++i) {
+          const float more = fmaf(g[k][i], widen(piece[k][j].values[i]), sum[j][i]);
+          sum[j][i] = there ? more : sum[j][i];
+        }
+      }
+    }
+  };
+  int n0 = 0;
+#pragma unroll 1
+  for (; n0 + kAtOnce <= num; n0 += kAtOnce) add(n0, std::true_type());
+  if (n0 < num) add(n0, std::false_type());
 #pragma unroll
   for (int j = 0; j < TOKENS; ++j) store_piece(sum[j], static_cast<T*>(a.fused) + (first + j) * a.size + d);
 }
 
-template <class T, int W>
+template <class T, int W, class Shape>
 __global__ void __launch_bounds__(kThreads, W == 1 ? 4 : 0) fuse_kernel(
-    const __grid_constant__ Fuse a, const __grid_constant__ Blocks blocks, int64_t tiles, int64_t chunks) {
+    const __grid_constant__ Fuse a, const __grid_constant__ Blocks blocks, unsigned tiles, unsigned chunks) {
+  constexpr int kTokens = Shape::kTokens, kRounds = Shape::kRounds;
   // Chunks of tokens: of a sentence, or of the packed batch.
-  const int64_t index = blockIdx.x, tile = index % tiles, chunk = index / tiles % chunks;
-  int64_t b = index / tiles / chunks;
-  const int64_t d = (tile * kWarp + threadIdx.x % kWarp) * W;
+  const unsigned tile = blockIdx.x % tiles, chunk = blockIdx.x / tiles % chunks;
+  int64_t b = blockIdx.x / tiles / chunks;
+  const int64_t d = (int64_t(tile) * kWarp + threadIdx.x % kWarp) * W;
   if (d >= a.size) return;
   const int64_t size = a.batch.packed ? a.batch.tokens : a.batch.size;
-  int64_t l = chunk * kBlockTokens + threadIdx.x / kWarp * (kRounds * kTokens);
+  int64_t l = int64_t(chunk) * Shape::kProgramTokens + threadIdx.x / kWarp * (kRounds * kTokens);
   const int64_t stop = min(size, l + kRounds * kTokens);
   if (l >= stop) return;
   if (a.batch.packed) b = sentence_of(a.batch, l);
@@ -78,23 +102,41 @@ __global__ void __launch_bounds__(kThreads, W == 1 ? 4 : 0) fuse_kernel(
   }
 }
 
-template <class T, int W>
+template <class Shape>
+int64_t chunks_of(const Fuse& a) {
+  return pieces(a.batch.packed ? a.batch.tokens : a.batch.size, Shape::kProgramTokens);
+}
+
+template <class T, int W, class Shape>
 void launch(const Fuse& a, cudaStream_t stream) {
   const Blocks blocks(a.hidden, a.num_blocks);
-  const int64_t tiles = pieces(a.size, W * kWarp);
-  const int64_t chunks = pieces(a.batch.packed ? a.batch.tokens : a.batch.size, kBlockTokens);
-  const int64_t grid = tiles * chunks * (a.batch.packed ? 1 : a.batch.sentences);
-  fuse_kernel<T, W><<<unsigned(grid), kThreads, 0, stream>>>(a, blocks, tiles, chunks);
+  const unsigned tiles = unsigned(pieces(a.size, W * kWarp)), chunks = unsigned(chunks_of<Shape>(a));
+  const unsigned grid = tiles * chunks * unsigned(a.batch.packed ? 1 : a.batch.sentences);
+  fuse_kernel<T, W, Shape><<<grid, kThreads, 0, stream>>>(a, blocks, tiles, chunks);
+}
+
+template <class T, int W>
+cudaError_t launch(const Fuse& a, cudaStream_t stream) {
+  using Large = Shape<4, 2>;
+  using Small = Shape<1, 1>;
+  int processors = 0;
+  const cudaError_t error = multiprocessors(processors);
+  if (error != cudaSuccess) return error;
+  const int64_t programs = pieces(a.size, W * kWarp) * chunks_of<Large>(a) * (a.batch.packed ? 1 : a.batch.sentences);
+  if (programs >= 4 * processors) {
+    launch<T, W, Large>(a, stream);
+  } else {
+    launch<T, W, Small>(a, stream);
+  }
+  return cudaGetLastError();
 }
 
 template <class T>
 cudaError_t launch(const Fuse& a, cudaStream_t stream) {
   if (a.size % 8 == 0 && wide<T>(a.size, a.hidden, a.num_blocks) && aligned(a.gates) && aligned(a.fused)) {
-    launch<T, kWide<T>>(a, stream);
-  } else {
-    launch<T, 1>(a, stream);
+    return launch<T, kWide<T>>(a, stream);
   }
-  return cudaGetLastError();
+  return launch<T, 1>(a, stream);
 }
 
 }  // namespace

@@ -37,9 +37,8 @@ struct GateShape {
 // the most programs. Neither changes a bit.
 template <int STAGES, class Launch>
 cudaError_t with_shape(const Gate& a, int copies, const Launch& launch) {
-  int device = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  int processors = 0;
+  const cudaError_t error = multiprocessors(processors);
   if (error != cudaSuccess) return error;
   const auto fits = [&](auto shape, int64_t most_blocks) {
     return a.num_blocks <= most_blocks && shape.bytes(a, copies) <= kGateMemory && shape.programs(a) >= 2 * processors;

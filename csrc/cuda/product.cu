@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
   float sum[kSentences] = {};
   if (column < a.columns) {
     const float* weight = a.weight + start * a.columns + column;
-#pragma unroll 4
+#pragma unroll 16
     for (int r = warp * kRows; r < min(count, (warp + 1) * kRows); ++r) {
       const float w = weight[r * a.columns];
 #pragma unroll
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant_
   const int64_t index = int64_t(blockIdx.x) * kSumThreads + threadIdx.x, all = a.sentences * a.columns;
   if (index >= all) return;
   float sum = 0.0f;
-#pragma unroll 4
+#pragma unroll 12
   for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += a.partial[chunk * all + index];
   a.result[index] = sum;
 }

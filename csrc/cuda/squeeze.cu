@@ -94,8 +94,9 @@ __device__ void gather(float (&sums)[W]) {
 
 template <class T, int W, bool MEAN, bool OFFICIAL>
 __global__ void __launch_bounds__(kThreads) sum_kernel(
-    const __grid_constant__ Squeeze a, const __grid_constant__ Blocks blocks, int64_t tiles) {
-  const int64_t index = blockIdx.x, tile = index % tiles, n = index / tiles % a.num, b = index / tiles / a.num;
+    const __grid_constant__ Squeeze a, const __grid_constant__ Blocks blocks, unsigned tiles) {
+  const unsigned index = blockIdx.x / tiles, num = unsigned(a.num), n = index % num;  // divided in 32 bits: 64 take long
+  const int64_t tile = blockIdx.x % tiles, b = index / num;
   const int64_t d = (tile * kWarp + threadIdx.x % kWarp) * W;
   const bool inside = d < a.size;
   const Rows rows = blocks.rows[n];
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(
   const int64_t length = length_of(a.batch, b);
   Sums<W> sums, pools;
   if (inside) {
-    const float* beta = factors_of(a.factors, a.batch, b, d / (a.size / a.parts));
+    const float* beta = factors_of(a.factors, a.batch, b, unsigned(d) / (unsigned(a.size) / unsigned(a.parts)));
     const auto real = [&](int64_t r) { return sentence.real(r); };
     const auto any = [&](int64_t l) { return sentence.any(l); };
     if (OFFICIAL) {  // f sees other tokens than p does: two reads
@@ -132,24 +133,34 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(
 }
 
 constexpr int kBlockThreads = 256;
+constexpr int kAtOnce = 12;  // blocks that are asked for before the first is added
 
-__global__ void __launch_bounds__(kBlockThreads) blocks_kernel(const __grid_constant__ Squeeze a) {
-  const int64_t index = int64_t(blockIdx.x) * kBlockThreads + threadIdx.x;
-  if (index >= a.batch.sentences * a.size) return;
-  const int64_t b = index / a.size, d = index % a.size;
-  const float* alpha = a.alpha + d / (a.size / a.parts) * a.num_blocks + a.first_block;
+__global__ void __launch_bounds__(kBlockThreads) blocks_kernel(const __grid_constant__ Squeeze a, unsigned tiles) {
+  const int64_t b = blockIdx.x / tiles, d = int64_t(blockIdx.x % tiles) * kBlockThreads + threadIdx.x;
+  if (d >= a.size) return;
+  const unsigned part = unsigned(d) / (unsigned(a.size) / unsigned(a.parts));
+  const float* alpha = a.alpha + part * a.num_blocks + a.first_block;
   const float* sums = a.sums + b * a.num * a.size + d;
-  float f = a.first_block == 0 ? 0.0f : a.squeezed[index];
-#pragma unroll 4
-  for (int64_t n = 0; n < a.num; ++n) f = fmaf(alpha[n], sums[n * a.size], f);
-  a.squeezed[index] = f;
+  float f = a.first_block == 0 ? 0.0f : a.squeezed[b * a.size + d];
+  for (int64_t n0 = 0; n0 < a.num; n0 += kAtOnce) {
+    const int last = int(min(int64_t(kAtOnce), a.num - n0)) - 1;
+    float weight[kAtOnce], sum[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {  // past the last the last again: no branch between loads
+      weight[j] = alpha[n0 + min(j, last)];
+      sum[j] = sums[(n0 + min(j, last)) * a.size];
+    }
+    ask_first();
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) f = j <= last ? fmaf(weight[j], sum[j], f) : f;
+  }
+  a.squeezed[b * a.size + d] = f;
 }
 
 template <class T, int W>
 void launch(const Squeeze& a, cudaStream_t stream) {
   const Blocks blocks(a.hidden, a.num);
-  const int64_t tiles = pieces(a.size, W * kWarp);
-  const unsigned grid = unsigned(a.batch.sentences * a.num * tiles);
+  const unsigned tiles = unsigned(pieces(a.size, W * kWarp)), grid = unsigned(a.batch.sentences * a.num) * tiles;
   const bool mean = a.pooled && a.pooling == Pooling::kMean;
   if (a.official) {
     if (mean) {
@@ -173,8 +184,8 @@ cudaError_t launch(const Squeeze& a, cudaStream_t stream) {
   }
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  const int64_t features = a.batch.sentences * a.size;
-  blocks_kernel<<<unsigned(pieces(features, kBlockThreads)), kBlockThreads, 0, stream>>>(a);
+  const unsigned tiles = unsigned(pieces(a.size, kBlockThreads)), grid = unsigned(a.batch.sentences) * tiles;
+  blocks_kernel<<<grid, kBlockThreads, 0, stream>>>(a, tiles);
   return cudaGetLastError();
 }
 

@@ -8,14 +8,20 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
+// The parts' frequencies, each of them once, and which of them is a part's.
 struct Frequencies {
+  int count;
   int32_t y[kMaxParts];
+  int32_t of[kMaxParts];
 };
 
 __device__ float factor(int64_t y, int64_t r, int64_t length, int64_t num_blocks) {
   if (y >= length) return 0.0f;
   const double period = double(length), norm = y > 0 ? 1.4142135623730951 : 1.0;
-  const double wave = y > 0 ? cospi(double(y * (2 * r + 1) % (4 * length)) / (2.0 * period)) : 1.0;
+  // y and r are less than the length; a division in 64 bits takes long.
+  const uint64_t turn = uint64_t(y) * uint64_t(2 * r + 1), whole = 4 * uint64_t(length);
+  const uint64_t rest = length <= 1 << 15 ? uint32_t(turn) % uint32_t(whole) : turn % whole;
+  const double wave = y > 0 ? cospi(double(rest) / (2.0 * period)) : 1.0;
   return float(6.0 / sqrt(double(num_blocks) * period) * (wave * norm / sqrt(period)));
 }
 
@@ -48,16 +54,14 @@ __global__ void __launch_bounds__(kThreads) find_kernel(
   }
   if (a.beta == nullptr) return;
   float* beta = a.beta + (a.batch.packed ? int64_t(a.batch.starts[b]) : b * a.stride_b);
-  // The parts' frequencies repeat: the first of equals computes for all.
-  for (int64_t m = 0; m < a.parts; ++m) {
-    bool again = false;
-    for (int64_t k = 0; k < m; ++k) again = again || frequencies.y[k] == frequencies.y[m];
-    if (again) continue;
-    for (int64_t r = blockIdx.y * kThreads + thread; r < length; r += gridDim.y * kThreads) {
-      const float value = factor(frequencies.y[m], r, length, a.num_blocks);
-      for (int64_t k = m; k < a.parts; ++k) {
-        if (frequencies.y[k] == frequencies.y[m]) beta[k * a.stride_m + r] = value;
-      }
+  const int64_t columns = (length + kWarp - 1) / kWarp * kWarp;  // whole warps a frequency
+  for (int64_t i = blockIdx.y * kThreads + thread; i < frequencies.count * columns; i += gridDim.y * kThreads) {
+    const int which = int(i / columns);
+    const int64_t r = i % columns;
+    if (r >= length) continue;
+    const float value = factor(frequencies.y[which], r, length, a.num_blocks);
+    for (int64_t m = 0; m < a.parts; ++m) {
+      if (frequencies.of[m] == which) beta[m * a.stride_m + r] = value;
     }
   }
 }
@@ -73,10 +77,14 @@ cudaError_t find_tokens(const TokenFinder& args, cudaStream_t stream) {
   }
   if (args.parts > kMaxParts) return cudaErrorInvalidValue;
   Frequencies frequencies = {};
-  for (int64_t m = 0; args.beta && m < args.parts; ++m) frequencies.y[m] = int32_t(args.y[m]);
+  for (int64_t m = 0; args.beta && m < args.parts; ++m) {
+    int32_t& which = frequencies.of[m];
+    while (which < frequencies.count && frequencies.y[which] != int32_t(args.y[m])) ++which;
+    if (which == frequencies.count) frequencies.y[frequencies.count++] = int32_t(args.y[m]);
+  }
   const bool shared = !args.batch.packed && !args.batch.mask;  // one table for all
   // More programs than one share a table's tokens, but never a mask's.
-  const unsigned many = unsigned(shared ? pieces(args.batch.size, kThreads) : 1);
+  const unsigned many = unsigned(shared ? pieces(args.batch.size * args.parts, kThreads) : 1);
   const dim3 grid(unsigned(shared ? 1 : args.batch.sentences), many < 1024 ? many : 1024);
   find_kernel<<<grid, kThreads, 0, stream>>>(args, frequencies);
   return cudaGetLastError();

@@ -39,6 +39,13 @@ bool wide(int64_t part, const Rows* rows, int64_t count) {
   return all;
 }
 
+// Of the current device: how many programs a launch needs.
+inline cudaError_t multiprocessors(int& count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error != cudaSuccess ? error : cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+}
+
 inline bool aligned(const void* pointer) { return uintptr_t(pointer) % 16 == 0; }
 
 __device__ inline float widen(float x) { return x; }
@@ -65,6 +72,9 @@ __device__ inline Piece<T, W> load_piece(const T* from) {
     return {*from};
   }
 }
+
+// Keeps the loads ahead of it there: the compiler moves them to where they are used, and then one waits for the other.
+__device__ inline void ask_first() { __syncwarp(__activemask()); }
 
 // W floats, W a multiple of 4 or 1.
 template <int W>
