@@ -65,6 +65,7 @@ template <class T, int W, class Shape>
 __global__ void __launch_bounds__(kThreads, W == 1 ? 4 : 0) fuse_kernel(
     const __grid_constant__ Fuse a, const __grid_constant__ Blocks blocks, unsigned tiles, unsigned chunks) {
   constexpr int kTokens = Shape::kTokens, kRounds = Shape::kRounds;
+  wait_for_previous();
   // Chunks of tokens: of a sentence, or of the packed batch.
   const unsigned tile = blockIdx.x % tiles, chunk = blockIdx.x / tiles % chunks;
   int64_t b = blockIdx.x / tiles / chunks;
@@ -108,11 +109,11 @@ int64_t chunks_of(const Fuse& a) {
 }
 
 template <class T, int W, class Shape>
-void launch(const Fuse& a, cudaStream_t stream) {
+cudaError_t launch(const Fuse& a, cudaStream_t stream) {
   const Blocks blocks(a.hidden, a.num_blocks);
   const unsigned tiles = unsigned(pieces(a.size, W * kWarp)), chunks = unsigned(chunks_of<Shape>(a));
   const unsigned grid = tiles * chunks * unsigned(a.batch.packed ? 1 : a.batch.sentences);
-  fuse_kernel<T, W, Shape><<<grid, kThreads, 0, stream>>>(a, blocks, tiles, chunks);
+  return launch_early(fuse_kernel<T, W, Shape>, grid, kThreads, 0, stream, a, blocks, tiles, chunks);
 }
 
 template <class T, int W>
@@ -123,12 +124,7 @@ cudaError_t launch(const Fuse& a, cudaStream_t stream) {
   const cudaError_t error = multiprocessors(processors);
   if (error != cudaSuccess) return error;
   const int64_t programs = pieces(a.size, W * kWarp) * chunks_of<Large>(a) * (a.batch.packed ? 1 : a.batch.sentences);
-  if (programs >= 4 * processors) {
-    launch<T, W, Large>(a, stream);
-  } else {
-    launch<T, W, Small>(a, stream);
-  }
-  return cudaGetLastError();
+  return programs >= 4 * processors ? launch<T, W, Large>(a, stream) : launch<T, W, Small>(a, stream);
 }
 
 template <class T>

@@ -25,6 +25,7 @@ __device__ inline float4 load_four(const float* row, int64_t d, int64_t size, bo
 template <int S, int QUARTER>
 __global__ void __launch_bounds__(kWarps * kWarp) bottleneck_kernel(
     const __grid_constant__ Gate a, unsigned tiles, bool wide) {
+  wait_for_previous();
   __shared__ float parts[kHalves * kSlices][kRows * S];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, slice = warp / kRows * kSlices + lane / 4;
   const int64_t h0 = int64_t(blockIdx.x % tiles) * kRows, b0 = int64_t(blockIdx.x / tiles) * S;
@@ -105,8 +106,7 @@ template <int S, int QUARTER>
 cudaError_t launch_bottleneck(const Gate& a, cudaStream_t stream) {
   const bool wide = a.size % 4 == 0 && aligned(a.down_weight) && aligned(a.squeezed);
   const unsigned tiles = unsigned(pieces(a.width, kRows)), grid = tiles * unsigned(pieces(a.sentences, S));
-  bottleneck_kernel<S, QUARTER><<<grid, kWarps * kWarp, 0, stream>>>(a, tiles, wide);
-  return cudaGetLastError();
+  return launch_early(bottleneck_kernel<S, QUARTER>, grid, kWarps * kWarp, 0, stream, a, tiles, wide);
 }
 
 template <int S>
@@ -129,9 +129,8 @@ cudaError_t excite(const Gate& args, cudaStream_t stream) {
       const size_t bytes = size_t(shape.bytes(args, 1));
       const cudaError_t error = allow_shared_memory(excite_kernel<T, Shape>, bytes);
       if (error != cudaSuccess) return error;
-      const unsigned tiles = unsigned(pieces(args.size, Shape::kFeatures));
-      excite_kernel<T, Shape><<<unsigned(shape.programs(args)), kGateThreads, bytes, stream>>>(args, tiles);
-      return cudaGetLastError();
+      const unsigned tiles = unsigned(pieces(args.size, Shape::kFeatures)), grid = unsigned(shape.programs(args));
+      return launch_early(excite_kernel<T, Shape>, grid, kGateThreads, bytes, stream, args, tiles);
     });
   })
 }

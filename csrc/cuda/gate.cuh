@@ -140,6 +140,7 @@ __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, float* memory, floa
   };
 #pragma unroll
   for (int i = 0; i < kStages; ++i) ask_tile(i);
+  wait_for_previous();  // bottleneck, which does not write W2; where it was not launched, W2 is empty
   for (int h = threadIdx.x; h < columns; h += kGateThreads) {
 #pragma unroll
     for (int k = 0; k < S; ++k) {

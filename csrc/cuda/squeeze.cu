@@ -95,6 +95,7 @@ __device__ void gather(float (&sums)[W]) {
 template <class T, int W, bool MEAN, bool OFFICIAL>
 __global__ void __launch_bounds__(kThreads) sum_kernel(
     const __grid_constant__ Squeeze a, const __grid_constant__ Blocks blocks, unsigned tiles) {
+  wait_for_previous();
   const unsigned index = blockIdx.x / tiles, num = unsigned(a.num), n = index % num;  // divided in 32 bits: 64 take long
   const int64_t tile = blockIdx.x % tiles, b = index / num;
   const int64_t d = (tile * kWarp + threadIdx.x % kWarp) * W;
@@ -133,9 +134,10 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(
 }
 
 constexpr int kBlockThreads = 256;
-constexpr int kAtOnce = 12;  // blocks that are asked for before the first is added
+constexpr int kAtOnce = 6;  // blocks that are asked for before the first is added
 
 __global__ void __launch_bounds__(kBlockThreads) blocks_kernel(const __grid_constant__ Squeeze a, unsigned tiles) {
+  wait_for_previous();
   const int64_t b = blockIdx.x / tiles, d = int64_t(blockIdx.x % tiles) * kBlockThreads + threadIdx.x;
   if (d >= a.size) return;
   const unsigned part = unsigned(d) / (unsigned(a.size) / unsigned(a.parts));
@@ -158,35 +160,23 @@ __global__ void __launch_bounds__(kBlockThreads) blocks_kernel(const __grid_cons
 }
 
 template <class T, int W>
-void launch(const Squeeze& a, cudaStream_t stream) {
+cudaError_t launch_sums(const Squeeze& a, cudaStream_t stream) {
   const Blocks blocks(a.hidden, a.num);
   const unsigned tiles = unsigned(pieces(a.size, W * kWarp)), grid = unsigned(a.batch.sentences * a.num) * tiles;
-  const bool mean = a.pooled && a.pooling == Pooling::kMean;
-  if (a.official) {
-    if (mean) {
-      sum_kernel<T, W, true, true><<<grid, kThreads, 0, stream>>>(a, blocks, tiles);
-    } else {
-      sum_kernel<T, W, false, true><<<grid, kThreads, 0, stream>>>(a, blocks, tiles);
-    }
-  } else if (mean) {
-    sum_kernel<T, W, true, false><<<grid, kThreads, 0, stream>>>(a, blocks, tiles);
-  } else {
-    sum_kernel<T, W, false, false><<<grid, kThreads, 0, stream>>>(a, blocks, tiles);
+  const auto with = [&](auto kernel) { return launch_early(kernel, grid, kThreads, 0, stream, a, blocks, tiles); };
+  if (a.pooled && a.pooling == Pooling::kMean) {
+    return a.official ? with(sum_kernel<T, W, true, true>) : with(sum_kernel<T, W, true, false>);
   }
+  return a.official ? with(sum_kernel<T, W, false, true>) : with(sum_kernel<T, W, false, false>);
 }
 
 template <class T>
 cudaError_t launch(const Squeeze& a, cudaStream_t stream) {
-  if (wide<T>(a.size / a.parts, a.hidden, a.num) && aligned(a.sums) && aligned(a.pooled)) {
-    launch<T, kWide<T>>(a, stream);
-  } else {
-    launch<T, 1>(a, stream);
-  }
-  const cudaError_t error = cudaGetLastError();
+  const bool whole = wide<T>(a.size / a.parts, a.hidden, a.num) && aligned(a.sums) && aligned(a.pooled);
+  const cudaError_t error = whole ? launch_sums<T, kWide<T>>(a, stream) : launch_sums<T, 1>(a, stream);
   if (error != cudaSuccess) return error;
   const unsigned tiles = unsigned(pieces(a.size, kBlockThreads)), grid = unsigned(a.batch.sentences) * tiles;
-  blocks_kernel<<<grid, kBlockThreads, 0, stream>>>(a, tiles);
-  return cudaGetLastError();
+  return launch_early(blocks_kernel, grid, kBlockThreads, 0, stream, a, tiles);
 }
 
 }  // namespace

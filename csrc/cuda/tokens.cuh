@@ -46,6 +46,36 @@ inline cudaError_t multiprocessors(int& count) {
   return error != cudaSuccess ? error : cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
 }
 
+// Launches a kernel that calls wait_for_previous: from sm_90 on its programs begin while the kernel ahead of it ends.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_early(
+    void (*kernel)(Parameters...), unsigned grid, int threads, size_t bytes, cudaStream_t stream,
+    const Arguments&... arguments) {
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// Until what the kernel ahead of this one wrote can be read; then the next may be launched. Every thread comes here, before
+// it writes and before it reads what is no constant of the kernels ahead.
+__device__ inline void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 inline bool aligned(const void* pointer) { return uintptr_t(pointer) % 16 == 0; }
 
 __device__ inline float widen(float x) { return x; }
