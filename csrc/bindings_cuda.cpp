@@ -72,9 +72,10 @@ struct Sentences {
       cudaStream_t stream) {
     TokenFinder finder = {};
     if (batch.mask) {
-      lists = scratch(like, batch.sentences + 2 * batch.tokens, ScalarType::Int);
+      lists = scratch(like, 2 * (batch.sentences + batch.tokens), ScalarType::Int);
       finder.lengths = static_cast<int32_t*>(lists->mutable_data_ptr());
-      finder.places = finder.lengths + batch.sentences;
+      finder.firsts = finder.lengths + batch.sentences;
+      finder.places = finder.firsts + batch.sentences;
       finder.ranks = finder.places + batch.tokens;
     }
     if (wanted && official) {
@@ -97,6 +98,7 @@ struct Sentences {
     finder.y = y.data();
     launched(find_tokens(finder, stream), "find_tokens");
     batch.lengths = finder.lengths;
+    batch.firsts = finder.firsts;
     batch.places = finder.places;
     batch.ranks = finder.ranks;
   }

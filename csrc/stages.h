@@ -26,7 +26,7 @@ struct Gate {
   const float* norm_bias;
   const float* running_mean;
   const float* running_var;
-  const float* prior;  // [N], its maximum already subtracted, or null
+  const float* prior;  // [N] or null
   float* bottleneck;   // s [B, H]
   float* gates;        // g [B, N, D] or null
   const float* pooled; // p [B, N, D] or null

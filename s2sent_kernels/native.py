@@ -163,11 +163,7 @@ def squeeze_backward(
 
 
 def _float_parameters(parameters: GateParameters) -> list[Tensor | None]:
-    prior = parameters.block_prior
-    if prior is not None:
-        prior = prior.to(torch.float32)
-        prior = prior - prior.amax()  # c is unbounded
-    return [_float(tensor) for tensor in parameters._replace(block_prior=prior)]
+    return [_float(tensor) for tensor in parameters]
 
 
 def _excite(

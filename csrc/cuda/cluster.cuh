@@ -56,9 +56,10 @@ __device__ inline void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// At another block's barrier.
+// At another block's barrier, after reads of this block's memory alone whose results have been used: a release would first wait
+// for all stores on their way to device memory.
 __device__ inline void arrive_there(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 __device__ inline void arrive_expecting(uint32_t barrier, uint32_t bytes) {
@@ -92,6 +93,9 @@ __device__ inline void store_there(uint32_t address, const float (&values)[4], u
 __device__ inline void copy_4(uint32_t to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
+
+// Waits for this thread's copies so far.
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // A box of a tensor from (x, y, z) on, by the copy engine, which counts its bytes at ``barrier``; 0 beyond the tensor's ends.
 __device__ inline void copy_box(uint32_t to, const CUtensorMap* from, int x, int y, int z, uint32_t barrier) {

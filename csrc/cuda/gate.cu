@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(kGateThreads, 3) excite_kernel(const __grid_co
     float total = 0.0f, sum = 0.0f;
 #pragma unroll 4
     for (int64_t n = 0; n < a.num_blocks; ++n) total += own[n * S * F];
+    const float inverse = 1.0f / total;
     const int64_t place = b * a.num_blocks * a.size + d;
     for (int64_t n0 = 0; n0 < a.num_blocks; n0 += kAtOnce) {
       const int count = int(min(int64_t(kAtOnce), a.num_blocks - n0));
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kGateThreads, 3) excite_kernel(const __grid_co
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         if (j >= count) break;
-        const float g = own[(n0 + j) * S * F] / total;
+        const float g = divide(own[(n0 + j) * S * F], total, inverse);
         if (a.gates) a.gates[place + (n0 + j) * a.size] = g;
         sum = fmaf(g, pooled[j], sum);
       }

@@ -68,6 +68,21 @@ __device__ inline float activate(const Gate& a, float t) {
   return a.relu ? (t < 0.0f ? 0.0f : t) : float(tanh(double(t)));
 }
 
+// weight / total rounded once, from total's reciprocal: what a division does, for several weights.
+__device__ inline float divide(float weight, float total, float inverse) {
+  const float quotient = weight * inverse;
+  return fmaf(fmaf(-quotient, total, weight), inverse, quotient);
+}
+
+// The largest c, which all are taken less, since they are unbounded. For whole warps.
+__device__ inline float largest_prior(const Gate& a) {
+  float most = -INFINITY;
+  for (int64_t n = threadIdx.x % kWarp; a.prior && n < a.num_blocks; n += kWarp) most = fmaxf(most, a.prior[n]);
+#pragma unroll
+  for (int i = 1; i < kWarp; i *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
+  return most;
+}
+
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // What turns W2 s into e at ``row`` of [N, D]. Without a norm these are numbers that change nothing.
@@ -79,12 +94,8 @@ struct Unit {
     const bool norm = a.norm_weight;
     mean = norm ? a.running_mean[row] : 0.0f;
     variance = norm ? a.running_var[row] : 0.0f;
-    rescale(a, row);
-  }
-
-  __device__ void rescale(const Gate& a, int row) {
-    scale = a.norm_weight ? a.norm_weight[row] : 1.0f;
-    shift = a.norm_weight ? a.norm_bias[row] : 0.0f;
+    scale = norm ? a.norm_weight[row] : 1.0f;
+    shift = norm ? a.norm_bias[row] : 0.0f;
   }
 
   // Apart, so that several units are asked for before the first is waited for.
@@ -141,6 +152,7 @@ __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, float* memory, floa
 #pragma unroll
   for (int i = 0; i < kStages; ++i) ask_tile(i);
   wait_for_previous();  // bottleneck, which does not write W2; where it was not launched, W2 is empty
+  const float largest = largest_prior(a);
   for (int h = threadIdx.x; h < columns; h += kGateThreads) {
 #pragma unroll
     for (int k = 0; k < S; ++k) {
@@ -154,7 +166,7 @@ __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, float* memory, floa
     const bool inside = n < a.num_blocks && d < a.size;
     const int64_t row = inside ? n * a.size + d : 0;
     const Unit unit(a, int(row));  // asked for before the product
-    const float prior = a.prior && inside ? a.prior[n] : 0.0f;
+    const float prior = a.prior && inside ? a.prior[n] - largest : 0.0f;
     float even[S] = {}, odd[S] = {};
     for (int h0 = 0; h0 < columns; h0 += kGateWidth, ++tile) {
       __pipeline_wait_prior(kStages - 1);

@@ -25,9 +25,10 @@ __global__ void __launch_bounds__(kGateThreads, 3) backward_kernel(const __grid_
     const float output = a.pooled ? a.grad_output[b * a.size + d] : 0.0f;
     float total = 0.0f, mean = 0.0f;
     for (int64_t n = 0; n < a.num_blocks; ++n) total += own[n * S * F];
+    const float inverse = 1.0f / total;
 #pragma unroll 2
     for (int64_t n = 0; n < a.num_blocks; ++n) {
-      const float g = own[n * S * F] / total;
+      const float g = divide(own[n * S * F], total, inverse);
       const int64_t to = place + n * a.size;
       const float grad = a.pooled ? output * a.pooled[to] : a.grad_gates[to];
       if (a.pooled) a.grad_pooled[to] = g * output;

@@ -31,6 +31,7 @@ struct Batch {
   const int32_t* starts;   // packed: [B + 1]
   const bool* mask;        // [B, L] or null
   const int32_t* lengths;  // [B] real tokens, with a mask, once find_tokens ran
+  const int32_t* firsts;   // [B] place of the first, or -1 where they do not stand side by side, likewise
   const int32_t* places;   // [B, L] place of the r-th real token, likewise
   const int32_t* ranks;    // [B, L] r of a real token, -1 of padding, likewise
 };
@@ -50,11 +51,12 @@ struct Factors {
   int64_t stride_m;
 };
 
-// One launch: lengths, places and ranks of a mask, and beta of profile ``paper``: 6 / sqrt(N l) c(y_m, r, l) in float64
+// One launch: lengths, firsts, places and ranks of a mask, and beta of profile ``paper``: 6 / sqrt(N l) c(y_m, r, l) in float64
 // and rounded once.
 struct TokenFinder {
   Batch batch;
   int32_t* lengths;  // with a mask, else null
+  int32_t* firsts;
   int32_t* places;
   int32_t* ranks;
   int64_t num_blocks;

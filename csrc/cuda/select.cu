@@ -37,18 +37,20 @@ Layout layout_of(const Select& a, int most) {
     return begin;
   };
   to.sums = take(blocks * slice);
-  to.gates = take(blocks * slice);
   to.f = take(slice);
+  to.weights = take(blocks * slice);
   to.parts = take(slice / kPiece + 1);
   to.alpha = take(to.stage_parts * blocks);
   to.prior = take(kWarps + 1);
+  to.spans = take(4);
   to.width = (int(a.gate.width) + 3) / 4 * 4;
   to.shares = take(kMaxCluster * to.width);
   to.s = take(kMaxWidth);
   to.barriers = take(4);
   const int barriers = 2 * int(sizeof(uint64_t));  // of a stage
   to.stages = (most - place) / (to.stage + barriers);
-  for (int* offset : {&to.sums, &to.gates, &to.f, &to.parts, &to.alpha, &to.prior, &to.shares, &to.s, &to.barriers}) {
+  for (int* offset :
+       {&to.sums, &to.weights, &to.f, &to.parts, &to.alpha, &to.prior, &to.spans, &to.shares, &to.s, &to.barriers}) {
     *offset += to.stages * to.stage;
   }
   to.bytes = to.stages * (to.stage + barriers) + place;
@@ -106,7 +108,11 @@ bool describe(const Select& a, Hidden& to) {
   return true;
 }
 
-cudaLaunchConfig_t config_of(const SelectPlan& plan, int64_t clusters, cudaLaunchAttribute& cluster, cudaStream_t stream) {
+cudaLaunchConfig_t config_of(
+    const SelectPlan& plan, int64_t clusters, cudaLaunchAttribute (&attributes)[2], cudaStream_t stream) {
+  cudaLaunchAttribute &cluster = attributes[0], &early = attributes[1];  // begins while the kernel ahead of it ends
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = unsigned(plan.at.cluster);
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
@@ -115,8 +121,8 @@ cudaLaunchConfig_t config_of(const SelectPlan& plan, int64_t clusters, cudaLaunc
   config.blockDim = dim3(kAllThreads);
   config.dynamicSmemBytes = size_t(plan.at.bytes);
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   return config;
 }
 
@@ -130,8 +136,8 @@ int clusters_at_once(const SelectPlan& plan, int device, int most) {
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   const void* kernel = reinterpret_cast<const void*>(plan.kernel);
-  cudaLaunchAttribute cluster = {};
-  const cudaLaunchConfig_t config = config_of(plan, 1, cluster, nullptr);
+  cudaLaunchAttribute launch[2] = {};
+  const cudaLaunchConfig_t config = config_of(plan, 1, launch, nullptr);
   int clusters = 0;
   cudaFuncAttributes attributes = {};
   cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
@@ -179,9 +185,9 @@ cudaError_t plan(const Select& a, bool always, std::shared_ptr<const SelectPlan>
 }
 
 cudaError_t select(const Select& a, const SelectPlan& plan, cudaStream_t stream) {
-  cudaLaunchAttribute cluster = {};
+  cudaLaunchAttribute attributes[2] = {};
   const int64_t clusters = std::min<int64_t>(plan.clusters, a.batch.sentences);
-  const cudaLaunchConfig_t config = config_of(plan, clusters, cluster, stream);
+  const cudaLaunchConfig_t config = config_of(plan, clusters, attributes, stream);
   return cudaLaunchKernelEx(&config, plan.kernel, a, plan.hidden, plan.at);
 }
 

@@ -33,11 +33,12 @@ constexpr int kMaxWidth = 88;  // H: what D = 1024 has by default; four threads 
 struct Layout {
   int stage, stages;  // size of one; the ring begins at 0: in a stage [N, kStageTokens, slice] of a hidden state's dtype,
   int factors;        // then from here float [parts][kStageTokens]
-  int sums, gates;    // float [N, slice]
+  int sums, weights;  // float [N, slice]
   int f;              // float [slice]
   int parts;          // int [slice / kPiece]: which of the slice's parts of frequencies a piece is in; then the first of them
   int alpha;          // float [parts, N]
   int prior;          // float [kWarps + 1], N of them used
+  int spans;          // int [2, 2]: what Span is made of, of this sentence and of the next
   int shares;         // float [kMaxCluster, width]: W1 f, of every block's features
   int s;              // float [2, kMaxWidth / 2]: even and odd h
   int barriers;       // shares, taken, full[stages], empty[stages]
@@ -103,7 +104,26 @@ struct Block {
   __device__ uint32_t empty(const Layout& at, int stage) const { return full(at, at.stages + stage); }
 };
 
-__device__ inline int chunks_of(int length) { return (length + kStageTokens - 1) / kStageTokens; }
+__device__ inline int stages_of(int length) { return (length + kStageTokens - 1) / kStageTokens; }
+
+// Where a sentence's real tokens stand: side by side from ``first`` on, of a packed batch's tokens or of the sentence's own,
+// or, where that is -1, where batch.places says. Made of two numbers of the batch, which are asked for a sentence ahead.
+struct Span {
+  int first, length;
+
+  // The numbers of a sentence; null where all tokens are real.
+  static __device__ const int32_t* begin(const Batch& batch, int64_t b) {
+    return batch.packed ? batch.starts + b : batch.firsts ? batch.firsts + b : nullptr;
+  }
+  static __device__ const int32_t* end(const Batch& batch, int64_t b) {
+    return batch.packed ? batch.starts + b + 1 : batch.lengths ? batch.lengths + b : nullptr;
+  }
+  __device__ Span(const Batch& batch, int x, int y)
+      : first(batch.firsts || batch.packed ? x : 0),
+        length(batch.packed ? y - x : batch.lengths ? y : int(batch.size)) {}
+
+  __device__ bool together() const { return first >= 0; }
+};
 
 // Waits for all threads that compute.
 __device__ inline void wait_for_all() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
@@ -114,29 +134,30 @@ __device__ inline void wait_for_all() { asm volatile("bar.sync 1, %0;" ::"n"(kTh
 template <class T, int SLICE>
 __device__ void fill_stage(
     const Select& a, const Hidden& hidden, const Layout& at, const Block<SLICE>& block, int where, int64_t b, int r0,
-    int length) {
-  constexpr int kRow = SLICE * int(sizeof(T));
+    const Span& span) {
+  constexpr int kRow = SLICE * int(sizeof(T)), kBoxes = kStageTokens / kBoxTokens;
   const int lane = block.thread() % kWarp, warp = (block.thread() - kThreads) / kWarp;
-  const int count = min(kStageTokens, length - r0), blocks = int(a.num_blocks);
+  const int count = min(kStageTokens, span.length - r0), blocks = int(a.num_blocks);
   const uint32_t stage = block.address(where * at.stage), full = block.full(at, where);
-  const int32_t* places = a.batch.places ? a.batch.places + b * a.batch.size + r0 : nullptr;
-  const int first = places ? places[0] : r0;
+  const int32_t* places = span.together() ? nullptr : a.batch.places + b * a.batch.size + r0;
+  const int first = places ? places[0] : span.first + r0;
   const bool together = !places || places[count - 1] - first == count - 1;
   const int boxes = (count + kBoxTokens - 1) / kBoxTokens, bytes = block.features(a) * int(sizeof(T));
   if (warp == 0) {
     if (lane == 0) arrive_expecting(full, uint32_t(blocks * (together ? boxes * kBoxTokens * kRow : count * bytes)));
     const int* parts = block.ints(at.parts);
+    const float* from = a.factors.beta + (a.batch.packed ? span.first : b * a.factors.stride_b) + r0 + lane;
     for (int part = 0; lane < count && part <= parts[SLICE / kPiece - 1]; ++part) {
-      const float* from = factors_of(a.factors, a.batch, b, parts[SLICE / kPiece] + part) + r0 + lane;
-      copy_4(stage + at.factors + (part * kStageTokens + lane) * int(sizeof(float)), from);
+      const uint32_t to = stage + at.factors + (part * kStageTokens + lane) * int(sizeof(float));
+      copy_4(to, from + (parts[SLICE / kPiece] + part) * a.factors.stride_m);
     }
     arrive_after_copies(full);
   }
   if (together) {
-    const int n = lane / 2 * kLoaders + warp, token = lane % 2 * kBoxTokens;
+    const int n = lane / kBoxes * kLoaders + warp, token = lane % kBoxes * kBoxTokens;
     if (n >= blocks || token >= count) return;
-    const int y = first + token + (a.batch.packed ? a.batch.starts[b] : 0), z = a.batch.packed ? 0 : int(b);
-    copy_box(stage + (n * kStageTokens + token) * kRow, &hidden.maps[n], block.d0(), y, z, full);
+    const int z = a.batch.packed ? 0 : int(b);
+    copy_box(stage + (n * kStageTokens + token) * kRow, &hidden.maps[n], block.d0(), first + token, z, full);
   } else {
     for (int n = warp; lane < count && n < blocks; n += kLoaders) {
       const Rows& rows = hidden.rows[n];
@@ -150,15 +171,21 @@ __device__ void fill_stage(
 // there may be sentences that are longer than the ring.
 template <class T, int SLICE, bool LONG>
 __device__ void load_sentences(const Select& a, const Hidden& hidden, const Layout& at, const Block<SLICE>& block) {
+  wait_for_previous();
   Ring ring;
+  const int last = int(a.batch.sentences) - 1;
+  const auto ask = [&](const int32_t* from) { return from ? *from : 0; };
+  int x = ask(Span::begin(a.batch, block.cluster())), y = ask(Span::end(a.batch, block.cluster()));
 #pragma unroll 1
-  for (int b = block.cluster(); b < int(a.batch.sentences); b += block.clusters()) {
-    const int length = int(length_of(a.batch, b)), chunks = chunks_of(length);
-    const int fills = LONG && chunks > at.stages ? 2 * chunks : chunks;
+  for (int b = block.cluster(); b <= last; b += block.clusters()) {
+    const Span span(a.batch, x, y);
+    const int next = min(b + block.clusters(), last);
+    x = ask(Span::begin(a.batch, next)), y = ask(Span::end(a.batch, next));
+    const int stages = stages_of(span.length), fills = LONG && stages > at.stages ? 2 * stages : stages;
 #pragma unroll 1
     for (int c = 0; c < fills; ++c) {
       if (ring.round) wait(block.empty(at, ring.stage), (ring.round - 1) & 1);
-      fill_stage<T>(a, hidden, at, block, ring.stage, b, (c < chunks ? c : c - chunks) * kStageTokens, length);
+      fill_stage<T>(a, hidden, at, block, ring.stage, b, (c < stages ? c : c - stages) * kStageTokens, span);
       ring.advance(at.stages);
     }
   }
@@ -220,7 +247,7 @@ __device__ void squeeze_sentence(
   float sums[kPiece] = {};
   volatile float closed[kPiece];  // rarely used: in local memory
 #pragma unroll 1
-  for (int c = 0; c < chunks_of(length); ++c) {
+  for (int c = 0; c < stages_of(length); ++c) {
     if (c && c % kChunk == 0) {
 #pragma unroll
       for (int i = 0; i < kPiece; ++i) closed[i] = (c == kChunk ? 0.0f : closed[i]) + sums[i], sums[i] = 0.0f;
@@ -233,7 +260,7 @@ __device__ void squeeze_sentence(
   }
 #pragma unroll
   for (int i = 0; i < kPiece; ++i) {
-    sums[i] = (chunks_of(length) > kChunk ? closed[i] : 0.0f) + sums[i];
+    sums[i] = (stages_of(length) > kChunk ? closed[i] : 0.0f) + sums[i];
     sums[i] += __shfl_xor_sync(~0u, sums[i], 8);  // the slots as a tree
     sums[i] += __shfl_xor_sync(~0u, sums[i], 16);
   }
@@ -365,21 +392,18 @@ struct Units {
 
   __device__ Units(const Select& a, const Block<SLICE>& block) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) units[i] = Unit(a.gate, place(a, block, i)), inverse[i] = units[i].inverse(a.gate);
-  }
-  // Asks anew for what there are no registers for in squeeze.
-  __device__ void rescale(const Select& a, const Block<SLICE>& block) {
+    for (int i = 0; i < kCount; ++i) units[i] = Unit(a.gate, place(a, block, i));
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) units[i].rescale(a.gate, place(a, block, i));
+    for (int i = 0; i < kCount; ++i) inverse[i] = units[i].inverse(a.gate);
   }
 };
 
-// The gates of sentence b.
+// exp(e + c) of this sentence.
 template <int SLICE, int ROWS, int WIDTH>
 __device__ void excite(
     const Select& a, const Layout& at, const Block<SLICE>& block, const Up<SLICE, ROWS, WIDTH>& up,
-    const Units<SLICE, ROWS>& units, int64_t b) {
-  const int thread = block.thread(), d = thread / 2 % SLICE, rows = int(a.num_blocks) * SLICE;
+    const Units<SLICE, ROWS>& units) {
+  const int thread = block.thread(), rows = int(a.num_blocks) * SLICE;
   float z[ROWS + 1] = {};
   const float* own = block.floats(at.s) + thread % 2 * (kMaxWidth / 2);
 #pragma unroll
@@ -394,55 +418,51 @@ __device__ void excite(
   }
 #pragma unroll
   for (int i = 0; i < ROWS; ++i) z[i] += __shfl_xor_sync(~0u, z[i], 1);
-  float* weights = block.floats(at.sums);  // squeeze's have been taken
-  float weight[units.kCount];
 #pragma unroll
   for (int i = 0; i < units.kCount; ++i) {
     const int row = units.row(block, i);
     const float sum = units.units[i].normed(thread % 2 ? z[2 * i + 1] : z[2 * i], units.inverse[i]);
-    weight[i] = expf(units.units[i].open(sum) + block.floats(at.prior)[row / SLICE]);
-    if (row < rows) weights[row] = weight[i];
-  }
-  wait_for_all();
-  static_assert(kThreads / 2 % SLICE == 0, "a thread's rows are of one feature");
-  float total = 0.0f;
-#pragma unroll 6
-  for (int n = 0; n < int(a.num_blocks); ++n) total += weights[n * SLICE + d];
-#pragma unroll
-  for (int i = 0; i < units.kCount; ++i) {
-    const int row = units.row(block, i);
-    if (row >= rows) break;
-    const float g = weight[i] / total;
-    block.floats(at.gates)[row] = g;
-    if (d < block.features(a)) a.gate.gates[(b * a.num_blocks + row / SLICE) * a.size + block.d0() + d] = g;
+    const float weight = expf(units.units[i].open(sum) + block.floats(at.prior)[row / SLICE]);
+    if (row < rows) block.floats(at.weights)[row] = weight;
   }
 }
 
 // ---------------------------------------------------------------- fuse
 
-// v of sentence b, two features a thread, whose gates of all blocks are in registers.
+// g and v of sentence b, two features a thread, whose gates of all blocks are in registers.
 template <class T, int SLICE, class Come, class Leave>
 __device__ void fuse_sentence(
-    const Select& a, const Layout& at, const Block<SLICE>& block, int64_t b, int length, const Ring& ring, const Come& come,
-    const Leave& leave) {
+    const Select& a, const Layout& at, const Block<SLICE>& block, int64_t b, const Span& span, const Ring& ring,
+    const Come& come, const Leave& leave) {
   constexpr int kPairs = SLICE / 2, kRows = kThreads / kPairs, kItems = (kStageTokens + kRows - 1) / kRows;
   constexpr int kBatch = 6;  // blocks that are asked for together
   const int blocks = int(a.num_blocks);
   const int thread = block.thread(), pair = thread % kPairs, first = thread / kPairs;
-  const int32_t* places = a.batch.places ? a.batch.places + b * a.batch.size : nullptr;
-  const int64_t begin = (a.batch.packed ? a.batch.starts[b] : b * a.batch.size) * a.size + block.d0();
+  const int32_t* places = span.together() ? nullptr : a.batch.places + b * a.batch.size;
+  const int64_t begin = ((a.batch.packed ? 0 : b * a.batch.size) + (places ? 0 : span.first)) * a.size + block.d0();
   char* const to = static_cast<char*>(a.fused) + begin * int64_t(sizeof(T));
   const uint32_t bytes = uint32_t(a.size) * uint32_t(sizeof(T));  // of a token; a sentence has fewer than 2^32
   const bool inside = 2 * pair < block.features(a);
+  const float2* weights = reinterpret_cast<const float2*>(block.floats(at.weights)) + pair;
+  float2 total = {};
+#pragma unroll 6
+  for (int n = 0; n < blocks; ++n) total.x += weights[n * kPairs].x, total.y += weights[n * kPairs].y;
+  const float2 inverse = make_float2(1.0f / total.x, 1.0f / total.y);
+  const auto divided = [&](float2 weight) {
+    return make_float2(divide(weight.x, total.x, inverse.x), divide(weight.y, total.y, inverse.y));
+  };
+  static_assert(kRows >= kWarps, "of the threads that have these gates, each keeps one block's at most");
+  if (first < blocks && inside) {
+    float* to = a.gate.gates + (b * blocks + first) * a.size + block.d0();
+    reinterpret_cast<float2*>(to)[pair] = divided(weights[first * kPairs]);
+  }
   float2 gates[kWarps];
 #pragma unroll
-  for (int n = 0; n < kWarps; ++n) {
-    gates[n] = n < blocks ? reinterpret_cast<const float2*>(block.floats(at.gates) + n * SLICE)[pair] : float2();
-  }
+  for (int n = 0; n < kWarps; ++n) gates[n] = n < blocks ? divided(weights[n * kPairs]) : float2();
 #pragma unroll 1
-  for (int c = 0; c < length; c += kStageTokens) {
+  for (int c = 0; c < span.length; c += kStageTokens) {
     // Tokens first, first + kRows, ... of the stage.
-    const auto real = [&](int i) { return inside && first + kRows * i < min(kStageTokens, length - c); };
+    const auto real = [&](int i) { return inside && first + kRows * i < min(kStageTokens, span.length - c); };
     int place[kItems];
     if (places) {
 #pragma unroll
@@ -495,24 +515,39 @@ __device__ void fuse_sentence(
 
 // v of padding.
 template <class T, int SLICE>
-__device__ void clear_padding(const Select& a, const Block<SLICE>& block, int b) {
+__device__ void clear_padding(const Select& a, const Block<SLICE>& block, int b, const Span& span) {
   constexpr int kPieces = SLICE * int(sizeof(T)) / 16;
   const int thread = int(threadIdx.x), d = thread % kPieces * (16 / int(sizeof(T)));
   if (d >= block.features(a)) return;
 #pragma unroll 1
   for (int64_t l = thread / kPieces; l < a.batch.size; l += kThreads / kPieces) {
     const int64_t row = b * a.batch.size + l;
-    if (a.batch.mask[row]) continue;
+    if (span.together() ? l >= span.first && l < span.first + span.length : a.batch.mask[row]) continue;
     *reinterpret_cast<uint4*>(static_cast<T*>(a.fused) + row * a.size + block.d0() + d) = make_uint4(0, 0, 0, 0);
   }
 }
 
 // ---------------------------------------------------------------- all of it
 
+// The numbers of this cluster's sentence of that turn, if there is one; to be waited for.
+template <int SLICE>
+__device__ void ask_for_span(const Select& a, const Layout& at, const Block<SLICE>& block, int turn) {
+  const int64_t b = block.cluster() + int64_t(turn) * block.clusters();
+  if (b >= a.batch.sentences || !Span::end(a.batch, b)) return;
+  const uint32_t to = block.address(at.spans) + turn % 2 * 2 * int(sizeof(int32_t));
+  copy_4(to, Span::begin(a.batch, b));
+  copy_4(to + int(sizeof(int32_t)), Span::end(a.batch, b));
+}
+
 template <class T, int SLICE, int ROWS, int WIDTH, bool LONG>
 __device__ void select_sentences(const Select& a, const Layout& at, const Block<SLICE>& block) {
   const Up<SLICE, ROWS, WIDTH> up(a, block.d0(), block.features(a));
-  Units<SLICE, ROWS> units(a, block);
+  wait_for_previous();  // find_tokens, which does not write W2
+  if (block.thread() == 0) {
+    ask_for_span(a, at, block, 0);
+    wait_for_copies();
+  }
+  wait_for_all();
   Ring ring;
   const auto leave = [&] {  // this stage, for the next
     __syncwarp();
@@ -523,24 +558,28 @@ __device__ void select_sentences(const Select& a, const Layout& at, const Block<
   for (int turn = 0;; ++turn) {
     const int b = block.cluster() + turn * block.clusters();
     if (b >= int(a.batch.sentences)) break;
-    const int length = int(length_of(a.batch, b)), chunks = chunks_of(length);
-    const bool stays = !LONG || chunks <= at.stages;
+    const int* numbers = block.ints(at.spans) + turn % 2 * 2;
+    const auto span = [&] { return Span(a.batch, numbers[0], numbers[1]); };
+    const int length = span().length, stages = stages_of(length);
+    if (block.thread() == 0) ask_for_span(a, at, block, turn + 1);
+    const bool stays = !LONG || stages <= at.stages;
     const Down<SLICE> down(a, block);  // early, since it comes from far
     const auto come = [&](const Ring& place) { wait(block.full(at, place.stage), place.round & 1); };
     if (stays) {
       squeeze_sentence<T>(a, at, block, length, ring, come, [&] { ring.advance(at.stages); });
-      ring.go_back(chunks, at.stages);
+      ring.go_back(stages, at.stages);
     } else {
       squeeze_sentence<T>(a, at, block, length, ring, come, leave);
     }
+    if (block.thread() == 0) wait_for_copies();  // of the next sentence's numbers
     wait_for_all();
     share(a, at, block, down, b, turn);
-    units.rescale(a, block);  // while the shares are on their way
+    const Units<SLICE, ROWS> units(a, block);  // while the shares are on their way: there are no registers for it in fuse
     bottleneck(a, at, block, turn);
-    excite(a, at, block, up, units, b);
+    excite(a, at, block, up, units);
     wait_for_all();
-    fuse_sentence<T>(a, at, block, b, length, ring, come, leave);
-    if (a.batch.mask) clear_padding<T>(a, block, b);
+    fuse_sentence<T>(a, at, block, b, span(), ring, come, leave);
+    if (a.batch.mask && length < int(a.batch.size)) clear_padding<T>(a, block, b, span());
   }
 }
 
@@ -570,9 +609,10 @@ __global__ void __launch_bounds__(kAllThreads, 1) select_kernel(
     const int64_t m = min(first + i / int(a.num_blocks), int(a.parts) - 1);
     block.floats(at.alpha)[i] = a.alpha[m * a.num_blocks + i % int(a.num_blocks)];
   }
-  if (threadIdx.x <= kWarps) {
-    const bool has = a.gate.prior && threadIdx.x < a.num_blocks;
-    block.floats(at.prior)[threadIdx.x] = has ? a.gate.prior[threadIdx.x] : 0.0f;
+  if (threadIdx.x < kWarp) {
+    const float largest = largest_prior(a.gate);
+    const int n = int(threadIdx.x);
+    if (n <= kWarps) block.floats(at.prior)[n] = a.gate.prior && n < int(a.num_blocks) ? a.gate.prior[n] - largest : 0.0f;
   }
   for (int i = threadIdx.x; i < kMaxWidth; i += kAllThreads) block.floats(at.s)[i] = 0.0f;  // beyond H
   for (int i = threadIdx.x; i < kMaxCluster * at.width; i += kAllThreads) block.floats(at.shares)[i] = 0.0f;

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) find_kernel(
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   int64_t length = a.batch.packed ? a.batch.starts[b + 1] - a.batch.starts[b] : a.batch.size;
   if (a.lengths) {
-    __shared__ int counts[kWarps];
+    __shared__ int counts[kWarps], first, last;
     const bool* mask = a.batch.mask + b * a.batch.size;
     int64_t before = 0;
     for (int64_t start = 0; start < a.batch.size; start += kThreads) {
@@ -47,11 +47,16 @@ __global__ void __launch_bounds__(kThreads) find_kernel(
         before += counts[w];
       }
       if (real) a.places[b * a.batch.size + rank] = int32_t(l);
+      if (real && rank == 0) first = int(l);
+      if (real && rank == before - 1) last = int(l);
       if (l < a.batch.size) a.ranks[b * a.batch.size + l] = real ? int32_t(rank) : -1;
       __syncthreads();
     }
     length = before;
-    if (thread == 0) a.lengths[b] = int32_t(length);
+    if (thread == 0) {
+      a.lengths[b] = int32_t(length);
+      a.firsts[b] = length > 0 && last - first == length - 1 ? first : -1;
+    }
   }
   if (a.beta == nullptr) return;
   float* beta = a.beta + (a.batch.packed ? int64_t(a.batch.starts[b]) : b * a.stride_b);
