@@ -73,7 +73,7 @@ template <class T, class Shape>
 __global__ void __launch_bounds__(kGateThreads, 3) excite_kernel(const __grid_constant__ Gate a, unsigned tiles) {
   constexpr int S = Shape::kSentences, F = Shape::kFeatures;
   extern __shared__ __align__(16) float memory[];
-  float* weights = memory + Shape::kUp + S * ((a.width + kGateWidth - 1) / kGateWidth * kGateWidth);
+  float* weights = memory + Shape::weights_place(a.width);
   const int64_t d0 = int64_t(blockIdx.x % tiles) * F, b0 = int64_t(blockIdx.x / tiles) * S;
   weigh<Shape, false>(a, b0, d0, memory, weights, nullptr);
   __syncthreads();

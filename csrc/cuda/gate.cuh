@@ -19,17 +19,21 @@ constexpr int kGateStride = kGateWidth + 4;  // of a row of them: eight rows' 16
 constexpr int64_t kGateMemory = 99 << 10;    // of a program, in bytes: what every architecture has
 
 // What a program takes: S sentences and F features of every block; STAGES tiles of W2 a warp, in use or on their way.
-template <int S, int F, int STAGES>
+// RESIDENT: s is in shared memory, as it is unless H is larger than that.
+template <int S, int F, int STAGES, bool RESIDENT = true>
 struct GateShape {
   static constexpr int kSentences = S, kFeatures = F, kStages = STAGES;
   static constexpr int kBlocks = kWarp / F;  // of N, that a warp takes at a time: a row of W2 a lane
-  static constexpr int64_t kUp = int64_t(STAGES) * kGateWarps * kWarp * kGateStride;
+  static constexpr bool kResident = RESIDENT;
 
-  // Floats of shared memory: W2's tiles, s [S, columns], then ``copies`` of [N, S, F].
-  static int64_t floats(const Gate& a, int copies) {
-    return kUp + S * pieces(a.width, kGateWidth) * kGateWidth + copies * a.num_blocks * S * F;
+  // Shared memory in floats: W2's tiles, from s_place() on s [S, columns], from weights_place() on ``copies`` of [N, S, F].
+  __host__ __device__ static constexpr int s_place() { return STAGES * kGateWarps * kWarp * kGateStride; }
+  __host__ __device__ static constexpr int weights_place(int64_t width) {
+    return s_place() + (RESIDENT ? S * int((width + kGateWidth - 1) / kGateWidth * kGateWidth) : 0);
   }
-  static int64_t bytes(const Gate& a, int copies) { return floats(a, copies) * int64_t(sizeof(float)); }
+  static int64_t bytes(const Gate& a, int copies) {
+    return (weights_place(a.width) + copies * a.num_blocks * S * F) * int64_t(sizeof(float));
+  }
   static int64_t programs(const Gate& a) { return pieces(a.size, F) * pieces(a.sentences, S); }
 };
 
@@ -50,8 +54,8 @@ cudaError_t with_shape(const Gate& a, int copies, const Launch& launch) {
   if (fits(large, 16)) return launch(large);
   if (fits(middle, 64)) return launch(middle);
   if (fits(small, kMaxBlocks)) return launch(small);
-  if (a.num_blocks > kMaxBlocks || least.bytes(a, copies) > kGateMemory) return cudaErrorInvalidValue;
-  return launch(least);
+  if (a.num_blocks > kMaxBlocks) return cudaErrorInvalidValue;
+  return least.bytes(a, copies) <= kGateMemory ? launch(least) : launch(GateShape<1, 8, STAGES, false>());
 }
 
 template <class Kernel>
@@ -142,7 +146,7 @@ __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, float* memory, floa
   const int steps = (int(a.num_blocks) + Shape::kBlocks - 1) / Shape::kBlocks;
   const int tiles = steps > warp ? (steps - warp + kGateWarps - 1) / kGateWarps * chunks : 0;
   Tiles* up = reinterpret_cast<Tiles*>(memory);
-  float* s = memory + Shape::kUp;
+  float* s = memory + Shape::s_place();
   const auto ask_tile = [&](int i) {  // the warp's i-th
     if (i < tiles) {
       ask<F>(a, (warp + i / chunks * kGateWarps) * Shape::kBlocks, d0, i % chunks * kGateWidth, up[i % kStages][warp]);
@@ -153,11 +157,12 @@ __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, float* memory, floa
   for (int i = 0; i < kStages; ++i) ask_tile(i);
   wait_for_previous();  // bottleneck, which does not write W2; where it was not launched, W2 is empty
   const float largest = largest_prior(a);
-  for (int h = threadIdx.x; h < columns; h += kGateThreads) {
+  const auto load = [&](int k, int h) {
+    return k < sentences && h < a.width ? a.bottleneck[(b0 + k) * a.width + h] : 0.0f;
+  };
+  for (int h = threadIdx.x; Shape::kResident && h < columns; h += kGateThreads) {
 #pragma unroll
-    for (int k = 0; k < S; ++k) {
-      s[k * columns + h] = k < sentences && h < a.width ? a.bottleneck[(b0 + k) * a.width + h] : 0.0f;
-    }
+    for (int k = 0; k < S; ++k) s[k * columns + h] = load(k, h);
   }
   __syncthreads();
   int tile = 0;
@@ -177,7 +182,12 @@ __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, float* memory, floa
         const float4 w = *reinterpret_cast<const float4*>(own + i);
 #pragma unroll
         for (int k = 0; k < S; ++k) {
-          const float4 x = *reinterpret_cast<const float4*>(s + k * columns + h0 + i);
+          float4 x;
+          if constexpr (Shape::kResident) {
+            x = *reinterpret_cast<const float4*>(s + k * columns + h0 + i);
+          } else {
+            x = make_float4(load(k, h0 + i), load(k, h0 + i + 1), load(k, h0 + i + 2), load(k, h0 + i + 3));
+          }
           even[k] = fmaf(w.x, x.x, even[k]), odd[k] = fmaf(w.y, x.y, odd[k]);
           even[k] = fmaf(w.z, x.z, even[k]), odd[k] = fmaf(w.w, x.w, odd[k]);
         }

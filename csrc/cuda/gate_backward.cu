@@ -11,7 +11,7 @@ template <class Shape>
 __global__ void __launch_bounds__(kGateThreads, 3) backward_kernel(const __grid_constant__ Gate a, unsigned tiles) {
   constexpr int S = Shape::kSentences, F = Shape::kFeatures;
   extern __shared__ __align__(16) float memory[];
-  float* weights = memory + Shape::kUp + S * ((a.width + kGateWidth - 1) / kGateWidth * kGateWidth);
+  float* weights = memory + Shape::weights_place(a.width);
   float* sigmoids = weights + a.num_blocks * S * F;
   const int64_t d0 = int64_t(blockIdx.x % tiles) * F, b0 = int64_t(blockIdx.x / tiles) * S;
   weigh<Shape, true>(a, b0, d0, memory, weights, sigmoids);
