@@ -325,6 +325,7 @@ def select(
     activation: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    attention_mask, cu_seqlens = _tokens(attention_mask, cu_seqlens)  # once, for whoever takes them
     if ONE_PASS is not False and hidden_states[0].is_cuda:
         done = _select_once(hidden_states, attention_mask, cu_seqlens, parameters, frequencies, activation, eps)
         if done is not None:

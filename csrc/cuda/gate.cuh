@@ -103,7 +103,7 @@ struct Unit {
   }
 
   // Apart, so that several units are asked for before the first is waited for.
-  __device__ float inverse(const Gate& a) const { return a.norm_weight ? 1.0f / sqrtf(variance + a.eps) : 1.0f; }
+  __device__ float inverse(const Gate& a) const { return a.norm_weight ? rsqrtf(variance + a.eps) : 1.0f; }
   // The mean first, since it and z may both be far from 0.
   __device__ float normed(float sum, float inverse) const { return (sum + bias - mean) * inverse; }
   __device__ float open(float normed) const { return sigmoid(fmaf(normed, scale, shift)); }

@@ -388,13 +388,10 @@ struct Units {
   }
 
   Unit units[kCount];
-  float inverse[kCount];
 
   __device__ Units(const Select& a, const Block<SLICE>& block) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) units[i] = Unit(a.gate, place(a, block, i));
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) inverse[i] = units[i].inverse(a.gate);
   }
 };
 
@@ -404,7 +401,9 @@ __device__ void excite(
     const Select& a, const Layout& at, const Block<SLICE>& block, const Up<SLICE, ROWS, WIDTH>& up,
     const Units<SLICE, ROWS>& units) {
   const int thread = block.thread(), rows = int(a.num_blocks) * SLICE;
-  float z[ROWS + 1] = {};
+  float z[ROWS + 1] = {}, inverse[units.kCount];
+#pragma unroll
+  for (int i = 0; i < units.kCount; ++i) inverse[i] = units.units[i].inverse(a.gate);
   const float* own = block.floats(at.s) + thread % 2 * (kMaxWidth / 2);
 #pragma unroll
   for (int k = 0; k < WIDTH / 2; k += 4) {
@@ -421,7 +420,7 @@ __device__ void excite(
 #pragma unroll
   for (int i = 0; i < units.kCount; ++i) {
     const int row = units.row(block, i);
-    const float sum = units.units[i].normed(thread % 2 ? z[2 * i + 1] : z[2 * i], units.inverse[i]);
+    const float sum = units.units[i].normed(thread % 2 ? z[2 * i + 1] : z[2 * i], inverse[i]);
     const float weight = expf(units.units[i].open(sum) + block.floats(at.prior)[row / SLICE]);
     if (row < rows) block.floats(at.weights)[row] = weight;
   }
@@ -444,21 +443,19 @@ __device__ void fuse_sentence(
   const uint32_t bytes = uint32_t(a.size) * uint32_t(sizeof(T));  // of a token; a sentence has fewer than 2^32
   const bool inside = 2 * pair < block.features(a);
   const float2* weights = reinterpret_cast<const float2*>(block.floats(at.weights)) + pair;
-  float2 total = {};
-#pragma unroll 6
-  for (int n = 0; n < blocks; ++n) total.x += weights[n * kPairs].x, total.y += weights[n * kPairs].y;
+  float2 gates[kWarps], total = {};
+#pragma unroll
+  for (int n = 0; n < kWarps; ++n) {
+    gates[n] = n < blocks ? weights[n * kPairs] : float2();
+    total.x += gates[n].x, total.y += gates[n].y;
+  }
   const float2 inverse = make_float2(1.0f / total.x, 1.0f / total.y);
   const auto divided = [&](float2 weight) {
     return make_float2(divide(weight.x, total.x, inverse.x), divide(weight.y, total.y, inverse.y));
   };
   static_assert(kRows >= kWarps, "of the threads that have these gates, each keeps one block's at most");
-  if (first < blocks && inside) {
-    float* to = a.gate.gates + (b * blocks + first) * a.size + block.d0();
-    reinterpret_cast<float2*>(to)[pair] = divided(weights[first * kPairs]);
-  }
-  float2 gates[kWarps];
 #pragma unroll
-  for (int n = 0; n < kWarps; ++n) gates[n] = n < blocks ? divided(weights[n * kPairs]) : float2();
+  for (int n = 0; n < kWarps; ++n) gates[n] = divided(gates[n]);
 #pragma unroll 1
   for (int c = 0; c < span.length; c += kStageTokens) {
     // Tokens first, first + kRows, ... of the stage.
@@ -510,6 +507,10 @@ __device__ void fuse_sentence(
       if (!real(i)) continue;
       *reinterpret_cast<uint32_t*>(to + (l * bytes + pair * uint32_t(2 * sizeof(T)))) = pack<T>(sum[i].x, sum[i].y);
     }
+  }
+  if (first < blocks && inside) {
+    float* to = a.gate.gates + (b * blocks + first) * a.size + block.d0();
+    reinterpret_cast<float2*>(to)[pair] = divided(weights[first * kPairs]);
   }
 }
 
