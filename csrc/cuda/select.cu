@@ -175,12 +175,14 @@ cudaError_t plan(const Select& a, bool always, std::shared_ptr<const SelectPlan>
   found.clusters = clusters_at_once(found, device, most);
   if (found.clusters == 0) return cudaSuccess;
   // A sentence costs its gate's chain of latencies whatever its length. Where there are many sentences, and this is not beside
-  // much to read, the two-pass kernels are as fast or faster (bench/NOTES.md): they use all of the GPU.
+  // much to read, the two-pass kernels are as fast or faster (bench/NOTES.md): they use all of the GPU. So they are where there
+  // are fewer than six blocks, since a warp squeezes one of them.
   const int64_t tokens = a.batch.tokens / a.batch.sentences;  // where packed, on average
   const bool few = a.batch.sentences <= 2 * a.num_blocks * found.clusters;
   const bool much = a.num_blocks * tokens * slice_of(a.size) * 2 >= 96 << 10;
   const bool fit = tokens <= found.at.stages * kStageTokens;
-  if ((always || ((few || much) && fit)) && describe(a, found.hidden)) result = std::make_shared<const SelectPlan>(found);
+  const bool faster = a.num_blocks >= kWarps / 2 && (few || much) && fit;
+  if ((always || faster) && describe(a, found.hidden)) result = std::make_shared<const SelectPlan>(found);
   return cudaSuccess;
 }
 

@@ -93,7 +93,7 @@ __device__ void gather(float (&sums)[W]) {
 }
 
 template <class T, int W, bool MEAN, bool OFFICIAL>
-__global__ void __launch_bounds__(kThreads, W == 1 ? 0 : 4) sum_kernel(
+__global__ void __launch_bounds__(kThreads, W == 4 && !MEAN && !OFFICIAL ? 4 : 0) sum_kernel(  // 4: spills on sm_120
     const __grid_constant__ Squeeze a, const __grid_constant__ Blocks blocks, unsigned tiles) {
   wait_for_previous();
   const unsigned index = blockIdx.x / tiles, num = unsigned(a.num), n = index % num;  // divided in 32 bits: 64 take long
