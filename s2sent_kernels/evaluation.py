@@ -134,6 +134,7 @@ def side_by_side(
     modules: Mapping[str, S2SentSelector | ScalarMix] | None = None,
     *,
     blocks: Sequence[int] | str | None = None,
+    reads: Mapping[str, Sequence[int] | str] | None = None,
     block_norm: str | None = "final",
     pooling: str = "mean",
     batch_size: int = 128,
@@ -143,8 +144,9 @@ def side_by_side(
     """Embeddings [S, D], float32 on the CPU, of every text by every pooling, from one pass over the encoder.
 
     Args:
-        modules: by name: selectors, which read the last N of ``blocks``, and scalar mixes, which read p.
+        modules: by name: selectors, and scalar mixes, which read p.
         blocks, block_norm: as BlockCapture takes them.
+        reads: by a module's name, which of ``blocks`` it reads, counted among them; by default the last, as many as it takes.
         pooling: over the tokens, of selectors and scalar mixes.
     """
     device = next(encoder.parameters()).device
@@ -157,6 +159,10 @@ def side_by_side(
     try:
         with BlockCapture(encoder, blocks, block_norm=block_norm) as capture, torch.no_grad():
             _check(modules or {}, len(capture.blocks), families.hidden_size(encoder))
+            chosen = {
+                name: families.indices((reads or {}).get(name, f"last:{module.num_blocks}"), len(capture.blocks))
+                for name, module in (modules or {}).items()
+            }
             starts: Any = range(0, len(order), batch_size)
             if progress:
                 starts = _require("tqdm.auto", "tqdm").tqdm(starts, desc="encode", unit="batch")
@@ -179,11 +185,12 @@ def side_by_side(
                     CLS: _weighted(cls, last),
                 }
                 for name, module in (modules or {}).items():
+                    read = [states[place] for place in chosen[name]]
                     if isinstance(module, S2SentSelector):
-                        result[name] = module.pool(states[-module.num_blocks :], mask, pooling=pooling)
+                        result[name] = module.pool(read, mask, pooling=pooling)
                     else:
                         weights = tokens.pooling_weights(pooling).float()
-                        each = [_weighted(weights, tokens.keep_real(u.float())) for u in states[-module.num_blocks :]]
+                        each = [_weighted(weights, tokens.keep_real(u.float())) for u in read]
                         result[name] = module(torch.stack(each, dim=1))
                 for name, values in result.items():
                     if name not in found:

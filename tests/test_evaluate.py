@@ -8,7 +8,8 @@ import pytest
 import torch
 from test_frozen import TEXTS, make_encoder
 
-from s2sent_kernels import S2SentSelector, evaluation, frozen, pictures, tables
+from s2sent_kernels import S2SentSelector, evaluation, frozen, mteb_tasks, pictures, tables
+from s2sent_kernels.capture import BlockCapture
 from s2sent_kernels.cli import main
 from s2sent_kernels.commands.common import load_pipeline
 from s2sent_kernels.export import as_pipeline
@@ -222,6 +223,51 @@ def test_the_pooling_of_a_selector_is_the_one_it_was_trained_for(places, tmp_pat
         assert main([*map(str, arguments), "--output-dir", str(tmp_path / name), "--device", "cpu"]) == 0
         scores[name] = json.loads((tmp_path / name / "evaluation.json").read_text())["sts"]["sts"]["s2sent"]
     assert scores["mean"] == scores["asked"] != scores["cls"]
+
+
+def test_the_blocks_of_a_selector_are_those_it_was_trained_for(places, tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(places / "selector", tmp_path / "selector")
+    path = tmp_path / "selector" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"blocks": [0, 1, 3]}))
+    arguments = ["evaluate", "--model", places / "model", "--selector", tmp_path / "selector", "--device", "cpu"]
+    arguments += ["--sts", places / "sts.tsv", "--output-dir", tmp_path / "out"]
+    assert main(list(map(str, arguments))) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sts"]["sts"]
+    encoder, tokenizer = make_encoder()
+    selector = S2SentSelector.from_pretrained(tmp_path / "selector")
+    mix = frozen.ScalarMix.of_weights([0.2, 0.3, 0.5])
+
+    def embed(texts):
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        with BlockCapture(encoder, [0, 1, 3]) as capture, torch.no_grad():
+            states = capture.collect(**batch)
+            mask = batch["attention_mask"][..., None]
+            means = torch.stack([(state * mask).sum(1) / mask.sum(1) for state in states], dim=1)
+            return {"s2sent": selector.pool(states, batch["attention_mask"]), "scalar mix": mix(means)}
+
+    for name, scores in evaluation.sts(embed, evaluation.read_sts(places / "sts.tsv")).items():
+        assert found[name] == pytest.approx(scores._asdict(), abs=1e-3)
+
+
+def test_scores_of_mteb_stand_beside_the_files(places, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+
+    def run(names, embed):
+        assert names == ["One", "Two"] and embed(["a cat"])["s2sent"].shape == (1, 16)
+        return {name: {pooling: {"main_score": 12.345} for pooling in POOLINGS} for name in names}
+
+    monkeypatch.setattr(mteb_tasks, "run", run)
+    arguments = ["evaluate", "--model", places / "model", "--selector", places / "selector", "--device", "cpu"]
+    arguments += ["--sts", places / "sts.tsv", "--mteb", "One", "Two", "--output-dir", tmp_path / "out"]
+    assert main(list(map(str, arguments))) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].split() == ["sts", "One", "Two"] and out.count("12.35") + out.count("12.34") == 12
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert content["mteb"]["Two"]["s2sent"] == {"main_score": 12.345} and sorted(content["sts"]["sts"]) == sorted(
+        POOLINGS
+    )
+    assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(PNG)
 
 
 def test_embeddings_that_are_all_alike_give_json(places, tmp_path):

@@ -54,15 +54,16 @@ def add(commands: Any) -> None:
     command.set_defaults(run=run)
 
 
-def _modules(name: str | None) -> tuple[dict[str, Any], str]:
-    """The selector, and the scalar mix that was trained like it where its folder says one; and the pooling that it says."""
+def _modules(name: str | None) -> tuple[dict[str, Any], Any, str]:
+    """The selector, and the scalar mix that was trained like it where its folder says one; the blocks that they read, and the
+    pooling that the folder says."""
     if name is None:
-        return {}, "mean"
+        return {}, None, "mean"
     config = pretrained.read_config(pretrained.find(name))
     modules: dict[str, Any] = {evaluation.S2SENT: S2SentSelector.from_pretrained(name)}
     if "scalar_mix" in config:
         modules[evaluation.SCALAR_MIX] = ScalarMix.of_weights(config["scalar_mix"])
-    return modules, config.get("pooling", "mean")
+    return modules, pretrained.blocks_of(config), config.get("pooling", "mean")
 
 
 def _named(paths: Sequence[str]) -> list[tuple[str, str]]:
@@ -89,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         count = len(arguments.sts)
         sts_files = [(task, evaluation.read_sts(path, arguments.split)) for task, path in files[:count]]
         transfer_files = [(task, path, evaluation.read_transfer(path)) for task, path in files[count:]]
-        modules, pooling = _modules(name)
+        modules, blocks, pooling = _modules(name)
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
     device = common.device_of(arguments.device)
@@ -107,8 +108,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     def embed(texts: Sequence[str]) -> Mapping[str, Tensor]:
         found = evaluation.side_by_side(
-            encoder, tokenizer, texts, modules, pooling=arguments.pooling or pooling, max_length=arguments.max_length,
-            batch_size=arguments.batch_size, progress=True,
+            encoder, tokenizer, texts, modules, reads=dict.fromkeys(modules, blocks), pooling=arguments.pooling or pooling,
+            max_length=arguments.max_length, batch_size=arguments.batch_size, progress=True,
         )  # fmt: skip
         if pipeline is not None:
             own = whole.encode(
