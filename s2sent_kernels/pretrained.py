@@ -8,6 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from . import families
+
 if TYPE_CHECKING:
     from .selector import S2SentSelector
 
@@ -92,9 +96,25 @@ def save(selector: S2SentSelector, folder: str | os.PathLike[str], about: dict[s
     write_atomically(path / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
 
 
-def blocks_of(config: dict[str, Any]) -> Any:
-    """Which blocks of an encoder a folder's selector reads: what it was trained for, else the last of them."""
-    return config.get("blocks", f"last:{config['selector']['num_blocks']}")
+def blocks_of(config: dict[str, Any], encoder: nn.Module) -> tuple[int, ...]:
+    """Which blocks of ``encoder`` a folder's selector reads: what it was trained for, else the last of them.
+
+    Raises:
+        ValueError: the encoder has no such blocks, or another D.
+    """
+    wanted = config["selector"]
+    blocks = config.get("blocks", f"last:{wanted['num_blocks']}")
+    depth, size = len(families.find_blocks(encoder)), families.hidden_size(encoder)
+    try:
+        chosen = families.indices(blocks, depth)
+    except (ValueError, TypeError):
+        chosen = ()
+    if len(chosen) != wanted["num_blocks"] or size not in (None, wanted["hidden_size"]):
+        raise ValueError(
+            f"selector: expected an encoder with blocks {blocks} of {wanted['hidden_size']} features, "
+            f"got {type(encoder).__name__} with {depth} of {size}"
+        )
+    return chosen
 
 
 def load(kind: type[S2SentSelector], name_or_folder: str | os.PathLike[str], backend: str = "auto") -> S2SentSelector:

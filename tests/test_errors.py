@@ -1,9 +1,11 @@
 """What a person meets first: every command says in one line what is wrong, ends with 2, and leaves nothing behind."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import save_encoder
@@ -26,7 +28,15 @@ COMMANDS = {
     "evaluate": ["evaluate", "--sts", "sts.tsv", "--output-dir", "out"],
     "inspect": ["inspect", "--text", "a cat", "--output-dir", "out"],
     "encode": ["encode", "texts.txt", "--output", "out.npy"],
+    "export": ["export", "--output", "out.onnx"],
 }
+SELECTING = ("evaluate", "inspect", "encode", "export")  # they take --selector
+WRITING = {
+    "train": "out",
+    "train frozen": "out",
+    "encode": "out.npy",
+    "export": "out.onnx",
+}  # they take --output, others a folder
 FILES = {
     "train": "triplets.tsv",
     "train frozen": "triplets.tsv",
@@ -65,14 +75,28 @@ def fails(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_model_that_does_not_exist(fails, name):
-    options = ["--selector", "all-MiniLM-L6-v2"] if name == "inspect" else []
+    options = ["--selector", "all-MiniLM-L6-v2"] if name in ("inspect", "export") else []
     assert "nowhere/model" in fails(name, "--model", "./nowhere/model", *options)
 
 
+@pytest.mark.parametrize("how", ["switched off", "out of reach"])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_network(fails, name, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    options = ["--selector", "all-MiniLM-L6-v2"] if name in ("evaluate", "inspect", "encode") else []
+def test_no_network(fails, name, how, monkeypatch):
+    if how == "switched off":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    else:
+        for key in list(os.environ):  # a proxy would answer
+            if key.lower().endswith("_proxy"):
+                monkeypatch.delenv(key)
+        huggingface_hub.close_session()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+        monkeypatch.setattr(
+            huggingface_hub.constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            "http://127.0.0.1:9/{repo_id}/{revision}/{filename}",
+        )
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the library's attempts
+    options = ["--selector", "all-MiniLM-L6-v2"] if name in SELECTING else []
     assert "somebody/something" in fails(name, "--model", "somebody/something", *options)
 
 
@@ -109,18 +133,25 @@ def test_a_model_whose_weights_have_other_names(fails, encoder, tmp_path, name):
     path = tmp_path / "renamed" / "model.safetensors"
     weights = {name.replace("attention", "attend"): tensor for name, tensor in safetensors.load_file(path).items()}
     safetensors.save_file(weights, path, metadata={"format": "pt"})
-    options = ["--selector", "all-MiniLM-L6-v2"] if name in ("evaluate", "inspect", "encode") else []
+    options = ["--selector", "all-MiniLM-L6-v2"] if name in SELECTING else []
     line = fails(name, "--model", tmp_path / "renamed", *options)
     assert "renamed cannot be loaded: expected weights 'encoder.layer.0.attention." in line
 
 
-@pytest.mark.parametrize("name", ["evaluate", "inspect", "encode"])
-def test_a_selector_of_another_shape(fails, encoder, name):
-    line = fails(name, "--model", encoder, "--selector", "all-MiniLM-L6-v2")
-    assert "384" in line or "6" in line
+@pytest.mark.parametrize("name", SELECTING)
+def test_a_selector_of_another_shape(fails, encoder, tmp_path, name):
+    wanted = "selector: expected an encoder with blocks [0, 1, 2, 3, 4, 5] of 384 features, got BertModel with 2 of 16"
+    assert wanted in fails(name, "--model", encoder, "--selector", "all-MiniLM-L6-v2")
+    for number, (size, blocks) in enumerate([(8, 2), (16, 3)]):  # either alone
+        folder = tmp_path / str(number)
+        S2SentSelector(size, blocks, 4, 4).save_pretrained(folder)
+        wanted = (
+            f"selector: expected an encoder with blocks last:{blocks} of {size} features, got BertModel with 2 of 16"
+        )
+        assert wanted in fails(name, "--model", encoder, "--selector", folder)
 
 
-@pytest.mark.parametrize("name", ["evaluate", "inspect", "encode"])
+@pytest.mark.parametrize("name", SELECTING)
 def test_a_selector_that_is_broken_or_not_there(fails, tmp_path, name):
     assert "nowhere" in fails(name, "--selector", "./nowhere")
     (tmp_path / "broken").mkdir()
@@ -139,9 +170,8 @@ def test_a_selector_that_is_broken_or_not_there(fails, tmp_path, name):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_output_that_cannot_be_written(fails, tmp_path, name):
-    option = "--output" if name in ("train", "train frozen", "encode") else "--output-dir"
-    target = "texts.txt/out.npy" if name == "encode" else "texts.txt/out"
-    assert "texts.txt" in fails(name, option, target)
+    option = "--output" if name in WRITING else "--output-dir"
+    assert "texts.txt" in fails(name, option, f"texts.txt/{WRITING.get(name, 'out')}")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -154,7 +184,7 @@ def test_texts_that_are_longer_than_the_model(tmp_path, monkeypatch, name):
     (tmp_path / "triplets.tsv").write_text(TRIPLETS.replace("a cat 2", long))
     (tmp_path / "texts.txt").write_text(f"? a cat\n{long}\na dog\n")
     pretrained.save(S2SentSelector(16, 2, 4, 4), "selector")
-    options = ["--selector", "selector"] if name in ("evaluate", "inspect", "encode") else []
+    options = ["--selector", "selector"] if name in SELECTING else []
     command = [long if text == "a cat" else text for text in COMMANDS[name]]
     assert main([*command, "--model", "./short", "--device", "cpu", *options]) == 0
 
@@ -162,10 +192,10 @@ def test_texts_that_are_longer_than_the_model(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_home_and_an_empty_name(fails, encoder, tmp_path, monkeypatch, name):
     """No shell replaces the ~ in --output=~/out."""
-    option = "--output" if name in ("train", "train frozen", "encode") else "--output-dir"
+    option = "--output" if name in WRITING else "--output-dir"
     assert "invalid path value: ''" in fails(name, f"{option}=")
     monkeypatch.setenv("HOME", str(tmp_path / "texts.txt"))
-    assert f"{tmp_path / 'texts.txt'} is not a directory" in fails(name, f"{option}=~/out.npy")
+    assert f"{tmp_path / 'texts.txt'} is not a directory" in fails(name, f"{option}=~/{WRITING.get(name, 'out')}")
 
 
 @pytest.mark.parametrize(

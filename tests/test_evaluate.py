@@ -514,11 +514,11 @@ def test_pictures_of_scores_and_energies():
         (["evaluate", "--model", "{model}", "--transfer", "{few}"], "few.tsv: "),
         (
             ["evaluate", "--sts", "{sts}", "--model", "{model}", "--selector", "all-MiniLM-L6-v2"],
-            "reads 6 blocks, got an encoder of 4",
+            "expected an encoder with blocks [0, 1, 2, 3, 4, 5] of 384 features, got BertModel with 4 of 16",
         ),
         (["inspect", "--text", " "], "expected texts, got an empty one"),
         (["inspect", "--model", "{model}", "--text", "a"], "expected a folder or a shipped name beside --model"),
-        (["inspect", "--model", "{model}", "--selector", "all-MiniLM-L6-v2"], "last:N' with N from 1 to 4"),
+        (["inspect", "--model", "{model}", "--selector", "all-MiniLM-L6-v2"], "got BertModel with 4 of 16"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(arguments, message, places, tmp_path, capsys):

@@ -51,7 +51,9 @@ PRE_NORM = {
 }
 ALL = {**POST_NORM, **PRE_NORM}
 family = pytest.mark.parametrize("name", ALL)
-one_of_each = pytest.mark.parametrize("name", ["bert", "modernbert", "albert"])  # post-norm, pre-norm, a block that is shared
+one_of_each = pytest.mark.parametrize(
+    "name", ["bert", "modernbert", "albert"]
+)  # post-norm, pre-norm, a block that is shared
 
 
 def make_encoder(name, seed=0):

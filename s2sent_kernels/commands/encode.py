@@ -132,10 +132,10 @@ def load(model: str | None, selector: str | None) -> Any:
     try:
         name = selector or BUNDLED
         config = pretrained.read_config(pretrained.find(name))
-        arguments = config["selector"]
-        blocks = pretrained.blocks_of(config)
+        trained = S2SentSelector.from_pretrained(name)  # first, since it judges the configuration
+        blocks, arguments = pretrained.blocks_of(config, transformer.auto_model), config["selector"]
         pooling = S2SentPooling.behind(transformer, blocks, pooling=config.get("pooling", "mean"), **arguments)
-        pooling.selector.load_state_dict(S2SentSelector.from_pretrained(name).state_dict())
+        pooling.selector.load_state_dict(trained.state_dict())
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"selector {selector or BUNDLED}: {error}") from error
     return SentenceTransformer(modules=[transformer, pooling], device="cpu").eval()

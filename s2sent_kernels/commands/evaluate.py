@@ -54,16 +54,15 @@ def add(commands: Any) -> None:
     command.set_defaults(run=run)
 
 
-def _modules(name: str | None) -> tuple[dict[str, Any], Any, str]:
-    """The selector, and the scalar mix that was trained like it where its folder says one; the blocks that they read, and the
-    pooling that the folder says."""
+def _modules(name: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The selector, and the scalar mix that was trained like it where its folder says one; and what the folder says."""
     if name is None:
-        return {}, None, "mean"
+        return {}, {}
     config = pretrained.read_config(pretrained.find(name))
     modules: dict[str, Any] = {evaluation.S2SENT: S2SentSelector.from_pretrained(name)}
     if "scalar_mix" in config:
         modules[evaluation.SCALAR_MIX] = ScalarMix.of_weights(config["scalar_mix"])
-    return modules, pretrained.blocks_of(config), config.get("pooling", "mean")
+    return modules, config
 
 
 def _named(paths: Sequence[str]) -> list[tuple[str, str]]:
@@ -90,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
         count = len(arguments.sts)
         sts_files = [(task, evaluation.read_sts(path, arguments.split)) for task, path in files[:count]]
         transfer_files = [(task, path, evaluation.read_transfer(path)) for task, path in files[count:]]
-        modules, blocks, pooling = _modules(name)
+        modules, config = _modules(name)
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
     device = common.device_of(arguments.device)
@@ -104,12 +103,17 @@ def run(arguments: argparse.Namespace) -> None:
         whole, encoder, model = pipeline[0].to(device), pipeline[1], arguments.model
         whole.max_seq_length = min(whole.max_seq_length, arguments.max_length)
         tokenizer = whole.tokenizer
+    try:
+        reads = {key: pretrained.blocks_of(config, encoder) for key in modules}
+    except ValueError as error:
+        raise UserError(str(error)) from error
     modules = {key: module.to(device) for key, module in modules.items()}
+    pooling = arguments.pooling or config.get("pooling", "mean")
 
     def embed(texts: Sequence[str]) -> Mapping[str, Tensor]:
         found = evaluation.side_by_side(
-            encoder, tokenizer, texts, modules, reads=dict.fromkeys(modules, blocks), pooling=arguments.pooling or pooling,
-            max_length=arguments.max_length, batch_size=arguments.batch_size, progress=True,
+            encoder, tokenizer, texts, modules, reads=reads, pooling=pooling, max_length=arguments.max_length,
+            batch_size=arguments.batch_size, progress=True,
         )  # fmt: skip
         if pipeline is not None:
             own = whole.encode(

@@ -98,5 +98,5 @@ def _encoder_and_selector(model: str | None, name: str) -> export.Pipeline:
     config = pretrained.read_config(pretrained.find(name))
     selector = S2SentSelector.from_pretrained(name)
     encoder, _, _ = common.load_model(model, torch.device("cpu"))
-    capture = BlockCapture(encoder, pretrained.blocks_of(config))
+    capture = BlockCapture(encoder, pretrained.blocks_of(config, encoder))
     return export.Pipeline(capture, selector, config.get("pooling", "mean"))

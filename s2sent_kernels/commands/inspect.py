@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dct, export, families, functional, pictures, pretrained
+from .. import dct, export, functional, pictures, pretrained
 from ..capture import BlockCapture
 from ..selector import S2SentSelector
 from . import common
@@ -121,9 +121,7 @@ def _load(model: str | None, name: str | None, device: torch.device) -> tuple[Bl
     name = name or BUNDLED
     selector = S2SentSelector.from_pretrained(name).to(device)
     encoder, tokenizer, found = common.load_model(model, device)
-    # Whichever they are, there must be as many: its error says more than one about an index.
-    families.indices(f"last:{selector.num_blocks}", len(families.find_blocks(encoder)))
-    capture = BlockCapture(encoder, pretrained.blocks_of(pretrained.read_config(pretrained.find(name))))
+    capture = BlockCapture(encoder, pretrained.blocks_of(pretrained.read_config(pretrained.find(name)), encoder))
     return capture, selector, tokenizer, f"encoder   {found}; selector {name}"
 
 
