@@ -182,3 +182,34 @@ def test_the_committed_report_is_what_the_committed_results_give(tmp_path):
     quality_report.build(root / "results" / "quality", tmp_path / "QUALITY.md", readme, card=False)
     assert (tmp_path / "QUALITY.md").read_text(encoding="utf-8") == parts["bench/QUALITY.md"]
     assert readme.read_text(encoding="utf-8") == parts["README.md"]
+
+
+# ---------------------------------------------------------------- what was measured
+
+RESULTS = Path(quality_report.__file__).parent / "results" / "quality"
+
+
+def test_the_shipped_selector_is_above_what_it_is_measured_by():
+    measured = json.loads((RESULTS / "selector.json").read_text(encoding="utf-8"))
+    last = measured["baselines"][evaluation.MEAN_OF_LAST]
+    assert [round(last[name], 2) for name in quality_data.TESTS] == [72.37, 75.60, 78.99, 82.03]
+    chosen = {
+        kind: [run for run in measured["runs"] if run["pooling"] == kind and run["chosen"]]
+        for kind in (evaluation.S2SENT, evaluation.SCALAR_MIX)
+    }
+    for runs in chosen.values():
+        assert sorted(run["seed"] for run in runs) == [0, 1, 2]
+        for run in runs:
+            assert run["scores"]["mean"] == pytest.approx(sum(run["scores"][name] for name in quality_data.TESTS) / 4)
+    median, mix = (train_selector.median(chosen[kind], "mean") for kind in (evaluation.S2SENT, evaluation.SCALAR_MIX))
+    assert median - last["mean"] >= 0.7 and median > mix
+
+
+def test_every_claim_was_measured_with_three_seeds():
+    names = {name for row in quality.claims_configurations() for name in row}
+    found = []
+    for path in RESULTS.glob("claims-*.json"):
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        found += [{name: row[name] for name in names | {"seed"} if name in row} for row in rows if "seed" in row]
+    wanted = [row | {"seed": seed} for row in quality.claims_configurations() for seed in (0, 1, 2)]
+    assert len(found) == len(wanted) and all(row in found for row in wanted)
