@@ -129,6 +129,13 @@ def test_parquet_and_npy(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "a.parquet"]
 
 
+def test_progress_goes_to_standard_error(tmp_path, capsys):
+    for progress in (False, True):
+        encode_texts([Row(i, "x") for i in range(7)], lengths, tmp_path / "a.npy", chunk=3, progress=progress)
+        captured = capsys.readouterr()
+        assert ("7 texts" in captured.err) == progress and captured.out == ""
+
+
 def test_no_more_than_a_chunk_is_held(tmp_path):
     alive = 0
 

@@ -69,6 +69,7 @@ def test_a_second_pass_opens_the_first(encoder_and_tokenizer, tmp_path, monkeypa
     monkeypatch.setattr(cache, "_fill", None)
     again = cache.make(encoder, tokenizer, TEXTS, tmp_path, SETTINGS)
     assert again.folder == first.folder
+    assert isinstance(again._kept, numpy.memmap)
     assert again.row(TEXTS[3]) == 3
     assert json.loads((first.folder / "about.json").read_text())["blocks"] == [0, 1, 2, 3]
     assert sorted(path.name for path in first.folder.iterdir()) == ["about.json", "frequencies.npy", "lengths.npy"]
@@ -89,6 +90,7 @@ def test_every_setting_the_texts_and_the_weights_make_another_cache(encoder_and_
             (encoder, tokenizer, TEXTS, tmp_path, SETTINGS._replace(max_length=5)),
             (encoder, tokenizer, TEXTS, tmp_path, SETTINGS._replace(token_frequencies=2)),
             (encoder, tokenizer, TEXTS, tmp_path, SETTINGS._replace(pooling="cls")),
+            (encoder, tokenizer, TEXTS, tmp_path, SETTINGS._replace(block_norm="layernorm")),
         )
     ]
     assert len(set(folders)) == len(folders)

@@ -113,11 +113,20 @@ def test_gradients_reach_encoder_and_selector(model):
         assert tensor.grad is not None and tensor.grad.abs().sum() > 0
 
 
+def truncated(model, dim):
+    """The same modules, as a model of fewer features."""
+    return SentenceTransformer(modules=list(model), device="cpu", truncate_dim=dim).eval()
+
+
 def test_truncation_precision_and_prompts(model):
     whole = torch.as_tensor(model.encode(TEXTS))
     assert equal(model.encode(TEXTS, truncate_dim=64), whole[:, :64])
-    assert model.encode(TEXTS, precision="int8").dtype.name == "int8"
-    assert model.encode(TEXTS, precision="ubinary").shape == (3, 384 // 8)
+    assert equal(truncated(model, 64).encode(TEXTS), whole[:, :64])
+    int8, ranges = model.encode(TEXTS, precision="int8"), torch.stack([whole.amin(0), whole.amax(0)])
+    steps = (whole - ranges[0]) / (ranges[1] - ranges[0]) * 255 - 128
+    assert int8.dtype.name == "int8" and (torch.as_tensor(int8).float() - steps).abs().max() <= 1
+    bits = torch.as_tensor(model.encode(TEXTS, precision="ubinary"))[..., None] >> torch.arange(7, -1, -1) & 1
+    assert equal(bits.flatten(1).bool(), whole > 0)
     assert not equal(model.encode(TEXTS, prompt_name="query"), whole)
     assert equal(model.encode(TEXTS, prompt="query: "), model.encode(TEXTS, prompt_name="query"))
 

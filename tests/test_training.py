@@ -1,5 +1,6 @@
 """Fine-tuning of encoder and selector: what it reads, that it learns, goes on and keeps the best, and its errors."""
 
+import itertools
 import json
 import os
 import shutil
@@ -238,6 +239,18 @@ def test_the_best_epoch_is_kept_and_patience_stops(tmp_path, encoder, monkeypatc
     assert all(torch.equal(tensor, seen[1][name]) for name, tensor in model.state_dict().items())
 
 
+def test_every_hard_negative_counts(tmp_path, encoder):
+    columns = ("anchor", "positive", "negative_1", "negative_2")
+    rows = [(*pair, one, two) for pair, one, two in zip(pairs(8), sentences(8, 1), sentences(8, 2), strict=True)]
+    found = []
+    for width in (2, 3, 4):
+        model = make_model(encoder)
+        examples = Examples(columns[:width], [row[:width] for row in rows], True)
+        training.fine_tune(model, examples, tmp_path / str(width), training.Recipe(epochs=2, batch_size=8))
+        found.append(model[1].selector.up.weight.detach().clone())
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(found, 2))
+
+
 def test_the_selector_has_its_own_learning_rate(tmp_path, encoder):
     model = make_model(encoder)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -306,6 +319,20 @@ def test_the_command(tmp_path, encoder, capsys):
     assert model[1].blocks == [1] and model[1].selector.block_prior is not None
     assert main(list(map(str, arguments))) == 2
     assert "it is not empty" in capsys.readouterr().err
+
+
+def test_the_command_stops_when_the_sts_file_says_no_more(tmp_path, encoder, capsys):
+    """Nothing moves, so no epoch is better than the first."""
+    path, sts = write(tmp_path / "data.tsv", pairs(16), ("anchor", "positive")), tmp_path / "sts.tsv"
+    rows = [f"dev\t{i % 5}\t{a}\t{b}" for i, (a, b) in enumerate(zip(sentences(8), sentences(8, seed=1), strict=True))]
+    sts.write_text("split\tscore\tsentence1\tsentence2\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    arguments = [
+        "train", "--data", path, "--model", encoder, "--output", tmp_path / "out", "--dev", sts, "--device", "cpu",
+        "--batch-size", 8, "--bottleneck", 4, "--no-norm", "--learning-rate", 0, "--selector-learning-rate", 1e-30,
+        "--prior-learning-rate", 1e-30, "--epochs", 6, "--patience", 2,
+    ]  # fmt: skip
+    assert main(list(map(str, arguments))) == 0
+    assert capsys.readouterr().out.count("'eval_dev_spearman_cosine'") == 3
 
 
 @pytest.mark.parametrize(
