@@ -289,10 +289,11 @@ class S2SentForSequenceClassification(transformers.PreTrainedModel):
         classifier_dropout: float = 0.1,
     ) -> S2SentForSequenceClassification:
         """A fresh classifier behind a model, which is used, not copied."""
-        config = S2SentConfig(
-            **model.config.to_dict() | {"classifier_dropout": classifier_dropout, "problem_type": problem_type},
-            num_labels=num_labels,
-        )
+        given = {"classifier_dropout": classifier_dropout, "problem_type": problem_type, "num_labels": num_labels}
+        known = model.config.to_dict()
+        if model.config.num_labels != num_labels:  # names of other labels
+            known = {key: value for key, value in known.items() if key not in ("id2label", "label2id")}
+        config = S2SentConfig(**known | given)
         with torch.device("meta"):  # but for the classifier, nothing of __init__ is wanted
             whole = cls(config)
         whole.model.release()

@@ -17,6 +17,7 @@ from torch import nn
 from s2sent_kernels import S2SentSelector, families
 from s2sent_kernels.backend import triton_interprets
 from s2sent_kernels.capture import BlockCapture, _thread
+from s2sent_kernels.transformers import S2SentModel
 
 N, D = 4, 32
 COMMON = {
@@ -305,6 +306,19 @@ def embed(capture, selector, inputs):
     torch.set_num_threads(1)
     with torch.no_grad():
         return capture.collect(**inputs), capture.pool(selector, **inputs)
+
+
+@family
+def test_as_a_model_of_transformers(name, tmp_path):
+    """Saved, loaded, copied and pickled, each listens to its own encoder and gives the same bits."""
+    model, inputs = S2SentModel.from_encoder(make_encoder(name), "last:3", bottleneck=4), make_inputs()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted = model(**inputs).embedding
+        for other in (S2SentModel.from_pretrained(tmp_path), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert type(other.encoder) is type(model.encoder) and other.encoder is not model.encoder
+            assert other._capture.encoder is other.encoder
+            assert torch.equal(other(**inputs).embedding, wanted)
 
 
 def test_a_pool_of_spawned_processes():

@@ -164,6 +164,19 @@ def test_losses_are_those_of_transformers(num_labels, labels, problem):
     assert len(model(**BATCH, labels=labels, return_dict=False)) == 2
 
 
+def test_labels_are_as_many_as_asked_for(caplog):
+    """Names of the model's own stay where they are as many."""
+    transformers.logging.enable_propagation()
+    try:
+        model = classifier(num_labels=3)
+    finally:
+        transformers.logging.disable_propagation()
+    assert model.config.id2label == {i: f"LABEL_{i}" for i in range(3)} and "num_labels" not in caplog.text
+    model.model.config.id2label = {0: "bad", 1: "good"}
+    again = S2SentForSequenceClassification.from_model(model.model, num_labels=2)
+    assert again.config.id2label == {0: "bad", 1: "good"}
+
+
 @torch.no_grad()
 def test_a_classifier_comes_back_with_the_same_bits(tmp_path):
     model = classifier(num_labels=3, classifier_dropout=0.3)
