@@ -26,10 +26,10 @@ def _figure(width: float, height: float) -> Any:
 
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    for axes in figure.axes:
-        legend = axes.get_legend()
-        for text in (axes.title, *(legend.get_texts() if legend else ())):
-            text.set_parse_math(False)  # people's texts: a dollar is a dollar. The numbers at an axis may be formulas
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
+    texts = [text for legend in legends if legend for text in legend.get_texts()]
+    for text in (*texts, *(axes.title for axes in figure.axes)):
+        text.set_parse_math(False)  # people's texts: a dollar is a dollar. The numbers at an axis may be formulas
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
 
@@ -171,7 +171,9 @@ def energy_picture(energy: Tensor, pairs: Sequence[tuple[int, int]], texts: Sequ
     """
     if energy.shape != (len(texts), len(pairs)):
         raise ValueError(f"energy: expected [B, M] = {[len(texts), len(pairs)]}, got shape {list(energy.shape)}")
-    figure = _figure(2.5 + 0.9 * len(pairs), 3.5)
+    figure = _figure(
+        max(6, 2 + 0.9 * len(pairs)), 3.5 + 0.15 * len(texts)
+    )  # as wide as what is written below and above
     axes = figure.subplots()
     width = 0.8 / len(texts)
     for place, (text, row) in enumerate(zip(texts, energy.tolist(), strict=True)):
@@ -179,9 +181,9 @@ def energy_picture(energy: Tensor, pairs: Sequence[tuple[int, int]], texts: Sequ
         axes.bar(at, row, width, label=text)
     axes.set_yscale("log")
     axes.set_xticks(range(len(pairs)), [f"({x}, {y})" for x, y in pairs])
-    axes.set_xlabel("component: x half waves along blocks, y along tokens")
+    axes.set_xlabel("component (x, y)\nx half waves along blocks, y along tokens")
     axes.set_ylabel("mean square of f")
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.legend(fontsize=7, loc="outside upper center")
     return _png(figure)
 
 

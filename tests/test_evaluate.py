@@ -398,6 +398,19 @@ def test_inspect_prints_gates_and_energies_and_writes_pictures(places, tmp_path,
     assert all(path.read_bytes().startswith(PNG) for path in (tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize("texts, pairs", [(1, 1), (16, 4), (3, 16)])
+def test_everything_written_in_the_picture_of_energies_is_inside(texts, pairs, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures, draw = [], pictures._png
+    monkeypatch.setattr(pictures, "_png", lambda figure: figures.append(figure) or draw(figure))
+    pictures.energy_picture(torch.rand(texts, pairs) + 0.1, [(0, i) for i in range(pairs)], ["w" * 47 + "…"] * texts)
+    (figure,) = figures
+    whole, (axes,) = figure.bbox, figure.axes
+    for box in (axes.xaxis.label.get_window_extent(), figure.legends[0].get_window_extent()):
+        assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1
+    assert axes.bbox.height > whole.height / 3
+
+
 def test_what_inspect_draws(places, tmp_path, monkeypatch):
     """The numbers in the four pictures, from the encoder's hidden states."""
     pytest.importorskip("matplotlib")
