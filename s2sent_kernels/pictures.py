@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tempfile
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -203,15 +204,17 @@ def scores_picture(scores: Mapping[str, Mapping[str, float]], title: str) -> byt
     values = [value for found in scores.values() for value in found.values()]
     low = max(0.0, min(values) - 0.25 * (max(values) - min(values)) - 2)
     width = 0.8 / len(poolings)
-    figure = _figure(2.5 + 1.6 * len(scores), 4)
+    inches = max(6.0, 2.5 + 1.6 * len(scores))
+    figure = _figure(inches, 4.5)
     axes = figure.subplots()
     for place, pooling in enumerate(poolings):
         at = [task + (place - (len(poolings) - 1) / 2) * width for task in range(len(scores))]
         heights = [found.get(pooling, float("nan")) for found in scores.values()]
         axes.bar(at, [height - low for height in heights], width, bottom=low, label=pooling)
-    axes.set_xticks(range(len(scores)), list(scores), parse_math=False)
+    names = [textwrap.fill(name, 18) for name in scores]  # names may be paths
+    axes.set_xticks(range(len(scores)), names, parse_math=False)
     axes.set_ylabel(f"score (the axis starts at {low:.0f})" if low else "score")
-    axes.set_title(title)
+    figure.suptitle(textwrap.fill(title, int(9 * inches)), parse_math=False)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _png(figure)
 

@@ -1,5 +1,6 @@
 """Scores, files and the commands `evaluate` and `inspect`: on a tiny random encoder."""
 
+import itertools
 import json
 import shutil
 import sys
@@ -405,9 +406,31 @@ def test_everything_written_in_the_picture_of_energies_is_inside(texts, pairs, m
     monkeypatch.setattr(pictures, "_png", lambda figure: figures.append(figure) or draw(figure))
     pictures.energy_picture(torch.rand(texts, pairs) + 0.1, [(0, i) for i in range(pairs)], ["w" * 47 + "…"] * texts)
     (figure,) = figures
+    figure.draw_without_rendering()
     whole, (axes,) = figure.bbox, figure.axes
     for box in (axes.xaxis.label.get_window_extent(), figure.legends[0].get_window_extent()):
         assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1
+    assert axes.bbox.height > whole.height / 3
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 8])
+def test_everything_written_in_the_picture_of_scores_is_inside(tasks, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures, draw = [], pictures._png
+    monkeypatch.setattr(pictures, "_png", lambda figure: figures.append(figure) or draw(figure))
+    scores = {f"/a/folder/with/a/name/task{i}.tsv": dict.fromkeys(POOLINGS, 70.0 + i) for i in range(tasks)}
+    pictures.scores_picture(
+        scores, "/home/somebody/projects/embeddings/models/an-encoder: Spearman or accuracy, times 100"
+    )
+    (figure,) = figures
+    figure.draw_without_rendering()
+    whole, (axes,) = figure.bbox, figure.axes
+    (title,) = figure.texts
+    boxes = [text.get_window_extent() for text in (title, *axes.get_xticklabels(), axes.get_legend())]
+    for box in boxes:
+        assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1
+    labels = boxes[1 : tasks + 1]
+    assert not any(one.overlaps(other) for one, other in itertools.pairwise(labels))
     assert axes.bbox.height > whole.height / 3
 
 
