@@ -302,6 +302,29 @@ def test_sentences_alone_need_dropout(tmp_path, encoder):
 # ---------------------------------------------------------------- the command
 
 
+def test_precision_is_autocast(tmp_path, encoder, monkeypatch):
+    """Products in bfloat16, weights in float32."""
+    seen, pool = [], S2SentPooling.forward
+
+    def forward(self, features, **options):
+        if torch.is_grad_enabled():
+            seen.append(torch.is_autocast_enabled("cpu"))
+        return pool(self, features, **options)
+
+    monkeypatch.setattr(S2SentPooling, "forward", forward)
+    path = write(tmp_path / "data.tsv", pairs(16), ("anchor", "positive"))
+    arguments = ["train", "--data", path, "--model", encoder, "--device", "cpu", "--batch-size", 8, "--epochs", 2]
+    found = []
+    for precision in ("float32", "bfloat16"):
+        output = tmp_path / precision
+        assert main(list(map(str, [*arguments, "--precision", precision, "--output", output]))) == 0
+        assert set(seen) == {precision == "bfloat16"}
+        seen.clear()
+        found.append(load(output, device="cpu").state_dict())
+    assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in found[1].values())
+    assert not all(torch.equal(a, b) for a, b in zip(found[0].values(), found[1].values(), strict=True))
+
+
 def test_the_command(tmp_path, encoder, capsys):
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(sentences(24)), encoding="utf-8")
