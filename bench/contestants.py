@@ -101,7 +101,10 @@ def gate_parameters(selector: S2SentSelector, what: str) -> dict[str, Tensor]:
     return {} if what in ("squeeze", "fuse") else dict(selector.named_parameters())
 
 
-def ours(case: Case, what: str, device: str, backend: str = "auto", name: str = OURS) -> Contestant:
+def ours(case: Case, what: str, device: str, backend: str | None = None, name: str = OURS) -> Contestant:
+    """On a GPU over one backend for all paths, so that rows compare: what "auto" takes but for some N and D."""
+    if backend is None:
+        backend = choose("auto", torch.device(device), case.dtype) if device == "cuda" else "auto"
     selector = make_selector(case, device, backend=backend)
     return Contestant(name, selector_call(selector, what), gate_parameters(selector, what))
 

@@ -16,6 +16,10 @@ BACKEND_VARIABLE = "S2SENT_BACKEND"
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of every backend but the reference
 NATIVE_INTERFACE = 3  # of csrc/bindings.cpp: an extension that says another number was built from other sources
 MINIMUM_CAPABILITY = (8, 0)  # sm_80: the oldest GPU whose kernels are compiled in the tests
+# (N, D) for which "auto" takes native's tokens where no gradient is wanted: over large and small batches of long and short
+# sentences they were ready at least 5 % before Triton's on an H200 (bench/results/parts/nvidia-h200-tokens.txt, tested), since
+# native can read hidden states of 16 bits once.
+ONE_PASS_FASTER = frozenset({(8, 512), (9, 512), (11, 384), (11, 768), (12, 384), (12, 768)})
 
 
 class BackendStatus(NamedTuple):
@@ -124,13 +128,23 @@ def _say_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+@functools.cache
+def _one_pass_is_faster(index: int | None, dtype: torch.dtype, tokens: tuple[int, int] | None) -> bool:
+    if tokens not in ONE_PASS_FASTER or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(index) == (9, 0)
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype, tokens: tuple[int, int] | None = None) -> str:
     """The backend that a call gets.
 
-    "auto" (or what S2SENT_BACKEND names in its place) takes the fastest one that is usable, judged by device and
-    dtype (N and D may join them), never by B or L: the same sentence must not change backends, and so bits, with the batch
-    it stands in. A backend asked for by name works or raises. Within ``torch.onnx.export`` the reference is the only usable
-    one, so that the graph holds PyTorch's own operators.
+    "auto" (or what S2SENT_BACKEND names in its place) takes the fastest one that is usable, judged by device, dtype and path,
+    of the tokens also by N and D, never by B or L: the same sentence must not change backends, and so bits, with the batch it
+    stands in. A backend asked for by name works or raises. Within ``torch.onnx.export`` the reference is the only usable one,
+    so that the graph holds PyTorch's own operators.
+
+    Args:
+        tokens: (N, D) of a call that makes fused tokens and wants no gradient.
 
     Raises:
         ValueError: ``backend`` is unknown or cannot take such tensors here; says why.
@@ -148,7 +162,9 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         return "native"
     if device.type != "cuda":
         return "reference"
-    # On an H200 Triton's kernels are the faster ones in every row that bench/results/parts has of both (bfloat16).
+    # On an H200 Triton's kernels are the faster ones in every other row that bench/results/parts has of both (bfloat16).
+    if _one_pass_is_faster(device.index, dtype, tokens) and _refusal("native", device, dtype) is None:
+        return "native"
     refusal = _refusal("triton", device, dtype)
     if refusal is None:
         return "triton"

@@ -23,14 +23,22 @@ GateFunction = Callable[[Tensor], Tensor]  # f [B, D] -> g [B, N, D]
 
 
 def _choose(
-    backend: str, hidden_states: Sequence[Tensor], attention_mask: Any, cu_seqlens: Any, frequencies: int, profile: str
+    backend: str,
+    hidden_states: Sequence[Tensor],
+    attention_mask: Any,
+    cu_seqlens: Any,
+    frequencies: int,
+    profile: str,
+    tokens: bool = False,
 ) -> str:
-    """The backend of a call; on the plain PyTorch path, which no op guards, the tensors are validated here."""
+    """The backend of a call. ``tokens``: it makes fused tokens and wants no gradient. On the plain PyTorch path, which no op
+    guards, the tensors are validated here."""
     validate.positive_int("frequencies", frequencies)
     if len(hidden_states) == 0:
         raise ValueError("hidden_states: expected at least one tensor, got none")
     first = hidden_states[0]
-    chosen = choose(backend, first.device, first.dtype)
+    work = (len(hidden_states), int(first.shape[-1])) if tokens and first.ndim else None
+    chosen = choose(backend, first.device, first.dtype, work)
     if chosen == "reference":
         validate.batch(hidden_states, attention_mask, cu_seqlens, frequencies, profile)
         if not torch.compiler.is_compiling():
@@ -208,7 +216,8 @@ def select(
     validate.arguments(hidden_states, attention_mask, cu_seqlens, None, profile, activation)
     validate.parameter_types(parameters)
     validate.number("eps", eps)
-    chosen = _choose(backend, hidden_states, attention_mask, cu_seqlens, frequencies, profile)
+    final = profile == "paper" and not training and not ops.gradient_wanted(hidden_states, parameters)
+    chosen = _choose(backend, hidden_states, attention_mask, cu_seqlens, frequencies, profile, tokens=final)
     if chosen != "reference" and profile == "paper" and not training:
         op = ops._select if ops.without_dispatcher(hidden_states, parameters) else torch.ops.s2sent.select
         return op(hidden_states, attention_mask, cu_seqlens, *parameters, frequencies, activation, eps, chosen)[0]

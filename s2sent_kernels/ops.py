@@ -81,6 +81,10 @@ def _implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
+def gradient_wanted(hidden_states: Sequence[Tensor], parameters: GateParameters) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (*hidden_states, *parameters) if t is not None)
+
+
 def without_dispatcher(hidden_states: Sequence[Tensor], parameters: GateParameters) -> bool:
     """Whether the dispatcher would do nothing but call an op's implementation, so that the caller may do it: no gradient is
     wanted, nothing traces, transforms or records, and every tensor is an ordinary one. On a small batch it costs more than the
@@ -91,12 +95,9 @@ def without_dispatcher(hidden_states: Sequence[Tensor], parameters: GateParamete
         return False
     if torch.autograd.forward_ad._current_level >= 0:
         return False
-    grad = torch.is_grad_enabled()
-    return all(
-        type(t) in (Tensor, torch.nn.Parameter) and not (grad and t.requires_grad)
-        for t in (*hidden_states, *parameters)
-        if t is not None
-    )
+    if gradient_wanted(hidden_states, parameters):
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter) for t in (*hidden_states, *parameters) if t is not None)
 
 
 def _num_sentences(hidden_states: Sequence[Tensor], cu_seqlens: Tensor | None) -> int:

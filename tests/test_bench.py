@@ -1,7 +1,9 @@
 """The benchmark suite's pieces: floors, quantiles, parity before speed, results that merge, the report. Nothing about speed."""
 
 import json
+import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ import suite
 import targets
 import timing
 
-from s2sent_kernels import S2SentSelector
+from s2sent_kernels import S2SentSelector, backend
 
 SMALL = cases.Case("small", 2, 8, 3, 16, torch.float32)
 PACKED = cases.Case("packed", 2, 8, 3, 16, torch.float32, "packed")
@@ -158,6 +160,21 @@ def test_parity_finds_a_wrong_output_a_wrong_gradient_and_nan(broken):
     outcome = parity.check(wrong, SMALL, "pooled", "cpu", "paper", True)
     assert not outcome.ok
     assert outcome.worst.startswith("gradient" if broken == "gradient" else "")
+
+
+def test_auto_follows_what_was_measured():
+    """What "auto" takes for tokens on a GPU, from the times of bench/one_pass.py: native's faster way beside Triton."""
+    total = defaultdict(lambda: [0.0, 0.0])
+    measured = Path(suite.__file__).parent / "results" / "parts" / "nvidia-h200-tokens.txt"
+    lines = measured.read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        blocks, _, _, size = map(int, re.findall(r"[NBLD] = (\d+)", line))
+        times = {name: float(value) for name, value in re.findall(r"(two passes|triton|one pass) ([\d.]+)", line)}
+        total[blocks, size][0] += min(times["two passes"], times.get("one pass", float("inf")))
+        total[blocks, size][1] += times["triton"]
+    assert len(lines) >= 4 * len(total) > 40
+    faster = {shape for shape, (native, triton) in total.items() if native <= 0.95 * triton}
+    assert faster == backend.ONE_PASS_FASTER
 
 
 def run_suite(tmp_path, *arguments):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import make_parameters
 
 import s2sent_kernels as s2
 from s2sent_kernels import backend as backend_module
@@ -110,6 +111,51 @@ def test_native_stands_in_for_triton_on_cuda(monkeypatch, recwarn):
         monkeypatch.setattr(backend_module, "_triton_status", lambda *_, status=status: status)
         assert backend_module.choose("auto", torch.device("cuda", 0), torch.bfloat16) == chosen
     assert not recwarn.list
+
+
+@BUILT
+def test_auto_takes_one_pass_where_it_is_faster(monkeypatch):
+    monkeypatch.delenv("S2SENT_BACKEND", raising=False)
+    usable, capability = backend_module.BackendStatus(True, ""), (9, 0)
+    monkeypatch.setattr(backend_module, "triton_interprets", lambda: False)
+    monkeypatch.setattr(backend_module, "_triton_status", lambda *_: usable)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    refusal: str | None = None
+    monkeypatch.setattr(backend_module, "native_cuda_refusal", lambda index: refusal)
+
+    def chosen(dtype=torch.bfloat16, tokens=(12, 768), index=0):
+        backend_module._one_pass_is_faster.cache_clear()
+        return backend_module.choose("auto", torch.device("cuda", index), dtype, tokens)
+
+    try:
+        assert chosen() == chosen(torch.float16) == "native"
+        assert chosen(tokens=None) == chosen(tokens=(3, 768)) == chosen(torch.float32) == "triton"
+        refusal = "no GPU code for it"
+        assert chosen() == "triton"
+        refusal, capability = None, (10, 0)
+        assert chosen() == "triton"
+    finally:
+        backend_module._one_pass_is_faster.cache_clear()
+
+
+def test_the_choice_is_told_of_tokens_without_gradients(monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        functional, "choose", lambda *call: told.append(call[3] if len(call) > 3 else None) or "reference"
+    )
+    hidden = [torch.randn(2, 4, 12) for _ in range(3)]
+    parameters = make_parameters(dtype=torch.float32)
+    wanted = parameters._replace(up_bias=parameters.up_bias.clone().requires_grad_())
+    functional.select(hidden, parameters, frequencies=1)
+    with torch.no_grad():
+        functional.select(hidden, wanted, frequencies=1)
+    assert told.pop(0) == (3, 12) and (3, 12) in told and set(told) <= {(3, 12), None}
+    told.clear()
+    functional.select(hidden, wanted, frequencies=1)
+    functional.select(hidden, parameters, frequencies=1, training=True)
+    functional.select(hidden, parameters, frequencies=1, profile="official")
+    functional.select_pool(hidden, parameters, frequencies=1)
+    assert set(told) == {None}
 
 
 # ---------------------------------------------------------------- threads
