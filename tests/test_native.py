@@ -384,7 +384,7 @@ def test_nvcc_compiles_every_source_without_spills(setup_py, tmp_path, architect
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-def test_without_the_a_the_one_pass_kernel_is_empty_and_known_for_it(setup_py):
+def test_nvcc_without_the_a_leaves_the_one_pass_kernel_empty_and_known_for_it(setup_py):
     """sm_90 without its own features: csrc/cuda/select.cu tells the kernel that does nothing by its registers."""
     source = (ROOT / "csrc/cuda/select.cuh").read_text()
     fewest = int(re.search(r"kLoaderRegisters = (\d+)", source)[1])
