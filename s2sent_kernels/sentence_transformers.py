@@ -157,6 +157,7 @@ class S2SentPooling(Module):
             "token": token, "cache_folder": cache_folder, "revision": revision, "local_files_only": local_files_only,
         }  # fmt: skip
         model = cls(**cls.load_config(model_name_or_path, subfolder=subfolder, **hub))
+        model.selector.eval()  # as transformers leaves the encoder beside it; a trainer and encode set what they need
         return cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=model, **hub)
 
 

@@ -58,7 +58,12 @@ def test_it_is_the_selector_on_the_blocks(pooling):
 def test_saved_and_loaded_with_the_same_bits(model, tmp_path):
     model.save(str(tmp_path))
     again = load(tmp_path, device="cpu")
-    assert equal(again.encode(TEXTS), model.encode(TEXTS))
+    assert not again[1].selector.training  # nor its encoder: called as it is, it has running statistics
+    with torch.no_grad():
+        called = again(again.tokenize(TEXTS))["sentence_embedding"]
+    expected = model.encode(TEXTS)
+    assert torch.allclose(called, torch.as_tensor(expected), atol=1e-5)  # in another batch
+    assert equal(again.encode(TEXTS), expected)
     assert again.prompts["query"] == "query: "
     remote = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
     with pytest.raises(RuntimeError, match="does not know its transformer"):
