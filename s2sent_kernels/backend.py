@@ -14,7 +14,7 @@ import torch
 BACKENDS = ("reference", "triton", "native")
 BACKEND_VARIABLE = "S2SENT_BACKEND"
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of every backend but the reference
-NATIVE_INTERFACE = 3  # of csrc/bindings.cpp: an extension that says another number was built from other sources
+NATIVE_INTERFACE = 4  # of csrc/bindings.cpp: an extension that says another number was built from other sources
 MINIMUM_CAPABILITY = (8, 0)  # sm_80: the oldest GPU whose kernels are compiled in the tests
 # (N, D) for which "auto" takes native's tokens where no gradient is wanted: over large and small batches of long and short
 # sentences they were ready at least 5 % before Triton's on an H200 (bench/results/parts/nvidia-h200-tokens.txt, tested), since
@@ -162,7 +162,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, tokens: tuple
         return "native"
     if device.type != "cuda":
         return "reference"
-    # On an H200 Triton's kernels are the faster ones in every other row that bench/results/parts has of both (bfloat16).
+    # On an H200 Triton's kernels are the faster ones on every other path that bench/results/parts has of both (bfloat16).
     if _one_pass_is_faster(device.index, dtype, tokens) and _refusal("native", device, dtype) is None:
         return "native"
     refusal = _refusal("triton", device, dtype)

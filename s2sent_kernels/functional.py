@@ -216,10 +216,12 @@ def select(
     validate.arguments(hidden_states, attention_mask, cu_seqlens, None, profile, activation)
     validate.parameter_types(parameters)
     validate.number("eps", eps)
-    final = profile == "paper" and not training and not ops.gradient_wanted(hidden_states, parameters)
-    chosen = _choose(backend, hidden_states, attention_mask, cu_seqlens, frequencies, profile, tokens=final)
-    if chosen != "reference" and profile == "paper" and not training:
-        op = ops._select if ops.without_dispatcher(hidden_states, parameters) else torch.ops.s2sent.select
+    in_one = profile == "paper" and not training
+    direct = in_one and ops.without_dispatcher(hidden_states, parameters)
+    tokens = direct or (in_one and not ops.gradient_wanted(hidden_states, parameters))
+    chosen = _choose(backend, hidden_states, attention_mask, cu_seqlens, frequencies, profile, tokens)
+    if chosen != "reference" and in_one:
+        op = ops._select if direct else torch.ops.s2sent.select
         return op(hidden_states, attention_mask, cu_seqlens, *parameters, frequencies, activation, eps, chosen)[0]
     gate_function = partial(
         gate, parameters=parameters, num_blocks=len(hidden_states), activation=activation, eps=eps, profile=profile,

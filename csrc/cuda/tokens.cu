@@ -27,7 +27,7 @@ __device__ float factor(int64_t y, int64_t r, int64_t length, int64_t num_blocks
 
 __global__ void __launch_bounds__(kThreads) find_kernel(
     const __grid_constant__ TokenFinder a, const __grid_constant__ Frequencies frequencies) {
-  wait_for_previous();
+  wait_for_previous();  // which it begins after, but the next may begin now
   const int64_t b = blockIdx.x;
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   int64_t length = a.batch.packed ? a.batch.starts[b + 1] - a.batch.starts[b] : a.batch.size;
