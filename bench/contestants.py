@@ -117,17 +117,24 @@ def _native(case: Case, what: str, device: str) -> Contestant | Missing:
     return ours(case, what, device, "native", NATIVE)
 
 
-def _one_pass(case: Case, device: str) -> Contestant:
+@contextlib.contextmanager
+def passes(one: bool) -> Iterator[None]:
+    """Tokens of backend native in one read of the hidden states, or in two."""
     from s2sent_kernels import native
 
+    before, native.ONE_PASS = native.ONE_PASS, one
+    try:
+        yield
+    finally:
+        native.ONE_PASS = before
+
+
+def _one_pass(case: Case, device: str) -> Contestant:
     selector = make_selector(case, device, backend="native")
 
     def call(inputs: Inputs) -> Tensor:
-        before, native.ONE_PASS = native.ONE_PASS, True
-        try:
+        with passes(one=True):
             return selector(inputs.blocks, inputs.mask, cu_seqlens=inputs.cu_seqlens)
-        finally:
-            native.ONE_PASS = before
 
     return Contestant(ONE_PASS, call, gate_parameters(selector, "token"), modes=("forward",))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from cases import FREQUENCIES, Case, Inputs
+from contestants import passes
 from timing import device_times
 
 from s2sent_kernels import S2SentSelector, backends, functional, native
@@ -26,11 +27,8 @@ SHAPES = (
 
 
 def select(one_pass: bool, *arguments: Any) -> tuple[torch.Tensor, ...]:
-    before, native.ONE_PASS = native.ONE_PASS, one_pass
-    try:
+    with passes(one_pass):
         return native.select(*arguments)
-    finally:
-        native.ONE_PASS = before
 
 
 @torch.no_grad()
@@ -47,9 +45,8 @@ def main(shapes: Sequence[tuple[int, ...]]) -> None:
             call = partial(functional.select, hidden, parameters, frequencies=FREQUENCIES, backend="triton")
             variants["triton"] = [call]
         bits = "not taken"
-        native.ONE_PASS = True
-        taken = device == "cuda" and native._select_once(*arguments)
-        native.ONE_PASS = None
+        with passes(one=True):
+            taken = device == "cuda" and native._select_once(*arguments)
         if taken:
             bits = "the same bits" if all(map(torch.equal, taken, select(False, *arguments))) else "OTHER BITS"
             variants["one pass"] = [partial(select, True, *arguments)]

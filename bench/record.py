@@ -4,7 +4,8 @@ python bench/record.py merged.json part.json [--only=NAME] [part.json ...]     #
 
 merged.json keeps the rows that it has where it is itself the first of the parts.
 
-Of the parts behind --only=NAME the rows of that contestant alone are taken: a ratio of two cases belongs to one run.
+Of the parts behind --only=NAME the rows of that contestant alone are taken: a ratio of two cases belongs to one run. What this
+package took in that run is kept with them, as "ours_us".
 
 {"format": 2, "device": slug, "runs": [{environment, ceilings, ...}], "rows": [{"section", "case", ..., "run": index}]}
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import version
+from contestants import OURS, version
 
 from s2sent_kernels.pictures import write_atomically
 
@@ -141,6 +142,19 @@ def merge(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _rows_of(contestant: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ours = {
+        key(row)[:-1]: row["device_us"]["median"] for row in rows if row["contestant"] == OURS and "device_us" in row
+    }
+    found = [row for row in rows if row["contestant"] == contestant]
+    return [row | {"ours_us": ours[key(row)[:-1]]} if key(row)[:-1] in ours else row for row in found]
+
+
+def times_ours(row: dict[str, Any], mine: dict[str, Any]) -> float:
+    """A row's time over this package's: of the same run where that is known, else of ``mine``."""
+    return row["device_us"]["median"] / row.get("ours_us", mine["device_us"]["median"])
+
+
 class Record:
     """One run's results, merged into ``path`` at every ``add``."""
 
@@ -181,7 +195,7 @@ def main(arguments: list[str]) -> int:
                 continue
             content = load(Path(part))
             if only is not None:
-                content["rows"] = [row for row in content["rows"] if row["contestant"] == only]
+                content["rows"] = _rows_of(only, content["rows"])
             merged = merge(merged, content)
         _write(Path(arguments[0]), merged)
     except UserError as error:

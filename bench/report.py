@@ -148,10 +148,9 @@ def _against(results: Results, row: Row, mine: Row | None) -> tuple[str, ...]:
     if row["status"] != "ok":
         return (*start, "–", "–", "–", "–", "–", row["status"] + (f": {remark}" if remark else ""))
     if mine and results.runs[row["run"]] != results.runs[mine["run"]]:
-        remark = "; ".join(
-            filter(None, (remark, f"measured in run {row['run'] + 1}, this package in {mine['run'] + 1}"))
-        )
-    times = f"{row['device_us']['median'] / mine['device_us']['median']:.3g}" if mine else "–"
+        beside = f"beside {row['ours_us']:.1f} there" if "ours_us" in row else f"this package in {mine['run'] + 1}"
+        remark = "; ".join(filter(None, (remark, f"measured in run {row['run'] + 1}, {beside}")))
+    times = f"{record.times_ours(row, mine):.3g}" if mine else "–"
     first = f"{row['first_call_ms']:.0f}" if "first_call_ms" in row else "–"
     peak = mebibytes(results.find("memory", row["case"], row["what"], row["mode"], row["contestant"]))
     return (*start, microseconds(row["device_us"]), times, microseconds(row.get("wall_us")), first, peak, remark)

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from contestants import ONE_PASS, OURS, REFERENCE, SUM
+from contestants import NATIVE, ONE_PASS, OURS, REFERENCE, SUM
 from end_to_end import FED, KEPT
+from record import times_ours
 
 GPU, CPU = "nvidia-h200", "cpu"  # as files of results are named
 Find = Callable[..., dict[str, Any] | None]  # (section, case, what, mode, contestant) to a row that came out, or None
@@ -61,8 +62,8 @@ def _beside(case: str, what: str, mode: str, other: str, faster: bool = False) -
         mine, theirs = (find("paths", case, what, mode, name) for name in (OURS, other))
         if not mine or not theirs:
             return None
-        ratio = mine["device_us"]["median"] / theirs["device_us"]["median"]
-        return 1 / ratio if faster else ratio
+        slower = times_ours(theirs, mine)
+        return slower if faster else 1 / slower
 
     return value
 
@@ -75,7 +76,7 @@ def _slower(find: Find, case: str, what: str, other: str) -> float | None:
 
 def _one_pass_over_floor(find: Find) -> float | None:
     """The floor of its own traffic: squeeze's read of every state, and fuse's write without its read."""
-    row, fuse = find("paths", "A", "token", "forward", ONE_PASS), find("stages", "A", "fuse", "forward", OURS)
+    row, fuse = find("paths", "A", "token", "forward", ONE_PASS), find("stages", "A", "fuse", "forward", NATIVE)
     if not row or not fuse:
         return None
     each = fuse["floor_us"] / (fuse["read_bytes"] + fuse["write_bytes"])

@@ -281,6 +281,22 @@ def test_a_run_keeps_what_it_has_measured_and_other_runs_rows(tmp_path):
     assert len(record.load(tmp_path / "merged.json")["rows"]) == 2
 
 
+def test_a_row_of_another_run_is_beside_this_package_in_its_own(tmp_path):
+    """The merged file has this package at 12.5, the part at 20: of its native the ratio is to 20."""
+    slow = {"median": 20.0, "p20": 19.0, "p80": 21.0}
+    theirs = {"contestant": contestants.NATIVE, "device_us": {"median": 10.0, "p20": 9.0, "p80": 11.0}}
+    for name, rows in (("old", [row()]), ("part", [row(device_us=slow), row(**theirs)])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(results(*rows, run=dict(RUN, date=name))))
+    old, part, merged = (str(tmp_path / f"{name}.json") for name in ("old", "part", "merged"))
+    assert record.main([merged, old, f"--only={contestants.NATIVE}", part]) == 0
+    mine, native = record.load(Path(merged))["rows"]
+    assert mine["device_us"]["median"] == 12.5 and "ours_us" not in mine
+    assert native["ours_us"] == 20.0 and record.times_ours(native, mine) == 0.5
+    assert record.times_ours({"device_us": {"median": 25.0}}, mine) == 2.0
+    ratio = targets._beside(mine["case"], mine["what"], mine["mode"], contestants.NATIVE, faster=True)
+    assert ratio(lambda *key: mine if key[-1] == contestants.OURS else native) == 0.5
+
+
 def test_commit_is_told_or_unknown_never_head(monkeypatch):
     monkeypatch.setenv("COMMIT", "1234abc")
     assert record.commit() == "1234abc"
