@@ -1,0 +1,107 @@
+"""What every engine offers to the ops. An engine is a module; mypy holds each against these protocols.
+
+``Limits`` can be asked without the engine's compiler or library; ``Engine`` computes. Shapes: f [B, D], p and g [B, N, D],
+o [B, D], v like a hidden state; dtypes as in ``formula.reference``. Tensors were validated by the op that calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..formula.call import (
+    Batch,
+    Call,
+    GateParameters,
+    Gating,
+    HiddenGradients,
+    Layout,
+    PartialSums,
+    Place,
+    Reading,
+)
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of every engine but the plain one
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can be used here; ``reason`` says why not, or on what it runs and what it takes."""
+
+    usable: bool
+    reason: str
+
+
+class Limits(Protocol):
+    """What an engine can be asked before it is loaded."""
+
+    LIMITS: str  # what it takes, for people
+
+    def status(self) -> BackendStatus:
+        """Whether it can be used on this machine at all."""
+
+    def refuses(self, call: Call) -> str | None:
+        """Why it cannot compute ``call`` here, or None where it can."""
+
+
+class Engine(Protocol):
+    def squeeze(self, batch: Batch, reading: Reading) -> tuple[Tensor, Tensor | None]:
+        """f and, with a pooling, p, from one read of each hidden state."""
+
+    def squeeze_backward(
+        self, grads: HiddenGradients, layout: Layout, needed: Sequence[bool], reading: Reading
+    ) -> list[Tensor | None]:
+        """The gradient of each needed hidden state, written once; None for the others. At least one is needed."""
+
+    def num_groups(self, num_blocks: int) -> int:
+        """G: rows of ``PartialSums.squeezed_groups`` that N blocks are summed into."""
+
+    def squeeze_block(self, batch: Batch, place: Place, sums: PartialSums, reading: Reading) -> None:
+        """Adds the single hidden state of ``batch`` to ``sums``, in place. Blocks come in ascending order."""
+
+    def sum_groups(self, squeezed_groups: Tensor) -> Tensor:
+        """f from its partial sums [B, G, D]."""
+
+    def gate(self, squeezed: Tensor, parameters: GateParameters, num_blocks: int, gating: Gating) -> Tensor:
+        """g from f, with running statistics and profile "paper"."""
+
+    def gate_backward(
+        self, grad_gates: Tensor, squeezed: Tensor, parameters: GateParameters, gating: Gating
+    ) -> tuple[Tensor, GateParameters]:
+        """df and the gradients of the parameters that are there; the running statistics have none."""
+
+    def gate_pool(
+        self, sums: PartialSums, parameters: GateParameters, frequencies: int, gating: Gating, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """o in ``dtype``, the hidden states', and f, from what ``squeeze_block`` left."""
+
+    def gate_pool_backward(
+        self, grad_output: Tensor, squeezed: Tensor, pooled: Tensor, parameters: GateParameters, gating: Gating
+    ) -> tuple[Tensor, Tensor, GateParameters]:
+        """dp, df and the parameters' gradients from do."""
+
+    def fuse(self, batch: Batch, gates: Tensor) -> Tensor:
+        """v: one read of each hidden state."""
+
+    def fuse_backward(self, grad_fused: Tensor, batch: Batch) -> Tensor:
+        """dg."""
+
+    def select_pool(
+        self, batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(o, f, p): the whole selector, pooled. ``reading`` has a pooling."""
+
+    def select(
+        self, batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(v, f, g): the whole selector, tokens."""
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Warn of something that changes speed and not results."""
+    warnings.warn(message, RuntimeWarning, stacklevel=5)
