@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import families, functional, published_model, reference, validate
+from . import families, functional, published_model, validate
 from .capture import BLOCK_NORMS, BlockCapture
+from .formula import reference
+from .formula.call import POOLINGS
 from .selector import S2SentSelector
 
 try:
@@ -111,7 +113,7 @@ class S2SentModel(transformers.PreTrainedModel):
             ValueError, TypeError: an argument is wrong, there is no such model, or the encoder's blocks cannot be found.
         """
         validate.option("block_norm", block_norm, BLOCK_NORMS)
-        validate.option("pooling", pooling, validate.POOLINGS)
+        validate.option("pooling", pooling, POOLINGS)
         encoder: Any = path_or_model
         if isinstance(path_or_model, (str, os.PathLike)):
             try:
@@ -150,7 +152,7 @@ class S2SentModel(transformers.PreTrainedModel):
             ValueError: there is no such folder or file, it is no BERT or RoBERTa, or a key is missing, unknown or of another
                 shape; names it.
         """
-        validate.option("pooling", pooling, validate.POOLINGS)
+        validate.option("pooling", pooling, POOLINGS)
         encoder, selector, mlp = published_model.read(path)
         num_blocks = selector.num_blocks
         chosen = families.indices(
@@ -228,11 +230,15 @@ class S2SentModel(transformers.PreTrainedModel):
         states = self._capture.collect(**encoder_inputs)
         selector = self.selector
         squeezed, pooled = functional.squeeze(
-            states, mask, frequencies=selector.frequencies, profile=selector.profile, pooling=pooling,
+            states,
+            mask,
+            frequencies=selector.frequencies,
+            profile=selector.profile,
+            pooling=pooling,
             backend=selector.backend,
-        )  # fmt: skip
+        )
         assert pooled is not None  # with a pooling
-        gates = selector._gate(squeezed)
+        gates = selector.gate(squeezed)
         embedding = reference.pool(gates, pooled, states[0].dtype)
         return S2SentOutput(
             embedding=embedding if self.head is None else self.head(embedding),

@@ -174,3 +174,11 @@ class Call(NamedTuple):
     num_blocks: int | None = None  # N, None where the caller does not know it yet
     hidden_size: int | None = None  # D
     gradient: bool = True  # whether a backward pass may follow
+
+    @classmethod
+    def of(cls, batch: Batch, path: Path = "stage", gradient: bool = True) -> Call:
+        """Of a batch that need not be validated yet. D is read only where a choice depends on it: under torch.compile it may
+        vary, and would become a constant here."""
+        first = batch.hidden_states[0]
+        hidden_size = int(first.shape[-1]) if path == "tokens" and not gradient and first.ndim else None
+        return cls(first.device, first.dtype, path, len(batch.hidden_states), hidden_size, gradient)
