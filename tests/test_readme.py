@@ -106,6 +106,15 @@ def test_links_lead_to_files_and_headings_that_exist(page):
     assert links or page == "CHANGELOG.md"
 
 
+@pytest.mark.parametrize("page", ALL_PAGES)
+def test_files_that_are_named_exist(page):
+    """In backticks and with a folder, from the root of the repository or of the package."""
+    folders = "bench|commands|csrc|docs|engines|formula|ops|s2sent_kernels|tests|tools"
+    named = re.findall(rf"`((?:{folders})/[\w./-]*)`", (ROOT / page).read_text(encoding="utf-8"))
+    missing = [path for path in named if not any((root / path).exists() for root in (ROOT, ROOT / "s2sent_kernels"))]
+    assert not missing
+
+
 def command_lines(*pages):
     """Each `s2sent` of the pages as arguments, once; "A loaf" in quotes is one."""
     lines = [
