@@ -72,7 +72,7 @@ def squeeze(
         backend: "auto", "reference", "triton" or "native".
 
     Raises:
-        ValueError, TypeError: an argument is wrong; names it, what was expected and what came.
+        ValueError, TypeError: an argument is wrong; names it, what was expected and what was passed.
         NotImplementedError: on forward-mode or second derivatives, from an op; in plain PyTorch they are right.
     """
     batch = validate.types(hidden_states, attention_mask, cu_seqlens)
@@ -111,12 +111,12 @@ def gate(
         num_blocks: N.
         activation: "tanh" or "relu".
         eps: the batch norm's.
-        profile: "official" sums the s-norm over batch and features too, and knows no block prior.
+        profile: "official" sums the s-norm over batch and features too, and has no block prior.
         training: batch statistics instead of the running ones, which are then updated in place with ``momentum``. This
             and ``profile="official"`` are plain PyTorch on every backend.
 
     Raises:
-        ValueError: an argument is wrong, or batch statistics were asked of a single sentence.
+        ValueError: an argument is wrong, or batch statistics of a single sentence are wanted.
     """
     validate.positive_int("num_blocks", num_blocks)
     validate.parameter_types(parameters)

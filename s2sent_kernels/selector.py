@@ -39,7 +39,7 @@ class S2SentSelector(nn.Module):
     them as modules instead of a fused kernel.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; names it, what was expected and what came.
+        ValueError, TypeError: an argument is wrong; names it, what was expected and what was passed.
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class S2SentSelector(nn.Module):
         "all-MiniLM-L6-v2"; in eval mode.
 
         Raises:
-            ValueError: there is no such folder or name (says which names are), or it holds no selector.
+            ValueError: there is no such folder or name (lists the names), or it holds no selector.
         """
         return pretrained.load(cls, name_or_folder, backend)
 

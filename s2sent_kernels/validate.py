@@ -1,4 +1,4 @@
-"""What a caller may pass, and the error that tells otherwise: the argument, what was expected, what came.
+"""What a caller may pass. Every error names the argument, what was expected, and what was passed.
 
 What is checked where, once in a call:
 
@@ -148,7 +148,7 @@ def batch(batch: Batch, reading: Reading) -> None:
     """Words, and shapes, dtypes and devices of the hidden states: [B, L, D] each, or [T, D] with ``cu_seqlens`` [B + 1].
 
     Raises:
-        ValueError: shapes, dtypes or devices are wrong or disagree; names the argument, what was expected, what came.
+        ValueError: shapes, dtypes or devices are wrong or disagree; names the argument, what was expected and what was passed.
         TypeError: a tensor's dtype is of the wrong kind.
     """
     tensors(batch, reading.profile)
@@ -187,11 +187,11 @@ def tensors(batch: Batch, profile: str = "paper") -> None:
 
 def _disagreement(index: int, other: Tensor, first: Tensor) -> None:
     for what in ("shape", "dtype", "device"):
-        expected, came = getattr(first, what), getattr(other, what)
+        expected, found = getattr(first, what), getattr(other, what)
         if what == "shape":
-            expected, came = list(expected), list(came)
-        if came != expected:
-            raise ValueError(f"hidden_states[{index}]: expected {what} {expected} as hidden_states[0], got {came}")
+            expected, found = list(expected), list(found)
+        if found != expected:
+            raise ValueError(f"hidden_states[{index}]: expected {what} {expected} as hidden_states[0], got {found}")
 
 
 def _mask(mask: Tensor, first: Tensor) -> None:

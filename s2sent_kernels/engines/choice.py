@@ -22,7 +22,7 @@ BACKEND_VARIABLE = "S2SENT_BACKEND"
 def backends() -> dict[str, BackendStatus]:
     """The backends by name: whether each is usable on this machine, and why not or on what, with its limits.
 
-    May ask the GPU's driver what is there; importing the package never does.
+    May query the GPU's driver; importing the package never does.
     """
     return {name: _with_limits(engine) for name, engine in LIMITS.items()}
 
@@ -41,7 +41,7 @@ def _refusal(backend: str, call: Call) -> str | None:
 
 
 def _fastest(call: Call) -> tuple[str, ...]:
-    """The engines that "auto" asks, the fastest first. The last one refuses nothing."""
+    """The engines that "auto" tries, the fastest first. The last one refuses nothing."""
     if call.device.type == "cpu":
         return "native", "reference"
     if call.device.type == "cuda":
@@ -61,7 +61,7 @@ def choose(backend: str, call: Call) -> str:
     Raises:
         ValueError: ``backend`` is unknown or cannot compute such a call here; tells why.
     """
-    # torch.compile takes plain values into a constant call, and no record.
+    # torch.compile can pass plain values to a function whose result it treats as a constant, but no record.
     return _choose(backend, *call)
 
 
@@ -88,8 +88,8 @@ def _choose(backend: str, *fields: object) -> str:
     return candidate
 
 
-# What @torch.compiler.assume_constant_result sets: traced code takes the result as a constant. The decorator itself would
-# import torch's compiler, and with it Triton, along with this package.
+# The attribute that @torch.compiler.assume_constant_result sets, so that traced code treats the result as a constant. The
+# decorator itself would import torch's compiler, and with it Triton, along with this package.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

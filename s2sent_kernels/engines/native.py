@@ -216,7 +216,7 @@ def num_groups(num_blocks: int) -> int:
 
 
 def squeeze_block(batch: Batch, place: Place, sums: PartialSums, reading: Reading) -> None:
-    """One block into f's sum so far [B, 1, D] and its row of p [B, N, D]; blocks come in ascending order."""
+    """One block into f's sum so far [B, 1, D] and its row of p [B, N, D]; blocks are added in ascending order."""
     pooled = None if reading.pooling is None else sums.pooled
     _squeeze_into(batch, place, reading, sums.squeezed_groups[:, 0], pooled)
 

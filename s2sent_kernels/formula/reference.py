@@ -7,9 +7,9 @@
     fuse      v[b,l,d] = sum_n g[b,n,d] u_n[b,l,d]                                  spatial selection
     pool      o[b,d]   = sum_n g[b,n,d] p[b,n,d]
 
-Source: arXiv 2508.18164, Figure 2. Everything is computed in float32 (float64 for float64 inputs), whatever the dtype of the
-hidden states and the parameters. The ``*_backward`` functions are the formulas that fused backends implement; autograd
-through the forward functions must agree with them, and a test says so.
+Source: arXiv 2508.18164, Figure 2. Everything is computed in float32 (float64 for float64 inputs), independent of the dtype of
+the hidden states and the parameters. The ``*_backward`` functions are the formulas that fused backends implement; tests
+compare them with autograd through the forward functions.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def slope(activated: Tensor, activation: Activation) -> Tensor:
 
 def normalise(excited: Tensor, parameters: GateParameters, gating: Gating) -> Tensor:
     """Batch norm of z [B, N * D] over b, or z itself where the gate has no norm. Training uses the batch's own statistics
-    and updates the running ones in place, in float32 whatever dtype they are kept in."""
+    and updates the running ones in place, in float32, then rounded to the dtype that they are kept in."""
     mean, var = parameters.running_mean, parameters.running_var
     if mean is None or var is None or parameters.norm_weight is None or parameters.norm_bias is None:
         return excited
@@ -256,7 +256,7 @@ def fuse(batch: Batch, gates: Tensor) -> Tensor:
         fused = term if fused is None else fused + term
     assert fused is not None  # N >= 1 was validated
     # A gate that is NaN turns the zeros at padding into NaN, so they are masked again.
-    # Contiguous whatever the hidden states' strides: the op's fake promises it, and compiled code relies on it.
+    # Contiguous for any strides of the hidden states: the op's fake promises it, and compiled code relies on it.
     return tokens.keep_real(fused).to(batch.dtype).contiguous()
 
 
