@@ -3,9 +3,10 @@
 Importing needs torch alone, touches no GPU and compiles nothing.
 """
 
-from .backend import BackendStatus, backends
+from .engines.choice import backends
+from .engines.interface import BackendStatus
+from .formula.call import GateParameters
 from .functional import fuse, gate, select, select_pool, squeeze
-from .reference import GateParameters
 from .selector import S2SentSelector
 
 __version__ = "0.1.0"

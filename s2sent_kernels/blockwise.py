@@ -2,117 +2,130 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from . import ops, reference, validate
+from . import ops, validate
+from .engines import plain
+from .engines.choice import engine_for
+from .engines.interface import Engine
+from .formula import reference
+from .formula.call import POOLINGS, Batch, Call, GateParameters, Gating, PartialSums, Place, Reading, compute_dtype
+from .ops.library import dispatcher_is_idle
 
-if TYPE_CHECKING:
-    from .selector import S2SentSelector
 
-_Kind = tuple[list[int], torch.dtype, torch.device]
+class Gate(Protocol):
+    """What a stream needs of a selector."""
+
+    num_blocks: int
+    hidden_size: int
+    backend: str
+
+    def gate(self, squeezed: Tensor) -> Tensor: ...
+
+    def reading(self, pooling: str | None) -> Reading: ...
+
+    def gating(self) -> Gating: ...
+
+    def gate_parameters(self) -> GateParameters | None: ...
+
+
+class _Kind(NamedTuple):
+    """What every block of a stream has in common with the first."""
+
+    shape: list[int]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(hidden_state: Tensor) -> _Kind:
+        return _Kind(list(hidden_state.shape), hidden_state.dtype, hidden_state.device)
+
+    def __str__(self) -> str:
+        return f"{self.shape} of {self.dtype} on {self.device}"
 
 
 class BlockwisePool:
-    """Accumulates f and p over the blocks as they come; ``result`` gates and sums.
+    """Accumulates f and p over the blocks, each as it finishes; ``result`` gates and sums.
 
         stream = selector.blockwise(attention_mask)
         for block, hidden_state in enumerate(...):     # lowest first, each once
             stream.add(block, hidden_state)
         embeddings = stream.result()                   # the same bits as selector.pool(...), profile paper, eval, Triton
 
-    For inference: it keeps no hidden state, so there is nothing to differentiate through.
+    For inference: it keeps no hidden state, so there is nothing to differentiate through. The first block is validated with
+    mask and gate; of a later one only that it is like the first.
 
     Raises:
         RuntimeError: from ``add`` where a hidden state requires a gradient; from ``result`` where a block is missing.
-        ValueError: a block comes twice, out of order, or in another shape than the first.
+        ValueError: a block is repeated, out of order, or of another shape than the first.
     """
 
-    def __init__(
-        self, selector: S2SentSelector, attention_mask: Tensor | None, cu_seqlens: Tensor | None, pooling: str
-    ) -> None:
-        validate.option("pooling", pooling, validate.POOLINGS)
-        self._selector, self._mask, self._cu_seqlens, self._pooling = selector, attention_mask, cu_seqlens, pooling
+    def __init__(self, gate: Gate, attention_mask: Tensor | None, cu_seqlens: Tensor | None, pooling: str) -> None:
+        validate.option("pooling", pooling, POOLINGS)
+        self._gate, self._reading = gate, gate.reading(pooling)
+        self._mask, self._cu_seqlens = attention_mask, cu_seqlens
         self._next = 0
-        self._squeezed_groups = self._pooled = torch.empty(0)
-        self._dtype = torch.float32
         self._first: _Kind | None = None
-        self._engine: Any = None
+        self._engine: Engine = plain
+        self._sums = PartialSums(torch.empty(0), None)
 
     def add(self, block: int, hidden_state: Tensor) -> None:
         """Squeeze and pool block ``block``'s hidden state, [B, L, D] or packed [T, D]."""
-        selector = self._selector
-        if block != self._next or block == selector.num_blocks:
-            wanted = "no more" if self._next == selector.num_blocks else self._next
+        num_blocks = self._gate.num_blocks
+        if block != self._next or block == num_blocks:
+            wanted = "no more" if self._next == num_blocks else self._next
             raise ValueError(f"block: expected {wanted}, blocks come in ascending order and once, got {block}")
         if not isinstance(hidden_state, Tensor):
             raise TypeError(f"hidden_state: expected a tensor, got {type(hidden_state).__name__}")
         if torch.is_grad_enabled() and hidden_state.requires_grad:
             raise RuntimeError("blockwise pooling is for inference: hidden_state requires a gradient")
+        batch = Batch([hidden_state], self._mask, self._cu_seqlens)
         if self._first is None:
-            self._start(hidden_state)
+            self._start(batch)
         else:
-            # Not by their descriptions: torch.compile cannot compare words that hold a size which may vary.
-            expected, came = self._first, _kind(hidden_state)
-            if came != expected:
-                raise ValueError(f"hidden_state: expected {_describe(expected)} as block 0, got {_describe(came)}")
-        arguments = (
-            hidden_state, block, selector.num_blocks, self._squeezed_groups, self._pooled, self._mask,
-            self._cu_seqlens, selector.frequencies, selector.profile, self._pooling,
-        )  # fmt: skip
-        if self._engine is ops.plain:  # which also runs where no op is registered
+            # Compare the values, not the formatted strings: torch.compile cannot guard on a string built from a symbolic size.
+            kind = _Kind.of(hidden_state)
+            if kind != self._first:
+                raise ValueError(f"hidden_state: expected {self._first} as block 0, got {kind}")
+        place = Place(block, num_blocks)
+        # Plain PyTorch also serves devices for which no op is registered.
+        if self._engine is plain or dispatcher_is_idle():
             with torch.no_grad():
-                ops.plain.squeeze_block(*arguments)
+                self._engine.squeeze_block(batch, place, self._sums, self._reading)
         else:
-            torch.ops.s2sent.squeeze_block(*arguments, selector.backend)
+            ops.squeeze_block.run(batch, place, self._sums, self._reading, self._gate.backend)
         self._next += 1
 
     def result(self) -> Tensor:
         """Sentence embeddings o [B, D]."""
-        selector = self._selector
-        if self._next != selector.num_blocks:
-            raise RuntimeError(f"expected {selector.num_blocks} blocks, got {self._next}")
+        if self._next != self._gate.num_blocks:
+            raise RuntimeError(f"expected {self._gate.num_blocks} blocks, got {self._next}")
+        assert self._first is not None and self._sums.pooled is not None
+        parameters, dtype = self._gate.gate_parameters(), self._first.dtype
         with torch.no_grad():
-            if selector._is_fused():
-                parameters, eps = selector._parameters_of_gate(), selector._eps()
-                pool = self._engine.gate_pool(
-                    self._squeezed_groups,
-                    self._pooled,
-                    parameters,
-                    selector.frequencies,
-                    selector.activation,
-                    eps,
-                    self._dtype,
-                )
-                return pool[0]
-            gates = selector._gate(ops.plain.sum_groups(self._squeezed_groups))
-            return reference.pool(gates, self._pooled, self._dtype)
+            if parameters is not None:
+                frequencies, gating = self._reading.frequencies, self._gate.gating()
+                return self._engine.gate_pool(self._sums, parameters, frequencies, gating, dtype)[0]
+            gates = self._gate.gate(plain.sum_groups(self._sums.squeezed_groups))
+            return reference.pool(gates, self._sums.pooled, dtype)
 
-    def _start(self, first: Tensor) -> None:
-        selector = self._selector
-        packed = self._cu_seqlens is not None
-        validate.batch([first], self._mask, self._cu_seqlens, 1, selector.profile)
-        if first.shape[-1] != selector.hidden_size:
-            raise ValueError(f"hidden_state: expected D = {selector.hidden_size} features, got {list(first.shape)}")
-        if selector._is_fused():
-            parameters = selector._parameters_of_gate()
-            validate.gate_parameters(parameters, selector.num_blocks, selector.hidden_size, first.device)
-        validate.cu_seqlens_values(self._cu_seqlens, first.shape[0])
-        self._first, self._dtype = _kind(first), first.dtype
-        rows = self._cu_seqlens.shape[0] - 1 if packed and self._cu_seqlens is not None else first.shape[0]
-        dtype = reference.compute_dtype(first.dtype)
-        self._engine = ops.engine(selector.backend, first.device, first.dtype)
-        groups = self._engine.num_groups(selector.num_blocks)
-        self._squeezed_groups = first.new_zeros(rows, groups, selector.hidden_size, dtype=dtype)
-        self._pooled = first.new_empty(rows, selector.num_blocks, selector.hidden_size, dtype=dtype)
-
-
-def _kind(hidden_state: Tensor) -> _Kind:
-    return list(hidden_state.shape), hidden_state.dtype, hidden_state.device
-
-
-def _describe(kind: _Kind) -> str:
-    shape, dtype, device = kind
-    return f"{shape} of {dtype} on {device}"
+    def _start(self, batch: Batch) -> None:
+        """Validate the first block, choose the engine and allocate its partial sums."""
+        gate, first = self._gate, batch.hidden_states[0]
+        validate.tensors(batch, self._reading.profile)
+        if batch.hidden_size != gate.hidden_size:
+            raise ValueError(f"hidden_state: expected D = {gate.hidden_size} features, got {list(first.shape)}")
+        parameters = gate.gate_parameters()
+        if parameters is not None:
+            validate.gate_parameters(parameters, gate.num_blocks, gate.hidden_size, first.device)
+        validate.cu_seqlens_values(batch)
+        self._first, dtype = _Kind.of(first), compute_dtype(first.dtype)
+        self._engine = engine_for(gate.backend, Call(first.device, first.dtype, num_blocks=gate.num_blocks))
+        rows, groups, size = batch.num_sentences, self._engine.num_groups(gate.num_blocks), gate.hidden_size
+        self._sums = PartialSums(
+            first.new_zeros(rows, groups, size, dtype=dtype),
+            first.new_empty(rows, gate.num_blocks, size, dtype=dtype),
+        )

@@ -26,11 +26,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dct, families, validate
+from . import families, validate
 from .capture import BLOCK_NORMS, BlockCapture
+from .formula import dct
+from .formula.call import POOLINGS, Batch
+from .formula.tokens import Tokens
 from .locks import locked
 from .pictures import write_atomically
-from .tokens import POOLINGS, Tokens
 
 FORMAT = 1
 RECORD_EVERY = 32  # batches between two records of progress
@@ -272,7 +274,7 @@ def _allocate(path: Path) -> None:
 def _summaries(hidden_states: Sequence[Tensor], mask: Tensor, settings: Settings) -> dict[str, Tensor]:
     """What is kept of a batch: "frequencies" C [B, N, Y, D], "lengths" [B], "pooled" [B, N, D] where C does not say it."""
     first = hidden_states[0]
-    tokens = Tokens.of(first.shape, first.device, mask)
+    tokens = Tokens.of(Batch([first], mask))
     y = torch.arange(settings.token_frequencies, device=first.device)
     wave = dct.cosine(y, tokens.rank[..., None], tokens.length.clamp(min=1)[..., None])
     beta = torch.where(tokens.real[..., None] & (y < tokens.length[..., None]), wave, 0.0).float()  # [B, L, Y]

@@ -1,4 +1,4 @@
-"""BlockCapture: the hidden states of chosen blocks of a transformers encoder, handed over or consumed as they come."""
+"""BlockCapture: the hidden states of chosen blocks of a transformers encoder, kept or consumed as each block finishes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import families, validate
+from .formula.call import POOLINGS
 from .selector import S2SentSelector
 
 BLOCK_NORMS = ("final", "layernorm", None)
 
 
 class Consumer(Protocol):
-    """Takes the hidden states of one call: each once, lowest first. BlockwisePool is one."""
+    """Receives the hidden states of one call: each once, lowest first. BlockwisePool is one."""
 
     def add(self, block: int, hidden_state: Tensor, /) -> None: ...
 
@@ -34,16 +35,16 @@ class BlockCapture:
         embeddings = capture.pool(selector, input_ids=ids, attention_mask=mask)     # [B, D]
 
     Args:
-        encoder: a transformers model, or a module with such a ``config``, whose blocks stand in an nn.ModuleList of as
-            many as the configuration says: BERT, RoBERTa, XLM-R, MPNet, DistilBERT, ELECTRA, DeBERTa-v2, NomicBERT,
+        encoder: a transformers model, or a module with such a ``config``, whose blocks are an nn.ModuleList of the
+            length that the configuration gives: BERT, RoBERTa, XLM-R, MPNet, DistilBERT, ELECTRA, DeBERTa-v2, NomicBERT,
             ModernBERT, T5 encoders, Llama, Qwen3, Mistral and their like. Where blocks are shared (ALBERT), block i is
             the i-th run.
-        blocks: which blocks, 0 the lowest, negative from the last, or "last:N"; None takes all. Whatever the order
-            given, hidden states come lowest first.
+        blocks: which blocks, 0 the lowest, negative from the last, or "last:N"; None selects all. Hidden states are
+            ordered lowest first in any case.
         block_norm: "final" applies the encoder's final norm to each chosen block where the family has one (pre-norm:
             ModernBERT, T5, Llama, Qwen3, Mistral), so that the last block is what the encoder returns and inner ones
-            come to its scale; elsewhere it does nothing. "layernorm" applies a layer norm without parameters to each
-            chosen block of any family. None takes what the blocks return: block i's output is ``hidden_states[i + 1]``
+            have its scale; elsewhere it does nothing. "layernorm" applies a layer norm without parameters to each
+            chosen block of any family. None keeps what the blocks return: block i's output is ``hidden_states[i + 1]``
             of ``output_hidden_states=True``, but the last one's before the final norm.
 
     A call's state lives on its own thread until the call ends or fails. So nested calls, and threads that share a
@@ -74,7 +75,7 @@ class BlockCapture:
         self.block_norm = block_norm
         self._norm = families.find_final_norm(encoder) if block_norm == "final" else None
         self._modules = [found[index] for index in self.blocks]
-        # Which n each run of a module delivers, -1 for none: one run a module, but for shared ones.
+        # Which n each run of a module delivers, -1 for none: one run a module, several where it is shared.
         self._hooked = list(dict.fromkeys(self._modules))
         number = {index: n for n, index in enumerate(self.blocks)}
         self._runs = [
@@ -83,7 +84,7 @@ class BlockCapture:
         ]
         # Copies of encoder and capture share the key, which is how a copied hook still finds its copied capture.
         self._key = uuid4().hex
-        self._removed = False  # torch.compile can ask this, but knows no handles
+        self._removed = False  # a flag that torch.compile can trace, unlike the handles
         self._handles = [
             module.register_forward_hook(partial(_deliver, self._key, slot)) for slot, module in enumerate(self._hooked)
         ]
@@ -92,13 +93,13 @@ class BlockCapture:
         return f"BlockCapture({type(self.encoder).__name__}, blocks={self.blocks}, block_norm={self.block_norm!r})"
 
     def collect(self, **encoder_inputs: Any) -> list[Tensor]:
-        """Run the encoder on its inputs, as given; the chosen blocks' N hidden states [B, L, D], lowest first.
+        """Run the encoder on its inputs; returns the chosen blocks' N hidden states [B, L, D], lowest first.
 
         Raises:
             RuntimeError: a block never ran (LayerDrop), or ran where its gradient is lost (a reentrant checkpoint);
                 names it. Or the hooks were removed.
         """
-        kept = _Kept()
+        kept = KeptStates()
         self._run(kept, encoder_inputs)
         return kept.hidden_states
 
@@ -106,16 +107,16 @@ class BlockCapture:
         """Sentence embeddings o [B, D]: ``selector.pool`` of the blocks under the inputs' ``attention_mask`` [B, L].
 
         Without gradients (grad mode off, or nothing that requires one) each block is squeezed and pooled as it finishes
-        and its hidden state let go, so that peak memory is the encoder's own.
+        and its hidden state freed, so that peak memory is the encoder's own.
 
         Raises:
             ValueError: the selector's N or D is not the capture's, before the encoder runs; the mask has another shape.
             RuntimeError: as ``collect``.
         """
         self.check(selector)
-        validate.option("pooling", pooling, validate.POOLINGS)
+        validate.option("pooling", pooling, POOLINGS)
         mask = encoder_inputs.get("attention_mask")
-        # An exported graph keeps the selector as one public op; which kernels an engine has is nothing to store.
+        # An exported graph keeps the selector as one public op, independent of an engine's kernels.
         if self.needs_gradient(selector, encoder_inputs) or torch.compiler.is_exporting():
             return selector.pool(self.collect(**encoder_inputs), mask, pooling=pooling)
         stream = selector.blockwise(mask, pooling=pooling)
@@ -128,7 +129,7 @@ class BlockCapture:
         return selector(self.collect(**encoder_inputs), encoder_inputs.get("attention_mask"))
 
     def remove(self) -> None:
-        """Take the hooks off; again is harmless."""
+        """Remove the hooks; again is harmless."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._removed = [], True
@@ -172,8 +173,8 @@ class BlockCapture:
         return any(tensor.requires_grad for tensor in tensors)
 
 
-class BlockListener(BlockCapture):
-    """A capture that is not called: it follows every call of its encoder, whoever makes it.
+class BlockListener:
+    """Follows every call of its encoder, made by any code, and keeps its hidden states or hands them to a consumer.
 
         listener = BlockListener(encoder, "last:3")
         encoder(**inputs)
@@ -181,12 +182,12 @@ class BlockListener(BlockCapture):
 
     Args:
         encoder, blocks, block_norm: as BlockCapture's.
-        called: the module that is called, where it runs the encoder past the encoder's own hooks.
-        consumer: told the positional arguments of each call before it runs, says who takes its hidden states as blocks
-            finish; None keeps them.
+        called: the module that is called, where it bypasses the encoder's own hooks.
+        consumer: called with the positional arguments of each call before it runs. It returns the consumer of that call's
+            hidden states as blocks finish, or None to keep them.
 
-    The hidden states of a thread's last call, or who took them, wait for ``take``, or for the next call. Within a
-    BlockCapture's own run of the encoder a listener hears nothing.
+    A thread's last call waits for ``take`` or ``take_consumer``, or for the next call. A BlockCapture's own run of the encoder
+    is not followed.
     """
 
     def __init__(
@@ -198,38 +199,64 @@ class BlockListener(BlockCapture):
         called: nn.Module | None = None,
         consumer: Callable[..., Consumer | None] | None = None,
     ) -> None:
-        super().__init__(encoder, blocks, block_norm=block_norm)
+        self.capture = BlockCapture(encoder, blocks, block_norm=block_norm)
         self._consumer = consumer
         called = encoder if called is None else called
-        self._handles += [
+        self._handles = [
             called.register_forward_pre_hook(partial(_begin, self)),
             called.register_forward_hook(partial(_end, self), always_call=True),
         ]
 
-    def take(self) -> Any:
-        """The chosen blocks' hidden states, as ``collect`` gives them, or the consumer that took them; once.
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "capture" not in state:  # written when a listener was a capture itself
+            consumer, handles = state.pop("_consumer"), state.pop("_handles")
+            capture = BlockCapture.__new__(BlockCapture)
+            capture.__dict__ = {**state, "_handles": handles[:-2]}
+            state = {"capture": capture, "_consumer": consumer, "_handles": handles[-2:]}
+        self.__dict__.update(state)
+
+    def remove(self) -> None:
+        """Remove the hooks; again is harmless."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.capture.remove()
+
+    def take(self) -> list[Tensor]:
+        """The chosen blocks' hidden states, as ``collect`` returns them; once.
 
         Raises:
-            RuntimeError: no call on this thread came to its end since the last time.
+            RuntimeError: no call on this thread finished since the last time, or a consumer received its hidden states.
+        """
+        consumer = self.take_consumer()
+        if not isinstance(consumer, KeptStates):
+            raise RuntimeError(f"the last call's hidden states were consumed by a {type(consumer).__name__}")
+        return consumer.hidden_states
+
+    def take_consumer(self) -> Consumer:
+        """The consumer of the last call, a KeptStates where its hidden states were kept; once.
+
+        Raises:
+            RuntimeError: no call on this thread finished since the last time.
         """
         consumer = _thread.heard.pop(self, None)
         if consumer is None:
             raise RuntimeError("no call of the encoder was heard on this thread since the last one was taken")
-        return consumer.hidden_states if isinstance(consumer, _Kept) else consumer
+        return consumer
 
 
-class _Kept:
+class KeptStates:
     """The consumer that keeps every hidden state."""
 
     def __init__(self) -> None:
         self.hidden_states: list[Tensor] = []
 
     def add(self, block: int, hidden_state: Tensor) -> None:
-        self.hidden_states.append(hidden_state)  # in order: a call lets none come twice or before its turn
+        self.hidden_states.append(hidden_state)  # in order: a call delivers each once, lowest first
 
 
 class _Call:
-    """One run of a capture's encoder: who takes the hidden states, and which comes next. Keeps none itself."""
+    """One run of an encoder: the consumer of its hidden states, and the next block to deliver. Keeps none itself."""
 
     def __init__(self, capture: BlockCapture, consumer: Consumer) -> None:
         self.capture = capture
@@ -241,7 +268,7 @@ class _Call:
         self.next = 0
 
     def take(self, slot: int, module: nn.Module, output: Any) -> None:
-        # A copy of the encoder has hooks of the same key; within a call of this one it is somebody else's.
+        # A deep copy of the encoder shares the key; its hooks are ignored during a call of this one.
         if module is not self.modules[slot] or self.ran[slot] == len(self.runs[slot]):
             return
         n = self.runs[slot][self.ran[slot]]
@@ -277,8 +304,8 @@ class _Call:
 
 
 class _Thread(threading.local):
-    """The calls under way in this thread, innermost last: what runs within a call belongs to the innermost alone. And what
-    listeners heard and nobody took yet; it goes with its listener."""
+    """This thread's calls in progress, innermost last: a block that runs belongs to the innermost. And the finished calls of
+    listeners that were not taken yet, each as long as its listener lives."""
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
@@ -289,7 +316,7 @@ _thread = _Thread()
 
 
 def _deliver(key: str, slot: int, module: nn.Module, args: Any, output: Any) -> None:
-    """The hook. A function of this module with plain arguments, so that an encoder that carries it can be pickled."""
+    """The hook. A module-level function with plain arguments, so that an encoder that has it can be pickled."""
     if _thread.calls and _thread.calls[-1].key == key:
         _thread.calls[-1].take(slot, module, output)
 
@@ -298,13 +325,13 @@ def _begin(listener: BlockListener, module: nn.Module, args: Any) -> None:
     if not _thread.calls:
         _thread.heard.pop(listener, None)
         consumer = None if listener._consumer is None else listener._consumer(*args)
-        _thread.calls.append(_Call(listener, _Kept() if consumer is None else consumer))
+        _thread.calls.append(_Call(listener.capture, KeptStates() if consumer is None else consumer))
 
 
 def _end(listener: BlockListener, module: nn.Module, args: Any, output: Any) -> None:
-    """Runs after a call that failed, too."""
-    if not _thread.calls or _thread.calls[-1].capture is not listener:
+    """Also runs after a call that failed."""
+    if not _thread.calls or _thread.calls[-1].capture is not listener.capture:
         return
     call = _thread.calls.pop()
-    if call.next == len(listener.blocks):
+    if call.next == len(listener.capture.blocks):
         _thread.heard[listener] = call.consumer

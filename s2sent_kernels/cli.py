@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 import torch
 
 from . import __version__, demo
-from .backend import BACKEND_VARIABLE, BACKENDS, backends, choose
 from .commands import encode, evaluate, export, inspect, train
 from .commands.common import UserError, first_line, path, positive
+from .engines.choice import BACKEND_VARIABLE, BACKENDS, backends, choose
+from .formula.call import Call
 from .validate import DEBUG_VARIABLE
 
 VARIABLES = (BACKEND_VARIABLE, DEBUG_VARIABLE, "TRITON_INTERPRET")
@@ -88,7 +89,7 @@ def doctor() -> None:
         lines.append((f"backend {name}", f"{'usable' if status.usable else 'not usable'}: {status.reason}"))
     for device in devices:
         try:
-            chosen = choose("auto", torch.device(device), torch.float32)
+            chosen = choose("auto", Call(torch.device(device), torch.float32))
         except ValueError as error:
             chosen = f"raises: {error}"
         lines.append((f"'auto' on {device}", chosen))

@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import pictures
-from .backend import BACKENDS, backends, choose, triton_interprets
 from .capture import BlockCapture
 from .commands import common
 from .commands.common import BUNDLED, UserError
+from .engines.choice import BACKENDS, backends, choose
+from .engines.triton.limits import triton_interprets
+from .formula.call import Call
 from .selector import S2SentSelector
 
 SEED = 0
@@ -122,7 +124,7 @@ def _print_comparison(selector: S2SentSelector, hidden_states: Sequence[Tensor],
     refusals: dict[str, str] = {}
     for name in BACKENDS:
         try:
-            choose(name, first.device, first.dtype)
+            choose(name, Call(first.device, first.dtype))
         except ValueError as error:
             status = backends()[name]
             refusals[name] = str(error) if status.usable else f"not usable here: {status.reason}"
@@ -204,7 +206,7 @@ def run(
         try:
             capture = stack.enter_context(BlockCapture(encoder, blocks))
             size, depth = encoder.config.hidden_size, encoder.config.num_hidden_layers
-            chosen = choose(backend, where, torch.float32)
+            chosen = choose(backend, Call(where, torch.float32))
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
         trained = model is None and len(capture.blocks) == depth

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from . import families
 from .capture import BlockCapture
+from .formula.call import Batch
+from .formula.tokens import Tokens
 from .frozen import ScalarMix
 from .selector import S2SentSelector
 from .tables import read_table
-from .tokens import Tokens
 
 STRENGTHS = (0.1, 1.0, 10.0)  # scikit-learn's C, chosen apart from what is tested on
 FOLDS = 10
@@ -174,7 +175,7 @@ def side_by_side(
                 ).to(device)  # fmt: skip
                 mask = batch["attention_mask"]
                 states = capture.collect(**batch)
-                tokens = Tokens.of(states[0].shape, device, mask)
+                tokens = Tokens.of(Batch(states, mask))
                 mean, cls = (tokens.pooling_weights(name).float() for name in ("mean", "cls"))
                 last = tokens.keep_real(states[-1].float())
                 average = torch.stack([_weighted(mean, tokens.keep_real(u.float())) for u in states], dim=1)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import validate
 from .capture import BlockCapture
+from .formula.call import POOLINGS
 from .selector import S2SentSelector
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Pipeline(nn.Module):
     ) -> None:
         super().__init__()
         capture.check(selector)
-        validate.option("pooling", pooling, validate.POOLINGS)
+        validate.option("pooling", pooling, POOLINGS)
         self.encoder, self.selector, self.pooling = capture.encoder, selector, pooling
         self.head, self.capture = head, capture
         self.training = capture.encoder.training or selector.training
@@ -129,13 +130,13 @@ def as_pipeline(model: S2SentModel | SentenceTransformer | Pipeline) -> Pipeline
         from .sentence_transformers import S2SentPooling
 
         pooling = model[-1] if len(model) == 2 else None
-        if not isinstance(pooling, S2SentPooling) or not pooling.include_prompt or pooling._listener is None:
+        if not isinstance(pooling, S2SentPooling) or not pooling.include_prompt or pooling.listener is None:
             names = ", ".join(type(module).__name__ for module in model)
             raise ValueError(
                 "model: expected a Transformer and an S2SentPooling that is attached to it and includes prompts, "
                 f"got {names}"
             )
-        return Pipeline(pooling._listener, pooling.selector, pooling.pooling)
+        return Pipeline(pooling.listener.capture, pooling.selector, pooling.pooling)
     from .transformers import S2SentModel
 
     if isinstance(model, S2SentModel):

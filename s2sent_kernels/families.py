@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-# What configurations call the sizes; transformers' attribute map already answers to the first of each for most.
+# Names of the sizes in configurations. The attribute map of transformers resolves the first of each for most families.
 _NUM_BLOCKS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 _HIDDEN_SIZE = ("hidden_size", "dim", "d_model", "n_embd")
-# What pre-norm families call the norm that follows their last block, beside the list of blocks: ModernBERT; T5; Llama, Qwen3,
-# Mistral, Gemma; GPT-2; GPT-NeoX, Phi. DeBERTa-v2 keeps a norm of its position embeddings in that place, as ``LayerNorm``.
+# Names, beside the list of blocks, of the norm after the last block in pre-norm families: ModernBERT; T5; Llama, Qwen3, Mistral,
+# Gemma; GPT-2; GPT-NeoX, Phi. DeBERTa-v2 has a norm of its position embeddings there, ``LayerNorm``.
 _FINAL_NORMS = ("final_norm", "final_layer_norm", "norm", "ln_f", "final_layernorm")
 _POSITIONS = ("position_embeddings", "wpe")  # BERT and its kind; GPT-2
 
@@ -23,13 +23,13 @@ def _first(config: Any, names: Sequence[str]) -> int | None:
 
 
 def hidden_size(encoder: nn.Module) -> int | None:
-    """D as the encoder's configuration says, or None where it does not."""
+    """D by the encoder's configuration, or None where it has none."""
     return _first(getattr(encoder, "config", None), _HIDDEN_SIZE)
 
 
 def _find_list(encoder: Any) -> tuple[nn.Module, nn.ModuleList, int]:
-    """The module that runs the blocks, its list of them, and how many blocks run. The list is the first nn.ModuleList that is as
-    long as the configuration says the encoder is deep, or as ALBERT's says it has groups, which take their turns."""
+    """The module that runs the blocks, its list of them, and how many blocks run. The list is the first nn.ModuleList as
+    long as the configured number of blocks, or of groups for ALBERT, which runs each group several times."""
     if not isinstance(encoder, nn.Module):
         raise TypeError(f"encoder: expected a torch.nn.Module, got {type(encoder).__name__}")
     config, name = getattr(encoder, "config", None), type(encoder).__name__
@@ -48,7 +48,7 @@ def find_blocks(encoder: Any) -> list[nn.Module]:
     """The module that runs as block i, for every i; the same one several times where blocks are shared.
 
     Raises:
-        TypeError: no nn.Module. ValueError: no configuration that says how deep it is, or no list of as many.
+        TypeError: no nn.Module. ValueError: no configured number of blocks, or no list of that length.
     """
     _, modules, depth = _find_list(encoder)
     return [modules[block * len(modules) // depth] for block in range(depth)]
@@ -62,8 +62,8 @@ def find_final_norm(encoder: nn.Module) -> nn.Module | None:
 
 
 def positions(encoder: nn.Module) -> int | None:
-    """How many tokens an encoder with a table of positions has rows for, or None without one. RoBERTa and MPNet count from behind
-    the padding's row."""
+    """The number of tokens that an encoder's table of positions has rows for, or None without one. RoBERTa and MPNet start after
+    the row for padding."""
     for name, module in encoder.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
@@ -71,8 +71,8 @@ def positions(encoder: nn.Module) -> int | None:
 
 
 def max_length(encoder: nn.Module, tokenizer: Any, wanted: int) -> int:
-    """Tokens after which a text is cut off: what is wanted, where tokenizer and encoder take as many. A tokenizer that was saved
-    without a limit says 1e30."""
+    """Tokens after which a text is truncated: the wanted number, or fewer where tokenizer or encoder supports fewer. A tokenizer
+    saved without a limit has 1e30."""
     return min(wanted, tokenizer.model_max_length, positions(encoder) or wanted)
 
 
@@ -80,7 +80,7 @@ def indices(blocks: Any, depth: int) -> tuple[int, ...]:
     """``blocks`` (indices, negative ones from the last; "last:N"; None for all) as ascending indices from 0.
 
     Raises:
-        TypeError, ValueError: no such thing, none, one out of range, one twice.
+        TypeError, ValueError: not of this form, empty, out of range, or repeated.
     """
     if blocks is None:
         return tuple(range(depth))

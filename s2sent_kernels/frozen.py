@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import cache, dct, validate
+from . import cache, validate
 from .cache import BlockCache
+from .formula import dct
 from .selector import S2SentSelector
 
 CHUNK = 2048  # sentences that are embedded at once where no gradient is wanted
@@ -91,7 +92,7 @@ class ScalarMix(nn.Module):
 def embed(module: nn.Module, features: Features) -> Tensor:
     """o [B, D]: what a selector, or a scalar mix, makes of f and p."""
     if isinstance(module, S2SentSelector):
-        return (module._gate(features.squeezed) * features.pooled).sum(dim=1)
+        return (module.gate(features.squeezed) * features.pooled).sum(dim=1)
     return module(features.pooled)
 
 

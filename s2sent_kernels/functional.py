@@ -1,53 +1,50 @@
-"""squeeze, gate, fuse, select, select_pool as functions of tensors: arguments, choice of backend and of path, nothing else.
+"""squeeze, gate, fuse, select, select_pool as functions of tensors: Python types, choice of backend and of path, nothing else.
 
 Shapes: N hidden states ``[B, L, D]`` with an optional mask ``[B, L]``, or packed ``[T, D]`` with int32 ``cu_seqlens
 [B + 1]``. Dtypes: float32, float16, bfloat16 on every backend, float64 on the reference. f, p and the gates are float32
-(float64 for float64 inputs). The formulas stand in ``reference``.
+(float64 for float64 inputs). The formulas are in ``formula.reference``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import gradients, ops, reference, validate
-from .backend import choose
-from .reference import GateParameters
-from .tokens import Tokens
+from . import ops, validate
+from .engines.choice import choose
+from .formula import reference
+from .formula.call import ACTIVATIONS, POOLINGS, PROFILES, Batch, Call, GateParameters, Gating, Reading
+from .ops.library import gradient_wanted
+from .ops.write_once import FuseFromCarriers, SqueezeForFuse
 
 GateFunction = Callable[[Tensor], Tensor]  # f [B, D] -> g [B, N, D]
 
 
-def _choose(
-    backend: str,
-    hidden_states: Sequence[Tensor],
-    attention_mask: Any,
-    cu_seqlens: Any,
-    frequencies: int,
-    profile: str,
-    tokens: bool = False,
-) -> str:
-    """The backend of a call. ``tokens``: it makes fused tokens and wants no gradient. On the plain PyTorch path, which no op
-    guards, the tensors are validated here."""
+def _reading(frequencies: int, profile: str, pooling: str | None) -> Reading:
     validate.positive_int("frequencies", frequencies)
-    if len(hidden_states) == 0:
-        raise ValueError("hidden_states: expected at least one tensor, got none")
-    first = hidden_states[0]
-    work = (len(hidden_states), int(first.shape[-1])) if tokens and first.ndim else None
-    chosen = choose(backend, first.device, first.dtype, work)
-    if chosen == "reference":
-        validate.batch(hidden_states, attention_mask, cu_seqlens, frequencies, profile)
-        if not torch.compiler.is_compiling():
-            validate.cu_seqlens_values(cu_seqlens, first.shape[0])
-    return chosen
+    word = None if pooling is None else validate.word("pooling", pooling, POOLINGS)
+    return Reading(frequencies, validate.word("profile", profile, PROFILES), word)
 
 
-def _tokens(hidden_states: Sequence[Tensor], attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tokens:
-    return Tokens.of(hidden_states[0].shape, hidden_states[0].device, attention_mask, cu_seqlens)
+def _gating(activation: str, eps: float, profile: str, training: bool, momentum: float) -> Gating:
+    validate.number("eps", eps)
+    return Gating(
+        validate.word("activation", activation, ACTIVATIONS),
+        eps,
+        validate.word("profile", profile, PROFILES),
+        training,
+        momentum,
+    )
+
+
+def _validate_plain(batch: Batch, reading: Reading) -> None:
+    """What an op would validate, for plain PyTorch without one."""
+    validate.batch(batch, reading)
+    if not torch.compiler.is_compiling():
+        validate.cu_seqlens_values(batch)
 
 
 def squeeze(
@@ -75,18 +72,20 @@ def squeeze(
         backend: "auto", "reference", "triton" or "native".
 
     Raises:
-        ValueError, TypeError: an argument is wrong; names it, what was expected and what came.
+        ValueError, TypeError: an argument is wrong; names it, what was expected and what was passed.
         NotImplementedError: on forward-mode or second derivatives, from an op; in plain PyTorch they are right.
     """
-    validate.arguments(hidden_states, attention_mask, cu_seqlens, pooling, profile)
-    chosen = _choose(backend, hidden_states, attention_mask, cu_seqlens, frequencies, profile)
+    batch = validate.types(hidden_states, attention_mask, cu_seqlens)
+    return squeeze_batch(batch, _reading(frequencies, profile, pooling), backend)
+
+
+def squeeze_batch(batch: Batch, reading: Reading, backend: str) -> tuple[Tensor, Tensor | None]:
+    """``squeeze`` of records whose types are right."""
+    chosen = choose(backend, Call.of(batch))
     if chosen == "reference":
-        tokens = _tokens(hidden_states, attention_mask, cu_seqlens)
-        return reference.squeeze(hidden_states, tokens, frequencies, profile, pooling)
-    squeezed, pooled = torch.ops.s2sent.squeeze(
-        hidden_states, attention_mask, cu_seqlens, frequencies, profile, pooling, chosen
-    )
-    return squeezed, None if pooling is None else pooled
+        _validate_plain(batch, reading)
+        return reference.squeeze(batch, reading)
+    return ops.squeeze.run(batch, reading, chosen)
 
 
 def gate(
@@ -112,24 +111,26 @@ def gate(
         num_blocks: N.
         activation: "tanh" or "relu".
         eps: the batch norm's.
-        profile: "official" sums the s-norm over batch and features too, and knows no block prior.
+        profile: "official" sums the s-norm over batch and features too, and has no block prior.
         training: batch statistics instead of the running ones, which are then updated in place with ``momentum``. This
             and ``profile="official"`` are plain PyTorch on every backend.
 
     Raises:
-        ValueError: an argument is wrong, or batch statistics were asked of a single sentence.
+        ValueError: an argument is wrong, or batch statistics of a single sentence are wanted.
     """
     validate.positive_int("num_blocks", num_blocks)
-    validate.option("activation", activation, reference.ACTIVATIONS)
-    validate.option("profile", profile, validate.dct.PROFILES)
+    validate.parameter_types(parameters)
     validate.squeezed(squeezed)
-    if profile == "official" and parameters.block_prior is not None:
-        raise ValueError("block_prior: profile 'official' has none")
-    validate.gate_parameters(parameters, num_blocks, squeezed.shape[1], squeezed.device)
-    chosen = choose(backend, squeezed.device, squeezed.dtype)
-    if chosen == "reference" or training or profile == "official":
-        return reference.gate(squeezed, parameters, num_blocks, activation, eps, profile, training, momentum)
-    return torch.ops.s2sent.gate(squeezed, *parameters, num_blocks, activation, eps, chosen)
+    return gate_batch(squeezed, parameters, num_blocks, _gating(activation, eps, profile, training, momentum), backend)
+
+
+def gate_batch(squeezed: Tensor, parameters: GateParameters, num_blocks: int, gating: Gating, backend: str) -> Tensor:
+    """``gate`` of records whose types are right."""
+    chosen = choose(backend, Call(squeezed.device, squeezed.dtype, num_blocks=num_blocks))
+    if chosen == "reference" or gating.training or gating.profile != "paper":
+        validate.gate(parameters, gating, num_blocks, squeezed)
+        return reference.gate(squeezed, parameters, num_blocks, gating)
+    return ops.gate.run(squeezed, parameters, num_blocks, gating, chosen)
 
 
 def fuse(
@@ -144,58 +145,37 @@ def fuse(
 
     Args and errors as in ``squeeze``; ``gates`` is g [B, N, D].
     """
-    validate.arguments(hidden_states, attention_mask, cu_seqlens)
+    batch = validate.types(hidden_states, attention_mask, cu_seqlens)
     if not isinstance(gates, Tensor):
         raise TypeError(f"gates: expected a tensor, got {type(gates).__name__}")
-    chosen = _choose(backend, hidden_states, attention_mask, cu_seqlens, 1, "paper")
+    chosen = choose(backend, Call.of(batch))
     if chosen == "reference":
-        validate.gates(gates, hidden_states, cu_seqlens)
-        return reference.fuse(hidden_states, gates, _tokens(hidden_states, attention_mask, cu_seqlens))
-    return torch.ops.s2sent.fuse(hidden_states, attention_mask, cu_seqlens, gates, chosen)
+        _validate_plain(batch, Reading(frequencies=1))
+        validate.gates(gates, batch)
+        return reference.fuse(batch, gates)
+    return ops.fuse.run(batch, gates, chosen)
 
 
-def select_with(
-    gate_function: GateFunction,
-    hidden_states: Sequence[Tensor],
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    frequencies: int,
-    profile: str,
-    backend: str,
-) -> Tensor:
+def select_with(gate_function: GateFunction, batch: Batch, reading: Reading, backend: str) -> Tensor:
     """v with any differentiable gate between squeeze and fuse; each hidden state's gradient is written once."""
-    validate.arguments(hidden_states, attention_mask, cu_seqlens, None, profile)
-    chosen = _choose(backend, hidden_states, attention_mask, cu_seqlens, frequencies, profile)
+    chosen = choose(backend, Call.of(batch))
     if chosen == "reference":
-        tokens = _tokens(hidden_states, attention_mask, cu_seqlens)
-        squeezed, _ = reference.squeeze(hidden_states, tokens, frequencies, profile)
-        return reference.fuse(hidden_states, gate_function(squeezed), tokens)
-    squeezed, like_fused, like_gates = gradients.SqueezeForFuse.apply(
-        attention_mask, cu_seqlens, frequencies, profile, chosen, *hidden_states
-    )
+        _validate_plain(batch, reading)
+        squeezed, _ = reference.squeeze(batch, reading)
+        return reference.fuse(batch, gate_function(squeezed))
+    hidden_states, attention_mask, cu_seqlens = batch
+    squeezed, like_fused, like_gates = SqueezeForFuse.apply(attention_mask, cu_seqlens, reading, chosen, *hidden_states)
     detached = [hidden_state.detach() for hidden_state in hidden_states]
-    return gradients.FuseFromCarriers.apply(
+    return FuseFromCarriers.apply(
         gate_function(squeezed), like_fused, like_gates, attention_mask, cu_seqlens, chosen, *detached
     )
 
 
-def select_pool_with(
-    gate_function: GateFunction,
-    hidden_states: Sequence[Tensor],
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    frequencies: int,
-    profile: str,
-    pooling: str,
-    backend: str,
-) -> Tensor:
+def select_pool_with(gate_function: GateFunction, batch: Batch, reading: Reading, backend: str) -> Tensor:
     """o with any differentiable gate: pooling and the weighted sum commute, so v is never formed."""
-    squeezed, pooled = squeeze(
-        hidden_states, attention_mask, cu_seqlens=cu_seqlens, frequencies=frequencies, profile=profile,
-        pooling=pooling, backend=backend,
-    )  # fmt: skip
+    squeezed, pooled = squeeze_batch(batch, reading, backend)
     assert pooled is not None
-    return reference.pool(gate_function(squeezed), pooled, hidden_states[0].dtype)
+    return reference.pool(gate_function(squeezed), pooled, batch.dtype)
 
 
 def select(
@@ -213,21 +193,27 @@ def select(
     backend: str = "auto",
 ) -> Tensor:
     """The whole selector, token output: v [B, L, D] (packed [T, D]), 0 at padding. Arguments as in the three stages."""
-    validate.arguments(hidden_states, attention_mask, cu_seqlens, None, profile, activation)
+    batch = validate.types(hidden_states, attention_mask, cu_seqlens)
     validate.parameter_types(parameters)
-    validate.number("eps", eps)
-    in_one = profile == "paper" and not training
-    direct = in_one and ops.without_dispatcher(hidden_states, parameters)
-    tokens = direct or (in_one and not ops.gradient_wanted(hidden_states, parameters))
-    chosen = _choose(backend, hidden_states, attention_mask, cu_seqlens, frequencies, profile, tokens)
-    if chosen != "reference" and in_one:
-        op = ops._select if direct else torch.ops.s2sent.select
-        return op(hidden_states, attention_mask, cu_seqlens, *parameters, frequencies, activation, eps, chosen)[0]
+    reading, gating = _reading(frequencies, profile, None), _gating(activation, eps, profile, training, momentum)
+    if profile != "paper" or training:
+        gate_function = partial(
+            gate_batch, parameters=parameters, num_blocks=batch.num_blocks, gating=gating, backend=backend
+        )
+        return select_with(gate_function, batch, reading, backend)
+    return select_fused(batch, reading, parameters, gating, backend)
+
+
+def select_fused(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, backend: str) -> Tensor:
+    """v for profile "paper" with running statistics: one op."""
+    gradient = gradient_wanted((*batch.hidden_states, *parameters))
+    chosen = choose(backend, Call.of(batch, "tokens", gradient))
+    if chosen != "reference":
+        return ops.select.run(batch, reading, parameters, gating, chosen)
     gate_function = partial(
-        gate, parameters=parameters, num_blocks=len(hidden_states), activation=activation, eps=eps, profile=profile,
-        training=training, momentum=momentum, backend=chosen,
-    )  # fmt: skip
-    return select_with(gate_function, hidden_states, attention_mask, cu_seqlens, frequencies, profile, chosen)
+        gate_batch, parameters=parameters, num_blocks=batch.num_blocks, gating=gating, backend=chosen
+    )
+    return select_with(gate_function, batch, reading, chosen)
 
 
 def select_pool(
@@ -248,20 +234,26 @@ def select_pool(
     """The whole selector, pooled: sentence embeddings o [B, D], o[b,d] = sum_n g[b,n,d] p[b,n,d], in the hidden states'
     dtype. Every hidden state is read once and v is never formed, nor, with running statistics, g. Arguments as in the three
     stages."""
-    validate.arguments(hidden_states, attention_mask, cu_seqlens, pooling, profile, activation)
-    validate.option("pooling", pooling, validate.POOLINGS)
+    batch = validate.types(hidden_states, attention_mask, cu_seqlens)
+    validate.word("pooling", pooling, POOLINGS)
     validate.parameter_types(parameters)
-    validate.number("eps", eps)
-    chosen = _choose(backend, hidden_states, attention_mask, cu_seqlens, frequencies, profile)
-    if chosen != "reference" and profile == "paper" and not training:
-        op = ops._select_pool if ops.without_dispatcher(hidden_states, parameters) else torch.ops.s2sent.select_pool
-        return op(
-            hidden_states, attention_mask, cu_seqlens, *parameters, frequencies, pooling, activation, eps, chosen
-        )[0]
+    reading, gating = _reading(frequencies, profile, pooling), _gating(activation, eps, profile, training, momentum)
+    if profile != "paper" or training:
+        gate_function = partial(
+            gate_batch, parameters=parameters, num_blocks=batch.num_blocks, gating=gating, backend=backend
+        )
+        return select_pool_with(gate_function, batch, reading, backend)
+    return select_pool_fused(batch, reading, parameters, gating, backend)
+
+
+def select_pool_fused(
+    batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, backend: str
+) -> Tensor:
+    """o for profile "paper" with running statistics: one op."""
+    chosen = choose(backend, Call.of(batch, "pooled"))
+    if chosen != "reference":
+        return ops.select_pool.run(batch, reading, parameters, gating, chosen)
     gate_function = partial(
-        gate, parameters=parameters, num_blocks=len(hidden_states), activation=activation, eps=eps, profile=profile,
-        training=training, momentum=momentum, backend=chosen,
-    )  # fmt: skip
-    return select_pool_with(
-        gate_function, hidden_states, attention_mask, cu_seqlens, frequencies, profile, pooling, chosen
+        gate_batch, parameters=parameters, num_blocks=batch.num_blocks, gating=gating, backend=chosen
     )
+    return select_pool_with(gate_function, batch, reading, chosen)

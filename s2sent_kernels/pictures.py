@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dct
+from .formula import dct
 
 
 def _figure(width: float, height: float) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dct
+from .formula import dct
 
 _DEFAULT_FREQUENCIES = 4
 

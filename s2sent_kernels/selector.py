@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import functional, pretrained, reference, validate
-from .backend import BACKENDS
+from . import functional, pretrained, validate
 from .blockwise import BlockwisePool
-from .reference import GateParameters
+from .engines.choice import BACKENDS
+from .formula import reference
+from .formula.call import ACTIVATIONS, POOLINGS, PROFILES, Activation, Batch, GateParameters, Gating, Profile, Reading
 
-PRIOR_OF_LAST_BLOCK = 3.0  # where a learned block prior starts: the last block is what an encoder was trained to output
+PRIOR_OF_LAST_BLOCK = 3.0  # where a learned block prior starts: encoders are trained to output their last block
 
 
 class S2SentSelector(nn.Module):
@@ -34,11 +35,11 @@ class S2SentSelector(nn.Module):
         backend: "auto", "reference", "triton" or "native".
 
     State: ``down`` nn.Linear(D, H), ``up`` nn.Linear(H, N * D) (n major), ``norm`` nn.BatchNorm1d(N * D) or None,
-    ``block_prior`` [N] or None. Where one of the three parts is replaced, hooked, parametrised or wrapped, the gate is
-    computed through the parts as modules instead of a fused kernel.
+    ``block_prior`` [N] or None. Where one of the three modules is replaced, hooked, parametrised or wrapped, the gate calls
+    them as modules instead of a fused kernel.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; names it, what was expected and what came.
+        ValueError, TypeError: an argument is wrong; names it, what was expected and what was passed.
     """
 
     def __init__(
@@ -59,13 +60,13 @@ class S2SentSelector(nn.Module):
             validate.positive_int(name, value)
         validate.components(num_blocks, hidden_size, frequencies, profile)
         validate.option("gate_norm", gate_norm, ("batch", None))
-        validate.option("activation", activation, reference.ACTIVATIONS)
         validate.option("backend", backend, ("auto", *BACKENDS))
         if block_prior and profile == "official":
             raise ValueError("block_prior: profile 'official' has none, expected False, got True")
         self.hidden_size, self.num_blocks, self.bottleneck = hidden_size, num_blocks, bottleneck
-        self.frequencies, self.profile, self.gate_norm = frequencies, profile, gate_norm
-        self.activation, self.backend = activation, backend
+        self.frequencies, self.gate_norm, self.backend = frequencies, gate_norm, backend
+        self.profile: Profile = validate.option("profile", profile, PROFILES)
+        self.activation: Activation = validate.option("activation", activation, ACTIVATIONS)
         self.down = nn.Linear(hidden_size, bottleneck)
         self.up = nn.Linear(bottleneck, num_blocks * hidden_size)
         self.norm = nn.BatchNorm1d(num_blocks * hidden_size, eps=1e-6, momentum=0.1) if gate_norm == "batch" else None
@@ -94,15 +95,11 @@ class S2SentSelector(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Fused tokens v [B, L, D] (packed [T, D]) from N hidden states [B, L, D], lowest block first; 0 at padding."""
-        self._check(hidden_states, attention_mask, cu_seqlens)
-        if self._is_fused():
-            return functional.select(
-                hidden_states, self._parameters_of_gate(), attention_mask, cu_seqlens=cu_seqlens,
-                frequencies=self.frequencies, activation=self.activation, eps=self._eps(), backend=self.backend,
-            )  # fmt: skip
-        return functional.select_with(
-            self._gate, hidden_states, attention_mask, cu_seqlens, self.frequencies, self.profile, self.backend
-        )
+        batch, reading = self._batch(hidden_states, attention_mask, cu_seqlens), self.reading(None)
+        parameters = self.gate_parameters()
+        if parameters is None:
+            return functional.select_with(self.gate, batch, reading, self.backend)
+        return functional.select_fused(batch, reading, parameters, self.gating(), self.backend)
 
     def pool(
         self,
@@ -113,17 +110,12 @@ class S2SentSelector(nn.Module):
         pooling: str = "mean",
     ) -> Tensor:
         """Sentence embeddings o [B, D]: the fused tokens' mean, first ("cls") or last real token, without forming them."""
-        self._check(hidden_states, attention_mask, cu_seqlens, pooling)
-        validate.option("pooling", pooling, validate.POOLINGS)
-        if self._is_fused():
-            return functional.select_pool(
-                hidden_states, self._parameters_of_gate(), attention_mask, cu_seqlens=cu_seqlens,
-                frequencies=self.frequencies, pooling=pooling, activation=self.activation, eps=self._eps(),
-                backend=self.backend,
-            )  # fmt: skip
-        return functional.select_pool_with(
-            self._gate, hidden_states, attention_mask, cu_seqlens, self.frequencies, self.profile, pooling, self.backend
-        )
+        batch, reading = self._batch(hidden_states, attention_mask, cu_seqlens), self.reading(pooling)
+        validate.word("pooling", pooling, POOLINGS)
+        parameters = self.gate_parameters()
+        if parameters is None:
+            return functional.select_pool_with(self.gate, batch, reading, self.backend)
+        return functional.select_pool_fused(batch, reading, parameters, self.gating(), self.backend)
 
     def gates(
         self,
@@ -133,12 +125,9 @@ class S2SentSelector(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """The gates g [B, N, D], float32 (float64 for float64 inputs)."""
-        self._check(hidden_states, attention_mask, cu_seqlens)
-        squeezed, _ = functional.squeeze(
-            hidden_states, attention_mask, cu_seqlens=cu_seqlens, frequencies=self.frequencies, profile=self.profile,
-            backend=self.backend,
-        )  # fmt: skip
-        return self._gate(squeezed)
+        batch = self._batch(hidden_states, attention_mask, cu_seqlens)
+        squeezed, _ = functional.squeeze_batch(batch, self.reading(None), self.backend)
+        return self.gate(squeezed)
 
     def blockwise(
         self,
@@ -150,32 +139,49 @@ class S2SentSelector(nn.Module):
         """``pool`` fed one block at a time, for inference: see ``BlockwisePool``."""
         return BlockwisePool(self, attention_mask, cu_seqlens, pooling)
 
-    # ------------------------------------------------------------ the gate
+    # ------------------------------------------------------------ a call, and the gate
 
-    def _check(
-        self,
-        hidden_states: Sequence[Tensor],
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        pooling: str | None = None,
-    ) -> None:
-        if not isinstance(hidden_states, Sequence) or not all(isinstance(u, Tensor) for u in hidden_states):
-            validate.arguments(hidden_states, mask, cu_seqlens, pooling)  # which says what is wrong
-        if len(hidden_states) != self.num_blocks:
-            raise ValueError(
-                f"hidden_states: expected {self.num_blocks} tensors, one for each block, got {len(hidden_states)}"
-            )
-        if hidden_states[0].shape[-1:] != (self.hidden_size,):
+    def _batch(self, hidden_states: Sequence[Tensor], mask: Tensor | None, cu_seqlens: Tensor | None) -> Batch:
+        batch = validate.types(hidden_states, mask, cu_seqlens, expected_blocks=self.num_blocks)
+        if batch.shape[-1:] != (self.hidden_size,):
             raise ValueError(
                 f"hidden_states[0]: expected D = {self.hidden_size} features in the last dimension, "
-                f"got shape {list(hidden_states[0].shape)}"
+                f"got shape {list(batch.shape)}"
             )
+        return batch
+
+    def reading(self, pooling: str | None) -> Reading:
+        """How this selector reads a batch."""
+        word = None if pooling is None else validate.word("pooling", pooling, POOLINGS)
+        return Reading(self.frequencies, self.profile, word)
+
+    def gating(self) -> Gating:
+        """How this selector's gate is computed with running statistics."""
+        return Gating(self.activation, 1e-6 if self.norm is None else self.norm.eps, self.profile)
+
+    def gate_parameters(self) -> GateParameters | None:
+        """The gate's tensors where they alone define it and a fused kernel can compute it. None for batch statistics, profile
+        "official", and parts that are replaced, hooked, parametrised or wrapped."""
+        if self.profile != "paper" or self._uses_batch_statistics() or not self._is_plain():
+            return None
+        return self._tensors()
+
+    def gate(self, squeezed: Tensor) -> Tensor:
+        """The gates g [B, N, D] from f [B, D] (float32, or float64 for float64 inputs). In training it uses the statistics of
+        the batch and updates the running ones."""
+        if not self._is_plain():
+            return self._gate_through_parts(squeezed)
+        training, momentum = self._uses_batch_statistics(), 0.1
+        if training and self.norm is not None and squeezed.shape[0]:
+            momentum = self._count_batch(self.norm)
+        gating = self.gating()._replace(training=training, momentum=momentum)
+        return functional.gate_batch(squeezed, self._tensors(), self.num_blocks, gating, self.backend)
 
     def _parts(self) -> list[nn.Module]:
         return [self.down, self.up] if self.norm is None else [self.down, self.up, self.norm]
 
     def _is_plain(self) -> bool:
-        """Whether the gate's parts are what __init__ made, so that their tensors say all there is to know."""
+        """Whether the gate's parts are those that __init__ made, so that their tensors define the gate."""
         expected = [nn.Linear, nn.Linear, nn.BatchNorm1d]
         for part, kind in zip(self._parts(), expected, strict=False):
             hooked = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
@@ -191,13 +197,7 @@ class S2SentSelector(nn.Module):
     def _uses_batch_statistics(self) -> bool:
         return self.norm is not None and self.norm.training
 
-    def _is_fused(self) -> bool:
-        return self.profile == "paper" and not self._uses_batch_statistics() and self._is_plain()
-
-    def _eps(self) -> float:
-        return 1e-6 if self.norm is None else self.norm.eps
-
-    def _parameters_of_gate(self) -> GateParameters:
+    def _tensors(self) -> GateParameters:
         linear = GateParameters(
             self.down.weight, self.down.bias, self.up.weight, self.up.bias, block_prior=self.block_prior
         )
@@ -208,21 +208,9 @@ class S2SentSelector(nn.Module):
             norm_weight=norm.weight, norm_bias=norm.bias, running_mean=norm.running_mean, running_var=norm.running_var
         )
 
-    def _gate(self, squeezed: Tensor) -> Tensor:
-        """g [B, N, D] from f [B, D], fused or through the parts."""
-        if not self._is_plain():
-            return self._gate_through_parts(squeezed)
-        training, momentum = self._uses_batch_statistics(), 0.1
-        if training and self.norm is not None and squeezed.shape[0]:
-            momentum = self._count_batch(self.norm)
-        return functional.gate(
-            squeezed, self._parameters_of_gate(), num_blocks=self.num_blocks, activation=self.activation,
-            eps=self._eps(), profile=self.profile, training=training, momentum=momentum, backend=self.backend,
-        )  # fmt: skip
-
     @staticmethod
     def _count_batch(norm: nn.BatchNorm1d) -> float:
-        """What nn.BatchNorm1d does before it normalises in training: count, and find the weight of this batch."""
+        """As nn.BatchNorm1d before it normalises in training: count the batch, and return its weight."""
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
             if norm.momentum is None:  # cumulative average
@@ -241,7 +229,7 @@ class S2SentSelector(nn.Module):
     # ------------------------------------------------------------ folders
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into ``folder``, which is made where it is not there."""
+        """Write ``config.json`` and ``model.safetensors`` into ``folder``, which is created if it does not exist."""
         pretrained.save(self, folder)
 
     @classmethod
@@ -250,7 +238,7 @@ class S2SentSelector(nn.Module):
         "all-MiniLM-L6-v2"; in eval mode.
 
         Raises:
-            ValueError: there is no such folder or name (says which names are), or it holds no selector.
+            ValueError: there is no such folder or name (lists the names), or it holds no selector.
         """
         return pretrained.load(cls, name_or_folder, backend)
 
@@ -281,9 +269,9 @@ class S2SentSelector(nn.Module):
         """A selector with ``profile="official"`` from the published code's keys.
 
         Args:
-            state_dict: may hold other things beside ``{prefix}dense_z.0.weight`` and its like.
-            prefix: what stands before the published names, usually ``"S2A."``.
-            frequencies: M; by default read off the checkpoint's basis buffer, or 4 where it carries none.
+            state_dict: may hold other tensors beside ``{prefix}dense_z.0.weight`` and its like.
+            prefix: precedes the published names, usually ``"S2A."``.
+            frequencies: M; by default read off the checkpoint's basis buffer, or 4 where it has none.
 
         Raises:
             ValueError: a key is missing or has an unexpected shape; names it.
@@ -298,14 +286,14 @@ class S2SentSelector(nn.Module):
 
 def _is_ordinary(tensor: object) -> bool:
     """Neither quantised nor sharded: such tensors are subclasses that only their own operators understand. While a graph is
-    traced every tensor may be stood in for by a subclass, and the ones to avoid are told by how they trace."""
+    traced every tensor may be represented by a subclass; those to avoid are wrappers that trace."""
     if torch.compiler.is_compiling():
         return not is_traceable_wrapper_subclass(tensor)
     return type(tensor) in (Tensor, nn.Parameter)
 
 
 def _call(part: nn.Module, values: Tensor) -> Tensor:
-    """Run a part in its own parameters' dtype and come back: a linear layer takes no other."""
+    """Run a part in its own parameters' dtype, which a linear layer requires, and convert the result back."""
     weight = getattr(part, "weight", None)
     dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else values.dtype
     return part(values.to(dtype)).to(values.dtype)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from . import families, validate
 from .blockwise import BlockwisePool
-from .capture import BLOCK_NORMS, BlockListener
+from .capture import BLOCK_NORMS, BlockListener, KeptStates
+from .formula.call import POOLINGS
 from .selector import S2SentSelector
 
 try:
@@ -35,12 +36,12 @@ except ImportError as error:
 class S2SentPooling(Module):
     """Sentence embeddings from the hidden states of the transformer before it in the list of modules.
 
-    It listens to that transformer's blocks, so it has to know it: made by ``behind`` it does, and ``load`` of this module
-    sees to it. Loaded by SentenceTransformer itself (which takes ``trust_remote_code=True``), it is given it by ``attach``.
+    It follows that transformer's blocks, so it must know the transformer. ``behind`` and this module's ``load`` attach it.
+    Loaded by SentenceTransformer itself (with ``trust_remote_code=True``), it needs ``attach``.
 
     Without gradients (grad mode off, or nothing that requires one) each block is pooled as it finishes and its hidden state
-    let go. That takes a transformer that is called with the features, as sentence-transformers does: behind a model of
-    transformers, whose call says nothing of prompts, the hidden states are kept until this module runs.
+    freed. This needs a transformer that is called with the features, as sentence-transformers does. A call of a plain
+    transformers model does not tell the length of prompts: the hidden states are kept until this module runs.
 
     Args:
         selector: the arguments of S2SentSelector.
@@ -62,7 +63,7 @@ class S2SentPooling(Module):
     ) -> None:
         super().__init__()
         validate.option("block_norm", block_norm, BLOCK_NORMS)
-        validate.option("pooling", pooling, validate.POOLINGS)
+        validate.option("pooling", pooling, POOLINGS)
         self.selector_arguments, self.blocks = dict(selector_arguments), list(blocks)
         self.block_norm, self.pooling, self.include_prompt = block_norm, pooling, include_prompt
         self.selector = S2SentSelector(**self.selector_arguments)
@@ -93,44 +94,50 @@ class S2SentPooling(Module):
         return module
 
     def attach(self, transformer: nn.Module) -> None:
-        """Listen to the blocks of ``transformer``, and no longer to another's."""
+        """Follow the blocks of ``transformer`` instead of another's."""
         if self._listener is not None:
             self._listener.remove()
-        # The library's Transformer calls its encoder's forward past the encoder's own hooks: it is what is listened to.
+        # sentence-transformers' Transformer bypasses its encoder's own hooks, so the Transformer is followed.
         listener = BlockListener(
             _encoder_of(transformer), self.blocks, block_norm=self.block_norm, called=transformer, consumer=self._stream
         )
-        listener.check(self.selector)
+        listener.capture.check(self.selector)
         self._listener = listener
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Adds ``sentence_embedding`` [B, D] to the features.
 
         Raises:
-            RuntimeError: the transformer is not known or did not run; or it ran without gradients, and the selector's are
+            RuntimeError: no transformer is attached or it did not run; or it ran without gradients, and the selector's are
                 wanted now.
-            ValueError: what says which tokens count was replaced since the transformer ran.
+            ValueError: the features that decide which tokens count were replaced since the transformer ran.
         """
         if self._listener is None:
             raise RuntimeError(
                 "S2SentPooling does not know its transformer: load the model by s2sent_kernels.sentence_transformers.load, "
                 "or call attach"
             )
-        heard = self._listener.take()
-        if isinstance(heard, _Stream):
-            features["sentence_embedding"] = heard.result(features)
+        consumer = self._listener.take_consumer()
+        if isinstance(consumer, _Stream):
+            features["sentence_embedding"] = consumer.result(features)
             return features
+        assert isinstance(consumer, KeptStates)
         tokens = _Counted.of(features, self.include_prompt)
-        states = [tokens.select(state) for state in heard]
+        states = [tokens.select(state) for state in consumer.hidden_states]
         features["sentence_embedding"] = self.selector.pool(
             states, tokens.attention_mask, cu_seqlens=tokens.cu_seqlens, pooling=self.pooling
         )
         return features
 
+    @property
+    def listener(self) -> BlockListener | None:
+        """Follows the transformer's blocks; None until ``attach``."""
+        return self._listener
+
     def _stream(self, features: Any = None, *args: Any) -> _Stream | None:
-        """Who takes the hidden states of a call of the transformer with these arguments; None keeps them."""
-        assert self._listener is not None  # it asks
-        if not isinstance(features, Mapping) or self._listener.needs_gradient(self.selector, features):
+        """The consumer of the hidden states of a call of the transformer with these arguments; None keeps them."""
+        assert self._listener is not None  # which calls this
+        if not isinstance(features, Mapping) or self._listener.capture.needs_gradient(self.selector, features):
             return None
         return _Stream(self, features)
 
@@ -154,20 +161,23 @@ class S2SentPooling(Module):
         **kwargs: Any,
     ) -> S2SentPooling:
         hub: dict[str, Any] = {
-            "token": token, "cache_folder": cache_folder, "revision": revision, "local_files_only": local_files_only,
-        }  # fmt: skip
+            "token": token,
+            "cache_folder": cache_folder,
+            "revision": revision,
+            "local_files_only": local_files_only,
+        }
         model = cls(**cls.load_config(model_name_or_path, subfolder=subfolder, **hub))
-        model.selector.eval()  # as transformers leaves the encoder beside it; a trainer and encode set what they need
+        model.selector.eval()  # like the encoder that transformers loads; trainers and encode set the mode they need
         return cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=model, **hub)
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:
     """The SentenceTransformer that was saved in a folder, an S2SentPooling among its modules, without
-    ``trust_remote_code``: modules come from sentence-transformers and this package only. ``options`` go to
+    ``trust_remote_code``: only modules of sentence-transformers and of this package are loaded. ``options`` go to
     SentenceTransformer.
 
     Raises:
-        ValueError: there is no such folder, or a module of it comes from elsewhere; names it.
+        ValueError: there is no such folder, or one of its modules is of another package; names it.
     """
     folder = Path(path).expanduser()
     listing = folder / "modules.json"
@@ -199,7 +209,7 @@ def _encoder_of(transformer: nn.Module) -> nn.Module:
 
 
 class _Counted(NamedTuple):
-    """Which tokens of a batch count, as a selector takes it."""
+    """Which tokens of a batch count, in the form that a selector takes."""
 
     attention_mask: Tensor | None
     cu_seqlens: Tensor | None = None
@@ -234,10 +244,10 @@ class _Counted(NamedTuple):
 
 
 class _Stream:
-    """The consumer that pools each block of a call as it finishes."""
+    """Pools each block of a call as it finishes."""
 
     def __init__(self, module: S2SentPooling, features: Mapping[str, Any]) -> None:
-        self.said = _said(features)
+        self.counted = _counted(features)
         self.tokens = _Counted.of(features, module.include_prompt)
         self.selector = module.selector
         self.pool: BlockwisePool = module.selector.blockwise(
@@ -248,8 +258,8 @@ class _Stream:
         self.pool.add(block, self.tokens.select(hidden_state))
 
     def result(self, features: Mapping[str, Any]) -> Tensor:
-        for name, value in _said(features).items():
-            if value is not self.said[name]:
+        for name, value in _counted(features).items():
+            if value is not self.counted[name]:
                 raise ValueError(f"features: expected the {name} that the transformer was called with, got another")
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.selector.parameters()):
             raise RuntimeError(
@@ -258,6 +268,6 @@ class _Stream:
         return self.pool.result()
 
 
-def _said(features: Mapping[str, Any]) -> dict[str, Any]:
-    """What says which tokens count."""
+def _counted(features: Mapping[str, Any]) -> dict[str, Any]:
+    """The features that decide which tokens count."""
     return {name: features.get(name) for name in ("attention_mask", "prompt_length", "cu_seq_lens_q")}

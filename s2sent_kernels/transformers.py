@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import families, functional, published_model, reference, validate
+from . import families, functional, published_model, validate
 from .capture import BLOCK_NORMS, BlockCapture
+from .formula import reference
+from .formula.call import POOLINGS
 from .selector import S2SentSelector
 
 try:
@@ -111,7 +113,7 @@ class S2SentModel(transformers.PreTrainedModel):
             ValueError, TypeError: an argument is wrong, there is no such model, or the encoder's blocks cannot be found.
         """
         validate.option("block_norm", block_norm, BLOCK_NORMS)
-        validate.option("pooling", pooling, validate.POOLINGS)
+        validate.option("pooling", pooling, POOLINGS)
         encoder: Any = path_or_model
         if isinstance(path_or_model, (str, os.PathLike)):
             try:
@@ -144,13 +146,13 @@ class S2SentModel(transformers.PreTrainedModel):
             pooling: as it was trained: "mean" is the published "avg".
             head: apply the head. The published code does so in training, and at evaluation with its pooler "cls" alone.
 
-        The head of a masked language model (``lm_head.``, ``cls.``), which the published training may use beside, is left out.
+        The head of a masked language model (``lm_head.``, ``cls.``), which the published training may also use, is ignored.
 
         Raises:
             ValueError: there is no such folder or file, it is no BERT or RoBERTa, or a key is missing, unknown or of another
                 shape; names it.
         """
-        validate.option("pooling", pooling, validate.POOLINGS)
+        validate.option("pooling", pooling, POOLINGS)
         encoder, selector, mlp = published_model.read(path)
         num_blocks = selector.num_blocks
         chosen = families.indices(
@@ -180,11 +182,11 @@ class S2SentModel(transformers.PreTrainedModel):
         pooling: str,
         head: bool = False,
     ) -> S2SentModel:
-        """A model of these very modules, in eval mode; its head's weights are not there yet."""
+        """A model of these modules, in eval mode; its head has no weights yet."""
         config = S2SentConfig(
             encoder.config.to_dict(), type(encoder).__name__, chosen, block_norm, pooling, arguments, head
         )
-        with torch.device("meta"):  # __init__'s own encoder and selector are not those that are wanted
+        with torch.device("meta"):  # __init__'s own encoder and selector are replaced below
             model = cls(config)
         model.release()
         model.encoder, model.selector = encoder, selector.to(encoder.device)
@@ -192,7 +194,7 @@ class S2SentModel(transformers.PreTrainedModel):
         return model.eval()
 
     def release(self) -> None:
-        """Listen no longer to the encoder's blocks; the model cannot run then."""
+        """Remove the hooks from the encoder's blocks; the model cannot run afterwards."""
         self._capture.remove()
 
     def get_input_embeddings(self) -> Any:
@@ -211,7 +213,7 @@ class S2SentModel(transformers.PreTrainedModel):
         return_dict: bool | None = None,
         **encoder_inputs: Any,
     ) -> S2SentOutput | tuple[Tensor, ...]:
-        """The embedding of each sentence; ``encoder_inputs`` are the encoder's further ones. A tuple of what there is where
+        """The embedding of each sentence; ``encoder_inputs`` are the encoder's other inputs. A tuple of the present outputs where
         ``return_dict`` is False."""
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
         encoder_inputs |= {name: tensor for name, tensor in given.items() if tensor is not None}
@@ -223,16 +225,20 @@ class S2SentModel(transformers.PreTrainedModel):
         if not (output_tokens or output_gates):
             embedding = self._capture.pool(self.selector, pooling=pooling, **encoder_inputs)
             return S2SentOutput(embedding=embedding if self.head is None else self.head(embedding))
-        # One set of gates for all of it: in training each look at the sentences would count as a batch.
+        # One set of gates for all outputs: in training each gate counts as a batch of the running statistics.
         mask = encoder_inputs.get("attention_mask")
         states = self._capture.collect(**encoder_inputs)
         selector = self.selector
         squeezed, pooled = functional.squeeze(
-            states, mask, frequencies=selector.frequencies, profile=selector.profile, pooling=pooling,
+            states,
+            mask,
+            frequencies=selector.frequencies,
+            profile=selector.profile,
+            pooling=pooling,
             backend=selector.backend,
-        )  # fmt: skip
+        )
         assert pooled is not None  # with a pooling
-        gates = selector._gate(squeezed)
+        gates = selector.gate(squeezed)
         embedding = reference.pool(gates, pooled, states[0].dtype)
         return S2SentOutput(
             embedding=embedding if self.head is None else self.head(embedding),
@@ -294,7 +300,7 @@ class S2SentForSequenceClassification(transformers.PreTrainedModel):
         if model.config.num_labels != num_labels:  # names of other labels
             known = {key: value for key, value in known.items() if key not in ("id2label", "label2id")}
         config = S2SentConfig(**known | given)
-        with torch.device("meta"):  # but for the classifier, nothing of __init__ is wanted
+        with torch.device("meta"):  # of __init__, only the classifier is wanted
             whole = cls(config)
         whole.model.release()
         whole.model = model

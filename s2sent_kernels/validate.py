@@ -1,7 +1,19 @@
-"""What a caller may pass, and the error that says otherwise: argument, what was expected, what came.
+"""What a caller may pass. Every error names the argument, what was expected, and what was passed.
 
-``arguments`` looks at Python types and option names and is called by the public functions; ``batch`` looks at tensors
-and is called wherever they are about to be read: in the ops (also in their fake versions) and on the plain PyTorch path.
+What is checked where, once in a call:
+
+    where                       what                                                                by
+    functional                  Python types; a word that is no string; forward mode                ``types``, ``word``
+    an op, also its fake        words, shapes, dtypes and devices of tensors, N, D and M            ``batch``, ``gate``
+      (and functional, where plain PyTorch computes and no op does)
+    an op, with values at hand  what ``cu_seqlens`` holds                                           ``cu_seqlens_values``
+    BlockwisePool               all of the op's, at the first block; later only that a block is     ``batch``, ``gate_parameters``
+                                like the first
+    S2SentSelector              its options when it is made; N and D of a call                      ``components``, ``option``
+    an engine                   its limits, before the choice falls on it                           ``refuses``
+    csrc/bindings               memory safety: sizes, strides and ranges that kernels rely on
+
+An op judges words although functional's callers pass right ones: it is public itself.
 """
 
 from __future__ import annotations
@@ -9,15 +21,26 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
 
-from . import dct
-from .reference import ACTIVATIONS, GateParameters
-from .tokens import POOLINGS
+from .formula import dct
+from .formula.call import (
+    ACTIVATIONS,
+    POOLINGS,
+    PROFILES,
+    Batch,
+    GateParameters,
+    Gating,
+    HiddenGradients,
+    Layout,
+    Reading,
+)
+
+T = TypeVar("T")
 
 DEBUG_VARIABLE = "S2SENT_DEBUG"
 _REQUIRED = ("down_weight", "down_bias", "up_weight", "up_bias")
@@ -43,7 +66,7 @@ def positive_number(name: str, value: Any) -> None:
 
 
 def finite_state(name: str, module: torch.nn.Module) -> None:
-    """What training ends with: a ValueError where it diverged, since such a module is of no use to anybody."""
+    """After training: a ValueError where it diverged, because such a module is of no use."""
     for key, tensor in module.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name}: training diverged, {key} is not finite any more: a lower learning rate may help")
@@ -64,14 +87,22 @@ def buffer(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, 
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(tensor.stride())}")
 
 
-def option(name: str, value: Any, allowed: Sequence[Any]) -> None:
+def option(name: str, value: Any, allowed: Sequence[T]) -> T:
+    """``value``, where it is one of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {tuple(allowed)}, got {value!r}")
+    return value
+
+
+def word(name: str, value: Any, allowed: Sequence[T]) -> T:
+    """``value``, where it is a string: an op's schema would refuse anything else without naming the words it allows. Whether it
+    is one of them the op judges."""
+    return value if isinstance(value, str) else option(name, value, allowed)  # type: ignore[return-value]
 
 
 def components(num_blocks: int, hidden_size: int, frequencies: int, profile: str) -> None:
     """N, D, M and the profile fit one another."""
-    option("profile", profile, dct.PROFILES)
+    option("profile", profile, PROFILES)
     positive_int("frequencies", frequencies)
     dct.frequency_pairs(num_blocks, frequencies, profile)
     if hidden_size % frequencies:
@@ -80,15 +111,8 @@ def components(num_blocks: int, hidden_size: int, frequencies: int, profile: str
         )
 
 
-def arguments(
-    hidden_states: Any,
-    attention_mask: Any,
-    cu_seqlens: Any,
-    pooling: Any = None,
-    profile: Any = "paper",
-    activation: Any = "tanh",
-) -> None:
-    """Types and option names, before anything looks at a tensor's contents."""
+def types(hidden_states: Any, attention_mask: Any, cu_seqlens: Any, expected_blocks: int | None = None) -> Batch:
+    """The batch, where its parts are of the right Python types and, if given, its hidden states as many as expected."""
     if isinstance(hidden_states, Tensor) or not isinstance(hidden_states, Sequence):
         raise TypeError(f"hidden_states: expected a sequence of N tensors, got {type(hidden_states).__name__}")
     for index, value in enumerate(hidden_states):
@@ -97,11 +121,14 @@ def arguments(
     for name, value in (("attention_mask", attention_mask), ("cu_seqlens", cu_seqlens)):
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a tensor or None, got {type(value).__name__}")
-    option("profile", profile, dct.PROFILES)
-    option("activation", activation, ACTIVATIONS)
-    if pooling is not None:
-        option("pooling", pooling, POOLINGS)
     forward_mode(hidden_states)
+    if expected_blocks is not None and len(hidden_states) != expected_blocks:
+        raise ValueError(
+            f"hidden_states: expected {expected_blocks} tensors, one for each block, got {len(hidden_states)}"
+        )
+    if len(hidden_states) == 0:
+        raise ValueError("hidden_states: expected at least one tensor, got none")
+    return Batch(hidden_states, attention_mask, cu_seqlens)
 
 
 def forward_mode(tensors: Sequence[Tensor | None]) -> None:
@@ -110,59 +137,61 @@ def forward_mode(tensors: Sequence[Tensor | None]) -> None:
         return
     functorch = torch._C._functorch
     if eager_transforms.JVP_NESTING and functorch.peek_interpreter_stack() is None:
-        # Inside an op that torch.func.jvp called the tangents are out of sight.
+        # Inside an op called under torch.func.jvp the tangents cannot be seen.
         raise NotImplementedError("s2sent: forward-mode derivatives are not implemented")
     for tensor in tensors:
         if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError("s2sent: forward-mode derivatives are not implemented")
 
 
-def batch(
-    hidden_states: Sequence[Tensor],
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    frequencies: int = 1,
-    profile: str = "paper",
-) -> None:
-    """Shapes, dtypes and devices of a batch of hidden states: [B, L, D] each, or [T, D] with ``cu_seqlens`` [B + 1].
+def batch(batch: Batch, reading: Reading) -> None:
+    """Words, and shapes, dtypes and devices of the hidden states: [B, L, D] each, or [T, D] with ``cu_seqlens`` [B + 1].
 
     Raises:
-        ValueError: shapes, dtypes or devices are wrong or disagree; names the argument, what was expected, what came.
+        ValueError: shapes, dtypes or devices are wrong or disagree; names the argument, what was expected and what was passed.
         TypeError: a tensor's dtype is of the wrong kind.
     """
-    if len(hidden_states) == 0:
+    tensors(batch, reading.profile)
+    components(batch.num_blocks, batch.hidden_size, reading.frequencies, reading.profile)
+    if reading.pooling is not None:
+        option("pooling", reading.pooling, POOLINGS)
+
+
+def tensors(batch: Batch, profile: str = "paper") -> None:
+    """``batch`` without what depends on N and M: also for a single block of several."""
+    option("profile", profile, PROFILES)
+    forward_mode(batch.hidden_states)
+    if batch.num_blocks == 0:
         raise ValueError("hidden_states: expected at least one tensor, got none")
-    first = hidden_states[0]
-    packed = cu_seqlens is not None
-    if packed and attention_mask is not None:
+    first = batch.hidden_states[0]
+    if batch.packed and batch.attention_mask is not None:
         raise ValueError("attention_mask: expected None beside cu_seqlens (packed tokens are all real), got both")
-    if packed and profile == "official":
+    if batch.packed and profile == "official":
         raise ValueError("cu_seqlens: profile 'official' pools the padded plane and has no packed form")
-    if first.dim() != (2 if packed else 3):
-        wanted = "[T, D]" if packed else "[B, L, D]"
-        hint = "" if packed or first.dim() != 2 else " (packed tokens need cu_seqlens)"
+    if first.dim() != (2 if batch.packed else 3):
+        wanted = "[T, D]" if batch.packed else "[B, L, D]"
+        hint = "" if batch.packed or first.dim() != 2 else " (packed tokens need cu_seqlens)"
         raise ValueError(f"hidden_states[0]: expected shape {wanted}{hint}, got {list(first.shape)}")
     if first.dtype not in FLOATING:
         raise TypeError(f"hidden_states[0]: expected a floating dtype, got {first.dtype}")
     shape, dtype, device = first.shape, first.dtype, first.device
-    for index, other in enumerate(hidden_states):
+    for index, other in enumerate(batch.hidden_states):
         if other.shape != shape or other.dtype != dtype or other.device != device:
             _disagreement(index, other, first)
     positive_int("the hidden size (last dimension of hidden_states)", first.shape[-1])
-    components(len(hidden_states), first.shape[-1], frequencies, profile)
-    if attention_mask is not None:
-        _mask(attention_mask, first)
-    if cu_seqlens is not None:
-        _cu_seqlens(cu_seqlens, first)
+    if batch.attention_mask is not None:
+        _mask(batch.attention_mask, first)
+    if batch.cu_seqlens is not None:
+        _cu_seqlens(batch.cu_seqlens, first)
 
 
 def _disagreement(index: int, other: Tensor, first: Tensor) -> None:
     for what in ("shape", "dtype", "device"):
-        expected, came = getattr(first, what), getattr(other, what)
+        expected, found = getattr(first, what), getattr(other, what)
         if what == "shape":
-            expected, came = list(expected), list(came)
-        if came != expected:
-            raise ValueError(f"hidden_states[{index}]: expected {what} {expected} as hidden_states[0], got {came}")
+            expected, found = list(expected), list(found)
+        if found != expected:
+            raise ValueError(f"hidden_states[{index}]: expected {what} {expected} as hidden_states[0], got {found}")
 
 
 def _mask(mask: Tensor, first: Tensor) -> None:
@@ -183,9 +212,10 @@ def _cu_seqlens(cu_seqlens: Tensor, first: Tensor) -> None:
         raise ValueError(f"cu_seqlens: expected device {first.device} as hidden_states[0], got {cu_seqlens.device}")
 
 
-def cu_seqlens_values(cu_seqlens: Tensor | None, num_tokens: int) -> None:
-    """What stands in ``cu_seqlens``: starts at 0, never decreases, ends at T. Reading a CUDA tensor waits for the GPU, so
-    there it is done only under S2SENT_DEBUG=1."""
+def cu_seqlens_values(batch: Batch) -> None:
+    """What ``cu_seqlens`` holds: starts at 0, never decreases, ends at T. Reading a CUDA tensor waits for the GPU, so there it
+    is done only under S2SENT_DEBUG=1."""
+    cu_seqlens, num_tokens = batch.cu_seqlens, batch.shape[0]
     if cu_seqlens is None or (cu_seqlens.device.type != "cpu" and os.environ.get(DEBUG_VARIABLE) != "1"):
         return
     values = cu_seqlens.tolist()
@@ -209,20 +239,37 @@ def squeezed(squeezed: Any) -> None:
         raise TypeError(f"squeezed: expected torch.float32 or torch.float64, got {squeezed.dtype}")
 
 
-def gates(gates: Tensor, hidden_states: Sequence[Tensor], cu_seqlens: Tensor | None) -> None:
-    first = hidden_states[0]
-    batch_size = first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    expected = [batch_size, len(hidden_states), first.shape[-1]]
+def gates(gates: Tensor, batch: Batch) -> None:
+    expected = [batch.num_sentences, batch.num_blocks, batch.hidden_size]
     if list(gates.shape) != expected:
         raise ValueError(f"gates: expected shape [B, N, D] = {expected}, got {list(gates.shape)}")
     if gates.dtype not in FLOATING:
         raise TypeError(f"gates: expected a floating dtype, got {gates.dtype}")
-    if gates.device != first.device:
-        raise ValueError(f"gates: expected device {first.device} as hidden_states[0], got {gates.device}")
+    if gates.device != batch.device:
+        raise ValueError(f"gates: expected device {batch.device} as hidden_states[0], got {gates.device}")
+
+
+def gate(parameters: GateParameters, gating: Gating, num_blocks: int, like: Tensor) -> None:
+    """Words and the gate's tensors, for f or hidden states ``like``, which lie on their device and have their D."""
+    option("activation", gating.activation, ACTIVATIONS)
+    option("profile", gating.profile, PROFILES)
+    if gating.profile == "official" and parameters.block_prior is not None:
+        raise ValueError("block_prior: profile 'official' has none")
+    gate_parameters(parameters, num_blocks, like.shape[-1], like.device)
+    forward_mode(parameters)
+
+
+def hidden_gradients(grads: HiddenGradients, layout: Layout, num_blocks: int) -> None:
+    """The shapes of a HiddenGradients, by the names that the op's schema gives its tensors."""
+    rows, size = layout.num_sentences, layout.hidden_size
+    shaped("grad_squeezed", grads.squeezed, (rows, size))
+    shaped("grad_pooled", grads.pooled, (rows, num_blocks, size))
+    shaped("grad_fused", grads.fused, layout.shape)
+    shaped("gates", grads.gates, (rows, num_blocks, size))
 
 
 def parameter_types(parameters: Any) -> None:
-    """A GateParameters of tensors: what an op's schema would otherwise refuse in words of its own."""
+    """A GateParameters of tensors: an op's schema would refuse anything else without naming the argument."""
     if not isinstance(parameters, GateParameters):
         raise TypeError(f"parameters: expected GateParameters, got {type(parameters).__name__}")
     for name, tensor in zip(GateParameters._fields, parameters, strict=True):
@@ -231,16 +278,21 @@ def parameter_types(parameters: Any) -> None:
 
 
 def gate_parameters(parameters: GateParameters, num_blocks: int, hidden_size: int, device: torch.device) -> None:
-    """Types, shapes and devices of the gate's tensors; H is read off ``down_weight``."""
-    parameter_types(parameters)
+    """Shapes, dtypes and devices of the gate's tensors; H is read off ``down_weight``."""
     if parameters.down_weight.dim() != 2:
         raise ValueError(f"down_weight: expected shape [H, D], got {list(parameters.down_weight.shape)}")
-    width, both = parameters.down_weight.shape[0], num_blocks * hidden_size
+    width, both = parameters.bottleneck, num_blocks * hidden_size
     expected = {
-        "down_weight": [width, hidden_size], "down_bias": [width], "up_weight": [both, width], "up_bias": [both],
-        "norm_weight": [both], "norm_bias": [both], "running_mean": [both], "running_var": [both],
+        "down_weight": [width, hidden_size],
+        "down_bias": [width],
+        "up_weight": [both, width],
+        "up_bias": [both],
+        "norm_weight": [both],
+        "norm_bias": [both],
+        "running_mean": [both],
+        "running_var": [both],
         "block_prior": [num_blocks],
-    }  # fmt: skip
+    }
     norm = ["norm_weight", "norm_bias", "running_mean", "running_var"]
     present = [name for name in norm if getattr(parameters, name) is not None]
     if present and present != norm:

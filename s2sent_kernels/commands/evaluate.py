@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from .. import evaluation, mteb_tasks, pictures, pretrained
+from ..formula.call import POOLINGS
 from ..frozen import ScalarMix
 from ..selector import S2SentSelector
-from ..tokens import POOLINGS
 from . import common
 from .common import BUNDLED, UserError, positive
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from .. import export, pretrained
-from ..backend import BACKENDS
 from ..capture import BlockCapture
+from ..engines.choice import BACKENDS
 from ..selector import S2SentSelector
 from . import common
 from .common import BUNDLED, UserError

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dct, export, functional, pictures, pretrained
+from .. import export, functional, pictures, pretrained
 from ..capture import BlockCapture
+from ..formula import dct
 from ..selector import S2SentSelector
 from . import common
 from .common import BUNDLED, UserError

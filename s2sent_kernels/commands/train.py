@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from .. import cache, evaluation, families, frozen, pretrained, validate
+from .. import cache, evaluation, families, frozen, pretrained
 from ..examples import Examples, read_examples
+from ..formula.call import POOLINGS
 from ..selector import S2SentSelector
 from . import common
 from .common import UserError, positive
@@ -53,7 +54,7 @@ def add(commands: Any) -> None:
     command.add_argument("--frequencies", type=positive, default=4, help="M (default: 4)")
     command.add_argument("--no-prior", action="store_true", help="without block prior: the paper's formula")
     command.add_argument("--no-norm", action="store_true", help="without batch norm in the gate")
-    command.add_argument("--pooling", choices=validate.POOLINGS, default="mean", help="default: mean")
+    command.add_argument("--pooling", choices=POOLINGS, default="mean", help="default: mean")
     for name, kind, what in (
         ("--epochs", positive, "passes over the data"),
         ("--batch-size", positive, "examples a step, on each device"),

@@ -30,16 +30,16 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of every engin
 
 
 class BackendStatus(NamedTuple):
-    """Whether a backend can be used here; ``reason`` says why not, or on what it runs and what it takes."""
+    """Whether a backend can be used here; ``reason`` says why not, or on what it runs and what it supports."""
 
     usable: bool
     reason: str
 
 
 class Limits(Protocol):
-    """What an engine can be asked before it is loaded."""
+    """What an engine tells before it is loaded."""
 
-    LIMITS: str  # what it takes, for people
+    LIMITS: str  # what it supports, for people
 
     def status(self) -> BackendStatus:
         """Whether it can be used on this machine at all."""
@@ -61,7 +61,7 @@ class Engine(Protocol):
         """G: rows of ``PartialSums.squeezed_groups`` that N blocks are summed into."""
 
     def squeeze_block(self, batch: Batch, place: Place, sums: PartialSums, reading: Reading) -> None:
-        """Adds the single hidden state of ``batch`` to ``sums``, in place. Blocks come in ascending order."""
+        """Adds the single hidden state of ``batch`` to ``sums``, in place. Blocks are added in ascending order."""
 
     def sum_groups(self, squeezed_groups: Tensor) -> Tensor:
         """f from its partial sums [B, G, D]."""

@@ -1,47 +1,147 @@
-"""The compiled backend behind the interface that every backend offers to the ops: C++ kernels for CPU tensors, CUDA C++ for
-CUDA tensors (see csrc/).
+"""The compiled engine: C++ kernels for CPU tensors, CUDA C++ kernels for CUDA tensors (see csrc/).
 
-Imported once ``backend`` has found the extension usable. This module brings tensors into the form that
-those take (float32 gates and parameters, dense features, boolean masks) and allocates what they write; it never copies a
-hidden state whose features are dense.
+This module brings tensors into the form that those take (float32 gates and parameters, dense features, boolean masks) and
+allocates what they write. It never copies a hidden state whose features are dense. The extension is loaded by ``status``,
+which the choice asks before any other function here runs.
 
-Nothing here waits for a GPU, but for the tables of factors, which are brought to a device once and stay: a captured CUDA
-graph goes on reading them.
+Nothing here waits for a GPU except the tables of factors, which are copied to a device once and stay: a captured CUDA graph
+goes on reading them.
 
-Bits do not depend on the number of threads (but for the parameters' gradients, whose sums over the sentences are PyTorch's
-own products), and a sentence has the same ones in any batch, at any place, with any padding,
-packed and block by block: every sum has one order, written down in csrc/cpu/*.cpp and csrc/cuda/*.cu.
+Bits do not depend on the number of threads, except those of the parameters' gradients, whose sums over the sentences are
+PyTorch's own products. A sentence has the same bits in any batch, at any place, with any padding, packed and block by block:
+every sum has one order, written down in csrc/cpu/*.cpp and csrc/cuda/*.cu.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import dct, reference
-from .reference import GateParameters
+from ..formula import dct, reference
+from ..formula.call import (
+    ACTIVATIONS,
+    POOLINGS,
+    Activation,
+    Batch,
+    Call,
+    GateParameters,
+    Gating,
+    HiddenGradients,
+    Layout,
+    PartialSums,
+    Place,
+    Pooling,
+    Reading,
+)
+from .interface import KERNEL_DTYPES, BackendStatus
 
-_POOLINGS = {None: 0, "mean": 1, "cls": 2, "last": 3}  # as csrc/cpu/batch.h and csrc/cuda/launch.h number them
-MAXIMUM_BLOCKS = 128  # on CUDA: kMaxBlocks of csrc/cuda/launch.h
-# Whether ``select`` on CUDA takes the kernel that reads each hidden state once: None where it is the faster one. It has the
-# bits of the others; tests and the benchmark say which.
-ONE_PASS: bool | None = None
-importlib.import_module(f"{__package__}._C")  # registers the ops
+# Counts changes of the extension's ops. setup.py compiles this number into the extension; one built from other sources is
+# refused.
+INTERFACE = 5
+MAXIMUM_BLOCKS = 128  # N on CUDA: kMaxBlocks of csrc
+LIMITS = f"float32, float16, bfloat16; on CUDA sm_80 or newer and up to {MAXIMUM_BLOCKS} blocks"
+# (N, D) for which "auto" prefers this engine's tokens without gradients: it reads hidden states of 16 bits once, and was at
+# least 5 % faster than Triton over large and small batches of long and short sentences on an H200
+# (bench/results/parts/nvidia-h200-tokens.txt, tested).
+ONE_PASS_FASTER = frozenset({(8, 512), (9, 512), (11, 384), (11, 768), (12, 384), (12, 768)})
+
 _ops = torch.ops.s2sent_native
 
 
-def num_groups(num_blocks: int) -> int:
-    """Rows of ``squeezed_groups`` that ``squeeze_block`` sums N blocks into: one, because f takes the blocks one after another
-    in any case."""
-    return 1
+# ---------------------------------------------------------------- limits
+
+
+@functools.cache
+def status() -> BackendStatus:
+    """Loads the extension, which registers torch.ops.s2sent_native.*. Any error while loading becomes the reason."""
+    name = "s2sent_kernels._C"
+    try:
+        if importlib.util.find_spec(name) is None:
+            return BackendStatus(False, "the compiled extension is not built (see S2SENT_BUILD in setup.py)")
+        importlib.import_module(name)
+        found = _ops.interface_version()
+        if found != INTERFACE:
+            return BackendStatus(
+                False, f"the compiled extension has interface {found}, this package needs {INTERFACE}: build it again"
+            )
+        _check_numbering()
+        cuda = ", ".join(f"sm_{architecture}" for architecture in _ops.cuda_architectures())
+    except Exception as error:  # a library that is cut off, or for another torch or processor
+        return BackendStatus(False, f"the compiled extension does not load: {type(error).__name__}: {error}")
+    return BackendStatus(True, "compiled C++ on the CPU" + (f" and CUDA C++ for {cuda}" if cuda else ""))
+
+
+def _check_numbering() -> None:
+    """The extension receives words as numbers: both sides must count alike."""
+    for name, ours, theirs in (
+        ("poolings", POOLINGS, tuple(_ops.poolings())),
+        ("activations", ACTIVATIONS, tuple(_ops.activations())),
+        ("maximum blocks", MAXIMUM_BLOCKS, _ops.cuda_maximum_blocks()),
+    ):
+        if ours != theirs:
+            raise RuntimeError(f"{name}: expected {ours}, got {theirs}")
+
+
+@functools.cache
+def cuda_refusal(device_index: int | None) -> str | None:
+    """Why the usable extension cannot run on this GPU, or None where it can."""
+    if not _ops.cuda_architectures():
+        return "it was built without its CUDA part (see S2SENT_BUILD in setup.py)"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    index = torch.cuda.current_device() if device_index is None else device_index
+    error = _ops.cuda_error(index)
+    return f"its kernels do not run on {torch.cuda.get_device_name(index)}: {error}" if error else None
+
+
+def refuses(call: Call) -> str | None:
+    usable, reason = status()
+    if not usable:
+        return reason
+    if call.dtype not in KERNEL_DTYPES:
+        return f"it computes float32, float16 and bfloat16, got {call.dtype}"
+    if call.device.type == "cpu":
+        return None
+    if call.device.type != "cuda":
+        return f"it runs on cpu and cuda tensors, got {call.device.type} tensors"
+    cause = cuda_refusal(call.device.index)
+    if cause is not None:
+        return f"it got cuda tensors, and {cause}"
+    if call.num_blocks is not None and call.num_blocks > MAXIMUM_BLOCKS:
+        return f"it takes up to {MAXIMUM_BLOCKS} blocks on CUDA, got N = {call.num_blocks}"
+    return None
+
+
+def is_faster(call: Call) -> bool:
+    """Whether a CUDA call is one of those that this engine's one-pass kernel was measured to win."""
+    if call.path != "tokens" or call.gradient or (call.num_blocks, call.hidden_size) not in ONE_PASS_FASTER:
+        return False
+    return call.dtype in (torch.bfloat16, torch.float16) and _is_sm90(call.device.index)
+
+
+@functools.cache
+def _is_sm90(device_index: int | None) -> bool:
+    return torch.cuda.get_device_capability(device_index) == (9, 0)
+
+
+# ---------------------------------------------------------------- tensors as the kernels read them
+
+
+def _pooling_number(pooling: Pooling | None) -> int:
+    return 0 if pooling is None else 1 + POOLINGS.index(pooling)
+
+
+def _activation_number(activation: Activation) -> int:
+    return ACTIVATIONS.index(activation)
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """``tensor`` with its features side by side; other strides are as they may be."""
+    """``tensor`` with its features side by side; its other strides are free."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
@@ -49,20 +149,23 @@ def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(torch.float32).contiguous()
 
 
-def _tokens(attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    mask = attention_mask
+def _float_parameters(parameters: GateParameters) -> GateParameters:
+    return parameters.each(lambda tensor: tensor.to(torch.float32).contiguous())
+
+
+def _tokens(batch: Batch | Layout) -> tuple[Tensor | None, Tensor | None]:
+    """The mask as bool, and ``cu_seqlens``; both contiguous."""
+    mask, cu_seqlens = batch.attention_mask, batch.cu_seqlens
     if mask is not None:
         mask = (mask if mask.dtype is torch.bool else mask != 0).contiguous()
     return mask, None if cu_seqlens is None else cu_seqlens.contiguous()
 
 
 @functools.cache
-def _block_factors(
-    num_blocks: int, frequencies: int, profile: str, device: torch.device
-) -> tuple[Tensor, tuple[int, ...]]:
+def _block_factors(num_blocks: int, reading: Reading, device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
     """alpha [M, N], and every part's frequency along the tokens."""
-    pairs = dct.frequency_pairs(num_blocks, frequencies, profile)
-    alpha = dct.block_basis(num_blocks, frequencies, profile).to(torch.float32).contiguous()
+    pairs = dct.frequency_pairs(num_blocks, reading.frequencies, reading.profile)
+    alpha = dct.block_basis(num_blocks, reading.frequencies, reading.profile).to(torch.float32).contiguous()
     return alpha.to(device), tuple(y for _, y in pairs)
 
 
@@ -72,63 +175,50 @@ def _grid_factors(size: int, frequencies: int, device: torch.device) -> Tensor:
     return dct.grid_token_basis(size, frequencies, torch.device("cpu")).to(torch.float32).contiguous().to(device)
 
 
-def _factors(
-    num_blocks: int, frequencies: int, profile: str, shape: Sequence[int], device: torch.device
-) -> tuple[Tensor, tuple[int, ...], Tensor | None]:
-    if device.type == "cuda":
-        _check_blocks(num_blocks)
-    alpha, y = _block_factors(num_blocks, frequencies, profile, device)
-    return alpha, y, _grid_factors(shape[1], frequencies, device) if profile == "official" else None
+def _factors(num_blocks: int, reading: Reading, layout: Layout) -> tuple[Tensor, tuple[int, ...], Tensor | None]:
+    """alpha, the parts' frequencies along the tokens, and beta where it is a table."""
+    alpha, y = _block_factors(num_blocks, reading._replace(pooling=None), layout.device)
+    if reading.profile != "official":
+        return alpha, y, None
+    return alpha, y, _grid_factors(layout.shape[1], reading.frequencies, layout.device)
 
 
-def _check_blocks(num_blocks: int) -> None:
-    if num_blocks > MAXIMUM_BLOCKS:
-        raise ValueError(
-            f"hidden_states: backend 'native' takes up to {MAXIMUM_BLOCKS} blocks on CUDA, got N = {num_blocks}"
-        )
+# ---------------------------------------------------------------- squeeze
 
 
-def _rows(hidden_states: Sequence[Tensor], cu_seqlens: Tensor | None) -> int:
-    return hidden_states[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-def squeeze(
-    hidden_states: Sequence[Tensor],
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    frequencies: int,
-    profile: str,
-    pooling: str | None,
-) -> tuple[Tensor, Tensor | None]:
-    first, num_blocks, rows = hidden_states[0], len(hidden_states), _rows(hidden_states, cu_seqlens)
-    size = first.shape[-1]
-    squeezed = first.new_empty(rows, size, dtype=torch.float32)
-    pooled = None if pooling is None else first.new_empty(rows, num_blocks, size, dtype=torch.float32)
-    _ops.squeeze(
-        [_dense(u) for u in hidden_states], 0, num_blocks, *_tokens(attention_mask, cu_seqlens),
-        *_factors(num_blocks, frequencies, profile, first.shape, first.device), _POOLINGS[pooling], squeezed, pooled,
-    )  # fmt: skip
+def squeeze(batch: Batch, reading: Reading) -> tuple[Tensor, Tensor | None]:
+    first = batch.hidden_states[0]
+    squeezed = first.new_empty(batch.num_sentences, batch.hidden_size, dtype=torch.float32)
+    pooled = None
+    if reading.pooling is not None:
+        pooled = first.new_empty(batch.num_sentences, batch.num_blocks, batch.hidden_size, dtype=torch.float32)
+    _squeeze_into(batch, Place(0, batch.num_blocks), reading, squeezed, pooled)
     return squeezed, pooled
 
 
-def squeeze_block(
-    hidden_state: Tensor,
-    block: int,
-    num_blocks: int,
-    squeezed_groups: Tensor,
-    pooled: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    frequencies: int,
-    profile: str,
-    pooling: str | None,
-) -> None:
-    """One block into f's sum so far [B, 1, D] and its row of p [B, N, D]; blocks come in ascending order."""
+def _squeeze_into(batch: Batch, first: Place, reading: Reading, squeezed: Tensor, pooled: Tensor | None) -> None:
+    """Squeezes the batch's blocks, the lowest of which is ``first``."""
     _ops.squeeze(
-        [_dense(hidden_state)], block, num_blocks, *_tokens(attention_mask, cu_seqlens),
-        *_factors(num_blocks, frequencies, profile, hidden_state.shape, hidden_state.device), _POOLINGS[pooling],
-        squeezed_groups[:, 0], None if pooling is None else pooled,
-    )  # fmt: skip
+        [_dense(u) for u in batch.hidden_states],
+        first.block,
+        first.num_blocks,
+        *_tokens(batch),
+        *_factors(first.num_blocks, reading, batch.layout),
+        _pooling_number(reading.pooling),
+        squeezed,
+        pooled,
+    )
+
+
+def num_groups(num_blocks: int) -> int:
+    """G for N blocks: one, because f adds the blocks one after another in any case."""
+    return 1
+
+
+def squeeze_block(batch: Batch, place: Place, sums: PartialSums, reading: Reading) -> None:
+    """One block into f's sum so far [B, 1, D] and its row of p [B, N, D]; blocks are added in ascending order."""
+    pooled = None if reading.pooling is None else sums.pooled
+    _squeeze_into(batch, place, reading, sums.squeezed_groups[:, 0], pooled)
 
 
 def sum_groups(squeezed_groups: Tensor) -> Tensor:
@@ -137,88 +227,72 @@ def sum_groups(squeezed_groups: Tensor) -> Tensor:
 
 
 def squeeze_backward(
-    grad_squeezed: Tensor | None,
-    grad_pooled: Tensor | None,
-    grad_fused: Tensor | None,
-    gates: Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-    needed: Sequence[bool],
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    frequencies: int,
-    profile: str,
-    pooling: str | None,
+    grads: HiddenGradients, layout: Layout, needed: Sequence[bool], reading: Reading
 ) -> list[Tensor | None]:
-    grads = [torch.empty(shape if need else [0], dtype=dtype, device=device) for need in needed]
-    fused = grad_fused is not None and gates is not None
+    results = [torch.empty(layout.shape if need else [0], dtype=layout.dtype, device=layout.device) for need in needed]
+    fused = None if grads.fused is None or grads.gates is None else _dense(grads.fused.to(layout.dtype))
     _ops.squeeze_backward(
-        _float(grad_squeezed), None if pooling is None else _float(grad_pooled),
-        _dense(grad_fused.to(dtype)) if fused and grad_fused is not None else None, _float(gates) if fused else None,
-        list(shape), *_tokens(attention_mask, cu_seqlens), *_factors(len(needed), frequencies, profile, shape, device),
-        _POOLINGS[pooling], grads,
-    )  # fmt: skip
-    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+        _float(grads.squeezed),
+        None if reading.pooling is None else _float(grads.pooled),
+        fused,
+        None if fused is None else _float(grads.gates),
+        list(layout.shape),
+        *_tokens(layout),
+        *_factors(len(needed), reading, layout),
+        _pooling_number(reading.pooling),
+        results,
+    )
+    return [grad if need else None for grad, need in zip(results, needed, strict=True)]
 
 
-def _float_parameters(parameters: GateParameters) -> list[Tensor | None]:
-    return [_float(tensor) for tensor in parameters]
+# ---------------------------------------------------------------- gate
 
 
-def _excite(
-    squeezed: Tensor,
-    parameters: GateParameters,
-    num_blocks: int,
-    activation: str,
-    eps: float,
-    gates: Tensor | None,
-    pooled: Tensor | None,
-    output: Tensor | None,
-    *backward: Tensor | None,
-) -> Tensor:
-    """Writes ``gates`` g, or, with ``pooled``, ``output`` o; or, with ``backward``, what the op's schema names grad_gates to
-    normed. Returns s [B, H]."""
-    if squeezed.is_cuda:
-        _check_blocks(num_blocks)
-    bottleneck = squeezed.new_empty(squeezed.shape[0], parameters.down_weight.shape[0])
-    _ops.gate(
-        squeezed.contiguous(), *_float_parameters(parameters), num_blocks, activation == "relu", eps, bottleneck, gates, pooled,
-        output, *(backward or (None,) * 6),
-    )  # fmt: skip
-    return bottleneck
+def _bottleneck(squeezed: Tensor, parameters: GateParameters) -> Tensor:
+    """Where the gate's ops leave s [B, H]."""
+    return squeezed.new_empty(squeezed.shape[0], parameters.bottleneck)
 
 
-def gate(squeezed: Tensor, parameters: GateParameters, num_blocks: int, activation: str, eps: float) -> Tensor:
+def gate(squeezed: Tensor, parameters: GateParameters, num_blocks: int, gating: Gating) -> Tensor:
     gates = squeezed.new_empty(squeezed.shape[0], num_blocks, squeezed.shape[1])
-    _excite(squeezed, parameters, num_blocks, activation, eps, gates, None, None)
+    _ops.gate(
+        squeezed.contiguous(),
+        *_float_parameters(parameters),
+        num_blocks,
+        _activation_number(gating.activation),
+        gating.eps,
+        _bottleneck(squeezed, parameters),
+        gates,
+    )
     return gates
 
 
-def _pool(
-    squeezed: Tensor, pooled: Tensor, parameters: GateParameters, activation: str, eps: float, dtype: torch.dtype
-) -> Tensor:
+def _pool(squeezed: Tensor, pooled: Tensor, parameters: GateParameters, gating: Gating, dtype: torch.dtype) -> Tensor:
+    """o [B, D] in ``dtype`` from f and p; the gates are never written."""
     output = squeezed.new_empty(squeezed.shape, dtype=dtype)
-    _excite(squeezed, parameters, pooled.shape[1], activation, eps, None, pooled, output)
+    _ops.gate_pool(
+        squeezed.contiguous(),
+        pooled,
+        *_float_parameters(parameters),
+        _activation_number(gating.activation),
+        gating.eps,
+        _bottleneck(squeezed, parameters),
+        output,
+    )
     return output
 
 
 def gate_pool(
-    squeezed_groups: Tensor,
-    pooled: Tensor,
-    parameters: GateParameters,
-    frequencies: int,
-    activation: str,
-    eps: float,
-    dtype: torch.dtype,
+    sums: PartialSums, parameters: GateParameters, frequencies: int, gating: Gating, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """o [B, D] and f [B, D] from the sum of f and from p [B, N, D]."""
-    squeezed = sum_groups(squeezed_groups).clone()
-    return _pool(squeezed, pooled, parameters, activation, eps, dtype), squeezed
+    assert sums.pooled is not None
+    squeezed = sum_groups(sums.squeezed_groups).clone()
+    return _pool(squeezed, sums.pooled, parameters, gating, dtype), squeezed
 
 
 def _multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight, whose rows do not depend on how many there are."""
+    """x @ weight, where a row's bits do not depend on the number of rows."""
     result = x.new_empty(x.shape[0], weight.shape[1])
     _ops.multiply(x, weight, result)
     return result
@@ -230,128 +304,130 @@ def _backward(
     squeezed: Tensor,
     pooled: Tensor | None,
     parameters: GateParameters,
-    num_blocks: int,
-    activation: str,
-    eps: float,
+    gating: Gating,
 ) -> tuple[Tensor | None, Tensor, GateParameters]:
-    """dp where there is p, df, and the parameters' gradients: sums over the sentences, which are PyTorch's."""
+    """dp where there is p, df, and the parameters' gradients: sums over the sentences, computed by PyTorch."""
+    num_blocks = parameters.up_weight.shape[0] // squeezed.shape[1]
     shape = (squeezed.shape[0], num_blocks, squeezed.shape[1])
-    w = parameters.each(lambda t: t.to(torch.float32).contiguous())
+    w = _float_parameters(parameters)
     grad_logits, grad_normed = squeezed.new_empty(shape), squeezed.new_empty(shape)
     normed = None if w.norm_weight is None else squeezed.new_empty(shape)
     grad_pooled = None if pooled is None else squeezed.new_empty(shape)
-    bottleneck = _excite(
-        squeezed, w, num_blocks, activation, eps, None, pooled, None, _float(grad_gates), _float(grad_output),
-        grad_pooled, grad_logits, grad_normed, normed,
-    )  # fmt: skip
+    bottleneck = _bottleneck(squeezed, parameters)
+    _ops.gate_backward(
+        _float(grad_gates),
+        _float(grad_output),
+        squeezed.contiguous(),
+        pooled,
+        *w,
+        _activation_number(gating.activation),
+        gating.eps,
+        bottleneck,
+        grad_pooled,
+        grad_logits,
+        grad_normed,
+        normed,
+    )
     with reference.autocast_off(squeezed.device):
         dy = grad_normed.flatten(1)
         dz, norm_weight, norm_bias = dy, None, None
         if normed is not None and w.norm_weight is not None and w.running_var is not None:
             norm_weight, norm_bias = (dy * normed.flatten(1)).sum(dim=0), dy.sum(dim=0)
-            dz = dy * (w.norm_weight * torch.rsqrt(w.running_var + eps))
-        slope = 1 - bottleneck * bottleneck if activation == "tanh" else (bottleneck > 0).to(torch.float32)
-        ddown = _multiply(dz, w.up_weight) * slope
+            dz = dy * (w.norm_weight * torch.rsqrt(w.running_var + gating.eps))
+        ddown = _multiply(dz, w.up_weight) * reference.slope(bottleneck, gating.activation)
         grads = GateParameters(
-            ddown.T @ squeezed, ddown.sum(dim=0), dz.T @ bottleneck, dz.sum(dim=0), norm_weight, norm_bias, None, None,
-            None if w.block_prior is None else grad_logits.sum(dim=(0, 2)),
-        )  # fmt: skip
+            down_weight=ddown.T @ squeezed,
+            down_bias=ddown.sum(dim=0),
+            up_weight=dz.T @ bottleneck,
+            up_bias=dz.sum(dim=0),
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            block_prior=None if w.block_prior is None else grad_logits.sum(dim=(0, 2)),
+        )
         return grad_pooled, _multiply(ddown, w.down_weight), grads
 
 
 def gate_backward(
-    grad_gates: Tensor, squeezed: Tensor, parameters: GateParameters, activation: str, eps: float
+    grad_gates: Tensor, squeezed: Tensor, parameters: GateParameters, gating: Gating
 ) -> tuple[Tensor, GateParameters]:
-    _, grad, grads = _backward(grad_gates, None, squeezed, None, parameters, grad_gates.shape[1], activation, eps)
+    _, grad, grads = _backward(grad_gates, None, squeezed, None, parameters, gating)
     return grad, grads
 
 
 def gate_pool_backward(
-    grad_output: Tensor, squeezed: Tensor, pooled: Tensor, parameters: GateParameters, activation: str, eps: float
+    grad_output: Tensor, squeezed: Tensor, pooled: Tensor, parameters: GateParameters, gating: Gating
 ) -> tuple[Tensor, Tensor, GateParameters]:
-    grad_pooled, grad, grads = _backward(
-        None, grad_output, squeezed, pooled.contiguous(), parameters, pooled.shape[1], activation, eps
-    )
+    grad_pooled, grad, grads = _backward(None, grad_output, squeezed, pooled.contiguous(), parameters, gating)
     assert grad_pooled is not None
     return grad_pooled, grad, grads
 
 
-def fuse(
-    hidden_states: Sequence[Tensor], gates: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
-) -> Tensor:
-    if hidden_states[0].is_cuda:
-        _check_blocks(len(hidden_states))
-    fused = hidden_states[0].new_empty(hidden_states[0].shape)
-    rows = _float(gates)
-    _ops.fuse([_dense(u) for u in hidden_states], rows, *_tokens(attention_mask, cu_seqlens), fused)
+# ---------------------------------------------------------------- fuse
+
+
+def fuse(batch: Batch, gates: Tensor) -> Tensor:
+    fused = batch.hidden_states[0].new_empty(batch.shape)
+    _ops.fuse([_dense(u) for u in batch.hidden_states], _float(gates), *_tokens(batch), fused)
     return fused
 
 
-def fuse_backward(
-    grad_fused: Tensor, hidden_states: Sequence[Tensor], attention_mask: Tensor | None, cu_seqlens: Tensor | None
-) -> Tensor:
-    first, rows = hidden_states[0], _rows(hidden_states, cu_seqlens)
-    grad = first.new_empty(rows, len(hidden_states), first.shape[-1], dtype=torch.float32)
+def fuse_backward(grad_fused: Tensor, batch: Batch) -> Tensor:
+    grad = batch.hidden_states[0].new_empty(
+        batch.num_sentences, batch.num_blocks, batch.hidden_size, dtype=torch.float32
+    )
     _ops.fuse_backward(
-        _dense(grad_fused.to(first.dtype)),
-        [_dense(u) for u in hidden_states],
-        *_tokens(attention_mask, cu_seqlens),
-        grad,
+        _dense(grad_fused.to(batch.dtype)), [_dense(u) for u in batch.hidden_states], *_tokens(batch), grad
     )
     return grad
 
 
+# ---------------------------------------------------------------- the whole selector
+
+
 def select_pool(
-    hidden_states: Sequence[Tensor],
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    parameters: GateParameters,
-    frequencies: int,
-    pooling: str,
-    activation: str,
-    eps: float,
+    batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor]:
-    squeezed, pooled = squeeze(hidden_states, attention_mask, cu_seqlens, frequencies, "paper", pooling)
+    squeezed, pooled = squeeze(batch, reading)
     assert pooled is not None
-    return _pool(squeezed, pooled, parameters, activation, eps, hidden_states[0].dtype), squeezed, pooled
+    return _pool(squeezed, pooled, parameters, gating, batch.dtype), squeezed, pooled
 
 
 def select(
-    hidden_states: Sequence[Tensor],
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    parameters: GateParameters,
-    frequencies: int,
-    activation: str,
-    eps: float,
+    batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, one_pass: bool | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    attention_mask, cu_seqlens = _tokens(attention_mask, cu_seqlens)  # once, for whoever takes them
-    if ONE_PASS is not False and hidden_states[0].is_cuda:
-        done = _select_once(hidden_states, attention_mask, cu_seqlens, parameters, frequencies, activation, eps)
+    """(v, f, g). ``one_pass``: whether a kernel reads each hidden state once, where there is one for the batch; None leaves it
+    to what was measured faster. The bits are the same."""
+    batch = Batch(batch.hidden_states, *_tokens(batch))  # converted once for all kernels
+    if one_pass is not False and batch.hidden_states[0].is_cuda:
+        done = select_once(batch, reading, parameters, gating, always=one_pass is True)
         if done is not None:
             return done
-    squeezed, _ = squeeze(hidden_states, attention_mask, cu_seqlens, frequencies, "paper", None)
-    gates = gate(squeezed, parameters, len(hidden_states), activation, eps)
-    return fuse(hidden_states, gates, attention_mask, cu_seqlens), squeezed, gates
+    squeezed, _ = squeeze(batch, reading)
+    gates = gate(squeezed, parameters, batch.num_blocks, gating)
+    return fuse(batch, gates), squeezed, gates
 
 
-def _select_once(
-    hidden_states: Sequence[Tensor],
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    parameters: GateParameters,
-    frequencies: int,
-    activation: str,
-    eps: float,
+def select_once(
+    batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, always: bool
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(v, f, g) from one read of the hidden states, where csrc/cuda/select.cu takes such a batch; the bits are the same."""
-    first, rows, num_blocks = hidden_states[0], _rows(hidden_states, cu_seqlens), len(hidden_states)
-    squeezed = first.new_empty(rows, first.shape[-1], dtype=torch.float32)
-    gates = first.new_empty(rows, num_blocks, first.shape[-1], dtype=torch.float32)
+    """(v, f, g) from one read of the hidden states, or None where the one-pass kernel does not support such a batch or, unless
+    ``always``, is slower there."""
+    first, rows, num_blocks = batch.hidden_states[0], batch.num_sentences, batch.num_blocks
+    squeezed = first.new_empty(rows, batch.hidden_size, dtype=torch.float32)
+    gates = first.new_empty(rows, num_blocks, batch.hidden_size, dtype=torch.float32)
     fused = first.new_empty(first.shape)
-    alpha, y, _ = _factors(num_blocks, frequencies, "paper", first.shape, first.device)
-    taken = _ops.select(
-        [_dense(u) for u in hidden_states], *_tokens(attention_mask, cu_seqlens), alpha, y,
-        *_float_parameters(parameters), activation == "relu", eps, ONE_PASS is True, squeezed, gates, fused,
-    )  # fmt: skip
-    return (fused, squeezed, gates) if taken else None
+    alpha, y, _ = _factors(num_blocks, reading, batch.layout)
+    done = _ops.select(
+        [_dense(u) for u in batch.hidden_states],
+        *_tokens(batch),
+        alpha,
+        y,
+        *_float_parameters(parameters),
+        _activation_number(gating.activation),
+        gating.eps,
+        always,
+        squeezed,
+        gates,
+        fused,
+    )
+    return (fused, squeezed, gates) if done else None

@@ -163,7 +163,7 @@ class HiddenGradients(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What an engine is asked to compute, as far as its limits and the choice between engines depend on it.
+    """What an engine has to compute, as far as its limits and the choice between engines depend on it.
 
     Neither B nor L is here: a sentence must not change engines, and so bits, with the batch around it.
     """
@@ -171,6 +171,14 @@ class Call(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     path: Path = "stage"  # one of the three stages, or the whole selector, pooled or fused tokens
-    num_blocks: int | None = None  # N, None where the caller does not know it yet
+    num_blocks: int | None = None  # N, None where the caller has not determined it
     hidden_size: int | None = None  # D
     gradient: bool = True  # whether a backward pass may follow
+
+    @classmethod
+    def of(cls, batch: Batch, path: Path = "stage", gradient: bool = True) -> Call:
+        """Of a batch that need not be validated yet. D is read only where a choice depends on it: under torch.compile it may
+        vary, and would become a constant here."""
+        first = batch.hidden_states[0]
+        hidden_size = int(first.shape[-1]) if path == "tokens" and not gradient and first.ndim else None
+        return cls(first.device, first.dtype, path, len(batch.hidden_states), hidden_size, gradient)

@@ -18,21 +18,21 @@ import math
 import torch
 from torch import Tensor
 
-PROFILES = ("paper", "official")
+from .call import PROFILES, Profile
 
 # FcaNet's order of the pairs (x along blocks, y along tokens).
 _X = (0, 0, 1, 1, 0, 2, 2, 1, 2, 0, 3, 4, 0, 1, 3, 0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 6, 1, 2, 3, 4)
 _Y = (0, 1, 0, 1, 2, 0, 1, 2, 2, 3, 0, 0, 4, 3, 1, 5, 4, 3, 2, 1, 0, 6, 5, 4, 3, 2, 1, 0, 6, 5, 4, 3)
 FREQUENCY_TABLE = tuple(zip(_X, _Y, strict=True))
 
-# The published code pools the plane onto GRID x GRID cells before its DCT. Profile ``paper`` has no grid, but keeps the
-# factor 6 of it, so that f has the magnitude that the published learning rates and initialisations were chosen for.
+# The published code pools the plane onto GRID x GRID cells before its DCT. Profile ``paper`` has no grid but keeps its factor
+# of 6, so that f has the magnitude for which the published learning rates and initialisations were chosen.
 GRID = 6
 OFFICIAL_FREQUENCIES = (1, 2, 4, 8, 16)
 
 
 @functools.cache
-def frequency_pairs(num_blocks: int, frequencies: int, profile: str = "paper") -> tuple[tuple[int, int], ...]:
+def frequency_pairs(num_blocks: int, frequencies: int, profile: Profile = "paper") -> tuple[tuple[int, int], ...]:
     """The first ``frequencies`` pairs (x, y) that exist on ``num_blocks`` blocks.
 
     In profile ``paper`` a pair needs x < N, since a DCT over N blocks has N frequencies; in profile ``official`` the DCT
@@ -85,9 +85,9 @@ def _grid_basis(frequency: Tensor, size: int) -> Tensor:
 
 
 def block_basis(
-    num_blocks: int, frequencies: int, profile: str = "paper", device: torch.device | None = None
+    num_blocks: int, frequencies: int, profile: Profile = "paper", device: torch.device | None = None
 ) -> Tensor:
-    """alpha [M, N] in float64: the block factor of each component (SPEC of both profiles in the module docstring)."""
+    """alpha [M, N] in float64: the block factor of each component."""
     x = torch.tensor([pair[0] for pair in frequency_pairs(num_blocks, frequencies, profile)], device=device)
     if profile == "official":
         return _grid_basis(x, num_blocks)
