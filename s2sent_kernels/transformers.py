@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import families, functional, published_model, reference, validate
+from . import families, functional, reference, validate
 from .capture import BLOCK_NORMS, BlockCapture
+from .checkpoints import published_model
 from .selector import S2SentSelector
 
 try:
@@ -151,22 +152,21 @@ class S2SentModel(transformers.PreTrainedModel):
                 shape; names it.
         """
         validate.option("pooling", pooling, validate.POOLINGS)
-        encoder, selector, mlp = published_model.read(path)
+        published = published_model.read(path)
+        selector = S2SentSelector(**published.arguments)
+        selector.to(published.selector["down.weight"].dtype).load_state_dict(published.selector)
+        selector = selector.float().eval()
         num_blocks = selector.num_blocks
         chosen = families.indices(
-            f"last:{num_blocks}" if blocks is None else blocks, len(families.find_blocks(encoder))
+            f"last:{num_blocks}" if blocks is None else blocks, len(families.find_blocks(published.encoder))
         )
         if len(chosen) != num_blocks:
             raise ValueError(f"blocks: expected {num_blocks}, as the selector has, got {chosen}")
-        if head and not mlp:
+        if head and not published.head:
             raise ValueError(f"head: expected keys mlp. in {path}, there are none")
-        arguments = {
-            "hidden_size": selector.hidden_size, "num_blocks": num_blocks, "bottleneck": selector.bottleneck,
-            "frequencies": selector.frequencies, "profile": "official",
-        }  # fmt: skip
-        model = cls._of(encoder, selector, arguments, chosen, "final", pooling, head)
+        model = cls._of(published.encoder, selector, published.arguments, chosen, "final", pooling, head)
         if model.head is not None:
-            model.head.to_empty(device="cpu").load_state_dict(mlp)
+            model.head.to_empty(device="cpu").load_state_dict(published.head)
         return model
 
     @classmethod
