@@ -197,16 +197,16 @@ def make(
         target = parent / name
         with locked(parent / f".{name}.lock", wait=True):  # a second process then finds the cache complete
             if not target.exists():
-                part = parent / f".{name}.part"
-                _fill(part, about, capture, tokenizer, texts, settings, progress)
-                os.replace(part, target)
+                unfinished = parent / f".{name}.part"
+                _fill(unfinished, about, capture, tokenizer, texts, settings, progress)
+                os.replace(unfinished, target)
     finally:
         capture.remove()
     return BlockCache(target, texts)
 
 
 def _fill(
-    part: Path,
+    folder: Path,
     about: dict[str, Any],
     capture: BlockCapture,
     tokenizer: Any,
@@ -219,11 +219,11 @@ def _fill(
     encoder = capture.encoder
     batches = encoders.in_batches(encoders.longest_first(texts), settings.batch_size)
     arrays: dict[str, Any] = {}
-    done, record = 0, part / "progress.json"
+    done, record = 0, folder / "progress.json"
     if record.exists():
         done = json.loads(record.read_text(encoding="utf-8"))["batches"]
-        arrays = {path.stem: numpy.load(path, mmap_mode="r+") for path in part.glob("*.npy")}
-    part.mkdir(exist_ok=True)
+        arrays = {path.stem: numpy.load(path, mmap_mode="r+") for path in folder.glob("*.npy")}
+    folder.mkdir(exist_ok=True)
     todo = encoders.token_batches(
         encoder, tokenizer, texts, batches, max_length=settings.max_length, skip=done, progress=progress
     )
@@ -236,8 +236,8 @@ def _fill(
                     if key not in arrays:
                         shape = (len(texts), *tensor.shape[1:])
                         kind = numpy.int64 if key == "lengths" else numpy.float32
-                        arrays[key] = numpy.lib.format.open_memmap(part / f"{key}.npy", "w+", kind, shape)
-                        _allocate(part / f"{key}.npy")
+                        arrays[key] = numpy.lib.format.open_memmap(folder / f"{key}.npy", "w+", kind, shape)
+                        _allocate(folder / f"{key}.npy")
                     arrays[key][rows] = tensor.cpu().numpy()
                 done += 1
                 if done % RECORD_EVERY == 0 or done == len(batches):
@@ -246,9 +246,9 @@ def _fill(
                     write_atomically(record, json.dumps({"batches": done}).encode())
     except BaseException:
         if not record.exists():  # no progress to resume from
-            shutil.rmtree(part)
+            shutil.rmtree(folder)
         raise
-    write_atomically(part / "about.json", (json.dumps(about, indent=1) + "\n").encode())
+    write_atomically(folder / "about.json", (json.dumps(about, indent=1) + "\n").encode())
     record.unlink()
 
 

@@ -28,7 +28,7 @@ EMBEDDED_AT_ONCE = 2048  # sentences, without gradients
 
 
 class Recipe(NamedTuple):
-    """The hyperparameters. The block prior has its own learning rate: it is one number per block and has far to go."""
+    """The hyperparameters. The block prior has its own learning rate, because it moves much further than a weight."""
 
     epochs: int = 5
     batch_size: int = 256
@@ -137,11 +137,11 @@ def train(
         for chosen in order.split(size):
             if 2 * len(chosen) < size:
                 continue
-            parts = [anchor[chosen], positive[chosen]]
+            rows = [anchor[chosen], positive[chosen]]
             if negative is not None:
-                parts.append(negative[chosen][negative[chosen] >= 0])
+                rows.append(negative[chosen][negative[chosen] >= 0])
             # One call of the gate for the whole batch: its norm must see one distribution, not anchors apart from the rest.
-            together = embed(module, features.take(torch.cat(parts).to(features.pooled.device)))
+            together = embed(module, features.take(torch.cat(rows).to(features.pooled.device)))
             anchors, positives, negatives = together.split([len(chosen), len(chosen), len(together) - 2 * len(chosen)])
             loss = info_nce(anchors, positives, negatives, recipe.temperature)
             optimizer.zero_grad(set_to_none=True)

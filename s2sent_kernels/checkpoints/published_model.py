@@ -28,7 +28,7 @@ class Published(NamedTuple):
 
 
 def read(path: str | os.PathLike[str]) -> Published:
-    """The parts of the checkpoint in the folder ``path``.
+    """Read the checkpoint in the folder ``path``.
 
     Raises:
         ValueError: as S2SentModel.from_published.

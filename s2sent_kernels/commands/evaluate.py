@@ -65,7 +65,7 @@ def _named(paths: Sequence[str]) -> list[tuple[str, str]]:
 
 
 class _Files(NamedTuple):
-    """What there is to score on, by name in the table."""
+    """The data to score on, by name in the table."""
 
     sts: dict[str, list[evaluation.Pair]]
     transfer: dict[str, tuple[str, dict[str, list[evaluation.Labelled]]]]  # path and splits

@@ -114,7 +114,7 @@ def _print(seen: _Seen, texts: Sequence[str]) -> None:
     print("  " + "".join(f"{f'block {block}':>16}" for block in blocks))
     for row, share, text in zip(gates.mean(dim=2).tolist(), shares.tolist(), texts, strict=True):
         print(
-            "  " + "".join(f"{mean:>9.3f} {100 * part:>5.1f}%" for mean, part in zip(row, share, strict=True)),
+            "  " + "".join(f"{mean:>9.3f} {100 * most:>5.1f}%" for mean, most in zip(row, share, strict=True)),
             f" {text}",
         )
     print("\nDifference between texts' gates: mean absolute, in % of the mean gate")

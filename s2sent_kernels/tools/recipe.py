@@ -10,7 +10,7 @@ class Recipe(NamedTuple):
     batch_size: int = 64
     learning_rate: float = 3e-5  # of the encoder
     selector_learning_rate: float = 1e-3  # the selector is untrained, the encoder is not
-    prior_learning_rate: float = 1e-2  # of the block prior, which is one number per block and has far to go
+    prior_learning_rate: float = 1e-2  # of the block prior, which moves much further than a weight
     temperature: float = 0.05
     warmup: float = 0.1  # fraction of all steps
     accumulation: int = 1  # batches a step
