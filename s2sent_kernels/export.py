@@ -129,17 +129,17 @@ def as_pipeline(model: S2SentModel | SentenceTransformer | Pipeline) -> Pipeline
         from .sentence_transformers import S2SentPooling
 
         pooling = model[-1] if len(model) == 2 else None
-        if not isinstance(pooling, S2SentPooling) or not pooling.include_prompt or pooling._listener is None:
+        if not isinstance(pooling, S2SentPooling) or not pooling.include_prompt or pooling.listener is None:
             names = ", ".join(type(module).__name__ for module in model)
             raise ValueError(
                 "model: expected a Transformer and an S2SentPooling that is attached to it and includes prompts, "
                 f"got {names}"
             )
-        return Pipeline(pooling._listener, pooling.selector, pooling.pooling)
+        return Pipeline(pooling.listener.capture, pooling.selector, pooling.pooling)
     from .transformers import S2SentModel
 
     if isinstance(model, S2SentModel):
-        return Pipeline(model._capture, model.selector, model.config.pooling, model.head)
+        return Pipeline(model.capture, model.selector, model.config.pooling, model.head)
     raise TypeError(f"model: expected an S2SentModel, a SentenceTransformer or a Pipeline, got {type(model).__name__}")
 
 

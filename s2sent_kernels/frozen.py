@@ -70,7 +70,7 @@ class Features(NamedTuple):
 def embed(module: nn.Module, features: Features) -> Tensor:
     """o [B, D] of a selector or a scalar mix, from f and p."""
     if isinstance(module, S2SentSelector):
-        return (module._gate(features.squeezed) * features.pooled).sum(dim=1)
+        return (module.gate(features.squeezed) * features.pooled).sum(dim=1)
     return module(features.pooled)
 
 
