@@ -1,1 +1,4 @@
-"""The Triton engine: one stage a file. ``limits`` can be asked without Triton; ``engine`` imports it."""
+"""The Triton engine: one stage a file, each with its kernels and their launchers.
+
+``limits`` needs torch alone; ``engine`` imports Triton, and is imported when the backend is first used.
+"""

@@ -1,8 +1,9 @@
-"""W1 f by feature tiles: what squeeze's programs do at their end, and the same for blocks that came one at a time.
+"""W1 f by feature tiles: the end of squeeze's programs, and the same for blocks that were squeezed one at a time.
 
     t[b,i,h] = sum_{d in tile i} W1[h,d] f[b,d]         W1 f is its sum over the tiles, which the gate adds up
 
-Every program of the gate would have to read all of W1; one of squeeze has a tile's f in its registers when it ends.
+A program of squeeze ends with its tile's f in registers, and needs only its slice of W1. The gate would have to read all of
+W1 in every program.
 """
 
 from typing import NamedTuple
@@ -47,7 +48,7 @@ def sum_groups_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """What a program of squeeze does at its end, for blocks that came one at a time: f, and t of one feature tile."""
+    """The end of squeeze's programs, for blocks that were squeezed one at a time: f, and t of one feature tile."""
     PART: tl.constexpr = D // M
     TILES: tl.constexpr = (PART + BLOCK_D - 1) // BLOCK_D
     index = tl.program_id(0).to(tl.int64)
@@ -70,11 +71,11 @@ def sum_groups_kernel(
 
 
 class Squeezed(NamedTuple):
-    """What one read of the hidden states leaves behind."""
+    """What squeeze hands to the gate."""
 
     f: Tensor  # [B, D] float32
     pooled: Tensor | None  # p [B, N, D] float32, with a pooling
-    bottleneck: Tensor | None  # t [B, feature tiles, H] float32, where the gate's W1 was given
+    bottleneck: Tensor | None  # t [B, feature tiles, H] float32, if the gate's W1 was given
 
 
 def bottleneck_like(squeezed: Tensor, down_weight: Tensor, frequencies: int, vector: int) -> Tensor:
@@ -90,18 +91,27 @@ def sum_groups(squeezed_groups: Tensor) -> Tensor:
 def sum_groups_for_gate(
     squeezed_groups: Tensor, frequencies: int, dtype: torch.dtype, down_weight: Tensor | None
 ) -> Squeezed:
-    """f, and W1's products with it, from the partial sums [B, G, D] of blocks of ``dtype`` that came one at a time."""
-    rows, groups, size = squeezed_groups.shape
-    vector = vector_of(size // frequencies, dtype)
-    squeezed = squeezed_groups.new_empty(rows, size)
+    """f, and W1's products with it, from the partial sums [B, G, D] of hidden states of ``dtype``."""
+    num_sentences, groups, hidden_size = squeezed_groups.shape
+    vector = vector_of(hidden_size // frequencies, dtype)
+    squeezed = squeezed_groups.new_empty(num_sentences, hidden_size)
     bottleneck = None if down_weight is None else bottleneck_like(squeezed, down_weight, frequencies, vector)
-    if rows:
-        tile = config.squeeze(size // frequencies, vector, groups)
-        # As many warps as squeeze has there: the tree that sums a tile's features is laid out over them.
-        with device_of(squeezed):
-            sum_groups_kernel[(rows * config.num_tiles(size, frequencies, vector),)](
-                squeezed_groups, squeezed, dense(down_weight), bottleneck, GROUPS=groups, D=size, M=frequencies,
-                H=0 if down_weight is None else down_weight.shape[0], BLOCK_D=tile.block_d,
-                BLOCK_H=config.bottleneck_rows(groups), num_warps=groups, enable_fp_fusion=FUSE_MULTIPLY_ADD,
-            )  # fmt: skip
+    if num_sentences == 0:
+        return Squeezed(squeezed, None, bottleneck)
+    tile = config.squeeze(hidden_size // frequencies, vector, groups)
+    with device_of(squeezed):
+        sum_groups_kernel[(num_sentences * config.num_tiles(hidden_size, frequencies, vector),)](
+            p_groups=squeezed_groups,
+            p_squeezed=squeezed,
+            p_down_weight=dense(down_weight),
+            p_bottleneck=bottleneck,
+            GROUPS=groups,
+            D=hidden_size,
+            M=frequencies,
+            H=0 if down_weight is None else down_weight.shape[0],
+            BLOCK_D=tile.block_d,
+            BLOCK_H=config.bottleneck_rows(groups),
+            num_warps=groups,  # as squeeze has: the tree that sums a tile's features is laid out over them
+            enable_fp_fusion=FUSE_MULTIPLY_ADD,
+        )
     return Squeezed(squeezed, None, bottleneck)

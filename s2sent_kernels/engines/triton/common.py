@@ -1,28 +1,36 @@
-"""What the three stages share inside their kernels: the DCT factors, the real tokens of a sentence, a block's pointer.
+"""What the kernels of several stages share: DCT factors, a sentence's real tokens, pointers to blocks, activations.
 
-Prefixes: ``p_`` pointer, ``o_`` offset, ``m_`` mask, ``i_`` program index; upper case is constexpr. Shapes stand behind each
-block.
+Prefixes: ``p_`` pointer, ``o_`` offset, ``m_`` mask, ``i_`` index; upper case is constexpr, and a constexpr record is one of
+``config``. Comments give the shapes of Triton's tiles.
 """
 
 import triton
 import triton.language as tl
 
+from . import config
+
+CHUNK = tl.constexpr(config.CHUNK)
+SCAN = tl.constexpr(config.SCAN)
+
+
+# ---------------------------------------------------------------- DCT
+
 
 @triton.jit
 def quotient(a, b, inverse):
-    """a / b from ``inverse``, about 1 / b: one Newton step brings the product to the quotient's rounding, in three
-    instructions where a division takes ten and a branch."""
+    """a / b from ``inverse``, about 1 / b. One Newton step gives a correctly rounded quotient in three instructions, where a
+    division takes ten and a branch."""
     q = a * inverse
     return tl.fma(tl.fma(-q, b, a), inverse, q)
 
 
 @triton.jit
 def quarter_cosine(half_steps, period, DTYPE: tl.constexpr):
-    """cos(pi * half_steps / (2 * period)) for integers 0 <= half_steps < 2^31, to about 2 ulp near its zeros too.
+    """cos(pi * half_steps / (2 * period)) for integers 0 <= half_steps < 2^31, to about 2 ulp even near its zeros.
 
     The angle is reduced in integers to a quarter wave t = k / period in [0, 1], where
-    cos(pi t / 2) = (1 - t)(1 + t) Q(t^2), with Q a polynomial that fits to 1.1e-9. ``tl.cos`` would bring a range reduction
-    for huge arguments and its local stack. In float64 the fit's error is what remains: enough for a rounded float32.
+    cos(pi t / 2) = (1 - t)(1 + t) Q(t^2), with Q a polynomial that fits to 1.1e-9. ``tl.cos`` would add a range reduction
+    for huge arguments, with its local stack. In float64 only the error of the fit remains, which float32 rounding hides.
     """
     turn = 4 * period
     p = period.to(DTYPE)
@@ -46,16 +54,17 @@ def quarter_cosine(half_steps, period, DTYPE: tl.constexpr):
 
 @triton.jit
 def frequency_of(part, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """The frequency of a part: 3 bits each, 16 parts a word (see ``config.dct_constants``)."""
+    """The frequency of a part, from words of 16 parts with 3 bits each (see ``config.Dct``)."""
     word = tl.where(part < 16, tl.full((), LOW, tl.int64), tl.full((), HIGH, tl.int64))
     return ((word >> (3 * (part % 16)).to(tl.int64)) & 7).to(tl.int32)
 
 
 @triton.jit
 def block_factor(x, n, STRIDE: tl.constexpr, FIRST: tl.constexpr, N: tl.constexpr, ALPHA: tl.constexpr):
-    """alpha[m, n] for a part's block frequency x and blocks n, which are among FIRST, FIRST + STRIDE, ...; 0 for n >= N. Out of
-    a table of constants, ALPHA[x * N + n]: a cosine as exact as a factor must be that a whole sum shares would take float64,
-    and as long as some hundred products."""
+    """alpha[m, n] = ALPHA[x * N + n] for a part's block frequency x and blocks n among FIRST, FIRST + STRIDE, ...; 0 for n >= N.
+
+    A table of constants, because the factor scales a whole sum and must be exact: a cosine in float64 would cost as much as
+    hundreds of products."""
     factor = n.to(tl.float32) * 0.0
     for k in tl.static_range(FIRST, N, STRIDE):
         for i in tl.static_range(len(ALPHA) // N):
@@ -64,12 +73,12 @@ def block_factor(x, n, STRIDE: tl.constexpr, FIRST: tl.constexpr, N: tl.constexp
 
 
 @triton.jit
-def grid_factor(frequency, position, size):
-    """beta[m, l] of profile ``official``: the DCT over 6 cells carried back to ``size`` tokens by adaptive average pooling."""
+def grid_factor(frequency, position, num_tokens):
+    """beta[m, l] of profile ``official``: the DCT over 6 cells, mapped back to tokens by adaptive average pooling."""
     factor = position.to(tl.float32) * 0.0
     for cell in tl.static_range(6):
-        start = (cell * size) // 6
-        end = ((cell + 1) * size + 5) // 6
+        start = (cell * num_tokens) // 6
+        end = ((cell + 1) * num_tokens + 5) // 6
         share = cell_cosine(frequency, cell) / tl.maximum(end - start, 1).to(tl.float64)
         factor += tl.where((position >= start) & (position < end), share.to(tl.float32), 0.0)
     return factor
@@ -85,8 +94,8 @@ def cell_cosine(frequency, CELL: tl.constexpr):
 
 @triton.jit
 def token_scale(y, length, SCALE: tl.constexpr):
-    """What beta[b, m, l] is for y = 0, and else the cosine's factor: 6 / sqrt(N l) (sqrt 2 if y > 0 else 1) / sqrt l, and 0 where
-    the sentence has no such frequency. A scalar, like y and ``length``. SCALE: 6 / sqrt N."""
+    """6 / sqrt(N l) (sqrt 2 if y > 0 else 1) / sqrt l: beta[b, m, l] for y = 0, and otherwise the cosine's factor; 0 if the
+    sentence has no such frequency. SCALE: 6 / sqrt N. y and ``length`` are scalars."""
     one = tl.full((), SCALE, tl.float64)
     two = tl.full((), SCALE * 1.4142135623730951, tl.float64)
     scale = tl.where(y > 0, two, one) / tl.maximum(length, 1).to(tl.float64)
@@ -94,20 +103,28 @@ def token_scale(y, length, SCALE: tl.constexpr):
 
 
 @triton.jit
-def token_factor(y, rank, position, length, size, scale, OFFICIAL: tl.constexpr):
-    """beta[b, m, l] for one part's token frequency. rank, position: tokens; length (real tokens), size (L), scale: scalars."""
+def token_factor(y, rank, position, length, num_tokens, scale, OFFICIAL: tl.constexpr):
+    """beta[b, m, l] for one part's token frequency. rank, position: per token; length (real tokens), num_tokens (L), scale:
+    scalars."""
     if OFFICIAL:
-        return grid_factor(y, position, size)
+        return grid_factor(y, position, num_tokens)
     else:
         factor = rank.to(tl.float32) * 0.0 + scale
-        if y != 0:  # half of the usual parts have y = 0, and a cosine is a third of a token's instructions
+        if y != 0:  # about half of the parts have y = 0, and a cosine is a third of the instructions per token
             factor = quarter_cosine(y * (2 * rank + 1), length, tl.float32) * scale
         return factor
 
 
+# ---------------------------------------------------------------- blocks dealt to warps
+
+
 @triton.jit
-def row_pointers(p_hidden, j: tl.constexpr, i_g, NUM: tl.constexpr, GROUPS: tl.constexpr, PER: tl.constexpr):
-    """Where block i_g * PER + j lies, for each row's i_g. A tuple of pointers has no address, so the pointer is selected."""
+def row_pointers(p_hidden, j: tl.constexpr, i_g, DEAL: tl.constexpr):
+    """The pointer to block i_g * per_group + j, for each row's i_g. A tuple of pointers has no address to index, so the
+    pointer is selected."""
+    NUM: tl.constexpr = DEAL.num_blocks
+    GROUPS: tl.constexpr = DEAL.groups
+    PER: tl.constexpr = DEAL.per_group
     pointers = tl.broadcast_to(p_hidden[j], i_g.shape)
     for g in tl.static_range(1, GROUPS):
         pointers = tl.where(i_g == g, p_hidden[min(g * PER + j, NUM - 1)], pointers)
@@ -116,34 +133,37 @@ def row_pointers(p_hidden, j: tl.constexpr, i_g, NUM: tl.constexpr, GROUPS: tl.c
 
 @triton.jit
 def sum_slots(values, GROUPS: tl.constexpr, SLOTS: tl.constexpr):
-    """[GROUPS * SLOTS, BLOCK_D] -> [GROUPS, BLOCK_D]: inside a warp."""
+    """[GROUPS * SLOTS, BLOCK_D] -> [GROUPS, BLOCK_D], inside a warp."""
     return tl.sum(tl.reshape(values, [GROUPS, SLOTS, values.shape[1]]), axis=1)
 
 
 @triton.jit
 def across_groups(tokens, GROUPS: tl.constexpr):
-    """[SLOTS] -> [GROUPS * SLOTS]: every group of blocks sees the same tokens."""
+    """[SLOTS] -> [GROUPS * SLOTS]: every group of blocks reads the same tokens."""
     SLOTS: tl.constexpr = tokens.shape[0]
     return tl.reshape(tl.broadcast_to(tokens[None, :], [GROUPS, SLOTS]), [GROUPS * SLOTS])
 
 
+# ---------------------------------------------------------------- real tokens
+
+
 @triton.jit
-def real_span(p_mask, stride_mask, size, SCAN: tl.constexpr):
-    """(first, end, count) of a mask row of ``size`` tokens: real tokens lie in [first, end), ``count`` of them."""
-    first = size
-    end = size * 0
-    count = size * 0
-    for start in range(0, size, SCAN):
+def real_span(p_mask, stride_mask, num_tokens):
+    """(first, end, count) of a mask row: its ``count`` real tokens lie in [first, end)."""
+    first = num_tokens
+    end = num_tokens * 0
+    count = num_tokens * 0
+    for start in range(0, num_tokens, SCAN):
         o_l = start + tl.arange(0, SCAN)  # [SCAN]
-        real = tl.load(p_mask + o_l.to(tl.int64) * stride_mask, mask=o_l < size, other=0) != 0
+        real = tl.load(p_mask + o_l.to(tl.int64) * stride_mask, mask=o_l < num_tokens, other=0) != 0
         count += tl.sum(real.to(tl.int32), axis=0)
-        first = tl.minimum(first, tl.min(tl.where(real, o_l, size), axis=0))
+        first = tl.minimum(first, tl.min(tl.where(real, o_l, num_tokens), axis=0))
         end = tl.maximum(end, tl.max(tl.where(real, o_l + 1, 0), axis=0))
     return first, end, count
 
 
 @triton.jit
-def real_before(p_mask, stride_mask, stop, SCAN: tl.constexpr):
+def real_before(p_mask, stride_mask, stop):
     """How many of a mask row's first ``stop`` tokens are real."""
     count = stop * 0
     for start in range(0, stop, SCAN):
@@ -154,8 +174,8 @@ def real_before(p_mask, stride_mask, stop, SCAN: tl.constexpr):
 
 
 @triton.jit
-def sentence_at(p_cu_seqlens, num_sentences, token, SCAN: tl.constexpr):
-    """The packed sentence that holds ``token``: as many sentences have ended by then."""
+def sentence_at(p_cu_seqlens, num_sentences, token):
+    """The packed sentence that holds ``token``: the number of sentences that have ended by then."""
     ended = num_sentences * 0
     for start in range(0, num_sentences, SCAN):
         o_b = start + tl.arange(0, SCAN)  # [SCAN]
@@ -167,23 +187,67 @@ def sentence_at(p_cu_seqlens, num_sentences, token, SCAN: tl.constexpr):
 
 @triton.jit
 def pooling_weight(position, first, end, length, POOLING: tl.constexpr):
-    """w[b, l] at real tokens. position: tokens; first, end: the sentence's real span; length: its real tokens."""
+    """w[b, l] at real tokens. position: per token; first, end: the sentence's real span; length: its real tokens."""
     if POOLING == "mean":
         return tl.div_rn(1.0, length.to(tl.float32)) + position.to(tl.float32) * 0.0
     elif POOLING == "cls":
         return (position == first).to(tl.float32)
-    else:
+    elif POOLING == "last":
         return (position == end - 1).to(tl.float32)
+    else:
+        tl.static_assert(False, "unknown pooling")
+
+
+# ---------------------------------------------------------------- activations
+
+
+@triton.jit
+def tanh(x):
+    """tanh to about 2 ulp: a polynomial near 0, where 1 - exp would cancel, and the exponential elsewhere."""
+    s = x * x
+    q = -5.59978503728e-3
+    q = q * s + 2.05369719979e-2
+    q = q * s - 5.37042774388e-2
+    q = q * s + 0.133309171694
+    q = q * s - 0.333332514473
+    q = q * s + 0.999999995461
+    t = tl.exp(-2.0 * tl.abs(x))
+    far = tl.div_rn(1.0 - t, 1.0 + t)
+    return tl.where(s < 0.4, x * q, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "tanh":
+        return tanh(x)
+    elif ACTIVATION == "relu":
+        return tl.where(x < 0.0, 0.0, x)  # keeps NaN, as torch.relu does
+    else:
+        tl.static_assert(False, "unknown activation")
+
+
+@triton.jit
+def slope(s, ACTIVATION: tl.constexpr):
+    """The activation's derivative, from its output s."""
+    if ACTIVATION == "tanh":
+        return 1.0 - s * s
+    elif ACTIVATION == "relu":
+        return tl.where(s > 0.0, 1.0, 0.0)
+    else:
+        tl.static_assert(False, "unknown activation")
+
+
+# ---------------------------------------------------------------- programmatic dependent launch
 
 
 @triton.jit
 def allow_next_launch():
-    """The next kernel may be launched once every program of this one has come here or ended."""
+    """Lets the next kernel start once every program of this one has called this or ended."""
     tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_previous():
-    """Until the kernel launched before this one has ended and what it wrote can be read. Nothing that depends on it may be
-    read, and nothing at all written, ahead of this."""
+    """Waits until the previous kernel has ended and its stores are visible. Before this, load nothing that it writes, and
+    store nothing."""
     tl.extra.cuda.gdc_wait()

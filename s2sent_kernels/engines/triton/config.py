@@ -1,6 +1,7 @@
-"""The kernels' configurations: one small table, a function of N, D, M, H and dtype. Most of what stands here decides the order of
-summation too, so a change of it changes bits, and none of that may depend on B or L; the gate's tile, over which nothing is
-summed, may.
+"""The kernels' configurations: one small table, a function of N, D, M, H and dtype.
+
+Most entries fix the order of summation: changing one changes bits, and they must not depend on B or L. The gate's tile is
+the exception: no sum crosses it.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from typing import NamedTuple
 
 import torch
 
-from .. import dct
+from ...formula import dct
 
-CHUNK = 512  # tokens that one running sum takes, a multiple of every tile: longer sentences sum chunks of it
-SCAN = 256  # mask tokens, or sentence ends, looked at at once
-BACKWARD_AHEAD = 4  # blocks whose rows of g and dp squeeze's backward asks for at once
+CHUNK = 512  # tokens in a sum chunk, which bounds the rounding of a running sum; a multiple of every tile
+SCAN = 256  # mask tokens, or sentence ends, that are loaded at once
+BACKWARD_AHEAD = 4  # blocks whose rows of g and dp squeeze's backward loads before it stores
 GATE_PROGRAMS = 132  # fewer would leave multiprocessors of the largest GPUs idle
-MAX_BOTTLENECK = 256  # the widest bottleneck that the fused gate holds on chip
+MAX_BOTTLENECK = 256  # H, the widest bottleneck that the gate kernel keeps on chip
 
 
 class Tile(NamedTuple):
@@ -29,20 +30,32 @@ class Tile(NamedTuple):
 
 
 class SumTile(NamedTuple):
-    """rows x slots tokens x features that a warp sums at once; ``slots`` tokens lie side by side in its threads. ``stages``
-    tiles are in flight or in use."""
+    """rows x slots tokens x features that a warp adds to its running sums at once."""
 
     rows: int
-    slots: int
+    slots: int  # tokens side by side in a warp's threads
     block_d: int
-    stages: int
+    stages: int  # tiles in flight or in use
 
 
 class Deal(NamedTuple):
     """N blocks dealt to the warps of a program that sums over tokens."""
 
+    num_blocks: int  # N
     groups: int  # warps, a power of two
     per_group: int  # neighbouring blocks of a warp; the last group may have fewer
+
+
+class Dct(NamedTuple):
+    """The DCT of a profile, N and M as constants in the kernels."""
+
+    x_low: int  # block frequencies of parts 0 to 15, 3 bits each (none is over 6)
+    x_high: int  # of parts 16 to 31
+    y_low: int  # token frequencies, likewise
+    y_high: int
+    alpha: tuple[float, ...]  # of every x and n, x major
+    scale: float  # of beta, without the sentence's length
+    official: bool  # profile "official": beta over a grid of all positions, padding included
 
 
 class GateTile(NamedTuple):
@@ -50,15 +63,15 @@ class GateTile(NamedTuple):
     block_d: int  # features of every block
     block_h: int  # bottleneck, padded
     pieces: tuple[int, ...]  # blocks side by side in one product
-    starts: tuple[int, ...]
+    starts: tuple[int, ...]  # the first block of each piece
     unroll: int  # feature tiles of t, W1's products with f, in flight
-    ahead: bool  # all of the program's W2 at once, asked for before squeeze has ended
+    ahead: bool  # load all of the program's W2 before squeeze has ended
     num_warps: int
 
 
 class GateBackwardTile(NamedTuple):
     sentences: int
-    block_d: int  # features, of every block
+    block_d: int  # features of every block
     block_k: int  # of the bottleneck at a time
     block_h: int  # bottleneck, padded
     num_warps: int
@@ -85,21 +98,21 @@ GATE_BACKWARD = GateBackwardTiles()
 
 
 def _features(part: int, widest: int) -> int:
-    """Features of a tile inside a part of ``part`` features: as many as ``widest``, or fewer where that wastes fewer lanes;
-    rows under 64 bytes waste memory transactions instead."""
+    """Features of a tile inside a part of ``part`` features: ``widest``, or fewer if that wastes fewer lanes. Rows under
+    64 bytes would waste memory transactions instead."""
     candidates = [width for width in (128, 64, 32) if width <= widest]
     return 16 if part <= 16 else min(candidates, key=lambda width: (-(-part // width) * width, -width))
 
 
 def deal(num_blocks: int) -> Deal:
-    """Three blocks a warp, or the fewest that sixteen warps manage."""
+    """Three blocks a warp, or the fewest with which sixteen warps cover all."""
     groups = min(16, 1 << (max(1, -(-num_blocks // 3)) - 1).bit_length())
-    return Deal(groups, -(-num_blocks // groups))
+    return Deal(num_blocks, groups, -(-num_blocks // groups))
 
 
 def _sum_tile(width: int, vector: int, groups: int, loads: int, stages: int) -> SumTile:
-    """``loads`` loads of ``vector`` elements a thread, fewer for so many warps that the tiles in flight would not fit the shared
-    memory of the smallest GPUs, 99 KB; as many slots as rows of ``block_d`` features fill a warp."""
+    """A tile with ``loads`` loads of ``vector`` elements a thread, or fewer if there are so many warps that the tiles in
+    flight would exceed the smallest GPUs' shared memory, 99 KB. Its slots fill a warp with rows of ``block_d`` features."""
     block_d = _features(width, 64)
     return SumTile(max(1, min(loads, 16 // groups)), max(1, 32 * vector // block_d), block_d, stages)
 
@@ -108,19 +121,19 @@ def squeeze(part: int, vector: int, groups: int) -> SumTile:
     return _sum_tile(part, vector, groups, 2, 4)
 
 
-def num_tiles(size: int, frequencies: int, vector: int) -> int:
-    """Feature tiles of squeeze: those of a part for every part."""
-    part = size // frequencies
+def num_tiles(hidden_size: int, frequencies: int, vector: int) -> int:
+    """Feature tiles of squeeze: those of a part, for every part."""
+    part = hidden_size // frequencies
     return frequencies * -(-part // squeeze(part, vector, 1).block_d)
 
 
 def bottleneck_rows(groups: int) -> int:
-    """Rows of W1 that so many warps of squeeze multiply at a time with their features' f."""
+    """Rows of W1 that ``groups`` warps of squeeze multiply with f at a time."""
     return min(64, 32 * groups)
 
 
-def fuse_backward(size: int, vector: int, groups: int) -> SumTile:
-    return _sum_tile(size, vector, groups, 4, 3)
+def fuse_backward(hidden_size: int, vector: int, groups: int) -> SumTile:
+    return _sum_tile(hidden_size, vector, groups, 4, 3)
 
 
 def squeeze_backward(part: int, num_blocks: int, vector: int) -> Tile:
@@ -129,20 +142,23 @@ def squeeze_backward(part: int, num_blocks: int, vector: int) -> Tile:
     return Tile(max(1, loads * 32 * vector // block_d), block_d, 1)
 
 
-def fuse(size: int, num_blocks: int, vector: int) -> Tile:
-    """A program has a load of every block in flight: more blocks, fewer loads of each, or the registers spill."""
+def fuse(hidden_size: int, num_blocks: int, vector: int) -> Tile:
+    """A program has loads of every block in flight. With more blocks each gets fewer, or registers would spill."""
     loads = 4 if num_blocks <= 6 else 2 if num_blocks <= 12 else 1
-    block_d = _features(size, 128)
+    block_d = _features(hidden_size, 128)
     return Tile(max(1, loads * 128 * vector // block_d), block_d, 4)
 
 
-def gate(num_blocks: int, bottleneck: int, size: int, batch: int) -> GateTile:
-    """Few sentences want many programs of few features: a program's instructions, one after another, are its time. Many
-    sentences want W2 read by few. Bits do not depend on it: no sum runs over features or sentences, and the one over blocks is
-    halved piece by piece."""
+def gate(num_blocks: int, bottleneck: int, hidden_size: int, num_sentences: int) -> GateTile:
+    """Few sentences: many programs of few features, because a program's latency is the kernel's time. Many sentences: few
+    programs, so that W2 is read less often.
+
+    The choice does not change bits: no sum crosses features or sentences, and the sum over blocks is halved piece by piece.
+    """
     block_h = max(16, 1 << (bottleneck - 1).bit_length())
-    ahead = block_h * num_blocks <= 64 * 24  # registers
-    widest = 1 << (num_blocks if ahead else max(1, 512 // block_h)).bit_length() - 1  # by shared memory
+    ahead = block_h * num_blocks <= 64 * 24  # fits the register file
+    widest_by_shared_memory = max(1, 512 // block_h)
+    widest = 1 << (num_blocks if ahead else widest_by_shared_memory).bit_length() - 1
     pieces: list[int] = []
     while sum(pieces) < num_blocks:
         pieces.append(min(1 << (num_blocks - sum(pieces)).bit_length() - 1, widest))
@@ -150,16 +166,16 @@ def gate(num_blocks: int, bottleneck: int, size: int, batch: int) -> GateTile:
     sentences = 16
     # The narrowest product needs more columns than rows, or the compiler gives every warp all of it.
     few, many = max(4, 32 // pieces[-1]), max(4, min(32, 64 // pieces[-1]))
-    if -(-batch // sentences) * -(-size // many) < GATE_PROGRAMS:
+    if -(-num_sentences // sentences) * -(-hidden_size // many) < GATE_PROGRAMS:
         return GateTile(sentences, few, block_h, tuple(pieces), starts, 12, ahead, 4)
     return GateTile(sentences, many, block_h, tuple(pieces), starts, 4, False, 4)
 
 
 def gate_backward(num_blocks: int, bottleneck: int) -> GateBackwardTile | None:
-    """All blocks' features side by side are the columns of one product. None where so many columns do not fit on chip.
+    """All blocks' features side by side are the columns of one product. None if so many columns do not fit on chip.
 
-    The bottleneck is padded to two steps of block_k at least: without a loop the compiler sees one product feed another, lets
-    every warp compute all columns, and spills.
+    The bottleneck is padded to at least two steps of block_k: without a loop the compiler sees one product feed another,
+    makes every warp compute all columns, and spills.
     """
     block_h = max(32, 1 << (bottleneck - 1).bit_length())
     columns = 128 if block_h <= 128 else 64
@@ -170,16 +186,21 @@ def gate_backward(num_blocks: int, bottleneck: int) -> GateBackwardTile | None:
 
 
 @functools.cache
-def dct_constants(num_blocks: int, frequencies: int, profile: str) -> dict[str, object]:
-    """The DCT as constants for the kernels. The parts' frequencies, 3 bits each (none is over 6), 16 parts a word; alpha of every
-    x and n, x major; the token factor's scale without the sentence's length."""
-    constants: dict[str, object] = {}
+def dct_constants(num_blocks: int, frequencies: int, profile: str) -> Dct:
+    """The constants of a ``profile``, which is validated here."""
     pairs = dct.frequency_pairs(num_blocks, frequencies, profile)
-    for axis, values in zip("XY", zip(*pairs, strict=True), strict=True):
-        for half, first in (("LOW", 0), ("HIGH", 16)):
-            constants[f"{axis}_{half}"] = sum(k << 3 * i for i, k in enumerate(values[first : first + 16]))
+    x, y = zip(*pairs, strict=True)
     alpha = dct.block_basis(num_blocks, frequencies, profile, torch.device("cpu")).tolist()
-    by_frequency = {x: factors for (x, _), factors in zip(pairs, alpha, strict=True)}
+    by_frequency = dict(zip(x, alpha, strict=True))
     absent = [0.0] * num_blocks
-    table = [by_frequency.get(x, absent) for x in range(max(by_frequency) + 1)]
-    return constants | {"ALPHA": tuple(itertools.chain(*table)), "SCALE": dct.GRID / num_blocks**0.5}
+    table = [by_frequency.get(frequency, absent) for frequency in range(max(x) + 1)]
+    return Dct(
+        *(_packed(x[:16]), _packed(x[16:]), _packed(y[:16]), _packed(y[16:])),
+        alpha=tuple(itertools.chain(*table)),
+        scale=dct.GRID / num_blocks**0.5,
+        official=profile == "official",
+    )
+
+
+def _packed(frequencies: tuple[int, ...]) -> int:
+    return sum(frequency << 3 * i for i, frequency in enumerate(frequencies))

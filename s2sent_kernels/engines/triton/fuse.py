@@ -4,18 +4,18 @@ v[b,l,d] = sum_n g[b,n,d] u_n[b,l,d], blocks ascending, 0 at padding
 dg[b,n,d] = sum_l dv[b,l,d] u_n[b,l,d] over real tokens, in the order of summation of squeeze
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...formula.call import Batch
 from . import config
 from .common import real_span, row_pointers, sentence_at, sum_slots, wait_for_previous
-from .launch import FUSE_MULTIPLY_ADD, HiddenStates, dense, device_of, early, launches_overlap, mask_arguments
+from .launch import FUSE_MULTIPLY_ADD, HiddenStates, Mask, dense, device_of, early, launches_overlap
 
-_RUNTIME = ["size", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l", "num_sentences"]
+_RUNTIME = ["num_tokens", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l"]
+# Their alignment must not select another variant, which could sum in another order.
 _UNALIGNED = ["p_mask", "p_cu_seqlens"]
 
 
@@ -31,14 +31,14 @@ def weighted_sum(p_hidden, p_gates, o_u, o_d, m_row, m_d, i_b, N: tl.constexpr, 
     return tl.where(m_u, v, 0.0)  # a gate that is NaN must not reach padding
 
 
-@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_UNALIGNED)
+@triton.jit(do_not_specialize=[*_RUNTIME, "num_sentences"], do_not_specialize_on_alignment=_UNALIGNED)
 def fuse_kernel(
     p_hidden,  # N pointers to [B, L, D] or [T, D]
-    p_gates,  # [B, N, D] float32
+    p_gates,  # g [B, N, D] float32
     p_mask,  # [B, L] or None
     p_cu_seqlens,  # [B + 1] or None
-    p_fused,  # like a hidden state, contiguous
-    size,  # L, or T for packed batches
+    p_fused,  # v like a hidden state, contiguous
+    num_tokens,  # L, or T for packed batches
     stride_b,  # of a hidden state, in units of VEC elements
     stride_l,
     stride_mask_b,
@@ -49,7 +49,6 @@ def fuse_kernel(
     VEC: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SCAN: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -62,42 +61,58 @@ def fuse_kernel(
     if OVERLAP:
         wait_for_previous()
     if p_cu_seqlens is not None:
-        # A tile of packed tokens touches one sentence or several: each writes its own rows.
+        # A tile of packed tokens may hold rows of several sentences, which are written one sentence after another.
         start = (i_row * TOKENS).to(tl.int32)
         o_t = start + tl.arange(0, TOKENS)  # [TOKENS] row of the packed batch
         o_u = o_t.to(tl.int64)[:, None] * stride_l + o_d[None, :]
         o_v = o_t.to(tl.int64)[:, None] * D + o_d[None, :]
-        sentence = sentence_at(p_cu_seqlens, num_sentences, start, SCAN)
+        sentence = sentence_at(p_cu_seqlens, num_sentences, start)
         begin = tl.load(p_cu_seqlens + sentence)
         while (sentence < num_sentences) & (begin < start + TOKENS):
             stop = tl.load(p_cu_seqlens + sentence + 1)
-            m_row = (o_t >= begin) & (o_t < stop) & (o_t < size)
+            m_row = (o_t >= begin) & (o_t < stop) & (o_t < num_tokens)
             v = weighted_sum(p_hidden, p_gates, o_u, o_d, m_row, m_d, sentence.to(tl.int64), N, D)
             tl.store(p_fused + o_v, v.to(p_fused.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
             begin = stop
             sentence += 1
     else:
-        tiles_l = (size + TOKENS - 1) // TOKENS
+        tiles_l = (num_tokens + TOKENS - 1) // TOKENS
         i_b = i_row // tiles_l
         o_l = (i_row % tiles_l).to(tl.int32) * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
-        m_l = o_l < size
+        m_l = o_l < num_tokens
         real = m_l
         if p_mask is not None:
             p_mask_row = p_mask + i_b * stride_mask_b
             real = tl.load(p_mask_row + o_l.to(tl.int64) * stride_mask_l, mask=m_l, other=0) != 0
         o_u = i_b * stride_b + o_l.to(tl.int64)[:, None] * stride_l + o_d[None, :]
         v = weighted_sum(p_hidden, p_gates, o_u, o_d, real, m_d, i_b, N, D)
-        o_v = (i_b * size + o_l.to(tl.int64))[:, None] * D + o_d[None, :]
+        o_v = (i_b * num_tokens + o_l.to(tl.int64))[:, None] * D + o_d[None, :]
         tl.store(p_fused + o_v, v.to(p_fused.dtype.element_ty), mask=m_l[:, None] & m_d[None, :])
 
 
 @triton.jit
 def sum_products(
-    p_hidden, p_dv, p_mask_row, o_row, o_dv_row, o_d, m_d, first, end, stride_l, stride_dv_l, stride_mask_l, N: tl.constexpr,
-    GROUPS: tl.constexpr, PER: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
-    READ_MASK: tl.constexpr,
-):  # fmt: skip
-    """Running sums of dv u over tokens [first, end): PER tensors [GROUPS * SLOTS, BLOCK_D]."""
+    p_hidden,  # tuple of pointers
+    p_dv,
+    p_mask_row,  # with READ_MASK
+    rows,  # (o_row, o_dv_row): the sentence's first row, in a hidden state and in dv
+    features,  # (o_d, m_d): [BLOCK_D] each
+    span,  # (first, end): the tokens to sum
+    strides,  # (of a hidden state's tokens, of dv's, of the mask's)
+    DEAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    READ_MASK: tl.constexpr,  # else every token is real
+):
+    """Running sums of dv u over the tokens of ``span``: ``per_group`` tensors [GROUPS * SLOTS, BLOCK_D]."""
+    N: tl.constexpr = DEAL.num_blocks
+    GROUPS: tl.constexpr = DEAL.groups
+    PER: tl.constexpr = DEAL.per_group
+    o_row, o_dv_row = rows
+    o_d, m_d = features
+    first, end = span
+    stride_l, stride_dv_l, stride_mask_l = strides
     o_r = tl.arange(0, GROUPS * SLOTS)  # [GROUPS * SLOTS] row of a tile: (GROUPS, SLOTS)
     i_g = o_r // SLOTS
     sums = (tl.zeros([GROUPS * SLOTS, o_d.shape[0]], tl.float32),) * PER
@@ -114,7 +129,7 @@ def sum_products(
             new_sums = ()
             for j in tl.static_range(PER):
                 m_u = m_dv if GROUPS * PER == N else m_dv & (i_g * PER + j < N)[:, None]
-                p_u = row_pointers(p_hidden, j, i_g, N, GROUPS, PER)
+                p_u = row_pointers(p_hidden, j, i_g, DEAL)
                 u = tl.load(p_u[:, None] + o_u, mask=m_u, other=0.0, eviction_policy="evict_first")
                 new_sums = new_sums + (tl.fma(dv, u.to(tl.float32), sums[j]),)
             sums = new_sums
@@ -125,28 +140,29 @@ def sum_products(
 def fuse_backward_kernel(
     p_hidden,  # N pointers to [B, L, D] or [T, D]
     p_dv,  # like a hidden state
-    p_mask,
-    p_cu_seqlens,
-    p_dgates,  # [B, N, D] float32
-    size,
+    p_mask,  # [B, L] or None
+    p_cu_seqlens,  # [B + 1] or None
+    p_dgates,  # dg [B, N, D] float32
+    num_tokens,  # L
     stride_b,  # of a hidden state, in units of VEC elements
     stride_l,
     stride_dv_b,
     stride_dv_l,
     stride_mask_b,
     stride_mask_l,
-    N: tl.constexpr,
     D: tl.constexpr,
     VEC: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PER: tl.constexpr,
-    ROWS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SCAN: tl.constexpr,
-    STAGES: tl.constexpr,
+    DEAL: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """A program takes one sentence and one tile of features, its blocks dealt to the warps as in squeeze."""
+    """A program computes one sentence and one tile of features, its blocks dealt to the warps as in squeeze."""
+    N: tl.constexpr = DEAL.num_blocks
+    GROUPS: tl.constexpr = DEAL.groups
+    PER: tl.constexpr = DEAL.per_group
+    ROWS: tl.constexpr = TILE.rows
+    SLOTS: tl.constexpr = TILE.slots
+    STAGES: tl.constexpr = TILE.stages
+    BLOCK_D: tl.constexpr = TILE.block_d
     TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     index = tl.program_id(0).to(tl.int64)
     stride_b = stride_b.to(tl.int64) * VEC  # in units of a load, so that the compiler knows what divides them
@@ -156,33 +172,31 @@ def fuse_backward_kernel(
     o_d = (index % TILES).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     i_b = index // TILES
     m_d = o_d < D
-    o_row = i_b * stride_b
-    o_dv_row = i_b * stride_dv_b
+    features = (o_d, m_d)
+    rows = (i_b * stride_b, i_b * stride_dv_b)
+    strides = (stride_l, stride_dv_l, stride_mask_l)
     if p_mask is not None:
         p_mask_row = p_mask + i_b * stride_mask_b
-        first, end, length = real_span(p_mask_row, stride_mask_l, size, SCAN)
+        first, end, length = real_span(p_mask_row, stride_mask_l, num_tokens)
+        span = (first, end)
         if end - first != length:  # holes: the mask is read too, so fewer rows at once, or registers spill on sm_80
+            FEWER: tl.constexpr = ROWS // 2 if ROWS > 1 else 1
             sums = sum_products(
-                p_hidden, p_dv, p_mask_row, o_row, o_dv_row, o_d, m_d, first, end, stride_l, stride_dv_l, stride_mask_l,
-                N, GROUPS, PER, ROWS // 2 if ROWS > 1 else 1, SLOTS, 1, True,
-            )  # fmt: skip
+                p_hidden, p_dv, p_mask_row, rows, features, span, strides, DEAL, FEWER, SLOTS, 1, READ_MASK=True
+            )
         else:
             sums = sum_products(
-                p_hidden, p_dv, p_mask_row, o_row, o_dv_row, o_d, m_d, first, end, stride_l, stride_dv_l, stride_mask_l,
-                N, GROUPS, PER, ROWS, SLOTS, STAGES, False,
-            )  # fmt: skip
+                p_hidden, p_dv, p_mask_row, rows, features, span, strides, DEAL, ROWS, SLOTS, STAGES, READ_MASK=False
+            )
     else:
-        first = size * 0
-        end = size
+        span = (num_tokens * 0, num_tokens)
         if p_cu_seqlens is not None:
             begin = tl.load(p_cu_seqlens + i_b)
-            end = tl.load(p_cu_seqlens + i_b + 1) - begin
-            o_row = begin.to(tl.int64) * stride_l
-            o_dv_row = begin.to(tl.int64) * stride_dv_l
+            span = (num_tokens * 0, tl.load(p_cu_seqlens + i_b + 1) - begin)
+            rows = (begin.to(tl.int64) * stride_l, begin.to(tl.int64) * stride_dv_l)
         sums = sum_products(
-            p_hidden, p_dv, None, o_row, o_dv_row, o_d, m_d, first, end, stride_l, stride_dv_l, stride_mask_l,
-            N, GROUPS, PER, ROWS, SLOTS, STAGES, False,
-        )  # fmt: skip
+            p_hidden, p_dv, None, rows, features, span, strides, DEAL, ROWS, SLOTS, STAGES, READ_MASK=False
+        )
     for j in tl.static_range(PER):
         n = tl.arange(0, GROUPS)[:, None] * PER + j  # [GROUPS, 1]
         o_n = (i_b * N + n) * D + o_d[None, :]
@@ -192,51 +206,54 @@ def fuse_backward_kernel(
 # ---------------------------------------------------------------- launchers
 
 
-def fuse(
-    hidden_states: Sequence[Tensor], gates: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
-) -> Tensor:
+def fuse(batch: Batch, gates: Tensor) -> Tensor:
     """v like a hidden state."""
-    first, packed = hidden_states[0], cu_seqlens is not None
-    fused = first.new_empty(first.shape)
+    fused = batch.hidden_states[0].new_empty(batch.shape)
     if fused.numel() == 0:
         return fused
-    hidden = HiddenStates.of(hidden_states, packed, 1)
-    mask, stride_mask_b, stride_mask_l = mask_arguments(attention_mask)
-    tile = config.fuse(hidden.size, len(hidden_states), hidden.vector)
-    overlap = launches_overlap(fused.device)
-    rows = triton.cdiv(hidden.length, tile.tokens) * (1 if packed else first.shape[0])
+    hidden = HiddenStates.of(batch.hidden_states, batch.packed, 1)
+    tile = config.fuse(hidden.hidden_size, batch.num_blocks, hidden.vector)
+    overlap = launches_overlap(batch.device)
+    rows = triton.cdiv(hidden.num_tokens, tile.tokens) * (1 if batch.packed else batch.num_sentences)
     with device_of(fused):
-        fuse_kernel[(rows * triton.cdiv(hidden.size, tile.block_d),)](
-            hidden.tensors, dense(gates, torch.float32), mask, dense(cu_seqlens), fused, hidden.length,
-            hidden.stride_b, hidden.stride_l, stride_mask_b, stride_mask_l,
-            0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-            N=len(hidden_states), D=hidden.size, VEC=hidden.vector, TOKENS=tile.tokens, BLOCK_D=tile.block_d,
-            SCAN=config.SCAN, OVERLAP=overlap, num_warps=tile.num_warps, enable_fp_fusion=FUSE_MULTIPLY_ADD,
+        fuse_kernel[(rows * triton.cdiv(hidden.hidden_size, tile.block_d),)](
+            **hidden.arguments(),
+            **Mask.of(batch).arguments(),
+            p_gates=dense(gates, torch.float32),
+            p_fused=fused,
+            num_sentences=batch.num_sentences if batch.packed else 0,
+            N=batch.num_blocks,
+            TOKENS=tile.tokens,
+            BLOCK_D=tile.block_d,
+            OVERLAP=overlap,
+            num_warps=tile.num_warps,
+            enable_fp_fusion=FUSE_MULTIPLY_ADD,
             **early(overlap),
-        )  # fmt: skip
+        )
     return fused
 
 
-def fuse_backward(
-    grad_fused: Tensor, hidden_states: Sequence[Tensor], attention_mask: Tensor | None, cu_seqlens: Tensor | None
-) -> Tensor:
+def fuse_backward(grad_fused: Tensor, batch: Batch) -> Tensor:
     """dg [B, N, D] float32: one read of the hidden states and of dv."""
-    first, packed, num_blocks = hidden_states[0], cu_seqlens is not None, len(hidden_states)
-    hidden = HiddenStates.of(hidden_states, packed, 1)
-    grad = HiddenStates.of([grad_fused], packed, 1)
-    rows = first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dgates = first.new_empty(rows, num_blocks, hidden.size, dtype=torch.float32)
-    if rows == 0:
+    hidden = HiddenStates.of(batch.hidden_states, batch.packed, 1)
+    grad = HiddenStates.of([grad_fused], batch.packed, 1)
+    num_sentences, num_blocks = batch.num_sentences, batch.num_blocks
+    dgates = grad_fused.new_empty(num_sentences, num_blocks, hidden.hidden_size, dtype=torch.float32)
+    if num_sentences == 0:
         return dgates
-    mask, stride_mask_b, stride_mask_l = mask_arguments(attention_mask)
-    dealt = config.deal(num_blocks)
-    tile = config.fuse_backward(hidden.size, hidden.vector, dealt.groups)
+    deal = config.deal(num_blocks)
+    tile = config.fuse_backward(hidden.hidden_size, hidden.vector, deal.groups)
     with device_of(dgates):
-        fuse_backward_kernel[(rows * triton.cdiv(hidden.size, tile.block_d),)](
-            hidden.tensors, grad.tensors[0], mask, dense(cu_seqlens), dgates, hidden.length, hidden.stride_b,
-            hidden.stride_l, grad.stride_b, grad.stride_l, stride_mask_b, stride_mask_l,
-            N=num_blocks, D=hidden.size, VEC=hidden.vector, GROUPS=dealt.groups, PER=dealt.per_group, ROWS=tile.rows,
-            SLOTS=tile.slots, BLOCK_D=tile.block_d, SCAN=config.SCAN, STAGES=tile.stages, num_warps=dealt.groups,
+        fuse_backward_kernel[(num_sentences * triton.cdiv(hidden.hidden_size, tile.block_d),)](
+            **hidden.arguments(),
+            **Mask.of(batch).arguments(),
+            p_dv=grad.tensors[0],
+            p_dgates=dgates,
+            stride_dv_b=grad.stride_b,
+            stride_dv_l=grad.stride_l,
+            DEAL=deal,
+            TILE=tile,
+            num_warps=deal.groups,
             enable_fp_fusion=FUSE_MULTIPLY_ADD,
-        )  # fmt: skip
+        )
     return dgates

@@ -1,35 +1,36 @@
-"""What every launcher does before it launches: lay the hidden states out for the kernels, pass masks, guard the device."""
+"""What every launcher does before it launches: lay out the hidden states, pass the mask, guard the device."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from ..backend import triton_interprets
+from ...formula.call import Batch, Layout
+from .limits import triton_interprets
 
 _LOAD_BYTES = 16  # one 128-bit load
 
-# Left to itself the compiler turns a * b + c * d into either of two fused multiply-adds, and not always into the same one for
-# the masked, packed and single-block variants of a kernel: a sentence's bits would depend on which of them it met. The
-# kernels that promise bits fuse where they say tl.fma and nowhere else.
+# The compiler may turn a * b + c * d into either of two fused multiply-adds, and may decide differently for the masked,
+# packed and single-block variants of a kernel, so that a sentence's bits would depend on the variant. Kernels that promise
+# bits are compiled without this fusion and call tl.fma where they want it.
 FUSE_MULTIPLY_ADD = False
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """The tensor's device as the current one; Triton launches on that device's current stream."""
+    """Makes the tensor's device the current one; Triton launches on that device's current stream."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 @functools.cache
 def launches_overlap(device: torch.device) -> bool:
-    """Whether a kernel may be launched before the one ahead of it has ended (programmatic dependent launch, from sm_90 on):
-    it sets itself up and waits, which hides most of a launch. Unknown to the interpreter."""
+    """Whether a kernel may start before the previous one has ended (programmatic dependent launch, from sm_90 on). Its
+    prologue then hides most of the launch latency. The interpreter does not support it."""
     if triton_interprets():
         return False
     target = driver.active.get_current_target()
@@ -37,66 +38,90 @@ def launches_overlap(device: torch.device) -> bool:
 
 
 def early(overlap: bool) -> dict[str, bool]:
-    """The option that launches a kernel ahead of time, for backends that know it."""
+    """The launch option for programmatic dependent launch, absent where the backend does not know it."""
     return {"launch_pdl": True} if overlap else {}
 
 
-def mask_arguments(attention_mask: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """The mask as the kernels read it (nonzero is real), and its strides."""
-    if attention_mask is None:
-        return None, 0, 0
-    mask = attention_mask.view(torch.uint8) if attention_mask.dtype == torch.bool else attention_mask
-    return mask, mask.stride(0), mask.stride(1)
-
-
 def vector_of(features: int, dtype: torch.dtype) -> int:
-    """Elements of the widest load that a row of so many features allows: a power of two, 16 bytes at the most."""
+    """Elements of the widest load that rows of ``features`` elements allow: a power of two, at most 16 bytes."""
     return min(features & -features, _LOAD_BYTES // dtype.itemsize)
 
 
 def dense(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    """Contiguous, as the kernels index what is no hidden state and no mask; in ``dtype`` where given."""
+    """``tensor`` made contiguous, and cast to ``dtype`` if given. Kernels take strides for hidden states and masks only."""
     if tensor is None:
         return None
     return (tensor if dtype is None else tensor.to(dtype)).contiguous()
 
 
-@dataclass(frozen=True)
-class HiddenStates:
-    """N hidden states with common strides, rows that 128-bit loads can take, and the strides in units of ``vector``.
+class Mask(NamedTuple):
+    """Which tokens are real, as the kernels read it."""
 
-    Which loads a kernel uses, and so the order of its sums, must follow from D, M and the dtype alone. A tensor whose strides
-    or address do not allow the loads that D and M allow, or differ from the others', is therefore cloned.
+    attention_mask: Tensor | None  # [B, L], nonzero is real
+    cu_seqlens: Tensor | None  # [B + 1], contiguous
+
+    @staticmethod
+    def of(batch: Batch | Layout) -> Mask:
+        mask = batch.attention_mask
+        return Mask(
+            mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask, dense(batch.cu_seqlens)
+        )
+
+    def arguments(self) -> dict[str, object]:
+        mask = self.attention_mask
+        return {
+            "p_mask": mask,
+            "p_cu_seqlens": self.cu_seqlens,
+            "stride_mask_b": 0 if mask is None else mask.stride(0),
+            "stride_mask_l": 0 if mask is None else mask.stride(1),
+        }
+
+
+class HiddenStates(NamedTuple):
+    """N hidden states with common strides, in rows that 128-bit loads can read.
+
+    A kernel's load width, and so its order of summation, must follow from D, M and the dtype alone. A tensor whose strides
+    or address do not allow the width that D and M allow, or whose strides differ from the others', is therefore cloned.
     """
 
     tensors: tuple[Tensor, ...]
-    size: int  # D
-    length: int  # L, or T
-    stride_b: int
+    hidden_size: int  # D
+    num_tokens: int  # L, or T
+    stride_b: int  # in units of ``vector`` elements
     stride_l: int
     vector: int  # elements of a load
 
     @staticmethod
-    def of(hidden_states: Sequence[Tensor], packed: bool, frequencies: int) -> HiddenStates:
+    def of(hidden_states: Sequence[Tensor], packed: bool, parts: int) -> HiddenStates:
         first = hidden_states[0]
-        size = first.shape[-1]
-        vector = vector_of(size // frequencies, first.dtype)
+        hidden_size = first.shape[-1]
+        vector = vector_of(hidden_size // parts, first.dtype)
         tensors = tuple(hidden_states)
         if not all(u.is_contiguous() and u.data_ptr() % _LOAD_BYTES == 0 for u in tensors):
             tensors = _alike(tensors, vector)
         strides = _row_strides(tensors[0])
         stride_b, stride_l = (0, strides[0]) if packed else strides
-        length = first.shape[0] if packed else first.shape[1]
-        return HiddenStates(tensors, size, length, stride_b // vector, stride_l // vector, vector)
+        num_tokens = first.shape[0] if packed else first.shape[1]
+        return HiddenStates(tensors, hidden_size, num_tokens, stride_b // vector, stride_l // vector, vector)
+
+    def arguments(self) -> dict[str, object]:
+        return {
+            "p_hidden": self.tensors,
+            "num_tokens": self.num_tokens,
+            "stride_b": self.stride_b,
+            "stride_l": self.stride_l,
+            "D": self.hidden_size,
+            "VEC": self.vector,
+        }
 
 
 def _row_strides(tensor: Tensor) -> tuple[int, ...]:
-    """The strides of all but the last dimension; 0 where there is but one row, whose stride says nothing."""
+    """The strides of all but the last dimension, with 0 for a dimension of size 1, whose stride is arbitrary."""
     return tuple(0 if n <= 1 else stride for n, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True))
 
 
 def _alike(tensors: tuple[Tensor, ...], vector: int) -> tuple[Tensor, ...]:
-    """The tensors with the first one's strides where these suit, contiguous otherwise; what does not fit is cloned."""
+    """The tensors with common strides: the first one's if these allow full loads, else contiguous. Clones the others."""
     first = tensors[0]
     strides = _row_strides(first)
     if first.stride(-1) == 1 and not any(stride % vector for stride in strides):

@@ -2,7 +2,7 @@
 
     du_n[b,l,d] = g[b,n,d] dv[b,l,d] + w[b,l] dp[b,n,d] + alpha[m,n] beta[b,m,l] df[b,d]
 
-It reads no hidden state. A program takes a tile of tokens and of features that lie in one part, for all blocks.
+It reads no hidden state. A program writes a tile of tokens and of features that lie in one part, for all blocks.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import compute_dtype
+from ...formula.call import HiddenGradients, Layout, Reading, compute_dtype
 from . import config
 from .common import (
     block_factor,
@@ -24,60 +24,53 @@ from .common import (
     token_factor,
     token_scale,
 )
-from .launch import FUSE_MULTIPLY_ADD, HiddenStates, dense, device_of, mask_arguments, vector_of
+from .launch import FUSE_MULTIPLY_ADD, HiddenStates, Mask, dense, device_of, vector_of
 
-_RUNTIME = ["size", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l", "num_sentences"]
+_RUNTIME = ["num_tokens", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l", "num_sentences"]
+# Their alignment must not select another variant, which could sum in another order.
 _UNALIGNED = ["p_mask", "p_cu_seqlens"]
 
 
 @triton.jit
 def write_gradients(
     p_grads,
-    p_df,
-    p_dp,
-    p_dv,
-    p_gates,
-    o_grad,
-    o_dv,
-    o_d,
-    m_row,
-    m_real,
-    m_d,
+    readers,  # (p_df, p_dp, p_dv, p_gates), as squeeze_backward_kernel has them
+    offsets,  # (o_grad, o_dv) [TOKENS, 1] of the rows, o_d [BLOCK_D]
+    masks,  # m_row [TOKENS]: the rows of this sentence; m_real [TOKENS]: the real ones; m_d [BLOCK_D]
     i_b,
     part,
-    rank,
-    position,
-    first,
-    end,
-    length,
-    size,
+    tokens,  # (rank, position) [TOKENS]
+    span,  # (first, end, length): the sentence's real tokens lie in [first, end), ``length`` of them
+    num_tokens,
     N: tl.constexpr,
     D: tl.constexpr,
-    X_LOW: tl.constexpr,
-    X_HIGH: tl.constexpr,
-    Y_LOW: tl.constexpr,
-    Y_HIGH: tl.constexpr,
-    ALPHA: tl.constexpr,
-    SCALE: tl.constexpr,
-    OFFICIAL: tl.constexpr,
+    DCT: tl.constexpr,
     POOLING: tl.constexpr,
     NEEDED: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """One sentence's rows of a token tile, all blocks. o_grad, o_dv: [TOKENS, 1] offsets of the rows; m_row: the rows that
-    are this sentence's to write, m_real: those of them that are real; rank, position: [TOKENS]."""
+    """One sentence's rows of a token tile, all blocks."""
+    ALPHA: tl.constexpr = DCT.alpha
+    OFFICIAL: tl.constexpr = DCT.official
+    p_df, p_dp, p_dv, p_gates = readers
+    o_grad, o_dv, o_d = offsets
+    m_row, m_real, m_d = masks
+    rank, position = tokens
+    first, end, length = span
     m_store = m_row[:, None] & m_d[None, :]  # [TOKENS, BLOCK_D]
     m_load = m_real[:, None] & m_d[None, :]
     if p_dv is not None:
         dv = tl.load(p_dv + o_dv + o_d[None, :], mask=m_load, other=0.0).to(tl.float32)  # [TOKENS, BLOCK_D]
     if p_df is not None:
-        x = frequency_of(part, X_LOW, X_HIGH)
-        y = frequency_of(part, Y_LOW, Y_HIGH)
-        beta = token_factor(y, rank, position, tl.maximum(length, 1), size, token_scale(y, length, SCALE), OFFICIAL)
+        x = frequency_of(part, DCT.x_low, DCT.x_high)
+        y = frequency_of(part, DCT.y_low, DCT.y_high)
+        counted = tl.maximum(length, 1)
+        scale = token_scale(y, length, DCT.scale)
+        beta = token_factor(y, rank, position, counted, num_tokens, scale, OFFICIAL)  # [TOKENS]
         df = tl.load(p_df + i_b * D + o_d, mask=m_d, other=0.0)  # [BLOCK_D]
     if p_dp is not None:
         w = pooling_weight(position, first, end, tl.maximum(length, 1), POOLING)  # [TOKENS]
-    # To the compiler a load may read what a store before it wrote, and waits behind it: several blocks' loads at a time.
+    # The compiler must assume that loads alias earlier stores, so the loads of AHEAD blocks are issued before their stores.
     for n0 in tl.static_range(0, N, AHEAD):
         gates = ()
         grads_pooled = ()
@@ -95,13 +88,13 @@ def write_gradients(
                 if p_dp is not None:
                     share = w[:, None] * grads_pooled[n - n0][None, :]
                     du += share if POOLING == "mean" else tl.where((w > 0.0)[:, None], share, 0.0)
-                if OFFICIAL:  # every position was squeezed, but real ones alone pooled and fused
+                if OFFICIAL:  # every position is squeezed, but only real ones are pooled and fused
                     du = tl.where(m_real[:, None], du, 0.0)
                 if p_df is not None:
                     share = block_factor(x, tl.full((), n, tl.int32), N, n, N, ALPHA) * df
                     du = tl.fma(tl.broadcast_to(beta[:, None], du.shape), tl.broadcast_to(share[None, :], du.shape), du)
                 if not OFFICIAL:
-                    du = tl.where(m_real[:, None], du, 0.0)  # chosen, since NaN times the padding's zero is NaN
+                    du = tl.where(m_real[:, None], du, 0.0)  # selected: NaN times padding's zero would be NaN
                 tl.store(p_grads[n] + o_grad + o_d[None, :], du.to(p_grads[n].dtype.element_ty), mask=m_store)
 
 
@@ -112,9 +105,9 @@ def squeeze_backward_kernel(
     p_dp,  # [B, N, D] float32 or None
     p_dv,  # like a hidden state, or None
     p_gates,  # [B, N, D] float32, with p_dv
-    p_mask,
-    p_cu_seqlens,
-    size,  # L, or T for packed batches
+    p_mask,  # [B, L] or None
+    p_cu_seqlens,  # [B + 1] or None
+    num_tokens,  # L, or T for packed batches
     stride_b,  # of dv, in units of VEC elements
     stride_l,
     stride_mask_b,
@@ -124,19 +117,12 @@ def squeeze_backward_kernel(
     D: tl.constexpr,
     M: tl.constexpr,
     VEC: tl.constexpr,
-    X_LOW: tl.constexpr,
-    X_HIGH: tl.constexpr,
-    Y_LOW: tl.constexpr,
-    Y_HIGH: tl.constexpr,
-    ALPHA: tl.constexpr,
-    SCALE: tl.constexpr,
-    OFFICIAL: tl.constexpr,
+    DCT: tl.constexpr,
     POOLING: tl.constexpr,
-    NEEDED: tl.constexpr,
-    AHEAD: tl.constexpr,
+    NEEDED: tl.constexpr,  # bit n: write block n's gradient
+    AHEAD: tl.constexpr,  # blocks whose rows are loaded before they are stored
     TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SCAN: tl.constexpr,
 ):
     PART: tl.constexpr = D // M
     TILES: tl.constexpr = (PART + BLOCK_D - 1) // BLOCK_D
@@ -149,97 +135,100 @@ def squeeze_backward_kernel(
     o_part = (i_tile % TILES) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     m_d = o_part < PART
     o_d = part * PART + o_part
+    readers = (p_df, p_dp, p_dv, p_gates)
     if p_cu_seqlens is not None:
-        # A tile of packed tokens touches one sentence or several: each writes its own rows.
+        # A tile of packed tokens may hold rows of several sentences, which are written one sentence after another.
         start = (i_row * TOKENS).to(tl.int32)
         o_t = start + tl.arange(0, TOKENS)  # [TOKENS] row of the packed batch
         o_grad = o_t.to(tl.int64)[:, None] * D
         o_dv = o_t.to(tl.int64)[:, None] * stride_l
-        sentence = sentence_at(p_cu_seqlens, num_sentences, start, SCAN)
+        sentence = sentence_at(p_cu_seqlens, num_sentences, start)
         begin = tl.load(p_cu_seqlens + sentence)
         while (sentence < num_sentences) & (begin < start + TOKENS):
             stop = tl.load(p_cu_seqlens + sentence + 1)
-            m_row = (o_t >= begin) & (o_t < stop) & (o_t < size)
+            m_row = (o_t >= begin) & (o_t < stop) & (o_t < num_tokens)
             position = o_t - begin
             length = stop - begin
+            offsets = (o_grad, o_dv, o_d)
+            masks = (m_row, m_row, m_d)
+            span = (length * 0, length, length)
+            i_b = sentence.to(tl.int64)
+            tokens = (position, position)
             write_gradients(
-                p_grads, p_df, p_dp, p_dv, p_gates, o_grad, o_dv, o_d, m_row, m_row, m_d, sentence.to(tl.int64), part,
-                position, position, length * 0, length, length, size, N, D, X_LOW, X_HIGH, Y_LOW, Y_HIGH, ALPHA, SCALE, OFFICIAL,
-                POOLING, NEEDED, AHEAD,
-            )  # fmt: skip
+                p_grads, readers, offsets, masks, i_b, part, tokens, span, num_tokens, N, D, DCT, POOLING, NEEDED, AHEAD
+            )
             begin = stop
             sentence += 1
     else:
-        tiles_l = (size + TOKENS - 1) // TOKENS
+        tiles_l = (num_tokens + TOKENS - 1) // TOKENS
         i_b = i_row // tiles_l
         start = (i_row % tiles_l).to(tl.int32) * TOKENS
         o_l = start + tl.arange(0, TOKENS)  # [TOKENS]
-        m_row = o_l < size
-        o_grad = (i_b * size + o_l.to(tl.int64))[:, None] * D
+        m_row = o_l < num_tokens
+        o_grad = (i_b * num_tokens + o_l.to(tl.int64))[:, None] * D
         o_dv = i_b * stride_b + o_l.to(tl.int64)[:, None] * stride_l
         real = m_row
         rank = o_l
         first = start * 0
-        end = size + start * 0
+        end = num_tokens + start * 0
         length = end
         if p_mask is not None:
             p_mask_row = p_mask + i_b * stride_mask_b
-            first, end, length = real_span(p_mask_row, stride_mask_l, size, SCAN)
+            first, end, length = real_span(p_mask_row, stride_mask_l, num_tokens)
             real = tl.load(p_mask_row + o_l.to(tl.int64) * stride_mask_l, mask=m_row, other=0) != 0
             rank = o_l - first
             if end - first != length:  # holes
-                rank = real_before(p_mask_row, stride_mask_l, start, SCAN) + tl.cumsum(real.to(tl.int32), axis=0) - 1
+                rank = real_before(p_mask_row, stride_mask_l, start) + tl.cumsum(real.to(tl.int32), axis=0) - 1
+        offsets = (o_grad, o_dv, o_d)
+        masks = (m_row, real, m_d)
+        span = (first, end, length)
+        tokens = (rank, o_l)
         write_gradients(
-            p_grads, p_df, p_dp, p_dv, p_gates, o_grad, o_dv, o_d, m_row, real, m_d, i_b, part, rank, o_l, first, end,
-            length, size, N, D, X_LOW, X_HIGH, Y_LOW, Y_HIGH, ALPHA, SCALE, OFFICIAL, POOLING, NEEDED, AHEAD,
-        )  # fmt: skip
+            p_grads, readers, offsets, masks, i_b, part, tokens, span, num_tokens, N, D, DCT, POOLING, NEEDED, AHEAD
+        )
 
 
 # ---------------------------------------------------------------- launcher
 
 
 def squeeze_backward(
-    grad_squeezed: Tensor | None,
-    grad_pooled: Tensor | None,
-    grad_fused: Tensor | None,
-    gates: Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-    needed: Sequence[bool],
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    frequencies: int,
-    profile: str,
-    pooling: str | None,
+    grads: HiddenGradients, layout: Layout, needed: Sequence[bool], reading: Reading
 ) -> list[Tensor | None]:
     """du_n for each needed block, written once; reads no hidden state."""
-    packed, size, num_blocks = cu_seqlens is not None, shape[-1], len(needed)
-    grads = [torch.empty(shape, dtype=dtype, device=device) if need else None for need in needed]
-    written = next(grad for grad in grads if grad is not None)
-    if written.numel() == 0:
-        return grads
-    fused = None if grad_fused is None else HiddenStates.of([grad_fused], packed, frequencies)
-    mask, stride_mask_b, stride_mask_l = mask_arguments(attention_mask)
-    chosen = config.squeeze_backward(size // frequencies, num_blocks, vector_of(size // frequencies, dtype))
-    tiles = frequencies * triton.cdiv(size // frequencies, chosen.block_d)
-    rows = triton.cdiv(shape[0], chosen.tokens) if packed else shape[0] * triton.cdiv(shape[1], chosen.tokens)
+    shape, dtype, hidden_size, num_blocks = layout.shape, layout.dtype, layout.hidden_size, len(needed)
+    written = [torch.empty(shape, dtype=dtype, device=layout.device) if need else None for need in needed]
+    some = next(grad for grad in written if grad is not None)
+    if some.numel() == 0:
+        return written
+    fused = None if grads.fused is None else HiddenStates.of([grads.fused], layout.packed, reading.frequencies)
+    part = hidden_size // reading.frequencies
+    tile = config.squeeze_backward(part, num_blocks, vector_of(part, dtype))
+    num_tokens = shape[0] if layout.packed else shape[1]
+    rows = triton.cdiv(num_tokens, tile.tokens) * (1 if layout.packed else layout.num_sentences)
     float32 = compute_dtype(dtype)
-    with device_of(written):
-        squeeze_backward_kernel[(rows * tiles,)](
-            tuple(written if grad is None else grad for grad in grads),
-            dense(grad_squeezed, float32),
-            dense(grad_pooled, float32),
-            None if fused is None else fused.tensors[0],
-            None if fused is None else dense(gates, float32),
-            mask, dense(cu_seqlens), shape[0] if packed else shape[1],
-            0 if fused is None else fused.stride_b, 0 if fused is None else fused.stride_l,
-            stride_mask_b, stride_mask_l, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-            N=num_blocks, D=size, M=frequencies, VEC=1 if fused is None else fused.vector,
-            **config.dct_constants(num_blocks, frequencies, profile),
-            OFFICIAL=profile == "official", POOLING=pooling,
+    with device_of(some):
+        squeeze_backward_kernel[(rows * reading.frequencies * triton.cdiv(part, tile.block_d),)](
+            **Mask.of(layout).arguments(),
+            p_grads=tuple(some if grad is None else grad for grad in written),
+            p_df=dense(grads.squeezed, float32),
+            p_dp=dense(grads.pooled, float32),
+            p_dv=None if fused is None else fused.tensors[0],
+            p_gates=None if fused is None else dense(grads.gates, float32),
+            num_tokens=num_tokens,
+            stride_b=0 if fused is None else fused.stride_b,
+            stride_l=0 if fused is None else fused.stride_l,
+            num_sentences=layout.num_sentences if layout.packed else 0,
+            N=num_blocks,
+            D=hidden_size,
+            M=reading.frequencies,
+            VEC=1 if fused is None else fused.vector,
+            DCT=config.dct_constants(num_blocks, reading.frequencies, reading.profile),
+            POOLING=reading.pooling,
             NEEDED=sum(1 << n for n, need in enumerate(needed) if need),
-            AHEAD=config.BACKWARD_AHEAD, TOKENS=chosen.tokens, BLOCK_D=chosen.block_d, SCAN=config.SCAN,
-            num_warps=chosen.num_warps, enable_fp_fusion=FUSE_MULTIPLY_ADD,
-        )  # fmt: skip
-    return grads
+            AHEAD=config.BACKWARD_AHEAD,
+            TOKENS=tile.tokens,
+            BLOCK_D=tile.block_d,
+            num_warps=tile.num_warps,
+            enable_fp_fusion=FUSE_MULTIPLY_ADD,
+        )
+    return written
