@@ -23,7 +23,7 @@ constexpr int64_t kProductRows = 256;  // rows of a partial sum of Product
 
 // Numbers of the options across the op boundary. Python asserts at load that its own words have the same order.
 enum class Pooling : int { kNone, kMean, kCls, kLast };
-enum class Activation : int { kTanh, kRelu };
+enum class Activation : uint8_t { kTanh, kRelu };
 
 constexpr const char* kPoolings[] = {"mean", "cls", "last"};  // the word of Pooling(i + 1)
 constexpr const char* kActivations[] = {"tanh", "relu"};      // the word of Activation(i)
@@ -40,21 +40,16 @@ S2SENT_HD float activate(Activation activation, float t) {
   __builtin_unreachable();
 }
 
-// For a pooling that copies one real token: the rank of that token in a sentence of ``length`` of them.
+// The rank of the one real token that p copies, in a sentence of ``length`` of them. Callers handle kNone and kMean, which copy
+// no token; the result for them is arbitrary.
 S2SENT_HD int64_t pooled_rank(Pooling pooling, int64_t length) {
   switch (pooling) {
     case Pooling::kCls: return 0;
-    case Pooling::kLast: return length - 1;
+    case Pooling::kLast:
     case Pooling::kNone:
-    case Pooling::kMean: break;
+    case Pooling::kMean: return length - 1;
   }
   __builtin_unreachable();
-}
-
-// w_r of p = sum_r w_r u_r, for the real token of rank r out of ``length``.
-S2SENT_HD float pool_weight(Pooling pooling, int64_t r, int64_t length) {
-  if (pooling == Pooling::kMean) return 1.0f / float(length);
-  return r == pooled_rank(pooling, length) ? 1.0f : 0.0f;
 }
 
 // ---------------------------------------------------------------- arguments

@@ -1,5 +1,5 @@
-// torch.ops.s2sent_native.*: private ops over the kernels, through LibTorch's stable ABI. They write into tensors that the
-// caller allocated. What is checked (bindings.h) is what a kernel's memory safety rests on; everything else was checked before.
+// torch.ops.s2sent_native.*: private ops over the kernels, through LibTorch's stable ABI. They write into tensors that the caller
+// has allocated, and check only what memory safety needs (checks.h); the caller validates everything else.
 
 #include <Python.h>
 
@@ -7,9 +7,14 @@
 
 #include <string>
 
-#include "bindings.h"
+#include "../stages.h"
+#include "ops.h"
 #ifdef S2SENT_CUDA
-#include "cuda/launch.h"
+#include "../cuda/launch.h"
+#endif
+
+#ifndef S2SENT_INTERFACE
+#error "setup.py defines S2SENT_INTERFACE from INTERFACE in s2sent_kernels/engines/native.py"
 #endif
 
 // Importing s2sent_kernels._C registers the ops; the module itself is empty.
@@ -20,10 +25,13 @@ PyMODINIT_FUNC PyInit__C(void) {
 
 namespace {
 
-// Goes up with every change of a schema below; s2sent_kernels/backend.py knows the number it was written for.
-constexpr int64_t kInterface = 4;
+int64_t interface_version() { return S2SENT_INTERFACE; }
 
-int64_t interface_version() { return kInterface; }
+std::vector<std::string> poolings() { return {std::begin(s2sent::kPoolings), std::end(s2sent::kPoolings)}; }
+
+std::vector<std::string> activations() { return {std::begin(s2sent::kActivations), std::end(s2sent::kActivations)}; }
+
+int64_t cuda_maximum_blocks() { return s2sent::kMaxBlocks; }
 
 #ifdef S2SENT_CUDA
 std::vector<int64_t> cuda_architectures() { return s2sent::cuda::architectures(); }
@@ -38,9 +46,12 @@ std::string cuda_error(int64_t) { return "it was built without its CUDA part"; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY(s2sent_native, m) {
-  m.def("interface_version() -> int");
-  m.def("cuda_architectures() -> int[]");  // the CUDA part's, as 90 for sm_90; empty where it was not built
-  m.def("cuda_error(int device) -> str");  // why its kernels cannot run there, or nothing
+  m.def("interface_version() -> int");     // INTERFACE of the package that this was built from
+  m.def("poolings() -> str[]");            // the words of pooling's numbers 1, 2, ...; 0 is none
+  m.def("activations() -> str[]");         // the words of activation's numbers 0, 1, ...
+  m.def("cuda_maximum_blocks() -> int");   // the largest N of the CUDA part, built or not
+  m.def("cuda_architectures() -> int[]");  // the CUDA part's, as 90 for sm_90; empty if it was not built
+  m.def("cuda_error(int device) -> str");  // why its kernels cannot run on a device, or ""
   m.def(
       "squeeze(Tensor[] hidden_states, int first_block, int num_blocks, Tensor? mask, Tensor? cu_seqlens, Tensor alpha, "
       "int[] y, Tensor? beta, int pooling, Tensor(a!) squeezed, Tensor(b!)? pooled) -> ()");
@@ -48,48 +59,52 @@ STABLE_TORCH_LIBRARY(s2sent_native, m) {
       "squeeze_backward(Tensor? grad_squeezed, Tensor? grad_pooled, Tensor? grad_fused, Tensor? gates, int[] shape, "
       "Tensor? mask, Tensor? cu_seqlens, Tensor alpha, int[] y, Tensor? beta, int pooling, Tensor(a!)[] grads) -> ()");
   m.def(
-      "gate(Tensor squeezed, Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias, Tensor? norm_weight, "
-      "Tensor? norm_bias, Tensor? running_mean, Tensor? running_var, Tensor? block_prior, int num_blocks, bool relu, "
-      "float eps, Tensor(a!) bottleneck, Tensor(b!)? gates, Tensor? pooled, Tensor(c!)? output, Tensor? grad_gates, "
-      "Tensor? grad_output, Tensor(d!)? grad_pooled, Tensor(e!)? grad_logits, Tensor(f!)? grad_normed, "
-      "Tensor(g!)? normed) -> ()");
+      "gate(Tensor squeezed, " S2SENT_GATE_SCHEMA ", int num_blocks, int activation, float eps, "
+      "Tensor(a!) bottleneck, Tensor(b!) gates) -> ()");
+  m.def(
+      "gate_pool(Tensor squeezed, Tensor pooled, " S2SENT_GATE_SCHEMA ", int activation, float eps, "
+      "Tensor(a!) bottleneck, Tensor(b!) output) -> ()");
+  // From grad_gates, or from grad_output with pooled and grad_pooled.
+  m.def(
+      "gate_backward(Tensor? grad_gates, Tensor? grad_output, Tensor squeezed, Tensor? pooled, " S2SENT_GATE_SCHEMA
+      ", int activation, float eps, Tensor(a!) bottleneck, Tensor(b!)? grad_pooled, Tensor(c!) grad_logits, "
+      "Tensor(d!) grad_normed, Tensor(e!)? normed) -> ()");
   m.def("multiply(Tensor x, Tensor weight, Tensor(a!) result) -> ()");
   m.def("fuse(Tensor[] hidden_states, Tensor gates, Tensor? mask, Tensor? cu_seqlens, Tensor(a!) fused) -> ()");
   m.def(
       "fuse_backward(Tensor grad_fused, Tensor[] hidden_states, Tensor? mask, Tensor? cu_seqlens, Tensor(a!) grad_gates) "
       "-> ()");
-  // CUDA alone: v, f and g from one read of the hidden states. False, and nothing written, where the kernel does not take the
-  // batch, or, unless ``always``, where the others are as fast.
+  // CUDA only: v, f and g in one pass over the hidden states. Returns false, and writes nothing, if the kernel does not support
+  // the batch or, unless ``always``, if the other ops are as fast.
   m.def(
-      "select(Tensor[] hidden_states, Tensor? mask, Tensor? cu_seqlens, Tensor alpha, int[] y, Tensor down_weight, "
-      "Tensor down_bias, Tensor up_weight, Tensor up_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? running_mean, "
-      "Tensor? running_var, Tensor? block_prior, bool relu, float eps, bool always, Tensor(a!) squeezed, "
-      "Tensor(b!) gates, Tensor(c!) fused) -> bool");
+      "select(Tensor[] hidden_states, Tensor? mask, Tensor? cu_seqlens, Tensor alpha, int[] y, " S2SENT_GATE_SCHEMA
+      ", int activation, float eps, bool always, Tensor(a!) squeezed, Tensor(b!) gates, Tensor(c!) fused) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(s2sent_native, CompositeExplicitAutograd, m) {
   m.impl("interface_version", TORCH_BOX(&interface_version));
+  m.impl("poolings", TORCH_BOX(&poolings));
+  m.impl("activations", TORCH_BOX(&activations));
+  m.impl("cuda_maximum_blocks", TORCH_BOX(&cuda_maximum_blocks));
   m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
   m.impl("cuda_error", TORCH_BOX(&cuda_error));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(s2sent_native, CPU, m) {
-  m.impl("squeeze", TORCH_BOX(&s2sent::ops::cpu::squeeze));
-  m.impl("squeeze_backward", TORCH_BOX(&s2sent::ops::cpu::squeeze_backward));
-  m.impl("gate", TORCH_BOX(&s2sent::ops::cpu::gate));
-  m.impl("multiply", TORCH_BOX(&s2sent::ops::cpu::multiply));
-  m.impl("fuse", TORCH_BOX(&s2sent::ops::cpu::fuse));
-  m.impl("fuse_backward", TORCH_BOX(&s2sent::ops::cpu::fuse_backward));
-}
+#define S2SENT_IMPLEMENT(device) \
+  m.impl("squeeze", TORCH_BOX(&s2sent::ops::device::squeeze)); \
+  m.impl("squeeze_backward", TORCH_BOX(&s2sent::ops::device::squeeze_backward)); \
+  m.impl("gate", TORCH_BOX(&s2sent::ops::device::gate)); \
+  m.impl("gate_pool", TORCH_BOX(&s2sent::ops::device::gate_pool)); \
+  m.impl("gate_backward", TORCH_BOX(&s2sent::ops::device::gate_backward)); \
+  m.impl("multiply", TORCH_BOX(&s2sent::ops::device::multiply)); \
+  m.impl("fuse", TORCH_BOX(&s2sent::ops::device::fuse)); \
+  m.impl("fuse_backward", TORCH_BOX(&s2sent::ops::device::fuse_backward));
+
+STABLE_TORCH_LIBRARY_IMPL(s2sent_native, CPU, m) { S2SENT_IMPLEMENT(cpu) }
 
 #ifdef S2SENT_CUDA
 STABLE_TORCH_LIBRARY_IMPL(s2sent_native, CUDA, m) {
-  m.impl("squeeze", TORCH_BOX(&s2sent::ops::cuda::squeeze));
-  m.impl("squeeze_backward", TORCH_BOX(&s2sent::ops::cuda::squeeze_backward));
-  m.impl("gate", TORCH_BOX(&s2sent::ops::cuda::gate));
-  m.impl("multiply", TORCH_BOX(&s2sent::ops::cuda::multiply));
-  m.impl("fuse", TORCH_BOX(&s2sent::ops::cuda::fuse));
-  m.impl("fuse_backward", TORCH_BOX(&s2sent::ops::cuda::fuse_backward));
+  S2SENT_IMPLEMENT(cuda)
   m.impl("select", TORCH_BOX(&s2sent::ops::cuda::select));
 }
 #endif

@@ -166,7 +166,8 @@ S2SENT_INLINE void squeeze_backward_items(const SqueezeBackward& a, int64_t begi
         std::memset(to, 0, size_t(size) * sizeof(T));
         continue;
       }
-      const bool pooled = real && a.grad_pooled && pool_weight(a.pooling, r, length) != 0.0f;
+      const bool pooled = real && a.grad_pooled &&
+          (a.pooling == Pooling::kMean || r == pooled_rank(a.pooling, length));
       const float* row_pool = pooled ? pool : zeros;
       const float* row_beta = beta ? beta + (a.official ? l : r) : nullptr;
       if (real && a.grad_fused.data) {

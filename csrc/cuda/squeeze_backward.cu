@@ -34,7 +34,12 @@ __device__ Weights weights_of(const SqueezeBackward& a, int64_t b, int64_t l, in
     weights.beta = factors_of(a.factors, a.batch, b, m)[a.official ? l : rank];
   }
   if (a.grad_pooled && weights.real) {
-    weights.pool = pool_weight(a.pooling, rank, length_of(a.batch, b));
+    const int64_t length = length_of(a.batch, b);
+    if (a.pooling == Pooling::kMean) {
+      weights.pool = 1.0f / float(length);
+    } else {
+      weights.pool = rank == pooled_rank(a.pooling, length) ? 1.0f : 0.0f;
+    }
   }
   return weights;
 }
