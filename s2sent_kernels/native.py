@@ -25,8 +25,9 @@ from torch import Tensor
 from . import dct, reference
 from .reference import GateParameters
 
-_POOLINGS = {None: 0, "mean": 1, "cls": 2, "last": 3}  # as csrc/cpu/batch.h and csrc/cuda/launch.h number them
-MAXIMUM_BLOCKS = 128  # on CUDA: kMaxBlocks of csrc/cuda/launch.h
+_POOLINGS = {None: 0, "mean": 1, "cls": 2, "last": 3}  # as csrc/stages.h numbers them
+_ACTIVATIONS = {"tanh": 0, "relu": 1}
+MAXIMUM_BLOCKS = 128  # on CUDA: kMaxBlocks of csrc/stages.h
 # Whether ``select`` on CUDA takes the kernel that reads each hidden state once: None where it is the faster one. It has the
 # bits of the others; tests and the benchmark say which.
 ONE_PASS: bool | None = None
@@ -166,40 +167,32 @@ def _float_parameters(parameters: GateParameters) -> list[Tensor | None]:
     return [_float(tensor) for tensor in parameters]
 
 
-def _excite(
-    squeezed: Tensor,
-    parameters: GateParameters,
-    num_blocks: int,
-    activation: str,
-    eps: float,
-    gates: Tensor | None,
-    pooled: Tensor | None,
-    output: Tensor | None,
-    *backward: Tensor | None,
-) -> Tensor:
-    """Writes ``gates`` g, or, with ``pooled``, ``output`` o; or, with ``backward``, what the op's schema names grad_gates to
-    normed. Returns s [B, H]."""
-    if squeezed.is_cuda:
-        _check_blocks(num_blocks)
-    bottleneck = squeezed.new_empty(squeezed.shape[0], parameters.down_weight.shape[0])
-    _ops.gate(
-        squeezed.contiguous(), *_float_parameters(parameters), num_blocks, activation == "relu", eps, bottleneck, gates, pooled,
-        output, *(backward or (None,) * 6),
-    )  # fmt: skip
-    return bottleneck
+def _bottleneck(squeezed: Tensor, parameters: GateParameters) -> Tensor:
+    """Memory for s [B, H]."""
+    return squeezed.new_empty(squeezed.shape[0], parameters.down_weight.shape[0])
 
 
 def gate(squeezed: Tensor, parameters: GateParameters, num_blocks: int, activation: str, eps: float) -> Tensor:
+    if squeezed.is_cuda:
+        _check_blocks(num_blocks)
     gates = squeezed.new_empty(squeezed.shape[0], num_blocks, squeezed.shape[1])
-    _excite(squeezed, parameters, num_blocks, activation, eps, gates, None, None)
+    _ops.gate(
+        squeezed.contiguous(), *_float_parameters(parameters), num_blocks, _ACTIVATIONS[activation], eps,
+        _bottleneck(squeezed, parameters), gates,
+    )  # fmt: skip
     return gates
 
 
 def _pool(
     squeezed: Tensor, pooled: Tensor, parameters: GateParameters, activation: str, eps: float, dtype: torch.dtype
 ) -> Tensor:
+    if squeezed.is_cuda:
+        _check_blocks(pooled.shape[1])
     output = squeezed.new_empty(squeezed.shape, dtype=dtype)
-    _excite(squeezed, parameters, pooled.shape[1], activation, eps, None, pooled, output)
+    _ops.gate_pool(
+        squeezed.contiguous(), pooled, *_float_parameters(parameters), _ACTIVATIONS[activation], eps,
+        _bottleneck(squeezed, parameters), output,
+    )  # fmt: skip
     return output
 
 
@@ -240,9 +233,12 @@ def _backward(
     grad_logits, grad_normed = squeezed.new_empty(shape), squeezed.new_empty(shape)
     normed = None if w.norm_weight is None else squeezed.new_empty(shape)
     grad_pooled = None if pooled is None else squeezed.new_empty(shape)
-    bottleneck = _excite(
-        squeezed, w, num_blocks, activation, eps, None, pooled, None, _float(grad_gates), _float(grad_output),
-        grad_pooled, grad_logits, grad_normed, normed,
+    if squeezed.is_cuda:
+        _check_blocks(num_blocks)
+    bottleneck = _bottleneck(squeezed, parameters)
+    _ops.gate_backward(
+        _float(grad_gates), _float(grad_output), squeezed.contiguous(), pooled, *_float_parameters(w), _ACTIVATIONS[activation],
+        eps, bottleneck, grad_pooled, grad_logits, grad_normed, normed,
     )  # fmt: skip
     with reference.autocast_off(squeezed.device):
         dy = grad_normed.flatten(1)
@@ -352,6 +348,6 @@ def _select_once(
     alpha, y, _ = _factors(num_blocks, frequencies, "paper", first.shape, first.device)
     taken = _ops.select(
         [_dense(u) for u in hidden_states], *_tokens(attention_mask, cu_seqlens), alpha, y,
-        *_float_parameters(parameters), activation == "relu", eps, ONE_PASS is True, squeezed, gates, fused,
+        *_float_parameters(parameters), _ACTIVATIONS[activation], eps, ONE_PASS is True, squeezed, gates, fused,
     )  # fmt: skip
     return (fused, squeezed, gates) if taken else None

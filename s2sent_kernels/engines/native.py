@@ -1,0 +1,1 @@
+INTERFACE = 5
