@@ -63,8 +63,8 @@ Squeeze squeeze_arguments(
   args.num_blocks = num_blocks;
   args.size = sentences.size();
   args.parts = alpha.size(0);
-  args.pooling = pooled ? pooling_of(pooling) : Pooling::kNone;
   check_blocks(first_block, args.num, num_blocks, args.parts, args.size);
+  args.pooling = pooling_of(pooling);
   STD_TORCH_CHECK(!pooled || args.pooling != Pooling::kNone, "s2sent_native: pooled has no pooling");
   args.hidden = hidden.data();
   args.alpha = check.floats(alpha, {args.parts, num_blocks}, "alpha");
