@@ -17,7 +17,7 @@ using s2sent::cpu::Batch, s2sent::cpu::RealTokens, s2sent::cpu::TokenFactors;
 using s2sent::cpu::Squeeze, s2sent::cpu::SqueezeBackward, s2sent::cpu::Fuse, s2sent::cpu::FuseBackward;
 using s2sent::cpu::kGateFeatures, s2sent::cpu::kGateSentences, s2sent::cpu::kProductColumns;
 
-// A batch's real tokens, and the memory behind them.
+// A batch's real tokens; owns their memory.
 struct RealBatch {
   RealTokens real;
   Batch batch;

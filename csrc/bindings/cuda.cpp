@@ -62,7 +62,7 @@ struct Frequencies {
   const Optional& official;
 };
 
-// A batch's real tokens and, if frequencies are given, their factors; and the memory behind both.
+// A batch's real tokens and, if frequencies are given, their factors; owns the memory of both.
 struct RealBatch {
   Batch batch;
   Factors factors = {};

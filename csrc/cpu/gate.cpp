@@ -1,8 +1,8 @@
 // gate: s = act(W1 f + b1), z = W2 s + b2, g = s-norm(sigmoid(norm(z))), and o = sum_n g p.
 //
-// Order of summation: W1 f in kLanes running sums over features, then these as a tree; W2 s in two running sums, over even and odd
-// h; the s-norm and o over the Transformer blocks ascending. No sum runs over sentences or features, so that a sentence has the
-// same bits in every batch. product.cpp computes the backward pass's products.
+// Order of summation: W1 f in kLanes running sums over features, then these as a tree; W2 s in two running sums, over even
+// and odd h; the s-norm and o over the Transformer blocks ascending. No sum runs over sentences, so that a sentence has the
+// same bits in every batch. product.cpp computes the products of the backward pass.
 
 #include <algorithm>
 #include <cmath>

@@ -1,8 +1,9 @@
 // squeeze: f and, in the same pass, the pooled p; and the gradient of every hidden state.
 //
-// Order of summation, which decides every bit: a sentence's real tokens in ascending order form sum chunks of kChunk. Within a
-// chunk kTogether tokens are summed as a tree and added to a running sum, the last few one by one. Then the chunks ascending, then
-// the Transformer blocks ascending, weighted by alpha. kChunk bounds how many terms a running sum holds, and so its rounding error.
+// Order of summation, which decides every bit: a sentence's real tokens in ascending order form sum chunks of kChunk. Within
+// a chunk kTogether tokens are summed as a tree and added to a running sum, the last few one by one. Then the chunks
+// ascending, then the Transformer blocks ascending, weighted by alpha. kChunk bounds how many terms a running sum holds, and
+// so its rounding error.
 
 #include "launch.h"
 

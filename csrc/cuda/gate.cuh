@@ -2,7 +2,7 @@
 // sentences.
 //
 // Order of summation: W2 s in two running sums, over even and odd h, which are then added; the s-norm over the blocks ascending.
-// No sum runs over sentences or features, so that a sentence has the same bits in every batch.
+// No sum runs over sentences, so that a sentence has the same bits in every batch.
 #pragma once
 
 #include <cuda_pipeline.h>

@@ -1,5 +1,6 @@
-// squeeze, backward: writes the gradient of every hidden state once, du_n = g_n dv + w dp_n + alpha_n beta df, and reads no hidden
-// state. A thread keeps dv and df of its features and a few tokens in registers while it loops over the Transformer blocks.
+// squeeze, backward: writes the gradient of every hidden state once, du_n = g_n dv + w dp_n + alpha_n beta df, and reads no
+// hidden state. A thread keeps dv and df of its features and a few tokens in registers while it loops over the Transformer
+// blocks.
 //
 // Order of summation: w dp_n, then g_n dv, then beta (alpha_n df), each added by a fused multiply-add.
 
@@ -12,7 +13,7 @@ constexpr int kRounds = 2;
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
 
-// Tokens that a thread holds at a time; more without dv, which takes registers.
+// Tokens that a thread holds at a time; more without dv, which occupies registers.
 template <bool FUSED>
 constexpr int kTokens = FUSED ? 4 : 8;
 

@@ -34,7 +34,7 @@ bool wide(const Rows& rows) {
 
 template <class T>
 bool wide(int64_t part, const Rows* rows, int64_t count) {
-  bool all = part % 8 == 0;  // float32 tensors beside 16-bit hidden states are then wide too
+  bool all = part % 8 == 0;  // 8 also suffices for the float32 tensors of a kernel with 16-bit hidden states
   for (int64_t n = 0; n < count; ++n) all = all && wide<T>(rows[n]);
   return all;
 }

@@ -1,9 +1,10 @@
 // The one-pass kernel: squeeze, gate and fuse in one read of the hidden states (sm_90a).
 //
-// A cluster of CTAs holds one sentence. Each CTA keeps the N x l x slice_of(D) numbers of its slice of features in a ring of slots
-// of kSlotTokens tokens. squeeze adds the slots as they arrive; fuse adds them again under the gates. A producer warpgroup refills
-// each released slot by TMA with the next sentence. W2's slice stays in the compute warps' registers. CTAs exchange only their
-// partial sums of W1 f; every CTA adds them all. A sentence longer than the ring is read twice. Clusters take sentences in turn.
+// A cluster of CTAs holds one sentence. Each CTA keeps the N x l x slice_of(D) numbers of its slice of features in a ring of
+// slots of kSlotTokens tokens. squeeze adds the slots as they arrive; fuse adds them again under the gates. A producer
+// warpgroup refills each released slot by TMA with the next sentence. W2's slice stays in the compute warps' registers. CTAs
+// exchange only their partial sums of W1 f; every CTA adds them all. A sentence longer than the ring is read twice. Clusters
+// take sentences in turn.
 //
 // Orders of summation are those of squeeze.cu, gate.cu and fuse.cu (order.h), and so are the bits.
 #pragma once

@@ -11,11 +11,11 @@ namespace {
 constexpr int kSlotTokens = 32;  // tokens of a ring slot: a group for every accumulator of order.h
 constexpr int kPiece = 8;        // features that a thread squeezes
 constexpr int kAccumulatorLanes = kWarp / kAccumulators;
-constexpr int kWarps = 12;       // compute warps; each squeezes one Transformer block
+constexpr int kWarps = 12;  // compute warps; each squeezes one Transformer block
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kLoaders = 4;  // warps of the producer warpgroup, which gives registers to the compute warps
 constexpr int kAllThreads = kThreads + kLoaders * kWarp;
-constexpr int kRegisters = 160, kLoaderRegisters = 32;  // 3 * 160 + 32 = 512: an SM has 512 for each of a warpgroup's 128 threads
+constexpr int kRegisters = 160, kLoaderRegisters = 32;  // of a thread; 128 threads (3 * 160 + 32) fill the register file
 constexpr int kBoxTokens = 16;  // tokens of a TMA copy, if they are contiguous
 constexpr int kMaxCluster = 16;
 constexpr int kMaxWidth = 88;  // H, the default for D = 1024; four threads handle a row of W1
@@ -29,19 +29,20 @@ static_assert(kMaxWidth * kQuarters <= kThreads, "every row of W1 has its thread
 struct Layout {
   int slot_bytes, slots;  // the ring is at 0. A slot holds [N, kSlotTokens, slice] of the hidden states' dtype,
   int factors;            // and at this offset float [slot_parts, kSlotTokens]: beta
-  int sums, weights;  // float [N, slice]
-  int f;              // float [slice]
-  int parts;          // int [slice / kPiece + 1]: each piece's part m minus the slice's first part; then that first part
-  int alpha;          // float [slot_parts, N]
-  int prior;          // float [kWarps + 1], the first N in use
-  int spans;          // int [2, 2]: the numbers behind Span, for this sentence and the next
-  int shares;         // float [kMaxCluster, width]: each CTA's partial sums of W1 f
-  int s;              // float [2, kMaxWidth / 2]: even h, then odd h
-  int barriers;       // shares, taken, full[slots], empty[slots]
-  int bytes;
-  int slot_parts;     // the most parts that a slice overlaps
-  int cluster;        // CTAs of a cluster
-  int width;          // H rounded up to a multiple of 4
+  int sums, weights;      // float [N, slice]
+  int f;                  // float [slice]
+  int parts;              // int [slice / kPiece + 1]: each piece's part m minus the slice's first part; then that first part
+  int alpha;              // float [slot_parts, N]
+  int prior;              // float [kWarps + 1], the first N in use
+  int spans;              // int [2, 2]: the two numbers of a Span, for this sentence and the next
+  int shares;             // float [kMaxCluster, width]: each CTA's partial sums of W1 f
+  int s;                  // float [2, kMaxWidth / 2]: even h, then odd h
+  int barriers;           // shares, taken, full[slots], empty[slots]
+  int bytes;              // of all of it
+
+  int slot_parts;  // the most parts that a slice overlaps
+  int cluster;     // CTAs of a cluster
+  int width;       // H rounded up to a multiple of 4
 };
 
 // The hidden states, also as TMA descriptors of boxes [kBoxTokens, slice].
@@ -118,7 +119,7 @@ struct Span {
       : first(batch.firsts || batch.packed ? x : 0),
         length(batch.packed ? y - x : batch.lengths ? y : int(batch.size)) {}
 
-  __device__ bool together() const { return first >= 0; }
+  __device__ bool contiguous() const { return first >= 0; }
 };
 
 // Synchronises the compute warps.

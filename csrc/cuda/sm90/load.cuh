@@ -17,12 +17,12 @@ __device__ void fill_slot(
   const int lane = cta.thread() % kWarp, warp = (cta.thread() - kThreads) / kWarp;
   const int count = min(kSlotTokens, span.length - r0), blocks = int(a.num_blocks);
   const uint32_t rows = cta.address(slot * at.slot_bytes), full = cta.full(at, slot);
-  const int32_t* places = span.together() ? nullptr : a.batch.places + b * a.batch.size + r0;
+  const int32_t* places = span.contiguous() ? nullptr : a.batch.places + b * a.batch.size + r0;
   const int first = places ? places[0] : span.first + r0;
-  const bool together = !places || places[count - 1] - first == count - 1;
+  const bool contiguous = !places || places[count - 1] - first == count - 1;
   const int boxes = (count + kBoxTokens - 1) / kBoxTokens, bytes = cta.features(a) * int(sizeof(T));
   if (warp == 0) {
-    if (lane == 0) arrive_expecting(full, uint32_t(blocks * (together ? boxes * kBoxTokens * kRow : count * bytes)));
+    if (lane == 0) arrive_expecting(full, uint32_t(blocks * (contiguous ? boxes * kBoxTokens * kRow : count * bytes)));
     const int* parts = cta.ints(at.parts);
     const float* from = a.factors.beta + (a.batch.packed ? span.first : b * a.factors.stride_b) + r0 + lane;
     for (int part = 0; lane < count && part <= parts[SLICE / kPiece - 1]; ++part) {
@@ -31,7 +31,7 @@ __device__ void fill_slot(
     }
     arrive_after_copies(full);
   }
-  if (together) {
+  if (contiguous) {
     const int n = lane / kBoxes * kLoaders + warp, token = lane % kBoxes * kBoxTokens;
     if (n >= blocks || token >= count) return;
     const int z = a.batch.packed ? 0 : int(b);

@@ -1,4 +1,4 @@
-// The PTX behind kernel.cuh (sm_90a): asynchronous copies into shared memory, its barriers, and stores to another CTA of the
+// The PTX of the one-pass kernel (sm_90a): asynchronous copies into shared memory, its barriers, and stores to another CTA of the
 // cluster.
 #pragma once
 

@@ -31,22 +31,22 @@ Layout layout_of(const Select& a, int shared_bytes) {
   to.factors = blocks * kSlotTokens * slice * 2;
   to.slot_bytes = to.factors + to.slot_parts * kSlotTokens * int(sizeof(float));
   int place = 0;
-  const auto take = [&](int words) {
+  const auto reserve = [&](int words) {
     const int begin = place;
     place += (words * 4 + 15) / 16 * 16;
     return begin;
   };
-  to.sums = take(blocks * slice);
-  to.f = take(slice);
-  to.weights = take(blocks * slice);
-  to.parts = take(slice / kPiece + 1);
-  to.alpha = take(to.slot_parts * blocks);
-  to.prior = take(kWarps + 1);
-  to.spans = take(4);
+  to.sums = reserve(blocks * slice);
+  to.f = reserve(slice);
+  to.weights = reserve(blocks * slice);
+  to.parts = reserve(slice / kPiece + 1);
+  to.alpha = reserve(to.slot_parts * blocks);
+  to.prior = reserve(kWarps + 1);
+  to.spans = reserve(4);
   to.width = (int(a.gate.width) + 3) / 4 * 4;
-  to.shares = take(kMaxCluster * to.width);
-  to.s = take(kMaxWidth);
-  to.barriers = take(4);
+  to.shares = reserve(kMaxCluster * to.width);
+  to.s = reserve(kMaxWidth);
+  to.barriers = reserve(4);
   const int barriers = 2 * int(sizeof(uint64_t));  // bytes for each slot
   to.slots = (shared_bytes - place) / (to.slot_bytes + barriers);
   for (int* offset :
@@ -145,8 +145,8 @@ cudaLaunchConfig_t config_of(
   return config;
 }
 
-// How many clusters run at once on the current device; the answer is cached. 0 if it cannot hold one, or if the kernel was compiled
-// for another architecture than sm_90a and is empty, which its number of registers tells.
+// How many clusters run at once on the current device; the answer is cached. 0 if it cannot hold one, or if the kernel was
+// compiled for another architecture than sm_90a and is empty, which its number of registers tells.
 int clusters_at_once(const SelectPlan& plan, int device, int shared_bytes) {
   static std::mutex mutex;
   static std::map<std::tuple<Kernel, int, int, int>, int> known;
@@ -186,14 +186,14 @@ cudaError_t plan(const Select& a, bool always, std::shared_ptr<const SelectPlan>
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess || major != 9) return error;
   found.at = layout_of(a, shared_bytes);
-  if (a.batch.packed && a.batch.tokens * a.size > INT32_MAX) return cudaSuccess;  // the kernel counts a sentence's bytes in 32 bits
+  if (a.batch.packed && a.batch.tokens * a.size > INT32_MAX) return cudaSuccess;  // offsets are 32 bits
   const int64_t length = a.batch.packed ? 1 : a.batch.size;
   if (found.at.slots < 2 || pieces(length, kSlotTokens) > found.at.slots) return cudaSuccess;
   found.clusters = clusters_at_once(found, device, shared_bytes);
   if (found.clusters == 0) return cudaSuccess;
-  // Every sentence pays the latency of its gate, whatever its length. With many short sentences the two-pass kernels are as fast or
-  // faster (bench/NOTES.md), because they keep the whole GPU busy; also with fewer than six Transformer blocks, because a warp
-  // squeezes one block and the others idle.
+  // Every sentence pays the latency of its gate, whatever its length. With many short sentences the two-pass kernels are as
+  // fast or faster (bench/NOTES.md), because they keep the whole GPU busy; also with fewer than six Transformer blocks,
+  // because each warp squeezes one and the others idle.
   const int64_t tokens = a.batch.tokens / a.batch.sentences;  // the average if packed
   const bool few = a.batch.sentences <= 2 * a.num_blocks * found.clusters;
   const bool much = a.num_blocks * tokens * slice_of(a.size) * 2 >= 96 << 10;

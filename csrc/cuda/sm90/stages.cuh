@@ -257,7 +257,7 @@ __device__ void fuse_sentence(
   constexpr int kAtOnce = 6;  // Transformer blocks whose loads are issued together
   const int blocks = int(a.num_blocks);
   const int thread = cta.thread(), pair = thread % kPairs, first = thread / kPairs;
-  const int32_t* places = span.together() ? nullptr : a.batch.places + b * a.batch.size;
+  const int32_t* places = span.contiguous() ? nullptr : a.batch.places + b * a.batch.size;
   const int64_t begin = ((a.batch.packed ? 0 : b * a.batch.size) + (places ? 0 : span.first)) * a.size + cta.d0();
   char* const to = static_cast<char*>(a.fused) + begin * int64_t(sizeof(T));
   const uint32_t bytes = uint32_t(a.size) * uint32_t(sizeof(T));  // of a token; a sentence has less than 2^32
@@ -343,7 +343,7 @@ __device__ void clear_padding(const Select& a, const Cta<SLICE>& cta, int b, con
 #pragma unroll 1
   for (int64_t l = thread / kPieces; l < a.batch.size; l += kThreads / kPieces) {
     const int64_t row = b * a.batch.size + l;
-    if (span.together() ? l >= span.first && l < span.first + span.length : a.batch.mask[row]) continue;
+    if (span.contiguous() ? l >= span.first && l < span.first + span.length : a.batch.mask[row]) continue;
     *reinterpret_cast<uint4*>(static_cast<T*>(a.fused) + row * a.size + cta.d0() + d) = make_uint4(0, 0, 0, 0);
   }
 }
