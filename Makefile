@@ -27,7 +27,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
 endif
 
-CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+CSRC := $(shell find csrc -type f)
 
 ifdef PYTHON
 PY := $(PYTHON)

@@ -1,16 +1,15 @@
-"""Whether the compiled backend is built. S2SENT_BUILD decides; everything else stands in pyproject.toml.
+"""Builds the compiled backend, if S2SENT_BUILD and the tools here allow it; everything else is in pyproject.toml.
 
-    S2SENT_BUILD=auto    (or unset) what torch and the tools here allow: the CPU part needs a C++ compiler, the CUDA part also
-                         a torch built for CUDA and nvcc of its major version. Without the first it is pure Python. One
-                         printed line says what is left out and why
+    S2SENT_BUILD=auto    (or unset) builds what it can: the CPU part needs a C++ compiler; the CUDA part also needs a torch
+                         built for CUDA and nvcc of the same major version. Prints one line about what is left out, and why
     S2SENT_BUILD=0       pure Python
     S2SENT_BUILD=cpu     the CPU part, or an error that names what is missing
     S2SENT_BUILD=cuda    the CPU part and the CUDA part, or an error that names what is missing
 
-No GPU need be there: TORCH_CUDA_ARCH_LIST says for which ones the CUDA part is compiled (unset: ARCHITECTURES). MAX_JOBS
-bounds how many files are compiled at once, where ninja is installed.
+No GPU is needed: the CUDA part is compiled for TORCH_CUDA_ARCH_LIST, or ARCHITECTURES if that is unset. MAX_JOBS limits how
+many files are compiled at once, if ninja is installed.
 
-torch is imported only where something is built, so that a pure Python install works without it. Build with
+torch is imported only to build the extension, so that a pure Python install works without it. Build with
 ``pip install --no-build-isolation``: isolation would hide the torch that the extension is for.
 """
 
@@ -21,39 +20,44 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 
 from setuptools import setup
 
 CHOICES = ("auto", "0", "cpu", "cuda")
-SOURCES = [
-    "csrc/bindings.cpp", "csrc/bindings_cpu.cpp", "csrc/cpu/fuse.cpp", "csrc/cpu/gate.cpp", "csrc/cpu/squeeze.cpp",
-    "csrc/cpu/tokens.cpp",
-]  # fmt: skip
-HEADERS = [
-    "csrc/bindings.h", "csrc/cpu/batch.h", "csrc/cpu/fuse.h", "csrc/cpu/gate.h", "csrc/cpu/squeeze.h", "csrc/cpu/tokens.h",
-    "csrc/stages.h",
-]  # fmt: skip
-CUDA_SOURCES = [
-    "csrc/bindings_cuda.cpp", "csrc/cuda/device.cu", "csrc/cuda/fuse.cu", "csrc/cuda/fuse_backward.cu", "csrc/cuda/gate.cu",
-    "csrc/cuda/gate_backward.cu", "csrc/cuda/product.cu", "csrc/cuda/select.cu", "csrc/cuda/squeeze.cu",
-    "csrc/cuda/squeeze_backward.cu", "csrc/cuda/tokens.cu",
-]  # fmt: skip
-CUDA_HEADERS = [
-    "csrc/cuda/cluster.cuh", "csrc/cuda/gate.cuh", "csrc/cuda/launch.h", "csrc/cuda/select.cuh", "csrc/cuda/tokens.cuh",
-]  # fmt: skip
-# Those of them that nvcc knows, and PTX of the newest. csrc/cuda/select.cu needs the "a".
+ROOT = Path(__file__).parent
+INTERFACE_FILE = ROOT / "s2sent_kernels/engines/native.py"
+
+
+def files(*patterns):
+    """Paths in csrc/ by glob, sorted, relative to this file."""
+    return sorted(path.relative_to(ROOT).as_posix() for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+
+
+CUDA_SOURCES = files("bindings/cuda.cpp", "cuda/**/*.cu")
+CUDA_HEADERS = files("cuda/**/*.h", "cuda/**/*.cuh")
+SOURCES = [path for path in files("**/*.cpp") if path not in CUDA_SOURCES]
+HEADERS = [path for path in files("**/*.h") if path not in CUDA_HEADERS]
+# Compiled for by default, as far as nvcc supports them, plus PTX of the newest. csrc/cuda/sm90/ needs the "a".
 ARCHITECTURES = ("8.0", "9.0a", "10.0", "12.0")
 MINIMUM_TORCH = "2.11"
-TARGET_VERSION = "0x020b000000000000"  # the stable ABI as of MINIMUM_TORCH, whatever newer torch it is built with
+TARGET_VERSION = "0x020b000000000000"  # the stable ABI of MINIMUM_TORCH, also if built with a newer torch
 FLAGS = [
     "-std=c++17", "-O3", "-g0", "-fvisibility=hidden",
-    "-ffp-contract=off",  # a kernel compiled for several instruction sets gives the same bits on each
-    "-fno-math-errno", "-fno-trapping-math",  # conditional floating point vectorises; changes no bits
+    "-ffp-contract=off",  # a kernel gives the same bits on every instruction set that it is compiled for
+    "-fno-math-errno", "-fno-trapping-math",  # lets conditional floating point vectorise; changes no bits
+    "-Werror=switch",  # an enumerator without a case is an error
 ]  # fmt: skip
 NVCC_FLAGS = [
     "-std=c++17", "-O3", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA",
-    "--fmad=false",  # variants of a kernel cannot differ in what is fused: fmaf stands where it is meant
+    "--fmad=false",  # only explicit fmaf is fused, so that variants of a kernel cannot differ
+    "-Xcompiler=-Werror=switch",
 ]  # fmt: skip
+
+
+def interface():
+    """INTERFACE of the package: the number that tells it an extension built from other sources."""
+    return re.search(r"^INTERFACE = (\d+)$", INTERFACE_FILE.read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 
 def missing():
@@ -84,14 +88,14 @@ def nvcc_release(nvcc):
 
 
 def cuda_home():
-    """Where torch looks for the CUDA toolkit: CUDA_HOME, CUDA_PATH, nvcc on the PATH, or /usr/local/cuda."""
+    """The CUDA toolkit that torch uses: CUDA_HOME, CUDA_PATH, nvcc on the PATH, or /usr/local/cuda."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     return CUDA_HOME
 
 
 def missing_cuda():
-    """What a build of the CUDA part lacks here beyond the CPU part's needs, or None. No GPU is asked for."""
+    """What a build of the CUDA part lacks here, apart from what the CPU part needs, or None. Does not query a GPU."""
     import torch
 
     if torch.version.cuda is None:
@@ -108,7 +112,7 @@ def missing_cuda():
 
 
 def architectures():
-    """TORCH_CUDA_ARCH_LIST where it is unset: those of ARCHITECTURES that nvcc compiles for, and PTX for newer ones."""
+    """The default of TORCH_CUDA_ARCH_LIST: those of ARCHITECTURES that nvcc supports, and PTX for newer GPUs."""
     command = [os.path.join(cuda_home(), "bin", "nvcc"), "--list-gpu-code"]
     known = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     found = [arch for arch in ARCHITECTURES if "sm_" + arch.strip("a").replace(".", "") in known]
@@ -116,20 +120,20 @@ def architectures():
 
 
 def extension(cuda=False):
-    """Arguments of ``setup`` that build s2sent_kernels._C: one abi3 library for every Python and every torch that is new
-    enough."""
+    """Arguments of ``setup`` that build s2sent_kernels._C: one abi3 library for every supported Python and torch."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    macros = [("TORCH_TARGET_VERSION", TARGET_VERSION)]
+    macros = [("TORCH_TARGET_VERSION", TARGET_VERSION), ("S2SENT_INTERFACE", interface())]
+    depends = [*HEADERS, INTERFACE_FILE.relative_to(ROOT).as_posix()]
     if cuda:
         if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
             os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
         module = CUDAExtension(
             "s2sent_kernels._C",
             SOURCES + CUDA_SOURCES,
-            depends=HEADERS + CUDA_HEADERS,
+            depends=depends + CUDA_HEADERS,
             define_macros=[*macros, ("S2SENT_CUDA", None)],
-            # USE_CUDA declares torch's CUDA functions of the stable ABI
+            # USE_CUDA declares the CUDA functions of torch's stable ABI
             extra_compile_args={"cxx": [*FLAGS, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS},
             py_limited_api=True,
         )
@@ -137,7 +141,7 @@ def extension(cuda=False):
         module = CppExtension(
             "s2sent_kernels._C",
             SOURCES,
-            depends=HEADERS,
+            depends=depends,
             define_macros=macros,
             extra_compile_args=FLAGS,
             py_limited_api=True,

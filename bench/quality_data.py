@@ -1,7 +1,7 @@
 """What the quality scripts share: the encoder, the triplets, the STS sets, and the dev pairs that may choose.
 
     --data is a folder with nli/nli_triplets.tsv, sts/{stsb,sts12,sts14,sts16}.tsv, transfer/{sst2,mr,trec,mrpc}.tsv, with the
-    columns of s2sent_kernels/evaluation.py; triplets have anchor, positive, negative. None of it comes with the project.
+    columns of s2sent_kernels/tools/evaluation.py; triplets have anchor, positive, negative. None of it comes with the project.
 
 STS-B dev, which chooses epochs, learning rates and seeds, took pairs from STS12 to STS16. How many of them the reported sets hold
 is counted, and what the rest of it ("dev apart") would have chosen, and training without choosing, is reported too.
@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2sent_kernels import cache, evaluation, frozen
-from s2sent_kernels.evaluation import Pair
-from s2sent_kernels.tables import read_table
+from s2sent_kernels import cache, frozen
+from s2sent_kernels.tools import evaluation
+from s2sent_kernels.tools.evaluation import Pair
+from s2sent_kernels.tools.tables import read_table
 
 MODEL_NAME = "all-MiniLM-L6-v2"
 MAX_LENGTH = 256  # as the model's own pipeline has it

@@ -11,9 +11,10 @@ import torch
 from quality_data import MAX_LENGTH, Data, load_encoder, scores
 from torch import Tensor, nn
 
-from s2sent_kernels import S2SentSelector, cache, evaluation, frozen
+from s2sent_kernels import S2SentSelector, cache, frozen
 from s2sent_kernels.capture import BlockCapture
 from s2sent_kernels.tokens import Tokens
+from s2sent_kernels.tools import evaluation
 
 BATCH = 128
 EVALUATED = 128  # texts at once where no gradient is wanted

@@ -21,8 +21,9 @@ from quality import RECIPE as claims_recipe
 from quality_data import MODEL_NAME, TESTS, TRANSFER, spread
 from report import table
 
-from s2sent_kernels import evaluation, pretrained
-from s2sent_kernels.pictures import write_atomically
+from s2sent_kernels.checkpoints import pretrained
+from s2sent_kernels.files import write_atomically
+from s2sent_kernels.tools import evaluation
 
 Row = dict[str, Any]
 COLUMNS = ("dev", *TESTS, "mean")

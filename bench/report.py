@@ -20,7 +20,7 @@ from cases import CASES, CPU_CASES
 from contestants import OURS
 from suite import guarded
 
-from s2sent_kernels.pictures import write_atomically
+from s2sent_kernels.files import write_atomically
 
 Row = dict[str, Any]
 MODES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}

@@ -21,8 +21,10 @@ import report
 import torch
 from quality_data import MAX_LENGTH, MODEL_NAME, SEEDS, TESTS, Data, Frozen, arguments, scores, spread
 
-from s2sent_kernels import S2SentSelector, evaluation, frozen, pretrained
-from s2sent_kernels.pictures import write_atomically
+from s2sent_kernels import S2SentSelector, frozen
+from s2sent_kernels.checkpoints import pretrained
+from s2sent_kernels.files import data_folder, write_atomically
+from s2sent_kernels.tools import evaluation
 
 BLOCKS, BOTTLENECK, FREQUENCIES = 6, 32, 4
 LEARNING_RATES = (1e-3, 3e-3)
@@ -165,7 +167,7 @@ def card(content: dict[str, Any], folder: Path) -> str:
 
 def main() -> int:
     parser = arguments(__doc__)
-    parser.add_argument("--output", type=Path, default=Path(pretrained.__file__).parent / "data" / MODEL_NAME)
+    parser.add_argument("--output", type=Path, default=data_folder() / MODEL_NAME)
     asked = parser.parse_args()
     data = Data.read(asked.data)
     cached = Frozen(data, asked.cache, asked.model, asked.device, token_frequencies=2)
@@ -206,7 +208,7 @@ def main() -> int:
         "encoder": f"sentence-transformers/{MODEL_NAME}", "blocks": list(range(BLOCKS)), "pooling": "mean",
         "max_length": MAX_LENGTH, "scalar_mix": weights,
     }  # fmt: skip
-    pretrained.save(shipped, asked.output, about)
+    shipped.save_pretrained(asked.output, about=about)
     write_atomically(asked.output / "README.md", card(content, asked.output).encode())
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(RESULT, (json.dumps(content, indent=1) + "\n").encode())

@@ -1,57 +1,171 @@
-// What both devices' C interfaces share: the names of dtypes and poolings, and the arguments of the gate, whose pointers are
-// host memory there and device memory here.
+// The arguments of every stage, shared by the CPU and CUDA kernels. Pointers are host memory on the CPU and device memory on
+// CUDA, except where marked "host". Tensors are float32 and dense unless their dtype is given.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+
+#include "dtypes.h"
+
+#ifdef __CUDACC__
+#define S2SENT_HD __host__ __device__ __forceinline__
+#else
+#define S2SENT_HD inline __attribute__((always_inline))
+#endif
 
 namespace s2sent {
 
-enum class DType : int { kFloat32, kBFloat16, kFloat16 };
-enum class Pooling : int { kNone, kMean, kCls, kLast };
+constexpr int64_t kMaxBlocks = 128;    // N on CUDA: pointers to the hidden states are kernel arguments
+constexpr int64_t kMaxParts = 32;      // M on CUDA: the number of frequency pairs
+constexpr int64_t kProductRows = 256;  // rows of a partial sum of Product
 
-// Everything is float32 and dense, but o.
+// ---------------------------------------------------------------- options
+
+// Numbers of the options across the op boundary. Python asserts at load that its own words have the same order.
+enum class Pooling : int { kNone, kMean, kCls, kLast };
+enum class Activation : uint8_t { kTanh, kRelu };
+
+constexpr const char* kPoolings[] = {"mean", "cls", "last"};  // the word of Pooling(i + 1)
+constexpr const char* kActivations[] = {"tanh", "relu"};      // the word of Activation(i)
+constexpr int kNumPoolings = sizeof kPoolings / sizeof *kPoolings;
+constexpr int kNumActivations = sizeof kActivations / sizeof *kActivations;
+static_assert(kNumPoolings == int(Pooling::kLast) && kNumActivations == int(Activation::kRelu) + 1, "a word per number");
+
+// s = act(t). tanh is computed in float64 and rounded once; relu(NaN) is NaN.
+S2SENT_HD float activate(Activation activation, float t) {
+  switch (activation) {
+    case Activation::kTanh: return float(std::tanh(double(t)));
+    case Activation::kRelu: return t < 0.0f ? 0.0f : t;
+  }
+  __builtin_unreachable();
+}
+
+// The rank of the one real token that p copies, in a sentence of ``length`` of them. Callers handle kNone and kMean, which copy
+// no token; the result for them is arbitrary.
+S2SENT_HD int64_t pooled_rank(Pooling pooling, int64_t length) {
+  switch (pooling) {
+    case Pooling::kCls: return 0;
+    case Pooling::kLast:
+    case Pooling::kNone:
+    case Pooling::kMean: return length - 1;
+  }
+  __builtin_unreachable();
+}
+
+// ---------------------------------------------------------------- arguments
+
+// A tensor [B, L, D] or packed [T, D], dense in D. Strides are in elements.
+struct Rows {
+  const void* data;
+  int64_t stride_b;  // 0 if packed
+  int64_t stride_l;
+};
+
+// f and p. Batch describes which tokens are real, Factors holds beta; each device has its own.
+template <class Batch, class Factors>
+struct Squeeze {
+  Batch batch;
+  DType dtype;
+  int64_t num;          // hidden states in this call: all N, or one of them
+  int64_t first_block;  // index of hidden[0] among the N blocks
+  int64_t num_blocks;   // N
+  int64_t size;         // D
+  int64_t parts;        // M
+  Pooling pooling;
+  const Rows* hidden;  // host [num]
+  const float* alpha;  // [M, N]
+  Factors factors;
+  bool official;    // f sums over all L positions, padding included
+  float* sums;      // scratch [B, num, D]: S_n = sum_l beta u_n
+  float* pooled;    // p [B, N, D] or null
+  float* squeezed;  // f [B, D]; added to unless first_block is 0
+};
+
+// du_n = g_n dv + w dp_n + alpha_n beta df.
+template <class Batch, class Factors>
+struct SqueezeBackward {
+  Batch batch;
+  DType dtype;
+  int64_t num_blocks;  // N
+  int64_t size;        // D
+  int64_t parts;       // M
+  Pooling pooling;
+  const float* alpha;  // [M, N]
+  Factors factors;
+  bool official;
+  const float* grad_squeezed;  // df [B, D] or null
+  const float* grad_pooled;    // dp [B, N, D] or null
+  Rows grad_fused;             // dv; data is null if there is none
+  const float* gates;          // g [B, N, D] with dv
+  void* const* grads;          // host [N]: dense du_n, or null if not needed
+};
+
+// s, and from it g, or o = sum_n g p, or their gradients.
 struct Gate {
   int64_t sentences;   // B
   int64_t num_blocks;  // N
   int64_t size;        // D
   int64_t width;       // H
-  bool relu;           // else tanh
+  Activation activation;
   float eps;
-  const float* squeezed;      // f [B, D]
-  const float* down_weight;   // [H, D]
-  const float* down_bias;     // [H]
-  const float* up_weight;     // [N D, H]
-  const float* up_bias;       // [N D]
-  const float* norm_weight;   // [N D], with the next three, or null
+  const float* squeezed;     // f [B, D]
+  const float* down_weight;  // W1 [H, D]
+  const float* down_bias;    // b1 [H]
+  const float* up_weight;    // W2 [N D, H]
+  const float* up_bias;      // b2 [N D]
+  const float* norm_weight;  // [N D], as the next three; null without a norm
   const float* norm_bias;
   const float* running_mean;
   const float* running_var;
-  const float* prior;  // [N] or null
-  float* bottleneck;   // s [B, H]
-  float* gates;        // g [B, N, D] or null
-  const float* pooled; // p [B, N, D] or null
-  void* output;        // o [B, D] with p
-  DType dtype;         // of o
+  const float* prior;   // c [N] or null
+  float* bottleneck;    // s [B, H]
+  float* gates;         // g [B, N, D] or null
+  const float* pooled;  // p [B, N, D] or null
+  void* output;         // o [B, D] with p
+  DType dtype;          // of o
 
-  // Of the backward alone: with dg, or with do and p.
+  // Backward only. Its input is dg, or do with p.
   const float* grad_gates;   // dg [B, N, D] or null
-  const float* grad_output;  // do [B, D], with p
-  float* grad_pooled;        // dp [B, N, D], with p
-  float* grad_logits;        // [B, N, D] of e + c
-  float* grad_normed;        // [B, N, D] of the norm's result, or of z where there is none
-  float* normed;             // [B, N, D] (z - mean) / std, with a norm
+  const float* grad_output;  // do [B, D] with p
+  float* grad_pooled;        // dp [B, N, D] with p
+  float* grad_logits;        // [B, N, D]: the gradient of e + c
+  float* grad_normed;        // [B, N, D]: the gradient of the norm's output, or of z without a norm
+  float* normed;             // [B, N, D]: (z - mean) / std, with a norm
 };
 
+// x @ weight
 struct Product {
-  int64_t sentences;
+  int64_t sentences;  // B
   int64_t rows;
   int64_t columns;
   const float* x;       // [B, rows]
   const float* weight;  // [rows, columns]
   float* partial;       // scratch [ceil(rows / kProductRows), B, columns]
-  float* result;        // [B, columns] x @ weight
+  float* result;        // [B, columns]
 };
 
-constexpr int64_t kProductRows = 256;  // of a partial sum
+// v = sum_n g_n u_n, 0 at padding.
+template <class Batch>
+struct Fuse {
+  Batch batch;
+  DType dtype;
+  int64_t num_blocks;  // N
+  int64_t size;        // D
+  const Rows* hidden;  // host [N]
+  const float* gates;  // g [B, N, D]
+  void* fused;         // v, dense, shaped like a hidden state
+};
+
+// dg_n = sum_l dv u_n over real tokens.
+template <class Batch>
+struct FuseBackward {
+  Batch batch;
+  DType dtype;
+  int64_t num_blocks;  // N
+  int64_t size;        // D
+  const Rows* hidden;  // host [N]
+  Rows grad_fused;     // dv
+  float* grad_gates;   // dg [B, N, D]
+};
 
 }  // namespace s2sent

@@ -1,16 +1,16 @@
-"""A cache of what a selector reads of an encoder with frozen weights, so that many selectors are trained from one encoding pass.
+"""A cache of the inputs of a selector behind a frozen encoder, so that one encoding pass serves the training of many selectors.
 
-The squeeze is separable: along the tokens it takes a DCT of each block, along the blocks a weighted sum. So what is kept of a
-sentence are the lowest Y token frequencies of each block, and f and p of any selector follow, for any of the cached blocks and
-any M whose components have y < Y:
+The squeeze is separable: a DCT of each block along the tokens, then a weighted sum over the blocks. The cache therefore stores
+the lowest Y token frequencies of each block. f and p of any selector follow, for the last N of the cached blocks and for any M
+whose components have y < Y:
 
-    C[n,y,d] = sum_l c(y, rank of l, length) u_n[l,d]           kept, [N, Y, D]
+    C[n,y,d] = sum_l c(y, rank of l, length) u_n[l,d]           stored, [N, Y, D]
     f[d]     = 6 / sqrt(N length) sum_n alpha[m(d),n] C[n, y_m(d), d]
-    p[n,d]   = C[n,0,d] / sqrt(length)                          for pooling "mean"; "cls" and "last" are kept apart
+    p[n,d]   = C[n,0,d] / sqrt(length)                          for pooling "mean"; stored separately for "cls" and "last"
 
-Arrays are numpy files, mapped into memory. A cache's folder is named by a digest of the encoder's weights, the tokenizer, the
-blocks, the texts and the settings; it is written beside its final name and renamed when whole, and a pass that was interrupted
-goes on where it last recorded its progress.
+The arrays are numpy files, mapped into memory. A cache's folder is named by a digest of the encoder's weights, the tokenizer, the
+blocks, the texts and the settings. It is written under a temporary name and renamed once complete. An interrupted pass resumes at
+its last record of progress.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import families, validate
+from . import validate
 from .capture import BLOCK_NORMS, BlockCapture
+from .files import locked, write_atomically
 from .formula import dct
 from .formula.call import POOLINGS, Batch
 from .formula.tokens import Tokens
-from .locks import locked
-from .pictures import write_atomically
+from .tools import encoders
 
 FORMAT = 1
 RECORD_EVERY = 32  # batches between two records of progress
-CHUNK = 4096  # rows that are turned into f and p at once
+ROWS_AT_ONCE = 4096  # read from the files and turned into f and p
 
 
 class Settings(NamedTuple):
-    """What a cache was made with, beside encoder, tokenizer and texts."""
+    """What a cache depends on, besides encoder, tokenizer and texts. The digest that names the folder includes the field names:
+    renaming one makes existing caches unreachable."""
 
-    blocks: Sequence[int] | str | None = None  # as BlockCapture takes them
+    blocks: Sequence[int] | str | None = None  # as BlockCapture's
     block_norm: str | None = "final"
     token_frequencies: int = 2  # Y; 2 are enough for M <= 4, 7 for every M
     pooling: str = "mean"
-    max_length: int = 512  # tokens; the tokenizer's own limit where that is lower
+    max_length: int = 512  # tokens; less if the tokenizer or the encoder supports fewer
     batch_size: int = 128
 
 
@@ -54,10 +55,10 @@ DEFAULT = Settings()
 
 
 class BlockCache:
-    """One finished cache. ``row`` finds a text's place; ``squeezed`` and ``pooled`` take rows.
+    """A finished cache. ``row`` and ``rows`` map texts to rows; ``squeezed`` and ``pooled`` read rows.
 
     Attributes:
-        blocks: the encoder's blocks that were kept, ascending.
+        blocks: the encoder's cached blocks, ascending.
         hidden_size, token_frequencies, pooling: D, Y, and what p is.
     """
 
@@ -76,25 +77,26 @@ class BlockCache:
         return len(self._lengths)
 
     def row(self, text: str) -> int:
-        """Where a text stands in the cache; a KeyError where it was not among its texts."""
+        """A text's row. KeyError if the cache was made without that text."""
         return self._row[text]
 
     def rows(self, texts: Sequence[str]) -> Tensor:
         return torch.tensor([self._row[text] for text in texts], dtype=torch.long)
 
-    def _places(self, num_blocks: int) -> list[int]:
+    def _last(self, num_blocks: int) -> list[int]:
+        """The positions of the last ``num_blocks`` cached blocks."""
         validate.positive_int("num_blocks", num_blocks)
         if num_blocks > len(self.blocks):
             raise ValueError(f"num_blocks: expected at most {len(self.blocks)}, as many as cached, got {num_blocks}")
         return list(range(len(self.blocks) - num_blocks, len(self.blocks)))
 
     def squeezed(self, num_blocks: int, frequencies: int, rows: Tensor | None = None) -> Tensor:
-        """f [S, D] of the last ``num_blocks`` cached blocks, as a selector of ``frequencies`` components sees them.
+        """f [S, D] of the last ``num_blocks`` cached blocks, for a selector of ``frequencies`` components.
 
         Raises:
-            ValueError: there are fewer blocks, no such M on that many, or components of a y that was not kept.
+            ValueError: fewer blocks are cached, N blocks have no M components, or a component needs a y that is not stored.
         """
-        places = self._places(num_blocks)
+        blocks = self._last(num_blocks)
         validate.components(num_blocks, self.hidden_size, frequencies, "paper")
         y = torch.tensor([pair[1] for pair in dct.frequency_pairs(num_blocks, frequencies)])
         if int(y.max()) >= self.token_frequencies:
@@ -106,31 +108,32 @@ class BlockCache:
         alpha = dct.block_basis(num_blocks, frequencies)[part].T.float()  # [N, D]
         wanted = y[part][None, None].expand(num_blocks, 1, -1)  # [N, 1, D]
 
-        def chunk(kept: Tensor, length: Tensor) -> Tensor:
-            of_each = kept[:, places].gather(2, wanted.expand(len(kept), -1, -1, -1))[:, :, 0]
+        def of_rows(kept: Tensor, length: Tensor) -> Tensor:
+            of_each = kept[:, blocks].gather(2, wanted.expand(len(kept), -1, -1, -1))[:, :, 0]
             return (alpha * of_each).sum(dim=1) * (dct.GRID / (num_blocks * length.clamp(min=1)).sqrt())[:, None]
 
-        return self._each(rows, chunk, (self.hidden_size,))
+        return self._each(rows, of_rows, (self.hidden_size,))
 
     def pooled(self, num_blocks: int, rows: Tensor | None = None) -> Tensor:
         """p [S, N, D] of the last ``num_blocks`` cached blocks."""
-        places = self._places(num_blocks)
+        blocks = self._last(num_blocks)
         if self._ends is not None:
             index = torch.arange(len(self)) if rows is None else rows
-            return torch.from_numpy(self._ends[index.numpy()])[:, places]
+            return torch.from_numpy(self._ends[index.numpy()])[:, blocks]
 
-        def chunk(kept: Tensor, length: Tensor) -> Tensor:
-            return kept[:, places, 0] / length.clamp(min=1).sqrt()[:, None, None]
+        def of_rows(kept: Tensor, length: Tensor) -> Tensor:
+            return kept[:, blocks, 0] / length.clamp(min=1).sqrt()[:, None, None]
 
-        return self._each(rows, chunk, (num_blocks, self.hidden_size))
+        return self._each(rows, of_rows, (num_blocks, self.hidden_size))
 
-    def _each(self, rows: Tensor | None, chunk: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]) -> Tensor:
+    def _each(self, rows: Tensor | None, of_rows: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]) -> Tensor:
+        """``of_rows`` of C [S, N, Y, D] and the lengths [S], a slice of the rows at a time."""
         index = torch.arange(len(self)) if rows is None else rows
         result = torch.empty(len(index), *shape)
-        for start in range(0, len(index), CHUNK):
-            some = index[start : start + CHUNK]
+        for start in range(0, len(index), ROWS_AT_ONCE):
+            some = index[start : start + ROWS_AT_ONCE]
             kept = torch.from_numpy(self._kept[some.numpy()])
-            result[start : start + CHUNK] = chunk(kept, self._lengths[some].float())
+            result[start : start + ROWS_AT_ONCE] = of_rows(kept, self._lengths[some].float())
         return result
 
 
@@ -138,12 +141,12 @@ class BlockCache:
 
 
 def unique(texts: Sequence[str]) -> list[str]:
-    """Each text once, in the order of first appearance: what a cache is made of."""
+    """Each text once, in order of first appearance: the rows of a cache."""
     return list(dict.fromkeys(texts))
 
 
 def fingerprint(encoder: torch.nn.Module, tokenizer: Any) -> str:
-    """A digest of all weights, and of what the tokenizer does."""
+    """A digest of all weights and of the tokenizer's rules."""
     digest = hashlib.sha256(type(encoder).__name__.encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -152,7 +155,7 @@ def fingerprint(encoder: torch.nn.Module, tokenizer: Any) -> str:
     rules: Any
     if backend is None:
         rules = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    else:  # padding and truncation are how it was last called
+    else:  # padding and truncation are the state of its last call
         rules = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
     digest.update(json.dumps(rules, sort_keys=True).encode())
     return digest.hexdigest()
@@ -167,11 +170,11 @@ def make(
     *,
     progress: bool = False,
 ) -> BlockCache:
-    """The cache of ``texts`` in a folder below ``folder``: opened where it is there, resumed where a pass was interrupted, made
-    where not. Texts that come twice are kept once. The encoder is run in eval mode, on the device where it is.
+    """The cache of ``texts`` in a folder below ``folder``: opened if complete, resumed if a pass was interrupted, else made. A
+    text that appears twice is stored once. The encoder runs in eval mode, on its own device.
 
     Raises:
-        ValueError, TypeError: a setting is wrong, or there is no text.
+        ValueError, TypeError: a setting is wrong, or ``texts`` is empty.
     """
     texts = unique(texts)
     if not texts:
@@ -194,18 +197,18 @@ def make(
         parent = Path(folder)
         parent.mkdir(parents=True, exist_ok=True)
         target = parent / name
-        with locked(parent / f".{name}.lock", wait=True):  # a second process finds it made
+        with locked(parent / f".{name}.lock", wait=True):  # a second process then finds the cache complete
             if not target.exists():
-                part = parent / f".{name}.part"
-                _fill(part, about, capture, tokenizer, texts, settings, progress)
-                os.replace(part, target)
+                unfinished = parent / f".{name}.part"
+                _fill(unfinished, about, capture, tokenizer, texts, settings, progress)
+                os.replace(unfinished, target)
     finally:
         capture.remove()
     return BlockCache(target, texts)
 
 
 def _fill(
-    part: Path,
+    folder: Path,
     about: dict[str, Any],
     capture: BlockCapture,
     tokenizer: Any,
@@ -216,52 +219,44 @@ def _fill(
     import numpy
 
     encoder = capture.encoder
-    device = next(encoder.parameters()).device
-    limit = families.max_length(encoder, tokenizer, settings.max_length)
-    # By length, so that batches hold little padding: longest first, so that what does not fit fails at once.
-    order = sorted(range(len(texts)), key=lambda row: (-len(texts[row]), row))
-    batches = [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
+    batches = encoders.in_batches(encoders.longest_first(texts), settings.batch_size)
     arrays: dict[str, Any] = {}
-    done, record = 0, part / "progress.json"
+    done, record = 0, folder / "progress.json"
     if record.exists():
         done = json.loads(record.read_text(encoding="utf-8"))["batches"]
-        arrays = {path.stem: numpy.load(path, mmap_mode="r+") for path in part.glob("*.npy")}
-    part.mkdir(exist_ok=True)
-    was_training = encoder.training
-    encoder.eval()
+        arrays = {path.stem: numpy.load(path, mmap_mode="r+") for path in folder.glob("*.npy")}
+    folder.mkdir(exist_ok=True)
+    todo = encoders.token_batches(
+        encoder, tokenizer, texts, batches, max_length=settings.max_length, skip=done, progress=progress
+    )
     try:
-        for number, rows in enumerate(_bar(batches, progress)):
-            if number < done:
-                continue
-            batch = tokenizer(
-                [texts[row] for row in rows], padding=True, truncation=True, max_length=limit, return_tensors="pt"
-            ).to(device)
-            with torch.no_grad():
-                result = _summaries(capture.collect(**batch), batch["attention_mask"], settings)
-            for key, tensor in result.items():
-                if key not in arrays:
-                    shape = (len(texts), *tensor.shape[1:])
-                    kind = numpy.int64 if key == "lengths" else numpy.float32
-                    arrays[key] = numpy.lib.format.open_memmap(part / f"{key}.npy", "w+", kind, shape)
-                    _allocate(part / f"{key}.npy")
-                arrays[key][rows] = tensor.cpu().numpy()
-            if (number + 1) % RECORD_EVERY == 0 or number + 1 == len(batches):
-                for array in arrays.values():
-                    array.flush()
-                write_atomically(record, json.dumps({"batches": number + 1}).encode())
+        with encoders.in_eval_mode(encoder):
+            for rows, inputs in todo:
+                with torch.no_grad():
+                    result = _summaries(capture.collect(**inputs), inputs["attention_mask"], settings)
+                for key, tensor in result.items():
+                    if key not in arrays:
+                        shape = (len(texts), *tensor.shape[1:])
+                        kind = numpy.int64 if key == "lengths" else numpy.float32
+                        arrays[key] = numpy.lib.format.open_memmap(folder / f"{key}.npy", "w+", kind, shape)
+                        _allocate(folder / f"{key}.npy")
+                    arrays[key][rows] = tensor.cpu().numpy()
+                done += 1
+                if done % RECORD_EVERY == 0 or done == len(batches):
+                    for array in arrays.values():
+                        array.flush()
+                    write_atomically(record, json.dumps({"batches": done}).encode())
     except BaseException:
-        if not record.exists():  # there is nothing to go on from
-            shutil.rmtree(part)
+        if not record.exists():  # no progress to resume from
+            shutil.rmtree(folder)
         raise
-    finally:
-        encoder.train(was_training)
-    write_atomically(part / "about.json", (json.dumps(about, indent=1) + "\n").encode())
+    write_atomically(folder / "about.json", (json.dumps(about, indent=1) + "\n").encode())
     record.unlink()
 
 
 def _allocate(path: Path) -> None:
-    """Takes a file's room on the disk. A file that is mapped into memory is full of holes at first: where the disk is full when
-    one of them is written to, that is no error but the end of the process."""
+    """Reserve the file's disk space. A memory-mapped file is sparse; writing to a hole on a full disk kills the process (SIGBUS)
+    instead of raising."""
     if not hasattr(os, "posix_fallocate"):
         return
     with open(path, "r+b") as file:
@@ -272,7 +267,7 @@ def _allocate(path: Path) -> None:
 
 
 def _summaries(hidden_states: Sequence[Tensor], mask: Tensor, settings: Settings) -> dict[str, Tensor]:
-    """What is kept of a batch: "frequencies" C [B, N, Y, D], "lengths" [B], "pooled" [B, N, D] where C does not say it."""
+    """A batch's rows: "frequencies" C [B, N, Y, D], "lengths" [B], and "pooled" p [B, N, D] unless it follows from C."""
     first = hidden_states[0]
     tokens = Tokens.of(Batch([first], mask))
     y = torch.arange(settings.token_frequencies, device=first.device)
@@ -287,11 +282,3 @@ def _summaries(hidden_states: Sequence[Tensor], mask: Tensor, settings: Settings
         weights = tokens.pooling_weights(settings.pooling).float()[:, None]  # [B, 1, L]
         result["pooled"] = torch.stack([(weights @ u)[:, 0] for u in real], dim=1)
     return result
-
-
-def _bar(batches: Sequence[Any], progress: bool) -> Any:
-    if not progress:
-        return batches
-    from tqdm.auto import tqdm
-
-    return tqdm(batches, desc="encode", unit="batch")

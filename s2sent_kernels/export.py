@@ -1,25 +1,25 @@
-"""A model as a file: ONNX, or a package of AOTInductor. Both hold the whole pipeline, tokens in and sentence embeddings out, for
-any batch and length.
+"""A model as a file: ONNX, or a package of AOTInductor. Both hold the whole pipeline, from tokens to sentence embeddings, for any
+batch and length.
 
-    export_onnx(model, "model.onnx")    # plain PyTorch's operators; ONNX Runtime and its like. Needs the extra onnx.
-    export_aot(model, "model.pt2")      # compiled for this machine's kind; needs a C++ compiler here
+    export_onnx(model, "model.onnx")    # PyTorch's own operators, for ONNX Runtime and others. Needs the extra onnx.
+    export_aot(model, "model.pt2")      # compiled for this kind of machine. Needs a C++ compiler.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from . import validate
 from .capture import BlockCapture
+from .files import require
 from .formula.call import POOLINGS
 from .selector import S2SentSelector
 
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     from .transformers import S2SentModel
 
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "sentence_embedding"
-ONNX_LIMIT = 2**31 - 2**20  # bytes of weights: one protobuf message ends at 2 GiB, and the graph takes its part
+ONNX_LIMIT = 2**31 - 2**20  # bytes of weights: a protobuf message is limited to 2 GiB, graph included
 
 
 class Pipeline(nn.Module):
-    """An encoder, a selector behind its blocks and the pooling: what is exported.
+    """An encoder, a selector behind its blocks, and the pooling: the module that is exported.
 
     Args:
         capture: the blocks of the encoder.
-        selector: for as many blocks.
+        selector: of as many blocks.
         pooling: "mean", "cls" or "last".
-        head: what comes behind the embedding, as that of S2SentModel.from_published.
+        head: applied to the embedding, as that of S2SentModel.from_published.
 
     Raises:
         ValueError: the selector's N or D is not the capture's, or ``pooling`` is unknown.
@@ -64,19 +64,19 @@ class Pipeline(nn.Module):
 
 def export_onnx(model: S2SentModel | SentenceTransformer | Pipeline, path: str | os.PathLike[str]) -> None:
     """Write ``model`` as one ONNX file: ``input_ids`` and ``attention_mask``, int64 [batch, length], to
-    ``sentence_embedding`` [batch, D] in the model's dtype. The file is checked, and comes to ``path`` whole or not at all.
-    Weights of about 2 GiB or more have no room in it: they come to ``path`` and ".data", where the file looks for that name.
+    ``sentence_embedding`` [batch, D] in the model's dtype. The file is checked, then moved to ``path``. Weights of about 2 GiB or
+    more do not fit into it: they are written to ``path`` + ".data", which the file refers to by name.
 
-    The selector becomes plain PyTorch's operators, whatever backend "auto" takes elsewhere.
+    The selector becomes PyTorch's own operators, whichever backend "auto" would choose.
 
     Raises:
-        TypeError, ValueError: the model is none of these, is in training mode, its selector asks for a backend by name other
-            than the reference, or the exporter cannot take its encoder.
+        TypeError, ValueError: the model is none of these or is in training mode, its selector names a backend other than the
+            reference, or the exporter does not support its encoder.
         ImportError: onnx or onnxscript is missing; names the extra.
     """
     pipeline = _in_eval(as_pipeline(model))
-    onnx = _require("onnx")
-    _require("onnxscript")
+    onnx = require("onnx", "onnx", "onnx")
+    require("onnxscript", "onnxscript", "onnx")
     weights = sum(tensor.nbytes for tensor in pipeline.state_dict().values())
     names, same = {0: "batch", 1: "length"}, dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
     try:
@@ -87,27 +87,27 @@ def export_onnx(model: S2SentModel | SentenceTransformer | Pipeline, path: str |
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
         raise ValueError(f"model: cannot be exported to ONNX: {_root(error)}") from error
-    assert program is not None  # it is where the exporter itself writes no file
+    assert program is not None  # None only if the exporter writes the file itself
     with _written_whole(Path(path), Path(path).name) as file:
         program.save(file, external_data=weights > ONNX_LIMIT)
         onnx.checker.check_model(file, full_check=True)
 
 
 def export_aot(model: S2SentModel | SentenceTransformer | Pipeline, path: str | os.PathLike[str]) -> None:
-    """Compile ``model`` ahead of time (torch.export, AOTInductor) into one file, which comes to ``path`` whole or not at all:
+    """Compile ``model`` ahead of time (torch.export, AOTInductor) into one file, and move it to ``path`` once it is complete:
 
         import s2sent_kernels                                   # registers the op that the package calls
         model = torch._inductor.aoti_load_package("model.pt2")
         embeddings = model(input_ids, attention_mask)           # int64 [B, L] and [B, L] to [B, D]
 
-    The selector stays one op, of the backend that it takes here: the package needs this package, with that backend, where it
-    is loaded. With ``S2SentSelector(backend="reference")`` it is compiled along with the encoder and needs torch alone.
-    It runs on the kind of device that the model is on. It does not check its inputs: more tokens than the encoder has
-    positions give numbers without a meaning, so let the tokenizer truncate.
+    The selector stays one op, of the backend chosen here: loading the file requires s2sent_kernels with that backend. With
+    ``S2SentSelector(backend="reference")`` the selector is compiled along with the encoder, and loading requires torch alone.
+    The file runs on the kind of device that the model is on. It does not check its inputs: for more tokens than the encoder has
+    positions the result is undefined, so let the tokenizer truncate.
 
     Raises:
         TypeError, ValueError: the model is none of these, or is in training mode.
-        RuntimeError: no C++ compiler, or torch.export cannot take the encoder.
+        RuntimeError: there is no C++ compiler, or torch.export does not support the encoder.
     """
     pipeline = _in_eval(as_pipeline(model))
     axes = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
@@ -118,11 +118,11 @@ def export_aot(model: S2SentModel | SentenceTransformer | Pipeline, path: str | 
 
 
 def as_pipeline(model: S2SentModel | SentenceTransformer | Pipeline) -> Pipeline:
-    """What is exported of a model. A SentenceTransformer is a Transformer and an S2SentPooling; the text's side of it (prompts,
-    truncation) stays with the tokenizer.
+    """The Pipeline of a model. A SentenceTransformer must consist of a Transformer and an S2SentPooling. Prompts and truncation
+    are not exported: the tokenizer applies them.
 
     Raises:
-        TypeError, ValueError: the model is none of these; says what it is.
+        TypeError, ValueError: the model is none of these; names its type or its modules.
     """
     if isinstance(model, Pipeline):
         return model
@@ -140,7 +140,7 @@ def as_pipeline(model: S2SentModel | SentenceTransformer | Pipeline) -> Pipeline
     from .transformers import S2SentModel
 
     if isinstance(model, S2SentModel):
-        return Pipeline(model._capture, model.selector, model.config.pooling, model.head)
+        return Pipeline(model.capture, model.selector, model.config.pooling, model.head)
     raise TypeError(f"model: expected an S2SentModel, a SentenceTransformer or a Pipeline, got {type(model).__name__}")
 
 
@@ -151,22 +151,15 @@ def _in_eval(pipeline: Pipeline) -> Pipeline:
 
 
 def _example(pipeline: Pipeline) -> tuple[Tensor, Tensor]:
-    """Inputs to trace with: sizes that stand for any, neither 1 nor each other's, and two tensors, since one would become one
-    input."""
+    """Inputs to trace with. The sizes differ from 1 and from each other, so that none is specialised. The tensors are distinct,
+    because the same one twice would become a single input."""
     device = next(pipeline.encoder.parameters()).device
     input_ids = torch.ones(2, 8, dtype=torch.int64, device=device)
     return input_ids, torch.ones_like(input_ids)
 
 
-def _require(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{module} is not installed: pip install 's2sent_kernels[onnx]'") from error
-
-
 def _root(error: BaseException) -> BaseException:
-    """What lies at the bottom of an exporter's error, whose own message is advice to the exporter's authors."""
+    """The cause of an exporter's error. The outer messages are advice to the exporter's developers."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -174,7 +167,7 @@ def _root(error: BaseException) -> BaseException:
 
 @contextmanager
 def _written_whole(path: Path, name: str) -> Iterator[str]:
-    """A path to write to, of that name; what stands there in the end is moved to ``path``, what belongs to it first."""
+    """A temporary path that ends in ``name``. At the end the file is moved to ``path``, after the ".data" it refers to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         file = os.path.join(folder, name)

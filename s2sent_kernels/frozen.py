@@ -1,7 +1,7 @@
-"""Training a selector on an encoder with frozen weights: f and p are constants of a sentence then, and come from a cache.
+"""Training a selector behind a frozen encoder: f and p of a sentence are then constants, read from a cache.
 
-The objective is the source's: InfoNCE over cosine similarities at temperature 0.05, each anchor against every positive and
-every hard negative of its batch. A step touches [3 B, N, D] numbers and no encoder, so that plain PyTorch takes seconds.
+The objective is the published one: InfoNCE over cosine similarities at temperature 0.05, each anchor against every positive and
+every hard negative of its batch. A step reads [3 B, N, D] numbers and runs no encoder: an epoch takes seconds in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ from . import cache, validate
 from .cache import BlockCache
 from .formula import dct
 from .selector import S2SentSelector
+from .tools.baselines import ScalarMix as ScalarMix  # public under this name
+from .tools.encoders import in_eval_mode
+from .tools.scores import correlations
 
-CHUNK = 2048  # sentences that are embedded at once where no gradient is wanted
+EMBEDDED_AT_ONCE = 2048  # sentences, without gradients
 
 
 class Recipe(NamedTuple):
-    """How to train. The prior has a learning rate of its own: it is one number per block and starts far from its end."""
+    """The hyperparameters. The block prior has its own learning rate, because it moves much further than a weight."""
 
     epochs: int = 5
     batch_size: int = 256
     temperature: float = 0.05
     learning_rate: float = 3e-3
     prior_learning_rate: float = 1e-2
-    weight_decay: float = 0.01  # of matrices; biases, norms and priors have none
+    weight_decay: float = 0.01  # of matrices; 0 for biases, norms and priors
     seed: int = 0
 
 
@@ -41,7 +44,7 @@ DEFAULT = Recipe()
 
 
 class History(NamedTuple):
-    """Mean loss of each epoch; the dev score before the first and after each; the epoch that was kept."""
+    """Mean loss of each epoch; the dev score before the first epoch and after each; the epoch whose state was kept."""
 
     losses: list[float]
     scores: list[float]
@@ -65,48 +68,19 @@ class Features(NamedTuple):
         return Features(self.squeezed[rows], self.pooled[rows])
 
 
-class ScalarMix(nn.Module):
-    """The baseline that every fusion of blocks has to beat: one learned weight for each block, softmax over the blocks."""
-
-    def __init__(self, num_blocks: int) -> None:
-        super().__init__()
-        validate.positive_int("num_blocks", num_blocks)
-        self.num_blocks = num_blocks
-        self.block_prior = nn.Parameter(torch.zeros(num_blocks))
-
-    @classmethod
-    def of_weights(cls, weights: Sequence[float]) -> ScalarMix:
-        """The mix with these positive weights, up to their sum."""
-        if not weights or min(weights) <= 0:
-            raise ValueError(f"weights: expected positive numbers, one for each block, got {list(weights)}")
-        mix = cls(len(weights))
-        with torch.no_grad():
-            mix.block_prior.copy_(torch.tensor(weights, dtype=torch.float64).log())
-        return mix
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """[B, D] from p [B, N, D]."""
-        return torch.einsum("n,bnd->bd", self.block_prior.softmax(dim=0), pooled)
-
-
 def embed(module: nn.Module, features: Features) -> Tensor:
-    """o [B, D]: what a selector, or a scalar mix, makes of f and p."""
+    """o [B, D] of a selector or a scalar mix, from f and p."""
     if isinstance(module, S2SentSelector):
         return (module.gate(features.squeezed) * features.pooled).sum(dim=1)
     return module(features.pooled)
 
 
 def embed_all(module: nn.Module, features: Features) -> Tensor:
-    """``embed`` in eval mode, without gradients, a chunk at a time."""
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            starts = range(0, len(features.pooled), CHUNK)
-            parts = [Features(*(t[start : start + CHUNK] for t in features)) for start in starts]
-            return torch.cat([embed(module, part) for part in parts])
-    finally:
-        module.train(was_training)
+    """``embed`` in eval mode and without gradients, a slice of the sentences at a time."""
+    with in_eval_mode(module), torch.no_grad():
+        starts = range(0, len(features.pooled), EMBEDDED_AT_ONCE)
+        slices = [Features(*(t[start : start + EMBEDDED_AT_ONCE] for t in features)) for start in starts]
+        return torch.cat([embed(module, some) for some in slices])
 
 
 def info_nce(anchor: Tensor, positive: Tensor, negative: Tensor | None, temperature: float) -> Tensor:
@@ -139,18 +113,18 @@ def train(
     *,
     score: Callable[[nn.Module], float] | None = None,
 ) -> History:
-    """Train a selector or a scalar mix in place, on rows of ``features``; the seed decides the order of the triplets.
+    """Train a selector or a scalar mix in place, on rows of ``features``. The seed fixes the order of the triplets.
 
     Args:
-        module: an S2SentSelector, or ScalarMix; its device is that of ``features``.
-        anchor, positive, negative: int64 [T], rows; ``negative`` also [T, K]; None for pairs, -1 where there is none.
-        score: called before the first epoch and after each; the state of the highest is kept (the last without it).
+        module: an S2SentSelector or a ScalarMix, on the device of ``features``.
+        anchor, positive, negative: rows, int64 [T]; ``negative`` may be [T, K], -1 for a missing one, or None for pairs.
+        score: called before the first epoch and after each; the state with the highest score is kept. Without it, the last one.
 
     Raises:
         ValueError: the sizes do not fit, a number of the recipe is out of range, or the training diverged.
     """
     _check(recipe, len(anchor))
-    # A last batch of one has no batch statistics and no negatives: what does not fill half a batch waits for the next epoch.
+    # A batch of one has no batch statistics and no negatives, so a last batch that is less than half full is dropped.
     size = min(recipe.batch_size, len(anchor))
     generator = torch.Generator().manual_seed(recipe.seed)
     optimizer = _optimizer(module, recipe)
@@ -164,11 +138,11 @@ def train(
         for chosen in order.split(size):
             if 2 * len(chosen) < size:
                 continue
-            parts = [anchor[chosen], positive[chosen]]
+            rows = [anchor[chosen], positive[chosen]]
             if negative is not None:
-                parts.append(negative[chosen][negative[chosen] >= 0])
-            # All of a batch goes through the gate at once: its norm sees one distribution, not anchors apart from the rest.
-            together = embed(module, features.take(torch.cat(parts).to(features.pooled.device)))
+                rows.append(negative[chosen][negative[chosen] >= 0])
+            # One call of the gate for the whole batch: its norm must see one distribution, not anchors apart from the rest.
+            together = embed(module, features.take(torch.cat(rows).to(features.pooled.device)))
             anchors, positives, negatives = together.split([len(chosen), len(chosen), len(together) - 2 * len(chosen)])
             loss = info_nce(anchors, positives, negatives, recipe.temperature)
             optimizer.zero_grad(set_to_none=True)
@@ -191,7 +165,7 @@ def train(
 
 
 def _order(score: float) -> float:
-    """Embeddings that are all alike have a score of NaN: below every other."""
+    """A score for comparison. NaN, the correlation of identical embeddings, ranks below every number."""
     return -math.inf if math.isnan(score) else score
 
 
@@ -206,7 +180,7 @@ def _check(recipe: Recipe, count: int) -> None:
 
 @dataclass(frozen=True)
 class Dev:
-    """A scorer for ``train``: Spearman x 100 of cosine similarities with ``gold`` on pairs of rows."""
+    """A scorer for ``train``: 100 times Spearman's correlation of cosine similarities with ``gold``, over pairs of rows."""
 
     features: Features
     first: Tensor
@@ -214,15 +188,13 @@ class Dev:
     gold: Sequence[float]
 
     def __call__(self, module: nn.Module) -> float:
-        from .evaluation import correlations
-
         embeddings = embed_all(module, self.features)
         similarity = F.cosine_similarity(embeddings[self.first], embeddings[self.second])
         return correlations(similarity.tolist(), self.gold).spearman
 
 
 def token_frequencies(selector: S2SentSelector) -> int:
-    """Y: how many token frequencies a cache needs for the selector's components."""
+    """Y: the number of token frequencies that the selector's components need."""
     return 1 + max(y for _, y in dct.frequency_pairs(selector.num_blocks, selector.frequencies))
 
 
@@ -241,17 +213,17 @@ def fit(
     """Encode once (or open the cache), and train ``selector`` in place from it.
 
     Args:
-        examples: (anchor, positive, hard negatives ...), all of one length; a negative that is empty, or None, is none.
-        folder: where caches live.
-        dev: (sentence, sentence, score): chooses the epoch.
-        settings: of the cache; the selector reads the last N of its blocks.
+        examples: (anchor, positive, hard negatives ...), all of one length; a negative that is empty or None is skipped.
+        folder: of the caches.
+        dev: (sentence, sentence, score); chooses the epoch.
+        settings: of the cache. The selector reads the last N of its blocks.
 
     Raises:
         ValueError: the selector does not fit the cached blocks, there are fewer than two examples, or a setting is wrong.
     """
     if selector.profile != "paper":
         raise ValueError(f"selector: expected profile 'paper', got {selector.profile!r}")
-    _check(recipe, len(examples))  # before the encoder runs for hours
+    _check(recipe, len(examples))  # before encoding, which may take hours
     cached = cache.make(
         encoder, tokenizer, [t for row in examples for t in row if t], folder, settings, progress=progress
     )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import functional, pretrained, validate
+from . import functional, validate
 from .blockwise import BlockwisePool
+from .checkpoints import pretrained, published
 from .engines.choice import BACKENDS
 from .formula import reference
 from .formula.call import ACTIVATIONS, POOLINGS, PROFILES, Activation, Batch, GateParameters, Gating, Profile, Reading
@@ -228,9 +230,12 @@ class S2SentSelector(nn.Module):
 
     # ------------------------------------------------------------ folders
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into ``folder``, which is created if it does not exist."""
-        pretrained.save(self, folder)
+    def save_pretrained(self, folder: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into ``folder``, which is created if missing. ``about`` adds entries to
+        the configuration, as "blocks" and "pooling"."""
+        arguments = {name: getattr(self, name) for name in pretrained.ARGUMENTS if name != "block_prior"}
+        arguments["block_prior"] = self.block_prior is not None
+        pretrained.save(folder, arguments, self.state_dict(), about)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | os.PathLike[str], *, backend: str = "auto") -> S2SentSelector:
@@ -240,7 +245,15 @@ class S2SentSelector(nn.Module):
         Raises:
             ValueError: there is no such folder or name (lists the names), or it holds no selector.
         """
-        return pretrained.load(cls, name_or_folder, backend)
+        folder = pretrained.find(name_or_folder)
+        arguments = pretrained.read_config(folder)["selector"]
+        try:
+            selector = cls(**{name: arguments[name] for name in pretrained.ARGUMENTS}, backend=backend)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder / pretrained.CONFIG}: {error}") from error
+        state = pretrained.read_weights(folder, selector.state_dict())
+        selector.to(state["down.weight"].dtype).load_state_dict(state)
+        return selector.eval()
 
     # ------------------------------------------------------------ published checkpoints
 
@@ -276,10 +289,8 @@ class S2SentSelector(nn.Module):
         Raises:
             ValueError: a key is missing or has an unexpected shape; names it.
         """
-        from .published import convert
-
-        sizes, state = convert(state_dict, prefix, frequencies)
-        selector = cls(**sizes, profile="official", backend=backend)
+        arguments, state = published.convert(state_dict, prefix, frequencies)
+        selector = cls(**arguments, backend=backend)
         selector.to(state["down.weight"].dtype).load_state_dict(state)
         return selector
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import families, functional, published_model, validate
+from . import families, functional, validate
 from .capture import BLOCK_NORMS, BlockCapture
+from .checkpoints import published_model
 from .formula import reference
 from .formula.call import POOLINGS
 from .selector import S2SentSelector
@@ -153,22 +154,21 @@ class S2SentModel(transformers.PreTrainedModel):
                 shape; names it.
         """
         validate.option("pooling", pooling, POOLINGS)
-        encoder, selector, mlp = published_model.read(path)
+        published = published_model.read(path)
+        selector = S2SentSelector(**published.arguments)
+        selector.to(published.selector["down.weight"].dtype).load_state_dict(published.selector)
+        selector = selector.float().eval()
         num_blocks = selector.num_blocks
         chosen = families.indices(
-            f"last:{num_blocks}" if blocks is None else blocks, len(families.find_blocks(encoder))
+            f"last:{num_blocks}" if blocks is None else blocks, len(families.find_blocks(published.encoder))
         )
         if len(chosen) != num_blocks:
             raise ValueError(f"blocks: expected {num_blocks}, as the selector has, got {chosen}")
-        if head and not mlp:
+        if head and not published.head:
             raise ValueError(f"head: expected keys mlp. in {path}, there are none")
-        arguments = {
-            "hidden_size": selector.hidden_size, "num_blocks": num_blocks, "bottleneck": selector.bottleneck,
-            "frequencies": selector.frequencies, "profile": "official",
-        }  # fmt: skip
-        model = cls._of(encoder, selector, arguments, chosen, "final", pooling, head)
+        model = cls._of(published.encoder, selector, published.arguments, chosen, "final", pooling, head)
         if model.head is not None:
-            model.head.to_empty(device="cpu").load_state_dict(mlp)
+            model.head.to_empty(device="cpu").load_state_dict(published.head)
         return model
 
     @classmethod
@@ -192,6 +192,11 @@ class S2SentModel(transformers.PreTrainedModel):
         model.encoder, model.selector = encoder, selector.to(encoder.device)
         model._capture = BlockCapture(encoder, chosen, block_norm=block_norm)
         return model.eval()
+
+    @property
+    def capture(self) -> BlockCapture:
+        """The hooks on the encoder's blocks."""
+        return self._capture
 
     def release(self) -> None:
         """Remove the hooks from the encoder's blocks; the model cannot run afterwards."""

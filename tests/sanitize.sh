@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The compiled backend's tests on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer: tests/sanitize.sh [python]
-# Needs GCC and its sanitizers' runtimes. Builds in a copy of the sources; what stands in the tree stays as it is.
+# Needs GCC and its sanitizers' runtimes. Builds in a copy of the sources and leaves the tree alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath -s "$(command -v "${1:-python3}")")
@@ -15,7 +15,7 @@ CFLAGS=$flags CXXFLAGS=$flags LDFLAGS="-fsanitize=address,undefined" S2SENT_BUIL
   { tail -20 build.log; exit 1; }
 nm -D s2sent_kernels/_C*.so | grep __asan_report >/dev/null || { echo "sanitize: the build is not instrumented" >&2; exit 1; }
 
-# The interpreter is not instrumented, so the runtimes come first; it leaks by design, and torch's own C++ needs the same libstdc++.
+# The interpreter is not instrumented, so the runtimes are preloaded, with the libstdc++ that torch needs. It leaks by design.
 LD_PRELOAD=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so):$(g++ -print-file-name=libstdc++.so.6) \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$copy S2SENT_TEST_BACKEND=native \
   "$python" -m pytest -k "not nvcc" -q -p no:cacheprovider tests/kernels tests/test_native.py

@@ -3,7 +3,7 @@
     compute-sanitizer --tool memcheck|racecheck --error-exitcode 1 python tests/sanitize_cuda.py [--one-pass]
 
 PyTorch's own kernels run under it too; --kernel-name kernel_substring=s2sent leaves them out. Prints how many cases it ran.
---one-pass: a few batches through csrc/cuda/select.cu alone, for a tool that takes long over blocks that wait for each other.
+--one-pass: a few batches through csrc/cuda/sm90/ alone, for a tool that is slow with CTAs that wait for each other.
 """
 
 import itertools

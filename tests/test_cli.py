@@ -9,10 +9,11 @@ import time
 import pytest
 import torch
 
-from s2sent_kernels import backends, demo, pictures
+from s2sent_kernels import backends, files
 from s2sent_kernels.backend import choose
 from s2sent_kernels.cli import main
-from s2sent_kernels.commands import common
+from s2sent_kernels.commands import common, demo
+from s2sent_kernels.tools import pictures
 
 PNG = b"\x89PNG\r\n\x1a\n"
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "moon", "is", "bright", "who", "?", "."]
@@ -149,14 +150,14 @@ def test_pictures(num_blocks, frequencies):
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "picture.png"
-    pictures.write_atomically(path, b"old")
+    files.write_atomically(path, b"old")
 
     def broken(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(OSError, match="disk full"):
-        pictures.write_atomically(path, b"new")
+        files.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -165,7 +166,7 @@ def test_a_folder_of_files_that_could_not_be_written_is_not_left(tmp_path, monke
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pictures, "write_atomically", full)
+    monkeypatch.setattr(files, "write_atomically", full)
     with pytest.raises(common.UserError, match="No space left on device"):
         common.write_files(tmp_path / "new" / "out", {"a.png": b"a"})
     assert list(tmp_path.iterdir()) == []
@@ -318,7 +319,7 @@ def test_missing_matplotlib_in_pictures(monkeypatch):
 def test_what_ends_a_command(what, code, message, capsys, monkeypatch):
     cleaned = []
 
-    def run(**_):
+    def run(_):
         try:
             if what == "SIGTERM":
                 os.kill(os.getpid(), signal.SIGTERM)

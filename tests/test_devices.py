@@ -19,7 +19,7 @@ import pytest
 import torch
 from helpers import assert_close, save_encoder, sentences
 
-from s2sent_kernels import S2SentSelector, backends, pretrained
+from s2sent_kernels import S2SentSelector, backends
 from s2sent_kernels.capture import BlockCapture
 from s2sent_kernels.cli import main
 
@@ -52,7 +52,7 @@ def places(tmp_path_factory):
     save_encoder(root / "encoder")
     torch.manual_seed(1)
     selector = S2SentSelector(16, 2, 4, 4, block_prior=True)
-    pretrained.save(selector, root / "selector", {"blocks": [0, 1]})
+    selector.save_pretrained(root / "selector", about={"blocks": [0, 1]})
     make_model(root).save_pretrained(root / "model")
     (root / "texts.txt").write_text("".join(f"{text}\n" for text in TEXTS))
     others = sentences(len(TEXTS), seed=1)
@@ -241,7 +241,7 @@ def test_train_in_either_precision(places, tmp_path, tuned):
 RESUME = """
 import sys, torch
 from transformers import TrainerCallback
-from s2sent_kernels import training
+from s2sent_kernels.tools import training
 from s2sent_kernels.cli import main
 
 class Interrupt(TrainerCallback):
@@ -273,7 +273,7 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(places, tmp_path, tuned
 # Each process keeps what it has in the end. Without --dev, with which all of them read the best epoch's weights.
 TWO_PROCESSES = """
 import os, sys, torch
-from s2sent_kernels import training
+from s2sent_kernels.tools import training
 from s2sent_kernels.cli import main
 
 check = training.validate.finite_state

@@ -15,10 +15,11 @@ pytest.importorskip("sentence_transformers")
 
 from pyarrow import parquet  # noqa: E402
 
-from s2sent_kernels import S2SentSelector, encoding, pretrained  # noqa: E402
+from s2sent_kernels import S2SentSelector  # noqa: E402
 from s2sent_kernels.cli import main  # noqa: E402
 from s2sent_kernels.commands import encode as command  # noqa: E402
-from s2sent_kernels.encoding import Row, encode_texts, read_texts  # noqa: E402
+from s2sent_kernels.tools import encoding  # noqa: E402
+from s2sent_kernels.tools.encoding import Row, encode_texts, read_texts  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("encode")
     save_encoder(root / "encoder")
     torch.manual_seed(1)
-    pretrained.save(S2SentSelector(16, 2, 4, 4, block_prior=True), root / "selector", {"blocks": [0, 1]})
+    S2SentSelector(16, 2, 4, 4, block_prior=True).save_pretrained(root / "selector", about={"blocks": [0, 1]})
     command.load(str(root / "encoder"), str(root / "selector")).save(str(root / "whole"))
     return root
 
@@ -279,7 +280,7 @@ def test_the_command_gives_what_the_model_gives(tmp_path, places, capsys):
 
 def test_the_command_goes_on_and_asks_before_it_replaces(tmp_path, places, capsys, monkeypatch):
     path = write(tmp_path / "a.txt", sentences(10))
-    add, arguments = encoding._Parts.add, (path, "--output", tmp_path / "a.npy", "--chunk", 4)
+    add, arguments = encoding._Shards.add, (path, "--output", tmp_path / "a.npy", "--chunk", 4)
     count = []
 
     def stop(self, *rest):
@@ -288,9 +289,9 @@ def test_the_command_goes_on_and_asks_before_it_replaces(tmp_path, places, capsy
         count.append(rest)
         add(self, *rest)
 
-    monkeypatch.setattr(encoding._Parts, "add", stop)
+    monkeypatch.setattr(encoding._Shards, "add", stop)
     assert run(places, *arguments) == 130
-    monkeypatch.setattr(encoding._Parts, "add", add)
+    monkeypatch.setattr(encoding._Shards, "add", add)
     assert run(places, *arguments) == 0
     assert "going on after 8 texts" in capsys.readouterr().out
     assert run(places, *arguments) == 2
@@ -363,7 +364,7 @@ def test_an_input_is_not_replaced(tmp_path, places, capsys):
 def test_models_that_do_not_fit(tmp_path, places, capsys):
     path = write(tmp_path / "a.txt", ["x"])
     assert run(places, path, "--output", tmp_path / "a.npy", model="encoder") == 2
-    assert "--selector: expected one" in capsys.readouterr().err
+    assert "--selector: expected a folder or a shipped name beside --model" in capsys.readouterr().err
     assert run(places, path, "--output", tmp_path / "a.npy", model="none") == 2
     assert "there is no such directory" in capsys.readouterr().err
     options = ["--selector", "all-MiniLM-L6-v2"]

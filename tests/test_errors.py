@@ -16,7 +16,7 @@ pytest.importorskip("datasets")
 import huggingface_hub
 import safetensors.torch as safetensors
 
-from s2sent_kernels import S2SentSelector, pretrained
+from s2sent_kernels import S2SentSelector
 from s2sent_kernels.cli import main
 
 STS = "split\tscore\tsentence1\tsentence2\n" + "".join(f"test\t{i}\ta cat {i}\ta dog {i}\n" for i in range(4))
@@ -180,7 +180,7 @@ def test_texts_that_are_longer_than_the_model(tmp_path, monkeypatch, name):
     (tmp_path / "sts.tsv").write_text(STS.replace("a cat 2", long))
     (tmp_path / "triplets.tsv").write_text(TRIPLETS.replace("a cat 2", long))
     (tmp_path / "texts.txt").write_text(f"? a cat\n{long}\na dog\n")
-    pretrained.save(S2SentSelector(16, 2, 4, 4), "selector")
+    S2SentSelector(16, 2, 4, 4).save_pretrained("selector")
     options = ["--selector", "selector"] if name in SELECTING else []
     command = [long if text == "a cat" else text for text in COMMANDS[name]]
     assert main([*command, "--model", "./short", "--device", "cpu", *options]) == 0

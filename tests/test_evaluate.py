@@ -9,11 +9,12 @@ import pytest
 import torch
 from test_frozen import TEXTS, make_encoder
 
-from s2sent_kernels import S2SentSelector, evaluation, frozen, mteb_tasks, pictures, squeeze, tables
+from s2sent_kernels import S2SentSelector, frozen, squeeze
 from s2sent_kernels.capture import BlockCapture
 from s2sent_kernels.cli import main
-from s2sent_kernels.commands.common import load_pipeline
+from s2sent_kernels.commands.common import holds_selector, load_whole
 from s2sent_kernels.export import as_pipeline
+from s2sent_kernels.tools import evaluation, mteb_tasks, pictures, tables
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -317,12 +318,12 @@ def whole(request, places):
 
 def test_a_folder_of_encoder_and_selector_is_a_pipeline(whole, places):
     folder, wanted = whole
-    model, encoder = load_pipeline(folder)
+    model, encoder = load_whole(folder)
     assert torch.equal(model.encode(TEXTS, convert_to_tensor=True), wanted)
     assert type(encoder).__name__ == "BertModel" and encoder in list(model.modules())
     assert model.get_embedding_dimension() == 16
-    assert load_pipeline(places / "model") is None
-    assert load_pipeline("some/encoder-of-the-hub") is None
+    assert holds_selector(folder) and not holds_selector(places / "model")
+    assert not holds_selector("some/encoder-of-the-hub")
 
 
 def test_evaluate_scores_a_whole_model_beside_its_encoders_poolings(whole, places, tmp_path, capsys):
@@ -333,7 +334,7 @@ def test_evaluate_scores_a_whole_model_beside_its_encoders_poolings(whole, place
     assert main(list(map(str, arguments))) == 0
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sts"]["sts"]
     assert list(found) == ["mean of last", "first-last average", "average of blocks", "cls", "s2sent"]
-    model, _ = load_pipeline(folder)
+    model, _ = load_whole(folder)
     model.max_seq_length = 5
     pairs = evaluation.read_sts(places / "sts.tsv")
     own = evaluation.sts(lambda texts: {"s2sent": model.encode(texts, convert_to_tensor=True)}, pairs)["s2sent"]
@@ -513,7 +514,7 @@ def test_inspect_looks_into_a_folder_of_encoder_and_selector(whole, tmp_path, ca
     assert main(list(map(str, arguments))) == 0
     out = capsys.readouterr().out
     assert f"model     {folder}: blocks 1, 3, 4 components" in out
-    pipeline = as_pipeline(load_pipeline(folder)[0] if folder.name == "sentence-transformers" else read_model(folder))
+    pipeline = as_pipeline(load_whole(folder)[0] if folder.name == "sentence-transformers" else read_model(folder))
     batch = make_encoder()[1]([TEXTS[0]], return_tensors="pt")
     with pipeline.capture, torch.no_grad():
         gates = pipeline.selector.gates(pipeline.capture.collect(**batch), batch["attention_mask"]).mean(dim=(0, 2))

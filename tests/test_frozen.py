@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from s2sent_kernels import S2SentSelector, cache, frozen, pretrained, squeeze
+from s2sent_kernels import S2SentSelector, cache, frozen, squeeze
 from s2sent_kernels.capture import BlockCapture
+from s2sent_kernels.checkpoints import pretrained
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

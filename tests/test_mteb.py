@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers import save_encoder, sentences
 
-from s2sent_kernels import S2SentSelector, mteb_tasks
+from s2sent_kernels import S2SentSelector
 from s2sent_kernels.cli import main
+from s2sent_kernels.tools import mteb_tasks
 
 mteb = pytest.importorskip("mteb")
 datasets = pytest.importorskip("datasets")

@@ -385,14 +385,14 @@ def test_nvcc_compiles_every_source_without_spills(setup_py, tmp_path, architect
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 def test_nvcc_without_the_a_leaves_the_one_pass_kernel_empty_and_known_for_it(setup_py):
-    """sm_90 without its own features: csrc/cuda/select.cu tells the kernel that does nothing by its registers."""
-    source = (ROOT / "csrc/cuda/select.cuh").read_text()
+    """sm_90 without its own features: csrc/cuda/sm90/select.cu tells the kernel that does nothing by its registers."""
+    source = (ROOT / "csrc/cuda/sm90/layout.cuh").read_text()
     fewest = int(re.search(r"kLoaderRegisters = (\d+)", source)[1])
     used = {}
     for architecture in ("90", "90a"):
         command = [
             NVCC, *setup_py.NVCC_FLAGS, f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-Xptxas=-v", "-c",
-            str(ROOT / "csrc/cuda/select.cu"), "-o", os.devnull,
+            str(ROOT / "csrc/cuda/sm90/select.cu"), "-o", os.devnull,
         ]  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr

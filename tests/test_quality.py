@@ -18,7 +18,8 @@ import quality_report
 import record
 import train_selector
 
-from s2sent_kernels import S2SentSelector, evaluation
+from s2sent_kernels import S2SentSelector
+from s2sent_kernels.tools import evaluation
 
 ENVIRONMENT = {"device": "A CPU", "date": "2026-01-01", "commit": "abc", "versions": {"torch": "2"}}
 

@@ -13,7 +13,7 @@ import torch
 from helpers import WORDS, save_encoder, sentences
 
 from s2sent_kernels.cli import main
-from s2sent_kernels.examples import Examples, read_examples
+from s2sent_kernels.tools.examples import Examples, read_examples
 
 pa = pytest.importorskip("pyarrow")
 transformers = pytest.importorskip("transformers")
@@ -23,9 +23,10 @@ from pyarrow import parquet  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 from sentence_transformers.base.modules import Transformer  # noqa: E402
 
-from s2sent_kernels import frozen, training  # noqa: E402
+from s2sent_kernels import frozen  # noqa: E402
 from s2sent_kernels.commands import train  # noqa: E402
 from s2sent_kernels.sentence_transformers import S2SentPooling, load  # noqa: E402
+from s2sent_kernels.tools import recipe, training  # noqa: E402
 
 ROWS = [("a b", 'b, "c"', "d"), ("é", "f", "")]
 
@@ -411,8 +412,7 @@ def test_frozen_training_needs_pairs(tmp_path, encoder, capsys):
 
 
 def test_defaults_are_the_recipes():
-    recipe = training.Recipe()._asdict()
-    assert {name: recipe[name] for name in train._TUNED} == train._TUNED
+    assert training.Recipe is recipe.Recipe and set(train._TUNED_ONLY) - {"resume"} <= set(recipe.Recipe._fields)
     assert set(train._FROZEN_ONLY) - {"cache"} <= set(frozen.Recipe._fields)
 
 
@@ -440,8 +440,8 @@ def test_sentences_that_repeat_are_not_their_own_negatives(tmp_path, encoder):
 
 def test_a_missing_extra_is_named(tmp_path, encoder, capsys, monkeypatch):
     path = write(tmp_path / "data.tsv", pairs(4), ("anchor", "positive"))
-    monkeypatch.delitem(sys.modules, "s2sent_kernels.training")
-    monkeypatch.delattr("s2sent_kernels.training")
+    monkeypatch.delitem(sys.modules, "s2sent_kernels.tools.training")
+    monkeypatch.delattr("s2sent_kernels.tools.training")
     monkeypatch.setitem(sys.modules, "accelerate", None)
     assert main(["train", "--data", str(path), "--model", str(encoder), "--output", str(tmp_path / "out")]) == 2
     assert "pip install 's2sent_kernels[train]'" in capsys.readouterr().err

@@ -1,13 +1,13 @@
-// fuse: v, and the gates' gradient.
+// fuse: v, and the gradient of the gates.
 //
-// Order of summation: v adds kBlocks blocks at a time, ascending, each four as a tree; dg adds kTokens real tokens at a time as a
-// tree, in chunks of kChunk tokens.
+// Order of summation: v adds kBlocks Transformer blocks at a time as a tree, ascending, and the last few one by one. dg adds
+// kTokens real tokens at a time as a tree and the last few of a sum chunk of kChunk tokens one by one; then the chunks ascending.
 
-#include "fuse.h"
+#include "launch.h"
 
 #include <algorithm>
 
-namespace s2sent {
+namespace s2sent::cpu {
 namespace {
 
 constexpr int64_t kBlocks = 4;
@@ -19,7 +19,7 @@ S2SENT_INLINE void fuse_row(const Fuse& a, int64_t b, int64_t r, T* to, float* _
   const int64_t size = a.size;
   const float* gates = a.gates + b * a.num_blocks * size;
   std::fill(sum, sum + size, 0.0f);
-  const auto row = [&](int64_t n) { return static_cast<const T*>(a.hidden[n].data) + a.hidden[n].real(a.batch, b, r); };
+  const auto row = [&](int64_t n) { return static_cast<const T*>(a.hidden[n].data) + real_row(a.hidden[n], a.batch, b, r); };
   int64_t n = 0;
   for (; n + kBlocks <= a.num_blocks; n += kBlocks) {
     const T *u0 = row(n), *u1 = row(n + 1), *u2 = row(n + 2), *u3 = row(n + 3);
@@ -45,7 +45,7 @@ S2SENT_INLINE void fuse_items(const Fuse& a, int64_t begin, int64_t end, float* 
   int64_t b = 0;
   if (batch.packed) b = std::upper_bound(batch.starts, batch.starts + batch.sentences + 1, begin) - batch.starts - 1;
   for (int64_t item = begin; item < end; ++item) {
-    int64_t r;  // among the real tokens
+    int64_t r;  // rank among the real tokens
     bool real = true;
     if (batch.packed) {
       while (item >= batch.starts[b + 1]) ++b;
@@ -69,25 +69,15 @@ S2SENT_INLINE void fuse_items(const Fuse& a, int64_t begin, int64_t end, float* 
   }
 }
 
-S2SENT_CLONES void fuse_float32(const Fuse& a, int64_t begin, int64_t end, float* scratch) {
-  fuse_items<float>(a, begin, end, scratch);
-}
-S2SENT_CLONES void fuse_bfloat16(const Fuse& a, int64_t begin, int64_t end, float* scratch) {
-  fuse_items<BFloat16>(a, begin, end, scratch);
-}
-S2SENT_CLONES void fuse_float16(const Fuse& a, int64_t begin, int64_t end, float* scratch) {
-  fuse_items<Float16>(a, begin, end, scratch);
-}
-
 template <class T>
-S2SENT_INLINE void backward_items(const FuseBackward& a, int64_t begin, int64_t end, float* scratch) {
+S2SENT_INLINE void fuse_backward_items(const FuseBackward& a, int64_t begin, int64_t end, float* scratch) {
   const int64_t size = a.size;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / a.num_blocks, n = item % a.num_blocks, length = a.batch.length(b);
     const Rows& hidden = a.hidden[n];
-    const auto u = [&](int64_t r) { return static_cast<const T*>(hidden.data) + hidden.real(a.batch, b, r); };
+    const auto u = [&](int64_t r) { return static_cast<const T*>(hidden.data) + real_row(hidden, a.batch, b, r); };
     const auto v = [&](int64_t r) {
-      return static_cast<const T*>(a.grad_fused.data) + a.grad_fused.real(a.batch, b, r);
+      return static_cast<const T*>(a.grad_fused.data) + real_row(a.grad_fused, a.batch, b, r);
     };
     float* grad = a.grad_gates + item * size;
     std::fill(grad, grad + size, 0.0f);
@@ -115,32 +105,9 @@ S2SENT_INLINE void backward_items(const FuseBackward& a, int64_t begin, int64_t 
   }
 }
 
-S2SENT_CLONES void backward_float32(const FuseBackward& a, int64_t begin, int64_t end, float* scratch) {
-  backward_items<float>(a, begin, end, scratch);
-}
-S2SENT_CLONES void backward_bfloat16(const FuseBackward& a, int64_t begin, int64_t end, float* scratch) {
-  backward_items<BFloat16>(a, begin, end, scratch);
-}
-S2SENT_CLONES void backward_float16(const FuseBackward& a, int64_t begin, int64_t end, float* scratch) {
-  backward_items<Float16>(a, begin, end, scratch);
-}
-
 }  // namespace
 
-void fuse(const Fuse& args, int64_t begin, int64_t end, float* scratch) {
-  switch (args.dtype) {
-    case DType::kFloat32: return fuse_float32(args, begin, end, scratch);
-    case DType::kBFloat16: return fuse_bfloat16(args, begin, end, scratch);
-    case DType::kFloat16: return fuse_float16(args, begin, end, scratch);
-  }
-}
+S2SENT_KERNEL(fuse, Fuse)
+S2SENT_KERNEL(fuse_backward, FuseBackward)
 
-void fuse_backward(const FuseBackward& args, int64_t begin, int64_t end, float* scratch) {
-  switch (args.dtype) {
-    case DType::kFloat32: return backward_float32(args, begin, end, scratch);
-    case DType::kBFloat16: return backward_bfloat16(args, begin, end, scratch);
-    case DType::kFloat16: return backward_float16(args, begin, end, scratch);
-  }
-}
-
-}  // namespace s2sent
+}  // namespace s2sent::cpu

@@ -1,18 +1,18 @@
 // gate: s = act(W1 f + b1), z = W2 s + b2, g = s-norm(sigmoid(norm(z))), and o = sum_n g p.
 //
-// Order of summation: W1 f in kLanes running sums over features, then these as a tree; W2 s in two running sums over even and odd
-// h; the s-norm and o over the blocks ascending; the backward's products over rows of W2 and W1 as multiply_rows says. Sentences
-// and features only stand side by side, so that one has the bits that it has alone.
-
-#include "gate.h"
+// Order of summation: W1 f in kLanes running sums over features, then these as a tree; W2 s in two running sums, over even
+// and odd h; the s-norm and o over the Transformer blocks ascending. No sum runs over sentences, so that a sentence has the
+// same bits in every batch. product.cpp computes the products of the backward pass.
 
 #include <algorithm>
 #include <cmath>
 
-namespace s2sent {
+#include "launch.h"
+
+namespace s2sent::cpu {
 namespace {
 
-// Eight floats at any address: two registers, one or half a one, whatever the level of x86-64 has.
+// Eight floats at any address: two vector registers, one, or half of one, depending on the x86-64 level.
 typedef float Vector __attribute__((vector_size(32)));
 typedef float UnalignedVector __attribute__((vector_size(32), aligned(4), may_alias));
 constexpr int64_t kVector = 8;
@@ -36,7 +36,7 @@ S2SENT_INLINE float dot(const float* x, const float* y, int64_t size) {
   return (((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7]))) + rest;
 }
 
-// e^x to about an ulp for x <= 88, 0 below -87; NaN stays NaN. Branchless, so that it vectorises.
+// e^x to about an ulp for x <= 88, 0 below -87, NaN for NaN. Branchless, so that it vectorises.
 S2SENT_INLINE float exponential(float x) {
   const float bounded = x < -87.0f ? -87.0f : x;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -66,7 +66,7 @@ typedef int Indices __attribute__((vector_size(32)));
 #define S2SENT_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, Indices{__VA_ARGS__})
 #endif
 
-// Eight numbers of each of eight rows, as eight columns: single numbers, pairs and fours of two rows change places.
+// Transposes 8 x 8 numbers: swaps single numbers, then pairs, then fours between two rows.
 S2SENT_INLINE void turn_eight(const float* rows, int64_t width, float* __restrict columns) {
   Vector a[8], b[8];
   for (int i = 0; i < 8; ++i) a[i] = *reinterpret_cast<const UnalignedVector*>(rows + i * width);
@@ -88,7 +88,7 @@ S2SENT_INLINE void turn_eight(const float* rows, int64_t width, float* __restric
   }
 }
 
-// up_weight's rows [row, row + width) as columns [H, kGateFeatures], the rest 0.
+// ``count`` rows of W2 transposed to columns [H, kGateFeatures]; the remaining columns are 0.
 S2SENT_INLINE void turn(const float* up_weight, int64_t count, int64_t width, float* __restrict columns) {
   if (count < kGateFeatures) std::fill(columns, columns + width * kGateFeatures, 0.0f);
   for (int64_t d = 0; d < count; d += 8) {
@@ -130,7 +130,7 @@ S2SENT_INLINE void multiply(const float* columns, const float* s, int64_t width,
   to[3] = a3 + b3;
 }
 
-// From exp(e + c) [N, F]: g.
+// g [N, F] in place of exp(e + c).
 S2SENT_INLINE void normalise(float* __restrict g, int64_t num_blocks) {
   float total[kGateFeatures] = {};
   for (int64_t n = 0; n < num_blocks; ++n) {
@@ -141,13 +141,13 @@ S2SENT_INLINE void normalise(float* __restrict g, int64_t num_blocks) {
   }
 }
 
-// What an item is, and its share of the scratch.
+// An item of excite and its scratch memory.
 struct Item {
   int64_t d, count;     // features [d, d + count)
   int64_t first, last;  // sentences
   float* columns;       // [H, F] of W2
   float* weights;       // [sentences, N, F] exp(e + c)
-  float* sigmoids;      // [sentences, N, F] e, of the backward
+  float* sigmoids;      // [sentences, N, F] e, backward only
 
   S2SENT_INLINE Item(const Gate& a, int64_t item, float* scratch) {
     const int64_t tiles = (a.size + kGateFeatures - 1) / kGateFeatures;
@@ -161,7 +161,7 @@ struct Item {
   }
 };
 
-// exp(e + c) of an item, for the backward e and the normalised z too.
+// exp(e + c) of an item; with BACKWARD also e and the normalised z.
 template <bool BACKWARD>
 S2SENT_INLINE void weigh(const Gate& a, const Item& item) {
   const int64_t d = item.d, count = item.count, first = item.first, last = item.last, F = kGateFeatures;
@@ -228,17 +228,9 @@ S2SENT_INLINE void excite_items(const Gate& a, int64_t begin, int64_t end, float
   }
 }
 
-S2SENT_CLONES void excite_float32(const Gate& a, int64_t begin, int64_t end, float* scratch) {
-  excite_items<float>(a, begin, end, scratch);
-}
-S2SENT_CLONES void excite_bfloat16(const Gate& a, int64_t begin, int64_t end, float* scratch) {
-  excite_items<BFloat16>(a, begin, end, scratch);
-}
-S2SENT_CLONES void excite_float16(const Gate& a, int64_t begin, int64_t end, float* scratch) {
-  excite_items<Float16>(a, begin, end, scratch);
-}
-
 }  // namespace
+
+S2SENT_KERNEL(excite, Gate)
 
 S2SENT_CLONES void excite_backward(const Gate& a, int64_t begin, int64_t end, float* scratch) {
   const int64_t F = kGateFeatures;
@@ -278,65 +270,13 @@ S2SENT_CLONES void excite_backward(const Gate& a, int64_t begin, int64_t end, fl
   }
 }
 
-// Order of summation: eight rows at a time as a tree, ascending in a chunk, the last few one by one; then the chunks ascending.
-S2SENT_CLONES void multiply_rows(const Product& a, int64_t begin, int64_t end) {
-  const int64_t tiles = (a.columns + kProductColumns - 1) / kProductColumns;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t chunk = item / tiles, start = chunk * kProductRows, stop = std::min(a.rows, start + kProductRows);
-    const int64_t from = item % tiles * kProductColumns, to = std::min(a.columns, from + kProductColumns);
-    for (int64_t b = 0; b < a.sentences; ++b) {
-      float* __restrict sum = a.partial + (chunk * a.sentences + b) * a.columns;
-      const float* x = a.x + b * a.rows;
-      std::fill(sum + from, sum + to, 0.0f);
-      int64_t r = start;
-      for (; r + 8 <= stop; r += 8) {
-        const float *w0 = a.weight + r * a.columns, *w1 = w0 + a.columns, *w2 = w1 + a.columns, *w3 = w2 + a.columns;
-        const float *w4 = w3 + a.columns, *w5 = w4 + a.columns, *w6 = w5 + a.columns, *w7 = w6 + a.columns;
-        const float x0 = x[r], x1 = x[r + 1], x2 = x[r + 2], x3 = x[r + 3];
-        const float x4 = x[r + 4], x5 = x[r + 5], x6 = x[r + 6], x7 = x[r + 7];
-#pragma GCC ivdep
-        for (int64_t c = from; c < to; ++c) {
-          sum[c] += ((x0 * w0[c] + x1 * w1[c]) + (x2 * w2[c] + x3 * w3[c])) +
-              ((x4 * w4[c] + x5 * w5[c]) + (x6 * w6[c] + x7 * w7[c]));
-        }
-      }
-      for (; r < stop; ++r) {
-        const float* w = a.weight + r * a.columns;
-#pragma GCC ivdep
-        for (int64_t c = from; c < to; ++c) sum[c] += x[r] * w[c];
-      }
-    }
-  }
-}
-
-S2SENT_CLONES void sum_products(const Product& a, int64_t begin, int64_t end) {
-  const int64_t chunks = (a.rows + kProductRows - 1) / kProductRows;
-  for (int64_t b = begin; b < end; ++b) {
-    float* __restrict sum = a.result + b * a.columns;
-    std::fill(sum, sum + a.columns, 0.0f);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const float* partial = a.partial + (chunk * a.sentences + b) * a.columns;
-      for (int64_t c = 0; c < a.columns; ++c) sum[c] += partial[c];
-    }
-  }
-}
-
 S2SENT_CLONES void bottleneck(const Gate& a, int64_t begin, int64_t end) {
   for (int64_t h = begin; h < end; ++h) {
     for (int64_t b = 0; b < a.sentences; ++b) {
       const float t = dot(a.down_weight + h * a.size, a.squeezed + b * a.size, a.size) + a.down_bias[h];
-      // tanh in float64 and rounded once. relu(NaN) is NaN.
-      a.bottleneck[b * a.width + h] = a.relu ? (t < 0.0f ? 0.0f : t) : float(std::tanh(double(t)));
+      a.bottleneck[b * a.width + h] = activate(a.activation, t);
     }
   }
 }
 
-void excite(const Gate& args, int64_t begin, int64_t end, float* scratch) {
-  switch (args.dtype) {
-    case DType::kFloat32: return excite_float32(args, begin, end, scratch);
-    case DType::kBFloat16: return excite_bfloat16(args, begin, end, scratch);
-    case DType::kFloat16: return excite_float16(args, begin, end, scratch);
-  }
-}
-
-}  // namespace s2sent
+}  // namespace s2sent::cpu

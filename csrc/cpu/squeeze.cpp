@@ -1,14 +1,15 @@
-// squeeze: f and, in the same read, the pooled p; and every hidden state's gradient.
+// squeeze: f and, in the same pass, the pooled p; and the gradient of every hidden state.
 //
-// Order of summation, on which every bit depends: a sentence's real tokens, in their order, come in chunks of kChunk; in a chunk
-// kTogether tokens are summed as a tree and added to a running sum, the last few one by one; then the chunks ascending; then the
-// blocks ascending, weighted by alpha. kChunk bounds how many terms one running sum takes, and with it its rounding.
+// Order of summation, which decides every bit: a sentence's real tokens in ascending order form sum chunks of kChunk. Within
+// a chunk kTogether tokens are summed as a tree and added to a running sum, the last few one by one. Then the chunks
+// ascending, then the Transformer blocks ascending, weighted by alpha. kChunk bounds how many terms a running sum holds, and
+// so its rounding error.
 
-#include "squeeze.h"
+#include "launch.h"
 
 #include <algorithm>
 
-namespace s2sent {
+namespace s2sent::cpu {
 namespace {
 
 constexpr int64_t kTogether = 8;
@@ -43,13 +44,13 @@ S2SENT_INLINE void add_token(
   }
 }
 
-// Sums over ``count`` tokens, the r-th beginning at row(r): S, or the pool's sum, or both. scratch: 2 D.
+// S, the sum for p, or both, over ``count`` tokens of which the r-th begins at row(r). Scratch: 2 D floats.
 template <class T, bool SUM, bool POOL, class Row>
 S2SENT_INLINE void sum_sentence(
     const Squeeze& a, const T* data, int64_t count, Row row, const float* beta, int64_t beta_stride, float* sums,
     float* pools, float* scratch) {
   const int64_t size = a.size, part = size / a.parts;
-  float *part_sums = scratch, *part_pools = scratch + size;
+  float *chunk_sums = scratch, *chunk_pools = scratch + size;
   if (SUM) std::fill(sums, sums + size, 0.0f);
   if (POOL) std::fill(pools, pools + size, 0.0f);
   for (int64_t chunk = 0; chunk < count; chunk += kChunk) {
@@ -57,10 +58,10 @@ S2SENT_INLINE void sum_sentence(
     float* into = sums;
     float* pool_into = pools;
     if (chunk != 0) {
-      if (SUM) std::fill(part_sums, part_sums + size, 0.0f);
-      if (POOL) std::fill(part_pools, part_pools + size, 0.0f);
-      into = part_sums;
-      pool_into = part_pools;
+      if (SUM) std::fill(chunk_sums, chunk_sums + size, 0.0f);
+      if (POOL) std::fill(chunk_pools, chunk_pools + size, 0.0f);
+      into = chunk_sums;
+      pool_into = chunk_pools;
     }
     int64_t r = chunk;
     for (; r + kTogether <= stop; r += kTogether) {
@@ -82,32 +83,32 @@ S2SENT_INLINE void sum_sentence(
       }
     }
     if (chunk != 0) {
-      for (int64_t d = 0; SUM && d < size; ++d) sums[d] += part_sums[d];
-      for (int64_t d = 0; POOL && d < size; ++d) pools[d] += part_pools[d];
+      for (int64_t d = 0; SUM && d < size; ++d) sums[d] += chunk_sums[d];
+      for (int64_t d = 0; POOL && d < size; ++d) pools[d] += chunk_pools[d];
     }
   }
 }
 
 template <class T>
-S2SENT_INLINE void sum_items(const Squeeze& a, int64_t begin, int64_t end, float* scratch) {
+S2SENT_INLINE void sum_tokens_items(const Squeeze& a, int64_t begin, int64_t end, float* scratch) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / a.num, n = item % a.num, length = a.batch.length(b);
     const Rows& hidden = a.hidden[n];
     const T* data = static_cast<const T*>(hidden.data);
     float* sums = a.sums + item * a.size;
     float* pools = a.pooled ? a.pooled + (b * a.num_blocks + a.first_block + n) * a.size : nullptr;
-    const auto real = [&](int64_t r) { return hidden.real(a.batch, b, r); };
+    const auto real = [&](int64_t r) { return real_row(hidden, a.batch, b, r); };
     const auto any = [&](int64_t l) { return b * hidden.stride_b + l * hidden.stride_l; };
-    if (a.official) {  // f sees other tokens than p does: two reads
+    if (a.official) {  // f and p sum different tokens: two passes
       sum_sentence<T, true, false>(
-          a, data, a.batch.size, any, a.beta[b], a.beta_stride[b], sums, nullptr, scratch);
+          a, data, a.batch.size, any, a.factors.beta[b], a.factors.strides[b], sums, nullptr, scratch);
       if (a.pooling == Pooling::kMean) {
         sum_sentence<T, false, true>(a, data, length, real, nullptr, 0, nullptr, pools, scratch);
       }
     } else if (a.pooling == Pooling::kMean) {
-      sum_sentence<T, true, true>(a, data, length, real, a.beta[b], a.beta_stride[b], sums, pools, scratch);
+      sum_sentence<T, true, true>(a, data, length, real, a.factors.beta[b], a.factors.strides[b], sums, pools, scratch);
     } else {
-      sum_sentence<T, true, false>(a, data, length, real, a.beta[b], a.beta_stride[b], sums, nullptr, scratch);
+      sum_sentence<T, true, false>(a, data, length, real, a.factors.beta[b], a.factors.strides[b], sums, nullptr, scratch);
     }
     if (pools == nullptr) continue;
     if (a.pooling == Pooling::kMean) {
@@ -116,23 +117,13 @@ S2SENT_INLINE void sum_items(const Squeeze& a, int64_t begin, int64_t end, float
     } else if (length == 0) {
       std::fill(pools, pools + a.size, 0.0f);
     } else {
-      const T* u = data + real(a.pooling == Pooling::kCls ? 0 : length - 1);
+      const T* u = data + real(pooled_rank(a.pooling, length));
       for (int64_t d = 0; d < a.size; ++d) pools[d] = load(u[d]);
     }
   }
 }
 
-S2SENT_CLONES void sum_float32(const Squeeze& a, int64_t begin, int64_t end, float* scratch) {
-  sum_items<float>(a, begin, end, scratch);
-}
-S2SENT_CLONES void sum_bfloat16(const Squeeze& a, int64_t begin, int64_t end, float* scratch) {
-  sum_items<BFloat16>(a, begin, end, scratch);
-}
-S2SENT_CLONES void sum_float16(const Squeeze& a, int64_t begin, int64_t end, float* scratch) {
-  sum_items<Float16>(a, begin, end, scratch);
-}
-
-// to = g dv + pool + beta * share, every term optional but the last two, which may be rows of zeros.
+// to = g dv + pool + beta * share. pool and share may be rows of zeros.
 template <class T, bool FUSED>
 S2SENT_INLINE void gradient_row(
     T* __restrict to, const float* gates, const T* fused, const float* pool, const float* share, const float* beta,
@@ -149,7 +140,7 @@ S2SENT_INLINE void gradient_row(
 }
 
 template <class T>
-S2SENT_INLINE void backward_items(const SqueezeBackward& a, int64_t begin, int64_t end, float* scratch) {
+S2SENT_INLINE void squeeze_backward_items(const SqueezeBackward& a, int64_t begin, int64_t end, float* scratch) {
   const int64_t size = a.size, part = size / a.parts;
   float *share = scratch, *pool = scratch + size, *zeros = scratch + 2 * size;
   std::fill(zeros, zeros + size, 0.0f);
@@ -157,14 +148,14 @@ S2SENT_INLINE void backward_items(const SqueezeBackward& a, int64_t begin, int64
     const int64_t b = item / a.num_blocks, n = item % a.num_blocks, length = a.batch.length(b);
     if (a.grads[n] == nullptr) continue;
     const float* gates = a.gates ? a.gates + item * size : nullptr;
-    const float* beta = a.grad_squeezed ? a.beta[b] : nullptr;
+    const float* beta = a.grad_squeezed ? a.factors.beta[b] : nullptr;
     for (int64_t d = 0; d < size; ++d) {
       share[d] = a.grad_squeezed ? a.alpha[d / part * a.num_blocks + n] * a.grad_squeezed[b * size + d] : 0.0f;
     }
     const float weight = a.pooling == Pooling::kMean ? 1.0f / float(std::max<int64_t>(length, 1)) : 1.0f;
     for (int64_t d = 0; d < size; ++d) pool[d] = a.grad_pooled ? weight * a.grad_pooled[item * size + d] : 0.0f;
 
-    // Rows of this sentence, real or not; r counts the real ones.
+    // All rows of this sentence; r counts the real ones.
     const int64_t first = a.batch.packed ? a.batch.starts[b] : b * a.batch.size;
     const int64_t rows = a.batch.packed ? length : a.batch.size;
     const int64_t* places = a.batch.places ? a.batch.places + a.batch.starts[b] : nullptr;
@@ -177,40 +168,24 @@ S2SENT_INLINE void backward_items(const SqueezeBackward& a, int64_t begin, int64
         continue;
       }
       const bool pooled = real && a.grad_pooled &&
-          (a.pooling == Pooling::kMean || (a.pooling == Pooling::kCls && r == 0) ||
-           (a.pooling == Pooling::kLast && r == length - 1));
+          (a.pooling == Pooling::kMean || r == pooled_rank(a.pooling, length));
       const float* row_pool = pooled ? pool : zeros;
       const float* row_beta = beta ? beta + (a.official ? l : r) : nullptr;
-      if (real && a.grad_fused) {
-        const T* fused = static_cast<const T*>(a.grad_fused->data) + a.grad_fused->real(a.batch, b, r);
-        gradient_row<T, true>(to, gates, fused, row_pool, share, row_beta, a.beta_stride[b], a.parts, part);
+      if (real && a.grad_fused.data) {
+        const T* fused = static_cast<const T*>(a.grad_fused.data) + real_row(a.grad_fused, a.batch, b, r);
+        gradient_row<T, true>(to, gates, fused, row_pool, share, row_beta, a.factors.strides[b], a.parts, part);
       } else {
-        gradient_row<T, false>(to, nullptr, nullptr, row_pool, share, row_beta, a.beta_stride[b], a.parts, part);
+        gradient_row<T, false>(to, nullptr, nullptr, row_pool, share, row_beta, a.factors.strides[b], a.parts, part);
       }
       r += real;
     }
   }
 }
 
-S2SENT_CLONES void backward_float32(const SqueezeBackward& a, int64_t begin, int64_t end, float* scratch) {
-  backward_items<float>(a, begin, end, scratch);
-}
-S2SENT_CLONES void backward_bfloat16(const SqueezeBackward& a, int64_t begin, int64_t end, float* scratch) {
-  backward_items<BFloat16>(a, begin, end, scratch);
-}
-S2SENT_CLONES void backward_float16(const SqueezeBackward& a, int64_t begin, int64_t end, float* scratch) {
-  backward_items<Float16>(a, begin, end, scratch);
-}
-
 }  // namespace
 
-void sum_tokens(const Squeeze& args, int64_t begin, int64_t end, float* scratch) {
-  switch (args.dtype) {
-    case DType::kFloat32: return sum_float32(args, begin, end, scratch);
-    case DType::kBFloat16: return sum_bfloat16(args, begin, end, scratch);
-    case DType::kFloat16: return sum_float16(args, begin, end, scratch);
-  }
-}
+S2SENT_KERNEL(sum_tokens, Squeeze)
+S2SENT_KERNEL(squeeze_backward, SqueezeBackward)
 
 S2SENT_CLONES void sum_blocks(const Squeeze& a, int64_t begin, int64_t end) {
   const int64_t part = a.size / a.parts;
@@ -228,12 +203,4 @@ S2SENT_CLONES void sum_blocks(const Squeeze& a, int64_t begin, int64_t end) {
   }
 }
 
-void squeeze_backward(const SqueezeBackward& args, int64_t begin, int64_t end, float* scratch) {
-  switch (args.dtype) {
-    case DType::kFloat32: return backward_float32(args, begin, end, scratch);
-    case DType::kBFloat16: return backward_bfloat16(args, begin, end, scratch);
-    case DType::kFloat16: return backward_float16(args, begin, end, scratch);
-  }
-}
-
-}  // namespace s2sent
+}  // namespace s2sent::cpu

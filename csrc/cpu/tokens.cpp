@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-namespace s2sent {
+namespace s2sent::cpu {
 namespace {
 
 std::vector<float> table(int64_t length, int64_t num_blocks, const std::vector<int64_t>& y) {
@@ -36,7 +36,7 @@ Batch RealTokens::packed(const int32_t* ends, int64_t sentences) {
 
 Batch RealTokens::padded(const bool* mask, int64_t sentences, int64_t size) {
   starts.assign(size_t(sentences) + 1, 0);
-  places.reserve(mask ? size_t(sentences * size) + 1 : 0);  // so that an empty list is a list
+  places.reserve(mask ? size_t(sentences * size) + 1 : 0);  // data() of an empty list must not be null
   for (int64_t b = 0; b < sentences; ++b) {
     for (int64_t l = 0; mask && l < size; ++l) {
       if (mask[b * size + l]) places.push_back(l);
@@ -47,15 +47,15 @@ Batch RealTokens::padded(const bool* mask, int64_t sentences, int64_t size) {
 }
 
 TokenFactors::TokenFactors(const Batch& batch, const float* official)
-    : beta(size_t(batch.sentences), official), strides(size_t(batch.sentences), batch.size) {}
+    : beta_(size_t(batch.sentences), official), strides_(size_t(batch.sentences), batch.size) {}
 
 TokenFactors::TokenFactors(const Batch& batch, int64_t num_blocks, const std::vector<int64_t>& y) {
   for (int64_t b = 0; b < batch.sentences; ++b) {
     const int64_t length = batch.length(b);
     if (!tables_.count(length)) tables_[length] = table(length, num_blocks, y);
-    beta.push_back(tables_[length].data());
-    strides.push_back(length);
+    beta_.push_back(tables_[length].data());
+    strides_.push_back(length);
   }
 }
 
-}  // namespace s2sent
+}  // namespace s2sent::cpu

@@ -1,4 +1,4 @@
-// What this library was compiled for, and whether a device can run it.
+// The architectures that this library was compiled for, and whether a device can run its kernels.
 
 #include "launch.h"
 
@@ -11,7 +11,7 @@ __global__ void probe() {}
 
 std::vector<int64_t> architectures() {
   std::vector<int64_t> found;
-  for (const int arch : {__CUDA_ARCH_LIST__}) found.push_back(arch / 10);  // nvcc's list: 900 is sm_90
+  for (const int arch : {__CUDA_ARCH_LIST__}) found.push_back(arch / 10);  // 900 is sm_90
   return found;
 }
 
@@ -26,7 +26,7 @@ std::string refusal(int device) {
     if (error == cudaSuccess) error = back;
   }
   if (error == cudaSuccess) return "";
-  cudaGetLastError();  // asked and answered
+  cudaGetLastError();  // clear the error, it is handled
   return cudaGetErrorString(error);
 }
 

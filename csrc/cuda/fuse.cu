@@ -1,6 +1,6 @@
 // fuse: v from the gates and the hidden states, 0 at padding.
 //
-// Order of summation: the blocks ascending, one chain of fused multiply-adds.
+// Order of summation: the Transformer blocks ascending, one chain of fused multiply-adds.
 
 #include <type_traits>
 
@@ -12,26 +12,26 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
 
-// Tokens that a thread holds at a time, and how often. Few for a small batch, which has too few programs otherwise.
+// TOKENS: held by a thread at a time. ROUNDS: how many times. Small for a small batch, which would have too few CTAs otherwise.
 template <int TOKENS, int ROUNDS>
 struct Shape {
-  static constexpr int kTokens = TOKENS, kRounds = ROUNDS, kProgramTokens = kWarps * ROUNDS * TOKENS;
+  static constexpr int kTokens = TOKENS, kRounds = ROUNDS, kCtaTokens = kWarps * ROUNDS * TOKENS;
 };
 
-// v of TOKENS tokens of one sentence, from ``first`` on, all of them real.
+// v of TOKENS real tokens of one sentence, from ``first`` on.
 template <class T, int W, int TOKENS>
 __device__ void fuse_tokens(const Fuse& a, const Blocks& blocks, int64_t b, int64_t l, int64_t first, int64_t d) {
-  constexpr int kAtOnce = TOKENS == 1 ? 4 : 2;  // blocks that are asked for before the first is added
+  constexpr int kAtOnce = TOKENS == 1 ? 4 : 2;  // Transformer blocks whose loads are issued before the first is added
   float sum[TOKENS][W] = {};
   const float* gates = a.gates + b * a.num_blocks * a.size + d;
   const int num = int(a.num_blocks);
-  const auto add = [&](int n0, auto all) {  // kAtOnce blocks, or those that there are; no branch between loads
+  const auto add = [&](int n0, auto all) {  // kAtOnce blocks, or fewer at the end
     constexpr bool whole = decltype(all)::value;
     Piece<T, W> piece[kAtOnce][TOKENS];
     float g[kAtOnce][W];
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
-      const int n = whole ? n0 + k : min(n0 + k, num - 1);  // past the last the last again
+      const int n = whole ? n0 + k : min(n0 + k, num - 1);  // clamped, so that no branch separates the loads
       const Rows& rows = blocks.rows[n];
       const T* u = static_cast<const T*>(rows.data) + (a.batch.packed ? first : l) * rows.stride_l + d;
       if (!a.batch.packed) u += b * rows.stride_b;
@@ -39,16 +39,16 @@ __device__ void fuse_tokens(const Fuse& a, const Blocks& blocks, int64_t b, int6
       for (int j = 0; j < TOKENS; ++j) piece[k][j] = load_piece<T, W>(u + j * rows.stride_l);
       load_floats(gates + int64_t(n) * a.size, g[k]);
     }
-    ask_first();
+    issue_loads();
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
-      const bool there = whole || n0 + k < num;
+      const bool exists = whole || n0 + k < num;
 #pragma unroll
       for (int j = 0; j < TOKENS; ++j) {
 #pragma unroll
         for (int i = 0; i < W; ++i) {
           const float more = fmaf(g[k][i], widen(piece[k][j].values[i]), sum[j][i]);
-          sum[j][i] = there ? more : sum[j][i];
+          sum[j][i] = exists ? more : sum[j][i];
         }
       }
     }
@@ -63,16 +63,16 @@ __device__ void fuse_tokens(const Fuse& a, const Blocks& blocks, int64_t b, int6
 
 template <class T, int W, class Shape>
 __global__ void __launch_bounds__(kThreads, W == 1 ? 4 : 0) fuse_kernel(
-    const __grid_constant__ Fuse a, const __grid_constant__ Blocks blocks, unsigned tiles, unsigned chunks) {
+    const __grid_constant__ Fuse a, const __grid_constant__ Blocks blocks, unsigned tiles, unsigned token_tiles) {
   constexpr int kTokens = Shape::kTokens, kRounds = Shape::kRounds;
   wait_for_previous();
-  // Chunks of tokens: of a sentence, or of the packed batch.
-  const unsigned tile = blockIdx.x % tiles, chunk = blockIdx.x / tiles % chunks;
-  int64_t b = blockIdx.x / tiles / chunks;
+  // Tiles of features, and of tokens of a sentence or of the packed batch.
+  const unsigned tile = blockIdx.x % tiles, token_tile = blockIdx.x / tiles % token_tiles;
+  int64_t b = blockIdx.x / tiles / token_tiles;
   const int64_t d = (int64_t(tile) * kWarp + threadIdx.x % kWarp) * W;
   if (d >= a.size) return;
   const int64_t size = a.batch.packed ? a.batch.tokens : a.batch.size;
-  int64_t l = int64_t(chunk) * Shape::kProgramTokens + threadIdx.x / kWarp * (kRounds * kTokens);
+  int64_t l = int64_t(token_tile) * Shape::kCtaTokens + threadIdx.x / kWarp * (kRounds * kTokens);
   const int64_t stop = min(size, l + kRounds * kTokens);
   if (l >= stop) return;
   if (a.batch.packed) b = sentence_of(a.batch, l);
@@ -104,16 +104,16 @@ __global__ void __launch_bounds__(kThreads, W == 1 ? 4 : 0) fuse_kernel(
 }
 
 template <class Shape>
-int64_t chunks_of(const Fuse& a) {
-  return pieces(a.batch.packed ? a.batch.tokens : a.batch.size, Shape::kProgramTokens);
+int64_t token_tiles_of(const Fuse& a) {
+  return pieces(a.batch.packed ? a.batch.tokens : a.batch.size, Shape::kCtaTokens);
 }
 
 template <class T, int W, class Shape>
 cudaError_t launch(const Fuse& a, cudaStream_t stream) {
   const Blocks blocks(a.hidden, a.num_blocks);
-  const unsigned tiles = unsigned(pieces(a.size, W * kWarp)), chunks = unsigned(chunks_of<Shape>(a));
-  const unsigned grid = tiles * chunks * unsigned(a.batch.packed ? 1 : a.batch.sentences);
-  return launch_early(fuse_kernel<T, W, Shape>, grid, kThreads, 0, stream, a, blocks, tiles, chunks);
+  const unsigned tiles = unsigned(pieces(a.size, W * kWarp)), token_tiles = unsigned(token_tiles_of<Shape>(a));
+  const unsigned grid = tiles * token_tiles * unsigned(a.batch.packed ? 1 : a.batch.sentences);
+  return launch_early(fuse_kernel<T, W, Shape>, grid, kThreads, 0, stream, a, blocks, tiles, token_tiles);
 }
 
 template <class T, int W>
@@ -123,8 +123,8 @@ cudaError_t launch(const Fuse& a, cudaStream_t stream) {
   int processors = 0;
   const cudaError_t error = multiprocessors(processors);
   if (error != cudaSuccess) return error;
-  const int64_t programs = pieces(a.size, W * kWarp) * chunks_of<Large>(a) * (a.batch.packed ? 1 : a.batch.sentences);
-  return programs >= 4 * processors ? launch<T, W, Large>(a, stream) : launch<T, W, Small>(a, stream);
+  const int64_t ctas = pieces(a.size, W * kWarp) * token_tiles_of<Large>(a) * (a.batch.packed ? 1 : a.batch.sentences);
+  return ctas >= 4 * processors ? launch<T, W, Large>(a, stream) : launch<T, W, Small>(a, stream);
 }
 
 template <class T>
@@ -140,7 +140,7 @@ cudaError_t launch(const Fuse& a, cudaStream_t stream) {
 cudaError_t fuse(const Fuse& args, cudaStream_t stream) {
   if (args.batch.tokens == 0 || args.batch.sentences == 0) return cudaSuccess;
   if (args.num_blocks > kMaxBlocks) return cudaErrorInvalidValue;
-  S2SENT_DTYPE(args.dtype, [&] { return launch<T>(args, stream); })
+  return with_storage(args.dtype, [&](auto storage) { return launch<typename decltype(storage)::type>(args, stream); });
 }
 
 }  // namespace s2sent::cuda

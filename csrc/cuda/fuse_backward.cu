@@ -1,51 +1,47 @@
-// The gates' gradient: dg_n = sum_r dv u_n over real tokens.
-//
-// Order of summation: tokens come in groups of kTogether, which are dealt to kSlots warps in turn, each group one chain of
-// fused multiply-adds, added to the warp's running sum, which every kChunk groups is added to another; the last few tokens of a
-// sentence come one by one; then the warps as a tree. How many blocks and features a thread takes changes none of it.
+// fuse, backward: the gradient of the gates, dg_n = sum_r dv u_n over real tokens. Order of summation: order.h; an accumulator is
+// a warp. The number of Transformer blocks and features that a thread handles does not affect it.
 
+#include "order.h"
 #include "tokens.cuh"
 
 namespace s2sent::cuda {
 namespace {
 
-constexpr int kTogether = 4;
-constexpr int kSlots = 4;
-constexpr int kChunk = 128;
-constexpr int kThreads = kSlots * kWarp;
-constexpr int kBlocksEach = 2;  // that share a read of dv
+constexpr int kThreads = kGradAccumulators * kWarp;
+constexpr int kBlocksEach = 2;  // Transformer blocks that share a load of dv
 
 template <class T, int W>
 __global__ void __launch_bounds__(kThreads, 4) backward_kernel(
-    const __grid_constant__ FuseBackward a, const __grid_constant__ Blocks blocks, int64_t tiles, int64_t groups) {
+    const __grid_constant__ FuseBackward a, const __grid_constant__ Blocks blocks, int64_t tiles, int64_t block_tiles) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t tile = blockIdx.x % tiles, n0 = blockIdx.x / tiles % groups * kBlocksEach, b = blockIdx.x / tiles / groups;
+  const int64_t tile = blockIdx.x % tiles, n0 = blockIdx.x / tiles % block_tiles * kBlocksEach;
+  const int64_t b = blockIdx.x / tiles / block_tiles;
   const int64_t d = (tile * kWarp + lane) * W;
   const bool inside = d < a.size;
   const int64_t length = inside ? length_of(a.batch, b) : 0;
   const Sentence fused(a.batch, a.grad_fused, b);
   const T* v = static_cast<const T*>(a.grad_fused.data) + d;
   float outer[kBlocksEach][W] = {}, inner[kBlocksEach][W] = {};
-  int seen = 0;
-  for (int64_t r0 = warp * kTogether; r0 < length; r0 += kSlots * kTogether) {
-    if (r0 + kTogether <= length) {
-      Piece<T, W> dv[kTogether];
+  int groups = 0;
+  for (int64_t r0 = warp * kGradGroupTokens; r0 < length; r0 += kGradAccumulators * kGradGroupTokens) {
+    if (r0 + kGradGroupTokens <= length) {
+      Piece<T, W> dv[kGradGroupTokens];
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) dv[j] = load_piece<T, W>(v + fused.real(r0 + j));
-      // A block past the last is the last again, so that no branch keeps the loads from running side by side.
+      for (int j = 0; j < kGradGroupTokens; ++j) dv[j] = load_piece<T, W>(v + fused.real(r0 + j));
+      // Blocks are clamped to the last one, so that no branch separates the loads.
 #pragma unroll
       for (int k = 0; k < kBlocksEach; ++k) {
         const Rows rows = blocks.rows[min(n0 + k, a.num_blocks - 1)];
         const Sentence sentence(a.batch, rows, b);
         const T* u = static_cast<const T*>(rows.data) + d;
-        Piece<T, W> piece[kTogether];
+        Piece<T, W> piece[kGradGroupTokens];
 #pragma unroll
-        for (int j = 0; j < kTogether; ++j) piece[j] = load_piece<T, W>(u + sentence.real(r0 + j));
+        for (int j = 0; j < kGradGroupTokens; ++j) piece[j] = load_piece<T, W>(u + sentence.real(r0 + j));
 #pragma unroll
         for (int i = 0; i < W; ++i) {
           float sum = widen(dv[0].values[i]) * widen(piece[0].values[i]);
 #pragma unroll
-          for (int j = 1; j < kTogether; ++j) sum = fmaf(widen(dv[j].values[i]), widen(piece[j].values[i]), sum);
+          for (int j = 1; j < kGradGroupTokens; ++j) sum = fmaf(widen(dv[j].values[i]), widen(piece[j].values[i]), sum);
           inner[k][i] += sum;
         }
       }
@@ -62,8 +58,8 @@ __global__ void __launch_bounds__(kThreads, 4) backward_kernel(
         }
       }
     }
-    if (++seen == kChunk) {
-      seen = 0;
+    if (++groups == kGradChunkGroups) {
+      groups = 0;
 #pragma unroll
       for (int k = 0; k < kBlocksEach; ++k) {
 #pragma unroll
@@ -71,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, 4) backward_kernel(
       }
     }
   }
-  __shared__ float shared[kSlots - 1][kBlocksEach][W][kWarp];
+  __shared__ float shared[kGradAccumulators - 1][kBlocksEach][W][kWarp];
 #pragma unroll
   for (int k = 0; k < kBlocksEach; ++k) {
 #pragma unroll
@@ -96,9 +92,9 @@ __global__ void __launch_bounds__(kThreads, 4) backward_kernel(
 template <class T, int W>
 void launch(const FuseBackward& a, cudaStream_t stream) {
   const Blocks blocks(a.hidden, a.num_blocks);
-  const int64_t tiles = pieces(a.size, W * kWarp), groups = pieces(a.num_blocks, kBlocksEach);
-  const unsigned grid = unsigned(a.batch.sentences * groups * tiles);
-  backward_kernel<T, W><<<grid, kThreads, 0, stream>>>(a, blocks, tiles, groups);
+  const int64_t tiles = pieces(a.size, W * kWarp), block_tiles = pieces(a.num_blocks, kBlocksEach);
+  const unsigned grid = unsigned(a.batch.sentences * block_tiles * tiles);
+  backward_kernel<T, W><<<grid, kThreads, 0, stream>>>(a, blocks, tiles, block_tiles);
 }
 
 template <class T>
@@ -116,7 +112,7 @@ cudaError_t launch(const FuseBackward& a, cudaStream_t stream) {
 cudaError_t fuse_backward(const FuseBackward& args, cudaStream_t stream) {
   if (args.batch.sentences == 0) return cudaSuccess;
   if (args.num_blocks > kMaxBlocks) return cudaErrorInvalidValue;
-  S2SENT_DTYPE(args.dtype, [&] { return launch<T>(args, stream); })
+  return with_storage(args.dtype, [&](auto storage) { return launch<typename decltype(storage)::type>(args, stream); });
 }
 
 }  // namespace s2sent::cuda

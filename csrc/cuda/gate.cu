@@ -1,36 +1,35 @@
 // gate: s = act(W1 f + b1), z = W2 s + b2, g = s-norm(sigmoid(norm(z))), and o = sum_n g p.
 //
-// Order of summation: W1 f in slices of slice_of(D) features, in a slice its quarters, in a quarter four running sums
-// over every fourth feature; these and the quarters as trees, the slices ascending; o over the blocks ascending; the rest as
-// gate.cuh says.
+// Order of summation: W1 f as in order.h, W2 s and the s-norm as in gate.cuh; o over the Transformer blocks ascending.
 
 #include "gate.cuh"
 
 namespace s2sent::cuda {
 namespace {
 
-constexpr int kRows = 4;    // of W1, of a program
-constexpr int kSlices = 8;  // of a row, of a warp: four lanes each
+constexpr int kRows = 4;    // rows of W1 in a CTA
+constexpr int kSlices = 8;  // slices of a row in a warp: four lanes each
 constexpr int kHalves = 2;  // warps that share a row
 constexpr int kWarps = kRows * kHalves;
+static_assert(kWarp == kSlices * kQuarters && kRunningSums == 4, "a lane has a quarter of a slice, as a float4");
 
-// Four numbers of a row from d on, 0 past its end.
+// Four numbers of a row from d on; 0 past its end.
 __device__ inline float4 load_four(const float* row, int64_t d, int64_t size, bool wide) {
   if (wide) return d < size ? *reinterpret_cast<const float4*>(row + d) : float4();
   const auto one = [&](int64_t i) { return i < size ? row[i] : 0.0f; };
   return make_float4(one(d), one(d + 1), one(d + 2), one(d + 3));
 }
 
-// S sentences share a read of W1. QUARTER: features of a quarter of a slice.
+// S sentences share each load of W1. QUARTER: features in a quarter of a slice.
 template <int S, int QUARTER>
 __global__ void __launch_bounds__(kWarps * kWarp) bottleneck_kernel(
     const __grid_constant__ Gate a, unsigned tiles, bool wide) {
   wait_for_previous();
-  __shared__ float parts[kHalves * kSlices][kRows * S];
+  __shared__ float shares[kHalves * kSlices][kRows * S];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, slice = warp / kRows * kSlices + lane / 4;
   const int64_t h0 = int64_t(blockIdx.x % tiles) * kRows, b0 = int64_t(blockIdx.x / tiles) * S;
   const float* weight = a.down_weight + min(h0 + warp % kRows, a.width - 1) * a.size;
-  float total = 0.0f;  // of the first threads, a row and sentence each
+  float total = 0.0f;  // in the first threads: a row and sentence each
   for (int64_t start = 0; start < a.size; start += kHalves * kSlices * 4 * QUARTER) {
     const int64_t first = start + (slice * 4 + lane % 4) * QUARTER;
     float4 w[QUARTER / 4], f[S][QUARTER / 4];
@@ -50,24 +49,24 @@ __global__ void __launch_bounds__(kWarps * kWarp) bottleneck_kernel(
         sum.x = fmaf(w[i].x, f[k][i].x, sum.x), sum.y = fmaf(w[i].y, f[k][i].y, sum.y);
         sum.z = fmaf(w[i].z, f[k][i].z, sum.z), sum.w = fmaf(w[i].w, f[k][i].w, sum.w);
       }
-      float part = (sum.x + sum.y) + (sum.z + sum.w);
-      part += __shfl_xor_sync(~0u, part, 1);
-      part += __shfl_xor_sync(~0u, part, 2);
-      if (lane % 4 == 0) parts[slice][warp % kRows * S + k] = part;
+      float share = (sum.x + sum.y) + (sum.z + sum.w);
+      share += __shfl_xor_sync(~0u, share, 1);
+      share += __shfl_xor_sync(~0u, share, 2);
+      if (lane % 4 == 0) shares[slice][warp % kRows * S + k] = share;
     }
     __syncthreads();
     if (threadIdx.x < kRows * S) {
 #pragma unroll
-      for (int i = 0; i < kHalves * kSlices; ++i) total += parts[i][threadIdx.x];
+      for (int i = 0; i < kHalves * kSlices; ++i) total += shares[i][threadIdx.x];
     }
     __syncthreads();
   }
   const int64_t h = h0 + threadIdx.x / S, b = b0 + threadIdx.x % S;
   if (threadIdx.x >= kRows * S || h >= a.width || b >= a.sentences) return;
-  a.bottleneck[b * a.width + h] = activate(a, total + a.down_bias[h]);
+  a.bottleneck[b * a.width + h] = activate(a.activation, total + a.down_bias[h]);
 }
 
-constexpr int kAtOnce = 12;  // numbers of p that a thread asks for
+constexpr int kAtOnce = 12;  // Transformer blocks whose p a thread loads ahead
 
 template <class T, class Shape>
 __global__ void __launch_bounds__(kGateThreads, 3) excite_kernel(const __grid_constant__ Gate a, unsigned tiles) {
@@ -112,7 +111,8 @@ cudaError_t launch_bottleneck(const Gate& a, cudaStream_t stream) {
 
 template <int S>
 cudaError_t launch_bottleneck(const Gate& a, cudaStream_t stream) {
-  return slice_of(a.size) == 48 ? launch_bottleneck<S, 12>(a, stream) : launch_bottleneck<S, 16>(a, stream);
+  return slice_of(a.size) == kShortSlice ? launch_bottleneck<S, kShortSlice / kQuarters>(a, stream)
+                                         : launch_bottleneck<S, kLongSlice / kQuarters>(a, stream);
 }
 
 }  // namespace
@@ -124,16 +124,17 @@ cudaError_t bottleneck(const Gate& args, cudaStream_t stream) {
 
 cudaError_t excite(const Gate& args, cudaStream_t stream) {
   if (args.sentences == 0 || args.size == 0) return cudaSuccess;
-  S2SENT_DTYPE(args.dtype, [&] {
+  return with_storage(args.dtype, [&](auto storage) {
+    using T = typename decltype(storage)::type;
     return with_shape<2>(args, 1, [&](auto shape) {
       using Shape = decltype(shape);
       const size_t bytes = size_t(shape.bytes(args, 1));
       const cudaError_t error = allow_shared_memory(excite_kernel<T, Shape>, bytes);
       if (error != cudaSuccess) return error;
-      const unsigned tiles = unsigned(pieces(args.size, Shape::kFeatures)), grid = unsigned(shape.programs(args));
+      const unsigned tiles = unsigned(pieces(args.size, Shape::kFeatures)), grid = unsigned(shape.ctas(args));
       return launch_early(excite_kernel<T, Shape>, grid, kGateThreads, bytes, stream, args, tiles);
     });
-  })
+  });
 }
 
 }  // namespace s2sent::cuda

@@ -1,61 +1,63 @@
-// What the gate's forward and backward share: exp(e + c) of a tile of features of every block, for a few sentences.
+// Shared by the gate's forward and backward kernels: exp(e + c) of a tile of features of every Transformer block, for a few
+// sentences.
 //
-// Order of summation: W2 s in two running sums over even and odd h, and these added; the s-norm over the blocks ascending.
-// Sentences and features only stand side by side, so that one has the bits that it has alone.
+// Order of summation: W2 s in two running sums, over even and odd h, which are then added; the s-norm over the blocks ascending.
+// No sum runs over sentences, so that a sentence has the same bits in every batch.
 #pragma once
 
 #include <cuda_pipeline.h>
 
 #include <type_traits>
 
+#include "order.h"
 #include "tokens.cuh"
 
 namespace s2sent::cuda {
 
 constexpr int kGateWarps = 4;
 constexpr int kGateThreads = kGateWarps * kWarp;
-constexpr int kGateWidth = 32;               // of W2's columns, at a time
-constexpr int kGateStride = kGateWidth + 4;  // of a row of them: eight rows' 16 bytes are in different banks
-constexpr int64_t kGateMemory = 99 << 10;    // of a program, in bytes: what every architecture has
+constexpr int kGateWidth = 32;               // columns of a tile of W2
+constexpr int kGateStride = kGateWidth + 4;  // padded, so that 16-byte loads of eight rows hit different banks
+constexpr int64_t kGateMemory = 99 << 10;    // bytes of shared memory that every architecture grants a CTA
 
-// What a program takes: S sentences and F features of every block; STAGES tiles of W2 a warp, in use or on their way.
-// RESIDENT: s is in shared memory, as it is unless H is larger than that.
-template <int S, int F, int STAGES, bool RESIDENT = true>
+// The work of a CTA: S sentences and F features of every Transformer block. Each warp buffers BUFFERS tiles of W2, in use or in
+// flight. RESIDENT: s is in shared memory; false only if H is too large for that.
+template <int S, int F, int BUFFERS, bool RESIDENT = true>
 struct GateShape {
-  static constexpr int kSentences = S, kFeatures = F, kStages = STAGES;
-  static constexpr int kBlocks = kWarp / F;  // of N, that a warp takes at a time: a row of W2 a lane
+  static constexpr int kSentences = S, kFeatures = F, kBuffers = BUFFERS;
+  static constexpr int kBlocks = kWarp / F;  // blocks that a warp handles at a time: a lane has a row of W2
   static constexpr bool kResident = RESIDENT;
 
-  // Shared memory in floats: W2's tiles, from s_place() on s [S, columns], from weights_place() on ``copies`` of [N, S, F].
-  __host__ __device__ static constexpr int s_place() { return STAGES * kGateWarps * kWarp * kGateStride; }
+  // Shared memory in floats: tiles of W2, s [S, columns] from s_place(), ``copies`` of [N, S, F] from weights_place().
+  __host__ __device__ static constexpr int s_place() { return BUFFERS * kGateWarps * kWarp * kGateStride; }
   __host__ __device__ static constexpr int weights_place(int64_t width) {
     return s_place() + (RESIDENT ? S * int((width + kGateWidth - 1) / kGateWidth * kGateWidth) : 0);
   }
   static int64_t bytes(const Gate& a, int copies) {
     return (weights_place(a.width) + copies * a.num_blocks * S * F) * int64_t(sizeof(float));
   }
-  static int64_t programs(const Gate& a) { return pieces(a.size, F) * pieces(a.sentences, S); }
+  static int64_t ctas(const Gate& a) { return pieces(a.size, F) * pieces(a.sentences, S); }
 };
 
-// Calls ``launch`` with the shape that reads W2 least often and still has two programs a multiprocessor, or else with that of
-// the most programs. Neither changes a bit.
-template <int STAGES, class Launch>
+// Calls ``launch`` with the shape that reads W2 least often and still gives every multiprocessor two CTAs, else with the shape of
+// the most CTAs. The choice does not change bits.
+template <int BUFFERS, class Launch>
 cudaError_t with_shape(const Gate& a, int copies, const Launch& launch) {
   int processors = 0;
   const cudaError_t error = multiprocessors(processors);
   if (error != cudaSuccess) return error;
   const auto fits = [&](auto shape, int64_t most_blocks) {
-    return a.num_blocks <= most_blocks && shape.bytes(a, copies) <= kGateMemory && shape.programs(a) >= 2 * processors;
+    return a.num_blocks <= most_blocks && shape.bytes(a, copies) <= kGateMemory && shape.ctas(a) >= 2 * processors;
   };
-  constexpr GateShape<16, 32, STAGES> large;
-  constexpr GateShape<4, 32, STAGES> middle;
-  constexpr GateShape<4, 8, STAGES> small;
-  constexpr GateShape<1, 8, STAGES> least;
+  constexpr GateShape<16, 32, BUFFERS> large;
+  constexpr GateShape<4, 32, BUFFERS> middle;
+  constexpr GateShape<4, 8, BUFFERS> small;
+  constexpr GateShape<1, 8, BUFFERS> least;
   if (fits(large, 16)) return launch(large);
   if (fits(middle, 64)) return launch(middle);
   if (fits(small, kMaxBlocks)) return launch(small);
   if (a.num_blocks > kMaxBlocks) return cudaErrorInvalidValue;
-  return least.bytes(a, copies) <= kGateMemory ? launch(least) : launch(GateShape<1, 8, STAGES, false>());
+  return least.bytes(a, copies) <= kGateMemory ? launch(least) : launch(GateShape<1, 8, BUFFERS, false>());
 }
 
 template <class Kernel>
@@ -64,21 +66,13 @@ cudaError_t allow_shared_memory(Kernel kernel, size_t bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
 }
 
-// W1 f is summed in slices of this many features.
-__host__ __device__ constexpr int64_t slice_of(int64_t size) { return size % 48 == 0 ? 48 : 64; }
-
-// s from W1 f + b1. tanh in float64 and rounded once; relu(NaN) is NaN.
-__device__ inline float activate(const Gate& a, float t) {
-  return a.relu ? (t < 0.0f ? 0.0f : t) : float(tanh(double(t)));
-}
-
-// weight / total rounded once, from total's reciprocal: what a division does, for several weights.
+// weight / total, correctly rounded, from the reciprocal of total: one division serves several weights.
 __device__ inline float divide(float weight, float total, float inverse) {
   const float quotient = weight * inverse;
   return fmaf(fmaf(-quotient, total, weight), inverse, quotient);
 }
 
-// The largest c, which all are taken less, since they are unbounded. For whole warps.
+// The largest c. It is subtracted from every c, which is unbounded, before exp. Whole warps must call this.
 __device__ inline float largest_prior(const Gate& a) {
   float most = -INFINITY;
   for (int64_t n = threadIdx.x % kWarp; a.prior && n < a.num_blocks; n += kWarp) most = fmaxf(most, a.prior[n]);
@@ -89,7 +83,7 @@ __device__ inline float largest_prior(const Gate& a) {
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// What turns W2 s into e at ``row`` of [N, D]. Without a norm these are numbers that change nothing.
+// The parameters that turn W2 s into e at ``row`` of [N, D]. Without a norm they are those of the identity.
 struct Unit {
   float bias, mean, variance, scale, shift;
 
@@ -102,19 +96,19 @@ struct Unit {
     shift = norm ? a.norm_bias[row] : 0.0f;
   }
 
-  // Apart, so that several units are asked for before the first is waited for.
+  // Not computed by the constructor, so that the loads of several units are in flight together.
   __device__ float inverse(const Gate& a) const { return a.norm_weight ? rsqrtf(variance + a.eps) : 1.0f; }
-  // The mean first, since it and z may both be far from 0.
+  // Subtracts the mean first: it and z may both be large.
   __device__ float normed(float sum, float inverse) const { return (sum + bias - mean) * inverse; }
   __device__ float open(float normed) const { return sigmoid(fmaf(normed, scale, shift)); }
 };
 
-// Asks for a tile of W2: the rows of features from d0 of the blocks from n0, columns from h0; 0 where there are none.
+// Starts copying a tile of W2: rows of features from d0 on, of blocks from n0 on; columns from h0 on. 0 outside W2.
 template <int F>
-__device__ void ask(const Gate& a, int64_t n0, int64_t d0, int64_t h0, float (*tile)[kGateStride]) {
+__device__ void prefetch(const Gate& a, int64_t n0, int64_t d0, int64_t h0, float (*tile)[kGateStride]) {
   const int lane = threadIdx.x % kWarp;
   const bool wide = a.width % 4 == 0 && reinterpret_cast<uintptr_t>(a.up_weight) % 16 == 0;
-  const auto row = [&](int j, int64_t h) {  // null where there is no number
+  const auto row = [&](int j, int64_t h) {  // null outside W2
     const int64_t n = n0 + j / F, d = d0 + j % F;
     return n < a.num_blocks && d < a.size && h < a.width ? a.up_weight + (n * a.size + d) * a.width + h : nullptr;
   };
@@ -134,28 +128,29 @@ __device__ void ask(const Gate& a, int64_t n0, int64_t d0, int64_t h0, float (*t
   }
 }
 
-// weights [N, S, F] = exp(e + c) of features from d0 and sentences from b0; sigmoids [N, S, F] = e where BACKWARD, and then
-// a.normed too. ``memory``: W2's tiles and s, as GateShape has them. The caller waits before it reads what another warp wrote.
+// weights [N, S, F] = exp(e + c) of features from d0 on and sentences from b0 on. With BACKWARD also sigmoids [N, S, F] = e, and
+// a.normed. ``memory`` holds tiles of W2 and s, laid out by GateShape. The caller synchronises before it reads weights.
 template <class Shape, bool BACKWARD>
 __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, float* memory, float* weights, float* sigmoids) {
-  constexpr int S = Shape::kSentences, F = Shape::kFeatures, kStages = Shape::kStages;
+  constexpr int S = Shape::kSentences, F = Shape::kFeatures, kBuffers = Shape::kBuffers;
   using Tiles = float[kGateWarps][kWarp][kGateStride];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int sentences = int(min(int64_t(S), a.sentences - b0));
-  const int chunks = int((a.width + kGateWidth - 1) / kGateWidth), columns = chunks * kGateWidth;
+  const int strips = int((a.width + kGateWidth - 1) / kGateWidth), columns = strips * kGateWidth;
   const int steps = (int(a.num_blocks) + Shape::kBlocks - 1) / Shape::kBlocks;
-  const int tiles = steps > warp ? (steps - warp + kGateWarps - 1) / kGateWarps * chunks : 0;
+  const int tiles = steps > warp ? (steps - warp + kGateWarps - 1) / kGateWarps * strips : 0;
   Tiles* up = reinterpret_cast<Tiles*>(memory);
   float* s = memory + Shape::s_place();
-  const auto ask_tile = [&](int i) {  // the warp's i-th
+  const auto prefetch_tile = [&](int i) {  // the i-th of this warp
     if (i < tiles) {
-      ask<F>(a, (warp + i / chunks * kGateWarps) * Shape::kBlocks, d0, i % chunks * kGateWidth, up[i % kStages][warp]);
+      const int64_t n0 = (warp + i / strips * kGateWarps) * Shape::kBlocks;
+      prefetch<F>(a, n0, d0, i % strips * kGateWidth, up[i % kBuffers][warp]);
     }
     __pipeline_commit();
   };
 #pragma unroll
-  for (int i = 0; i < kStages; ++i) ask_tile(i);
-  wait_for_previous();  // bottleneck, which does not write W2; where it was not launched, W2 is empty
+  for (int i = 0; i < kBuffers; ++i) prefetch_tile(i);
+  wait_for_previous();  // for bottleneck, which does not write W2. (Not launched if H is 0; then W2 is empty.)
   const float largest = largest_prior(a);
   const auto load = [&](int k, int h) {
     return k < sentences && h < a.width ? a.bottleneck[(b0 + k) * a.width + h] : 0.0f;
@@ -170,13 +165,13 @@ __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, float* memory, floa
     const int64_t n = step * Shape::kBlocks + lane / F, d = d0 + lane % F;
     const bool inside = n < a.num_blocks && d < a.size;
     const int64_t row = inside ? n * a.size + d : 0;
-    const Unit unit(a, int(row));  // asked for before the product
+    const Unit unit(a, int(row));  // loaded ahead of the product
     const float prior = a.prior && inside ? a.prior[n] - largest : 0.0f;
     float even[S] = {}, odd[S] = {};
     for (int h0 = 0; h0 < columns; h0 += kGateWidth, ++tile) {
-      __pipeline_wait_prior(kStages - 1);
+      __pipeline_wait_prior(kBuffers - 1);
       __syncwarp();
-      const float* own = up[tile % kStages][warp][lane];
+      const float* own = up[tile % kBuffers][warp][lane];
 #pragma unroll(S > 4 ? 1 : 4)
       for (int i = 0; i < kGateWidth; i += 4) {
         const float4 w = *reinterpret_cast<const float4*>(own + i);
@@ -193,7 +188,7 @@ __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, float* memory, floa
         }
       }
       __syncwarp();
-      ask_tile(tile + kStages);
+      prefetch_tile(tile + kBuffers);
     }
     const float inverse = unit.inverse(a);
 #pragma unroll

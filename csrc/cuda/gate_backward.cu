@@ -1,6 +1,6 @@
-// The gradients inside the gate, from dg, or from do and p, and then dp too; the gates are recomputed from s.
+// gate, backward: the gradients inside the gate from dg, or from do and p, which also gives dp. The gates are recomputed from s.
 //
-// Order of summation: sum_n g dg over the blocks ascending; the rest as gate.cuh says.
+// Order of summation: sum_n g dg over the Transformer blocks ascending; W2 s and the s-norm as in gate.cuh.
 
 #include "gate.cuh"
 
@@ -56,7 +56,7 @@ cudaError_t excite_backward(const Gate& args, cudaStream_t stream) {
     const cudaError_t error = allow_shared_memory(backward_kernel<Shape>, bytes);
     if (error != cudaSuccess) return error;
     const unsigned tiles = unsigned(pieces(args.size, Shape::kFeatures));
-    backward_kernel<Shape><<<unsigned(shape.programs(args)), kGateThreads, bytes, stream>>>(args, tiles);
+    backward_kernel<Shape><<<unsigned(shape.ctas(args)), kGateThreads, bytes, stream>>>(args, tiles);
     return cudaGetLastError();
   });
 }

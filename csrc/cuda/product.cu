@@ -1,7 +1,7 @@
-// x @ weight, each sentence's sum in one order, whatever stands beside it.
+// x @ weight in an order that does not depend on the number of sentences.
 //
-// Order of summation: kProductRows rows come as kWarps running sums over neighbouring rows, then these as a tree; then such
-// partial sums ascending.
+// Order of summation: sum chunks of kProductRows rows; within a chunk kWarps running sums over adjacent rows, then these as a
+// tree; then the chunks ascending.
 
 #include "tokens.cuh"
 

@@ -1,20 +1,13 @@
-// squeeze: f and, in the same read, the pooled p.
-//
-// Order of summation, on which every bit depends: a sentence's real tokens, in their order, come in groups of kTogether, which
-// are dealt to kSlots warps in turn. In a group the first and the second half are chains of fused multiply-adds; the halves'
-// sum is added to the warp's running sum, which every kChunk groups is added to another; the last few tokens of a sentence
-// come one by one. Then the warps as a tree; then the blocks ascending, weighted by alpha. How many features a thread takes
-// changes none of it.
+// squeeze: f and, in the same pass, the pooled p. Order of summation: order.h; an accumulator is a warp. The number of features
+// that a thread handles does not affect it.
 
+#include "order.h"
 #include "tokens.cuh"
 
 namespace s2sent::cuda {
 namespace {
 
-constexpr int kTogether = 8;
-constexpr int kSlots = 4;
-constexpr int kChunk = 64;  // bounds how many terms one running sum takes, and with it its rounding
-constexpr int kThreads = kSlots * kWarp;
+constexpr int kThreads = kAccumulators * kWarp;
 
 template <int W>
 struct Sums {
@@ -26,29 +19,32 @@ struct Sums {
   }
 };
 
-// This warp's share of sum_r beta_r u_r and of sum_r u_r over ``count`` tokens, the r-th beginning at data + row(r).
+// This warp's share of sum_r beta_r u_r and of sum_r u_r over ``count`` tokens; the r-th begins at data + row(r).
 template <class T, int W, bool SUM, bool POOL, class Row>
 __device__ void sum_tokens(
     const T* data, int64_t count, const Row& row, const float* beta, Sums<W>& sums, Sums<W>& pools) {
   int groups = 0;
-  for (int64_t r = threadIdx.x / kWarp * kTogether; r < count; r += kSlots * kTogether) {
-    if (r + kTogether <= count) {
-      Piece<T, W> u[kTogether];
-      float factor[kTogether];
+  for (int64_t r = threadIdx.x / kWarp * kGroupTokens; r < count; r += kAccumulators * kGroupTokens) {
+    if (r + kGroupTokens <= count) {
+      Piece<T, W> u[kGroupTokens];
+      float factor[kGroupTokens];
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
+      for (int j = 0; j < kGroupTokens; ++j) {
         u[j] = load_piece<T, W>(data + row(r + j));
         if (SUM) factor[j] = beta[r + j];
       }
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        float x[kTogether];
+        float x[kGroupTokens];
 #pragma unroll
-        for (int j = 0; j < kTogether; ++j) x[j] = widen(u[j].values[i]);
+        for (int j = 0; j < kGroupTokens; ++j) x[j] = widen(u[j].values[i]);
         if (SUM) {
-          float low = factor[0] * x[0], high = factor[4] * x[4];
+          float low = factor[0] * x[0], high = factor[kGroupHalf] * x[kGroupHalf];
 #pragma unroll
-          for (int j = 1; j < 4; ++j) low = fmaf(factor[j], x[j], low), high = fmaf(factor[j + 4], x[j + 4], high);
+          for (int j = 1; j < kGroupHalf; ++j) {
+            low = fmaf(factor[j], x[j], low);
+            high = fmaf(factor[j + kGroupHalf], x[j + kGroupHalf], high);
+          }
           sums.inner[i] += low + high;
         }
         if (POOL) pools.inner[i] += ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
@@ -65,7 +61,7 @@ __device__ void sum_tokens(
         }
       }
     }
-    if (++groups == kChunk) {
+    if (++groups == kChunkGroups) {
       groups = 0;
       if (SUM) sums.close();
       if (POOL) pools.close();
@@ -75,10 +71,10 @@ __device__ void sum_tokens(
   if (POOL) pools.close();
 }
 
-// The warps' sums as a tree; the result is the first warp's.
+// Adds the warps' sums as a tree. The first warp holds the result.
 template <int W>
 __device__ void gather(float (&sums)[W]) {
-  __shared__ float shared[kSlots - 1][W][kWarp];
+  __shared__ float shared[kAccumulators - 1][W][kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   __syncthreads();
   if (warp) {
@@ -93,10 +89,10 @@ __device__ void gather(float (&sums)[W]) {
 }
 
 template <class T, int W, bool MEAN, bool OFFICIAL>
-__global__ void __launch_bounds__(kThreads, W == 4 && !MEAN && !OFFICIAL ? 4 : 0) sum_kernel(  // 4: spills on sm_120
+__global__ void __launch_bounds__(kThreads, W == 4 && !MEAN && !OFFICIAL ? 4 : 0) sum_tokens_kernel(  // 4: spills on sm_120
     const __grid_constant__ Squeeze a, const __grid_constant__ Blocks blocks, unsigned tiles) {
   wait_for_previous();
-  const unsigned index = blockIdx.x / tiles, num = unsigned(a.num), n = index % num;  // divided in 32 bits: 64 take long
+  const unsigned index = blockIdx.x / tiles, num = unsigned(a.num), n = index % num;  // a 64-bit division is slow
   const int64_t tile = blockIdx.x % tiles, b = index / num;
   const int64_t d = (tile * kWarp + threadIdx.x % kWarp) * W;
   const bool inside = d < a.size;
@@ -109,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, W == 4 && !MEAN && !OFFICIAL ? 4 : 0
     const float* beta = factors_of(a.factors, a.batch, b, unsigned(d) / (unsigned(a.size) / unsigned(a.parts)));
     const auto real = [&](int64_t r) { return sentence.real(r); };
     const auto any = [&](int64_t l) { return sentence.any(l); };
-    if (OFFICIAL) {  // f sees other tokens than p does: two reads
+    if (OFFICIAL) {  // f and p sum different tokens: two passes
       sum_tokens<T, W, true, false>(data, a.batch.size, any, beta, sums, pools);
       if (MEAN) sum_tokens<T, W, false, true>(data, length, real, nullptr, sums, pools);
     } else {
@@ -126,19 +122,19 @@ __global__ void __launch_bounds__(kThreads, W == 4 && !MEAN && !OFFICIAL ? 4 : 0
 #pragma unroll
     for (int i = 0; i < W; ++i) pools.outer[i] *= weight;
   } else if (length > 0) {
-    const Piece<T, W> u = load_piece<T, W>(data + sentence.real(a.pooling == Pooling::kCls ? 0 : length - 1));
+    const Piece<T, W> u = load_piece<T, W>(data + sentence.real(pooled_rank(a.pooling, length)));
 #pragma unroll
     for (int i = 0; i < W; ++i) pools.outer[i] = widen(u.values[i]);
   }
   store_floats(pools.outer, a.pooled + (b * a.num_blocks + a.first_block + n) * a.size + d);
 }
 
-constexpr int kBlockThreads = 256;
-constexpr int kAtOnce = 6;  // blocks that are asked for before the first is added
+constexpr int kSumThreads = 256;
+constexpr int kAtOnce = 6;  // Transformer blocks whose loads are issued before the first is added
 
-__global__ void __launch_bounds__(kBlockThreads) blocks_kernel(const __grid_constant__ Squeeze a, unsigned tiles) {
+__global__ void __launch_bounds__(kSumThreads) sum_blocks_kernel(const __grid_constant__ Squeeze a, unsigned tiles) {
   wait_for_previous();
-  const int64_t b = blockIdx.x / tiles, d = int64_t(blockIdx.x % tiles) * kBlockThreads + threadIdx.x;
+  const int64_t b = blockIdx.x / tiles, d = int64_t(blockIdx.x % tiles) * kSumThreads + threadIdx.x;
   if (d >= a.size) return;
   const unsigned part = unsigned(d) / (unsigned(a.size) / unsigned(a.parts));
   const float* alpha = a.alpha + part * a.num_blocks + a.first_block;
@@ -148,11 +144,11 @@ __global__ void __launch_bounds__(kBlockThreads) blocks_kernel(const __grid_cons
     const int last = int(min(int64_t(kAtOnce), a.num - n0)) - 1;
     float weight[kAtOnce], sum[kAtOnce];
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {  // past the last the last again: no branch between loads
+    for (int j = 0; j < kAtOnce; ++j) {  // clamped to the last block, so that no branch separates the loads
       weight[j] = alpha[n0 + min(j, last)];
       sum[j] = sums[(n0 + min(j, last)) * a.size];
     }
-    ask_first();
+    issue_loads();
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) f = j <= last ? fmaf(weight[j], sum[j], f) : f;
   }
@@ -165,9 +161,9 @@ cudaError_t launch_sums(const Squeeze& a, cudaStream_t stream) {
   const unsigned tiles = unsigned(pieces(a.size, W * kWarp)), grid = unsigned(a.batch.sentences * a.num) * tiles;
   const auto with = [&](auto kernel) { return launch_early(kernel, grid, kThreads, 0, stream, a, blocks, tiles); };
   if (a.pooled && a.pooling == Pooling::kMean) {
-    return a.official ? with(sum_kernel<T, W, true, true>) : with(sum_kernel<T, W, true, false>);
+    return a.official ? with(sum_tokens_kernel<T, W, true, true>) : with(sum_tokens_kernel<T, W, true, false>);
   }
-  return a.official ? with(sum_kernel<T, W, false, true>) : with(sum_kernel<T, W, false, false>);
+  return a.official ? with(sum_tokens_kernel<T, W, false, true>) : with(sum_tokens_kernel<T, W, false, false>);
 }
 
 template <class T>
@@ -175,8 +171,8 @@ cudaError_t launch(const Squeeze& a, cudaStream_t stream) {
   const bool whole = wide<T>(a.size / a.parts, a.hidden, a.num) && aligned(a.sums) && aligned(a.pooled);
   const cudaError_t error = whole ? launch_sums<T, kWide<T>>(a, stream) : launch_sums<T, 1>(a, stream);
   if (error != cudaSuccess) return error;
-  const unsigned tiles = unsigned(pieces(a.size, kBlockThreads)), grid = unsigned(a.batch.sentences) * tiles;
-  return launch_early(blocks_kernel, grid, kBlockThreads, 0, stream, a, tiles);
+  const unsigned tiles = unsigned(pieces(a.size, kSumThreads)), grid = unsigned(a.batch.sentences) * tiles;
+  return launch_early(sum_blocks_kernel, grid, kSumThreads, 0, stream, a, tiles);
 }
 
 }  // namespace
@@ -184,7 +180,7 @@ cudaError_t launch(const Squeeze& a, cudaStream_t stream) {
 cudaError_t squeeze(const Squeeze& args, cudaStream_t stream) {
   if (args.batch.sentences == 0 || args.num == 0) return cudaSuccess;
   if (args.num > kMaxBlocks) return cudaErrorInvalidValue;
-  S2SENT_DTYPE(args.dtype, [&] { return launch<T>(args, stream); })
+  return with_storage(args.dtype, [&](auto storage) { return launch<typename decltype(storage)::type>(args, stream); });
 }
 
 }  // namespace s2sent::cuda

@@ -1,5 +1,8 @@
-// squeeze's backward: the one write of every hidden state's gradient, du_n = g_n dv + w dp_n + alpha_n beta df. It reads no
-// hidden state. A thread keeps its features' dv and df of a few tokens for all blocks; each sum has three terms, in this order.
+// squeeze, backward: writes the gradient of every hidden state once, du_n = g_n dv + w dp_n + alpha_n beta df, and reads no
+// hidden state. A thread keeps dv and df of its features and a few tokens in registers while it loops over the Transformer
+// blocks.
+//
+// Order of summation: w dp_n, then g_n dv, then beta (alpha_n df), each added by a fused multiply-add.
 
 #include "tokens.cuh"
 
@@ -10,7 +13,7 @@ constexpr int kRounds = 2;
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
 
-// Tokens that a thread holds at a time: a pooled gradient has no dv to hold.
+// Tokens that a thread holds at a time; more without dv, which occupies registers.
 template <bool FUSED>
 constexpr int kTokens = FUSED ? 4 : 8;
 
@@ -18,9 +21,9 @@ struct Grads {
   void* into[kMaxBlocks];
 };
 
-// A token's weights.
+// The weights of a token.
 struct Weights {
-  bool real;  // else padding
+  bool real;  // false: padding
   float beta;
   float pool;  // w
 };
@@ -36,13 +39,13 @@ __device__ Weights weights_of(const SqueezeBackward& a, int64_t b, int64_t l, in
     if (a.pooling == Pooling::kMean) {
       weights.pool = 1.0f / float(length);
     } else {
-      weights.pool = rank == (a.pooling == Pooling::kCls ? 0 : length - 1) ? 1.0f : 0.0f;
+      weights.pool = rank == pooled_rank(a.pooling, length) ? 1.0f : 0.0f;
     }
   }
   return weights;
 }
 
-// The rows of TOKENS tokens of sentence b, from l on.
+// Writes the rows of TOKENS tokens of sentence b, from l on.
 template <class T, int W, bool FUSED, int TOKENS>
 __device__ void write_rows(const SqueezeBackward& a, const Grads& grads, int64_t b, int64_t l, int64_t m, int64_t d) {
   Weights weights[TOKENS];
@@ -87,15 +90,15 @@ __device__ void write_rows(const SqueezeBackward& a, const Grads& grads, int64_t
 
 template <class T, int W, bool FUSED>
 __global__ void __launch_bounds__(kThreads, 3) backward_kernel(
-    const __grid_constant__ SqueezeBackward a, const __grid_constant__ Grads grads, int64_t tiles, int64_t chunks) {
+    const __grid_constant__ SqueezeBackward a, const __grid_constant__ Grads grads, int64_t tiles, int64_t token_tiles) {
   constexpr int TOKENS = kTokens<FUSED>;
-  // Chunks of tokens: of a sentence, or of the packed batch.
-  const int64_t index = blockIdx.x, tile = index % tiles, chunk = index / tiles % chunks;
-  int64_t b = index / tiles / chunks;
+  // Tiles of features, and of tokens of a sentence or of the packed batch.
+  const int64_t index = blockIdx.x, tile = index % tiles, token_tile = index / tiles % token_tiles;
+  int64_t b = index / tiles / token_tiles;
   const int64_t d = (tile * kWarp + threadIdx.x % kWarp) * W;
   if (d >= a.size) return;
   const int64_t size = a.batch.packed ? a.batch.tokens : a.batch.size, m = d / (a.size / a.parts);
-  int64_t l = (chunk * kWarps + threadIdx.x / kWarp) * (kRounds * TOKENS);
+  int64_t l = (token_tile * kWarps + threadIdx.x / kWarp) * (kRounds * TOKENS);
   const int64_t stop = min(size, l + kRounds * TOKENS);
   if (l >= stop) return;
   if (a.batch.packed) b = sentence_of(a.batch, l);
@@ -121,9 +124,10 @@ void launch(const SqueezeBackward& a, cudaStream_t stream) {
   Grads grads = {};
   for (int64_t n = 0; n < a.num_blocks; ++n) grads.into[n] = a.grads[n];
   const int64_t tiles = pieces(a.size, W * kWarp);
-  const int64_t chunks = pieces(a.batch.packed ? a.batch.tokens : a.batch.size, kWarps * kRounds * kTokens<FUSED>);
-  const int64_t grid = tiles * chunks * (a.batch.packed ? 1 : a.batch.sentences);
-  backward_kernel<T, W, FUSED><<<unsigned(grid), kThreads, 0, stream>>>(a, grads, tiles, chunks);
+  const int64_t cta_tokens = kWarps * kRounds * kTokens<FUSED>;
+  const int64_t token_tiles = pieces(a.batch.packed ? a.batch.tokens : a.batch.size, cta_tokens);
+  const int64_t grid = tiles * token_tiles * (a.batch.packed ? 1 : a.batch.sentences);
+  backward_kernel<T, W, FUSED><<<unsigned(grid), kThreads, 0, stream>>>(a, grads, tiles, token_tiles);
 }
 
 template <class T, int W>
@@ -149,7 +153,7 @@ cudaError_t launch(const SqueezeBackward& a, cudaStream_t stream) {
 cudaError_t squeeze_backward(const SqueezeBackward& args, cudaStream_t stream) {
   if (args.batch.tokens == 0 || args.batch.sentences == 0) return cudaSuccess;
   if (args.num_blocks > kMaxBlocks) return cudaErrorInvalidValue;
-  S2SENT_DTYPE(args.dtype, [&] { return launch<T>(args, stream); })
+  return with_storage(args.dtype, [&](auto storage) { return launch<typename decltype(storage)::type>(args, stream); });
 }
 
 }  // namespace s2sent::cuda

@@ -1,4 +1,4 @@
-// A batch's real tokens and their factors: one program a sentence, or one for all where every token is real.
+// A batch's real tokens and their factors. A CTA handles one sentence; if all tokens are real, one table serves every sentence.
 
 #include "tokens.cuh"
 
@@ -8,7 +8,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
-// The parts' frequencies, each of them once, and which of them is a part's.
+// The distinct frequencies of the M parts, and which of them each part has.
 struct Frequencies {
   int count;
   int32_t y[kMaxParts];
@@ -18,7 +18,7 @@ struct Frequencies {
 __device__ float factor(int64_t y, int64_t r, int64_t length, int64_t num_blocks) {
   if (y >= length) return 0.0f;
   const double period = double(length), norm = y > 0 ? 1.4142135623730951 : 1.0;
-  // y and r are less than the length; a division in 64 bits takes long.
+  // y and r are less than the length. A 64-bit division is slow.
   const uint64_t turn = uint64_t(y) * uint64_t(2 * r + 1), whole = 4 * uint64_t(length);
   const uint64_t rest = length <= 1 << 15 ? uint32_t(turn) % uint32_t(whole) : turn % whole;
   const double wave = y > 0 ? cospi(double(rest) / (2.0 * period)) : 1.0;
@@ -27,7 +27,7 @@ __device__ float factor(int64_t y, int64_t r, int64_t length, int64_t num_blocks
 
 __global__ void __launch_bounds__(kThreads) find_kernel(
     const __grid_constant__ TokenFinder a, const __grid_constant__ Frequencies frequencies) {
-  wait_for_previous();  // which it begins after, but the next may begin now
+  wait_for_previous();  // returns at once, since this launch is an ordinary one, and lets the next kernel start
   const int64_t b = blockIdx.x;
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   int64_t length = a.batch.packed ? a.batch.starts[b + 1] - a.batch.starts[b] : a.batch.size;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) find_kernel(
   }
   if (a.beta == nullptr) return;
   float* beta = a.beta + (a.batch.packed ? int64_t(a.batch.starts[b]) : b * a.stride_b);
-  const int64_t columns = (length + kWarp - 1) / kWarp * kWarp;  // whole warps a frequency
+  const int64_t columns = (length + kWarp - 1) / kWarp * kWarp;  // whole warps for each frequency
   for (int64_t i = blockIdx.y * kThreads + thread; i < frequencies.count * columns; i += gridDim.y * kThreads) {
     const int which = int(i / columns);
     const int64_t r = i % columns;
@@ -88,10 +88,10 @@ cudaError_t find_tokens(const TokenFinder& args, cudaStream_t stream) {
     while (which < frequencies.count && frequencies.y[which] != int32_t(args.y[m])) ++which;
     if (which == frequencies.count) frequencies.y[frequencies.count++] = int32_t(args.y[m]);
   }
-  const bool shared = !args.batch.packed && !args.batch.mask;  // one table for all
-  // More programs than one share a table's tokens, but never a mask's.
-  const unsigned many = unsigned(shared ? pieces(args.batch.size * args.parts, kThreads) : 1);
-  const dim3 grid(unsigned(shared ? 1 : args.batch.sentences), many < 1024 ? many : 1024);
+  const bool shared = !args.batch.packed && !args.batch.mask;  // one table for all sentences
+  // Several CTAs may share a table. A mask is scanned by one CTA per sentence.
+  const unsigned ctas = unsigned(shared ? pieces(args.batch.size * args.parts, kThreads) : 1);
+  const dim3 grid(unsigned(shared ? 1 : args.batch.sentences), ctas < 1024 ? ctas : 1024);
   find_kernel<<<grid, kThreads, 0, stream>>>(args, frequencies);
   return cudaGetLastError();
 }

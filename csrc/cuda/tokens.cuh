@@ -1,4 +1,4 @@
-// What the CUDA kernels share: a batch's real tokens, the storage types, and pieces of rows.
+// Shared by the CUDA kernels: launches, storage types, loads and stores of pieces of rows, and a batch's real tokens.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,11 +10,11 @@ namespace s2sent::cuda {
 
 constexpr int kWarp = 32;
 
-// Of a kernel with one thread a piece of W features in a row: 16 bytes where all addresses allow, else a single one.
+// Features W that a thread handles at once: 16 bytes if every address is aligned (see wide), else one.
 template <class T>
 constexpr int kWide = 16 / int(sizeof(T));
 
-// The blocks' rows as a kernel's argument.
+// The rows of all Transformer blocks, as a kernel argument.
 struct Blocks {
   Rows rows[kMaxBlocks];
 
@@ -25,7 +25,7 @@ struct Blocks {
 
 inline int64_t pieces(int64_t whole, int64_t piece) { return (whole + piece - 1) / piece; }
 
-// Whether every row begins on 16 bytes and features come in whole pieces of 16 bytes, none of them in two parts.
+// Whether every row begins at a multiple of 16 bytes and no 16-byte piece crosses a boundary between two parts.
 template <class T>
 bool wide(const Rows& rows) {
   const int64_t step = kWide<T>;
@@ -34,19 +34,20 @@ bool wide(const Rows& rows) {
 
 template <class T>
 bool wide(int64_t part, const Rows* rows, int64_t count) {
-  bool all = part % 8 == 0;  // so that float32 beside it is wide too
+  bool all = part % 8 == 0;  // 8 also suffices for the float32 tensors of a kernel with 16-bit hidden states
   for (int64_t n = 0; n < count; ++n) all = all && wide<T>(rows[n]);
   return all;
 }
 
-// Of the current device: how many programs a launch needs.
+// The number of multiprocessors of the current device.
 inline cudaError_t multiprocessors(int& count) {
   int device = 0;
   const cudaError_t error = cudaGetDevice(&device);
   return error != cudaSuccess ? error : cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
 }
 
-// Launches a kernel that calls wait_for_previous: from sm_90 on its programs begin while the kernel ahead of it ends.
+// Launches a kernel that calls wait_for_previous. From sm_90 on its CTAs may start while the previous kernel finishes
+// (programmatic dependent launch).
 template <class... Parameters, class... Arguments>
 cudaError_t launch_early(
     void (*kernel)(Parameters...), unsigned grid, int threads, size_t bytes, cudaStream_t stream,
@@ -68,8 +69,8 @@ cudaError_t launch_early(
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// Until what the kernel ahead of this one wrote can be read; then the next may be launched. Every thread comes here, before
-// it writes and before it reads what is no constant of the kernels ahead.
+// Waits until the writes of the previous kernel are visible, then lets the next kernel start. Every thread must call this before
+// it writes anything and before it reads anything that an earlier kernel wrote.
 __device__ inline void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
@@ -86,7 +87,7 @@ __device__ inline void narrow(float x, float* to) { *to = x; }
 __device__ inline void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
 __device__ inline void narrow(float x, __half* to) { *to = __float2half_rn(x); }
 
-// W numbers that stand side by side.
+// W adjacent numbers.
 template <class T, int W>
 struct alignas(W * sizeof(T)) Piece {
   T values[W];
@@ -103,8 +104,8 @@ __device__ inline Piece<T, W> load_piece(const T* from) {
   }
 }
 
-// Keeps the loads ahead of it there: the compiler moves them to where they are used, and then one waits for the other.
-__device__ inline void ask_first() { __syncwarp(__activemask()); }
+// Keeps the loads above it together. The compiler would otherwise sink each to its use, where their latencies add up.
+__device__ inline void issue_loads() { __syncwarp(__activemask()); }
 
 // W floats, W a multiple of 4 or 1.
 template <int W>
@@ -144,13 +145,13 @@ __device__ inline void store_piece(const float (&from)[W], T* to) {
   }
 }
 
-// Real tokens of sentence b.
+// Number of real tokens of sentence b.
 __device__ inline int64_t length_of(const Batch& batch, int64_t b) {
   if (batch.packed) return batch.starts[b + 1] - batch.starts[b];
   return batch.lengths ? batch.lengths[b] : batch.size;
 }
 
-// A sentence's rows of one tensor: where its r-th real token begins, or its l-th token, in elements.
+// A sentence's rows of one tensor. real and any return the offset, in elements, of the r-th real token and of token l.
 struct Sentence {
   int64_t base;
   int64_t stride;
@@ -165,7 +166,7 @@ struct Sentence {
   __device__ int64_t any(int64_t l) const { return base + l * stride; }
 };
 
-// The sentence of packed token t, which is not the last of an empty one.
+// The sentence that packed token t belongs to.
 __device__ inline int64_t sentence_of(const Batch& batch, int64_t t) {
   int64_t low = 0, high = batch.sentences - 1;
   while (low < high) {
@@ -183,21 +184,21 @@ __device__ inline const float* factors_of(const Factors& factors, const Batch& b
   return factors.beta + (batch.packed ? int64_t(batch.starts[b]) : b * factors.stride_b) + m * factors.stride_m;
 }
 
-}  // namespace s2sent::cuda
+// Names a storage type as a function argument.
+template <class Storage>
+struct StorageType {
+  using type = Storage;
+};
 
-// Runs ``...`` with T, the storage type of a DType.
-#define S2SENT_DTYPE(dtype, ...) \
-  switch (dtype) { \
-    case DType::kFloat32: { \
-      using T = float; \
-      return __VA_ARGS__(); \
-    } \
-    case DType::kBFloat16: { \
-      using T = __nv_bfloat16; \
-      return __VA_ARGS__(); \
-    } \
-    default: { \
-      using T = __half; \
-      return __VA_ARGS__(); \
-    } \
-  }
+#define S2SENT_CASE(name, scalar, cpu, T, ...) \
+  case DType::name: return work(StorageType<T>());
+
+// work(StorageType<T>()) for the storage type T of a dtype.
+template <class Work>
+cudaError_t with_storage(DType dtype, const Work& work) {
+  switch (dtype) { S2SENT_FOR_EACH_DTYPE(S2SENT_CASE) }
+  return cudaErrorInvalidValue;
+}
+#undef S2SENT_CASE
+
+}  // namespace s2sent::cuda

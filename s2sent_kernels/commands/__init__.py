@@ -1,1 +1,1 @@
-"""Subcommands of ``s2sent``, one a module: ``add`` describes its arguments to argparse, ``run`` does the work."""
+"""Subcommands of ``s2sent``, one per module: ``add`` declares its arguments to argparse, ``run`` executes it."""

@@ -6,14 +6,20 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..selector import S2SentSelector
+from .. import __version__
+from ..tools.tables import STDIN
 from . import common
-from .common import BUNDLED, UserError, positive
+from .common import UserError, positive
 
 PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
+# Options that may change between an interrupted run and its resumption: they do not change the result, except --chunk and
+# --keep-text, which encode_texts compares itself. All other options, also new ones, are part of the key.
+IRRELEVANT = frozenset(("command", "output", "force", "device", "chunk", "keep_text"))
+FILES = ("inputs", "model", "selector", "calibration")  # in the key by the files' sizes and times
 
 
 def add(commands: Any) -> None:
@@ -53,30 +59,20 @@ def add(commands: Any) -> None:
         "--device", nargs="+", action="extend", help="one or several (default: cuda where there is one, else cpu)"
     )
     command.add_argument("--force", action="store_true", help="replace an output that is there")
-    command.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     try:
-        from .. import encoding, sentence_transformers  # noqa: F401  each names its extra
+        from .. import sentence_transformers  # noqa: F401  its ImportError names the extra
+        from ..tools import encoding
     except ImportError as error:
         raise UserError(str(error)) from error
-    output = Path(arguments.output)
-    common.check_writable(output.parent)
-    if output.exists() and not arguments.force:
-        raise UserError(f"output {output}: it is there already; --force replaces it")
-    if output.is_dir():
-        raise UserError(f"output {output}: expected a file, got a directory")
-    if output.suffix.lower() not in encoding.OUTPUTS:
-        raise UserError(f"output {output}: expected a file of {', '.join(encoding.OUTPUTS)}")
+    output, inputs = Path(arguments.output), arguments.inputs
+    _check_output(output, arguments.force, encoding.OUTPUTS)
     scaled = arguments.precision in ("int8", "uint8")
     if scaled != (arguments.calibration is not None):
         raise UserError("--calibration: expected with --precision int8 or uint8, and only then")
-    for path in (*arguments.inputs, *([arguments.calibration] if scaled else [])):
-        if path != encoding.STDIN and not os.path.isfile(path):
-            raise UserError(f"{path}: there is no such file")
-        if path != encoding.STDIN and output.exists() and output.samefile(path):
-            raise UserError(f"output {output}: expected another file than {path}, whose texts would be lost")
+    _check_inputs([*inputs, *([arguments.calibration] if scaled else [])], output)
     model = load(arguments.model, arguments.selector)
     if arguments.max_length is not None:
         model.max_seq_length = min(arguments.max_length, model.max_seq_length or arguments.max_length)
@@ -96,13 +92,12 @@ def run(arguments: argparse.Namespace) -> None:
         return model.encode(texts, **options)
 
     try:
-        result = encode
+        result: encoding.Encode = encode
         if arguments.precision != "float32":
-            result = _quantized(arguments, encode)
-        rows = encoding.read_texts(arguments.inputs, arguments.column, arguments.id_column)
+            result = _quantized(encode, arguments.precision, arguments.calibration, arguments.column)
         count = encoding.encode_texts(
-            rows, result, output, chunk=arguments.chunk, key=_key(arguments), keep_text=arguments.keep_text,
-            progress=sys.stderr.isatty(),
+            encoding.read_texts(inputs, arguments.column, arguments.id_column), result, output, chunk=arguments.chunk,
+            key=resumption_key(vars(arguments)), keep_text=arguments.keep_text, progress=sys.stderr.isatty(),
         )  # fmt: skip
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
@@ -114,77 +109,74 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"wrote {output}: {count} texts")
 
 
+def _check_output(output: Path, force: bool, suffixes: tuple[str, ...]) -> None:
+    common.check_writable(output.parent)
+    if output.exists() and not force:
+        raise UserError(f"output {output}: it is there already; --force replaces it")
+    if output.is_dir():
+        raise UserError(f"output {output}: expected a file, got a directory")
+    if output.suffix.lower() not in suffixes:
+        raise UserError(f"output {output}: expected a file of {', '.join(suffixes)}")
+
+
+def _check_inputs(paths: list[str], output: Path) -> None:
+    for path in paths:
+        if path != STDIN and not os.path.isfile(path):
+            raise UserError(f"{path}: there is no such file")
+        if path != STDIN and output.exists() and output.samefile(path):
+            raise UserError(f"output {output}: expected another file than {path}, whose texts would be lost")
+
+
 def load(model: str | None, selector: str | None) -> Any:
-    """A SentenceTransformer: from a folder that holds it all, or of an encoder and a selector."""
+    """A SentenceTransformer on the CPU, from a folder that holds encoder and selector, or from one of each."""
     from ..sentence_transformers import S2SentPooling, SentenceTransformer
 
-    common.find_model(model)
-    pipeline = None if model is None else common.load_pipeline(model)
-    if pipeline is not None:
-        if selector is not None:
-            raise UserError(f"--selector: expected none beside --model {model}, which has its own")
-        return pipeline[0]
-    if selector is None and model is not None:
-        raise UserError(f"--selector: expected one, since --model {model} holds an encoder alone")
-    from .. import pretrained
-
-    transformer = common.load_transformer(model)
+    source = common.resolve(model, selector)
+    if source.model is not None and source.whole:
+        return common.load_whole(source.model)[0]
+    assert source.selector is not None  # resolve required one
+    transformer = common.load_transformer(source.model)
+    trained = common.read_selector(source.selector)
+    blocks = trained.blocks(transformer.auto_model)
     try:
-        name = selector or BUNDLED
-        config = pretrained.read_config(pretrained.find(name))
-        trained = S2SentSelector.from_pretrained(name)  # first, since it judges the configuration
-        blocks, arguments = pretrained.blocks_of(config, transformer.auto_model), config["selector"]
-        pooling = S2SentPooling.behind(transformer, blocks, pooling=config.get("pooling", "mean"), **arguments)
-        pooling.selector.load_state_dict(trained.state_dict())
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"selector {selector or BUNDLED}: {error}") from error
+        pooling = S2SentPooling.behind(transformer, blocks, pooling=trained.pooling, **trained.config["selector"])
+        pooling.selector.load_state_dict(trained.selector.state_dict())
+    except (ValueError, TypeError) as error:
+        raise UserError(f"selector {source.selector}: {error}") from error
     return SentenceTransformer(modules=[transformer, pooling], device="cpu").eval()
 
 
-def _quantized(arguments: argparse.Namespace, encode: Any) -> Any:
+def _quantized(encode: Callable[[list[str]], Any], precision: Any, calibration: str | None, column: str) -> Any:
+    """``encode`` with embeddings of another precision; int8 and uint8 divide the ranges of the calibration texts' embeddings."""
     import numpy as np
     from sentence_transformers.util import quantize_embeddings
 
-    from .. import encoding
+    from ..tools import encoding
 
     ranges = None
-    if arguments.calibration is not None:
-        seen = encode([row.text for row in encoding.read_texts([arguments.calibration], arguments.column)])
+    if calibration is not None:
+        seen = encode([row.text for row in encoding.read_texts([calibration], column)])
         ranges = np.stack([seen.min(axis=0), seen.max(axis=0)])
         if not (ranges[0] < ranges[1]).all():
-            raise UserError(
-                f"--calibration {arguments.calibration}: expected texts that differ in every feature, got {len(seen)}"
-            )
-    return lambda texts: quantize_embeddings(encode(texts), precision=arguments.precision, ranges=ranges)
+            count = len(seen)
+            raise UserError(f"--calibration {calibration}: expected texts that differ in every feature, got {count}")
+    return lambda texts: quantize_embeddings(encode(texts), precision=precision, ranges=ranges)
 
 
-def _key(arguments: argparse.Namespace) -> Any:
-    """What the result depends on; None where that cannot be said, since standard input cannot be read again."""
-    from .. import __version__
-    from ..encoding import STDIN
-
-    if STDIN in arguments.inputs:
+def resumption_key(options: Mapping[str, Any]) -> Any:
+    """Everything that the result depends on, as JSON. None, which prevents resuming, if an input is standard input: it cannot be
+    read again."""
+    if STDIN in options["inputs"]:
         return None
+    settings = {name: value for name, value in options.items() if name not in IRRELEVANT and name not in FILES}
+    paths = [*options["inputs"], *(options[name] for name in FILES[1:])]
+    return [__version__, settings, [None if path is None else _state(path) for path in paths]]
 
-    def state(path: str) -> Any:
-        path = os.path.expanduser(path)
-        if not os.path.exists(path):
-            return path
-        files = sorted(p for p in Path(path).rglob("*") if p.is_file()) if os.path.isdir(path) else [Path(path)]
-        return [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
-    paths = [*arguments.inputs, arguments.model, arguments.selector, arguments.calibration]
-    settings = {
-        name: getattr(arguments, name)
-        for name in (
-            "column",
-            "id_column",
-            "max_length",
-            "prompt",
-            "normalize",
-            "truncate_dim",
-            "precision",
-            "batch_size",
-        )
-    }
-    return [__version__, settings, [None if path is None else state(path) for path in paths]]
+def _state(path: str) -> Any:
+    """Names, sizes and times of the files; the name itself if there are none, as for a hub id."""
+    path = os.path.expanduser(path)
+    if not os.path.exists(path):
+        return path
+    files = sorted(p for p in Path(path).rglob("*") if p.is_file()) if os.path.isdir(path) else [Path(path)]
+    return [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]

@@ -7,16 +7,17 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from .. import evaluation, mteb_tasks, pictures, pretrained
+from ..files import require
 from ..formula.call import POOLINGS
-from ..frozen import ScalarMix
-from ..selector import S2SentSelector
+from ..tools import evaluation, mteb_tasks, pictures
+from ..tools.baselines import ScalarMix
 from . import common
-from .common import BUNDLED, UserError, positive
+from .common import UserError, positive
 
 
 def add(commands: Any) -> None:
@@ -47,26 +48,14 @@ def add(commands: Any) -> None:
     command.add_argument("--pooling", choices=POOLINGS, help="of the selector (default: what it was trained for)")
     command.add_argument("--max-length", type=positive, default=256, help="tokens at most (default: 256)")
     command.add_argument("--batch-size", type=positive, default=128, help="texts at once (default: 128)")
-    command.add_argument("--device", help="a torch device (default: cuda where there is one, else cpu)")
+    common.add_device(command)
     command.add_argument(
         "--output-dir", type=common.path, default="evaluation", help="where results go (default: ./evaluation)"
     )
-    command.set_defaults(run=run)
-
-
-def _modules(name: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The selector, and the scalar mix that was trained like it where its folder says one; and what the folder says."""
-    if name is None:
-        return {}, {}
-    config = pretrained.read_config(pretrained.find(name))
-    modules: dict[str, Any] = {evaluation.S2SENT: S2SentSelector.from_pretrained(name)}
-    if "scalar_mix" in config:
-        modules[evaluation.SCALAR_MIX] = ScalarMix.of_weights(config["scalar_mix"])
-    return modules, config
 
 
 def _named(paths: Sequence[str]) -> list[tuple[str, str]]:
-    """Each file with its name in the table: without folder and suffix, unless another file's is the same."""
+    """Each file with its name in the table: without folder and suffix, unless two files would share that name."""
     stems = [Path(path).stem for path in paths]
     names = [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, paths, strict=True)]
     for name in names:
@@ -75,71 +64,38 @@ def _named(paths: Sequence[str]) -> list[tuple[str, str]]:
     return list(zip(names, paths, strict=True))
 
 
+class _Files(NamedTuple):
+    """The data to score on, by name in the table."""
+
+    sts: dict[str, list[evaluation.Pair]]
+    transfer: dict[str, tuple[str, dict[str, list[evaluation.Labelled]]]]  # path and splits
+
+
 def run(arguments: argparse.Namespace) -> None:
     if not (arguments.sts or arguments.transfer or arguments.mteb):
         raise UserError("expected files or tasks to score on: --sts, --transfer or --mteb")
     directory = Path(arguments.output_dir)
     common.check_writable(directory)
-    common.require("matplotlib.figure", "matplotlib")
-    name = arguments.selector
-    if name is None and arguments.model is None:
-        name = BUNDLED
+    require("matplotlib.figure", "matplotlib", "demo")
     try:
-        files = _named([*arguments.sts, *arguments.transfer])
-        count = len(arguments.sts)
-        sts_files = [(task, evaluation.read_sts(path, arguments.split)) for task, path in files[:count]]
-        transfer_files = [(task, path, evaluation.read_transfer(path)) for task, path in files[count:]]
-        modules, config = _modules(name)
+        files = _read(arguments.sts, arguments.transfer, arguments.split)
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
-    device = common.device_of(arguments.device)
-    pipeline = None if arguments.model is None else common.load_pipeline(arguments.model)
-    if pipeline is None:
-        encoder, tokenizer, model = common.load_model(arguments.model, device)
-    else:
-        for option in ("selector", "pooling"):
-            if getattr(arguments, option) is not None:
-                raise UserError(f"--{option}: expected none beside --model {arguments.model}, which has its own")
-        whole, encoder, model = pipeline[0].to(device), pipeline[1], arguments.model
-        whole.max_seq_length = min(whole.max_seq_length, arguments.max_length)
-        tokenizer = whole.tokenizer
+    source = common.resolve(arguments.model, arguments.selector, required=False)
+    if source.whole and arguments.pooling is not None:
+        raise UserError(f"--pooling: expected none beside --model {source.model}, which has its own")
+    limits = {"max_length": arguments.max_length, "batch_size": arguments.batch_size}
+    embed, model = _embedder(source, arguments.device, arguments.pooling, limits)
+    content: dict[str, Any] = {"model": model, "selector": source.selector, "split": arguments.split}
     try:
-        reads = {key: pretrained.blocks_of(config, encoder) for key in modules}
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    modules = {key: module.to(device) for key, module in modules.items()}
-    pooling = arguments.pooling or config.get("pooling", "mean")
-
-    def embed(texts: Sequence[str]) -> Mapping[str, Tensor]:
-        found = evaluation.side_by_side(
-            encoder, tokenizer, texts, modules, reads=reads, pooling=pooling, max_length=arguments.max_length,
-            batch_size=arguments.batch_size, progress=True,
-        )  # fmt: skip
-        if pipeline is not None:
-            own = whole.encode(
-                list(texts), batch_size=arguments.batch_size, show_progress_bar=True, convert_to_tensor=True
-            )
-            found[evaluation.S2SENT] = own.float().cpu()
-        return found
-
-    content: dict[str, Any] = {"model": model, "selector": name, "split": arguments.split, "sts": {}, "transfer": {}}
-    try:
-        for task, pairs in sts_files:
-            found = evaluation.sts(embed, pairs)
-            content["sts"][task] = {key: value._asdict() for key, value in found.items()}
-        for task, path, splits in transfer_files:
-            try:
-                accuracies = evaluation.transfer(embed, splits)
-            except ValueError as error:  # scikit-learn's, of too few texts or of a label that is too rare
-                raise UserError(f"{path}: {error}") from error
-            content["transfer"][task] = {key: value._asdict() for key, value in accuracies.items()}
+        content |= _scores(embed, files)
         if arguments.mteb:
             content["mteb"] = mteb_tasks.run(arguments.mteb, embed)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
     print(table(content))
     columns = _columns(content)
-    # Embeddings that are all alike have no correlation: NaN, which JSON does not know.
+    # Identical embeddings have no correlation: NaN, which JSON cannot represent.
     valid = json.loads(json.dumps(content), parse_constant=lambda _: None)
     common.write_files(
         directory,
@@ -150,8 +106,74 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
+def _read(sts: Sequence[str], transfer: Sequence[str], split: str) -> _Files:
+    named = _named([*sts, *transfer])
+    return _Files(
+        {task: evaluation.read_sts(path, split) for task, path in named[: len(sts)]},
+        {task: (path, evaluation.read_transfer(path)) for task, path in named[len(sts) :]},
+    )
+
+
+def _embedder(
+    source: common.Source, device_name: str | None, pooling: str | None, limits: Mapping[str, int]
+) -> tuple[evaluation.Embed, str]:
+    """A function from texts to embeddings by every pooling, and the model's name. A folder with its own selector gives the
+    embeddings of the whole model."""
+    trained = None if source.selector is None else common.read_selector(source.selector)
+    device = common.device_of(device_name)
+    whole: Any = None
+    if source.model is not None and source.whole:
+        whole, encoder = common.load_whole(source.model)
+        whole.to(device)
+        whole.max_seq_length = min(whole.max_seq_length, limits["max_length"])
+        tokenizer, model = whole.tokenizer, source.model
+    else:
+        encoder, tokenizer, model = common.load_model(source.model, device)
+    modules = {} if trained is None else _modules(trained, encoder, device)
+    if trained is not None and pooling is None:
+        pooling = trained.pooling
+
+    def embed(texts: Sequence[str]) -> Mapping[str, Tensor]:
+        found = evaluation.side_by_side(
+            encoder, tokenizer, texts, modules, pooling=pooling or "mean", progress=True, **limits
+        )
+        if whole is not None:
+            own = whole.encode(
+                list(texts), batch_size=limits["batch_size"], show_progress_bar=True, convert_to_tensor=True
+            )
+            found[evaluation.S2SENT] = own.float().cpu()
+        return found
+
+    return embed, model
+
+
+def _modules(trained: common.Trained, encoder: Any, device: torch.device) -> dict[str, evaluation.Fusion]:
+    """The selector and, if its configuration has one, the scalar mix that was trained in the same way."""
+    modules: dict[str, Any] = {evaluation.S2SENT: trained.selector}
+    if "scalar_mix" in trained.config:
+        try:
+            modules[evaluation.SCALAR_MIX] = ScalarMix.of_weights(trained.config["scalar_mix"])
+        except ValueError as error:
+            raise UserError(f"selector {trained.name}: {error}") from error
+    blocks = trained.blocks(encoder)
+    return {name: evaluation.Fusion(module.to(device), blocks) for name, module in modules.items()}
+
+
+def _scores(embed: evaluation.Embed, files: _Files) -> dict[str, Any]:
+    sts, transfer = {}, {}
+    for task, pairs in files.sts.items():
+        sts[task] = {name: value._asdict() for name, value in evaluation.sts(embed, pairs).items()}
+    for task, (path, splits) in files.transfer.items():
+        try:
+            accuracies = evaluation.transfer(embed, splits)
+        except ValueError as error:  # scikit-learn's: too few texts, or a label that is too rare
+            raise UserError(f"{path}: {error}") from error
+        transfer[task] = {name: value._asdict() for name, value in accuracies.items()}
+    return {"sts": sts, "transfer": transfer}
+
+
 def _columns(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Of each task each pooling's main score."""
+    """The main score of each pooling, by task."""
     columns = {}
     for section, key in (("sts", "spearman"), ("transfer", "accuracy"), ("mteb", "main_score")):
         for task, found in content.get(section, {}).items():
@@ -160,7 +182,7 @@ def _columns(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """Poolings downwards, tasks to the right: Spearman/Pearson of STS, accuracy (and F1) of transfer."""
+    """A row per pooling, a column per task: Spearman/Pearson on STS, accuracy (and F1) on transfer."""
     cells: dict[str, dict[str, str]] = {}
     for task, found in content["sts"].items():
         for pooling, values in found.items():

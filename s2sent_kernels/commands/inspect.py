@@ -7,19 +7,20 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import export, functional, pictures, pretrained
-from ..capture import BlockCapture
+from .. import export, functional
+from ..files import require
 from ..formula import dct
 from ..selector import S2SentSelector
+from ..tools import pictures
 from . import common
-from .common import BUNDLED, UserError
+from .common import UserError
 
-MOST = 16  # heat maps that fit a picture
+MOST = 16  # heat maps that fit into a picture
 EXAMPLES = (
     "The ferry does not sail when the wind comes from the north.",
     "No ship leaves the harbour in this weather.",
@@ -37,22 +38,31 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--selector", help="folder or shipped name (default: the shipped one of the default model)")
     command.add_argument("--show", action="store_true", help="also open the pictures")
-    command.add_argument("--device", help="a torch device (default: cuda where there is one, else cpu)")
+    common.add_device(command)
     command.add_argument(
         "--output-dir", type=common.path, default="inspection", help="where the pictures go (default: ./inspection)"
     )
-    command.set_defaults(run=run)
 
 
 def energies(squeezed: Tensor, frequencies: int) -> Tensor:
-    """[B, M]: the mean square of f [B, D] over each component's part of the features."""
+    """[B, M]: the mean square of f [B, D] over the features of each component."""
     return squeezed.detach().double().unflatten(1, (frequencies, -1)).square().mean(dim=2)
+
+
+class _Seen(NamedTuple):
+    """What a selector computed from the texts."""
+
+    selector: S2SentSelector
+    blocks: Sequence[int]  # their numbers in the encoder
+    gates: Tensor  # [B, N, D]
+    energy: Tensor  # [B, M]
+    tokens: int  # the median number of real tokens
 
 
 def run(arguments: argparse.Namespace) -> None:
     directory = Path(arguments.output_dir)
     common.check_writable(directory)
-    common.require("matplotlib.figure", "matplotlib")
+    require("matplotlib.figure", "matplotlib", "demo")
     texts: Sequence[str] = arguments.text or EXAMPLES
     if any(not text.strip() for text in texts):
         raise UserError("--text: expected texts, got an empty one")
@@ -60,70 +70,77 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--text: expected at most {MOST} texts, got {len(texts)}")
     device = common.device_of(arguments.device)
     try:
-        capture, selector, tokenizer, names = _load(arguments.model, arguments.selector, device)
-        (batch,) = common.batches(capture.encoder, tokenizer, texts, device)
-        with capture, torch.no_grad():
-            hidden_states, mask = capture.collect(**batch), batch["attention_mask"]
-            blocks = capture.blocks
-            squeezed, _ = functional.squeeze(
-                hidden_states, mask, frequencies=selector.frequencies, profile=selector.profile
-            )
-            gates = selector.gates(hidden_states, mask)
+        pipeline, tokenizer, names = _load(common.resolve(arguments.model, arguments.selector), device)
+        seen = _look(pipeline, tokenizer, texts)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
+    print(f"{names}: blocks {', '.join(map(str, seen.blocks))}, {seen.selector.frequencies} components")
+    _print(seen, texts)
+    content = _draw(seen, texts)
+    common.write_files(directory, content)
+    if arguments.show:
+        _show([directory / file for file in content])
 
-    print(f"{names}: blocks {', '.join(map(str, blocks))}, {selector.frequencies} components")
+
+def _load(source: common.Source, device: torch.device) -> tuple[export.Pipeline, Any, str]:
+    """The pipeline, its tokenizer, and both names for the terminal."""
+    if source.model is not None and source.whole:
+        sentences = common.load_whole(source.model)[0].to(device)
+        pipeline = export.as_pipeline(sentences if len(sentences) > 1 else sentences[0].auto_model)
+        return pipeline, sentences.tokenizer, f"model     {source.model}"
+    assert source.selector is not None  # resolve required one
+    trained = common.read_selector(source.selector)
+    encoder, tokenizer, name = common.load_model(source.model, device)
+    return common.fuse(encoder, trained).to(device), tokenizer, f"encoder   {name}; selector {source.selector}"
+
+
+def _look(pipeline: export.Pipeline, tokenizer: Any, texts: Sequence[str]) -> _Seen:
+    selector = pipeline.selector
+    (batch,) = common.batches(pipeline.encoder, tokenizer, texts)
+    with pipeline.capture as capture, torch.no_grad():
+        hidden_states, mask = capture.collect(**batch), batch["attention_mask"]
+        squeezed, _ = functional.squeeze(
+            hidden_states, mask, frequencies=selector.frequencies, profile=selector.profile
+        )
+        gates = selector.gates(hidden_states, mask)
+        tokens = max(1, int(mask.sum(dim=1).median()))
+        return _Seen(selector, capture.blocks, gates, energies(squeezed, selector.frequencies), tokens)
+
+
+def _print(seen: _Seen, texts: Sequence[str]) -> None:
+    gates, blocks = seen.gates, seen.blocks
     print("\nMean gate of each block, and the share of features where the block's gate is the largest, in %")
     largest = gates.argmax(dim=1)
-    shares = torch.stack([(largest == n).double().mean(dim=1) for n in range(selector.num_blocks)], dim=1)
+    shares = torch.stack([(largest == n).double().mean(dim=1) for n in range(len(blocks))], dim=1)
     print("  " + "".join(f"{f'block {block}':>16}" for block in blocks))
     for row, share, text in zip(gates.mean(dim=2).tolist(), shares.tolist(), texts, strict=True):
         print(
-            "  " + "".join(f"{mean:>9.3f} {100 * part:>5.1f}%" for mean, part in zip(row, share, strict=True)),
+            "  " + "".join(f"{mean:>9.3f} {100 * most:>5.1f}%" for mean, most in zip(row, share, strict=True)),
             f" {text}",
         )
     print("\nDifference between texts' gates: mean absolute, in % of the mean gate")
     difference = 100 * (gates[:, None] - gates[None]).abs().mean(dim=(2, 3)) / gates.mean()
     for row in difference.tolist():
         print("  " + "".join(f"{value:>8.2f}" for value in row))
-    energy = energies(squeezed, selector.frequencies)
-    pairs = _pairs(selector)
     print("\nEnergy of f, mean square in each component (x along blocks, y along tokens)")
-    print("  " + "".join(f"{f'({x}, {y})':>10}" for x, y in pairs))
-    for row in energy.tolist():
+    print("  " + "".join(f"{f'({x}, {y})':>10}" for x, y in _pairs(seen.selector)))
+    for row in seen.energy.tolist():
         print("  " + "".join(f"{value:>10.3g}" for value in row))
 
-    tokens = max(1, int(mask.sum(dim=1).median()))
+
+def _draw(seen: _Seen, texts: Sequence[str]) -> dict[str, bytes]:
+    """PNGs by file name."""
+    selector, blocks = seen.selector, seen.blocks
     shorts = [text if len(text) <= 48 else text[:47] + "…" for text in texts]
     content = {
-        "gates.png": pictures.gates_picture(gates, blocks),
-        "gates_by_text.png": pictures.gates_by_text_picture(gates, shorts, blocks),
-        "energy.png": pictures.energy_picture(energy, pairs, shorts),
+        "gates.png": pictures.gates_picture(seen.gates, blocks),
+        "gates_by_text.png": pictures.gates_by_text_picture(seen.gates, shorts, blocks),
+        "energy.png": pictures.energy_picture(seen.energy, _pairs(selector), shorts),
     }
     if selector.profile == "paper":
-        bases = pictures.bases_picture(selector.num_blocks, selector.frequencies, tokens, blocks)
+        bases = pictures.bases_picture(selector.num_blocks, selector.frequencies, seen.tokens, blocks)
         content["dct_bases.png"] = bases
-    common.write_files(directory, content)
-    if arguments.show:
-        _show([directory / file for file in content])
-
-
-def _load(model: str | None, name: str | None, device: torch.device) -> tuple[BlockCapture, S2SentSelector, Any, str]:
-    """The blocks that the selector takes, the selector, the tokenizer and what to call them."""
-    whole = None if model is None else common.load_pipeline(model)
-    if whole is not None:
-        if name is not None:
-            raise UserError(f"--selector: expected none beside --model {model}, which has its own")
-        sentences = whole[0].to(device)
-        pipeline = export.as_pipeline(sentences if len(sentences) > 1 else sentences[0].auto_model)
-        return pipeline.capture, pipeline.selector, sentences.tokenizer, f"model     {model}"
-    if name is None and model is not None:
-        raise UserError("--selector: expected a folder or a shipped name beside --model, got none")
-    name = name or BUNDLED
-    selector = S2SentSelector.from_pretrained(name).to(device)
-    encoder, tokenizer, found = common.load_model(model, device)
-    capture = BlockCapture(encoder, pretrained.blocks_of(pretrained.read_config(pretrained.find(name)), encoder))
-    return capture, selector, tokenizer, f"encoder   {found}; selector {name}"
+    return content
 
 
 def _pairs(selector: S2SentSelector) -> Sequence[tuple[int, int]]:
@@ -131,7 +148,11 @@ def _pairs(selector: S2SentSelector) -> Sequence[tuple[int, int]]:
 
 
 def _show(paths: Sequence[Path]) -> None:
-    """In one window; says so where there is no display."""
+    """Open the pictures in one window.
+
+    Raises:
+        UserError: there is no display.
+    """
     import matplotlib
     import matplotlib.pyplot as plt
 

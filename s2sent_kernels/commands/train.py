@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .. import cache, evaluation, families, frozen, pretrained
-from ..examples import Examples, read_examples
+from .. import cache, families, frozen
 from ..formula.call import POOLINGS
 from ..selector import S2SentSelector
+from ..tools import evaluation, recipe
+from ..tools.examples import Examples, read_examples
 from . import common
 from .common import UserError, positive
 
-SETTINGS = cache.DEFAULT
 _FROZEN_ONLY = ("cache",)
 _TUNED_ONLY = ("selector_learning_rate", "accumulation", "precision", "patience", "resume")
 _PRECISIONS = ("float32", "bfloat16", "float16")
@@ -62,12 +63,13 @@ def add(commands: Any) -> None:
         ("--learning-rate", float, "of the encoder; with --freeze-encoder, of the selector"),
     ):
         key = name[2:].replace("-", "_")
-        frozen_default, tuned = getattr(frozen.DEFAULT, key), _TUNED[key]
+        frozen_default, tuned = getattr(frozen.DEFAULT, key), getattr(recipe.DEFAULT, key)
         both = (
             f"{frozen_default:g}" if frozen_default == tuned else f"{tuned:g}; {frozen_default:g} with --freeze-encoder"
         )
         command.add_argument(name, type=kind, help=f"{what} (default: {both})")
-    command.add_argument("--selector-learning-rate", type=float, help=f"default: {_TUNED['selector_learning_rate']:g}")
+    rate = recipe.DEFAULT.selector_learning_rate
+    command.add_argument("--selector-learning-rate", type=float, help=f"default: {rate:g}")
     command.add_argument("--prior-learning-rate", type=float, help=f"default: {frozen.DEFAULT.prior_learning_rate:g}")
     command.add_argument("--accumulation", type=positive, help="batches that are one step (default: 1)")
     command.add_argument("--precision", choices=_PRECISIONS, help="autocast (default: float32)")
@@ -83,125 +85,148 @@ def add(commands: Any) -> None:
         metavar="FOLDER",
         help="of f and p, with --freeze-encoder (default: ./s2sent_cache)",
     )
-    command.add_argument("--device", help="a torch device (default: cuda where there is one, else cpu)")
-    command.set_defaults(run=run)
+    common.add_device(command)
 
 
-# As training.Recipe's, which cannot be imported without its extra; a test holds them together.
-_TUNED: dict[str, Any] = {
-    "epochs": 3, "batch_size": 64, "temperature": 0.05, "learning_rate": 3e-5, "selector_learning_rate": 1e-3,
-}  # fmt: skip
+class _Task(NamedTuple):
+    """The options that both ways of training share."""
+
+    data: str
+    dev: list[evaluation.Pair] | None
+    output: Path
+    model: str | None
+    device: str | None
+    max_length: int
+    blocks: str | None
+    pooling: str
+    selector: Mapping[str, Any]  # arguments of S2SentSelector; "bottleneck" may be None
+    recipe: Mapping[str, Any]  # the given fields of a Recipe
+
+    def selector_arguments(self, size: int) -> dict[str, Any]:
+        return {**self.selector, "bottleneck": self.selector["bottleneck"] or max(1, size // 12)}
 
 
 def run(arguments: argparse.Namespace) -> None:
-    others = _TUNED_ONLY if arguments.freeze_encoder else _FROZEN_ONLY
-    for name in others:
-        if getattr(arguments, name) is not None:
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    for name in _TUNED_ONLY if arguments.freeze_encoder else _FROZEN_ONLY:
+        if name in given:
             word = "not with" if arguments.freeze_encoder else "only with"
             raise UserError(f"--{name.replace('_', '-')}: {word} --freeze-encoder")
-    common.check_writable(Path(arguments.output))
+    output = Path(arguments.output)
+    common.check_writable(output)
+    fields = frozen.Recipe._fields if arguments.freeze_encoder else recipe.Recipe._fields
     try:
-        _check_empty(arguments)
+        _check_empty(output, arguments.freeze_encoder, bool(arguments.resume))
         examples = read_examples(arguments.data)
-        dev = None if arguments.dev is None else evaluation.read_sts(arguments.dev, arguments.dev_split)
-        (_train_frozen if arguments.freeze_encoder else _fine_tune)(arguments, examples, dev)
+        task = _Task(
+            data=arguments.data,
+            dev=None if arguments.dev is None else evaluation.read_sts(arguments.dev, arguments.dev_split),
+            output=output,
+            model=arguments.model,
+            device=arguments.device,
+            max_length=arguments.max_length,
+            blocks=arguments.blocks,
+            pooling=arguments.pooling,
+            selector={
+                "bottleneck": arguments.bottleneck,
+                "frequencies": arguments.frequencies,
+                "gate_norm": None if arguments.no_norm else "batch",
+                "block_prior": not arguments.no_prior,
+            },
+            recipe={name: given[name] for name in fields if name in given},
+        )
+        if arguments.freeze_encoder:
+            _train_frozen(task, examples, arguments.cache or "s2sent_cache")
+        else:
+            _fine_tune(task, examples, bool(arguments.resume))
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
     except OSError as error:
-        place = error.filename or f"output folder {arguments.output}"
+        place = error.filename or f"output folder {output}"
         raise UserError(f"{place}: {error.strerror or error}") from error
     if _is_first_process():
-        print(f"wrote {arguments.output}")
+        print(f"wrote {output}")
 
 
 def _is_first_process() -> bool:
-    """Of those that torchrun started: the one that wrote, and that speaks."""
+    """Of the processes that torchrun started, the one that writes and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _check_empty(arguments: argparse.Namespace) -> None:
-    """What stands in the output folder is not written over: it may be the encoder."""
-    output = Path(arguments.output)
+def _check_empty(output: Path, freeze_encoder: bool, resume: bool) -> None:
+    """Nothing in the output folder is overwritten: it may be the encoder."""
     found = list(output.iterdir()) if output.is_dir() else []
-    if not found or arguments.resume:
+    if not found or resume:
         return
     advice = ""
-    if not arguments.freeze_encoder:
-        from .. import training
+    if not freeze_encoder:
+        from ..tools import training
 
         if found == [output / training.CHECKPOINTS] and training.last_checkpoint(found[0]) is None:
-            return  # of a run that was interrupted before its first
+            return  # left by a run that was interrupted before its first checkpoint
         advice = "; --resume goes on from a checkpoint in it"
     raise UserError(f"output folder {output}: it is not empty{advice}")
 
 
-def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-
-
-def _selector_arguments(arguments: argparse.Namespace, size: int) -> dict[str, Any]:
-    return {
-        "bottleneck": arguments.bottleneck or max(1, size // 12), "frequencies": arguments.frequencies,
-        "gate_norm": None if arguments.no_norm else "batch", "block_prior": not arguments.no_prior,
-    }  # fmt: skip
-
-
-def _fine_tune(arguments: argparse.Namespace, examples: Examples, dev: list[evaluation.Pair] | None) -> None:
-    from .. import training  # first, since it names the extra
+def _fine_tune(task: _Task, examples: Examples, resume: bool) -> None:
     from ..sentence_transformers import S2SentPooling, SentenceTransformer
+    from ..tools import training
 
-    output = Path(arguments.output)
-    device = common.device_of(arguments.device)
-    transformer = common.load_transformer(arguments.model, arguments.max_length)
-    torch.manual_seed(arguments.seed)
+    device = common.device_of(task.device)
+    transformer = common.load_transformer(task.model, task.max_length)
+    settings = recipe.DEFAULT._replace(**task.recipe)
+    torch.manual_seed(settings.seed)
     pooling = S2SentPooling.behind(
-        transformer, arguments.blocks, pooling=arguments.pooling,
-        **_selector_arguments(arguments, transformer.get_embedding_dimension()),
-    )  # fmt: skip
+        transformer,
+        task.blocks,
+        pooling=task.pooling,
+        **task.selector_arguments(transformer.get_embedding_dimension()),
+    )
     model = SentenceTransformer(modules=[transformer, pooling], device=str(device))
-    recipe = training.Recipe(
-        seed=arguments.seed,
-        **_given(
-            arguments, "epochs", "batch_size", "temperature", "learning_rate", "selector_learning_rate",
-            "prior_learning_rate", "accumulation", "precision", "patience",
-        ),
-    )  # fmt: skip
     pairs = None
-    if dev is not None:
-        pairs = ([pair.sentence1 for pair in dev], [pair.sentence2 for pair in dev], [pair.score for pair in dev])
-    score = training.fine_tune(model, examples, output, recipe, dev=pairs, resume=bool(arguments.resume))
+    if task.dev is not None:
+        pairs = (
+            [pair.sentence1 for pair in task.dev],
+            [pair.sentence2 for pair in task.dev],
+            [pair.score for pair in task.dev],
+        )
+    score = training.fine_tune(model, examples, task.output, settings, dev=pairs, resume=resume)
     if score is not None and _is_first_process():
         print(f"dev {score:.2f}, the best epoch's")
 
 
-def _train_frozen(arguments: argparse.Namespace, examples: Examples, dev: list[evaluation.Pair] | None) -> None:
+def _train_frozen(task: _Task, examples: Examples, folder: str) -> None:
     if not examples.supervised:
-        raise UserError(f"{arguments.data}: --freeze-encoder needs pairs: without dropout a sentence is its own copy")
-    folder = arguments.cache or "s2sent_cache"
+        raise UserError(f"{task.data}: --freeze-encoder needs pairs: without dropout a sentence is its own copy")
     common.check_writable(Path(folder))
-    device = common.device_of(arguments.device)
-    encoder, tokenizer, name = common.load_model(arguments.model, device)
-    blocks = families.indices(arguments.blocks, len(families.find_blocks(encoder)))
+    device = common.device_of(task.device)
+    encoder, tokenizer, name = common.load_model(task.model, device)
+    blocks = families.indices(task.blocks, len(families.find_blocks(encoder)))
     size = encoder.config.hidden_size
-    torch.manual_seed(arguments.seed)
-    selector = S2SentSelector(size, len(blocks), **_selector_arguments(arguments, size)).to(device)
-    recipe = frozen.DEFAULT._replace(
-        seed=arguments.seed,
-        **_given(arguments, "epochs", "batch_size", "temperature", "learning_rate", "prior_learning_rate"),
-    )
-    settings = SETTINGS._replace(
-        blocks=blocks, pooling=arguments.pooling, max_length=arguments.max_length,
-        token_frequencies=frozen.token_frequencies(selector),
-    )  # fmt: skip
+    settings = frozen.DEFAULT._replace(**task.recipe)
+    torch.manual_seed(settings.seed)
+    selector = S2SentSelector(size, len(blocks), **task.selector_arguments(size)).to(device)
     history = frozen.fit(
-        encoder, tokenizer, selector, examples.rows, folder=folder, recipe=recipe, settings=settings, progress=True,
-        dev=None if dev is None else [(pair.sentence1, pair.sentence2, pair.score) for pair in dev],
-    )  # fmt: skip
+        encoder,
+        tokenizer,
+        selector,
+        examples.rows,
+        folder=folder,
+        dev=None if task.dev is None else [(pair.sentence1, pair.sentence2, pair.score) for pair in task.dev],
+        recipe=settings,
+        settings=cache.DEFAULT._replace(
+            blocks=blocks,
+            pooling=task.pooling,
+            max_length=task.max_length,
+            token_frequencies=frozen.token_frequencies(selector),
+        ),
+        progress=True,
+    )
     for epoch, loss in enumerate(history.losses, 1):
         score = f", dev {history.scores[epoch]:.2f}" if history.scores else ""
         print(f"epoch {epoch}: loss {loss:.4f}{score}{', kept' if epoch == history.kept else ''}")
     about = {
-        "encoder": name, "blocks": list(blocks), "pooling": arguments.pooling, "max_length": arguments.max_length,
-        "recipe": recipe._asdict(), "triplets": len(examples.rows), "epoch": history.kept,
+        "encoder": name, "blocks": list(blocks), "pooling": task.pooling, "max_length": task.max_length,
+        "recipe": settings._asdict(), "triplets": len(examples.rows), "epoch": history.kept,
     }  # fmt: skip
-    pretrained.save(selector, arguments.output, about)
+    selector.save_pretrained(task.output, about=about)

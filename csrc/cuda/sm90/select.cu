@@ -1,11 +1,11 @@
-// The launch of select.cuh's kernel: which of its variants a batch takes, if any, and how many clusters run at once.
+// Launches the one-pass kernel: whether it supports a batch, which variant, and how many clusters run at once.
 
 #include <algorithm>
 #include <map>
 #include <mutex>
 #include <tuple>
 
-#include "select.cuh"
+#include "kernel.cuh"
 
 namespace s2sent::cuda {
 
@@ -13,56 +13,56 @@ struct SelectPlan {
   void (*kernel)(Select, Hidden, Layout);
   Layout at;
   Hidden hidden;
-  int clusters;  // that run at once
+  int clusters;  // number that run at once
 };
 
 namespace {
 
 using Kernel = decltype(SelectPlan::kernel);
 
-Layout layout_of(const Select& a, int most) {
+Layout layout_of(const Select& a, int shared_bytes) {
   Layout to = {};
   const int slice = int(slice_of(a.size)), blocks = int(a.num_blocks);
   to.cluster = int(pieces(a.size, slice));
   const int part = int(a.size / a.parts);
   for (int d0 = 0; d0 < int(a.size); d0 += slice) {
-    to.stage_parts = std::max(to.stage_parts, (std::min(d0 + slice, int(a.size)) - 1) / part - d0 / part + 1);
+    to.slot_parts = std::max(to.slot_parts, (std::min(d0 + slice, int(a.size)) - 1) / part - d0 / part + 1);
   }
-  to.factors = blocks * kStageTokens * slice * 2;
-  to.stage = to.factors + to.stage_parts * kStageTokens * int(sizeof(float));
+  to.factors = blocks * kSlotTokens * slice * 2;
+  to.slot_bytes = to.factors + to.slot_parts * kSlotTokens * int(sizeof(float));
   int place = 0;
-  const auto take = [&](int words) {
+  const auto reserve = [&](int words) {
     const int begin = place;
     place += (words * 4 + 15) / 16 * 16;
     return begin;
   };
-  to.sums = take(blocks * slice);
-  to.f = take(slice);
-  to.weights = take(blocks * slice);
-  to.parts = take(slice / kPiece + 1);
-  to.alpha = take(to.stage_parts * blocks);
-  to.prior = take(kWarps + 1);
-  to.spans = take(4);
+  to.sums = reserve(blocks * slice);
+  to.f = reserve(slice);
+  to.weights = reserve(blocks * slice);
+  to.parts = reserve(slice / kPiece + 1);
+  to.alpha = reserve(to.slot_parts * blocks);
+  to.prior = reserve(kWarps + 1);
+  to.spans = reserve(4);
   to.width = (int(a.gate.width) + 3) / 4 * 4;
-  to.shares = take(kMaxCluster * to.width);
-  to.s = take(kMaxWidth);
-  to.barriers = take(4);
-  const int barriers = 2 * int(sizeof(uint64_t));  // of a stage
-  to.stages = (most - place) / (to.stage + barriers);
+  to.shares = reserve(kMaxCluster * to.width);
+  to.s = reserve(kMaxWidth);
+  to.barriers = reserve(4);
+  const int barriers = 2 * int(sizeof(uint64_t));  // bytes for each slot
+  to.slots = (shared_bytes - place) / (to.slot_bytes + barriers);
   for (int* offset :
        {&to.sums, &to.weights, &to.f, &to.parts, &to.alpha, &to.prior, &to.spans, &to.shares, &to.s, &to.barriers}) {
-    *offset += to.stages * to.stage;
+    *offset += to.slots * to.slot_bytes;
   }
-  to.bytes = to.stages * (to.stage + barriers) + place;
+  to.bytes = to.slots * (to.slot_bytes + barriers) + place;
   return to;
 }
 
-// The kernel for a batch, or null: what fits registers is how many rows of W2 a thread has a half of, and how long they are.
+// The variant for a batch, or null. Registers limit the rows of W2 that a thread holds a half of, and their length.
 template <class T, int SLICE>
 Kernel kernel_for(const Select& a) {
-  constexpr int kWidth = SLICE == 48 ? 64 : 48;
+  constexpr int kWidth = SLICE == kShortSlice ? 64 : 48;
   const int64_t rows = pieces(a.num_blocks * SLICE, kThreads / 2);
-  const bool longer = a.batch.packed;  // sentences than the ring: who knows
+  const bool longer = a.batch.packed;  // packed lengths are unknown on the host: assume a sentence may not fit the ring
   if (rows <= 3 && a.gate.width <= kWidth) {
     return longer ? select_kernel<T, SLICE, 3, kWidth, true> : select_kernel<T, SLICE, 3, kWidth, false>;
   }
@@ -78,16 +78,35 @@ Kernel kernel_for(const Select& a) {
   if (a.num_blocks > kWarps || pieces(a.size, slice) > kMaxCluster) return nullptr;
   if (part < 2 * kPiece || !wide<T>(part, a.hidden, a.num_blocks)) return nullptr;
   if (!aligned(a.fused) || !aligned(a.gate.down_weight)) return nullptr;
-  return slice == 48 ? kernel_for<T, 48>(a) : kernel_for<T, 64>(a);
+  return slice == kShortSlice ? kernel_for<T, kShortSlice>(a) : kernel_for<T, kLongSlice>(a);
 }
 
-// False where the copy engine does not take such tensors.
+// 16-bit dtypes only; the rest of this file assumes two bytes a number.
+Kernel kernel_of(const Select& a) {
+  switch (a.dtype) {
+    case DType::kBFloat16: return kernel_for<__nv_bfloat16>(a);
+    case DType::kFloat16: return kernel_for<__half>(a);
+    case DType::kFloat32: break;
+  }
+  return nullptr;
+}
+
+CUtensorMapDataType tma_dtype(DType dtype) {
+  switch (dtype) {
+    case DType::kBFloat16: return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    case DType::kFloat16: return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    case DType::kFloat32: return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  }
+  __builtin_unreachable();
+}
+
+// False if TMA does not support such tensors.
 bool describe(const Select& a, Hidden& to) {
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
     cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-    cudaGetLastError();  // asked and answered
+    cudaGetLastError();  // clear the error, it is handled
     return result == cudaDriverEntryPointSuccess ? decltype(&cuTensorMapEncodeTiled)(found) : nullptr;
   }();
   if (!encode) return false;
@@ -95,7 +114,7 @@ bool describe(const Select& a, Hidden& to) {
   const cuuint64_t tokens = cuuint64_t(packed ? a.batch.tokens : a.batch.size);
   const cuuint64_t sizes[3] = {cuuint64_t(a.size), tokens, cuuint64_t(packed ? 1 : a.batch.sentences)};
   const cuuint32_t box[3] = {cuuint32_t(slice_of(a.size)), kBoxTokens, 1}, steps[3] = {1, 1, 1};
-  const auto dtype = a.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUtensorMapDataType dtype = tma_dtype(a.dtype);
   for (int n = 0; n < int(a.num_blocks); ++n) {
     const Rows& rows = to.rows[n] = a.hidden[n];
     const cuuint64_t row = cuuint64_t(rows.stride_l) * 2;  // bytes
@@ -110,7 +129,7 @@ bool describe(const Select& a, Hidden& to) {
 
 cudaLaunchConfig_t config_of(
     const SelectPlan& plan, int64_t clusters, cudaLaunchAttribute (&attributes)[2], cudaStream_t stream) {
-  cudaLaunchAttribute &cluster = attributes[0], &early = attributes[1];  // begins while the kernel ahead of it ends
+  cudaLaunchAttribute &cluster = attributes[0], &early = attributes[1];  // may start while the previous kernel finishes
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -126,9 +145,9 @@ cudaLaunchConfig_t config_of(
   return config;
 }
 
-// How many clusters run at once on the current device, asked for once; none where it cannot hold one, or where there is but the
-// empty kernel of other architectures than sm_90a, which has no registers to speak of.
-int clusters_at_once(const SelectPlan& plan, int device, int most) {
+// How many clusters run at once on the current device; the answer is cached. 0 if it cannot hold one, or if the kernel was
+// compiled for another architecture than sm_90a and is empty, which its number of registers tells.
+int clusters_at_once(const SelectPlan& plan, int device, int shared_bytes) {
   static std::mutex mutex;
   static std::map<std::tuple<Kernel, int, int, int>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -142,12 +161,12 @@ int clusters_at_once(const SelectPlan& plan, int device, int most) {
   cudaFuncAttributes attributes = {};
   cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error == cudaSuccess && attributes.numRegs < kLoaderRegisters) return known[key] = 0;
-  // The most there is: other batches of this kernel take other sizes.
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  // The maximum, because other batches of this kernel need other sizes.
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
   if (error != cudaSuccess) {
-    cudaGetLastError();  // asked and answered
+    cudaGetLastError();  // clear the error, it is handled
     clusters = 0;
   }
   return known[key] = clusters;
@@ -157,30 +176,28 @@ int clusters_at_once(const SelectPlan& plan, int device, int most) {
 
 cudaError_t plan(const Select& a, bool always, std::shared_ptr<const SelectPlan>& result) {
   result.reset();
-  if (a.dtype == DType::kFloat32 || a.batch.tokens == 0 || a.batch.sentences == 0 || a.batch.sentences > INT32_MAX) {
-    return cudaSuccess;
-  }
-  int device = 0, major = 0, most = 0;
+  if (a.batch.tokens == 0 || a.batch.sentences == 0 || a.batch.sentences > INT32_MAX) return cudaSuccess;
+  SelectPlan found = {};
+  found.kernel = kernel_of(a);
+  if (!found.kernel) return cudaSuccess;
+  int device = 0, major = 0, shared_bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess || major != 9) return error;
-  SelectPlan found = {};
-  found.at = layout_of(a, most);
-  if (a.batch.packed && a.batch.tokens * a.size > INT32_MAX) return cudaSuccess;  // a sentence's bytes are counted in 32 bits
+  found.at = layout_of(a, shared_bytes);
+  if (a.batch.packed && a.batch.tokens * a.size > INT32_MAX) return cudaSuccess;  // offsets are 32 bits
   const int64_t length = a.batch.packed ? 1 : a.batch.size;
-  if (found.at.stages < 2 || pieces(length, kStageTokens) > found.at.stages) return cudaSuccess;
-  found.kernel = a.dtype == DType::kBFloat16 ? kernel_for<__nv_bfloat16>(a) : kernel_for<__half>(a);
-  if (!found.kernel) return cudaSuccess;
-  found.clusters = clusters_at_once(found, device, most);
+  if (found.at.slots < 2 || pieces(length, kSlotTokens) > found.at.slots) return cudaSuccess;
+  found.clusters = clusters_at_once(found, device, shared_bytes);
   if (found.clusters == 0) return cudaSuccess;
-  // A sentence costs its gate's chain of latencies whatever its length. Where there are many sentences, and this is not beside
-  // much to read, the two-pass kernels are as fast or faster (bench/NOTES.md): they use all of the GPU. So they are where there
-  // are fewer than six blocks, since a warp squeezes one of them.
-  const int64_t tokens = a.batch.tokens / a.batch.sentences;  // where packed, on average
+  // Every sentence pays the latency of its gate, whatever its length. With many short sentences the two-pass kernels are as
+  // fast or faster (bench/NOTES.md), because they keep the whole GPU busy; also with fewer than six Transformer blocks,
+  // because each warp squeezes one and the others idle.
+  const int64_t tokens = a.batch.tokens / a.batch.sentences;  // the average if packed
   const bool few = a.batch.sentences <= 2 * a.num_blocks * found.clusters;
   const bool much = a.num_blocks * tokens * slice_of(a.size) * 2 >= 96 << 10;
-  const bool fit = tokens <= found.at.stages * kStageTokens;
+  const bool fit = tokens <= found.at.slots * kSlotTokens;
   const bool faster = a.num_blocks >= kWarps / 2 && (few || much) && fit;
   if ((always || faster) && describe(a, found.hidden)) result = std::make_shared<const SelectPlan>(found);
   return cudaSuccess;

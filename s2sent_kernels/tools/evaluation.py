@@ -1,7 +1,7 @@
-"""Measuring embeddings: semantic textual similarity, and classification by logistic regression on frozen embeddings.
+"""Scores of embeddings: semantic textual similarity, and classification by logistic regression on frozen embeddings.
 
 One pass of an encoder gives every pooling that is compared: a selector's, the mean of the last block, the average of the first
-and the last, all blocks mixed, and cls. Correlations are scipy's, the classifier is scikit-learn's.
+and the last, the average and a scalar mix of all blocks, and cls. The correlations are scipy's, the classifier scikit-learn's.
 
 Files are tab-separated UTF-8 with a header line and no quoting:
 
@@ -11,7 +11,6 @@ Files are tab-separated UTF-8 with a header line and no quoting:
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,17 +20,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import families
-from .capture import BlockCapture
-from .formula.call import Batch
-from .formula.tokens import Tokens
-from .frozen import ScalarMix
-from .selector import S2SentSelector
+from .. import families
+from ..capture import BlockCapture
+from ..files import require
+from ..formula.call import Batch
+from ..formula.tokens import Tokens
+from ..selector import S2SentSelector
+from . import encoders
+from .baselines import ScalarMix
+from .scores import Correlations, correlations
 from .tables import read_table
 
-STRENGTHS = (0.1, 1.0, 10.0)  # scikit-learn's C, chosen apart from what is tested on
+STRENGTHS = (0.1, 1.0, 10.0)  # scikit-learn's C, never chosen on the test split
 FOLDS = 10
-HELD_OUT = 0.1  # of the training part, where a file has no split "dev" to choose C on
+HELD_OUT = 0.1  # fraction of the training split on which C is chosen if a file has no split "dev"
 
 MEAN_OF_LAST = "mean of last"
 FIRST_LAST = "first-last average"
@@ -43,13 +45,6 @@ S2SENT = "s2sent"
 Embed = Callable[[Sequence[str]], Mapping[str, Tensor]]  # texts to [S, D] for each pooling
 
 
-class Correlations(NamedTuple):
-    """Times 100, as the literature gives them."""
-
-    spearman: float
-    pearson: float
-
-
 class Pair(NamedTuple):
     sentence1: str
     sentence2: str
@@ -58,24 +53,24 @@ class Pair(NamedTuple):
 
 
 class Labelled(NamedTuple):
-    """One text, or a pair of them, with its label."""
+    """A text, or a pair of texts, with its label."""
 
     texts: tuple[str, ...]
     label: str
 
 
 class Accuracy(NamedTuple):
-    """Times 100; F1 of label "1" where the labels are "0" and "1", else None."""
+    """Times 100. F1 is that of label "1" if the labels are "0" and "1", else None."""
 
     accuracy: float
     f1: float | None
 
 
-def _require(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{package} cannot be imported ({error}): pip install 's2sent_kernels[evaluate]'") from error
+class Fusion(NamedTuple):
+    """A selector or a scalar mix, and the encoder's blocks that it reads: by default the last ones."""
+
+    module: S2SentSelector | ScalarMix
+    blocks: Sequence[int] | None = None
 
 
 # ---------------------------------------------------------------- files
@@ -85,8 +80,8 @@ def read_sts(path: str | Path, split: str | None = "test") -> list[Pair]:
     """The pairs of one split, or of all with None.
 
     Raises:
-        ValueError: as ``read_table``; a score that is no number, or none that can be compared, names its line; fewer than two
-            pairs of that split, or all of one score, so that there is no correlation with them.
+        ValueError: as ``read_table``; a score is no finite number (names the line); the split has fewer than two pairs, or
+            only equal scores, for which a correlation is undefined.
     """
     found, splits = [], set()
     for line, row in read_table(path, ("split", "score", "sentence1", "sentence2")):
@@ -108,10 +103,10 @@ def read_sts(path: str | Path, split: str | None = "test") -> list[Pair]:
 
 
 def read_transfer(path: str | Path) -> dict[str, list[Labelled]]:
-    """The texts of each split. Splits are "train" and "test", with "dev" or without; or "all", to be cross-validated.
+    """The texts of each split. Splits are "train", "test" and optionally "dev"; or "all", for cross-validation.
 
     Raises:
-        ValueError: as ``read_table``; other splits, or fewer than two labels to learn.
+        ValueError: as ``read_table``; other splits, or fewer than two labels to train on.
     """
     found: dict[str, list[Labelled]] = {}
     for _, row in read_table(path, ("split", "label"), ("text",), ("sentence1", "sentence2")):
@@ -132,11 +127,8 @@ def side_by_side(
     encoder: nn.Module,
     tokenizer: Any,
     texts: Sequence[str],
-    modules: Mapping[str, S2SentSelector | ScalarMix] | None = None,
+    modules: Mapping[str, Fusion | S2SentSelector | ScalarMix] | None = None,
     *,
-    blocks: Sequence[int] | str | None = None,
-    reads: Mapping[str, Sequence[int] | str] | None = None,
-    block_norm: str | None = "final",
     pooling: str = "mean",
     batch_size: int = 128,
     max_length: int = 512,
@@ -145,74 +137,64 @@ def side_by_side(
     """Embeddings [S, D], float32 on the CPU, of every text by every pooling, from one pass over the encoder.
 
     Args:
-        modules: by name: selectors, and scalar mixes, which read p.
-        blocks, block_norm: as BlockCapture takes them.
-        reads: by a module's name, which of ``blocks`` it reads, counted among them; by default the last, as many as it takes.
-        pooling: over the tokens, of selectors and scalar mixes.
+        modules: by name, the poolings to add to MEAN_OF_LAST, FIRST_LAST, AVERAGE and CLS.
+        pooling: over the tokens, of ``modules``.
     """
-    device = next(encoder.parameters()).device
-    limit = families.max_length(encoder, tokenizer, max_length)
     kept = list(dict.fromkeys(texts))
-    order = sorted(range(len(kept)), key=lambda place: (-len(kept[place]), place))
     found: dict[str, Tensor] = {}
-    was_training = encoder.training
-    encoder.eval()
-    try:
-        with BlockCapture(encoder, blocks, block_norm=block_norm) as capture, torch.no_grad():
-            _check(modules or {}, len(capture.blocks), families.hidden_size(encoder))
-            chosen = {
-                name: families.indices((reads or {}).get(name, f"last:{module.num_blocks}"), len(capture.blocks))
-                for name, module in (modules or {}).items()
-            }
-            starts: Any = range(0, len(order), batch_size)
-            if progress:
-                starts = _require("tqdm.auto", "tqdm").tqdm(starts, desc="encode", unit="batch")
-            for start in starts:
-                places = order[start : start + batch_size]
-                batch = tokenizer(
-                    [kept[place] for place in places], padding=True, truncation=True, max_length=limit,
-                    return_tensors="pt",
-                ).to(device)  # fmt: skip
-                mask = batch["attention_mask"]
-                states = capture.collect(**batch)
-                tokens = Tokens.of(Batch(states, mask))
-                mean, cls = (tokens.pooling_weights(name).float() for name in ("mean", "cls"))
-                last = tokens.keep_real(states[-1].float())
-                average = torch.stack([_weighted(mean, tokens.keep_real(u.float())) for u in states], dim=1)
-                result = {
-                    MEAN_OF_LAST: average[:, -1],
-                    FIRST_LAST: (average[:, 0] + average[:, -1]) / 2,
-                    AVERAGE: average.mean(dim=1),
-                    CLS: _weighted(cls, last),
-                }
-                for name, module in (modules or {}).items():
-                    read = [states[place] for place in chosen[name]]
-                    if isinstance(module, S2SentSelector):
-                        result[name] = module.pool(read, mask, pooling=pooling)
-                    else:
-                        weights = tokens.pooling_weights(pooling).float()
-                        each = [_weighted(weights, tokens.keep_real(u.float())) for u in read]
-                        result[name] = module(torch.stack(each, dim=1))
-                for name, values in result.items():
-                    if name not in found:
-                        found[name] = torch.empty(len(kept), values.shape[1])
-                    found[name][places] = values.float().cpu()
-    finally:
-        encoder.train(was_training)
-    place = {text: index for index, text in enumerate(kept)}
-    rows = torch.tensor([place[text] for text in texts])
-    return {name: values[rows] for name, values in found.items()}
+    with encoders.in_eval_mode(encoder), BlockCapture(encoder) as capture, torch.no_grad():
+        readers = _readers(modules or {}, len(capture.blocks), families.hidden_size(encoder))
+        batches = encoders.in_batches(encoders.longest_first(kept), batch_size)
+        for rows, inputs in encoders.token_batches(
+            encoder, tokenizer, kept, batches, max_length=max_length, progress=progress
+        ):
+            states = capture.collect(**inputs)
+            for name, values in _pooled(states, inputs["attention_mask"], readers, pooling).items():
+                if name not in found:
+                    found[name] = torch.empty(len(kept), values.shape[1])
+                found[name][rows] = values.float().cpu()
+    place = {text: row for row, text in enumerate(kept)}
+    index = torch.tensor([place[text] for text in texts])
+    return {name: values[index] for name, values in found.items()}
 
 
-def _check(modules: Mapping[str, Any], num_blocks: int, size: int | None) -> None:
-    """Before the first text is encoded: every module is of a kind that is known, and fits."""
-    for name, module in modules.items():
+def _readers(modules: Mapping[str, Any], num_blocks: int, size: int | None) -> dict[str, Fusion]:
+    """``modules`` with the indices of their blocks. Checked before the first text is encoded."""
+    found = {}
+    for name, given in modules.items():
+        module, blocks = given if isinstance(given, Fusion) else Fusion(given)
         if not isinstance(module, (S2SentSelector, ScalarMix)):
             raise TypeError(f"modules: expected selectors and scalar mixes, got {type(module).__name__}")
         if module.num_blocks > num_blocks:
             raise ValueError(f"{name}: reads {module.num_blocks} blocks, got an encoder of {num_blocks}")
         if isinstance(module, S2SentSelector) and size is not None and module.hidden_size != size:
             raise ValueError(f"{name}: reads D = {module.hidden_size} features, got an encoder of {size}")
+        chosen = families.indices(f"last:{module.num_blocks}" if blocks is None else blocks, num_blocks)
+        found[name] = Fusion(module, chosen)
+    return found
+
+
+def _pooled(states: Sequence[Tensor], mask: Tensor, readers: Mapping[str, Fusion], pooling: str) -> dict[str, Tensor]:
+    """[B, D] of a batch by every pooling, from the hidden states of all blocks."""
+    tokens = Tokens.of(Batch(states, mask))
+    mean, cls = (tokens.pooling_weights(name).float() for name in ("mean", "cls"))
+    last = tokens.keep_real(states[-1].float())
+    average = torch.stack([_weighted(mean, tokens.keep_real(u.float())) for u in states], dim=1)
+    result = {
+        MEAN_OF_LAST: average[:, -1],
+        FIRST_LAST: (average[:, 0] + average[:, -1]) / 2,
+        AVERAGE: average.mean(dim=1),
+        CLS: _weighted(cls, last),
+    }
+    for name, (module, blocks) in readers.items():
+        read = [states[block] for block in blocks or ()]
+        if isinstance(module, S2SentSelector):
+            result[name] = module.pool(read, mask, pooling=pooling)
+        else:
+            weights = tokens.pooling_weights(pooling).float()
+            each = [_weighted(weights, tokens.keep_real(u.float())) for u in read]
+            result[name] = module(torch.stack(each, dim=1))
+    return result
 
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:
@@ -220,17 +202,6 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- scores
-
-
-def correlations(similarity: Sequence[float], gold: Sequence[float]) -> Correlations:
-    """Spearman's and Pearson's correlation, times 100."""
-    stats = _require("scipy.stats", "scipy")
-    if len(similarity) != len(gold):
-        raise ValueError(f"gold: expected {len(similarity)} scores, one for each pair, got {len(gold)}")
-    return Correlations(
-        100 * float(stats.spearmanr(similarity, gold).statistic),
-        100 * float(stats.pearsonr(similarity, gold).statistic),
-    )
 
 
 def sts(embed: Embed, pairs: Sequence[Pair]) -> dict[str, Correlations]:
@@ -243,8 +214,8 @@ def sts(embed: Embed, pairs: Sequence[Pair]) -> dict[str, Correlations]:
 
 
 def transfer(embed: Embed, splits: Mapping[str, Sequence[Labelled]]) -> dict[str, Accuracy]:
-    """For each pooling the accuracy of logistic regression on frozen embeddings, as SentEval does it: of a pair |u - v| and
-    u * v; C chosen on "dev", or on a tenth of the training part; "all" cross-validated in ten folds."""
+    """For each pooling the accuracy of logistic regression on frozen embeddings, by SentEval's protocol: the features of a pair
+    are |u - v| and u * v; C is chosen on "dev", or on a tenth of the training split; "all" is cross-validated in ten folds."""
     items = [item for split in splits.values() for item in split]
     bounds, start = {}, 0
     for name, split in splits.items():
@@ -265,7 +236,7 @@ def transfer(embed: Embed, splits: Mapping[str, Sequence[Labelled]]) -> dict[str
 def _predict(inputs: Any, labels: Sequence[str], bounds: Mapping[str, slice]) -> tuple[Any, Any]:
     import numpy
 
-    selection = _require("sklearn.model_selection", "scikit-learn")
+    selection = require("sklearn.model_selection", "scikit-learn", "evaluate")
     target = numpy.array(labels)
     if "all" in bounds:
         predicted = numpy.empty_like(target)
@@ -280,8 +251,8 @@ def _predict(inputs: Any, labels: Sequence[str], bounds: Mapping[str, slice]) ->
 
 
 def _fit(inputs: Any, target: Any, held: tuple[Any, Any] | None = None) -> Any:
-    linear = _require("sklearn.linear_model", "scikit-learn")
-    selection = _require("sklearn.model_selection", "scikit-learn")
+    linear = require("sklearn.linear_model", "scikit-learn", "evaluate")
+    selection = require("sklearn.model_selection", "scikit-learn", "evaluate")
     rest, rest_target = inputs, target
     if held is None:
         rest, kept, rest_target, kept_target = selection.train_test_split(
@@ -297,7 +268,7 @@ def _fit(inputs: Any, target: Any, held: tuple[Any, Any] | None = None) -> Any:
 
 
 def _accuracy(predicted: Any, expected: Any) -> Accuracy:
-    metrics = _require("sklearn.metrics", "scikit-learn")
+    metrics = require("sklearn.metrics", "scikit-learn", "evaluate")
     f1 = None
     if set(expected) <= {"0", "1"}:
         f1 = 100 * float(metrics.f1_score(expected, predicted, pos_label="1"))

@@ -1,5 +1,5 @@
-"""Training examples from files: tables by suffix (.tsv, .csv, .jsonl, .parquet), or a text file (.txt), of which each line is its
-own positive. Every error names the file, and the line or row where there is one."""
+"""Training examples from files: tables (.tsv, .csv, .jsonl, .parquet), or a text file (.txt), each line of which is its own
+positive. Every error names the file and, if it concerns one, the line or row."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import importing
 from . import tables
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet", ".txt")
@@ -16,20 +17,20 @@ _NEGATIVE = re.compile(r"negative(_\d+)?")
 
 
 class Examples(NamedTuple):
-    """Columns anchor and positive, then the negatives; and rows of as many texts."""
+    """Columns anchor and positive, then the negatives; and rows with one text per column."""
 
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]  # a negative that is empty is none
-    supervised: bool  # else each anchor is its own positive
+    rows: list[tuple[str, ...]]  # an empty text: no negative
+    supervised: bool  # False: each anchor is its own positive
 
 
 def read_examples(path: str | Path) -> Examples:
-    """Of a table the columns ``anchor``, ``positive`` and, in the order in which they stand, ``negative`` or ``negative_1``,
-    ``negative_2``, ...; a negative may be empty in some rows. Of a text file its lines that are not empty.
+    """From a table the columns ``anchor``, ``positive`` and, in their order in the file, ``negative`` or ``negative_1``,
+    ``negative_2``, ...; a negative may be empty in some rows. From a text file its non-empty lines.
 
     Raises:
-        ValueError: the file's suffix is not one of SUFFIXES; it cannot be read, is broken, empty or not UTF-8; a column is
-            missing, or there twice; an anchor or a positive is empty, or something is no text.
+        ValueError: the suffix is not one of SUFFIXES; the file cannot be read, is broken, empty or not UTF-8; a column is missing
+            or appears twice; an anchor or a positive is empty; a value is no text.
         ImportError: pyarrow, which reads Parquet, is not installed.
     """
     suffix = Path(path).suffix.lower()
@@ -43,7 +44,7 @@ def read_examples(path: str | Path) -> Examples:
     found = list(_READERS[suffix](path))
     if not found:
         raise ValueError(f"{path}: expected rows with columns anchor and positive, got none")
-    # An object of JSON may leave out what it does not have: any row may be the first with a negative.
+    # A JSON object may omit columns, so any row may be the first with a negative.
     names = dict.fromkeys(name for _, row in found for name in row)
     missing = [name for name in ("anchor", "positive") if name not in names]
     if missing:
@@ -89,11 +90,9 @@ def _read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_parquet(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
+    with importing(f"{path}: pyarrow", "train"):
         import pyarrow
         from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError(f"{path}: pyarrow is not installed: pip install 's2sent_kernels[train]'") from error
     try:
         table = parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:

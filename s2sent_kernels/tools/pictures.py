@@ -1,28 +1,23 @@
-"""Pictures of a selector: its gates and the DCT bases it looks through. Needs the demo extra (matplotlib)."""
+"""Pictures of a selector, its gates, DCT bases and energies, and of scores. Needs the extra demo (matplotlib)."""
 
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .formula import dct
+from ..files import require
+from ..formula import dct
 
 
 def _figure(width: float, height: float) -> Any:
-    """An empty figure, drawn without a display: no pyplot, no global state."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("matplotlib is not installed: pip install 's2sent_kernels[demo]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    """An empty figure that needs no display: no pyplot, no global state."""
+    figure = require("matplotlib.figure", "matplotlib", "demo").Figure
+    return figure(figsize=(width, height), layout="constrained")
 
 
 def _png(figure: Any) -> bytes:
@@ -30,7 +25,7 @@ def _png(figure: Any) -> bytes:
     legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
     texts = [text for legend in legends if legend for text in legend.get_texts()]
     for text in (*texts, *(axes.title for axes in figure.axes)):
-        text.set_parse_math(False)  # people's texts: a dollar is a dollar. The numbers at an axis may be formulas
+        text.set_parse_math(False)  # a dollar sign in a user's text is no formula; numbers at an axis may be
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
 
@@ -38,11 +33,11 @@ def _png(figure: Any) -> bytes:
 def gates_picture(gates: Tensor, blocks: Sequence[int] | None = None) -> bytes:
     """A PNG of the gates, blocks upwards and features to the right.
 
-    Above, the gates' mean over sentences; below, by how much each feature departs from its block's average, which the
-    differences between blocks would otherwise hide.
+    Above: the mean over sentences. Below: the departure of each feature from its block's average, which in the upper picture is
+    hidden by the differences between blocks.
 
     Args:
-        gates: g [B, N, D], as ``S2SentSelector.gates`` returns it, or [N, D] where the mean was taken already.
+        gates: g [B, N, D], as ``S2SentSelector.gates`` returns it, or their mean [N, D].
         blocks: the N blocks' numbers in the encoder, for the axis; 0 to N - 1 by default.
 
     Raises:
@@ -84,12 +79,12 @@ def gates_picture(gates: Tensor, blocks: Sequence[int] | None = None) -> bytes:
 
 
 def bases_picture(num_blocks: int, frequencies: int, num_tokens: int, blocks: Sequence[int] | None = None) -> bytes:
-    """A PNG of the DCT components of profile "paper": for each the plane alpha_m x beta_m, over blocks and tokens.
+    """A PNG of the DCT components of profile "paper": the plane alpha_m x beta_m of each, over blocks and tokens.
 
     Args:
         num_blocks: N.
         frequencies: M.
-        num_tokens: the number of real tokens of the sentence that is drawn.
+        num_tokens: the sentence's number of real tokens.
         blocks: the N blocks' numbers in the encoder, for the axis; 0 to N - 1 by default.
 
     Raises:
@@ -129,7 +124,7 @@ def bases_picture(num_blocks: int, frequencies: int, num_tokens: int, blocks: Se
 
 
 def gates_by_text_picture(gates: Tensor, texts: Sequence[str], blocks: Sequence[int] | None = None) -> bytes:
-    """A PNG with a heat map for each text: by how much its gates depart from the mean over the texts, blocks by features.
+    """A PNG with a heat map per text: the departure of its gates from the mean over the texts, blocks by features.
 
     Args:
         gates: g [B, N, D].
@@ -161,7 +156,7 @@ def gates_by_text_picture(gates: Tensor, texts: Sequence[str], blocks: Sequence[
 
 
 def energy_picture(energy: Tensor, pairs: Sequence[tuple[int, int]], texts: Sequence[str]) -> bytes:
-    """A PNG of bars: the energy of f in each DCT component (x, y), a bar for each text, on a logarithmic axis.
+    """A PNG of bars: the energy of f in each DCT component (x, y), a bar per text, on a logarithmic axis.
 
     Args:
         energy: [B, M].
@@ -172,9 +167,7 @@ def energy_picture(energy: Tensor, pairs: Sequence[tuple[int, int]], texts: Sequ
     """
     if energy.shape != (len(texts), len(pairs)):
         raise ValueError(f"energy: expected [B, M] = {[len(texts), len(pairs)]}, got shape {list(energy.shape)}")
-    figure = _figure(
-        max(6, 2 + 0.9 * len(pairs)), 3.5 + 0.15 * len(texts)
-    )  # as wide as what is written below and above
+    figure = _figure(max(6, 2 + 0.9 * len(pairs)), 3.5 + 0.15 * len(texts))  # room for all labels and the legend
     axes = figure.subplots()
     width = 0.8 / len(texts)
     for place, (text, row) in enumerate(zip(texts, energy.tolist(), strict=True)):
@@ -189,14 +182,14 @@ def energy_picture(energy: Tensor, pairs: Sequence[tuple[int, int]], texts: Sequ
 
 
 def scores_picture(scores: Mapping[str, Mapping[str, float]], title: str) -> bytes:
-    """A PNG of bars: a group for each task, in it a bar for each pooling. The axis starts below the lowest, and says so.
+    """A PNG of bars: a group per task, in it a bar per pooling. The axis starts below the lowest score, as its label says.
 
     Args:
         scores: by task, then by pooling.
 
     Raises:
         ImportError: matplotlib is missing; names the extra.
-        ValueError: there is nothing to draw.
+        ValueError: ``scores`` is empty.
     """
     if not scores:
         raise ValueError("scores: expected at least one task, got none")
@@ -217,16 +210,3 @@ def scores_picture(scores: Mapping[str, Mapping[str, float]], title: str) -> byt
     figure.suptitle(textwrap.fill(title, int(9 * inches)), parse_math=False)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _png(figure)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file all at once: whoever looks sees the old content or the new, never half of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -1,25 +1,34 @@
-"""Whole checkpoints of the authors' published code, which is built on SimCSE's: encoder, selector and head in one state_dict."""
+"""Whole checkpoints of the authors' published code, which builds on SimCSE: encoder, selector and head in one state_dict."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .selector import S2SentSelector
+from .published import convert
 
 ENCODERS = {"bert": "bert.", "roberta": "roberta.", "xlm-roberta": "roberta."}
 SELECTOR, HEAD = "S2A.", "mlp."
-_LEFT_OUT = ("lm_head.", "cls.")  # of the masked language model beside
-_HARMLESS = ("embeddings.position_ids", "embeddings.token_type_ids")  # buffers that older releases saved
+_LEFT_OUT = ("lm_head.", "cls.")  # the masked language model's head
+_HARMLESS = ("embeddings.position_ids", "embeddings.token_type_ids")  # buffers that older transformers saved
 _FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Any, S2SentSelector, dict[str, Tensor]]:
-    """Encoder, selector and the head's state (empty where there is none), in float32.
+class Published(NamedTuple):
+    """What a checkpoint holds."""
+
+    encoder: Any  # a model of transformers, float32, in eval mode
+    arguments: dict[str, Any]  # of S2SentSelector
+    selector: dict[str, Tensor]  # its state_dict, in the dtypes of the file
+    head: dict[str, Tensor]  # empty if the checkpoint has none
+
+
+def read(path: str | os.PathLike[str]) -> Published:
+    """Read the checkpoint in the folder ``path``.
 
     Raises:
         ValueError: as S2SentModel.from_published.
@@ -33,7 +42,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Any, S2SentSelector, dict[str, T
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         state = _load(found[0])
-    except Exception as error:  # whatever a broken file makes the loaders raise
+    except Exception as error:  # the loaders raise errors of many kinds
         raise ValueError(f"{folder}: cannot be read: {' '.join(str(error).split())}") from error
     prefix = ENCODERS.get(config.model_type)
     if prefix is None:
@@ -41,19 +50,19 @@ def read(path: str | os.PathLike[str]) -> tuple[Any, S2SentSelector, dict[str, T
     unknown = [key for key in state if not key.startswith((prefix, SELECTOR, HEAD, *_LEFT_OUT))]
     if unknown:
         raise ValueError(f"{found[0]}: expected keys under {prefix}, {SELECTOR} and {HEAD}, got {_some(unknown)}")
-    selector = S2SentSelector.from_published(state, SELECTOR).float().eval()
+    arguments, selector = convert(state, SELECTOR, None)
     encoder = transformers.AutoModel.from_config(config, dtype=torch.float32).eval()
     _fill(encoder, _under(state, prefix), found[0], prefix)
     head = _under(state, HEAD)
     shapes = {name: list(tensor.shape) for name, tensor in head.items()}
-    size = selector.hidden_size
+    size = arguments["hidden_size"]
     if head and shapes != {"dense.weight": [size, size], "dense.bias": [size]}:
         raise ValueError(
             f"{found[0]}: expected {HEAD}dense.weight [D, D] and {HEAD}dense.bias [D], D = {size}, got {shapes}"
         )
     if encoder.config.hidden_size != size:
         raise ValueError(f"{found[0]}: expected a selector for D = {encoder.config.hidden_size}, got D = {size}")
-    return encoder, selector, head
+    return Published(encoder, arguments, selector, head)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -71,9 +80,9 @@ def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _fill(encoder: Any, state: dict[str, Tensor], path: Path, prefix: str) -> None:
     try:
         missing, unexpected = encoder.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # a shape
+    except RuntimeError as error:  # a tensor of another shape
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-    missing = [prefix + key for key in missing if not key.startswith("pooler.")]  # which is not used
+    missing = [prefix + key for key in missing if not key.startswith("pooler.")]  # the pooler is unused
     unexpected = [prefix + key for key in unexpected if key not in _HARMLESS]
     if missing:
         raise ValueError(f"{path}: expected the encoder's {_some(missing)}, not there")

@@ -1,5 +1,5 @@
-"""Files of lines: tab-separated ones (UTF-8, a header line, no quoting), JSON. Every error names the file, and the line where
-there is one."""
+"""Files of lines: tab-separated tables (UTF-8, a header line, no quoting) and JSON lines. Every error names the file and, if it
+concerns one, the line."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ STDIN = "-"
 def read_table(
     path: str | Path, columns: Sequence[str], *choices: Sequence[str]
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line numbers and rows. Other columns than those asked for come along; empty lines are skipped.
+    """Line numbers and rows, with all columns of the file. Empty lines are skipped.
 
     Args:
-        columns: must be there.
-        choices: of these sets of columns one must be there.
+        columns: required columns.
+        choices: alternative sets of columns, of which one is required.
 
     Raises:
         ValueError: the file cannot be read, is not UTF-8 or empty, lacks a column or has one twice; a row has another number
@@ -48,17 +48,17 @@ def read_table(
 
 
 def unique(path: str | Path, names: Sequence[str]) -> None:
-    """A ValueError for a column that is there twice: which one is meant cannot be said."""
+    """ValueError if a column appears twice: which one is meant is ambiguous."""
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
         raise ValueError(f"{path}: expected each column once, got {', '.join(twice)} twice")
 
 
 def read_json(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbers and rows of a file with a JSON object a line; empty lines are skipped.
+    """Line numbers and rows of a file with a JSON object per line. Empty lines are skipped.
 
     Raises:
-        ValueError: the file cannot be read, a line is not UTF-8 or no JSON object.
+        ValueError: the file cannot be read, or a line is not UTF-8 or no JSON object.
     """
     for number, line in read_lines(path):
         try:
@@ -73,10 +73,11 @@ def read_json(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def text(place: str, value: Any) -> str:
-    """``value``, which has to be a text.
+    """``value``, checked to be a text.
 
     Raises:
-        ValueError: it is none, or holds half a character (JSON can spell one), which no tokenizer takes; says where.
+        ValueError: it is not a string, or holds a lone surrogate, which JSON can spell and no tokenizer accepts. Starts with
+            ``place``.
     """
     if not isinstance(value, str):
         raise ValueError(f"{place}: expected a text, got {value!r}")
@@ -88,7 +89,7 @@ def text(place: str, value: Any) -> str:
 
 
 def read_lines(path: str | Path, *, keep_empty: bool = False) -> Iterator[tuple[int, str]]:
-    """Numbers and lines of a UTF-8 file, or of standard input ("-"), without their ends; those that are not empty, unless
+    """Line numbers and lines of a UTF-8 file, or of standard input ("-"), without line ends. Empty lines are skipped unless
     ``keep_empty``.
 
     Raises:
@@ -98,7 +99,7 @@ def read_lines(path: str | Path, *, keep_empty: bool = False) -> Iterator[tuple[
         if path == STDIN:
             if sys.stdin is None:
                 raise ValueError(f"{path}: standard input is closed")
-            # Its bytes, where it has some: its decoder is the locale's, and would take bytes that are not UTF-8.
+            # Read bytes if it is a byte stream: its own decoder follows the locale and may accept bytes that are not UTF-8.
             yield from _decoded(path, getattr(sys.stdin, "buffer", None) or map(str.encode, sys.stdin), keep_empty)
             return
         with open(path, "rb") as file:

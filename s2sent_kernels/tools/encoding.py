@@ -1,5 +1,5 @@
-"""Embeddings of files of texts into one file, chunk by chunk: in constant memory, whole or not at all, and going on where an
-interrupted run stopped. The encoding is sentence-transformers'. Needs the extra encode."""
+"""Files of texts to one file of embeddings, in constant memory. The output appears when it is complete, and an interrupted run is
+resumed. sentence-transformers does the encoding. Needs the extra encode."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..files import importing, locked, missing, remove_empty
 from . import tables
-from .locks import locked, missing, remove_empty
 from .tables import STDIN
 
-try:
+with importing(None, "encode"):
     import pyarrow as pa
     from pyarrow import parquet
     from tqdm import tqdm
-except ImportError as error:
-    raise ImportError(f"{error}: pip install 's2sent_kernels[encode]'") from error
 
 INPUTS, OUTPUTS = (".txt", ".jsonl", ".parquet"), (".parquet", ".npy")
 Encode = Callable[[list[str]], np.ndarray]  # texts to [rows, D]
@@ -36,12 +34,12 @@ class Row(NamedTuple):
 
 
 def read_texts(paths: Sequence[str], column: str = "text", id_column: str | None = None) -> Iterator[Row]:
-    """The texts of files in their order: lines of a text file or of standard input ("-"), empty ones too; a column of JSONL or
-    Parquet. Their ids are the row's number, over all files, or another column's values.
+    """The texts of files, in order: all lines of a text file or of standard input ("-"), or a column of JSONL or Parquet. An
+    id is the row's number, counted over all files, or the value in another column.
 
     Raises:
-        ValueError: a file has another suffix, cannot be read, is broken, empty or not UTF-8, lacks a column, or holds something
-            else than texts; names the file and the line or row.
+        ValueError: a file has another suffix, cannot be read, is broken, empty or not UTF-8, lacks a column, or holds a value
+            that is no text; names the file and the line or row.
     """
     number = 0
     for path in paths:
@@ -104,12 +102,14 @@ def encode_texts(
     progress: bool = False,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Writes ``output`` and returns how many rows it has. Parquet has columns ``id``, ``embedding`` (a list of D numbers) and, on
-    request, ``text``; .npy is an array [rows, D].
+    """Write ``output`` and return its number of rows. Parquet has columns ``id``, ``embedding`` (a list of D numbers) and, with
+    ``keep_text``, ``text``; .npy is an array [rows, D].
 
-    Each chunk's result goes into a hidden folder beside the output, which is made of them at the end. With a ``key``, which JSON
-    can hold and which says all that the result depends on, a later call with an equal one begins after the last chunk that is
-    there; chunks of another key are thrown away.
+    The embeddings of every ``chunk`` texts become a shard in a hidden folder beside the output. At the end the shards are joined.
+
+    Args:
+        key: everything that the result depends on, as JSON. A later call with an equal key continues after the last shard; shards
+            of another key are deleted. None: start anew.
 
     Raises:
         ValueError: the output's suffix is not one of OUTPUTS; ids are of several types; another process writes the same output;
@@ -120,30 +120,30 @@ def encode_texts(
         raise ValueError(f"{output}: expected a file of {', '.join(OUTPUTS)}, got suffix {output.suffix!r}")
     if keep_text and output.suffix.lower() == ".npy":
         raise ValueError(f"{output}: an array holds no texts: expected .parquet")
-    parts = _Parts(output)
-    made = missing(parts.folder)
-    parts.folder.mkdir(parents=True, exist_ok=True)
-    with locked(parts.folder / "lock", wait=False):
+    shards = _Shards(output)
+    made = missing(shards.folder)
+    shards.folder.mkdir(parents=True, exist_ok=True)
+    with locked(shards.folder / "lock", wait=False):
         try:
-            parts.begin({"key": key, "chunk": chunk, "keep_text": keep_text}, key is not None, say)
+            shards.begin({"key": key, "chunk": chunk, "keep_text": keep_text}, key is not None, say)
             stream = iter(rows)
-            done = parts.rows()
-            for _ in itertools.islice(stream, done):  # read, since errors are theirs, but not encoded
+            done = shards.rows()
+            for _ in itertools.islice(stream, done):  # encoded already; read, because reading may raise
                 pass
             with tqdm(total=None, initial=done, unit=" texts", disable=not progress, file=sys.stderr) as bar:
                 while some := list(itertools.islice(stream, chunk)):
-                    parts.add(some, np.asarray(encode([row.text for row in some])), keep_text)
+                    shards.add(some, np.asarray(encode([row.text for row in some])), keep_text)
                     bar.update(len(some))
         except BaseException:
-            if not parts.count:
-                shutil.rmtree(parts.folder)
+            if not shards.count:
+                shutil.rmtree(shards.folder)
                 remove_empty(made)
             raise
-        return parts.join()
+        return shards.join()
 
 
-class _Parts:
-    """The chunks' results, each a Parquet file, in order; a file is there only when it is whole."""
+class _Shards:
+    """Parquet files with the embeddings of consecutive texts. A file exists only once it is complete."""
 
     def __init__(self, output: Path) -> None:
         self.output, self.folder, self.count = output, output.parent / f".{output.name}.parts", 0
@@ -155,7 +155,7 @@ class _Parts:
         if not (resumable and known):
             if self.files():
                 say(f"{self.folder}: chunks of another run are thrown away")
-            mark.unlink(missing_ok=True)  # first, so that a half of them is nobody's
+            mark.unlink(missing_ok=True)  # first, so that a half-deleted set has no owner
             for path in self.files():
                 path.unlink()
             mark.write_text(digest)
@@ -187,7 +187,7 @@ class _Parts:
         self.count += 1
 
     def join(self) -> int:
-        """The output from all parts; then they are gone."""
+        """Join all shards into the output, and delete them."""
         whole = self.folder / f"whole{self.output.suffix}"
         count, files = self.rows(), self.files()
         if self.output.suffix.lower() == ".parquet":
@@ -199,14 +199,15 @@ class _Parts:
                         raise ValueError(f"ids: expected values of one type, got {schema.field('id').type} and another")
                     writer.write_table(table)
         else:
-            with open(whole, "wb") as file:  # not mapped into memory, where a full disk is no error but the end
+            # Not memory-mapped: writing to a mapped file on a full disk kills the process.
+            with open(whole, "wb") as file:
                 for place, path in enumerate(files):
                     column = parquet.read_table(path, columns=["embedding"])["embedding"].combine_chunks()
-                    part = column.values.to_numpy().reshape(len(column), -1)
+                    rows = column.values.to_numpy().reshape(len(column), -1)
                     if place == 0:
-                        header = np.lib.format.header_data_from_array_1_0(part)
-                        np.lib.format.write_array_header_1_0(file, header | {"shape": (count, part.shape[1])})
-                    file.write(part.tobytes())
+                        header = np.lib.format.header_data_from_array_1_0(rows)
+                        np.lib.format.write_array_header_1_0(file, header | {"shape": (count, rows.shape[1])})
+                    file.write(rows.tobytes())
         os.replace(whole, self.output)
         shutil.rmtree(self.folder)
         return count

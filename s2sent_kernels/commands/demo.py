@@ -3,33 +3,33 @@ backends that are usable here with the plain PyTorch formula, and draw the gates
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import pictures
-from .capture import BlockCapture
-from .commands import common
-from .commands.common import BUNDLED, UserError
-from .engines.choice import BACKENDS, backends, choose
-from .engines.triton.limits import triton_interprets
-from .formula.call import Call
-from .selector import S2SentSelector
+from ..capture import BlockCapture
+from ..engines.choice import BACKENDS, backends, choose
+from ..engines.triton.limits import triton_interprets
+from ..files import data_folder, require
+from ..formula.call import Call
+from ..selector import S2SentSelector
+from ..tools import pictures
+from . import common
+from .common import BUNDLED, UserError, positive
 
 SEED = 0
 FREQUENCIES = 4
 REPEATS, WARM_UP = 20, 3
-INTERPRETED = 2  # texts that backends are compared on where one of them is interpreted
-PARITY = 1e-4  # of the largest embedding value: where two backends differ by more, no time is compared
+INTERPRETED = 2  # texts in the comparison of backends if one of them is interpreted
+PARITY = 1e-4  # of the largest embedding value: if a backend differs by more, its time is not compared
 
 
 class Texts(NamedTuple):
@@ -45,12 +45,34 @@ class Timing(NamedTuple):
     high: float
 
 
+def _blocks(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+_blocks.__name__ = "list of block numbers"  # argparse quotes it
+
+
+def add(commands: Any) -> None:
+    command = commands.add_parser("demo", help="fuse an encoder's blocks on real sentences", description=__doc__)
+    command.add_argument("--model", help="path or hub id of an encoder (default: all-MiniLM-L6-v2, bundled)")
+    command.add_argument(
+        "--file", type=common.path, help="text file, one sentence a line, queries begin with '? ' (default: bundled)"
+    )
+    command.add_argument(
+        "--output-dir", type=common.path, default="demo_output", help="where the pictures go (default: ./demo_output)"
+    )
+    command.add_argument("--top", type=positive, default=3, help="sentences to print for each query (default: 3)")
+    command.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="default: auto")
+    common.add_device(command)
+    command.add_argument("--blocks", type=_blocks, help="blocks to fuse, 0 the lowest, as in 3,4,5 (default: all)")
+
+
 # ---------------------------------------------------------------- input
 
 
 def read_texts(path: str | None = None) -> Texts:
-    """Sentences and queries of a UTF-8 file (by default the bundled one): one a line, queries begin with "? ", comments
-    with "# ", empty lines are skipped.
+    """Sentences and queries of a UTF-8 file (by default the bundled one): one per line, queries begin with "? ", comments with
+    "# ", empty lines are skipped.
 
     Raises:
         UserError: the file is missing, unreadable, not UTF-8 (names the line), or has no sentences or no queries.
@@ -58,7 +80,7 @@ def read_texts(path: str | None = None) -> Texts:
     name = "the bundled file" if path is None else path
     try:
         if path is None:
-            content = resources.files(__package__).joinpath("data/sentences.txt").read_bytes()
+            content = (data_folder() / "sentences.txt").read_bytes()
         else:
             content = Path(path).read_bytes()
         text = content.decode("utf-8-sig")
@@ -84,7 +106,7 @@ def read_texts(path: str | None = None) -> Texts:
 
 
 def make_selector(hidden_size: int, num_blocks: int, backend: str = "auto") -> S2SentSelector:
-    """The demo's selector: untrained, the same on every run, its prior in favour of the last block."""
+    """An untrained selector, the same on every run, with a prior that favours the last block."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return S2SentSelector(
@@ -94,7 +116,7 @@ def make_selector(hidden_size: int, num_blocks: int, backend: str = "auto") -> S
 
 
 def _time(call: Callable[[], Tensor], device: torch.device, repeats: int, warm_up: int) -> Timing:
-    """Wall time of one call, from an idle device to an idle device."""
+    """Wall time of a call, from an idle device to an idle device."""
 
     def synchronize() -> None:
         if device.type == "cuda":
@@ -113,12 +135,12 @@ def _time(call: Callable[[], Tensor], device: torch.device, repeats: int, warm_u
 
 
 def _print_comparison(selector: S2SentSelector, hidden_states: Sequence[Tensor], mask: Tensor) -> None:
-    """Each usable backend's embeddings and time beside the plain PyTorch formula's, on the same hidden states."""
+    """The embeddings and time of each usable backend beside those of the plain PyTorch formula, on the same hidden states."""
     interprets = triton_interprets()
     if interprets:
         hidden_states, mask = [hidden_state[:INTERPRETED] for hidden_state in hidden_states], mask[:INTERPRETED]
     first = hidden_states[0]
-    size, dtype, asked = len(hidden_states), str(first.dtype).removeprefix("torch."), selector.backend
+    size, dtype, backend = len(hidden_states), str(first.dtype).removeprefix("torch."), selector.backend
     embeddings: dict[str, Tensor] = {}
     times: dict[str, Timing] = {}
     refusals: dict[str, str] = {}
@@ -134,7 +156,7 @@ def _print_comparison(selector: S2SentSelector, hidden_states: Sequence[Tensor],
         repeats, warm_up = (1, 0) if interpreted else (REPEATS, WARM_UP)
         embeddings[name] = selector.pool(hidden_states, mask)
         times[name] = _time(lambda: selector.pool(hidden_states, mask), first.device, repeats, warm_up)
-    selector.backend = asked
+    selector.backend = backend
 
     shape = "{} texts x {} tokens x {} blocks x {} features".format(*first.shape[:2], size, first.shape[2])
     print(f"\nBackends: {shape} to embeddings,")
@@ -180,65 +202,44 @@ def _print_nearest(texts: Texts, embeddings: Tensor, top: int) -> None:
             print(f"  {score:6.3f}  {texts.sentences[index]}")
 
 
-def run(
-    *,
-    model: str | None = None,
-    file: str | None = None,
-    output_dir: str = "demo_output",
-    top: int = 3,
-    backend: str = "auto",
-    device: str | None = None,
-    blocks: Sequence[int] | None = None,
-) -> None:
-    """The demo; arguments as the command's options.
-
-    Raises:
-        UserError: something that the caller can put right; nothing has been written then.
-    """
-    common.require("matplotlib.figure", "matplotlib")
-    texts = read_texts(file)
-    directory = Path(output_dir)
+def run(arguments: argparse.Namespace) -> None:
+    require("matplotlib.figure", "matplotlib", "demo")
+    texts = read_texts(arguments.file)
+    directory = Path(arguments.output_dir)
     common.check_writable(directory)
-    where = common.device_of(device)
-    encoder, tokenizer, name = common.load_model(model, where)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
+    device = common.device_of(arguments.device)
+    encoder, tokenizer, name = common.load_model(arguments.model, device)
+    try:
+        capture = BlockCapture(encoder, arguments.blocks)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+    with capture, torch.no_grad():
+        size, depth = encoder.config.hidden_size, encoder.config.num_hidden_layers
         try:
-            capture = stack.enter_context(BlockCapture(encoder, blocks))
-            size, depth = encoder.config.hidden_size, encoder.config.num_hidden_layers
-            chosen = choose(backend, Call(where, torch.float32))
+            chosen = choose(arguments.backend, Call(device, torch.float32))
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
-        trained = model is None and len(capture.blocks) == depth
+        trained = arguments.model is None and len(capture.blocks) == depth
         if trained:
-            selector = S2SentSelector.from_pretrained(BUNDLED, backend=backend).to(where)
+            selector = S2SentSelector.from_pretrained(BUNDLED, backend=arguments.backend).to(device)
         else:
-            selector = make_selector(size, len(capture.blocks), backend).to(where)
-        source = "the bundled file" if file is None else file
-        fused = ", ".join(map(str, capture.blocks))
+            selector = make_selector(size, len(capture.blocks), arguments.backend).to(device)
+        source = "the bundled file" if arguments.file is None else arguments.file
         print(f"texts     sentences: {len(texts.sentences)}, queries: {len(texts.queries)}, from {source}")
-        print(f"encoder   {name}: {type(encoder).__name__}, {depth} blocks, {size} features, float32 on {where}")
-        print(
-            f"selector  fuses blocks {fused}; bottleneck {selector.bottleneck}, {selector.frequencies} DCT components"
-        )
-        if trained:
-            print("          The selector is trained, and comes with the package; its scores: bench/QUALITY.md.")
-        else:
-            print(
-                f"          The selector is untrained (seed {SEED}): random weights, a prior that favours the last block."
-            )
+        print(f"encoder   {name}: {type(encoder).__name__}, {depth} blocks, {size} features, float32 on {device}")
+        _print_selector(selector, capture.blocks, trained)
         print(f"backend   {chosen}: {backends()[chosen].reason}", flush=True)
 
-        batches = common.batches(encoder, tokenizer, texts.sentences + texts.queries, where)
+        batches = common.batches(encoder, tokenizer, texts.sentences + texts.queries)
         start = time.perf_counter()
         embeddings = torch.cat([capture.pool(selector, **batch) for batch in batches]).cpu()
         seconds = time.perf_counter() - start
         print(f"encoded   {len(embeddings)} texts in {seconds:.2f} s, encoder included, block by block")
-        _print_nearest(texts, embeddings, top)
+        _print_nearest(texts, embeddings, arguments.top)
 
         mask, hidden_states = batches[0]["attention_mask"], capture.collect(**batches[0])
         _print_comparison(selector, hidden_states, mask)
-        selector.backend = "reference"  # a picture needs no kernel, and under the interpreter none has the time
+        selector.backend = "reference"  # pictures need no speed, and the interpreter is slow
         gates = selector.gates(hidden_states, mask)
     tokens = max(1, int(mask.sum(dim=1).median()))
     common.write_files(
@@ -248,3 +249,14 @@ def run(
             "dct_bases.png": pictures.bases_picture(len(capture.blocks), selector.frequencies, tokens, capture.blocks),
         },
     )
+
+
+def _print_selector(selector: S2SentSelector, blocks: Sequence[int], trained: bool) -> None:
+    fused = ", ".join(map(str, blocks))
+    print(f"selector  fuses blocks {fused}; bottleneck {selector.bottleneck}, {selector.frequencies} DCT components")
+    if trained:
+        print("          The selector is trained, and comes with the package; its scores: bench/QUALITY.md.")
+    else:
+        print(
+            f"          The selector is untrained (seed {SEED}): random weights, a prior that favours the last block."
+        )

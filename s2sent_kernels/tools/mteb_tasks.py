@@ -1,25 +1,20 @@
-"""Tasks of mteb, whose data come from the hub: each pooling in its turn as a model of that library."""
+"""Tasks of mteb, whose data are on the hub. Each pooling is wrapped as a model of that library. Needs the extra mteb."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
-Embed = Callable[[Sequence[str]], Mapping[str, Tensor]]
+from ..files import require
+from .evaluation import Embed
 
 
 def _mteb() -> Any:
-    try:
-        return importlib.import_module("mteb")
-    except ImportError as error:
-        raise ImportError(f"mteb cannot be imported ({error}): pip install 's2sent_kernels[mteb]'") from error
+    return require("mteb", "mteb", "mteb")
 
 
 def model(embed: Embed, pooling: str) -> Any:
-    """What ``mteb.evaluate`` takes: the embeddings of one pooling."""
+    """The embeddings of one pooling as a model for ``mteb.evaluate``."""
     _mteb()
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ModelMeta
@@ -28,17 +23,17 @@ def model(embed: Embed, pooling: str) -> Any:
         mteb_model_meta = ModelMeta.create_empty({"name": f"s2sent_kernels/{pooling.replace(' ', '-')}"})
 
         def encode(self, inputs: Any, **options: Any) -> Any:
-            """[S, D] of a loader of batches, in its order."""
+            """[S, D] of a data loader's texts, in its order."""
             return embed([text for batch in inputs for text in batch["text"]])[pooling].numpy()
 
     return Pooled()
 
 
 def run(names: Sequence[str], embed: Embed) -> dict[str, dict[str, dict[str, float]]]:
-    """Of each task each pooling's main score, times 100.
+    """The main score of each pooling on each task, times 100.
 
     Raises:
-        ValueError: a task is not known or cannot be loaded; mteb's own words in one line.
+        ValueError: a task is unknown or cannot be loaded; mteb's message in one line.
     """
     mteb = _mteb()
     poolings = list(embed(["a text", "another"]))
@@ -50,13 +45,13 @@ def run(names: Sequence[str], embed: Embed) -> dict[str, dict[str, dict[str, flo
 
 
 def score(tasks: Sequence[Any], embed: Embed, poolings: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """``run`` on tasks that are there already."""
+    """``run`` on task objects."""
     mteb = _mteb()
     found: dict[str, dict[str, dict[str, float]]] = {}
     for pooling in poolings:
         try:
             results = mteb.evaluate(model(embed, pooling), tasks, cache=None, show_progress_bar=False)
-        except Exception as error:  # no network, no such data set: whatever the hub's client raises
+        except Exception as error:  # no network, no such data set: the hub's client raises many kinds
             raise ValueError(f"mteb: {str(error).strip() or type(error).__name__}") from error
         for result in results.task_results:
             found.setdefault(result.task_name, {})[pooling] = {"main_score": 100 * float(result.get_score())}

@@ -1,7 +1,7 @@
-"""Checkpoints of the authors' published code: which M they were made with, and their keys under this project's names.
+"""A selector's state from the authors' published code: its M, and its tensors under this project's names.
 
 Published keys (github.com/hggzjx/S2Sent): ``dense_z.0``, ``dense_select_weights.{n}.0`` (linear) and ``.{n}.1`` (batch norm),
-and ``squeeze.weight`` [D, 6, 6], the DCT basis as a buffer; usually under ``S2A.``.
+and ``squeeze.weight`` [D, 6, 6], the DCT basis as a buffer; usually with the prefix ``S2A.``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formula import dct
+from ..formula import dct
 
 _DEFAULT_FREQUENCIES = 4
 
@@ -32,7 +32,7 @@ def _take(state_dict: Mapping[str, Tensor], prefix: str, name: str, shape: tuple
 
 
 def _frequencies(basis: Tensor | None, key: str, hidden_size: int) -> int:
-    """M, read off the basis buffer: feature d holds c(x, i, 6) c(y, j, 6) of its part's pair, x along blocks."""
+    """M, recognised by the basis buffer: feature d holds c(x, i, 6) c(y, j, 6) of its part's pair (x, y), x along blocks."""
     if basis is None:
         return _DEFAULT_FREQUENCIES
     cells = torch.arange(dct.GRID)
@@ -44,7 +44,8 @@ def _frequencies(basis: Tensor | None, key: str, hidden_size: int) -> int:
         along_tokens = dct.cosine(y[:, None], cells, dct.GRID)
         plane = along_blocks[:, :, None] * along_tokens[:, None, :]
         expected = plane.repeat_interleave(hidden_size // frequencies, dim=0)
-        if torch.allclose(basis.double().cpu(), expected, atol=5e-3):  # float16 and bfloat16 checkpoints included
+        # The tolerance admits checkpoints in float16 and bfloat16.
+        if torch.allclose(basis.double().cpu(), expected, atol=5e-3):
             return frequencies
     raise ValueError(
         f"state_dict[{key!r}]: expected the DCT basis of M in {dct.OFFICIAL_FREQUENCIES} as [D, 6, 6] with "
@@ -55,13 +56,17 @@ def _frequencies(basis: Tensor | None, key: str, hidden_size: int) -> int:
 def convert(
     state_dict: Mapping[str, Tensor], prefix: str, frequencies: int | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The sizes that S2SentSelector takes, and a state_dict under its names."""
+    """The arguments and the state_dict of an S2SentSelector. M is recognised by the basis buffer where ``frequencies`` is None.
+
+    Raises:
+        ValueError: a key is missing or has an unexpected shape; names it.
+    """
     down_weight = _take(state_dict, prefix, "dense_z.0.weight")
     width, hidden_size = down_weight.shape
     stem = f"{prefix}dense_select_weights."
     numbers = [key[len(stem) :].partition(".")[0] for key in state_dict if key.startswith(stem)]
     num_blocks = 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
-    blocks = range(max(num_blocks, 1))  # with none there, _take names the first missing key
+    blocks = range(max(num_blocks, 1))  # without any, _take names the first missing key
 
     def stacked(name: str, *shape: int) -> Tensor:
         return torch.cat([_take(state_dict, prefix, f"dense_select_weights.{n}.{name}", shape) for n in blocks])
@@ -80,10 +85,11 @@ def convert(
     if frequencies is None:
         key = f"{prefix}squeeze.weight"
         frequencies = _frequencies(state_dict.get(key), key, hidden_size)
-    sizes = {
+    arguments = {
         "hidden_size": hidden_size,
         "num_blocks": num_blocks,
         "bottleneck": width,
         "frequencies": frequencies,
+        "profile": "official",
     }
-    return sizes, state
+    return arguments, state

@@ -1,5 +1,5 @@
-// The PTX behind select.cu (sm_90 and newer): asynchronous copies into shared memory, barriers in it, and stores into that of
-// another block of the cluster.
+// The PTX of the one-pass kernel (sm_90a): asynchronous copies into shared memory, its barriers, and stores to another CTA of the
+// cluster.
 #pragma once
 
 #include <cuda.h>
@@ -14,7 +14,7 @@ __device__ inline uint32_t shared_address(const void* pointer) { return uint32_t
 
 enum SpecialRegister { kThread, kRank, kCluster, kClusters };
 
-// Read anew each time: a copy is not kept in a register of its own.
+// volatile, so that the compiler rereads it instead of keeping a copy in a register.
 template <SpecialRegister WHICH>
 __device__ inline uint32_t special_register() {
   uint32_t value;
@@ -25,13 +25,13 @@ __device__ inline uint32_t special_register() {
   return value;
 }
 
-// A warpgroup's registers a thread from here on: what others have left, or fewer.
+// Changes the registers per thread of this warpgroup: up, to what other warpgroups released, or down.
 template <int COUNT>
-__device__ inline void take_registers() {
+__device__ inline void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 template <int COUNT>
-__device__ inline void leave_registers() {
+__device__ inline void lower_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
@@ -39,11 +39,11 @@ __device__ inline void cluster_wait_for_all() {
   asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Where ``address`` of this block lies in the block of that rank.
+// The address, in the CTA of that rank, that corresponds to ``address`` in this one.
 __device__ inline uint32_t address_in(uint32_t address, uint32_t rank) {
-  uint32_t there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  return there;
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
 }
 
 __device__ inline void init_barrier(uint32_t barrier, uint32_t arrivals) {
@@ -56,9 +56,9 @@ __device__ inline void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// At another block's barrier, after reads of this block's memory alone whose results have been used: a release would first wait
-// for all stores on their way to device memory.
-__device__ inline void arrive_there(uint32_t barrier) {
+// Arrives at another CTA's barrier. Only reads of this CTA's shared memory precede it, and their results have been used, so that
+// relaxed order suffices; a release would wait for all stores in flight to device memory.
+__device__ inline void arrive_remote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
@@ -66,13 +66,13 @@ __device__ inline void arrive_expecting(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Arrives once this thread's copies so far are there.
+// Arrives once the copies that this thread has started are complete.
 __device__ inline void arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// Waits for the end of the barrier's phase of that parity; what was copied or stored with it is there. (An acquire of the whole
-// cluster's scope would throw the L1 cache away each time, for what only lies in shared memory.)
+// Waits for the end of the barrier's phase of that parity; its copies and stores are then visible. (An acquire with cluster scope
+// would invalidate the L1 cache each time, although the data is in shared memory.)
 __device__ inline void wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n\t.reg .pred done;\n"
@@ -81,8 +81,8 @@ __device__ inline void wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-// Stores four floats at ``address`` of another block and counts their bytes at that block's ``barrier``.
-__device__ inline void store_there(uint32_t address, const float (&values)[4], uint32_t barrier) {
+// Stores four floats at ``address`` of another CTA and counts their bytes at ``barrier`` of that CTA.
+__device__ inline void store_remote(uint32_t address, const float (&values)[4], uint32_t barrier) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
       "r"(__float_as_uint(values[0])), "r"(__float_as_uint(values[1])), "r"(__float_as_uint(values[2])),
@@ -94,16 +94,17 @@ __device__ inline void copy_4(uint32_t to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 
-// Waits for this thread's copies so far.
+// Waits for the copies that this thread has started.
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// A box of a tensor from (x, y, z) on, by the copy engine, which counts its bytes at ``barrier``; 0 beyond the tensor's ends.
+// TMA copy of a tensor's box from (x, y, z) on, 0 outside the tensor. Counts its bytes at ``barrier``.
 __device__ inline void copy_box(uint32_t to, const CUtensorMap* from, int x, int y, int z, uint32_t barrier) {
   asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
                ::"r"(to), "l"(from), "r"(x), "r"(y), "r"(z), "r"(barrier)
                : "memory");
 }
 
+// Bulk copy of ``bytes`` contiguous bytes. Counts them at ``barrier``.
 __device__ inline void copy_row(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
                "r"(bytes), "r"(barrier)

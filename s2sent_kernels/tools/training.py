@@ -1,4 +1,4 @@
-"""Contrastive fine-tuning of an encoder with its selector, by the trainer and the loss of sentence-transformers. Needs the extra
+"""Contrastive fine-tuning of an encoder and its selector, with the trainer and the loss of sentence-transformers. Needs the extra
 train."""
 
 from __future__ import annotations
@@ -12,51 +12,35 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
-from . import validate
+from .. import validate
+from ..files import importing, locked, missing, remove_empty, write_atomically
+from ..sentence_transformers import S2SentPooling, SentenceTransformer, load
 from .examples import Examples
-from .locks import locked, missing, remove_empty
-from .pictures import write_atomically
-from .sentence_transformers import S2SentPooling, SentenceTransformer, load
+from .recipe import DEFAULT, Recipe
 
-try:
-    import accelerate  # noqa: F401  the trainer asks for it late, and names another extra
+with importing(None, "train"):
+    import accelerate  # noqa: F401  the trainer imports it late, and its error names another extra
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from sentence_transformers.sentence_transformer.training_args import BatchSamplers
     from transformers import EarlyStoppingCallback
-except ImportError as error:
-    raise ImportError(f"{error}: pip install 's2sent_kernels[train]'") from error
 
-CHECKPOINTS = "checkpoints"  # in the output folder, until the model is there
-_SETTINGS = "settings.json"  # of the run whose checkpoints stand beside it
-_LISTING = "modules.json"  # what makes a folder a model: ``load`` asks for it
+CHECKPOINTS = "checkpoints"  # in the output folder, until the model is saved
+_SETTINGS = "settings.json"  # of the training that wrote the checkpoints beside it
+_LISTING = "modules.json"  # a folder is a model once it has this file: ``load`` reads it first
 _SCORE = "dev_spearman_cosine"
 _Dev = tuple[list[str], list[str], list[float]]  # sentences, their partners, scores
 
 
-class Recipe(NamedTuple):
-    epochs: int = 3
-    batch_size: int = 64
-    learning_rate: float = 3e-5  # of the encoder
-    selector_learning_rate: float = 1e-3  # it starts from nothing
-    prior_learning_rate: float = 1e-2  # one number a block, which starts far from its end
-    temperature: float = 0.05
-    warmup: float = 0.1  # of all steps
-    accumulation: int = 1  # batches a step
-    precision: str = "float32"  # or "bfloat16", "float16": autocast
-    patience: int | None = None  # epochs without a better score after which it stops
-    seed: int = 0
-
-
 class _Trainer(SentenceTransformerTrainer):
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
-        # Older releases ask for trust_remote_code here.
+        # The base method requires trust_remote_code in older releases.
         self.model.load_state_dict(load(checkpoint_path, device="cpu").state_dict())
 
 
@@ -64,23 +48,23 @@ def fine_tune(
     model: SentenceTransformer,
     examples: Examples,
     output: str | os.PathLike[str],
-    recipe: Recipe = Recipe(),  # noqa: B008
+    recipe: Recipe = DEFAULT,
     *,
     dev: _Dev | None = None,
     resume: bool = False,
 ) -> float | None:
-    """Trains ``model`` in place on in-batch negatives, and those of the examples; saves it in ``output``, and until then its
-    checkpoints, one an epoch, in a folder below. With ``dev`` (sentences, their partners, scores) the best epoch's weights are
+    """Train ``model`` in place on in-batch negatives and the examples' own, and save it in ``output``. Until then a folder in
+    ``output`` holds the checkpoints, one per epoch. With ``dev`` (sentences, their partners, scores) the best epoch's weights are
     kept, and 100 times their Spearman correlation is returned.
 
-    Several GPUs: start the process by torchrun or accelerate; the first one writes. ``resume`` goes on from the last whole
-    checkpoint in ``output``, to the same result as without the interruption, and takes none of another training.
+    On several GPUs, start it with torchrun or accelerate; the first process writes. ``resume`` continues from the last complete
+    checkpoint in ``output``, with the same result as an uninterrupted training. It refuses checkpoints of another training.
 
     Raises:
-        ValueError: a number of the recipe is out of range, or it asks for patience without ``dev``; there are fewer examples
-            than two, or no batch without repeated texts; only some have a negative; anchors are their own positives and the
-            encoder has no dropout; one process sees several GPUs; there is no checkpoint to resume, or one of a training with
-            other settings; another process is writing there; the training diverged.
+        ValueError: a number of the recipe is out of range; patience is set without ``dev``; there are fewer than two examples, or
+            no batch without repeated texts; only some examples have a negative; anchors are their own positives and the encoder
+            has no dropout; one process sees several GPUs; there is no checkpoint to resume from, or it was made with other
+            settings; another process is writing to ``output``; the training diverged.
     """
     _check(model, examples, recipe, dev)
     checkpoints = Path(output) / CHECKPOINTS
@@ -100,7 +84,7 @@ def _train(
         num_train_epochs=recipe.epochs,
         per_device_train_batch_size=min(recipe.batch_size, len(examples.rows)),
         per_device_eval_batch_size=recipe.batch_size,
-        dataloader_drop_last=True,  # batch statistics of one sentence are none
+        dataloader_drop_last=True,  # a batch of one sentence has no batch statistics
         gradient_accumulation_steps=recipe.accumulation,
         learning_rate=recipe.learning_rate,
         learning_rate_mapping=_learning_rates(model, recipe),
@@ -114,13 +98,13 @@ def _train(
         load_best_model_at_end=dev is not None,
         metric_for_best_model=None if dev is None else f"eval_{_SCORE}",
         greater_is_better=None if dev is None else True,
-        logging_nan_inf_filter=False,  # it would log the steps before instead
+        logging_nan_inf_filter=False,  # True would replace a NaN loss in the log by earlier ones
         logging_steps=max(1, math.ceil(len(examples.rows) / recipe.batch_size / 10)),
         seed=recipe.seed,
         report_to="none",
         use_cpu=model.device.type == "cpu",
     )
-    if arguments.n_gpu > 1:  # nn.DataParallel would copy the encoder, and not what listens to it
+    if arguments.n_gpu > 1:  # nn.DataParallel would replicate the encoder without the hooks on its blocks
         raise ValueError(
             f"device: expected one GPU a process, got {arguments.n_gpu}: start with torchrun, or set CUDA_VISIBLE_DEVICES"
         )
@@ -139,7 +123,7 @@ def _train(
     if len(next(iter(trainer.get_train_dataloader()), ())) == 0:
         raise ValueError(f"examples: expected {recipe.batch_size} at once without a text that repeats, there are none")
     trainer.train(resume_from_checkpoint=last)
-    trainer.accelerator.wait_for_everyone()  # until nobody reads a checkpoint any more
+    trainer.accelerator.wait_for_everyone()  # _save deletes the checkpoints that the others may still read
     validate.finite_state("model", model)
     if trainer.is_world_process_zero():
         _save(model.eval(), output)
@@ -171,7 +155,7 @@ def _check(model: SentenceTransformer, examples: Examples, recipe: Recipe, dev: 
 
 
 def _settings(model: SentenceTransformer, examples: Examples, recipe: Recipe, dev: Any) -> dict[str, Any]:
-    """What a training is, but for the weights that it began with."""
+    """What identifies a training, apart from its initial weights."""
 
     def digest(content: Any) -> str:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -188,7 +172,7 @@ def _settings(model: SentenceTransformer, examples: Examples, recipe: Recipe, de
 
 @contextlib.contextmanager
 def _own(checkpoints: Path, settings: dict[str, Any], resume: bool) -> Iterator[None]:
-    """The folder of checkpoints as this training's alone. After an error before the first of them it is gone again."""
+    """Hold the folder of checkpoints for this training alone. After an error before the first checkpoint, remove it."""
     note = checkpoints / _SETTINGS
     if resume:
         known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
@@ -197,7 +181,7 @@ def _own(checkpoints: Path, settings: dict[str, Any], resume: bool) -> Iterator[
             raise ValueError(
                 f"resume: expected the settings that {checkpoints} was begun with, got other {', '.join(others)}"
             )
-    if int(os.environ.get("RANK", "0")):  # the first process sees to it
+    if int(os.environ.get("RANK", "0")):  # the first process holds the lock
         yield
         return
     made = missing(checkpoints)
@@ -222,15 +206,15 @@ def _learning_rates(model: SentenceTransformer, recipe: Recipe) -> dict[str, flo
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest that is whole: the trainer's state is what is written last."""
+    """The newest complete checkpoint. The trainer writes its state last, so that file marks one as complete."""
     found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     return None if newest is None else str(newest)
 
 
 def _save(model: SentenceTransformer, folder: Path) -> None:
-    """So that half of a model is not taken for one; the checkpoints have done their service."""
-    # Among the checkpoints it goes with them, should it be left.
+    """Save the model so that an incomplete one is never mistaken for a model, then delete the checkpoints."""
+    # In the folder of checkpoints: a leftover of a killed process is deleted with it.
     with tempfile.TemporaryDirectory(dir=folder / CHECKPOINTS) as temporary:
         whole = Path(temporary) / "model"
         model.save(str(whole))

@@ -1,0 +1,241 @@
+// Tensors to the argument structs of stages.h, for both devices. A device adds what it holds itself: Batch, Factors, scratch.
+#pragma once
+
+#include "checks.h"
+
+namespace s2sent::ops {
+
+// The layout of a batch: [B, L, D] with or without a mask, or packed [T, D] with cu_seqlens.
+struct Sentences {
+  Checks check;
+  Ints shape;  // of a hidden state
+  bool packed;
+  int64_t count;                    // B
+  const int32_t* starts = nullptr;  // [B + 1] if packed
+  const bool* mask = nullptr;       // [B, L] or null
+
+  Sentences(const Tensor& first, const Ints& shape, const Optional& attention_mask, const Optional& cu_seqlens)
+      : check(first), shape(shape), packed(cu_seqlens.has_value()) {
+    STD_TORCH_CHECK(shape.size() == (packed ? 2 : 3), "s2sent_native: hidden states have a wrong rank");
+    count = packed ? cu_seqlens->numel() - 1 : shape[0];
+    if (packed) {
+      check.dense(*cu_seqlens, {count + 1}, ScalarType::Int, "cu_seqlens");
+      starts = static_cast<const int32_t*>(cu_seqlens->const_data_ptr());
+    } else if (attention_mask) {
+      check.dense(*attention_mask, {count, shape[1]}, ScalarType::Bool, "attention_mask");
+      mask = static_cast<const bool*>(attention_mask->const_data_ptr());
+    }
+  }
+
+  int64_t size() const { return shape.back(); }                            // D
+  int64_t length() const { return packed ? 0 : shape[1]; }                 // L
+  int64_t tokens() const { return packed ? shape[0] : count * shape[1]; }  // T, or B L
+
+  Rows rows(const Tensor& tensor, ScalarType dtype) const {
+    check.rows(tensor, shape, dtype);
+    if (packed) return {tensor.const_data_ptr(), 0, tensor.stride(0)};
+    return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
+  }
+
+  std::vector<Rows> rows(const Tensors& tensors) const {
+    std::vector<Rows> all;
+    for (const Tensor& tensor : tensors) all.push_back(rows(tensor, tensors[0].scalar_type()));
+    return all;
+  }
+};
+
+inline Sentences sentences_of(const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens) {
+  STD_TORCH_CHECK(!hidden_states.empty(), "s2sent_native: expected a hidden state");
+  return {hidden_states[0], shape_of(hidden_states[0]), mask, cu_seqlens};
+}
+
+// ---------------------------------------------------------------- squeeze
+
+template <class Squeeze>
+Squeeze squeeze_arguments(
+    const Sentences& sentences, DType dtype, const std::vector<Rows>& hidden, int64_t first_block, int64_t num_blocks,
+    const Tensor& alpha, bool official, int64_t pooling, const Tensor& squeezed, const Optional& pooled) {
+  const Checks& check = sentences.check;
+  Squeeze args = {};
+  args.dtype = dtype;
+  args.num = int64_t(hidden.size());
+  args.first_block = first_block;
+  args.num_blocks = num_blocks;
+  args.size = sentences.size();
+  args.parts = alpha.size(0);
+  check_blocks(first_block, args.num, num_blocks, args.parts, args.size);
+  args.pooling = pooling_of(pooling);
+  STD_TORCH_CHECK(!pooled || args.pooling != Pooling::kNone, "s2sent_native: pooled has no pooling");
+  args.hidden = hidden.data();
+  args.alpha = check.floats(alpha, {args.parts, num_blocks}, "alpha");
+  args.official = official;
+  args.pooled = check.written(pooled, {sentences.count, num_blocks, args.size}, "pooled");
+  args.squeezed = check.written(squeezed, {sentences.count, args.size}, "squeezed");
+  return args;
+}
+
+// Where each hidden state's gradient is written; null if it is not needed.
+inline std::vector<void*> gradients_into(const Checks& check, const Tensors& grads, const Ints& shape) {
+  std::vector<void*> into;
+  for (const Tensor& grad : grads) {
+    const bool needed = grad.numel() != 0;
+    if (needed) check.dense(grad, shape, grads[0].scalar_type(), "a hidden state's gradient");
+    into.push_back(needed ? grad.mutable_data_ptr() : nullptr);
+  }
+  return into;
+}
+
+template <class SqueezeBackward>
+SqueezeBackward squeeze_backward_arguments(
+    const Sentences& sentences, const Tensors& grads, const std::vector<void*>& into, const Tensor& alpha, bool official,
+    int64_t pooling, const Optional& grad_squeezed, const Optional& grad_pooled, const Optional& grad_fused,
+    const Optional& gates) {
+  const Checks& check = sentences.check;
+  SqueezeBackward args = {};
+  args.dtype = dtype_of(grads[0]);
+  args.num_blocks = int64_t(grads.size());
+  args.size = sentences.size();
+  args.parts = alpha.size(0);
+  args.pooling = pooling_of(pooling);
+  check_blocks(0, args.num_blocks, args.num_blocks, args.parts, args.size);
+  STD_TORCH_CHECK(
+      grad_fused.has_value() == gates.has_value() && (!grad_pooled || args.pooling != Pooling::kNone),
+      "s2sent_native: gradients do not fit");
+  const Ints blocks = {sentences.count, args.num_blocks, args.size};
+  args.alpha = check.floats(alpha, {args.parts, args.num_blocks}, "alpha");
+  args.official = official;
+  args.grad_squeezed = check.floats(grad_squeezed, {sentences.count, args.size}, "grad_squeezed");
+  args.grad_pooled = check.floats(grad_pooled, blocks, "grad_pooled");
+  if (grad_fused) args.grad_fused = sentences.rows(*grad_fused, grads[0].scalar_type());
+  args.gates = check.floats(gates, blocks, "gates");
+  args.grads = into.data();
+  return args;
+}
+
+// ---------------------------------------------------------------- gate
+
+// Everything that all gate ops read.
+inline Gate gate_inputs(
+    const Tensor& squeezed, S2SENT_GATE_PARAMETERS, int64_t num_blocks, int64_t activation, double eps) {
+  STD_TORCH_CHECK(
+      squeezed.dim() == 2 && down_weight.dim() == 2 && num_blocks > 0, "s2sent_native: the gate's arguments do not fit");
+  STD_TORCH_CHECK(
+      !norm_weight || (norm_bias && running_mean && running_var), "s2sent_native: expected all of the norm's tensors");
+  const Checks check(squeezed);
+  Gate args = {};
+  args.sentences = squeezed.size(0);
+  args.num_blocks = num_blocks;
+  args.size = squeezed.size(1);
+  args.width = down_weight.size(0);
+  args.activation = activation_of(activation);
+  args.eps = float(eps);
+  const int64_t rows = num_blocks * args.size;
+  args.squeezed = check.floats(squeezed, {args.sentences, args.size}, "squeezed");
+  args.down_weight = check.floats(down_weight, {args.width, args.size}, "down_weight");
+  args.down_bias = check.floats(down_bias, {args.width}, "down_bias");
+  args.up_weight = check.floats(up_weight, {rows, args.width}, "up_weight");
+  args.up_bias = check.floats(up_bias, {rows}, "up_bias");
+  args.norm_weight = check.floats(norm_weight, {rows}, "norm_weight");
+  args.norm_bias = check.floats(norm_bias, {rows}, "norm_bias");
+  args.running_mean = check.floats(running_mean, {rows}, "running_mean");
+  args.running_var = check.floats(running_var, {rows}, "running_var");
+  args.prior = check.floats(prior, {num_blocks}, "block_prior");
+  return args;
+}
+
+inline Gate gate_arguments(
+    const Tensor& squeezed, S2SENT_GATE_PARAMETERS, int64_t num_blocks, int64_t activation, double eps,
+    const Tensor& bottleneck, const Tensor& gates) {
+  const Checks check(squeezed);
+  Gate args = gate_inputs(squeezed, S2SENT_GATE_ARGUMENTS, num_blocks, activation, eps);
+  args.bottleneck = check.written(bottleneck, {args.sentences, args.width}, "bottleneck");
+  args.gates = check.written(gates, {args.sentences, num_blocks, args.size}, "gates");
+  return args;
+}
+
+inline Gate gate_pool_arguments(
+    const Tensor& squeezed, const Tensor& pooled, S2SENT_GATE_PARAMETERS, int64_t activation, double eps,
+    const Tensor& bottleneck, const Tensor& output) {
+  STD_TORCH_CHECK(pooled.dim() == 3, "s2sent_native: the gate's arguments do not fit");
+  const Checks check(squeezed);
+  Gate args = gate_inputs(squeezed, S2SENT_GATE_ARGUMENTS, pooled.size(1), activation, eps);
+  args.bottleneck = check.written(bottleneck, {args.sentences, args.width}, "bottleneck");
+  args.pooled = check.floats(pooled, {args.sentences, args.num_blocks, args.size}, "pooled");
+  args.dtype = dtype_of(output);
+  check.dense(output, {args.sentences, args.size}, output.scalar_type(), "output");
+  args.output = output.mutable_data_ptr();
+  return args;
+}
+
+inline Gate gate_backward_arguments(
+    const Optional& grad_gates, const Optional& grad_output, const Tensor& squeezed, const Optional& pooled,
+    S2SENT_GATE_PARAMETERS, int64_t activation, double eps, const Tensor& bottleneck, const Optional& grad_pooled,
+    const Tensor& grad_logits, const Tensor& grad_normed, const Optional& normed) {
+  const bool pools = pooled.has_value();
+  STD_TORCH_CHECK(
+      grad_logits.dim() == 3 && grad_gates.has_value() != pools && grad_output.has_value() == pools &&
+          grad_pooled.has_value() == pools && normed.has_value() == norm_weight.has_value(),
+      "s2sent_native: the gate's gradients do not fit");
+  const Checks check(squeezed);
+  Gate args = gate_inputs(squeezed, S2SENT_GATE_ARGUMENTS, grad_logits.size(1), activation, eps);
+  const Ints blocks = {args.sentences, args.num_blocks, args.size};
+  args.bottleneck = check.written(bottleneck, {args.sentences, args.width}, "bottleneck");
+  args.pooled = check.floats(pooled, blocks, "pooled");
+  args.grad_gates = check.floats(grad_gates, blocks, "grad_gates");
+  args.grad_output = check.floats(grad_output, {args.sentences, args.size}, "grad_output");
+  args.grad_pooled = check.written(grad_pooled, blocks, "grad_pooled");
+  args.grad_logits = check.written(grad_logits, blocks, "grad_logits");
+  args.grad_normed = check.written(grad_normed, blocks, "grad_normed");
+  args.normed = check.written(normed, blocks, "normed");
+  return args;
+}
+
+inline int64_t product_chunks(const Tensor& weight) { return (weight.size(0) + kProductRows - 1) / kProductRows; }
+
+// ``partial`` holds product_chunks B columns floats.
+inline Product product_arguments(const Tensor& x, const Tensor& weight, float* partial, const Tensor& result) {
+  const Checks check(x);
+  Product args = {};
+  args.sentences = x.size(0);
+  args.rows = weight.size(0);
+  args.columns = weight.size(1);
+  args.x = check.floats(x, {args.sentences, args.rows}, "x");
+  args.weight = check.floats(weight, {args.rows, args.columns}, "weight");
+  args.partial = partial;
+  args.result = check.written(result, {args.sentences, args.columns}, "result");
+  return args;
+}
+
+// ---------------------------------------------------------------- fuse
+
+template <class Fuse>
+Fuse fuse_arguments(
+    const Sentences& sentences, const Tensor& first, const std::vector<Rows>& hidden, const Tensor& gates,
+    const Tensor& fused) {
+  const Checks& check = sentences.check;
+  Fuse args = {};
+  args.dtype = dtype_of(first);
+  args.num_blocks = int64_t(hidden.size());
+  args.size = sentences.size();
+  args.hidden = hidden.data();
+  args.gates = check.floats(gates, {sentences.count, args.num_blocks, args.size}, "gates");
+  check.dense(fused, sentences.shape, first.scalar_type(), "fused");
+  args.fused = fused.mutable_data_ptr();
+  return args;
+}
+
+template <class FuseBackward>
+FuseBackward fuse_backward_arguments(
+    const Sentences& sentences, const Tensor& first, const std::vector<Rows>& hidden, const Tensor& grad_fused,
+    const Tensor& grad_gates) {
+  FuseBackward args = {};
+  args.dtype = dtype_of(first);
+  args.num_blocks = int64_t(hidden.size());
+  args.size = sentences.size();
+  args.hidden = hidden.data();
+  args.grad_fused = sentences.rows(grad_fused, first.scalar_type());
+  args.grad_gates = sentences.check.written(grad_gates, {sentences.count, args.num_blocks, args.size}, "grad_gates");
+  return args;
+}
+
+}  // namespace s2sent::ops

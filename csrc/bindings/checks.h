@@ -1,0 +1,105 @@
+// What both devices check before a kernel runs: shapes, dtypes, strides and devices of tensors, on which memory safety rests, and
+// the numbers of options. Python has validated everything else.
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "../stages.h"
+#include "ops.h"
+
+namespace s2sent::ops {
+
+using torch::headeronly::ScalarType;
+
+// Checks tensors against the device of an op's first tensor.
+struct Checks {
+  bool cuda;
+  int32_t index;
+
+  explicit Checks(const Tensor& first) : cuda(first.is_cuda()), index(cuda ? first.get_device_index() : 0) {
+    STD_TORCH_CHECK(cuda || first.is_cpu(), "s2sent_native: expected CPU or CUDA tensors");
+  }
+
+  bool here(const Tensor& tensor) const {
+    return cuda ? tensor.is_cuda() && tensor.get_device_index() == index : tensor.is_cpu();
+  }
+
+  static void shape(const Tensor& tensor, const Ints& shape, const char* name) {
+    bool same = tensor.dim() == int64_t(shape.size());
+    for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(int64_t(i)) == shape[i];
+    STD_TORCH_CHECK(same, "s2sent_native: ", name, " has another shape than its kernel expects");
+  }
+
+  void dense(const Tensor& tensor, const Ints& expected, ScalarType dtype, const char* name) const {
+    shape(tensor, expected, name);
+    STD_TORCH_CHECK(
+        here(tensor) && tensor.is_contiguous() && tensor.scalar_type() == dtype, "s2sent_native: ", name,
+        " must be a contiguous tensor of its kernel's dtype, on the device of the others");
+  }
+
+  const float* floats(const Tensor& tensor, const Ints& expected, const char* name) const {
+    dense(tensor, expected, ScalarType::Float, name);
+    return static_cast<const float*>(tensor.const_data_ptr());
+  }
+
+  const float* floats(const Optional& tensor, const Ints& expected, const char* name) const {
+    return tensor ? floats(*tensor, expected, name) : nullptr;
+  }
+
+  float* written(const Tensor& tensor, const Ints& expected, const char* name) const {
+    dense(tensor, expected, ScalarType::Float, name);
+    return static_cast<float*>(tensor.mutable_data_ptr());
+  }
+
+  float* written(const Optional& tensor, const Ints& expected, const char* name) const {
+    return tensor ? written(*tensor, expected, name) : nullptr;
+  }
+
+  // ``tensor`` has the shape of a hidden state and is dense in D.
+  void rows(const Tensor& tensor, const Ints& expected, ScalarType dtype) const {
+    shape(tensor, expected, "a hidden state or its gradient");
+    const bool adjacent = expected.back() == 1 || tensor.numel() == 0 || tensor.stride(tensor.dim() - 1) == 1;
+    STD_TORCH_CHECK(
+        here(tensor) && tensor.scalar_type() == dtype && adjacent,
+        "s2sent_native: hidden states must be tensors of one dtype on one device, dense in their features");
+  }
+};
+
+inline Ints shape_of(const Tensor& tensor) {
+  Ints shape;
+  for (int64_t i = 0; i < tensor.dim(); ++i) shape.push_back(tensor.size(i));
+  return shape;
+}
+
+inline DType dtype_of(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+#define S2SENT_FOUND(name, scalar, ...) \
+  if (type == ScalarType::scalar) return DType::name;
+  S2SENT_FOR_EACH_DTYPE(S2SENT_FOUND)
+#undef S2SENT_FOUND
+  STD_TORCH_CHECK(false, "s2sent_native: expected float32, bfloat16 or float16");
+}
+
+inline Pooling pooling_of(int64_t number) {
+  STD_TORCH_CHECK(
+      number >= 0 && number <= kNumPoolings, "s2sent_native: pooling: expected a number from 0 (none) to ", kNumPoolings,
+      ", got ", number);
+  return Pooling(number);
+}
+
+inline Activation activation_of(int64_t number) {
+  STD_TORCH_CHECK(
+      number >= 0 && number < kNumActivations, "s2sent_native: activation: expected a number from 0 to ",
+      kNumActivations - 1, ", got ", number);
+  return Activation(number);
+}
+
+// ``count`` hidden states from ``first_block`` on, out of N, whose features form ``parts`` parts.
+inline void check_blocks(int64_t first_block, int64_t count, int64_t num_blocks, int64_t parts, int64_t size) {
+  STD_TORCH_CHECK(
+      first_block >= 0 && first_block + count <= num_blocks && parts > 0 && size % parts == 0,
+      "s2sent_native: blocks or parts do not fit");
+}
+
+}  // namespace s2sent::ops

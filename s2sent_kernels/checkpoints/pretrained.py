@@ -1,0 +1,120 @@
+"""A selector's folder: config.json and model.safetensors. Some folders ship with the package, named after their encoder.
+
+config.json is {"format": 1, "selector": {arguments of S2SentSelector}, ...}. Optional entries: "blocks", the encoder's blocks
+that the selector reads; "pooling", for which it was trained; "scalar_mix", the weights of its baseline.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..files import data_folder, require, write_atomically
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FORMAT = 1
+ARGUMENTS = (
+    "hidden_size",
+    "num_blocks",
+    "bottleneck",
+    "frequencies",
+    "profile",
+    "gate_norm",
+    "block_prior",
+    "activation",
+)
+
+
+def shipped() -> list[str]:
+    """The names that ``find`` accepts beside folders."""
+    root = data_folder()
+    return sorted(path.name for path in root.iterdir() if (path / CONFIG).exists()) if root.is_dir() else []
+
+
+def find(name_or_folder: str | os.PathLike[str]) -> Path:
+    """The folder of a shipped name, or the folder itself.
+
+    Raises:
+        ValueError: there is neither; lists the shipped names.
+    """
+    if not isinstance(name_or_folder, (str, os.PathLike)):
+        raise TypeError(f"name_or_folder: expected a string or a path, got {type(name_or_folder).__name__}")
+    folder = Path(name_or_folder).expanduser()
+    if folder.is_dir():
+        return folder
+    if str(name_or_folder) in shipped():
+        return data_folder() / str(name_or_folder)
+    raise ValueError(
+        f"name_or_folder: expected a folder or one of the shipped names {', '.join(shipped()) or '(none)'}, "
+        f"got {str(name_or_folder)!r}"
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json: the selector's arguments under "selector", and what else was saved with them.
+
+    Raises:
+        ValueError: the file cannot be read or is no selector's configuration; names it.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT or not isinstance(config.get("selector"), dict):
+        raise ValueError(f"{path}: expected the configuration of a selector, format {FORMAT}")
+    for name in ARGUMENTS:
+        if name not in config["selector"]:
+            raise ValueError(f"{path}: expected {name!r} under 'selector', and it is not there")
+    return config
+
+
+def read_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of model.safetensors, which must have the names and shapes of ``expected``; in the dtypes they were saved in.
+
+    Raises:
+        ValueError: the file cannot be read, or a tensor is missing, unknown or of another shape; names it.
+    """
+    tensors = require("safetensors.torch", "safetensors", None)
+    path = folder / WEIGHTS
+    try:
+        state: dict[str, Tensor] = tensors.load_file(path)
+    except Exception as error:  # a missing file, or an error class of safetensors itself
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    for name, tensor in expected.items():
+        if name not in state:
+            raise ValueError(f"{path}: expected a tensor {name!r}, and it is not there")
+        if state[name].shape != tensor.shape:
+            raise ValueError(f"{path}: {name}: expected shape {list(tensor.shape)}, got {list(state[name].shape)}")
+    extra = sorted(set(state) - set(expected))
+    if extra:
+        raise ValueError(f"{path}: expected no tensors but the selector's, got {', '.join(extra)}")
+    return state
+
+
+def save(
+    folder: str | os.PathLike[str],
+    arguments: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write config.json and model.safetensors, each atomically.
+
+    Args:
+        folder: created if missing.
+        arguments: of S2SentSelector, one for each of ARGUMENTS.
+        state: its state_dict.
+        about: further entries of config.json.
+    """
+    tensors = require("safetensors.torch", "safetensors", None)
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    config = {"format": FORMAT, "selector": dict(arguments), **(about or {})}
+    saved = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    write_atomically(path / WEIGHTS, tensors.save(saved, metadata={"format": "pt"}))
+    write_atomically(path / CONFIG, (json.dumps(config, indent=1) + "\n").encode())

@@ -1,0 +1,92 @@
+"""Locks, clean-up and atomic writes for output folders; the package's data; imports of optional packages."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib
+import os
+import tempfile
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+
+class MissingPackage(ImportError):
+    """An optional package cannot be imported. The message names the extra that installs it."""
+
+
+def require(module: str, package: str, extra: str | None) -> Any:
+    """Import an optional module.
+
+    Args:
+        module: the module's full name.
+        package: the name in the error message.
+        extra: the extra of this package that installs it; None if there is none, and ``package`` itself is to be installed.
+
+    Raises:
+        MissingPackage: the import failed.
+    """
+    with importing(package, extra):
+        return importlib.import_module(module)
+
+
+@contextlib.contextmanager
+def importing(package: str | None, extra: str | None) -> Iterator[None]:
+    """Turn an ImportError inside the ``with`` block into a MissingPackage, as ``require`` does. Without ``package`` the message
+    names the module that failed."""
+    try:
+        yield
+    except MissingPackage:
+        raise
+    except ImportError as error:
+        name = package or error.name
+        wanted = package if extra is None else f"'s2sent_kernels[{extra}]'"
+        raise MissingPackage(f"{name} cannot be imported ({error}): pip install {wanted}", name=error.name) from error
+
+
+def data_folder() -> Path:
+    """Where the shipped selectors and sentences are installed."""
+    return Path(str(resources.files("s2sent_kernels"))) / "data"
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold an exclusive lock on the file ``path``, which is created if missing. The operating system releases the lock when the
+    process ends, even if it is killed.
+
+    Raises:
+        ValueError: another process holds the lock and ``wait`` is False; names the folder.
+    """
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise ValueError(f"{path.parent}: another process is writing there") from error
+        yield
+
+
+def missing(folder: Path) -> list[Path]:
+    """``folder`` and those of its parents that do not exist yet, innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove those of the folders that are empty. One that is not may hold another process's files, and is kept."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file in one step: a reader sees the old content or the new, never a mixture."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

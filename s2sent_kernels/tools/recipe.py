@@ -1,0 +1,22 @@
+"""How encoder and selector are trained together. Needs no extra, so that the command line can print the defaults."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Recipe(NamedTuple):
+    epochs: int = 3
+    batch_size: int = 64
+    learning_rate: float = 3e-5  # of the encoder
+    selector_learning_rate: float = 1e-3  # the selector is untrained, the encoder is not
+    prior_learning_rate: float = 1e-2  # of the block prior, which moves much further than a weight
+    temperature: float = 0.05
+    warmup: float = 0.1  # fraction of all steps
+    accumulation: int = 1  # batches a step
+    precision: str = "float32"  # or "bfloat16", "float16": autocast
+    patience: int | None = None  # epochs without a better dev score before training stops
+    seed: int = 0
+
+
+DEFAULT = Recipe()

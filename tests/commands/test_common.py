@@ -1,0 +1,189 @@
+"""What the subcommands share: which encoder and which selector are meant, when an interrupted encoding is resumed, and the one
+wording for a missing package."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from s2sent_kernels import S2SentSelector, files, frozen
+from s2sent_kernels.cli import COMMANDS, _parser, main
+from s2sent_kernels.commands import common, encode
+from s2sent_kernels.tools import recipe
+
+OUTPUTS = {"export": ("--output", "out.onnx"), "inspect": ("--output-dir", "out"), "evaluate": ("--output-dir", "out"),
+           "encode": ("--output", "out.npy")}  # fmt: skip
+INPUTS = {"evaluate": ("--sts", "sts.tsv"), "encode": ("texts.txt",)}
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """A working directory with three folders: "whole" has encoder and selector, "encoder" no selector, "empty" neither."""
+    monkeypatch.chdir(tmp_path)
+    for name, config in (("whole", {"model_type": "s2sent"}), ("encoder", {"model_type": "bert"}), ("empty", None)):
+        (tmp_path / name).mkdir()
+        if config is not None:
+            (tmp_path / name / "config.json").write_text(json.dumps(config))
+    (tmp_path / "sts.tsv").write_text("split\tscore\tsentence1\tsentence2\ntest\t1\ta\tb\ntest\t2\tc\td\n")
+    (tmp_path / "texts.txt").write_text("a cat\n")
+    return tmp_path
+
+
+# ---------------------------------------------------------------- which encoder, which selector
+
+
+@pytest.mark.parametrize(
+    "model, selector, expected",
+    [
+        (None, None, (None, "all-MiniLM-L6-v2", False)),
+        (None, "folder", (None, "folder", False)),
+        ("./encoder", "folder", ("./encoder", "folder", False)),
+        ("some/encoder-of-the-hub", "folder", ("some/encoder-of-the-hub", "folder", False)),
+        ("./whole", None, ("./whole", None, True)),
+    ],
+    ids=["neither", "a selector", "both", "a hub id", "a whole folder"],
+)
+def test_encoder_and_selector(folders, model, selector, expected):
+    assert common.resolve(model, selector) == common.Source(*expected)
+
+
+def test_a_folder_of_sentence_transformers_holds_a_selector_if_a_module_is_ours(folders):
+    path = folders / "encoder" / "modules.json"
+    for package, expected in (("sentence_transformers.base", False), ("s2sent_kernels.sentence_transformers", True)):
+        path.write_text(json.dumps([{"type": f"{package}.Module", "path": ""}]))
+        assert common.holds_selector("encoder") == expected
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("./encoder", "--selector: expected a folder or a shipped name beside --model ./encoder, which is an encoder alone"),
+        ("some/hub-id", "--selector: expected a folder or a shipped name beside --model some/hub-id"),
+        ("./empty", "model ./empty: expected a config.json that names a model_type"),
+        ("./nowhere", "model ./nowhere: there is no such directory"),
+    ],
+)  # fmt: skip
+def test_an_encoder_alone(folders, model, message):
+    with pytest.raises(common.UserError) as error:
+        common.resolve(model, None)
+    assert str(error.value).startswith(message)
+    assert common.resolve(model, None, required=False) == common.Source(model, None, False)
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_every_command_refuses_a_selector_beside_a_whole_folder(folders, name, capsys):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("transformers")
+    if name == "encode":
+        pytest.importorskip("sentence_transformers")
+        pytest.importorskip("pyarrow")
+    before = sorted(folders.rglob("*"))
+    command = [name, *INPUTS.get(name, ()), *OUTPUTS[name], "--model", "./whole", "--selector", "all-MiniLM-L6-v2"]
+    assert main([*command, "--device", "cpu"]) == 2
+    expected = "s2sent: error: --selector: expected none beside --model ./whole, which has its own\n"
+    assert capsys.readouterr().err == expected
+    assert sorted(folders.rglob("*")) == before
+
+
+def test_what_is_saved_with_a_selector_is_read_back(tmp_path):
+    pytest.importorskip("safetensors")
+    torch.manual_seed(0)
+    S2SentSelector(16, 2, 4, 4).save_pretrained(tmp_path, about={"blocks": [0, 3], "pooling": "last"})
+    trained = common.read_selector(str(tmp_path))
+    assert (trained.pooling, trained.config["blocks"], trained.selector.training) == ("last", [0, 3], False)
+    with pytest.raises(common.UserError, match=r"^selector nowhere: name_or_folder: expected a folder or one of"):
+        common.read_selector("nowhere")
+
+
+# ---------------------------------------------------------------- when an interrupted encoding is resumed
+
+
+def options(folders, *more):
+    given = ["encode", "texts.txt", "--output", "out.npy", "--model", "./whole", *more]
+    return vars(_parser().parse_args(given))
+
+
+def test_an_unknown_new_option_changes_the_key(folders):
+    known = options(folders)
+    key = encode.resumption_key(known)
+    assert json.loads(json.dumps(key))  # encode_texts hashes it as JSON
+    assert encode.resumption_key({**known, "new": None}) != key
+
+
+@pytest.mark.parametrize(
+    "more, same",
+    [
+        (["--device", "cpu"], True),
+        (["--force"], True),
+        (["--chunk", "7"], True),  # encode_texts compares it itself
+        (["--prompt", "query: "], False),
+        (["--normalize"], False),
+        (["--truncate-dim", "8"], False),
+        (["--batch-size", "7"], False),
+        (["--max-length", "7"], False),
+        (["--column", "body"], False),
+        (["--precision", "ubinary"], False),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_which_options_are_in_the_key(folders, more, same):
+    assert (encode.resumption_key(options(folders, *more)) == encode.resumption_key(options(folders))) == same
+
+
+def test_files_are_in_the_key_by_their_content_and_standard_input_has_none(folders):
+    before = encode.resumption_key(options(folders))
+    (folders / "whole" / "config.json").write_text("{} ")
+    changed = encode.resumption_key(options(folders))
+    (folders / "texts.txt").write_text("a dog or two\n")
+    assert before != changed != encode.resumption_key(options(folders))
+    assert encode.resumption_key({**options(folders), "inputs": ["texts.txt", "-"]}) is None
+
+
+# ---------------------------------------------------------------- packages, defaults, modules
+
+
+@pytest.mark.parametrize("extra, command", [("demo", "'s2sent_kernels[demo]'"), (None, "a-package")])
+def test_a_missing_package_in_one_wording(monkeypatch, capsys, extra, command):
+    monkeypatch.setitem(sys.modules, "a_module", None)
+    with pytest.raises(ImportError) as error:
+        files.require("a_module", "a-package", extra)
+    message = str(error.value)
+    assert message.startswith("a-package cannot be imported (") and message.endswith(f"): pip install {command}")
+
+    def run(_):
+        files.require("a_module", "a-package", extra)
+
+    monkeypatch.setattr(COMMANDS["doctor"], "run", run)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == f"s2sent: error: {message}\n"
+
+
+def test_the_module_that_failed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "a_module", None)
+    message = r"^a_module cannot be imported \(.*\): pip install 's2sent_kernels\[x\]'"
+    with pytest.raises(files.MissingPackage, match=message), files.importing(None, "x"):
+        import a_module  # noqa: F401
+
+
+def test_training_prints_the_recipes_defaults(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # no line breaks
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for key in ("epochs", "batch_size", "learning_rate"):
+        both = f"(default: {getattr(recipe.DEFAULT, key):g}; {getattr(frozen.DEFAULT, key):g} with --freeze-encoder)"
+        assert both in text
+    assert f"default: {recipe.DEFAULT.selector_learning_rate:g}" in text
+
+
+def test_every_subcommand_is_a_module_with_add_and_run():
+    assert list(COMMANDS) == ["demo", "doctor", "train", "evaluate", "encode", "export", "inspect"]
+    assert all(callable(module.add) and callable(module.run) for module in COMMANDS.values())
+    for name in COMMANDS:
+        assert f"s2sent {name}" in _parser_of(name).format_usage()
+
+
+def _parser_of(name):
+    (action,) = (action for action in _parser()._actions if action.dest == "command")
+    return action.choices[name]
