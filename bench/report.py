@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import record
 import targets
 from cases import CASES, CPU_CASES
 from contestants import OURS
+from pages import table
 from suite import guarded
 
 from s2sent_kernels.pictures import write_atomically
@@ -59,14 +60,6 @@ class Results:
             for row in self.rows
             if row["section"] in sections and all(row[name] == value for name, value in wanted.items())
         ]
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Numbers to the right: every column but those that ``head`` marks with a leading "<"."""
-    lines = ["| " + " | ".join(name.lstrip("<") for name in head) + " |"]
-    lines.append("| " + " | ".join("---" if name.startswith("<") else "---:" for name in head) + " |")
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 def microseconds(times: dict[str, float] | None) -> str:

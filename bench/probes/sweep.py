@@ -1,6 +1,6 @@
-"""Times one kernel over a handful of configurations: what bench/NOTES.md draws on.
+"""Times one kernel over a handful of configurations, for bench/NOTES.md.
 
-    python bench/sweep.py squeeze A,D 4:4:64:3 2:4:64:4      # the fields of the kernel's entry in kernels/config.py
+    python bench/probes/sweep.py squeeze A,D 4:4:64:3 2:4:64:4      # the fields of the kernel's entry in kernels/config.py
 
 Kernels: squeeze and fuse_backward (SumTile), fuse and squeeze_backward (Tile), gate (GateTile), gate_backward
 (GateBackwardTile, of the largest of its kernels); select_pool and select are the paths that the first three make up, without
@@ -12,6 +12,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, also where this file is run by its path
 
 import torch
 from cases import BOTTLENECK, CASES, FREQUENCIES, Inputs

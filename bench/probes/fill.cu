@@ -1,7 +1,7 @@
 // How fast a ring of stages in shared memory fills from twelve hidden states [256, 128, 768] of two bytes, in the ways that
 // csrc/cuda/select.cuh could ask, and what a 16-byte load from shared memory takes meanwhile: a table of bench/NOTES.md.
 //
-//   nvcc -std=c++17 -O3 -gencode=arch=compute_90,code=sm_90 -o fill bench/fill.cu && ./fill
+//   nvcc -std=c++17 -O3 -gencode=arch=compute_90,code=sm_90 -o fill bench/probes/fill.cu && ./fill
 
 #include <cuda.h>
 #include <cuda_runtime.h>

@@ -1,6 +1,6 @@
 """bench/results/quality/*.json to bench/QUALITY.md, and the figures between the README's markers. Nothing is typed by hand.
 
-python bench/quality_report.py [--results bench/results/quality] [--output bench/QUALITY.md] [--readme README.md]
+python bench/quality/report.py [--results bench/results/quality] [--output bench/QUALITY.md] [--readme README.md]
 """
 
 from __future__ import annotations
@@ -14,27 +14,29 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import record
-import train_selector
-from quality import BASE as CLAIMS_BASE
-from quality import RECIPE as claims_recipe
-from quality_data import MODEL_NAME, TESTS, TRANSFER, spread
-from report import table
+sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, also where this file is run by its path
 
+import record
+from pages import insert, table
+
+from quality import train_selector
+from quality.data import MODEL_NAME, TESTS, TRANSFER, spread
+from quality.quality import BASE as CLAIMS_BASE
+from quality.quality import RECIPE as claims_recipe
 from s2sent_kernels import evaluation, pretrained
 from s2sent_kernels.pictures import write_atomically
 
 Row = dict[str, Any]
 COLUMNS = ("dev", *TESTS, "mean")
 TITLES = ("STS-B dev", "STS12", "STS14", "STS16", "STS-B test", "mean of the four")
-START, END = "<!-- quality: written by bench/quality_report.py -->", "<!-- quality: end -->"
+START, END = "<!-- quality: written by bench/quality/report.py -->", "<!-- quality: end -->"
 BASE = {name: value for name, value in CLAIMS_BASE.items() if name != "prior"}
 
 INTRO = """\
 # Quality
 
-Written by `bench/quality_report.py` from [results/quality](results/quality), which `bench/train_selector.py` and
-`bench/quality.py` measured; nothing is typed by hand. Encoder: all-MiniLM-L6-v2, 6 blocks of 384 features. Figures are
+Written by `bench/quality/report.py` from [results/quality](results/quality), which `bench/quality/train_selector.py` and
+`bench/quality/quality.py` measured; nothing is typed by hand. Encoder: all-MiniLM-L6-v2, 6 blocks of 384 features. Figures are
 Spearman × 100 of cosine similarities, each STS set as one; where there are seeds, the median and in parentheses the lowest and
 highest, of three where no other number is given.
 
@@ -294,17 +296,7 @@ def build(results: Path, output: Path, readme: Path | None, card: bool = True) -
         folder = pretrained.find(MODEL_NAME)
         write_atomically(folder / "README.md", train_selector.card(content, folder).encode())
     if readme is not None:
-        insert(readme, when(content, claim_rows, rows["transfer"], rows["finetune"]))
-
-
-def insert(readme: Path, text: str) -> None:
-    """Put ``text`` between the markers."""
-    old = readme.read_text(encoding="utf-8")
-    before, start, rest = old.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise record.UserError(f"{readme}: expected the markers {START} and {END}")
-    write_atomically(readme, f"{before}{start}\n{text}\n{end}{after}".encode())
+        insert(readme, START, END, when(content, claim_rows, rows["transfer"], rows["finetune"]))
 
 
 def main() -> int:
@@ -316,7 +308,7 @@ def main() -> int:
     try:
         build(asked.results, asked.output, asked.readme)
     except record.UserError as error:
-        print(f"quality_report: error: {error}", file=sys.stderr)
+        print(f"quality/report: error: {error}", file=sys.stderr)
         return 2
     print(asked.output)
     return 0

@@ -1,8 +1,9 @@
-"""The token forward in one read of the hidden states and in two, over shapes: what the rule in csrc/cuda/select.cu follows.
+"""Times the token forward in one read of the hidden states and in two, over shapes. csrc/cuda/select.cu's rule follows it.
 
-    python bench/one_pass.py [N,B,L,D ...]      # bfloat16, no mask, H = D / 12; device microseconds, caches as they were left
+    python bench/probes/one_pass.py [N,B,L,D ...]
 
-A shape that the kernel does not take has no time of one pass; where it has, the line says whether the bits are the same.
+bfloat16, no mask, H = D / 12; microseconds of device time. Caches are not flushed between calls. A shape that the one-pass
+kernel does not support has no time of one pass. For the others the line also reports whether both ways give the same bits.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, also where this file is run by its path
 
 import torch
 from cases import FREQUENCIES, Case, Inputs

@@ -1,13 +1,13 @@
 """The method's claims, measured: which parts of the selector earn their place on all-MiniLM-L6-v2, with a frozen encoder and with
 one that is trained too, and what the shipped selector gives beyond similarity.
 
-    python bench/quality.py claims   --data FOLDER      tables over M, N, prior, norm, gates of the input or constant
-    python bench/quality.py subsets  --data FOLDER      the shipped selector on every part of the STS sets, beside others
-    python bench/quality.py transfer --data FOLDER      logistic regression on the shipped selector's embeddings, beside others
-    python bench/quality.py finetune --data FOLDER      encoder and fusion trained together, same budget for all
-    python bench/quality_report.py                      bench/results/quality/*.json to bench/QUALITY.md
+    python bench/quality/quality.py claims   --data FOLDER     tables over M, N, prior, norm, gates of the input or constant
+    python bench/quality/quality.py subsets  --data FOLDER     the shipped selector on every subset of the STS sets
+    python bench/quality/quality.py transfer --data FOLDER     logistic regression on the shipped selector's embeddings
+    python bench/quality/quality.py finetune --data FOLDER     encoder and fusion trained together, same budget for all
+    python bench/quality/report.py                             bench/results/quality/*.json to bench/QUALITY.md
 
-The folder's layout stands in bench/quality_data.py. A GPU is used where there is one. Every configuration is trained from three
+The folder's layout stands in bench/quality/data.py. A GPU is used where there is one. Every configuration is trained from three
 seeds; nothing is chosen on what is reported. --part I/K measures every K-th configuration, for several processes at once.
 """
 
@@ -20,11 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import quality_finetune
+sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, also where this file is run by its path
+
 import record
 import torch
-from quality_data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, load_encoder, scores
 
+from quality import finetune
+from quality.data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, load_encoder, scores
 from s2sent_kernels import S2SentSelector, evaluation, frozen, pretrained
 from s2sent_kernels.pictures import write_atomically
 
@@ -126,7 +128,7 @@ def transfer(asked: Any) -> Iterator[Row]:
             yield row
 
 
-SECTIONS = {"claims": claims, "subsets": subsets, "transfer": transfer, "finetune": quality_finetune.measure}
+SECTIONS = {"claims": claims, "subsets": subsets, "transfer": transfer, "finetune": finetune.measure}
 
 
 def main() -> int:

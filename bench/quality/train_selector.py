@@ -1,6 +1,6 @@
 """Train the selector that the package ships for all-MiniLM-L6-v2, and everything that its model card says.
 
-    python bench/train_selector.py --data FOLDER        (the folder's layout: bench/quality_data.py)
+    python bench/quality/train_selector.py --data FOLDER        (the folder's layout: bench/quality/data.py)
 
 The encoder is frozen: one pass fills a cache, then every training takes seconds. The learning rate, the epoch and the seed
 that is shipped are chosen on STS-B dev. It shares pairs with STS12, STS14 and STS16: the card counts them, and says what
@@ -16,11 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import record
-import report
-import torch
-from quality_data import MAX_LENGTH, MODEL_NAME, SEEDS, TESTS, Data, Frozen, arguments, scores, spread
+sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, also where this file is run by its path
 
+import record
+import torch
+from pages import table as markdown
+
+from quality.data import MAX_LENGTH, MODEL_NAME, SEEDS, TESTS, Data, Frozen, arguments, scores, spread
 from s2sent_kernels import S2SentSelector, evaluation, frozen, pretrained
 from s2sent_kernels.pictures import write_atomically
 
@@ -74,7 +76,7 @@ def table(content: dict[str, Any]) -> str:
         rows.append([kind, *(spread([run["scores"][column] for run in runs]) for column in columns)])
     shipped = next(run for run in content["runs"] if run["shipped"] and run["pooling"] == evaluation.S2SENT)
     rows.append([f"**shipped**, seed {shipped['seed']}", *(f"{shipped['scores'][column]:.2f}" for column in columns)])
-    return report.table(head, rows)
+    return markdown(head, rows)
 
 
 def rules(content: dict[str, Any]) -> str:
@@ -88,7 +90,7 @@ def rules(content: dict[str, Any]) -> str:
             values = [run["by_epoch"][epoch]["mean"] for run, epoch in zip(runs, epochs, strict=True)]
             over = f"{statistics.median(values) - last:+.2f}"
             rows.append([name, f"{rate:g}", ", ".join(map(str, epochs)), spread(values), over])
-    return report.table(["<epoch chosen on", "learning rate", "epochs", "mean of the four", "over mean of last"], rows)
+    return markdown(["<epoch chosen on", "learning rate", "epochs", "mean of the four", "over mean of last"], rows)
 
 
 CARD = """\
@@ -100,8 +102,8 @@ tags: [sentence-embeddings, s2sent]
 
 # S2Sent selector for all-MiniLM-L6-v2
 
-Written by `bench/train_selector.py`; no figure is typed by hand. `S2SentSelector.from_pretrained("all-MiniLM-L6-v2")` returns
-it.
+Written by `bench/quality/train_selector.py`; no figure is typed by hand.
+`S2SentSelector.from_pretrained("all-MiniLM-L6-v2")` returns it.
 
 It reads all {blocks} blocks of [all-MiniLM-L6-v2](https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2) (Apache-2.0; not
 part of this package, its attribution stays with it) and puts a sentence embedding in the place of the mean of its last block.

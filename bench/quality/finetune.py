@@ -1,4 +1,4 @@
-"""Fine-tuning of encoder and fusion together, the same budget for every fusion: what bench/quality.py calls "finetune"."""
+"""Section "finetune" of bench/quality/quality.py: encoder and fusion trained together, with the same budget for every fusion."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from quality_data import MAX_LENGTH, Data, load_encoder, scores
 from torch import Tensor, nn
 
+from quality.data import MAX_LENGTH, Data, load_encoder, scores
 from s2sent_kernels import S2SentSelector, cache, evaluation, frozen
 from s2sent_kernels.capture import BlockCapture
 from s2sent_kernels.tokens import Tokens
