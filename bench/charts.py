@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from contestants import MEAN_OF_LAST, OURS
 from end_to_end import BASE, FED, KEPT, PUBLISHED
 from matplotlib.figure import Figure
-
-if TYPE_CHECKING:
-    from report import Results
+from record import Results
 
 INK, FAINT, GRID = "#22303c", "#7b8794", "#e3e8ed"
 POOLED, TOKEN, OTHER, LOST, LAST = "#0b7a75", "#3d5a98", "#b8c1cb", "#c8553d", "#d98e04"

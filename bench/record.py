@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import CASES, CPU_CASES
 from contestants import OURS, version
 
 from s2sent_kernels.pictures import write_atomically
@@ -153,6 +154,29 @@ def _rows_of(contestant: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]
 def times_ours(row: dict[str, Any], mine: dict[str, Any]) -> float:
     """A row's time over this package's: of the same run where that is known, else of ``mine``."""
     return row["device_us"]["median"] / row.get("ours_us", mine["device_us"]["median"])
+
+
+class Results:
+    """One device's file, and its rows by key."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self.device, self.runs = content["device"], content["runs"]
+        # Merged runs come in any order; cases are shown in theirs.
+        order = {case.name: place for place, case in enumerate((*CASES, *CPU_CASES))}
+        self.rows: list[Row] = sorted(content["rows"], key=lambda row: order.get(row["case"], len(order)))
+        self._rows = {key(row): row for row in self.rows}
+
+    def find(self, section: str, case: str, what: str, mode: str, contestant: str) -> Row | None:
+        """The row of that key where it came out."""
+        row = self._rows.get((section, case, what, mode, contestant))
+        return row if row and row["status"] == "ok" else None
+
+    def of(self, *sections: str, **wanted: str) -> list[Row]:
+        return [
+            row
+            for row in self.rows
+            if row["section"] in sections and all(row[name] == value for name, value in wanted.items())
+        ]
 
 
 class Record:

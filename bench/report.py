@@ -11,19 +11,17 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import charts
 import record
 import targets
-from cases import CASES, CPU_CASES
 from contestants import OURS
 from pages import table
+from record import Results, Row
 from suite import guarded
 
 from s2sent_kernels.pictures import write_atomically
 
-Row = dict[str, Any]
 MODES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 METHOD = """\
 Device time is that of CUDA-graph replays between events, over inputs that rotate until they exceed the L2 cache; on a CPU it
@@ -37,29 +35,6 @@ Compiled with max-autotune means without its own CUDA graphs, which cannot be ca
 products by cuBLAS. The formulas, "published" in end-to-end rows too, are the reference's two profiles in plain PyTorch, with
 their bases held as buffers. Like the reference they compute in float32; a module that computes in the hidden states' own
 dtype, as the authors' does, moves fewer bytes and takes less time. It is not among the contestants."""
-
-
-class Results:
-    """One device's file, and its rows by key."""
-
-    def __init__(self, content: dict[str, Any]) -> None:
-        self.device, self.runs = content["device"], content["runs"]
-        # Merged runs come in any order; cases are shown in theirs.
-        order = {case.name: place for place, case in enumerate((*CASES, *CPU_CASES))}
-        self.rows: list[Row] = sorted(content["rows"], key=lambda row: order.get(row["case"], len(order)))
-        self._rows = {record.key(row): row for row in self.rows}
-
-    def find(self, section: str, case: str, what: str, mode: str, contestant: str) -> Row | None:
-        """The row of that key where it came out."""
-        row = self._rows.get((section, case, what, mode, contestant))
-        return row if row and row["status"] == "ok" else None
-
-    def of(self, *sections: str, **wanted: str) -> list[Row]:
-        return [
-            row
-            for row in self.rows
-            if row["section"] in sections and all(row[name] == value for name, value in wanted.items())
-        ]
 
 
 def microseconds(times: dict[str, float] | None) -> str:

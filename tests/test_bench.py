@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(next(f for f in Path(__file__).parents if (f / "bench/suite.py").is_file()) / "bench"))
 
+import calls
 import cases
 import contestants
 import end_to_end
@@ -33,7 +34,7 @@ RUN = {
 
 
 def row(**changes):
-    fresh = memory.row_of(SMALL, "pooled", "forward", contestants.OURS) | {
+    fresh = calls.row_of(SMALL, "pooled", "forward", contestants.OURS) | {
         "section": "paths", "status": "ok", "device_us": {"median": 12.5, "p20": 12.0, "p80": 13.0}, "floor_us": 10.0,
         "read_bytes": 100, "write_bytes": 10, "run": 0,
         "parity": {"ok": True, "worst": "output 0", "share": 0.5, "output_error": 1e-7, "yardstick_error": 1e-7},
@@ -99,11 +100,11 @@ def test_quantiles():
 
 
 def test_variants_take_turns_and_a_broken_one_is_named_where_asked():
-    calls, order = [], []
-    variants = {"a": [lambda: order.append("a")], "b": [lambda: order.append("b"), lambda: calls.append(1)]}
+    others, order = [], []
+    variants = {"a": [lambda: order.append("a")], "b": [lambda: order.append("b"), lambda: others.append(1)]}
     times = timing.device_times(variants, 4)
     assert set(times) == {"a", "b"}
-    assert order.count("a") == order.count("b") == len(calls) == 5  # one warms up
+    assert order.count("a") == order.count("b") == len(others) == 5  # one warms up
     assert order[2:] == ["a", "b", "b", "a", "a", "b", "b", "a"]
 
 
