@@ -1,13 +1,15 @@
-"""Results: one JSON file for each device, written whole after every step, merged row by row.
+"""Results: one JSON file for each device, rewritten after every step, merged row by row. One row a line, so that a diff of two
+runs is a diff of rows.
 
-python bench/record.py merged.json part.json [--only=NAME] [part.json ...]     # later files win
+    python bench/record.py merged.json part.json [--only=NAME] [part.json ...]     # later files win
+    python bench/record.py --rewrite FILE [FILE ...]                               # the same content, one row a line
 
-merged.json keeps the rows that it has where it is itself the first of the parts.
+To keep the rows of merged.json, name it as the first part too.
 
-Of the parts behind --only=NAME the rows of that contestant alone are taken: a ratio of two cases belongs to one run. What this
-package took in that run is kept with them, as "ours_us".
+Of the parts after --only=NAME only that contestant's rows are used: a ratio of two cases belongs to one run. This package's
+times in that run are kept with them, as "ours_us".
 
-{"format": 2, "device": slug, "runs": [{environment, ceilings, ...}], "rows": [{"section", "case", ..., "run": index}]}
+    {"format": 2, "device": slug, "runs": [{environment, ceilings, ...}], "rows": [{"section", "case", ..., "run": index}]}
 """
 
 from __future__ import annotations
@@ -110,9 +112,27 @@ def key(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in KEY)
 
 
-def _write(path: Path, results: dict[str, Any] | None) -> None:
+def dumps(content: dict[str, Any]) -> str:
+    """JSON with a line for each key of ``content``, and where its value is a list of records, for each of them. A record's
+    fields are in a fixed order, those of ``KEY`` first, whichever code measured it; the order inside a field has a meaning."""
+    fields = (f"{json.dumps(name)}: {_lines(value)}" for name, value in content.items())
+    return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+def _lines(value: Any) -> str:
+    if not isinstance(value, list) or not value or not all(isinstance(each, dict) for each in value):
+        return json.dumps(value)
+    return "[\n " + ",\n ".join(json.dumps(_ordered(row)) for row in value) + "\n]"
+
+
+def _ordered(row: Row) -> Row:
+    first = [name for name in KEY if name in row]
+    return {name: row[name] for name in (*first, *sorted(row.keys() - set(first)))}
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
+    write_atomically(path, dumps(content).encode())
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -204,13 +224,17 @@ class Record:
 
     def save(self) -> None:
         merged = merge(self._old, self._results)
-        _write(self.path, merged)
+        write(self.path, merged)
 
 
 def main(arguments: list[str]) -> int:
     try:
         if len(arguments) < 2:
             raise UserError("expected the merged file and at least one part")
+        if arguments[0] == "--rewrite":
+            for name in arguments[1:]:
+                write(Path(name), json.loads(Path(name).read_text(encoding="utf-8")))
+            return 0
         merged: dict[str, Any] | None = None
         only = None
         for part in arguments[1:]:
@@ -221,7 +245,9 @@ def main(arguments: list[str]) -> int:
             if only is not None:
                 content["rows"] = _rows_of(only, content["rows"])
             merged = merge(merged, content)
-        _write(Path(arguments[0]), merged)
+        if merged is None:
+            raise UserError("expected at least one part")
+        write(Path(arguments[0]), merged)
     except UserError as error:
         print(f"record: error: {error}", file=sys.stderr)
         return 2

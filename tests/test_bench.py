@@ -282,6 +282,28 @@ def test_a_run_keeps_what_it_has_measured_and_other_runs_rows(tmp_path):
     assert len(record.load(tmp_path / "merged.json")["rows"]) == 2
 
 
+def test_results_have_one_row_a_line(tmp_path):
+    content = results(row(), row(mode="both")) | {"empty": [], "numbers": [1, 2]}
+    path = tmp_path / "some.json"
+    record.write(path, content)
+    lines = path.read_text().splitlines()
+    assert [json.loads(line.rstrip(","))["mode"] for line in lines if '"section"' in line] == ["forward", "both"]
+    assert '"empty": [],' in lines and '"numbers": [1, 2]' in lines
+    assert json.loads(path.read_text()) == content
+    assert record.dumps({"rows": [dict(reversed(row().items()))]}) == record.dumps({"rows": [row()]})
+    path.write_text(json.dumps(content, indent=1))
+    assert record.main(["--rewrite", str(path)]) == 0
+    assert path.read_text().splitlines() == lines
+
+
+def test_committed_results_are_as_they_are_written():
+    files = list(record.RESULTS.rglob("*.json"))
+    assert len(files) > 20
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        assert record.dumps(json.loads(text)) == text, path
+
+
 def test_a_row_of_another_run_is_beside_this_package_in_its_own(tmp_path):
     """The merged file has this package at 12.5, the part at 20: of its native the ratio is to 20."""
     slow = {"median": 20.0, "p20": 19.0, "p80": 21.0}

@@ -13,7 +13,6 @@ seeds; nothing is chosen on what is reported. --part I/K measures every K-th con
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +27,6 @@ import torch
 from quality import finetune
 from quality.data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, load_encoder, scores
 from s2sent_kernels import S2SentSelector, evaluation, frozen, pretrained
-from s2sent_kernels.pictures import write_atomically
 
 HIDDEN, BOTTLENECK = 384, 32
 RECIPE = frozen.Recipe(epochs=6)
@@ -148,13 +146,10 @@ def main() -> int:
     if tuple(asked.seeds) != SEEDS:  # beside what other seeds gave
         name += "-seeds-" + "-".join(map(str, asked.seeds))
     path = asked.output / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     content: Row = {"section": asked.section, "environment": record.environment(), "rows": []}
     for row in SECTIONS[asked.section](asked):
         content["rows"].append(row)
-        write_atomically(
-            path, (json.dumps(content, indent=1) + "\n").encode()
-        )  # what is done is kept if the rest fails
+        record.write(path, content)  # after every row: what is measured is kept if the rest fails
     print(path)
     return 0
 

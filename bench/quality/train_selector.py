@@ -10,7 +10,6 @@ is chosen on a test set; but of the rules, the rest of STS-B dev came first, and
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -210,8 +209,7 @@ def main() -> int:
     }  # fmt: skip
     pretrained.save(shipped, asked.output, about)
     write_atomically(asked.output / "README.md", card(content, asked.output).encode())
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(RESULT, (json.dumps(content, indent=1) + "\n").encode())
+    record.write(RESULT, content)
     print(asked.output)
     return 0
 
