@@ -86,6 +86,19 @@ def cases_of(device: str) -> tuple[Case, ...]:
     return CASES if device == "cuda" else CPU_CASES
 
 
+# Small calls, whose time on a GPU is the host's: compare.py measures that. On a CPU in float32.
+HOST_CASES = (
+    Case("C", 1, 32, 12, 768),
+    Case("B", 64, 32, 3, 768),
+    Case("F", 32, 64, 6, 384),
+    Case("G", 1, 16, 6, 384),
+)
+
+
+def host_cases_of(device: str) -> tuple[Case, ...]:
+    return HOST_CASES if device == "cuda" else tuple(replace(case, dtype=torch.float32) for case in HOST_CASES)
+
+
 def sweeps_of(device: str) -> dict[str, tuple[Case, ...]]:
     """The cases behind the two line pictures: over tokens and over blocks, around A."""
     base = CASES[0] if device == "cuda" else _SMALL

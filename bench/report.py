@@ -18,7 +18,7 @@ import targets
 from contestants import OURS
 from pages import table
 from record import Results, Row
-from suite import guarded
+from suite import Parser, guarded
 
 from s2sent_kernels.pictures import write_atomically
 
@@ -251,18 +251,15 @@ def build(files: Sequence[Path], output: Path) -> str:
     return text
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise record.UserError(message)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser("report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=record.RESULTS, help="a folder of .json files")
+    parser.add_argument("--output", type=Path, default=record.BENCH / "REPORT.md")
+    arguments = parser.parse_args(argv)
+
     def action() -> int:
-        parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--results", type=Path, default=record.RESULTS, help="a folder of .json files")
-        parser.add_argument("--output", type=Path, default=record.BENCH / "REPORT.md")
-        arguments = parser.parse_args(argv)
-        build(sorted(arguments.results.glob("*.json")), arguments.output)
+        files = (path for path in arguments.results.glob("*.json") if not path.name.startswith("compare-"))
+        build(sorted(files), arguments.output)
         print(arguments.output)
         return 0
 

@@ -27,16 +27,20 @@ from typing import Any, NoReturn
 SECTIONS = ("latency", "sweep", "memory", "end_to_end")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Wrong arguments are reported in one line, as every other error."""
+class Parser(argparse.ArgumentParser):
+    """Reports wrong arguments in one line, as ``guarded`` does every other error."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__(**options)
+        self._name = name
 
     def error(self, message: str) -> NoReturn:
-        print(f"bench: error: {message}", file=sys.stderr)
+        print(f"{self._name}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", default=",".join(SECTIONS), help="of " + ", ".join(SECTIONS))
     parser.add_argument("--cases", help="names of cases, for latency and memory (default: all)")
     parser.add_argument(

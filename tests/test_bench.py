@@ -1,7 +1,9 @@
 """The benchmark suite's pieces: floors, quantiles, parity before speed, results that merge, the report. Nothing about speed."""
 
+import ast
 import json
 import re
+import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -13,9 +15,11 @@ sys.path.insert(0, str(next(f for f in Path(__file__).parents if (f / "bench/sui
 
 import calls
 import cases
+import compare
 import contestants
 import end_to_end
 import formula
+import measure
 import memory
 import parity
 import record
@@ -374,3 +378,120 @@ def test_report_without_results_is_one_line_and_code_2(tmp_path, capsys):
 
     assert report.main(["--results", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "report: error: no results to report: run bench/suite.py first\n"
+
+
+# ---------------------------------------------------------------- two trees
+
+
+def test_every_row_of_a_comparison_passes_parity():
+    names = [*measure.FUNCTIONS, *measure.METHODS]
+    rows = list(measure.rows_of("cpu", ["small"], ["auto"]))
+    assert {(row.function, row.mode) for row in rows} == {
+        *((name, mode) for name in names for mode in ("eval", "gradient")),
+        *((name, "training") for name in measure.METHODS),
+    }
+    for each in rows:
+        found = measure.measure(each, "cpu", 0.0, check=True)
+        assert "error" not in found and found["parity"]["ok"], (each.name, found)
+        assert len(found["samples"]) >= 3 and found["bits"]
+
+
+def test_small_calls_and_an_encoder_have_rows_of_host_time():
+    rows = {row.name for row in measure.rows_of("cpu", None, ["auto", "reference"]) if row.clock == "host"}
+    for case in ("C", "B", "F", "G"):
+        assert {f"{name}/eval/host/{case}/auto" for name in measure.METHODS} <= rows
+    assert {"pool/gradient/host/G/reference", "capture/eval/host/encoder/auto"} <= rows
+
+
+def test_a_bit_of_difference_is_found():
+    tensor = torch.randn(5, 3)
+    other = tensor.clone()
+    assert measure.checksum(tensor) == measure.checksum(other.T.contiguous().T)
+    other[4, 2] = torch.nextafter(other[4, 2], torch.tensor(9.0))
+    assert measure.checksum(tensor) != measure.checksum(other)
+    assert measure.checksum(tensor) != measure.checksum(tensor.flip(0))
+
+
+def test_what_measures_two_trees_runs_on_an_older_one():
+    """It uses public names alone, and modules of bench/ that do not import the package."""
+    allowed = {"s2sent_kernels", "s2sent_kernels.capture"}
+    for name in ("measure", "cases", "timing", "tolerance"):
+        tree = ast.parse((record.BENCH / f"{name}.py").read_text(encoding="utf-8"))
+        found = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        found |= {each.name for node in ast.walk(tree) if isinstance(node, ast.Import) for each in node.names}
+        ours = {path.stem for path in record.BENCH.glob("*.py")} - {"cases", "timing", "tolerance"}
+        assert not found & ours
+        assert {each for each in found if each.startswith("s2sent")} <= (allowed if name == "measure" else set())
+
+
+def test_a_tree_is_compared_with_itself():
+    tree = compare.Tree(record.BENCH.parent, "this")
+    options = ["--cases", "G", "--rows", "pool/eval/*", "--backends", "reference", "--seconds", "0"]
+    found = compare.measured(tree, options, check=True)
+    (each,) = compare.rows_of([found, found], [found, found])
+    assert each["row"] == "pool/eval/host/G/reference"
+    assert (each["ratio"], each["verdict"], each["bits"]) == (1.0, "within noise", "same")
+    assert "1.000" in compare.table([each])
+
+
+@pytest.mark.parametrize(
+    ("base", "work", "verdict"),
+    [
+        ((10.0, 10.1), (8.9, 9.0), "faster"),
+        ((10.0, 10.1), (11.0, 11.1), "slower"),
+        ((10.0, 10.1), (9.95, 9.99), "within noise"),  # less than 2 %
+        ((10.0, 10.1), (9.0, 10.05), "within noise"),  # rounds overlap
+        ((10.0, 13.0), (9.0, 9.5), "within noise"),  # rounds of the base differ by more
+    ],
+)
+def test_a_difference_is_one_that_every_round_shows_and_that_exceeds_noise(base, work, verdict):
+    assert compare.compared([[value] for value in base], [[value] for value in work])["verdict"] == verdict
+
+
+def test_a_comparison_refuses_ratios_without_parity_and_says_why():
+    def side(usable=True, **rows):
+        return [{"usable": {"native": usable}, "rows": {name.replace("_", "/"): row for name, row in rows.items()}}]
+
+    good = {"samples": [1.0], "bits": [1], "parity": {"ok": True, "worst": "output 0", "share": 0.5}}
+    wrong = {"bits": [2], "parity": {"ok": False, "worst": "output 0", "share": 3.0}}
+    raised = {"error": "ValueError: no"}
+    rows = compare.rows_of(
+        side(a_auto=good, b=good, c=wrong, d=raised, e=good),
+        side(False, a_auto=good, b=wrong, c=good, d=raised, f=good),
+    )
+    assert {row["row"]: (row["verdict"], row["why"]) for row in rows} == {
+        "a/auto": ("not compared", "native: usable in one tree only"),
+        "b": ("failed", "working tree: parity failed: output 0: 3.00 of the bound"),
+        "c": ("not compared", "base: parity failed: output 0: 3.00 of the bound"),
+        "d": ("not compared", "base: ValueError: no; working tree: ValueError: no"),
+        "e": ("not compared", "working tree: no such row"),
+        "f": ("not compared", "base: no such row"),
+    }
+    assert not any("ratio" in row for row in rows)
+
+
+def test_a_revision_is_checked_out_and_gets_an_extension_of_its_interface_only(tmp_path, monkeypatch, capsys):
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    package = tmp_path / "s2sent_kernels"
+    package.mkdir()
+    git("init", "-b", "main")
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    for number in (1, 2):
+        (package / "some.py").write_text(f"NATIVE_INTERFACE: int = {number}\n")
+        git("add", "-A")
+        git("commit", "-m", f"interface {number}")
+    (package / "_C.abi3.so").write_bytes(b"compiled")
+    for revision, copied in (("main", True), ("main~1", False)):
+        with compare.checked_out(revision, build=False) as tree:
+            assert tree.interface == ("2" if copied else "1")
+            assert (tree.extension is not None) == copied
+        assert not tree.folder.exists()
+        told = capsys.readouterr().err
+        assert ("only the Python side" if copied else "its interface was 1 and is 2") in told
+    with compare.checked_out(str(tmp_path), build=True) as tree:  # a folder, as it is
+        assert tree.folder == tmp_path
+    with pytest.raises(record.UserError, match="nothing"), compare.checked_out("nothing", build=False):
+        pass
