@@ -106,7 +106,7 @@ test: $(DEV_READY)
 bench: $(BENCH_READY)
 	@failed=0; \
 	env -u TRITON_INTERPRET $(PY) bench/suite.py $(BENCH_OPTIONS) || failed=$$?; \
-	if [ $$failed -lt 2 ]; then $(PY) bench/report.py; fi; \
+	if [ $$failed -lt 2 ]; then $(PY) bench/report.py --readme README.md; fi; \
 	exit $$failed
 
 compare: $(BENCH_READY)

@@ -1,8 +1,8 @@
-"""bench/results/*.json to bench/REPORT.md and its pictures. Nothing in the report is typed by hand.
+"""bench/results/*.json to bench/REPORT.md and its pictures, and to the README's table of costs. No number is typed by hand.
 
-    python bench/report.py [--results bench/results] [--output bench/REPORT.md]
+    python bench/report.py [--results bench/results] [--output bench/REPORT.md] [--readme README.md]
 
-Pictures stand in a folder "pictures" beside the report.
+Pictures are written to a folder "pictures" beside the report.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import charts
+import costs
 import record
 import targets
 from contestants import OURS
-from pages import table
+from pages import insert, table
 from record import Results, Row
 from suite import Parser, guarded
 
@@ -233,7 +234,8 @@ def _picture(results: Results, pictures: Path, name: str, text: str, draw: Draw)
     return f"![{text}]({pictures.name}/{path.name})"
 
 
-def build(files: Sequence[Path], output: Path) -> str:
+def build(files: Sequence[Path], output: Path, readme: Path | None = None) -> str:
+    """Write the report and, between its markers, the table of ``readme``; the report's text."""
     found = []
     for path in files:
         try:
@@ -248,6 +250,11 @@ def build(files: Sequence[Path], output: Path) -> str:
     text = "\n\n".join(parts) + "\n"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, text.encode())
+    if readme is not None:
+        gpu = next((results for results in found if results.device == targets.GPU), None)
+        if gpu is None:
+            raise record.UserError(f"{readme}: its table needs the results of {targets.GPU}")
+        insert(readme, costs.START, costs.END, costs.costs(gpu, record.RESULTS / "quality"))
     return text
 
 
@@ -255,11 +262,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="a folder of .json files")
     parser.add_argument("--output", type=Path, default=record.BENCH / "REPORT.md")
+    parser.add_argument("--readme", type=Path, help="also write the table between this file's markers")
     arguments = parser.parse_args(argv)
 
     def action() -> int:
         files = (path for path in arguments.results.glob("*.json") if not path.name.startswith("compare-"))
-        build(sorted(files), arguments.output)
+        build(sorted(files), arguments.output, arguments.readme)
         print(arguments.output)
         return 0
 

@@ -29,6 +29,7 @@ import timing
 
 from s2sent_kernels import S2SentSelector, backend
 
+ROOT = record.BENCH.parent
 SMALL = cases.Case("small", 2, 8, 3, 16, torch.float32)
 PACKED = cases.Case("packed", 2, 8, 3, 16, torch.float32, "packed")
 RUN = {
@@ -378,6 +379,38 @@ def test_report_without_results_is_one_line_and_code_2(tmp_path, capsys):
 
     assert report.main(["--results", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "report: error: no results to report: run bench/suite.py first\n"
+
+
+def test_the_readmes_table_of_costs_is_what_the_committed_results_give(tmp_path):
+    import costs
+
+    committed = (ROOT / "README.md").read_text(encoding="utf-8")
+    between = committed.partition(costs.START + "\n")[2].partition("\n" + costs.END)[0]
+    gpu = record.Results(record.load(record.RESULTS / f"{targets.GPU}.json"))
+    assert between == costs.costs(gpu, record.RESULTS / "quality")
+    assert 6 <= between.count("\n| ") - 1 <= 8
+    assert max(map(len, between.splitlines())) <= 130
+
+
+def test_the_committed_report_is_what_the_committed_results_give(tmp_path):
+    pytest.importorskip("matplotlib")
+    import report
+
+    assert report.main(["--output", str(tmp_path / "REPORT.md")]) == 0
+    assert (tmp_path / "REPORT.md").read_text() == (ROOT / "bench" / "REPORT.md").read_text()
+
+
+def test_a_table_of_costs_without_its_results_or_markers_says_so(tmp_path):
+    pytest.importorskip("matplotlib")
+    import report
+
+    (tmp_path / "cpu.json").write_text(json.dumps(results(row())))
+    (tmp_path / "README.md").write_text("no markers")
+    with pytest.raises(record.UserError, match="needs the results of nvidia-h200"):
+        report.build([tmp_path / "cpu.json"], tmp_path / "REPORT.md", tmp_path / "README.md")
+    (tmp_path / "gpu.json").write_text(json.dumps(results(row(case="A"), device=targets.GPU)))
+    with pytest.raises(record.UserError, match="expected the markers"):
+        report.build([tmp_path / "gpu.json"], tmp_path / "REPORT.md", tmp_path / "README.md")
 
 
 # ---------------------------------------------------------------- two trees
