@@ -1,8 +1,8 @@
-"""The selector's two profiles in plain PyTorch, as competitors: what the reference computes, written for speed.
+"""The selector's two profiles in plain PyTorch, as competitors: the reference's formulas, written for speed.
 
-The reference is written to be read: it makes its bases anew for every block. Here they are buffers, as the published module
-holds its own, and the token factor of profile ``paper``, which depends on the mask, is computed once a call. So the competitors
-are at least as fast as the reference, and they can be captured as CUDA graphs, which copies from the host cannot.
+The reference is written to be read: it computes its bases for every block. Here they are buffers, as in the published module, and
+the token factor of profile ``paper``, which depends on the mask, is computed once a call. So the competitors are at least as fast
+as the reference, and can be captured as CUDA graphs: they copy nothing from the host.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def parameters_of(selector: S2SentSelector) -> GateParameters:
 
 
 def masked_mean(hidden_state: Tensor, mask: Tensor) -> Tensor:
-    """What everyone uses: [B, L, D] and [B, L] to [B, D]."""
+    """The usual pooling: [B, L, D] and [B, L] to [B, D]."""
     weight = mask[..., None].to(hidden_state.dtype)
     return (hidden_state * weight).sum(1) / weight.sum(1)
 
 
 class Formula(nn.Module):
-    """``pooled`` and ``token`` of ``selector`` on batches of L = ``tokens`` with a mask, in plain PyTorch."""
+    """The pooled and the token path of ``selector`` on batches of L = ``tokens`` with a mask, in plain PyTorch."""
 
     def __init__(self, selector: S2SentSelector, tokens: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Formula(nn.Module):
         return (values.unflatten(-1, (self.selector.frequencies, -1)) * beta[..., None]).flatten(-2)
 
     def _select(self, hidden_states: list[Tensor], mask: Tensor, pool: bool) -> tuple[Tensor, list[Tensor], Tensor]:
-        """g [B, N, D], the pooled p_n [B, D], and which places are padding [B, L, 1]."""
+        """g [B, N, D], p_n [B, D] if ``pool``, and where padding is [B, L, 1]."""
         real = mask != 0
         running = real.cumsum(1)
         length = running[:, -1:]

@@ -50,7 +50,7 @@ class UserError(Exception):
 
 
 def slug() -> str:
-    """The device's name as a file name; "cpu" for any CPU."""
+    """The device's name in file names; "cpu" for any CPU."""
     if not torch.cuda.is_available():
         return "cpu"
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
@@ -65,7 +65,7 @@ def _output_of(*command: str) -> str | None:
 
 
 def commit() -> str:
-    """COMMIT tells it to a copy without history."""
+    """The checked-out commit, or $COMMIT for a copy without history."""
     told = os.environ.get("COMMIT")
     if told:
         return told
@@ -76,7 +76,7 @@ def commit() -> str:
 
 
 def clocks() -> dict[str, str]:
-    """What nvidia-smi says of the first GPU. Clocks are read, never set."""
+    """Clocks and limits of the first GPU by nvidia-smi. They are read, never set."""
     if not torch.cuda.is_available():
         return {}
     line = _output_of("nvidia-smi", f"--query-gpu={','.join(CLOCKS.values())}", "--format=csv,noheader,nounits")
@@ -146,7 +146,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def merge(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
-    """The rows of both, the new one where both have it; runs that no row is left of are dropped."""
+    """The rows of both, the new one where both have it. Runs without remaining rows are dropped."""
     if old is None:
         return new
     if old["device"] != new["device"]:
@@ -172,7 +172,7 @@ def _rows_of(contestant: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def times_ours(row: dict[str, Any], mine: dict[str, Any]) -> float:
-    """A row's time over this package's: of the same run where that is known, else of ``mine``."""
+    """A row's time over this package's, measured in the same run where known, else over ``mine``."""
     return row["device_us"]["median"] / row.get("ours_us", mine["device_us"]["median"])
 
 
@@ -181,13 +181,13 @@ class Results:
 
     def __init__(self, content: dict[str, Any]) -> None:
         self.device, self.runs = content["device"], content["runs"]
-        # Merged runs come in any order; cases are shown in theirs.
+        # Merging leaves rows in any order; sort by case.
         order = {case.name: place for place, case in enumerate((*CASES, *CPU_CASES))}
         self.rows: list[Row] = sorted(content["rows"], key=lambda row: order.get(row["case"], len(order)))
         self._rows = {key(row): row for row in self.rows}
 
     def find(self, section: str, case: str, what: str, mode: str, contestant: str) -> Row | None:
-        """The row of that key where it came out."""
+        """The row of that key if its status is "ok"."""
         row = self._rows.get((section, case, what, mode, contestant))
         return row if row and row["status"] == "ok" else None
 
@@ -212,7 +212,7 @@ class Record:
             except UserError as error:
                 print(f"{error}: it is replaced", file=sys.stderr)
             if self._old is not None:
-                merge(self._old, self._results)  # another device's file is refused before anything is measured
+                merge(self._old, self._results)  # refuse another device's file before measuring
 
     @property
     def rows(self) -> list[Row]:

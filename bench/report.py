@@ -25,17 +25,17 @@ from s2sent_kernels.pictures import write_atomically
 
 MODES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 METHOD = """\
-Device time is that of CUDA-graph replays between events, over inputs that rotate until they exceed the L2 cache; on a CPU it
-is wall time of the same calls. Contestants take turns in one loop, in an order that rotates. Given are the median and, in
-brackets, the 20th and 80th percentiles. Wall time is one eager call until its result is there. The first call is the first of
-that case in a process with empty compiler caches, compilation included. Peak memory is what a call allocates beyond what was
-there, its results included. Floors are the bytes that a stage or path has to move over the ceilings of the same run. Before
-anything is timed its result, and where gradients are timed every gradient, is held to the reference in float64: the error may
-be twice that of the reference in the inputs' own dtype, plus what rounding the result alone may cost. What fails has no times.
-Compiled with max-autotune means without its own CUDA graphs, which cannot be captured within those that measure, and with
-products by cuBLAS. The formulas, "published" in end-to-end rows too, are the reference's two profiles in plain PyTorch, with
-their bases held as buffers. Like the reference they compute in float32; a module that computes in the hidden states' own
-dtype, as the authors' does, moves fewer bytes and takes less time. It is not among the contestants."""
+Device time is the time of CUDA-graph replays between events, over rotating inputs that together exceed the L2 cache; on a CPU
+it is the wall time of the same calls. Contestants are interleaved in one loop, in a rotating order. Times are medians, with the
+20th and 80th percentiles in parentheses. Wall time is one eager call until its result is ready. The first call is the first of
+its case in a process with empty compiler caches, compilation included. Peak memory is what a call allocates beyond what was
+allocated before, its results included. Floors are the bytes that a stage or path must move over the ceilings of the same run.
+Before timing, the result and every timed gradient are compared with the reference in float64: the error may be twice that of
+the reference in the inputs' own dtype, plus the rounding of the result itself. A contestant that fails gets no times.
+"max-autotune" runs without its own CUDA graphs, which cannot be captured within the measuring ones, and with products by cuBLAS.
+The formulas, and "published" in end-to-end rows, are the reference's two profiles in plain PyTorch, with their bases held as
+buffers. Like the reference they compute in float32. A module that computes in the hidden states' own dtype, as the authors'
+does, moves fewer bytes and takes less time; it is not among the contestants."""
 
 
 def microseconds(times: dict[str, float] | None) -> str:
@@ -61,7 +61,7 @@ def _shape(row: Row) -> str:
 
 
 def own_table(results: Results, *sections: str) -> str:
-    """This package's stages or paths, each beside its floor."""
+    """This package's stages or paths with their floors."""
     lines = []
     for row in results.of(*sections, contestant=OURS):
         start = (row["case"], _shape(row), f"{row['dtype']}, {row['layout']}", row["what"], MODES[row["mode"]])
@@ -85,7 +85,7 @@ def own_table(results: Results, *sections: str) -> str:
 
 
 def against_table(results: Results, what: str) -> str:
-    """Everyone on the same inputs, fastest first; those that did not come out last."""
+    """All contestants on the same inputs, fastest first; failed ones last."""
     lines = []
     rows = results.of("paths", what=what)
     for case in dict.fromkeys(row["case"] for row in rows):
@@ -188,7 +188,7 @@ def run_table(results: Results) -> str:
 
 
 def section(results: Results, pictures: Path) -> str:
-    """One device's part of the report; its pictures are written on the way."""
+    """One device's part of the report. Writes its pictures."""
     parts = [f"## {results.runs[-1]['device'] if results.runs else results.device}", run_table(results)]
     used = sorted({row["backend"] for row in results.rows if "backend" in row})
     if used:

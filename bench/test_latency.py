@@ -2,7 +2,7 @@
 
     python -m pytest bench/test_latency.py
 
-`make test` does not collect it. Each call is held to the reference before it is timed.
+`make test` does not collect it. Each call is compared with the reference before it is timed.
 """
 
 from __future__ import annotations

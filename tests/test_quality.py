@@ -1,4 +1,4 @@
-"""The scripts behind bench/QUALITY.md: what may choose, what is trained, what the report says. Small, made here."""
+"""The scripts behind bench/QUALITY.md, on small data made here: selection, training, the written pages."""
 
 import json
 import sys
@@ -156,9 +156,9 @@ def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkey
     assert told.startswith("before")
     assert told.endswith("after")
     assert "old" not in told
-    assert "from 50.00 (mean of the last block) to 73.00, with a learned scalar mix to 63.00" in told
-    assert "the average of blocks is best, mean accuracy 92.00 (selector 91.00" in told
-    assert "comes first (3 seeds each): s2sent + prior, N = 6 84.10 (84.00–84.20)" in told
+    assert "is 73.00, against 50.00 for the mean of the last block and 63.00 for a learned scalar mix" in told
+    assert "the average of blocks is best, with mean accuracy 92.00 (selector 91.00" in told
+    assert "from the best (3 seeds each): s2sent + prior, N = 6 84.10 (84.00–84.20)" in told
     assert "seeds 0, 1, 2" in (card / "README.md").read_text(encoding="utf-8")
 
 

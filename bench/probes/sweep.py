@@ -3,8 +3,8 @@
     python bench/probes/sweep.py squeeze A,D 4:4:64:3 2:4:64:4      # the fields of the kernel's entry in kernels/config.py
 
 Kernels: squeeze and fuse_backward (SumTile), fuse and squeeze_backward (Tile), gate (GateTile), gate_backward
-(GateBackwardTile, of the largest of its kernels); select_pool and select are the paths that the first three make up, without
-settings. Compiling takes longer than measuring: a dozen settings are enough for one run.
+(GateBackwardTile, for the largest of its kernels). select_pool and select are whole paths, without settings. Compilation needs
+more time than the measurement: a dozen settings fill one run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TILES = {
     "fuse": config.Tile,
     "squeeze_backward": config.Tile,
     "gate": config.GateTile,
-    "gate_backward": config.GateBackwardTile,  # its largest kernel; the call is gate_pool_backward
+    "gate_backward": config.GateBackwardTile,  # of its largest kernel; the call is gate_pool_backward
 }
 
 
