@@ -12,8 +12,7 @@ from contestants import COMPILERS, MEAN_OF_LAST, ONE_PASS, OURS, PROFILES
 from end_to_end import BASE, FED, KEPT
 from pages import table
 from record import Results, Row, UserError
-
-from s2sent_kernels import evaluation
+from s2sent_kernels.tools import evaluation
 
 START, END = "<!-- costs: written by bench/report.py -->", "<!-- costs: end -->"
 CASE = "A"

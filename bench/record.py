@@ -27,8 +27,7 @@ from typing import Any
 import torch
 from cases import CASES, CPU_CASES
 from contestants import OURS, version
-
-from s2sent_kernels.pictures import write_atomically
+from s2sent_kernels.files import write_atomically
 
 FORMAT = 2
 BENCH = Path(__file__).resolve().parent

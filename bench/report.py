@@ -19,9 +19,8 @@ import targets
 from contestants import OURS
 from pages import insert, table
 from record import Results, Row
+from s2sent_kernels.files import write_atomically
 from suite import Parser, guarded
-
-from s2sent_kernels.pictures import write_atomically
 
 MODES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 METHOD = """\

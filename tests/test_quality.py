@@ -14,8 +14,9 @@ sys.path.insert(0, str(next(f for f in Path(__file__).parents if (f / "bench/sui
 import pages
 import record
 from quality import data, finetune, quality, report, train_selector
+from s2sent_kernels.tools import evaluation
 
-from s2sent_kernels import S2SentSelector, evaluation
+from s2sent_kernels import S2SentSelector
 
 ROOT, RESULTS = record.BENCH.parent, record.RESULTS / "quality"
 ENVIRONMENT = {"device": "A CPU", "date": "2026-01-01", "commit": "abc", "versions": {"torch": "2"}}

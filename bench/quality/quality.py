@@ -23,10 +23,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, also where this fi
 
 import record
 import torch
+from s2sent_kernels.checkpoints import pretrained
+from s2sent_kernels.tools import evaluation
 
 from quality import finetune
 from quality.data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, load_encoder, scores
-from s2sent_kernels import S2SentSelector, evaluation, frozen, pretrained
+from s2sent_kernels import S2SentSelector, frozen
 
 HIDDEN, BOTTLENECK = 384, 32
 RECIPE = frozen.Recipe(epochs=6)
