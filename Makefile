@@ -2,22 +2,24 @@
 # make test                    makes .venv, installs what the tests need, runs them
 # make test PYTHON=/a/python   the same in an environment that exists; installs nothing but this package
 # make bench                   measures what this machine can (without a GPU under ten minutes): bench/results, bench/REPORT.md
+# make compare BASE=main       this package and a git revision in alternation: did my change help? Options: bench/compare.py
 # make wheel                   builds dist/*.whl, audits its ABI, and loads it in a fresh environment with torch alone beside it
 # make sanitize                the compiled backend's CPU tests under AddressSanitizer and UBSan; needs GCC, minutes
 # make lint                    ruff and mypy; PYTHON= as above
 # make clean                   removes .venv and what builds and tests left behind
 #
-# BENCH_OPTIONS are those of bench/suite.py: make bench BENCH_OPTIONS="--cases A,C --competitors eager".
+# BENCH_OPTIONS are those of bench/suite.py or bench/compare.py: make bench BENCH_OPTIONS="--cases A,C --competitors eager".
 # BOOTSTRAP is the Python (3.10 or newer) that makes .venv. Where no NVIDIA GPU is, TORCH pins one release; to be sure of its
 # small CPU build, say make demo TORCH="torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu".
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
-.PHONY: help demo test bench wheel sanitize lint clean package
+.PHONY: help demo test bench compare wheel sanitize lint clean package
 
 BOOTSTRAP ?= python3
 WORKERS ?= 2
 BENCH_OPTIONS ?=
+BASE ?= main
 GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
 ifeq ($(GPU),yes)
 TORCH ?= torch
@@ -100,12 +102,15 @@ test: $(DEV_READY)
 	if [ "$$gpu" ]; then echo "tests/kernels (native, CPU): $$(tail -n 1 "$$logs/4")"; fi; \
 	exit $$failed
 
-# The report is rebuilt from what there is, also where something failed parity or broke; that still fails the command.
+# Exit code 1 means that a contestant failed: the report is rebuilt from all other rows, and the command fails.
 bench: $(BENCH_READY)
 	@failed=0; \
 	env -u TRITON_INTERPRET $(PY) bench/suite.py $(BENCH_OPTIONS) || failed=$$?; \
-	if [ $$failed -lt 2 ]; then $(PY) bench/report.py; fi; \
+	if [ $$failed -lt 2 ]; then $(PY) bench/report.py --readme README.md; fi; \
 	exit $$failed
+
+compare: $(BENCH_READY)
+	env -u TRITON_INTERPRET $(PY) bench/compare.py --base $(BASE) $(BENCH_OPTIONS)
 
 wheel: $(WHEEL_READY)
 	rm -rf dist build

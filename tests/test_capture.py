@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from s2sent_kernels.backend import triton_interprets
 from torch import nn
 
 from s2sent_kernels import S2SentSelector, backends
-from s2sent_kernels.backend import triton_interprets
 from s2sent_kernels.capture import BlockCapture, _thread
 
 N, D = 4, 32

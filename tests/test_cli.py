@@ -8,9 +8,9 @@ import time
 
 import pytest
 import torch
+from s2sent_kernels.backend import choose
 
 from s2sent_kernels import backends, files
-from s2sent_kernels.backend import choose
 from s2sent_kernels.cli import main
 from s2sent_kernels.commands import common, demo
 from s2sent_kernels.tools import pictures

@@ -12,10 +12,10 @@ import weakref
 import pytest
 import torch
 import transformers as tf
+from s2sent_kernels.backend import triton_interprets
 from torch import nn
 
 from s2sent_kernels import S2SentSelector, families
-from s2sent_kernels.backend import triton_interprets
 from s2sent_kernels.capture import BlockCapture, _thread
 from s2sent_kernels.transformers import S2SentModel
 

@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from s2sent_kernels.backend import native_cuda_refusal, triton_interprets
 from torch import Tensor
 
 from s2sent_kernels import GateParameters, backends
-from s2sent_kernels.backend import native_cuda_refusal, triton_interprets
 
 BACKEND = os.environ.get("S2SENT_TEST_BACKEND") or "triton"
 if BACKEND not in ("triton", "native"):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from conftest import BACKEND, BF16, F16, F32, NAN, assert_as_close, lay_out, make_gradient, make_parameters, randn
+from s2sent_kernels.kernels import config
 
 from s2sent_kernels import GateParameters
-from s2sent_kernels.kernels import config
 
 GRADIENTS = [name for name in GateParameters._fields if not name.startswith("running")]
 OPS = ["gate_backward", "gate_pool_backward"]

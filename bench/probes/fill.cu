@@ -1,7 +1,7 @@
-// How fast a ring of stages in shared memory fills from twelve hidden states [256, 128, 768] of two bytes, in the ways that
-// csrc/cuda/select.cuh could ask, and what a 16-byte load from shared memory takes meanwhile: a table of bench/NOTES.md.
+// How fast a ring of slots in shared memory fills from twelve hidden states [256, 128, 768] of two bytes, by each kind of copy
+// that the one-pass kernel could use, and the latency of a 16-byte load from shared memory meanwhile: a table of bench/NOTES.md.
 //
-//   nvcc -std=c++17 -O3 -gencode=arch=compute_90,code=sm_90 -o fill bench/fill.cu && ./fill
+//   nvcc -std=c++17 -O3 -gencode=arch=compute_90,code=sm_90 -o fill bench/probes/fill.cu && ./fill
 
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -14,8 +14,8 @@
 #define CHECK(x) \
   if (const cudaError_t error = (x)) printf("%s: %s\n", #x, cudaGetErrorString(error)), exit(1)
 
-constexpr int N = 12, B = 256, L = 128, D = 768, kTokens = 32;  // tokens of a stage
-enum Way { kRows, kRowsOfFour, kBoxes, kTallBoxes, kCopies, kCopiesOfFour };  // one warp asks, or four
+constexpr int N = 12, B = 256, L = 128, D = 768, kTokens = 32;  // tokens of a slot
+enum Way { kRows, kRowsOfFour, kBoxes, kTallBoxes, kCopies, kCopiesOfFour };  // by one warp, or by four
 
 struct Maps {
   CUtensorMap map[N];
@@ -54,19 +54,19 @@ __device__ void copy_box(uint32_t to, const CUtensorMap* map, int x, int y, uint
       : "memory");
 }
 
-// Block ``rank`` of a cluster of ``parts`` takes its slice of features of every sentence of the cluster. Warps 12 to 15 fill,
-// warp 0 hands each stage back at once, the others, where ``loads``, load from shared memory so often.
+// CTA ``rank`` of a cluster of ``parts`` copies its slice of features of every sentence of the cluster. Warps 12 to 15 fill slots,
+// warp 0 releases each slot at once, and the others load from shared memory ``loads`` times.
 template <int WAY, int SLICE>
 __global__ void __launch_bounds__(512, 1) fill(
     const __grid_constant__ Maps maps, const __grid_constant__ Pointers hidden, int parts, int clusters, int loads,
     long long* clocks) {
   extern __shared__ __align__(128) char memory[];
   __shared__ uint64_t full[8], empty[8];
-  constexpr int kRow = SLICE * 2, kStage = N * kTokens * kRow, kStages = SLICE == 48 ? 6 : 4;
+  constexpr int kRow = SLICE * 2, kSlotBytes = N * kTokens * kRow, kSlots = SLICE == 48 ? 6 : 4;
   constexpr bool kFour = WAY == kRowsOfFour || WAY == kCopiesOfFour;
   const int rank = blockIdx.x % parts, cluster = blockIdx.x / parts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
+    for (int i = 0; i < kSlots; ++i) {
       init(address(full + i), WAY == kCopiesOfFour ? 128 : WAY == kCopies ? 32 : WAY == kRowsOfFour ? 4 : 1);
       init(address(empty + i), 1);
     }
@@ -74,14 +74,14 @@ __global__ void __launch_bounds__(512, 1) fill(
   }
   __syncthreads();
   if (kFour ? warp >= 12 : warp == 12) {
-    int stage = 0, round = 0;
+    int slot = 0, round = 0;
     for (int b = cluster; b < B; b += clusters) {
       for (int c = 0; c < L / kTokens; ++c) {
-        if (round) wait(address(empty + stage), (round - 1) & 1);
-        const uint32_t to = address(memory) + stage * kStage, barrier = address(full + stage);
+        if (round) wait(address(empty + slot), (round - 1) & 1);
+        const uint32_t to = address(memory) + slot * kSlotBytes, barrier = address(full + slot);
         const int first = b * L + c * kTokens;
         if (WAY == kRows || WAY == kRowsOfFour) {
-          if (lane == 0) arrive_expecting(barrier, kFour ? kStage / 4 : kStage);
+          if (lane == 0) arrive_expecting(barrier, kFour ? kSlotBytes / 4 : kSlotBytes);
           __syncwarp();
           const size_t place = (size_t(first + lane) * D + rank * SLICE) * 2;
           for (int n = kFour ? warp - 12 : 0; n < N; n += kFour ? 4 : 1) {
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(512, 1) fill(
           }
         } else if (WAY == kBoxes || WAY == kTallBoxes) {
           if (lane == 0) {
-            arrive_expecting(barrier, kStage);
+            arrive_expecting(barrier, kSlotBytes);
             if (WAY == kBoxes) {
               for (int n = 0; n < N; ++n) copy_box(to + n * kTokens * kRow, &maps.map[n], rank * SLICE, first, barrier);
             } else {  // all tokens of a quarter of the N
@@ -109,24 +109,24 @@ __global__ void __launch_bounds__(512, 1) fill(
           }
           asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
         }
-        if (++stage == kStages) stage = 0, ++round;
+        if (++slot == kSlots) slot = 0, ++round;
       }
     }
   } else if (warp == 0) {
-    int stage = 0, round = 0;
+    int slot = 0, round = 0;
     for (int b = cluster; b < B; b += clusters) {
       for (int c = 0; c < L / kTokens; ++c) {
-        wait(address(full + stage), round & 1);
+        wait(address(full + slot), round & 1);
         __syncwarp();
-        if (lane == 0) arrive(address(empty + stage));
-        if (++stage == kStages) stage = 0, ++round;
+        if (lane == 0) arrive(address(empty + slot));
+        if (++slot == kSlots) slot = 0, ++round;
       }
     }
   } else if (warp < 12) {
     uint32_t from = address(memory) + lane * 16;
     float sum = 0.0f;
     const long long begin = clock64();
-    for (int i = 0; i < loads; ++i) {  // each waits for the one before
+    for (int i = 0; i < loads; ++i) {  // each depends on the previous one
       float4 x;
       asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                    : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(512, 1) fill(
       from += __float_as_uint(x.y) == 12345 ? 16 : 0;
     }
     if (lane == 0 && blockIdx.x == 0 && warp == 1 && loads) clocks[0] = (clock64() - begin) / loads;
-    if (sum == 1.2345f) clocks[1] = 1;  // so that the loads are not left out
+    if (sum == 1.2345f) clocks[1] = 1;  // so that the compiler keeps the loads
   }
 }
 
@@ -174,7 +174,7 @@ void measure(
     best = std::min(best, ms);
   }
   const double gigabytes = double(N) * B * L * D * 2 / 1e9;
-  printf("%-46s %3d blocks: %7.1f us, %.2f TB/s", name, clusters * parts, best * 1e3, gigabytes / best);
+  printf("%-46s %3d CTAs: %7.1f us, %.2f TB/s", name, clusters * parts, best * 1e3, gigabytes / best);
   if (loads) printf(", %lld clocks a load", clocks[0]);
   printf("\n");
 }

@@ -1,10 +1,10 @@
-"""What the quality scripts share: the encoder, the triplets, the STS sets, and the dev pairs that may choose.
+"""Shared by the quality scripts: the encoder, the triplets, the STS sets, and the dev pairs that models are selected on.
 
     --data is a folder with nli/nli_triplets.tsv, sts/{stsb,sts12,sts14,sts16}.tsv, transfer/{sst2,mr,trec,mrpc}.tsv, with the
-    columns of s2sent_kernels/tools/evaluation.py; triplets have anchor, positive, negative. None of it comes with the project.
+    columns that `s2sent evaluate` reads; triplets have anchor, positive, negative. The project does not include these files.
 
-STS-B dev, which chooses epochs, learning rates and seeds, took pairs from STS12 to STS16. How many of them the reported sets hold
-is counted, and what the rest of it ("dev apart") would have chosen, and training without choosing, is reported too.
+STS-B dev selects epochs, learning rates and seeds. Some of its pairs are from STS12 to STS16, which are reported. These pairs are
+counted, and selection on the other pairs ("dev apart") and training without selection are reported too.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from torch import Tensor
 from s2sent_kernels import cache, frozen
 from s2sent_kernels.tools import evaluation
 from s2sent_kernels.tools.evaluation import Pair
+from s2sent_kernels.tools.scores import correlations
 from s2sent_kernels.tools.tables import read_table
 
 MODEL_NAME = "all-MiniLM-L6-v2"
-MAX_LENGTH = 256  # as the model's own pipeline has it
+MAX_LENGTH = 256  # of the model's own pipeline
 TESTS = {"STS12": ("sts12", "test"), "STS14": ("sts14", "test"), "STS16": ("sts16", "test"), "STS-B": ("stsb", "test")}
 TRANSFER = {"SST-2": "sst2", "MR": "mr", "TREC": "trec", "MRPC": "mrpc"}
 SEEDS = (0, 1, 2)
@@ -41,8 +42,8 @@ class Data:
     folder: Path
     triplets: list[tuple[str, str, str]]
     dev: list[Pair]
-    dev_apart: list[Pair]  # without the pairs that a test set holds
-    dev_shared: dict[str, int]  # pairs of dev by the test set that holds them
+    dev_apart: list[Pair]  # without the pairs that are in a test set
+    dev_shared: dict[str, int]  # how many pairs of dev each test set contains
     tests: dict[str, list[Pair]]
 
     @staticmethod
@@ -70,7 +71,7 @@ def texts_of(sets: Sequence[Sequence[Pair]]) -> list[str]:
 
 
 def load_encoder(path: str | None, device: str) -> tuple[Any, Any]:
-    """Encoder and tokenizer, float32; the bundled model without a path."""
+    """Encoder and tokenizer in float32; without a path the bundled model."""
     from transformers import AutoModel, AutoTokenizer
 
     if path is None:
@@ -85,11 +86,11 @@ def spearman(embeddings: Tensor, place: Mapping[str, int], pairs: Sequence[Pair]
     first = embeddings[[place[pair.sentence1] for pair in pairs]]
     second = embeddings[[place[pair.sentence2] for pair in pairs]]
     similarity = F.cosine_similarity(first, second)
-    return evaluation.correlations(similarity.tolist(), [pair.score for pair in pairs]).spearman
+    return correlations(similarity.tolist(), [pair.score for pair in pairs]).spearman
 
 
 def scores(embeddings: Tensor, texts: Sequence[str], data: Data) -> dict[str, float]:
-    """Spearman x 100 on dev, on what of it no test set holds, on each test set, and the test sets' mean."""
+    """Spearman x 100 on dev, on dev apart, on each test set, and the test sets' mean."""
     place = {text: row for row, text in enumerate(texts)}
     found = {name: spearman(embeddings, place, pairs) for name, pairs in data.tests.items()}
     chosen_on = {"dev": data.dev, "dev apart": data.dev_apart}
@@ -112,7 +113,7 @@ class Frozen:
         self._of: dict[tuple[int, int], tuple[frozen.Features, frozen.Features]] = {}
 
     def features(self, num_blocks: int, frequencies: int) -> tuple[frozen.Features, frozen.Features]:
-        """Of the triplets' sentences and of the STS sets'. One pair is held at a time: at N = 6 they take 800 MB."""
+        """Those of the triplets and of the STS sets, for one N and M at a time: at N = 6 they need 800 MB."""
         if (num_blocks, frequencies) not in self._of:
             self._of = {
                 (num_blocks, frequencies): (
@@ -124,8 +125,8 @@ class Frozen:
 
     def train(self, module: torch.nn.Module, recipe: frozen.Recipe, num_blocks: int, frequencies: int,
               constant: bool = False) -> dict[str, Any]:  # fmt: skip
-        """Train a selector or a scalar mix in place; its history and scores. ``constant``: the gate sees f = 0 for every
-        sentence, so that gates cannot depend on it."""
+        """Train a selector or a scalar mix in place; its history and scores. ``constant``: f is 0 for every sentence, so that
+        the gates cannot depend on it."""
         nli, sts = self.features(num_blocks, frequencies)
         if constant:
             nli, sts = (part._replace(squeezed=torch.zeros_like(part.squeezed)) for part in (nli, sts))
@@ -143,7 +144,7 @@ class Frozen:
 
 
 def spread(values: Sequence[float]) -> str:
-    """The median, and the lowest and highest where they differ."""
+    """The median, and the lowest and highest value where they differ."""
     middle = f"{statistics.median(values):.2f}"
     return middle if max(values) - min(values) < 0.005 else f"{middle} ({min(values):.2f}–{max(values):.2f})"
 
@@ -152,6 +153,8 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of nli, sts and transfer")
     parser.add_argument("--model", help="folder of the encoder (default: the bundled all-MiniLM-L6-v2)")
-    parser.add_argument("--cache", type=Path, default=Path("quality_cache"), help="where encoding passes are kept")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("quality_cache"), help="folder of the encoder's cached outputs"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser

@@ -1,4 +1,4 @@
-"""Fine-tuning of encoder and fusion together, the same budget for every fusion: what bench/quality.py calls "finetune"."""
+"""Section "finetune" of bench/quality/quality.py: encoder and fusion trained together, with the same budget for every fusion."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from quality_data import MAX_LENGTH, Data, load_encoder, scores
 from torch import Tensor, nn
 
+from quality.data import MAX_LENGTH, Data, load_encoder, scores
 from s2sent_kernels import S2SentSelector, cache, frozen
 from s2sent_kernels.capture import BlockCapture
-from s2sent_kernels.tokens import Tokens
+from s2sent_kernels.formula.call import Batch
+from s2sent_kernels.formula.tokens import Tokens
 from s2sent_kernels.tools import evaluation
 
 BATCH = 128
-EVALUATED = 128  # texts at once where no gradient is wanted
+EVALUATED = 128  # batch size without gradients
 ENCODER_RATE, SELECTOR_RATE, PRIOR_RATE = 2e-5, 1e-3, 1e-2
 WARM_UP = 0.1
 TEMPERATURE = 0.05
@@ -57,7 +58,7 @@ class Selected(nn.Module):
 
 
 def _mean(hidden_state: Tensor, mask: Tensor) -> Tensor:
-    weights = Tokens.of(hidden_state.shape, hidden_state.device, mask).pooling_weights("mean").to(hidden_state.dtype)
+    weights = Tokens.of(Batch([hidden_state], mask)).pooling_weights("mean").to(hidden_state.dtype)
     return (weights[:, None] @ hidden_state)[:, 0]
 
 
@@ -70,7 +71,7 @@ def build(configuration: dict[str, Any]) -> MeanOfLast | Mixed | Selected:
 
 
 def embed(capture: BlockCapture, tokenizer: Any, fusion: Any, texts: list[str], device: str) -> Tensor:
-    """[S, D] of texts that are all different, in eval mode."""
+    """[S, D] in eval mode, for texts that are all different."""
     order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
     result: list[Tensor] = []
     capture.encoder.eval()
@@ -97,15 +98,15 @@ def _optimizer(encoder: nn.Module, fusion: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.01)
 
 
-def run(asked: Any, data: Data, configuration: dict[str, Any], seed: int) -> dict[str, Any]:
-    """One training: scores before it and after each epoch. Nothing is chosen: the last epoch is what is reported."""
-    encoder, tokenizer = load_encoder(asked.model, asked.device)
+def run(options: Any, data: Data, configuration: dict[str, Any], seed: int) -> dict[str, Any]:
+    """One training: scores before it and after each epoch. Nothing is selected: the last epoch is reported."""
+    encoder, tokenizer = load_encoder(options.model, options.device)
     torch.manual_seed(seed)
-    fusion = build(configuration).to(asked.device)
-    triplets = data.triplets[: asked.limit]
+    fusion = build(configuration).to(options.device)
+    triplets = data.triplets[: options.limit]
     sts_texts = cache.unique(data.sts_texts())
     optimizer = _optimizer(encoder, fusion)
-    total = asked.epochs * (len(triplets) // BATCH)
+    total = options.epochs * (len(triplets) // BATCH)
 
     def factor(step: int) -> float:
         warm = max(1, int(WARM_UP * total))
@@ -116,18 +117,18 @@ def run(asked: Any, data: Data, configuration: dict[str, Any], seed: int) -> dic
     start = time.perf_counter()
     losses = []
     with BlockCapture(encoder, blocks) as capture:
-        by_epoch = [scores(embed(capture, tokenizer, fusion, sts_texts, asked.device), sts_texts, data)]
-        for epoch in range(asked.epochs):
+        by_epoch = [scores(embed(capture, tokenizer, fusion, sts_texts, options.device), sts_texts, data)]
+        for epoch in range(options.epochs):
             order = list(range(len(triplets)))
             random.Random(1000 * seed + epoch).shuffle(order)
             encoder.train()
             fusion.train()
-            summed = torch.zeros((), device=asked.device)
+            summed = torch.zeros((), device=options.device)
             for first in range(0, len(order) - BATCH + 1, BATCH):
                 chosen = [triplets[place] for place in order[first : first + BATCH]]
                 texts = [triplet[k] for k in range(3) for triplet in chosen]
                 batch = tokenizer(texts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
-                batch = batch.to(asked.device)
+                batch = batch.to(options.device)
                 parts = fusion(capture.collect(**batch), batch["attention_mask"]).split(BATCH)
                 loss = frozen.info_nce(*parts, TEMPERATURE)
                 optimizer.zero_grad(set_to_none=True)
@@ -136,20 +137,20 @@ def run(asked: Any, data: Data, configuration: dict[str, Any], seed: int) -> dic
                 schedule.step()
                 summed += loss.detach()
             losses.append(summed.item() / max(1, len(order) // BATCH))
-            by_epoch.append(scores(embed(capture, tokenizer, fusion, sts_texts, asked.device), sts_texts, data))
+            by_epoch.append(scores(embed(capture, tokenizer, fusion, sts_texts, options.device), sts_texts, data))
     seconds = time.perf_counter() - start
     print(f"{configuration} seed {seed}: mean {by_epoch[-1]['mean']:.2f}, {seconds:.0f} s", flush=True)
     return configuration | {
         "seed": seed, "losses": losses, "by_epoch": by_epoch, "scores": by_epoch[-1], "seconds": seconds,
-        "epochs": asked.epochs, "batch": BATCH, "triplets": len(triplets),
+        "epochs": options.epochs, "batch": BATCH, "triplets": len(triplets),
         "parameters": sum(parameter.numel() for parameter in fusion.parameters()),
         "encoder_parameters": sum(parameter.numel() for parameter in encoder.parameters()),
     }  # fmt: skip
 
 
-def measure(asked: Any) -> Iterator[dict[str, Any]]:
-    data = Data.read(asked.data)
-    index, parts = asked.part
-    work = [(configuration, seed) for seed in asked.seeds for configuration in CONFIGURATIONS]
+def measure(options: Any) -> Iterator[dict[str, Any]]:
+    data = Data.read(options.data)
+    index, parts = options.part
+    work = [(configuration, seed) for seed in options.seeds for configuration in CONFIGURATIONS]
     for configuration, seed in work[index::parts]:
-        yield run(asked, data, configuration, seed)
+        yield run(options, data, configuration, seed)

@@ -1,26 +1,27 @@
-"""Train the selector that the package ships for all-MiniLM-L6-v2, and everything that its model card says.
+"""Trains the selector that the package ships for all-MiniLM-L6-v2, and writes its model card.
 
-    python bench/train_selector.py --data FOLDER        (the folder's layout: bench/quality_data.py)
+    python bench/quality/train_selector.py --data FOLDER        # bench/quality/data.py describes the folder
 
-The encoder is frozen: one pass fills a cache, then every training takes seconds. The learning rate, the epoch and the seed
-that is shipped are chosen on STS-B dev. It shares pairs with STS12, STS14 and STS16: the card counts them, and says what
-two other rules would have given: choosing on the rest of STS-B dev, and taking the last epoch of a fixed budget. No training
-is chosen on a test set; but of the rules, the rest of STS-B dev came first, and was given up after its test figures were seen.
+The encoder is frozen: one pass fills a cache, then every training needs seconds. Learning rate, epoch and shipped seed are
+selected on STS-B dev. It shares pairs with STS12, STS14 and STS16: the card counts them, and reports two other rules: selection
+on the rest of STS-B dev, and the last epoch of a fixed budget. No training is selected on a test set. The choice of the rule is
+not blind, though: the rest of STS-B dev was used first, and given up after its test scores were known.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-import record
-import report
-import torch
-from quality_data import MAX_LENGTH, MODEL_NAME, SEEDS, TESTS, Data, Frozen, arguments, scores, spread
+sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, also where this file is run by its path
 
+import record
+import torch
+from pages import table as markdown
+
+from quality.data import MAX_LENGTH, MODEL_NAME, SEEDS, TESTS, Data, Frozen, arguments, scores, spread
 from s2sent_kernels import S2SentSelector, frozen
 from s2sent_kernels.checkpoints import pretrained
 from s2sent_kernels.files import data_folder, write_atomically
@@ -67,7 +68,7 @@ def best_epoch(run: Run, name: str) -> int:
 
 
 def table(content: dict[str, Any]) -> str:
-    """Every pooling on every set; where there are seeds the median, and the lowest and highest."""
+    """Every pooling on every set; over seeds the median, the lowest and the highest."""
     columns = ["dev", *TESTS, "mean"]
     head = ["<pooling", "STS-B dev", *(name if name != "STS-B" else "STS-B test" for name in TESTS), "mean of the four"]
     rows = [[name, *(f"{values[column]:.2f}" for column in columns)] for name, values in content["baselines"].items()]
@@ -76,11 +77,11 @@ def table(content: dict[str, Any]) -> str:
         rows.append([kind, *(spread([run["scores"][column] for run in runs]) for column in columns)])
     shipped = next(run for run in content["runs"] if run["shipped"] and run["pooling"] == evaluation.S2SENT)
     rows.append([f"**shipped**, seed {shipped['seed']}", *(f"{shipped['scores'][column]:.2f}" for column in columns)])
-    return report.table(head, rows)
+    return markdown(head, rows)
 
 
 def rules(content: dict[str, Any]) -> str:
-    """What other ways to choose the epoch give: the mean of the four, and how far it is over the mean of the last block."""
+    """What each rule for the epoch gives: the mean of the four, and its difference to the mean of the last block."""
     last = content["baselines"][evaluation.MEAN_OF_LAST]["mean"]
     rows = []
     for rate in LEARNING_RATES:
@@ -90,7 +91,7 @@ def rules(content: dict[str, Any]) -> str:
             values = [run["by_epoch"][epoch]["mean"] for run, epoch in zip(runs, epochs, strict=True)]
             over = f"{statistics.median(values) - last:+.2f}"
             rows.append([name, f"{rate:g}", ", ".join(map(str, epochs)), spread(values), over])
-    return report.table(["<epoch chosen on", "learning rate", "epochs", "mean of the four", "over mean of last"], rows)
+    return markdown(["<epoch selected on", "learning rate", "epochs", "mean of the four", "over mean of last"], rows)
 
 
 CARD = """\
@@ -102,24 +103,24 @@ tags: [sentence-embeddings, s2sent]
 
 # S2Sent selector for all-MiniLM-L6-v2
 
-Written by `bench/train_selector.py`; no figure is typed by hand. `S2SentSelector.from_pretrained("all-MiniLM-L6-v2")` returns
-it.
+Written by `bench/quality/train_selector.py`; no number is typed by hand.
+`S2SentSelector.from_pretrained("all-MiniLM-L6-v2")` returns it.
 
 It reads all {blocks} blocks of [all-MiniLM-L6-v2](https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2) (Apache-2.0; not
-part of this package, its attribution stays with it) and puts a sentence embedding in the place of the mean of its last block.
+part of this package, its attribution stays with it) and replaces the mean of its last block as the sentence embedding.
 Bottleneck {bottleneck}, {frequencies} DCT components, batch norm, block prior; {parameters:,} parameters, {percent:.2f} % of the
 encoder's {encoder:,}.
 
 ## Training
 
-The encoder's weights stay as they are. InfoNCE with hard negatives, temperature {temperature}, batches of {batch_size},
+The encoder's weights are frozen. InfoNCE with hard negatives, temperature {temperature}, batches of {batch_size},
 AdamW, learning rate {learning_rate:g} (prior {prior_learning_rate:g}), at most {epochs} epochs, on {triplets:,} triplets
 (anchor, entailed, contradicted) from SNLI (CC BY-SA 4.0), MultiNLI and counterfactual NLI (Apache-2.0), from which the
 sentences of the STS and SICK sets were removed.
 
-Learning rate ({rates}), epoch and shipped seed were chosen on STS-B dev alone, {dev:,} pairs. It shares pairs with the
-test sets, by unordered, case-folded texts: {shared}; {apart:,} are in none. What they do to the choice
-stands below.
+Learning rate ({rates}), epoch and shipped seed were selected on STS-B dev alone, {dev:,} pairs. It shares pairs with the
+test sets, by unordered, case-folded texts: {shared}; {apart:,} are in none. Their effect on
+the selection is shown below.
 
 ## Scores
 
@@ -130,16 +131,16 @@ Spearman × 100 of cosine similarities, each set as one; seeds {seeds}: median (
 The median of the three seeds' means is {over_last:+.2f} over the mean of the last block and {over_mix:+.2f} over the scalar mix
 trained alike.
 
-How the epoch is chosen matters more than the seed: the pairs of STS-B dev that no test set holds score best after
-an epoch or two, and choosing on them alone gives away part of the gain. Training on to the end without choosing does not.
-That rule was tried first, and given up for the whole of STS-B dev after its figures on the test sets were seen: the choice
-between the rules is not blind to them.
+How the epoch is selected matters more than the seed: the pairs of STS-B dev that are in no test set score best after an
+epoch or two, and selection on them alone loses part of the gain. Training to the last epoch without selection does not.
+Selection on those pairs was the first rule; it was given up for the whole of STS-B dev after its test scores were known, so
+the choice between the rules is not blind.
 
 {rules}
 
-The scalar mix's weights, for comparison (`s2sent evaluate`), stand in `config.json`; block by block:
+`config.json` also has the weights of the scalar mix that `s2sent evaluate` compares with; block by block:
 {mix}. The selector's prior: {prior}.
-Transfer to classification stands in the project's `bench/QUALITY.md`.
+The project's `bench/QUALITY.md` has transfer to classification.
 """
 
 
@@ -168,9 +169,9 @@ def card(content: dict[str, Any], folder: Path) -> str:
 def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--output", type=Path, default=data_folder() / MODEL_NAME)
-    asked = parser.parse_args()
-    data = Data.read(asked.data)
-    cached = Frozen(data, asked.cache, asked.model, asked.device, token_frequencies=2)
+    options = parser.parse_args()
+    data = Data.read(options.data)
+    cached = Frozen(data, options.cache, options.model, options.device, token_frequencies=2)
     _, sts = cached.features(BLOCKS, FREQUENCIES)
     baselines = {
         evaluation.MEAN_OF_LAST: sts.pooled[:, -1],
@@ -184,7 +185,7 @@ def main() -> int:
             for seed in SEEDS:
                 modules[kind, rate, seed], run = trained(cached, kind, rate, seed)
                 runs.append(run)
-        # The scalar mix is a prior alone: of the two learning rates it only knows the prior's, which does not vary.
+        # The scalar mix is a prior alone, and the prior's learning rate does not vary.
         mine = [run for run in runs if run["pooling"] == kind]
         best = max(rates, key=lambda rate: median([r for r in mine if r["learning_rate"] == rate], "dev"))
         ship = max((r for r in mine if r["learning_rate"] == best), key=lambda r: r["scores"]["dev"])
@@ -208,11 +209,10 @@ def main() -> int:
         "encoder": f"sentence-transformers/{MODEL_NAME}", "blocks": list(range(BLOCKS)), "pooling": "mean",
         "max_length": MAX_LENGTH, "scalar_mix": weights,
     }  # fmt: skip
-    shipped.save_pretrained(asked.output, about=about)
-    write_atomically(asked.output / "README.md", card(content, asked.output).encode())
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(RESULT, (json.dumps(content, indent=1) + "\n").encode())
-    print(asked.output)
+    shipped.save_pretrained(options.output, about=about)
+    write_atomically(options.output / "README.md", card(content, options.output).encode())
+    record.write(RESULT, content)
+    print(options.output)
     return 0
 
 

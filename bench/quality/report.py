@@ -1,6 +1,6 @@
-"""bench/results/quality/*.json to bench/QUALITY.md, and the figures between the README's markers. Nothing is typed by hand.
+"""bench/results/quality/*.json to bench/QUALITY.md, and to the README's paragraph of scores. No number is typed by hand.
 
-python bench/quality_report.py [--results bench/results/quality] [--output bench/QUALITY.md] [--readme README.md]
+python bench/quality/report.py [--results bench/results/quality] [--output bench/QUALITY.md] [--readme README.md]
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import record
-import train_selector
-from quality import BASE as CLAIMS_BASE
-from quality import RECIPE as claims_recipe
-from quality_data import MODEL_NAME, TESTS, TRANSFER, spread
-from report import table
+sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, also where this file is run by its path
 
+import record
+from pages import insert, table
+
+from quality import train_selector
+from quality.data import MODEL_NAME, TESTS, TRANSFER, spread
+from quality.quality import BASE as CLAIMS_BASE
+from quality.quality import RECIPE as claims_recipe
 from s2sent_kernels.checkpoints import pretrained
 from s2sent_kernels.files import write_atomically
 from s2sent_kernels.tools import evaluation
@@ -28,19 +30,19 @@ from s2sent_kernels.tools import evaluation
 Row = dict[str, Any]
 COLUMNS = ("dev", *TESTS, "mean")
 TITLES = ("STS-B dev", "STS12", "STS14", "STS16", "STS-B test", "mean of the four")
-START, END = "<!-- quality: written by bench/quality_report.py -->", "<!-- quality: end -->"
+START, END = "<!-- quality: written by bench/quality/report.py -->", "<!-- quality: end -->"
 BASE = {name: value for name, value in CLAIMS_BASE.items() if name != "prior"}
 
 INTRO = """\
 # Quality
 
-Written by `bench/quality_report.py` from [results/quality](results/quality), which `bench/train_selector.py` and
-`bench/quality.py` measured; nothing is typed by hand. Encoder: all-MiniLM-L6-v2, 6 blocks of 384 features. Figures are
+Written by `bench/quality/report.py` from [results/quality](results/quality), which `bench/quality/train_selector.py` and
+`bench/quality/quality.py` measured; no number is typed by hand. Encoder: all-MiniLM-L6-v2, 6 blocks of 384 features. Figures are
 Spearman × 100 of cosine similarities, each STS set as one; where there are seeds, the median and in parentheses the lowest and
 highest, of three where no other number is given.
 
-STS-B dev chooses epochs (of 6), and for the shipped selector the learning rate and the seed. It shares pairs with STS12, STS14
-and STS16 ({shared}; of {dev:,}): the shipped selector's section says what other choices would have given.
+Epochs (of 6), and for the shipped selector the learning rate and the seed, are selected on STS-B dev. It shares pairs with STS12,
+STS14 and STS16 ({shared}; of {dev:,}): the shipped selector's section shows what other rules give.
 Training: {triplets:,} NLI triplets without the sentences of the STS sets, InfoNCE with hard negatives, temperature 0.05."""
 
 
@@ -67,7 +69,7 @@ def baseline_rows(rows: Sequence[Row], *names: str) -> list[list[str]]:
 
 
 def varied(rows: Sequence[Row], name: str, values: Sequence[Any], title: str, said: Callable[[Any], str]) -> str:
-    """One table: ``name`` takes its values, with the prior and without, all else as in the base."""
+    """One table: the base with each value of ``name``, with and without the prior."""
     lines = []
     for value in values:
         for prior in (True, False):
@@ -78,10 +80,10 @@ def varied(rows: Sequence[Row], name: str, values: Sequence[Any], title: str, sa
 
 
 def claims(rows: Sequence[Row]) -> str:
-    parts = ["## What earns its place, encoder frozen"]
+    parts = ["## What each part is worth, encoder frozen"]
     parts.append(
-        "Around one base: N = 6 blocks, M = 4 components, H = 32, batch norm, gates of the input. Prior off is the paper's\n"
-        f"formula. Learning rate {claims_recipe.learning_rate:g}."
+        "Variations of one base: N = 6 blocks, M = 4 components, H = 32, batch norm, gates of the input. Prior off is the\n"
+        f"paper's formula. Learning rate {claims_recipe.learning_rate:g}."
     )
     parts += ["### For comparison"]
     lines = baseline_rows(rows, evaluation.MEAN_OF_LAST, evaluation.FIRST_LAST, evaluation.AVERAGE)
@@ -116,7 +118,7 @@ def _median(rows: Sequence[Row], **wanted: Any) -> float | None:
 
 
 def readings(rows: Sequence[Row]) -> str:
-    """What the tables say, as differences of medians of the mean of the four, by rule and not by hand."""
+    """The tables' differences: medians of the mean of the four sets, against the base or a baseline."""
     base, paper = _median(rows), _median(rows, prior=False)
     if base is None or paper is None:
         return ""
@@ -148,8 +150,8 @@ def readings(rows: Sequence[Row]) -> str:
 def transfer(rows: Sequence[Row]) -> str:
     parts = ["## Transfer of the shipped selector"]
     parts.append(
-        "Logistic regression on frozen embeddings, as SentEval does it: accuracy × 100, for MRPC with F1. C is chosen on dev or\n"
-        "on a tenth of the training part; MR is cross-validated in ten folds. None of these sets chose anything."
+        "Logistic regression on frozen embeddings, as in SentEval: accuracy × 100, for MRPC also F1. C is selected on dev or on\n"
+        "a tenth of the training part; MR is cross-validated in ten folds. None of these sets selected the shipped selector."
     )
     lines = []
     for pooling in dict.fromkeys(row["pooling"] for row in rows):
@@ -192,7 +194,7 @@ def finetune(rows: Sequence[Row]) -> str:
     parts.append(
         f"The same budget for all: {first['epochs']} epochs of {first['triplets']:,} triplets in batches of {first['batch']}, "
         "AdamW, learning rate 2e-5\n(selector 1e-3, prior and mix 1e-2), linear warm-up and decay, float32 with TF32 products. "
-        "Nothing is chosen:\nthe last epoch is reported."
+        "Nothing is selected:\nthe last epoch is reported."
     )
     names = list(dict.fromkeys(map(fusion_name, rows)))
     order = sorted(
@@ -227,12 +229,12 @@ def parameters(claim_rows: Sequence[Row], encoder: int) -> str:
 
 def shipped(content: Row) -> str:
     parts = ["## The shipped selector", train_selector.table(content)]
-    parts += ["How the epoch was chosen, and what that does:", train_selector.rules(content)]
+    parts += ["The rule that selected the epoch, and what other rules give:", train_selector.rules(content)]
     return "\n\n".join(parts)
 
 
 def when(content: Row, claim_rows: Sequence[Row], transfer_rows: Sequence[Row], tuned: Sequence[Row]) -> str:
-    """The README's sentences on when to use what; the figures choose the words where they could go either way."""
+    """The README's paragraph on when to use what. Its words hold for whatever figures the results have."""
     of = {
         kind: statistics.median(r["scores"]["mean"] for r in content["runs"] if r["pooling"] == kind and r["chosen"])
         for kind in (evaluation.SCALAR_MIX, evaluation.S2SENT)
@@ -240,11 +242,11 @@ def when(content: Row, claim_rows: Sequence[Row], transfer_rows: Sequence[Row], 
     last = content["baselines"][evaluation.MEAN_OF_LAST]["mean"]
     paper = _median(claim_rows, prior=False)
     words = (
-        f"Behind a frozen encoder that was trained contrastively, use the selector with its block prior for similarity: on "
-        f"all-MiniLM-L6-v2 the mean of four STS sets goes from {last:.2f} (mean of the last block) to "
-        f"{of[evaluation.S2SENT]:.2f}, with a learned scalar mix to {of[evaluation.SCALAR_MIX]:.2f}"
+        "For similarity behind a frozen, contrastively trained encoder, use the selector with its block prior: on "
+        f"all-MiniLM-L6-v2 its mean Spearman × 100 of four STS sets is {of[evaluation.S2SENT]:.2f}, against {last:.2f} for the "
+        f"mean of the last block and {of[evaluation.SCALAR_MIX]:.2f} for a learned scalar mix"
     )
-    words += f", with the paper's formula, without a prior, to {paper:.2f}." if paper is not None else "."
+    words += f". The paper's formula, without a prior, gives {paper:.2f}." if paper is not None else "."
     accuracy = {
         pooling: statistics.mean(row["accuracy"] for row in matching(transfer_rows, {"pooling": pooling}))
         for pooling in dict.fromkeys(row["pooling"] for row in transfer_rows)
@@ -252,7 +254,7 @@ def when(content: Row, claim_rows: Sequence[Row], transfer_rows: Sequence[Row], 
     if accuracy:
         best = max(accuracy, key=lambda pooling: accuracy[pooling])
         words += (
-            f" For classifiers on frozen embeddings the {best} is best, mean accuracy {accuracy[best]:.2f} "
+            f" For classifiers on frozen embeddings the {best} is best, with mean accuracy {accuracy[best]:.2f} "
             f"(selector {accuracy[evaluation.S2SENT]:.2f}, mean of the last block {accuracy[evaluation.MEAN_OF_LAST]:.2f})."
         )
     names = list(dict.fromkeys(map(fusion_name, tuned)))
@@ -262,7 +264,7 @@ def when(content: Row, claim_rows: Sequence[Row], transfer_rows: Sequence[Row], 
         told = ", ".join(f"{name} {spread(scores[name])}" for name in order)
         seeds = sorted({len(values) for values in scores.values()})
         words += (
-            f" Where the encoder is fine-tuned too, what gave the most at the same budget comes first "
+            f" Where the encoder is fine-tuned too, the order at the same budget is, from the best "
             f"({' or '.join(map(str, seeds))} seeds each): {told}."
         )
     return textwrap.fill(words, 128, break_on_hyphens=False)
@@ -295,17 +297,7 @@ def build(results: Path, output: Path, readme: Path | None, card: bool = True) -
         folder = pretrained.find(MODEL_NAME)
         write_atomically(folder / "README.md", train_selector.card(content, folder).encode())
     if readme is not None:
-        insert(readme, when(content, claim_rows, rows["transfer"], rows["finetune"]))
-
-
-def insert(readme: Path, text: str) -> None:
-    """Put ``text`` between the markers."""
-    old = readme.read_text(encoding="utf-8")
-    before, start, rest = old.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise record.UserError(f"{readme}: expected the markers {START} and {END}")
-    write_atomically(readme, f"{before}{start}\n{text}\n{end}{after}".encode())
+        insert(readme, START, END, when(content, claim_rows, rows["transfer"], rows["finetune"]))
 
 
 def main() -> int:
@@ -313,13 +305,13 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=record.RESULTS / "quality")
     parser.add_argument("--output", type=Path, default=record.BENCH / "QUALITY.md")
     parser.add_argument("--readme", type=Path, help="also write the figures between this file's markers")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     try:
-        build(asked.results, asked.output, asked.readme)
+        build(options.results, options.output, options.readme)
     except record.UserError as error:
-        print(f"quality_report: error: {error}", file=sys.stderr)
+        print(f"quality/report: error: {error}", file=sys.stderr)
         return 2
-    print(asked.output)
+    print(options.output)
     return 0
 
 

@@ -1,45 +1,45 @@
-"""The method's claims, measured: which parts of the selector earn their place on all-MiniLM-L6-v2, with a frozen encoder and with
-one that is trained too, and what the shipped selector gives beyond similarity.
+"""Measures the method's claims on all-MiniLM-L6-v2: what each part of the selector is worth, behind a frozen encoder and behind
+one that is trained too, and how the shipped selector does beyond similarity.
 
-    python bench/quality.py claims   --data FOLDER      tables over M, N, prior, norm, gates of the input or constant
-    python bench/quality.py subsets  --data FOLDER      the shipped selector on every part of the STS sets, beside others
-    python bench/quality.py transfer --data FOLDER      logistic regression on the shipped selector's embeddings, beside others
-    python bench/quality.py finetune --data FOLDER      encoder and fusion trained together, same budget for all
-    python bench/quality_report.py                      bench/results/quality/*.json to bench/QUALITY.md
+    python bench/quality/quality.py claims   --data FOLDER     tables over M, N, prior, norm, gates of the input or constant
+    python bench/quality/quality.py subsets  --data FOLDER     the shipped selector on every subset of the STS sets
+    python bench/quality/quality.py transfer --data FOLDER     logistic regression on the shipped selector's embeddings
+    python bench/quality/quality.py finetune --data FOLDER     encoder and fusion trained together, same budget for all
+    python bench/quality/report.py                             bench/results/quality/*.json to bench/QUALITY.md
 
-The folder's layout stands in bench/quality_data.py. A GPU is used where there is one. Every configuration is trained from three
-seeds; nothing is chosen on what is reported. --part I/K measures every K-th configuration, for several processes at once.
+bench/quality/data.py describes the folder. A GPU is used if there is one. Every configuration is trained from three seeds, and
+nothing is selected on a reported set. --part I/K measures one of K parts, for several processes at once.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import quality_finetune
+sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, also where this file is run by its path
+
 import record
 import torch
-from quality_data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, load_encoder, scores
 
+from quality import finetune
+from quality.data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, load_encoder, scores
 from s2sent_kernels import S2SentSelector, frozen
 from s2sent_kernels.checkpoints import pretrained
-from s2sent_kernels.files import write_atomically
 from s2sent_kernels.tools import evaluation
 
 HIDDEN, BOTTLENECK = 384, 32
 RECIPE = frozen.Recipe(epochs=6)
 BASE = {"N": 6, "M": 4, "prior": True, "norm": True, "gates": "input"}
-TOKEN_FREQUENCIES = 6  # M = 16 on 6 blocks takes y = 5
+TOKEN_FREQUENCIES = 6  # M = 16 on 6 blocks needs y up to 5
 
 Row = dict[str, Any]
 
 
 def claims_configurations() -> list[Row]:
-    """Around one base, each thing varied with and without the prior; what a table shares with another is trained once."""
+    """Variations of one base, each with and without the prior; a configuration in several tables is trained once."""
     varied: list[Row] = [{"M": m} for m in (1, 2, 4, 8, 16)] + [{"N": n} for n in range(1, 7)]
     varied += [{"norm": norm, "gates": gates} for norm in (True, False) for gates in ("input", "constant")]
     found: list[Row] = []
@@ -51,16 +51,16 @@ def claims_configurations() -> list[Row]:
     return found + [{"N": n, "gates": "scalar mix"} for n in range(1, 7)]
 
 
-def claims(asked: Any) -> Iterator[Row]:
-    data = Data.read(asked.data)
-    cached = Frozen(data, asked.cache, asked.model, asked.device, TOKEN_FREQUENCIES)
-    index, parts = asked.part
-    # By (N, M), so that features are gathered once for each.
+def claims(options: Any) -> Iterator[Row]:
+    data = Data.read(options.data)
+    cached = Frozen(data, options.cache, options.model, options.device, TOKEN_FREQUENCIES)
+    index, parts = options.part
+    # Sorted by (N, M), so that the features of each are gathered once.
     configurations = sorted(claims_configurations(), key=lambda row: (row["N"], row.get("M", 4)))
     bounds = [len(configurations) * part // parts for part in (index, index + 1)]
     for configuration in configurations[slice(*bounds)]:
         num_blocks, frequencies = configuration["N"], configuration.get("M", 4)
-        for seed in asked.seeds:
+        for seed in options.seeds:
             start = time.perf_counter()
             torch.manual_seed(seed)
             module: torch.nn.Module
@@ -88,13 +88,13 @@ def claims(asked: Any) -> Iterator[Row]:
             yield {"gates": name, "scores": scores(values, cached.sts_texts, data), "parameters": 0}
 
 
-def _embed_shipped(asked: Any) -> evaluation.Embed:
-    """Texts to the embeddings of the shipped selector and of every other pooling."""
-    encoder, tokenizer = load_encoder(asked.model, asked.device)
-    name = "all-MiniLM-L6-v2" if asked.selector is None else asked.selector
-    selector = S2SentSelector.from_pretrained(name).to(asked.device)
+def _embed_shipped(options: Any) -> evaluation.Embed:
+    """A function from texts to their embeddings by the shipped selector and by every other pooling."""
+    encoder, tokenizer = load_encoder(options.model, options.device)
+    name = "all-MiniLM-L6-v2" if options.selector is None else options.selector
+    selector = S2SentSelector.from_pretrained(name).to(options.device)
     about = pretrained.read_config(pretrained.find(name))
-    mix = frozen.ScalarMix.of_weights(about["scalar_mix"]).to(asked.device)
+    mix = frozen.ScalarMix.of_weights(about["scalar_mix"]).to(options.device)
     modules = {evaluation.S2SENT: selector, evaluation.SCALAR_MIX: mix}
 
     def embed(texts: Any) -> dict[str, torch.Tensor]:
@@ -103,24 +103,24 @@ def _embed_shipped(asked: Any) -> evaluation.Embed:
     return embed
 
 
-def subsets(asked: Any) -> Iterator[Row]:
-    """Spearman of every part of the test sets, by where its pairs come from."""
-    embed = _embed_shipped(asked)
-    for name, pairs in Data.read(asked.data).tests.items():
+def subsets(options: Any) -> Iterator[Row]:
+    """Spearman on every subset of the test sets: pairs of one source."""
+    embed = _embed_shipped(options)
+    for name, pairs in Data.read(options.data).tests.items():
         parts: dict[str, list[evaluation.Pair]] = {}
         for pair in pairs:
-            # STS-B names genre, source and year: the genre is what has pairs enough.
+            # STS-B gives genre/source/year; only genres have enough pairs.
             parts.setdefault(pair.subset.partition("/")[0], []).append(pair)
         for part, some in parts.items():
             for pooling, found in evaluation.sts(embed, some).items():
                 yield {"set": name, "subset": part, "pairs": len(some), "pooling": pooling, **found._asdict()}
 
 
-def transfer(asked: Any) -> Iterator[Row]:
-    embed = _embed_shipped(asked)
-    index, parts = asked.part
+def transfer(options: Any) -> Iterator[Row]:
+    embed = _embed_shipped(options)
+    index, parts = options.part
     for task, file in list(TRANSFER.items())[index::parts]:
-        splits = evaluation.read_transfer(asked.data / f"transfer/{file}.tsv")
+        splits = evaluation.read_transfer(options.data / f"transfer/{file}.tsv")
         found = evaluation.transfer(embed, splits)
         for pooling, accuracy in found.items():
             row = {"task": task, "pooling": pooling, **accuracy._asdict()}
@@ -128,7 +128,7 @@ def transfer(asked: Any) -> Iterator[Row]:
             yield row
 
 
-SECTIONS = {"claims": claims, "subsets": subsets, "transfer": transfer, "finetune": quality_finetune.measure}
+SECTIONS = {"claims": claims, "subsets": subsets, "transfer": transfer, "finetune": finetune.measure}
 
 
 def main() -> int:
@@ -140,21 +140,18 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=3, help="of finetune (default: 3)")
     parser.add_argument("--limit", type=int, help="triplets at most, to try the scripts")
     parser.add_argument("--output", type=Path, default=record.RESULTS / "quality")
-    asked = parser.parse_args()
-    # Fine-tuning is bound by float32 products otherwise; what is trained from the cache has next to none.
-    torch.set_float32_matmul_precision("high" if asked.section == "finetune" else "highest")
-    index, parts = asked.part
-    name = asked.section if parts == 1 else f"{asked.section}-{index}-of-{parts}"
-    if tuple(asked.seeds) != SEEDS:  # beside what other seeds gave
-        name += "-seeds-" + "-".join(map(str, asked.seeds))
-    path = asked.output / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content: Row = {"section": asked.section, "environment": record.environment(), "rows": []}
-    for row in SECTIONS[asked.section](asked):
+    options = parser.parse_args()
+    # TF32: fine-tuning is bound by matrix products. Training from the cache has next to none.
+    torch.set_float32_matmul_precision("high" if options.section == "finetune" else "highest")
+    index, parts = options.part
+    name = options.section if parts == 1 else f"{options.section}-{index}-of-{parts}"
+    if tuple(options.seeds) != SEEDS:  # a file of their own
+        name += "-seeds-" + "-".join(map(str, options.seeds))
+    path = options.output / f"{name}.json"
+    content: Row = {"section": options.section, "environment": record.environment(), "rows": []}
+    for row in SECTIONS[options.section](options):
         content["rows"].append(row)
-        write_atomically(
-            path, (json.dumps(content, indent=1) + "\n").encode()
-        )  # what is done is kept if the rest fails
+        record.write(path, content)  # after every row: what is measured is kept if the rest fails
     print(path)
     return 0
 
