@@ -75,16 +75,17 @@ def of_selector(selector: Any) -> dict[str, Tensor]:
     found = {}
     for backend in BACKENDS:
         selector.backend = backend
-        found[f"{backend} tokens"] = selector(hidden_states, mask)
-        found[f"{backend} gates"] = selector.gates(hidden_states, mask)
+        label = backend if selector.profile == "paper" else f"official by {backend}"  # whose gate is plain PyTorch
+        found[f"{label} tokens"] = selector(hidden_states, mask)
+        found[f"{label} gates"] = selector.gates(hidden_states, mask)
         for pooling in ("mean", "cls", "last"):
-            found[f"{backend} {pooling}"] = selector.pool(hidden_states, mask, pooling=pooling)
+            found[f"{label} {pooling}"] = selector.pool(hidden_states, mask, pooling=pooling)
         if selector.profile == "paper":  # the other has no packed form
-            found[f"{backend} packed"] = selector.pool(packed, cu_seqlens=ends)
+            found[f"{label} packed"] = selector.pool(packed, cu_seqlens=ends)
         pool = selector.blockwise(mask)
         for block, state in enumerate(hidden_states):
             pool.add(block, state)
-        found[f"{backend} block by block"] = pool.result()
+        found[f"{label} block by block"] = pool.result()
     return found
 
 
