@@ -1,13 +1,13 @@
-"""Compiles every Triton kernel without a GPU and reads the code: no spills, hidden states loaded 128 bits at a time, and in the
-kernels that promise bits no arithmetic that the assembler may still fuse.
+"""Compiles every Triton kernel without a GPU and checks the code: no register spills, hidden states loaded 128 bits at a time,
+and, in kernels that promise bits, no arithmetic that the assembler could still fuse.
 
-Run as a script in a process of its own (``test_compile_kernels.py`` does), because it puts a stand-in for the GPU's driver
-in place and makes every launch stop after compilation:
+Run as a script in a process of its own (as ``test_compile_kernels.py`` does), because it installs a stand-in for the GPU's
+driver and makes every launch stop after compilation:
 
     python tests/compile_kernels.py 90 "768,4,12" "384,8,6"          # sm_90; D,M,N of each case
 
-Prints a line for each kernel and exits with 1 where one of them spills, loads narrowly, leaves bits to the assembler or takes
-more shared memory than some GPUs have.
+Prints a line for each kernel, and exits with 1 if a kernel spills, loads narrowly, leaves bits to the assembler or uses more
+shared memory than some GPUs have.
 """
 
 import re
@@ -24,19 +24,19 @@ from triton.runtime.jit import JITFunction
 
 BATCH, TOKENS, BOTTLENECK = 2, 64, 64
 MANY_SENTENCES = 300  # the gate's tile depends on how many sentences there are
-# Hidden states, and nothing else, are loaded with this cache policy: it tells their loads from the others. What a loop copies
-# ahead into shared memory has no policy; in the kernels that read hidden states it is those, and dv.
+# Only hidden states are loaded with this cache policy, which tells their loads from the others. Prefetches into shared memory
+# have no policy; in the kernels that read hidden states, they prefetch hidden states and dv only.
 HIDDEN_LOAD = re.compile(r"ld\.global\.L1::evict_first\S*|cp\.async\.c[ag]\.shared\.global [^;]*;")
 FULL_WIDTH = re.compile(r"\.v4\.b32$|, 0x10, ")
-# Without .rn the assembler may contract a product and a sum, in each variant of a kernel another one.
+# Without .rn the assembler may contract a product and a sum, and may choose differently in each variant of a kernel.
 FUSIBLE = re.compile(r"\b(?:add|sub|mul)(?:\.ftz)?\.f(?:32|64)\b")
-SHARED_BYTES = 99 << 10  # that a program gets on every GPU from sm_80 on: sm_86 and sm_89 have the fewest
+SHARED_BYTES = 99 << 10  # available to a program on every GPU from sm_80 on; sm_86 and sm_89 have the fewest
 READERS = {"squeeze_kernel", "fuse_kernel", "fuse_backward_kernel"}
 PROMISE_BITS = READERS | {"sum_groups_kernel", "gate_kernel"}
 
 
 class StandInDriver:
-    """What Triton asks of a driver before it compiles."""
+    """The part of a driver that Triton needs to compile."""
 
     def __init__(self, capability):
         self.target = GPUTarget("cuda", capability, 32)
@@ -68,35 +68,39 @@ def compile_instead_of_launching(compiled):
 
 
 def launch_all(size, frequencies, num_blocks, dtype):
-    """Every launcher, over all variants that differ in what they load: masked and packed, pooled, tokens, backward."""
-    from s2sent_kernels import S2SentSelector, kernels
+    """Every launcher, in all variants that differ in what they load: masked and packed, pooled, tokens, backward."""
+    from s2sent_kernels import S2SentSelector
+    from s2sent_kernels.engines.triton import engine
+    from s2sent_kernels.formula.call import Batch, Gating, HiddenGradients, PartialSums, Place, Reading
 
-    selector = S2SentSelector(size, num_blocks, BOTTLENECK, frequencies, block_prior=True)
-    parameters = selector._parameters_of_gate().each(torch.Tensor.detach)
+    selector = S2SentSelector(size, num_blocks, BOTTLENECK, frequencies, block_prior=True).eval()
+    parameters = selector.gate_parameters().each(torch.Tensor.detach)
+    tanh, relu = Gating("tanh"), Gating("relu")
+    pooled, tokens = Reading(frequencies, pooling="mean"), Reading(frequencies)
     mask = torch.ones(BATCH, TOKENS, dtype=torch.int64)
     cu_seqlens = torch.tensor([0, TOKENS, BATCH * TOKENS], dtype=torch.int32)
-    f, g = torch.zeros(BATCH, size), torch.zeros(BATCH, num_blocks, size)
+    f, p = torch.zeros(BATCH, size), torch.zeros(BATCH, num_blocks, size)
     padded, packed = (BATCH, TOKENS, size), (BATCH * TOKENS, size)
-    for shape, batch in ((padded, (mask, None)), (packed, (None, cu_seqlens))):
+    for shape, where in ((padded, (mask, None)), (packed, (None, cu_seqlens))):
         blocks = [torch.zeros(shape, dtype=dtype) for _ in range(num_blocks)]
-        kernels.select_pool(blocks, *batch, parameters, frequencies, "mean", "tanh", 1e-6)
-        kernels.select(blocks, *batch, parameters, frequencies, "tanh", 1e-6)
-        kernels.fuse_backward(blocks[0], blocks, *batch)
-        rest = (shape, dtype, torch.device("cpu"), [True] * num_blocks, *batch, frequencies, "paper")
-        kernels.squeeze_backward(f, g, None, None, *rest, "mean")
-        kernels.squeeze_backward(f, None, blocks[0], g, *rest, None)
-    kernels.gate_pool_backward(f.to(dtype), f, g, parameters, "tanh", 1e-6)
-    kernels.gate_backward(g, f, parameters, "relu", 1e-6)
-    kernels.gate(torch.empty(MANY_SENTENCES, size), parameters, num_blocks, "tanh", 1e-6)
-    groups = torch.empty(MANY_SENTENCES, kernels.num_groups(num_blocks), size)
-    pooled = torch.empty(MANY_SENTENCES, num_blocks, size)
-    kernels.gate_pool(groups, pooled, parameters, frequencies, "tanh", 1e-6, dtype)
-    groups = torch.zeros(BATCH, num_blocks, size)
-    kernels.squeeze_block(blocks[0], 1, num_blocks, groups, g, *batch, frequencies, "paper", "mean")
+        batch, needed = Batch(blocks, *where), [True] * num_blocks
+        engine.select_pool(batch, pooled, parameters, tanh)
+        engine.select(batch, tokens, parameters, tanh)
+        engine.fuse_backward(blocks[0], batch)
+        engine.squeeze_backward(HiddenGradients(squeezed=f, pooled=p), batch.layout, needed, pooled)
+        engine.squeeze_backward(HiddenGradients(squeezed=f, fused=blocks[0], gates=p), batch.layout, needed, tokens)
+    engine.gate_pool_backward(f.to(dtype), f, p, parameters, tanh)
+    engine.gate_backward(p, f, parameters, relu)
+    engine.gate(torch.empty(MANY_SENTENCES, size), parameters, num_blocks, tanh)
+    groups = torch.empty(MANY_SENTENCES, engine.num_groups(num_blocks), size)
+    sums = PartialSums(groups, torch.empty(MANY_SENTENCES, num_blocks, size))
+    engine.gate_pool(sums, parameters, frequencies, tanh, dtype)
+    sums = PartialSums(torch.zeros(BATCH, num_blocks, size), p)
+    engine.squeeze_block(batch._replace(hidden_states=blocks[:1]), Place(1, num_blocks), sums, pooled)
 
 
 def resources(kernel, capability):
-    """Registers, and bytes of spills: a stack may also hold what is no spill, so where there is one ptxas is asked again."""
+    """Registers, and bytes of spills. A stack need not be a spill, so for a kernel that has one ptxas is run again with -v."""
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])

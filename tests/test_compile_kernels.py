@@ -1,5 +1,5 @@
-"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a GPU, without spills, with 128-bit loads,
-and without arithmetic whose rounding the assembler chooses."""
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a GPU: no spills, 128-bit loads, and no arithmetic whose
+rounding the assembler may choose."""
 
 import importlib.util
 import itertools
@@ -15,7 +15,7 @@ CAPABILITIES, SIZES = (80, 90, 100), (384, 768, 1024)
 
 
 def cases():
-    """N and M in full, D and the GPU's generation so that every pair of values occurs: {capability: ["D,M,N", ...]}."""
+    """Every N with every M; D and the capability rotate so that every pair of values occurs: {capability: ["D,M,N", ...]}."""
     found = {capability: [] for capability in CAPABILITIES}
     for (i, num_blocks), (j, frequencies) in itertools.product(enumerate((3, 6, 12, 24)), enumerate((1, 2, 4, 8))):
         capability, size = CAPABILITIES[(i + 2 * j) % 3], SIZES[(i + j) % 3]

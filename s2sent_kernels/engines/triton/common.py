@@ -18,8 +18,8 @@ SCAN = tl.constexpr(config.SCAN)
 
 @triton.jit
 def quotient(a, b, inverse):
-    """a / b from ``inverse``, about 1 / b. One Newton step gives a correctly rounded quotient in three instructions, where a
-    division takes ten and a branch."""
+    """a / b from ``inverse``, about 1 / b. One Newton step makes the product round as the quotient would, in three instructions;
+    a division needs ten and a branch."""
     q = a * inverse
     return tl.fma(tl.fma(-q, b, a), inverse, q)
 

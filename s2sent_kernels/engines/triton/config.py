@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ...formula import dct
+from ...formula.call import Profile
 
 CHUNK = 512  # tokens in a sum chunk, which bounds the rounding of a running sum; a multiple of every tile
 SCAN = 256  # mask tokens, or sentence ends, that are loaded at once
@@ -186,7 +187,7 @@ def gate_backward(num_blocks: int, bottleneck: int) -> GateBackwardTile | None:
 
 
 @functools.cache
-def dct_constants(num_blocks: int, frequencies: int, profile: str) -> Dct:
+def dct_constants(num_blocks: int, frequencies: int, profile: Profile) -> Dct:
     """The constants of a ``profile``, which is validated here."""
     pairs = dct.frequency_pairs(num_blocks, frequencies, profile)
     x, y = zip(*pairs, strict=True)

@@ -168,7 +168,7 @@ def gate_backward_kernel(
     if p_prior is not None:
         of_blocks = tl.sum(tl.reshape(tl.sum(dlogits, axis=0), [PADDED_N, BLOCK_D]), axis=1)  # [PADDED_N]
         tl.store(p_prior_sums + index * N + o_n, of_blocks, mask=o_n < N)
-    # Loaded again, from the cache: W2 would not fit into the registers until here.
+    # Loaded again, from the cache: kept until here, W2 would overflow the registers.
     w = tl.load(
         p_up_weight + o_nd.to(tl.int64)[:, None] * H + o_h[None, :], mask=m_nd[:, None] & m_h[None, :], other=0.0
     )  # [COLUMNS, BLOCK_H]

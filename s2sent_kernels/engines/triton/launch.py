@@ -48,7 +48,7 @@ def vector_of(features: int, dtype: torch.dtype) -> int:
 
 
 def dense(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    """``tensor`` made contiguous, and cast to ``dtype`` if given. Kernels take strides for hidden states and masks only."""
+    """``tensor`` made contiguous, and cast to ``dtype`` if given. Only hidden states and masks reach kernels with strides."""
     if tensor is None:
         return None
     return (tensor if dtype is None else tensor.to(dtype)).contiguous()

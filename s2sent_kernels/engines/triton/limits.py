@@ -1,4 +1,4 @@
-"""What the Triton engine needs, and what it refuses. Imports no Triton, so that the question can be asked without it."""
+"""What the Triton engine needs, and what it refuses. Imports no Triton, which may not be installed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _status(device_index: int | None, interprets: bool) -> BackendStatus:
 
 
 def refuses(call: Call) -> str | None:
-    """Why the engine cannot compute ``call`` here, or None where it can."""
+    """Why the engine cannot compute ``call`` here, or None if it can."""
     interprets = triton_interprets()
     found = _status(call.device.index if call.device.type == "cuda" else None, interprets)
     if not found.usable:
