@@ -76,7 +76,7 @@ demo: $(DEMO_READY)
 	$(PY) -m s2sent_kernels.cli demo
 
 # Processes of their own: Triton decides when a kernel is decorated whether it is compiled or interpreted. Without a GPU the
-# tests in tests/kernels run the kernels in the interpreter; with one they run them on it. The third runs them over the compiled
+# tests in tests/engines run the kernels in the interpreter; with one they run them on it. The third runs them over the compiled
 # backend, where it was built: on a GPU with its CUDA part, else on the CPU. With a GPU a fourth runs its CPU part. All closing
 # lines are repeated at the end. The interpreter's products are OpenBLAS's: one of its kernels for all CPUs, so that rounding is the
 # same, and a test that passes here passes there.
@@ -87,17 +87,17 @@ test: $(DEV_READY)
 		if grep -qw avx2 /proc/cpuinfo 2>/dev/null; then interpret="$$interpret OPENBLAS_CORETYPE=Haswell"; fi; \
 		if $(PY) -c 'import xdist' 2>/dev/null; then workers="-n $(WORKERS) --dist worksteal"; export OMP_NUM_THREADS=1; fi; \
 	fi; \
-	env -u TRITON_INTERPRET $(PY) -m pytest tests --ignore=tests/kernels $$workers 2>&1 | tee "$$logs/1" || failed=1; \
-	env -u TRITON_INTERPRET $$interpret $(PY) -m pytest tests/kernels $$workers 2>&1 | tee "$$logs/2" || failed=1; \
-	env -u TRITON_INTERPRET S2SENT_TEST_BACKEND=native $(PY) -m pytest tests/kernels $$workers 2>&1 | tee "$$logs/3" || failed=1; \
+	env -u TRITON_INTERPRET $(PY) -m pytest tests --ignore=tests/engines $$workers 2>&1 | tee "$$logs/1" || failed=1; \
+	env -u TRITON_INTERPRET $$interpret $(PY) -m pytest tests/engines $$workers 2>&1 | tee "$$logs/2" || failed=1; \
+	env -u TRITON_INTERPRET S2SENT_TEST_BACKEND=native $(PY) -m pytest tests/engines $$workers 2>&1 | tee "$$logs/3" || failed=1; \
 	if [ "$$gpu" ]; then \
-		env -u TRITON_INTERPRET S2SENT_TEST_BACKEND=native S2SENT_TEST_DEVICE=cpu $(PY) -m pytest tests/kernels 2>&1 \
+		env -u TRITON_INTERPRET S2SENT_TEST_BACKEND=native S2SENT_TEST_DEVICE=cpu $(PY) -m pytest tests/engines 2>&1 \
 			| tee "$$logs/4" || failed=1; \
 	fi; \
 	echo "tests:                  $$(tail -n 1 "$$logs/1")"; \
-	echo "tests/kernels:          $$(tail -n 1 "$$logs/2")"; \
-	echo "tests/kernels (native): $$(tail -n 1 "$$logs/3")"; \
-	if [ "$$gpu" ]; then echo "tests/kernels (native, CPU): $$(tail -n 1 "$$logs/4")"; fi; \
+	echo "tests/engines:          $$(tail -n 1 "$$logs/2")"; \
+	echo "tests/engines (native): $$(tail -n 1 "$$logs/3")"; \
+	if [ "$$gpu" ]; then echo "tests/engines (native, CPU): $$(tail -n 1 "$$logs/4")"; fi; \
 	exit $$failed
 
 # The report is rebuilt from what there is, also where something failed parity or broke; that still fails the command.

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import save_encoder, sentences
+from builders import save_encoder, sentences
 
 from s2sent_kernels import S2SentSelector, mteb_tasks
 from s2sent_kernels.cli import main

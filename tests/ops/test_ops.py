@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import make_batch, make_gradient, make_parameters, pack
+from builders import make_batch, make_gradient, make_parameters, pack
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import s2sent_kernels  # noqa: F401  registers the ops

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import make_batch, make_parameters, pack, through_ops
+from builders import make_batch, make_parameters, pack, through_ops
 
 import s2sent_kernels as s2
 from s2sent_kernels import S2SentSelector

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import save_encoder, sentences
+from builders import save_encoder, sentences
 
 pa = pytest.importorskip("pyarrow")
 pytest.importorskip("sentence_transformers")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_frozen import TEXTS, make_encoder
+from tools.test_frozen import TEXTS, make_encoder
 
 from s2sent_kernels import S2SentSelector, evaluation, frozen, mteb_tasks, pictures, squeeze, tables
 from s2sent_kernels.capture import BlockCapture

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close, save_encoder, sentences
+from builders import assert_close, save_encoder, sentences
 
 from s2sent_kernels import S2SentSelector, backends, pretrained
 from s2sent_kernels.capture import BlockCapture
@@ -103,7 +103,7 @@ def double(model):
 def program(text, *arguments, launch=(), **environment):
     """Python in a process of its own that sees one GPU, but with a ``launch``: a trainer takes one a process."""
     command = [sys.executable, *launch, *(("-c", text) if text else ()), *map(str, arguments)]
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     paths = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     environment = {
         **os.environ,

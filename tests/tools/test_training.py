@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import WORDS, save_encoder, sentences
+from builders import WORDS, save_encoder, sentences
 
 from s2sent_kernels.cli import main
 from s2sent_kernels.examples import Examples, read_examples

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from helpers import save_encoder
+from builders import save_encoder
 
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("datasets")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import assert_close, make_batch, make_gradient, make_parameters, pack, through_ops
+from builders import assert_close, make_batch, make_gradient, make_parameters, pack, through_ops
 
 import s2sent_kernels as s2
 from s2sent_kernels import S2SentSelector

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (
+from builders import (
     GRADIENTS,
     LAYOUTS,
     MASKS,

@@ -4,7 +4,7 @@ kernels that promise bits no arithmetic that the assembler may still fuse.
 Run as a script in a process of its own (``test_compile_kernels.py`` does), because it puts a stand-in for the GPU's driver
 in place and makes every launch stop after compilation:
 
-    python tests/compile_kernels.py 90 "768,4,12" "384,8,6"          # sm_90; D,M,N of each case
+    python tests/project/compile_kernels.py 90 "768,4,12" "384,8,6"          # sm_90; D,M,N of each case
 
 Prints a line for each kernel and exits with 1 where one of them spills, loads narrowly, leaves bits to the assembler or takes
 more shared memory than some GPUs have.

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_parameters
+from builders import make_parameters
 
 import s2sent_kernels as s2
 from s2sent_kernels import backend as backend_module
 from s2sent_kernels import functional
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BUILT = pytest.mark.skipif(not s2.backends()["native"].usable, reason=s2.backends()["native"].reason)
 N, B, L, H, M = 5, 6, 40, 8, 4
 

@@ -7,7 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from helpers import save_encoder  # noqa: E402
+from builders import save_encoder  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from s2sent_kernels import S2SentSelector  # noqa: E402

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import assert_close, make_batch, make_gradient, pack, through_ops
+from builders import assert_close, make_batch, make_gradient, pack, through_ops
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
