@@ -1,57 +1,119 @@
-"""Builders that several test files share: batches, packing, gate parameters, output gradients, the op path."""
+"""Builders that several test files share: batches, gate parameters, selectors, output gradients, tiny encoders.
+
+Numbers are drawn on the CPU in float64 and then rounded, so that they are the same on every device and, up to rounding, in
+every dtype.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from s2sent_kernels import GateParameters, functional
-
-torch.set_num_threads(1)  # the tensors are tiny, and with pytest -n the threads would fight over the cores
+from s2sent_kernels import GateParameters, S2SentSelector, functional
 
 MASKS = ("none", "right", "left", "holes", "mixed")
-LAYOUTS = ("contiguous", "strided", "sliced", "expanded")
+LAYOUTS = ("contiguous", "column", "cut", "expanded")  # the four that differ for PyTorch; see lay_out for the others
 GRADIENTS = ("random", "strided", "expanded")
+NAN = float("nan")
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.to(dtype).to(device)
+
+
+# ---------------------------------------------------------------- batches
 
 
 class Batch(NamedTuple):
     hidden_states: list[Tensor]  # N x [B, L, D]
     attention_mask: Tensor | None  # [B, L] bool
 
+    @property
+    def where(self) -> dict[str, Tensor]:
+        """The keyword arguments that tell which tokens are real."""
+        return {} if self.attention_mask is None else {"attention_mask": self.attention_mask}
 
-def make_mask(kind: str, B: int, L: int, generator: torch.Generator) -> Tensor | None:
-    """[B, L] bool. "right", "left" and "holes" leave at least one real token to a sentence; "mixed" takes one of the
-    three for each row in turn, and every fourth row is empty."""
+    @property
+    def real(self) -> Tensor:
+        """[B, L] bool"""
+        if self.attention_mask is not None:
+            return self.attention_mask
+        return torch.ones(self.hidden_states[0].shape[:2], dtype=torch.bool, device=self.hidden_states[0].device)
+
+    @property
+    def num_sentences(self) -> int:
+        return self.hidden_states[0].shape[0]
+
+
+class Packed(NamedTuple):
+    hidden_states: list[Tensor]  # N x [T, D]
+    cu_seqlens: Tensor  # int32 [B + 1]
+
+    @property
+    def where(self) -> dict[str, Tensor]:
+        return {"cu_seqlens": self.cu_seqlens}
+
+    @property
+    def real(self) -> Tensor:
+        """[T] bool"""
+        return torch.ones(self.hidden_states[0].shape[0], dtype=torch.bool, device=self.cu_seqlens.device)
+
+    @property
+    def num_sentences(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+
+def make_mask(kind: str, B: int, L: int, generator: torch.Generator | None = None) -> Tensor | None:
+    """[B, L] bool on the CPU, or None for "none". "right", "left" and "holes" leave every sentence a real token; "mixed"
+    repeats right, holes, empty, left by rows. Lengths and holes are drawn from ``generator``; without one they depend on
+    the row alone."""
     if kind == "none":
         return None
-    lengths = torch.randint(1, L + 1, (B, 1), generator=generator)
-    place = torch.arange(L)
-    right = place < lengths
-    left = place >= L - lengths
-    holes = torch.rand(B, L, generator=generator) < 0.6
-    holes[:, L // 2] = True
-    if kind == "mixed":
-        row = torch.arange(B)[:, None] % 4
-        return torch.where(row == 0, right, torch.where(row == 1, left, holes)) & (row != 3)
-    return {"right": right, "left": left, "holes": holes}[kind]
+    place, row = torch.arange(L), torch.arange(B)[:, None]
+    if generator is None:
+        length = (L - row * 2).clamp(min=(L + 1) // 2)  # [B, 1]
+        holes = ((place + row) % 3 != 1) & (place >= row)
+    else:
+        length = torch.randint(1, L + 1, (B, 1), generator=generator)
+        holes = torch.rand(B, L, generator=generator) < 0.6
+    holes[:, L // 2 : L // 2 + 1] = True
+    kinds = {"right": place < length, "left": place >= L - length, "holes": holes}
+    if kind != "mixed":
+        return kinds[kind]
+    row = row % 4
+    return torch.where(row == 0, kinds["right"], torch.where(row == 1, holes, kinds["left"])) & (row != 2)
 
 
-def lay_out(values: Tensor, layout: str) -> Tensor:
-    """The same values under other strides ("expanded" repeats the first sentence, or the first packed token)."""
-    if layout == "contiguous":
-        return values
-    if layout == "strided":  # innermost dimension outermost in memory
+def lay_out(values: Tensor, layout: str, index: int = 0) -> Tensor:
+    """The same values under other strides or at another address; the memory around them is NaN."""
+    shape = values.shape
+    if layout == "different":  # from one hidden state to the next
+        layout = ("contiguous", "window", "column", "offset")[index % 4]
+    if layout == "transposed":  # [L, B, D] in memory
+        return values.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "column":  # features outermost in memory
         return values.movedim(-1, 0).contiguous().movedim(0, -1)
-    if layout == "sliced":  # cut from a larger buffer, off any alignment; what lies around is NaN
-        larger = values.new_full([size + 3 for size in values.shape], float("nan"))
-        part = larger[tuple(slice(1, 1 + size) for size in values.shape)]
-        part.copy_(values)
-        return part
-    assert layout == "expanded"
-    return values[:1].expand_as(values) if len(values) else values
+    if layout == "offset":  # one element off every alignment
+        result = values.new_full((values.numel() + 1,), NAN)[1:].view(shape)
+        return result.copy_(values)
+    if layout == "sliced":  # neither address nor row stride is aligned
+        return values.new_full((*shape[:-1], shape[-1] + 3), NAN)[..., 1:-2].copy_(values)
+    if layout == "cut":  # sliced in every dimension
+        larger = values.new_full([size + 3 for size in shape], NAN)
+        return larger[tuple(slice(1, 1 + size) for size in shape)].copy_(values)
+    if layout == "window":  # cut from a larger buffer, but aligned: kernels read it without a copy
+        buffer = values.new_full((*shape[:-2], shape[-2] + 2, shape[-1] + 32), NAN)
+        return buffer[..., : shape[-2], 16:-16].copy_(values)
+    if layout == "expanded":  # repeats the first sentence, or the first packed token
+        return values[:1].expand(shape) if len(values) else values
+    assert layout == "contiguous"
+    return values.contiguous()
 
 
 def make_batch(
@@ -63,28 +125,40 @@ def make_batch(
     mask: str = "mixed",
     layout: str = "contiguous",
     *,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
     requires_grad: bool = False,
     seed: int = 0,
-) -> Batch:
-    """N standard normal hidden states [B, L, D], leaves of ``dtype``, and a mask of one of MASKS; the same values for
-    every dtype (but for rounding) and layout (but for "expanded")."""
-    generator = torch.Generator().manual_seed(seed)
-    attention_mask = make_mask(mask, B, L, generator)
-    hidden_states = []
-    for _ in range(N):
-        values = torch.randn(B, L, D, generator=generator, dtype=torch.float64).to(dtype).to(device)
-        hidden_states.append(lay_out(values, layout).detach().requires_grad_(requires_grad))
+    drawn_lengths: bool = True,
+) -> Batch | Packed:
+    """N standard normal hidden states, leaves of ``dtype``: [B, L, D] and a mask of one of MASKS, or with "packed" an empty
+    sentence, then B - 1 of L tokens and fewer."""
+    cu_seqlens = attention_mask = None
+    if mask == "packed":
+        ends = torch.tensor([0] + [max(1, L - 2 * b) for b in range(B - 1)]).cumsum(0)
+        cu_seqlens = torch.cat([ends.new_zeros(1), ends]).to(torch.int32).to(device)
+        shape = (int(ends[-1]), D)
+    else:
+        attention_mask = make_mask(mask, B, L, torch.Generator().manual_seed(seed) if drawn_lengths else None)
+        shape = (B, L, D)
+    hidden_states = [
+        lay_out(randn(*shape, seed=100 * seed + n, dtype=dtype, device=device), layout, n).detach() for n in range(N)
+    ]
+    hidden_states = [u.requires_grad_(requires_grad) for u in hidden_states]
+    if cu_seqlens is not None:
+        return Packed(hidden_states, cu_seqlens)
     return Batch(hidden_states, attention_mask if attention_mask is None else attention_mask.to(device))
 
 
-def pack(hidden_states: list[Tensor], mask: Tensor | None) -> tuple[list[Tensor], Tensor]:
-    """The real tokens of N hidden states [B, L, D] one after another, [T, D] each, and int32 cu_seqlens [B + 1]."""
+def pack(hidden_states: list[Tensor], mask: Tensor | None) -> Packed:
+    """The real tokens of N hidden states [B, L, D], sentence after sentence."""
     if mask is None:
         mask = torch.ones(hidden_states[0].shape[:2], dtype=torch.bool, device=hidden_states[0].device)
     ends = mask.sum(1).cumsum(0)
     cu_seqlens = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
-    return [hidden_state[mask] for hidden_state in hidden_states], cu_seqlens
+    return Packed([hidden_state[mask] for hidden_state in hidden_states], cu_seqlens)
+
+
+# ---------------------------------------------------------------- the gate, selectors, output gradients
 
 
 def make_parameters(
@@ -94,34 +168,78 @@ def make_parameters(
     dtype: torch.dtype = torch.float64,
     *,
     norm: bool = True,
-    prior: bool = False,
-    device: str = "cpu",
+    prior: bool | Sequence[float] | None = None,
+    device: torch.device | str = "cpu",
     requires_grad: bool = False,
-    seed: int = 1,
 ) -> GateParameters:
-    """The gate's tensors, none of them at a special value; the running statistics never require a gradient."""
-    generator = torch.Generator().manual_seed(seed)
+    """The gate's tensors, none of them at a special value; the running statistics never require a gradient.
+    prior: True draws one, numbers are repeated over the N blocks."""
+    tensors: dict[str, Tensor | None] = {
+        "down_weight": randn(H, D, seed=1) * D**-0.5,
+        "down_bias": randn(H, seed=2),
+        "up_weight": randn(N * D, H, seed=3) * H**-0.5 * 2,
+        "up_bias": randn(N * D, seed=4),
+        "norm_weight": randn(N * D, seed=5) + 1 if norm else None,
+        "norm_bias": randn(N * D, seed=6) if norm else None,
+        "running_mean": randn(N * D, seed=7) if norm else None,
+        "running_var": randn(N * D, seed=8).exp() if norm else None,
+        "block_prior": None,
+    }
+    if prior is True:
+        tensors["block_prior"] = randn(N, seed=9) * 2
+    elif prior:
+        tensors["block_prior"] = torch.tensor([prior[n % len(prior)] for n in range(N)])
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            grad = requires_grad and not name.startswith("running")
+            tensors[name] = tensor.to(dtype).to(device).requires_grad_(grad)
+    return GateParameters(**tensors)
 
-    def normal(*shape: int, scale: float = 1.0, shift: float = 0.0, grad: bool = requires_grad) -> Tensor:
-        values = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale + shift
-        return values.to(dtype).to(device).requires_grad_(grad)
 
-    linear = [normal(H, D, scale=D**-0.5), normal(H), normal(N * D, H, scale=H**-0.5), normal(N * D)]
-    norms: list[Tensor | None] = [None] * 4
-    if norm:
-        variance = normal(N * D, grad=False).exp()
-        norms = [normal(N * D, shift=1.0), normal(N * D), normal(N * D, scale=0.5, grad=False), variance]
-    return GateParameters(*linear, *norms, normal(N, scale=2.0) if prior else None)
+def kept(parameters: GateParameters):
+    """The tensors that have gradients, all but the running statistics, and a function from them back to GateParameters. It
+    copies the running statistics, because a call in training mode updates them."""
+    names = [name for name, t in parameters._asdict().items() if t is not None and not name.startswith("running")]
+
+    def rebuild(tensors) -> GateParameters:
+        statistics = {
+            name: t.clone() for name, t in parameters._asdict().items() if t is not None and name.startswith("running")
+        }
+        return parameters._replace(**statistics, **dict(zip(names, tensors, strict=True)))
+
+    return [getattr(parameters, name) for name in names], rebuild
 
 
-def make_gradient(like: Tensor, kind: str = "random", seed: int = 2) -> Tensor:
-    """An output gradient of one of GRADIENTS: contiguous, under other strides, or of zero strides in all but D."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype).to(like.device)
+def make_selector(
+    N: int = 3,
+    D: int = 12,
+    M: int = 4,
+    *,
+    H: int = 5,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+    **options,
+) -> S2SentSelector:
+    """A selector in eval mode none of whose parameters and running statistics is at its initial value."""
+    selector = S2SentSelector(D, N, H, M, **options)
+    parameters = make_parameters(N, D, H, norm=selector.norm is not None, prior=(0.5, -1.0, 2.0))
+    selector.to(dtype)
+    with torch.no_grad():
+        for name, tensor in selector.named_parameters():
+            tensor.copy_(getattr(parameters, name.replace(".", "_")))
+        if selector.norm is not None:
+            selector.norm.running_mean.copy_(parameters.running_mean)
+            selector.norm.running_var.copy_(parameters.running_var)
+    return selector.to(device).eval()
+
+
+def make_gradient(like: Tensor, kind: str = "random", seed: int = 0) -> Tensor:
+    """An output gradient: "random", "strided" (features outermost in memory) or "expanded" (zero strides but in D)."""
+    values = randn(*like.shape, seed=900 + seed, dtype=like.dtype, device=like.device)
     if kind == "strided":
-        return lay_out(values, "strided")
-    if kind == "expanded":
-        return values.flatten(0, -2)[:1].view([1] * (like.dim() - 1) + [like.shape[-1]]).expand(like.shape)
+        return lay_out(values, "column")
+    if kind == "expanded" and values.numel():
+        return values.flatten(0, -2)[0].expand(values.shape)
     return values
 
 
@@ -137,18 +255,20 @@ def assert_close(actual: Tensor, expected: Tensor, relative: float = 1e-12, name
 
 
 def through_ops(monkeypatch) -> str:
-    """Make ``functional`` call torch.ops.s2sent.*, and with it the written-out backward, where it would take plain
-    PyTorch. Returns the ``backend`` to ask for; inside the op S2SENT_BACKEND makes it the reference."""
+    """Make ``functional`` call torch.ops.s2sent.*, and with it the written-out backward, where it would use plain
+    PyTorch. Returns the ``backend`` to pass; inside the op S2SENT_BACKEND makes it the reference."""
     choose = functional.choose
 
-    def choose_ops(*args):
-        choose(*args)  # for its errors
+    def choose_ops(*args, **options):
+        choose(*args, **options)  # for its errors
         return "auto"
 
     monkeypatch.setattr(functional, "choose", choose_ops)
     monkeypatch.setenv("S2SENT_BACKEND", "reference")
     return "auto"
 
+
+# ---------------------------------------------------------------- tiny encoders and texts
 
 WORDS = [
     "the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "moon", "is", "bright", "who", "old", "new", "red",
@@ -178,3 +298,51 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     """Five of WORDS each."""
     generator = torch.Generator().manual_seed(seed)
     return [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (5,), generator=generator)) for _ in range(count)]
+
+
+TEXTS = [
+    "the cat sat on the mat .", "a dog ran .", "the moon is bright .", "moon", "a cat is under the moon .", "the dog sat .",
+    "a mat is bright .", "the cat ran under the bright moon and sat on a mat .",
+]  # fmt: skip
+
+
+def make_encoder_and_tokenizer():
+    """A random BERT of four blocks and 16 features in eval mode, and a tokenizer of the words of TEXTS."""
+    import tokenizers
+    import transformers
+
+    words = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "moon", "is", "bright", "."]
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(words) + 4, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32
+    )
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+    return transformers.BertModel(config).eval(), fast
+
+
+def pairs(count: int) -> list[tuple[str, str]]:
+    """Sentences, and the same in other words."""
+    other = dict(zip(WORDS, WORDS[8:] + WORDS[:8], strict=True))
+    return [(text, " ".join(other[word] for word in text.split())) for text in sentences(count)]
+
+
+def write_examples(path, rows, columns=("anchor", "positive")):
+    """Rows of texts as a file of the path's suffix. Returns the path."""
+    if path.suffix == ".tsv":
+        path.write_text("\n".join("\t".join(row) for row in (columns, *rows)) + "\n", encoding="utf-8")
+    elif path.suffix == ".csv":
+        quoted = [",".join('"' + text.replace('"', '""') + '"' for text in row) for row in (columns, *rows)]
+        path.write_text("\n".join(quoted) + "\n", encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(dict(zip(columns, row, strict=True))) for row in rows), encoding="utf-8")
+    else:
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({name: [row[i] for row in rows] for i, name in enumerate(columns)}), path)
+    return path

@@ -19,12 +19,6 @@ WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "moon", "
 TEXTS = "# a comment\n\nThe cat sat on the mat.\nA dog ran.\nThe moon is bright.\n? Who sat under the moon?\n"
 
 
-@pytest.fixture(autouse=True)
-def _plain_environment(monkeypatch):
-    for name in ("S2SENT_BACKEND", "TRITON_INTERPRET"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     """A random BERT of 3 blocks and 16 features with a WordPiece tokenizer of a few words."""

@@ -40,11 +40,6 @@ needs_two = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def _plain_environment(monkeypatch):
-    monkeypatch.delenv("S2SENT_BACKEND", raising=False)
-
-
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """An encoder of 2 blocks and 16 features, a selector for it, both as an S2SentModel, and files of texts, pairs and scores."""

@@ -7,8 +7,19 @@ block.
 import numpy
 import pytest
 import torch
-from conftest import BACKEND, DEVICE, HIDDEN_DTYPES, INTERPRETED, POOLINGS, lay_out, make_batch, pack, randn
-from test_select import make_selector, run
+from harness import (
+    BACKEND,
+    DEVICE,
+    HIDDEN_DTYPES,
+    INTERPRETED,
+    POOLINGS,
+    lay_out,
+    make_batch,
+    make_selector,
+    pack,
+    randn,
+    run,
+)
 
 PATHS = (None, *POOLINGS, "gates")  # None is the token output
 # Around the tiles of tokens that the kernels sum and write.

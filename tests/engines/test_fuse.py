@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import BACKEND, BF16, DEVICE, F16, F32, INTERPRETED, NAN, assert_as_close, check, make_batch, pack, randn
+from harness import BACKEND, BF16, DEVICE, F16, F32, INTERPRETED, NAN, assert_as_close, check, make_batch, pack, randn
 
 from s2sent_kernels import functional
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import BACKEND, BF16, F16, F32, NAN, assert_as_close, lay_out, make_gradient, make_parameters, randn
+from harness import BACKEND, BF16, F16, F32, NAN, assert_as_close, lay_out, make_gradient, make_parameters, randn
 
 from s2sent_kernels import GateParameters
 from s2sent_kernels.kernels import config

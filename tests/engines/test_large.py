@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import BACKEND, BF16, DEVICE, F32, lay_out, make_batch, make_parameters, randn
-from test_select import make_selector, run
+from harness import BACKEND, BF16, DEVICE, F32, lay_out, make_batch, make_parameters, make_selector, randn, run
 
 from s2sent_kernels import functional
 

@@ -4,46 +4,23 @@ import copy
 
 import pytest
 import torch
-from conftest import (
+from harness import (
     BACKEND,
-    BF16,
     DEVICE,
     F16,
     F32,
-    HIDDEN_DTYPES,
-    NAN,
     POOLINGS,
+    SIZE,
     check,
     make_batch,
     make_parameters,
+    make_selector,
     randn,
+    run,
 )
 
-from s2sent_kernels import S2SentSelector, functional
-
 PATHS = (None, *POOLINGS)  # None is the token output
-D = 24
-
-
-def make_selector(N=3, D=D, M=2, *, H=5, **options):
-    """None of its parameters and running statistics at a special value; in eval mode."""
-    selector = S2SentSelector(D, N, H, M, **options)
-    parameters = make_parameters(N, D, H, norm=selector.norm is not None, prior=(0.5, -1.0, 2.0))
-    with torch.no_grad():
-        for name, tensor in selector.named_parameters():
-            tensor.copy_(getattr(parameters, name.replace(".", "_")))
-        if selector.norm is not None:
-            selector.norm.running_mean.copy_(parameters.running_mean)
-            selector.norm.running_var.copy_(parameters.running_var)
-    return selector.to(DEVICE).eval()
-
-
-def run(selector, hidden_states, where, pooling):
-    if pooling == "gates":
-        return selector.gates(hidden_states, **where)
-    if pooling is None:
-        return selector(hidden_states, **where)
-    return selector.pool(hidden_states, pooling=pooling, **where)
+D = SIZE
 
 
 def selector_of(selector, where, pooling):
@@ -172,144 +149,11 @@ def test_batch_norm_is_updated_as_on_the_reference(profile, training):
         assert training != torch.equal(states[0][name], getattr(make_selector().norm, name))
 
 
-# ---------------------------------------------------------------- the specification's table of corner cases
-
-
-@pytest.mark.parametrize("profile", ["paper", "official"])
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("pooling", [None, "mean", "gates"])
-def test_an_empty_batch(pooling, training, profile):
-    selector = make_selector(profile=profile, backend=BACKEND).train(training)
-    hidden = [randn(0, 5, D, seed=n).requires_grad_() for n in range(3)]
-    output = run(selector, hidden, {}, pooling)
-    assert output.shape == {None: (0, 5, D), "mean": (0, D), "gates": (0, 3, D)}[pooling]
-    output.sum().backward()
-    for name, parameter in selector.named_parameters():
-        assert parameter.grad is not None and not parameter.grad.any(), name
-    assert not any(value.isnan().any() for value in selector.state_dict().values())
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("pooling", [None, "mean", "last"])
-def test_a_sentence_without_real_tokens(pooling, packed):
-    selector = make_selector(backend=BACKEND, block_prior=True)
-    batch = make_batch(3, 3, 5, D, mask="packed" if packed else "mixed")  # sentence 0 or 2 is empty
-    empty = 0 if packed else 2
-    hidden = [u.requires_grad_() for u in batch.hidden_states]
-    output = run(selector, hidden, batch.where, pooling)
-    if pooling is not None or not packed:
-        assert not output[empty].any()
-    grads = torch.autograd.grad(output.sum(), hidden)
-    assert not any(du[~batch.real].any() for du in grads) and not any(du.isnan().any() for du in grads)
-    gates = selector.gates(hidden, **batch.where)
-    of_nothing = functional.gate(
-        torch.zeros(1, D, device=DEVICE), selector._parameters_of_gate(), num_blocks=3, backend=BACKEND
-    )
-    assert torch.equal(gates[empty], of_nothing[0])
-
-
-@pytest.mark.parametrize("pooling", [None, "mean", "gates"])
-def test_one_sentence_has_no_batch_statistics(pooling):
-    selector = make_selector(backend=BACKEND).train()
-    with pytest.raises(ValueError, match="more than 1 value"):
-        run(selector, make_batch(3, 1, 5, D).hidden_states, {}, pooling)
-
-
-@pytest.mark.parametrize("value", [NAN, float("inf")])
-@pytest.mark.parametrize("mask", ["right", "packed"])
-@pytest.mark.parametrize("pooling", PATHS)
-def test_nan_and_inf_stay_in_their_sentence(pooling, mask, value):
-    selector = make_selector(backend=BACKEND, block_prior=True)
-    batch = make_batch(3, 3, 5, D, mask=mask)
-    clean = run(selector, batch.hidden_states, batch.where, pooling)
-    batch.hidden_states[1].view(-1, D)[1, 3] = value  # in the first sentence that has tokens
-    dirty = run(selector, batch.hidden_states, batch.where, pooling)
-    bad = slice(0, 5) if mask == "packed" and pooling is None else 1 if mask == "packed" else 0
-    if value is NAN or pooling in (None, "mean"):  # an inf that is not pooled itself only saturates the gates
-        assert not dirty[bad].isfinite().all()
-    dirty[bad] = clean[bad]
-    assert torch.equal(dirty, clean)
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("mask", ["left", "mixed"])
-@pytest.mark.parametrize("pooling", [None, "mean"])
-def test_nan_at_padding_has_no_effect(pooling, mask, training):
-    """On outputs and on gradients, also where the output's gradient is NaN at padding."""
-    batch = make_batch(3, 4, 5, D, mask=mask)
-    padding = ~batch.real[..., None]
-    results = []
-    for value in (0.0, NAN):
-        selector = make_selector(backend=BACKEND, block_prior=True).train(training)
-        hidden = [u.masked_fill(padding, value).requires_grad_() for u in batch.hidden_states]
-        output = run(selector, hidden, batch.where, pooling)
-        gradient = randn(*output.shape, seed=5)
-        if pooling is None:
-            gradient.masked_fill_(padding, value)
-        results.append([output, *torch.autograd.grad(output, [*hidden, *selector.parameters()], gradient)])
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other)
-
-
-def test_official_nan_at_padding_reaches_the_batch():
-    selector = make_selector(profile="official", backend=BACKEND)
-    batch = make_batch(3, 3, 5, D, mask="right")
-    batch.hidden_states[0][1, -1] = NAN
-    assert selector.gates(batch.hidden_states, **batch.where).isnan().all()
-
-
-@pytest.mark.parametrize("dtype", HIDDEN_DTYPES)
-@pytest.mark.parametrize("pooling", [None, "mean", "gates"])
-def test_dtypes(pooling, dtype):
-    """Of the output, whatever the parameters' dtype."""
-    batch = make_batch(3, 2, 5, D, dtype)
-    for parameters in (F32, F16, BF16):
-        selector = make_selector(backend=BACKEND).to(parameters)
-        output = run(selector, batch.hidden_states, {}, pooling)
-        assert output.dtype == (F32 if pooling == "gates" else dtype) and output.isfinite().all()
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("pooling", [None, "mean", "gates"])
-def test_autocast_changes_nothing(pooling, training):
-    batch = make_batch(3, 3, 5, D, mask="right")
-    results = []
-    for enabled in (False, True):
-        selector = make_selector(backend=BACKEND).train(training)
-        hidden = [u.requires_grad_() for u in batch.hidden_states]
-        with torch.autocast(DEVICE.type, dtype=BF16, enabled=enabled):
-            output = run(selector, hidden, batch.where, pooling)
-        results.append([output, *torch.autograd.grad(output.square().sum(), [*hidden, *selector.parameters()])])
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other)
-
-
 @pytest.mark.parametrize("pooling", [None, "mean", "gates"])
 def test_float64_is_refused(pooling):
     selector = make_selector(backend=BACKEND).double()
     with pytest.raises(ValueError, match=r"backend.*float64"):
         run(selector, make_batch(3, 2, 5, D, torch.float64).hidden_states, {}, pooling)
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("pooling", [None, "mean", "gates"])
-def test_second_derivatives_raise(pooling, training):
-    selector = make_selector(backend=BACKEND).train(training)
-    hidden = [u.requires_grad_() for u in make_batch(3, 2, 3, D).hidden_states]
-    output = run(selector, hidden, {}, pooling)
-    grads = torch.autograd.grad(output.square().sum(), [*hidden, selector.down.weight], create_graph=True)
-    with pytest.raises((NotImplementedError, RuntimeError), match=r"second derivatives|once_differentiable|twice"):
-        torch.autograd.grad(grads[0].square().sum(), hidden)
-
-
-@pytest.mark.parametrize("pooling", [None, "mean", "gates"])
-def test_forward_mode_raises(pooling):
-    import torch.autograd.forward_ad as forward
-
-    selector = make_selector(backend=BACKEND)
-    hidden = make_batch(3, 2, 3, D).hidden_states
-    with forward.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-        run(selector, [forward.make_dual(u, torch.ones_like(u)) for u in hidden], {}, pooling)
 
 
 # ---------------------------------------------------------------- ops

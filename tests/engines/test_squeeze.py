@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import (
+from harness import (
     BACKEND,
     BF16,
     DEVICE,

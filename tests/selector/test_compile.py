@@ -8,10 +8,9 @@ import io
 
 import pytest
 import torch
-from builders import assert_close, make_batch, make_gradient, make_parameters, pack, through_ops
+from builders import assert_close, make_batch, make_gradient, make_parameters, make_selector, pack, through_ops
 
 import s2sent_kernels as s2
-from s2sent_kernels import S2SentSelector
 
 N, B, L, D, H, M = 3, 4, 6, 16, 5, 4
 CLOSE = 1e-5
@@ -31,12 +30,7 @@ def backend(request, monkeypatch):
 
 
 def selector_for(backend, training=False, **options):
-    torch.manual_seed(0)
-    selector = S2SentSelector(D, N, H, M, backend=backend, **options)
-    with torch.no_grad():
-        for parameter in selector.parameters():
-            parameter.normal_()
-    return selector.train(training)
+    return make_selector(N, D, M, H=H, dtype=torch.float32, backend=backend, **options).train(training)
 
 
 def batch_for(form="mask", B=B, L=L, requires_grad=True, seed=0):
@@ -147,7 +141,7 @@ def test_some_hidden_states_need_no_gradient(backend):
     assert batch["hidden_states"][0].grad.any()
 
 
-@pytest.mark.parametrize("layout", ["strided", "sliced", "expanded"])
+@pytest.mark.parametrize("layout", ["column", "cut", "expanded"])
 @pytest.mark.parametrize("path", PATHS)
 def test_any_strides(backend, path, layout):
     selector = selector_for(backend)
@@ -217,7 +211,7 @@ def test_inductor(backend, path, training):
 def test_inductor_under_strides(monkeypatch):
     """Inductor relies on the strides that the fakes promise."""
     selector = selector_for(through_ops(monkeypatch))
-    hidden_states, mask = make_batch(N, B, L, D, torch.float32, "right", "strided", requires_grad=True)
+    hidden_states, mask = make_batch(N, B, L, D, torch.float32, "right", "column", requires_grad=True)
     compiled = torch.compile(lambda **batch: selector(**batch) * 2.0, fullgraph=True)
     batch = {"hidden_states": hidden_states, "attention_mask": mask}
     out = compiled(**batch)

@@ -8,37 +8,18 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import TEXTS, make_encoder_and_tokenizer
 
 from s2sent_kernels import S2SentSelector, cache, frozen, pretrained, squeeze
 from s2sent_kernels.capture import BlockCapture
 
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
-
-WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "moon", "is", "bright", "."]
-TEXTS = [
-    "the cat sat on the mat .", "a dog ran .", "the moon is bright .", "moon", "a cat is under the moon .", "the dog sat .",
-    "a mat is bright .", "the cat ran under the bright moon and sat on a mat .",
-]  # fmt: skip
-
-
-def make_encoder():
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS) + 4, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32
-    )
-    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    )
-    return transformers.BertModel(config).eval(), fast
+pytest.importorskip("tokenizers")
 
 
 @pytest.fixture(scope="module")
 def encoder_and_tokenizer():
-    return make_encoder()
+    return make_encoder_and_tokenizer()
 
 
 SETTINGS = cache.Settings(token_frequencies=7, batch_size=3, max_length=32)
@@ -77,7 +58,7 @@ def test_a_second_pass_opens_the_first(encoder_and_tokenizer, tmp_path, monkeypa
 
 def test_every_setting_the_texts_and_the_weights_make_another_cache(encoder_and_tokenizer, tmp_path):
     encoder, tokenizer = encoder_and_tokenizer
-    other, _ = make_encoder()
+    other, _ = make_encoder_and_tokenizer()
     with torch.no_grad():
         next(other.parameters())[0, 0] += 1e-3
     folders = [
@@ -131,7 +112,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(encoder_and_tokenizer, tmp_p
 
 
 def test_the_encoders_mode_comes_back(tmp_path):
-    encoder, tokenizer = make_encoder()
+    encoder, tokenizer = make_encoder_and_tokenizer()
     encoder.train()
     cache.make(encoder, tokenizer, TEXTS, tmp_path, SETTINGS)
     assert encoder.training
