@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -25,6 +26,23 @@ NAN = float("nan")
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return values.to(dtype).to(device)
+
+
+def table(names: str, rows: Sequence[tuple]) -> pytest.MarkDecorator:
+    """``pytest.mark.parametrize`` whose ids label every value: "N3-D40-holes-no_norm-tanh-float16"."""
+    columns = names.split(", ")
+
+    def label(name: str, value: object) -> str:
+        if value is None or value is False:
+            return f"no_{name}"
+        if isinstance(value, str | torch.dtype):
+            return str(value).removeprefix("torch.")
+        if value is True:
+            return name
+        return f"{name}{value}".replace(" ", "")
+
+    ids = ["-".join(map(label, columns, row)) for row in rows]
+    return pytest.mark.parametrize(names, rows, ids=ids)
 
 
 # ---------------------------------------------------------------- batches

@@ -25,6 +25,7 @@ if triton_interprets():  # tens of milliseconds per program: the smallest sizes 
     PATHS = (None, "mean")
 
 paths = pytest.mark.parametrize("path", PATHS)
+every_path = pytest.mark.parametrize("path", (None, *POOLINGS))
 profiles = pytest.mark.parametrize("profile", ["paper", "official"])
 modes = pytest.mark.parametrize("training", [False, True])
 

@@ -146,6 +146,7 @@ def classifier(**options):
         (3, torch.tensor([0, 2]), "single_label_classification"),
         (3, torch.tensor([[1.0, 0, 1], [0, 0, 1]]), "multi_label_classification"),
     ],
+    ids=["regression", "single_label", "multi_label"],
 )
 def test_losses_are_those_of_transformers(num_labels, labels, problem):
     model = classifier(num_labels=num_labels)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from builders import table
 from harness import BACKEND, BF16, DEVICE, F16, F32, INTERPRETED, NAN, assert_as_close, check, make_batch, pack, randn
 
 from s2sent_kernels import functional
@@ -64,7 +65,7 @@ def inputs_of(batch, gates=None):
     return {"g": gates} | {f"u{n}": u for n, u in enumerate(batch.hidden_states)}
 
 
-@pytest.mark.parametrize("N, D, L, mask, dtype, layout, gradient", CASES)
+@table("N, D, L, mask, dtype, layout, gradient", CASES)
 def test_fuse(N, D, L, mask, dtype, layout, gradient):
     batch = make_batch(N, 3, L, D, dtype, mask, layout)
     found = check(fuse_of(batch.where), inputs_of(batch), gradient)

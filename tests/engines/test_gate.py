@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from builders import table
 from harness import BACKEND, BF16, F16, F32, NAN, check, make_parameters, randn
 
 from s2sent_kernels import GateParameters, functional
@@ -51,7 +52,7 @@ def inputs_of(B, D, parameters):
     return {"f": randn(B, D, seed=11)} | parameters._asdict()
 
 
-@pytest.mark.parametrize("N, H, B, D, norm, prior, activation, dtype", CASES)
+@table("N, H, B, D, norm, prior, activation, dtype", CASES)
 def test_gate(N, H, B, D, norm, prior, activation, dtype):
     parameters = make_parameters(N, D, H, dtype, norm=norm, prior=prior)
     found = check(gate_of(N, activation), inputs_of(B, D, parameters), frozen=STATISTICS)

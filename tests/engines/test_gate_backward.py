@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from builders import table
 from harness import BACKEND, BF16, F16, F32, NAN, assert_as_close, lay_out, make_gradient, make_parameters, randn
 
 from s2sent_kernels import GateParameters
@@ -75,7 +76,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("N, H, B, D, norm, prior, activation, dtype, grad_dtype", CASES)
+@table("N, H, B, D, norm, prior, activation, dtype, grad_dtype", CASES)
 def test_gradients(name, N, H, B, D, norm, prior, activation, dtype, grad_dtype):
     parameters = make_parameters(N, D, H, dtype, norm=norm, prior=prior)
     check(name, inputs_of(name, B, N, D, parameters, grad_dtype), parameters, activation)

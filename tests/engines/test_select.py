@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from builders import table
 from harness import (
     BACKEND,
     DEVICE,
@@ -79,7 +80,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("N, M, D, L, mask, norm, prior, activation, pooling, training, dtype, gradient", CASES)
+@table("N, M, D, L, mask, norm, prior, activation, pooling, training, dtype, gradient", CASES)
 def test_selector(N, M, D, L, mask, norm, prior, activation, pooling, training, dtype, gradient):
     selector = make_selector(
         N, D, M, gate_norm="batch" if norm else None, block_prior=prior, activation=activation

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from builders import table
 from harness import (
     BACKEND,
     BF16,
@@ -105,7 +106,7 @@ def named(hidden_states):
     return {f"u{n}": u for n, u in enumerate(hidden_states)}
 
 
-@pytest.mark.parametrize("N, M, D, L, mask, pooling, dtype, layout, gradient", CASES)
+@table("N, M, D, L, mask, pooling, dtype, layout, gradient", CASES)
 def test_squeeze(N, M, D, L, mask, pooling, dtype, layout, gradient):
     batch = make_batch(N, 3, L, D, dtype, mask, layout)
     found = check(squeeze_of(batch.where, M, pooling=pooling), named(batch.hidden_states), gradient)
@@ -113,7 +114,7 @@ def test_squeeze(N, M, D, L, mask, pooling, dtype, layout, gradient):
         assert not found[f"gradient of u{n}"][~batch.real].any()
 
 
-@pytest.mark.parametrize("N, M, D, L, mask, pooling", OFFICIAL)
+@table("N, M, D, L, mask, pooling", OFFICIAL)
 def test_official_squeeze(N, M, D, L, mask, pooling):
     dtype, layout = (F32, "window") if L % 4 == 1 else (F16, "offset")
     batch = make_batch(N, 2, L, D, dtype, mask, layout)
@@ -236,7 +237,7 @@ def squeeze_by_blocks(batch, M, profile, pooling, backend=BACKEND):
     return engine.sum_groups(groups), pooled
 
 
-@pytest.mark.parametrize(
+@table(
     "N, M, D, L, mask, pooling, profile, layout",
     [
         (1, 1, 24, 5, "right", "mean", "paper", "contiguous"),

@@ -10,6 +10,7 @@ from builders import (
     make_gradient,
     make_parameters,
     pack,
+    table,
 )
 from definition import definition_fuse, definition_gate, definition_pool_blocks, definition_select, definition_squeeze
 
@@ -28,7 +29,7 @@ SHAPES = [
     (6, 3, 5, "holes"), (6, 4, 33, "mixed"), (6, 31, 5, "left"), (6, 7, 1, "none"),
     (7, 1, 1, "left"), (7, 5, 5, "mixed"), (7, 7, 33, "right"), (7, 32, 33, "holes"),
 ]  # fmt: skip
-shapes = pytest.mark.parametrize("N, M, L, mask", SHAPES)
+shapes = table("N, M, L, mask", SHAPES)
 
 
 @shapes
@@ -60,7 +61,7 @@ def test_official_squeeze_is_the_pooled_plane(N, M, L):
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("profile, norm, prior", [
+@table("profile, norm, prior", [
     ("paper", True, False), ("paper", False, True), ("paper", True, True), ("paper", False, False),
     ("official", True, False), ("official", False, False),
 ])  # fmt: skip
@@ -222,7 +223,7 @@ def test_long_sentences_keep_their_digits():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("N, M, L, mask", [(3, 4, 33, "mixed"), (6, 3, 5, "none"), (7, 7, 33, "holes")])
+@table("N, M, L, mask", [(3, 4, 33, "mixed"), (6, 3, 5, "none"), (7, 7, 33, "holes")])
 @pytest.mark.parametrize("pooling", [None, "mean", "last"])
 def test_low_precision_forward_and_gradients(dtype, N, M, L, mask, pooling, backend):
     """Against float64 on the same rounded inputs; beside it the formula in PyTorch with everything in ``dtype``."""

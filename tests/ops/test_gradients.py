@@ -11,6 +11,7 @@ from builders import (
     make_gradient,
     make_parameters,
     pack,
+    table,
     through_ops,
 )
 
@@ -41,7 +42,7 @@ def test_gradcheck_squeeze(backend, profile, M, pooling):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("profile, norm, prior", [
+@table("profile, norm, prior", [
     ("paper", True, False), ("paper", False, True), ("paper", True, True), ("official", True, False),
 ])  # fmt: skip
 @pytest.mark.parametrize("activation", ["tanh", "relu"])

@@ -111,7 +111,7 @@ def check(name, args):
     ("select", "padded", {"prior": False}), ("select", "no mask", {}), ("select", "packed", {"norm": False}),
     ("select_pool", "padded", {}), ("select_pool", "no mask", {"pooling": "cls"}),
     ("select_pool", "packed", {"pooling": "last", "norm": False, "prior": False}),
-])  # fmt: skip
+], ids=lambda value: None if isinstance(value, str) else str(value or "defaults"))  # fmt: skip
 def test_opcheck(name, form, options, requires_grad):
     check(name, arguments(name, form, requires_grad=requires_grad, **options))
 

@@ -8,7 +8,7 @@ import io
 
 import pytest
 import torch
-from builders import assert_close, make_batch, make_gradient, make_parameters, make_selector, pack, through_ops
+from builders import assert_close, make_batch, make_gradient, make_parameters, make_selector, pack, table, through_ops
 
 import s2sent_kernels as s2
 
@@ -69,7 +69,7 @@ def assert_same_steps(compiled, eager, selector, batches):
             assert_close(a, e, CLOSE)
 
 
-@pytest.mark.parametrize("path, training, profile", [
+@table("path, training, profile", [
     ("forward", False, "paper"), ("pool", True, "paper"), ("forward", True, "official"), ("pool", False, "official"),
 ])  # fmt: skip
 def test_static(backend, path, training, profile):
@@ -78,7 +78,7 @@ def test_static(backend, path, training, profile):
     assert_same_steps(compiled, method(selector, path), selector, [batch_for(), batch_for(seed=1)])
 
 
-@pytest.mark.parametrize("path, training, form", [
+@table("path, training, form", [
     ("forward", False, "mask"), ("forward", True, "packed"), ("forward", True, "none"),
     ("pool", False, "packed"), ("pool", True, "mask"), ("pool", False, "none"),
 ])  # fmt: skip

@@ -12,6 +12,7 @@ from corners import (
     N,
     batch_for,
     call,
+    every_path,
     gradients,
     modes,
     paths,
@@ -24,7 +25,7 @@ import s2sent_kernels as s2
 # ---------------------------------------------------------------- NaN and inf
 
 
-@paths
+@every_path
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("kind", ["none", "right", "packed"])
 def test_nan_in_a_real_token_stays_in_its_sentence(place, path, value, kind):
@@ -86,10 +87,12 @@ def test_official_nan_reaches_the_batch(place, path, value, where):
     assert out[mask].isnan().all() if path is None else out.isnan().all()
 
 
-def test_nan_in_the_output_gradient_at_padding_has_no_effect(place):
+@modes
+@pytest.mark.parametrize("kind", ["left", "mixed"])
+def test_nan_in_the_output_gradient_at_padding_has_no_effect(place, kind, training):
     """v is 0 at padding whatever u is, so nothing flows back from there."""
-    selector = selector_for(place)
-    clean, mask = batch_for(place, "mixed")
+    selector = selector_for(place).train(training)
+    clean, mask = batch_for(place, kind)
     hidden_states = [u.requires_grad_() for u in clean]
     out = selector(hidden_states, mask)
     gradient = make_gradient(out)

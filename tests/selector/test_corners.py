@@ -13,6 +13,7 @@ from corners import (
     N,
     batch_for,
     call,
+    every_path,
     gradients,
     modes,
     paths,
@@ -129,7 +130,7 @@ def test_official_packed_is_an_error(place, path, training):
 # ---------------------------------------------------------------- a sentence with no real token
 
 
-@paths
+@every_path
 @pytest.mark.parametrize("packed", [False, True])
 def test_an_empty_sentence(place, path, packed):
     selector = selector_for(place)
@@ -233,7 +234,11 @@ def test_an_empty_batch(place, path, training, profile, norm):
         assert out.shape == ((0, L, D) if path is None else (0, D))
         assert all(grad.shape == (0, L, D) for grad in du)
         assert all(grad is not None and not grad.any() for grad in dp)  # zeros, and no NaN
-    assert selector.gates(hidden_states).shape == (0, N, D)
+    selector.zero_grad()
+    gates = selector.gates(hidden_states)
+    assert gates.shape == (0, N, D)
+    gates.sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in selector.parameters())
     for name, value in selector.named_buffers():
         assert torch.equal(value, before[name]), name
 
@@ -262,6 +267,8 @@ def test_one_sentence_has_no_batch_statistics(place, path, profile):
     hidden_states = [torch.randn(1, L, D, device=place.device) for _ in range(N)]
     with pytest.raises(ValueError, match="more than 1 value"):
         call(selector, hidden_states, path=path)
+    with pytest.raises(ValueError, match="more than 1 value"):
+        selector.gates(hidden_states)
     for name, value in selector.named_buffers():  # the count goes up before the error, as in nn.BatchNorm1d
         assert name == "norm.num_batches_tracked" or torch.equal(value, before[name]), name
     frozen = selector_for(place, profile).train()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from builders import table
 from small import D, H, M, N, equal, outputs, trained
 
 from s2sent_kernels import S2SentSelector
@@ -118,7 +119,7 @@ def test_a_key_of_the_wrong_shape_is_named(key, value):
         S2SentSelector.from_published(state)
 
 
-@pytest.mark.parametrize("states, blocks, expected", [
+@table("states, blocks, expected", [
     (13, 3, [9, 10, 11]), (13, 12, list(range(12))), (7, 6, list(range(6))), (2, 1, [0]), (25, 4, [20, 21, 22, 23]),
 ])  # fmt: skip
 def test_published_blocks(states, blocks, expected):
