@@ -289,8 +289,23 @@ def through_ops(monkeypatch) -> str:
 # ---------------------------------------------------------------- tiny encoders and texts
 
 WORDS = [
-    "the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "moon", "is", "bright", "who", "old", "new", "red",
-]  # fmt: skip
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "under",
+    "mat",
+    "moon",
+    "is",
+    "bright",
+    "who",
+    "old",
+    "new",
+    "red",
+]
 
 
 def save_encoder(folder: str | os.PathLike[str], layers: int = 2, size: int = 16, positions: int = 512) -> None:
@@ -306,9 +321,13 @@ def save_encoder(folder: str | os.PathLike[str], layers: int = 2, size: int = 16
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=len(vocabulary), hidden_size=size, num_hidden_layers=layers, num_attention_heads=2,
-        intermediate_size=2 * size, max_position_embeddings=positions,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=size,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=2 * size,
+        max_position_embeddings=positions,
+    )
     transformers.BertModel(config).save_pretrained(folder)
 
 
@@ -319,9 +338,15 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 
 
 TEXTS = [
-    "the cat sat on the mat .", "a dog ran .", "the moon is bright .", "moon", "a cat is under the moon .", "the dog sat .",
-    "a mat is bright .", "the cat ran under the bright moon and sat on a mat .",
-]  # fmt: skip
+    "the cat sat on the mat .",
+    "a dog ran .",
+    "the moon is bright .",
+    "moon",
+    "a cat is under the moon .",
+    "the dog sat .",
+    "a mat is bright .",
+    "the cat ran under the bright moon and sat on a mat .",
+]
 
 
 def make_encoder_and_tokenizer():

@@ -214,8 +214,12 @@ def test_hub_id_without_network(texts, tmp_path):
     pytest.importorskip("transformers")
     done = subprocess.run(
         [sys.executable, "-m", "s2sent_kernels.cli", "demo", "--model", "no-such/model", "--file", str(texts)],
-        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        timeout=120,
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("s2sent: error: model no-such/model cannot be loaded: ")
     assert done.stderr.count("\n") == 1
@@ -360,9 +364,12 @@ def test_a_terminal_that_cannot_spell_it(model_dir, texts, tmp_path):
         "cpu",
     ]
     done = subprocess.run(
-        [*map(str, command), "--output-dir", str(tmp_path / "out")], capture_output=True, text=True, timeout=120,
+        [*map(str, command), "--output-dir", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=120,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0 and "na\\xefvely" in done.stdout, done.stderr
 
 

@@ -331,11 +331,17 @@ def test_the_shipped_selector_is_the_default(tmp_path):
         (["--output", "out.npy", "--id-column", "name"], "got lines of text"),
         (["--output", "a.txt/out.npy"], "is not a directory that can be written to"),
         (["--output", "out.npy", "--selector", "selector"], "expected none beside --model"),
-        (["--output", "out.npy", "--truncate-dim", "17"], "--truncate-dim: expected at most 16, as many features as there are"),
-        (["--output", "out.npy", "--precision", "int8", "--calibration", "a.txt"], "expected texts that differ in every feature"),
+        (
+            ["--output", "out.npy", "--truncate-dim", "17"],
+            "--truncate-dim: expected at most 16, as many features as there are",
+        ),
+        (
+            ["--output", "out.npy", "--precision", "int8", "--calibration", "a.txt"],
+            "expected texts that differ in every feature",
+        ),
         (["--output", ".", "--force"], "expected a file, got a directory"),
     ],
-)  # fmt: skip
+)
 def test_what_the_command_refuses(tmp_path, places, capsys, monkeypatch, options, message):
     write(tmp_path / "a.txt", ["x"])
     monkeypatch.chdir(tmp_path)

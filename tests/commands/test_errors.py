@@ -155,9 +155,15 @@ def test_a_selector_that_is_broken_or_not_there(fails, tmp_path, name):
     (tmp_path / "broken" / "config.json").write_text("{")
     assert "broken" in fails(name, "--selector", tmp_path / "broken")
     good = {
-        "hidden_size": 16, "num_blocks": 2, "bottleneck": 4, "frequencies": 4, "profile": "paper", "gate_norm": "batch",
-        "block_prior": True, "activation": "tanh",
-    }  # fmt: skip
+        "hidden_size": 16,
+        "num_blocks": 2,
+        "bottleneck": 4,
+        "frequencies": 4,
+        "profile": "paper",
+        "gate_norm": "batch",
+        "block_prior": True,
+        "activation": "tanh",
+    }
     for change, message in (({"hidden_size": "x"}, "expected an integer"), ({"num_blocks": None}, "")):
         selector = {key: value for key, value in (good | change).items() if value is not None}
         (tmp_path / "broken" / "config.json").write_text(json.dumps({"format": 1, "selector": selector}))
@@ -198,11 +204,12 @@ def test_a_home_and_an_empty_name(fails, encoder, tmp_path, monkeypatch, name):
 @pytest.mark.parametrize(
     "name, package, extra",
     [
-        ("encode", "pyarrow", "encode"), ("encode", "sentence_transformers", "sentence-transformers"),
+        ("encode", "pyarrow", "encode"),
+        ("encode", "sentence_transformers", "sentence-transformers"),
         ("train", "sentence_transformers", "sentence-transformers"),
         ("evaluate", "transformers", "demo"),
     ],
-)  # fmt: skip
+)
 def test_a_package_that_is_not_installed(tmp_path, name, package, extra):
     """In a process of its own: here they are loaded."""
     for file, content in (("sts.tsv", STS), ("triplets.tsv", TRIPLETS), ("texts.txt", "a cat\n")):

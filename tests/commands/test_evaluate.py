@@ -56,8 +56,10 @@ def test_the_pooling_of_a_selector_is_the_one_it_was_trained_for(places, tmp_pat
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pooling": "cls"}))
     scores = {}
     for name, folder, options in (
-        ("mean", places / "selector", []), ("cls", tmp_path / "cls", []), ("asked", tmp_path / "cls", ["--pooling", "mean"]),
-    ):  # fmt: skip
+        ("mean", places / "selector", []),
+        ("cls", tmp_path / "cls", []),
+        ("asked", tmp_path / "cls", ["--pooling", "mean"]),
+    ):
         arguments = [
             "evaluate",
             "--model",

@@ -21,9 +21,16 @@ from s2sent_kernels.transformers import S2SentModel
 
 N, D = 4, 32
 COMMON = {
-    "vocab_size": 64, "hidden_size": D, "num_hidden_layers": N, "num_attention_heads": 2, "intermediate_size": 48,
-    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": D,
+    "num_hidden_layers": N,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 DECODER = {**COMMON, "num_key_value_heads": 2, "head_dim": 16}
 POST_NORM = {
     "bert": lambda: tf.BertModel(tf.BertConfig(**COMMON)),

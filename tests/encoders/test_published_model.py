@@ -195,9 +195,15 @@ def test_trainer_and_pipeline(tmp_path):
     texts = ["a cat sat", "the moon is bright"] * 8
     rows = [{**tokenizer(text), "labels": i % 2} for i, text in enumerate(texts)]
     arguments = transformers.TrainingArguments(
-        str(tmp_path / "run"), num_train_epochs=12, learning_rate=1e-2, per_device_train_batch_size=8, use_cpu=True,
-        report_to="none", save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+        str(tmp_path / "run"),
+        num_train_epochs=12,
+        learning_rate=1e-2,
+        per_device_train_batch_size=8,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     transformers.Trainer(
         model, arguments, train_dataset=rows, data_collator=transformers.DataCollatorWithPadding(tokenizer)
     ).train()

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import NAN
 from corners import Place
-from harness import BACKEND, DEVICE, INTERPRETED, NAN, NATIVE
+from harness import BACKEND, DEVICE, INTERPRETED, NATIVE
 
 from s2sent_kernels import backends
 

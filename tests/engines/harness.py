@@ -15,7 +15,7 @@ import os
 
 import builders
 import torch
-from builders import NAN, Batch, Packed, lay_out, make_gradient, make_mask
+from builders import Batch, Packed, make_gradient
 from torch import Tensor
 
 from s2sent_kernels import GateParameters, S2SentSelector, backends
@@ -42,13 +42,6 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 HIDDEN_DTYPES = (F32, F16) if INTERPRETED else (F32, F16, BF16)
 POOLINGS = ("mean", "cls", "last")
 SIZE = 24  # of hidden states, where a test needs no other
-
-__all__ = [
-    "BACKEND", "BF16", "DEVICE", "F16", "F32", "HIDDEN_DTYPES", "INTERPRETED", "NAN", "NATIVE", "POOLINGS", "SIZE",
-    "assert_as_close", "check", "lay_out", "make_batch", "make_gradient", "make_mask", "make_parameters", "make_selector",
-    "pack", "randn", "run",
-]  # fmt: skip
-
 
 # ---------------------------------------------------------------- builders on DEVICE, in float32 unless told otherwise
 

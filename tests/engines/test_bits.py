@@ -7,19 +7,8 @@ block.
 import numpy
 import pytest
 import torch
-from harness import (
-    BACKEND,
-    DEVICE,
-    HIDDEN_DTYPES,
-    INTERPRETED,
-    POOLINGS,
-    lay_out,
-    make_batch,
-    make_selector,
-    pack,
-    randn,
-    run,
-)
+from builders import lay_out
+from harness import BACKEND, DEVICE, HIDDEN_DTYPES, INTERPRETED, POOLINGS, make_batch, make_selector, pack, randn, run
 
 PATHS = (None, *POOLINGS, "gates")  # None is the token output
 # Around the tiles of tokens that the kernels sum and write.

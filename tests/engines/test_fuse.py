@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from builders import table
-from harness import BACKEND, BF16, DEVICE, F16, F32, INTERPRETED, NAN, assert_as_close, check, make_batch, pack, randn
+from builders import NAN, table
+from harness import BACKEND, BF16, DEVICE, F16, F32, INTERPRETED, assert_as_close, check, make_batch, pack, randn
 
 from s2sent_kernels import functional
 
@@ -45,7 +45,7 @@ CASES = [
     (7, 66, 33, "packed", F32, "expanded", "expanded"),
     (7, 66, 33, "right", F32, "window", "strided"),
     (7, 136, 5, "left", F16, "contiguous", "strided"),
-]  # fmt: skip
+]
 
 
 def fuse_of(where):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from builders import table
-from harness import BACKEND, BF16, F16, F32, NAN, check, make_parameters, randn
+from builders import NAN, table
+from harness import BACKEND, BF16, F16, F32, check, make_parameters, randn
 
 from s2sent_kernels import GateParameters, functional
 
@@ -35,7 +35,7 @@ CASES = [
     (7, 17, 1, 40, True, (0.5, -1.0, 3.0), "tanh", F32),
     (7, 64, 17, 40, False, (50.0, -50.0), "relu", torch.float64),
     (7, 1, 1, 66, False, None, "tanh", BF16),
-]  # fmt: skip
+]
 
 
 def gate_of(N, activation="tanh", eps=1e-6, gate_function=functional.gate):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from builders import table
-from harness import BACKEND, BF16, F16, F32, NAN, assert_as_close, lay_out, make_gradient, make_parameters, randn
+from builders import NAN, lay_out, make_gradient, table
+from harness import BACKEND, BF16, F16, F32, assert_as_close, make_parameters, randn
 
 from s2sent_kernels import GateParameters
 from s2sent_kernels.kernels import config

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from harness import BACKEND, BF16, DEVICE, F32, lay_out, make_batch, make_parameters, make_selector, randn, run
+from builders import lay_out
+from harness import BACKEND, BF16, DEVICE, F32, make_batch, make_parameters, make_selector, randn, run
 
 from s2sent_kernels import functional
 

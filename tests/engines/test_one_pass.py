@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from harness import BF16, DEVICE, F16, F32, NATIVE, make_mask, make_parameters, randn
+from builders import make_mask
+from harness import BF16, DEVICE, F16, F32, NATIVE, make_parameters, randn
 
 from s2sent_kernels import functional
 from s2sent_kernels import native as engine

@@ -77,7 +77,7 @@ CASES = [
     (7, 2, 40, 5, "none", False, True, "relu", "cls", False, F16, "expanded"),
     (7, 3, 66, 5, "left", False, True, "relu", "cls", False, F16, "strided"),
     (7, 3, 66, 5, "holes", False, True, "relu", "mean", True, F32, "random"),
-]  # fmt: skip
+]
 
 
 @table("N, M, D, L, mask, norm, prior, activation, pooling, training, dtype, gradient", CASES)
@@ -172,7 +172,8 @@ def _examples():
     back = (shape, F32, DEVICE, [True, False], mask, None, 2, "paper")
     return {
         "squeeze": [
-            (hidden, mask, None, 2, "paper", "mean", BACKEND), (packed, None, cu_seqlens, 2, "paper", None, BACKEND)
+            (hidden, mask, None, 2, "paper", "mean", BACKEND),
+            (packed, None, cu_seqlens, 2, "paper", None, BACKEND),
         ],
         "gate": [(f, *full, *options), (f, *bare, *options)],
         "fuse": [(hidden, mask, None, dg, BACKEND), (packed, None, cu_seqlens, dg, BACKEND)],
@@ -183,13 +184,21 @@ def _examples():
         "gate_pool_backward": [(f, f, dp, *full, *options[1:]), (f, f, dp, *bare, "relu", 1e-6, BACKEND)],
         "fuse_backward": [(v, hidden, mask, None, BACKEND)],
         "squeeze_block": [(hidden[0], 0, 2, f[:, None].clone(), dp, mask, None, 2, "paper", "mean", BACKEND)],
-    }  # fmt: skip
+    }
 
 
 NAMES = [
-    "squeeze", "gate", "fuse", "select_pool", "select", "squeeze_block",
-    "squeeze_backward", "gate_backward", "gate_pool_backward", "fuse_backward",
-]  # fmt: skip
+    "squeeze",
+    "gate",
+    "fuse",
+    "select_pool",
+    "select",
+    "squeeze_block",
+    "squeeze_backward",
+    "gate_backward",
+    "gate_pool_backward",
+    "fuse_backward",
+]
 
 
 def test_every_op_has_an_example():

@@ -64,7 +64,7 @@ CASES = [
     (7, 3, 66, 1, "mixed", "last", F16, "offset", "random"),
     (7, 3, 66, 5, "packed", None, F16, "expanded", "expanded"),
     (7, 3, 66, 5, "holes", "mean", F16, "window", "expanded"),
-]  # fmt: skip
+]
 # N, M, D, L, mask, pooling
 OFFICIAL = [
     (1, 1, 40, 5, "left", "last"),
@@ -87,7 +87,7 @@ OFFICIAL = [
     (7, 2, 24, 5, "left", "mean"),
     (7, 4, 24, 1, "left", None),
     (7, 4, 24, 13, "none", "last"),
-]  # fmt: skip
+]
 
 
 def squeeze_of(where, M, profile="paper", pooling=None):

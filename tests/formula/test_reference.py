@@ -23,12 +23,28 @@ POOLINGS = ("mean", "cls", "last")
 
 # N, M, L, mask: pairwise rather than in full
 SHAPES = [
-    (1, 1, 5, "none"), (1, 3, 1, "right"), (1, 5, 33, "holes"), (1, 7, 33, "mixed"),
-    (2, 2, 1, "none"), (2, 3, 5, "left"), (2, 7, 33, "right"), (2, 14, 5, "mixed"),
-    (3, 1, 33, "left"), (3, 4, 5, "right"), (3, 5, 33, "none"), (3, 7, 1, "mixed"), (3, 20, 33, "holes"),
-    (6, 3, 5, "holes"), (6, 4, 33, "mixed"), (6, 31, 5, "left"), (6, 7, 1, "none"),
-    (7, 1, 1, "left"), (7, 5, 5, "mixed"), (7, 7, 33, "right"), (7, 32, 33, "holes"),
-]  # fmt: skip
+    (1, 1, 5, "none"),
+    (1, 3, 1, "right"),
+    (1, 5, 33, "holes"),
+    (1, 7, 33, "mixed"),
+    (2, 2, 1, "none"),
+    (2, 3, 5, "left"),
+    (2, 7, 33, "right"),
+    (2, 14, 5, "mixed"),
+    (3, 1, 33, "left"),
+    (3, 4, 5, "right"),
+    (3, 5, 33, "none"),
+    (3, 7, 1, "mixed"),
+    (3, 20, 33, "holes"),
+    (6, 3, 5, "holes"),
+    (6, 4, 33, "mixed"),
+    (6, 31, 5, "left"),
+    (6, 7, 1, "none"),
+    (7, 1, 1, "left"),
+    (7, 5, 5, "mixed"),
+    (7, 7, 33, "right"),
+    (7, 32, 33, "holes"),
+]
 shapes = table("N, M, L, mask", SHAPES)
 
 
@@ -61,10 +77,17 @@ def test_official_squeeze_is_the_pooled_plane(N, M, L):
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("training", [False, True])
-@table("profile, norm, prior", [
-    ("paper", True, False), ("paper", False, True), ("paper", True, True), ("paper", False, False),
-    ("official", True, False), ("official", False, False),
-])  # fmt: skip
+@table(
+    "profile, norm, prior",
+    [
+        ("paper", True, False),
+        ("paper", False, True),
+        ("paper", True, True),
+        ("paper", False, False),
+        ("official", True, False),
+        ("official", False, False),
+    ],
+)
 @pytest.mark.parametrize("N", [1, 2, 3, 7])
 def test_gate_is_the_formula(N, profile, norm, prior, training, activation):
     parameters = make_parameters(N, 6, 5, norm=norm, prior=prior)
@@ -73,8 +96,11 @@ def test_gate_is_the_formula(N, profile, norm, prior, training, activation):
     expected = definition_gate(f, parameters, N, **options)
     g = s2.gate(f, parameters, num_blocks=N, backend="reference", **options)
     assert_close(g, expected, 1e-12)
-    assert_close(g.sum() if profile == "official" else g.sum(1), torch.ones_like(expected.sum(1))[:1, 0].sum()
-                 if profile == "official" else torch.ones_like(expected.sum(1)), 1e-12)  # fmt: skip
+    assert_close(
+        g.sum() if profile == "official" else g.sum(1),
+        torch.ones_like(expected.sum(1))[:1, 0].sum() if profile == "official" else torch.ones_like(expected.sum(1)),
+        1e-12,
+    )
 
 
 def test_gate_takes_eps():

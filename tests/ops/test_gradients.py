@@ -42,9 +42,15 @@ def test_gradcheck_squeeze(backend, profile, M, pooling):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@table("profile, norm, prior", [
-    ("paper", True, False), ("paper", False, True), ("paper", True, True), ("official", True, False),
-])  # fmt: skip
+@table(
+    "profile, norm, prior",
+    [
+        ("paper", True, False),
+        ("paper", False, True),
+        ("paper", True, True),
+        ("official", True, False),
+    ],
+)
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 def test_gradcheck_gate(backend, activation, profile, norm, prior, training):
     tensors, rebuild = kept(make_parameters(2, 4, 3, norm=norm, prior=prior, requires_grad=True))
@@ -165,9 +171,16 @@ def inputs_for(mask, need, N=3, D=8, norm=True, prior=True, layout="contiguous")
 @masks
 @kinds
 @pytest.mark.parametrize("need", ["hidden states", "some hidden states"])
-@pytest.mark.parametrize("pooling, used", [
-    (None, (True,)), ("mean", (True, True)), ("cls", (True, True)), ("last", (True, False)), ("mean", (False, True)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "pooling, used",
+    [
+        (None, (True,)),
+        ("mean", (True, True)),
+        ("cls", (True, True)),
+        ("last", (True, False)),
+        ("mean", (False, True)),
+    ],
+)
 def test_squeeze_op(mask, kind, need, pooling, used):
     hidden_states, attention_mask, cu_seqlens, _, _ = inputs_for(mask, need)
 
@@ -269,8 +282,9 @@ def test_select_ops(mask, kind, need, pooling):
 
 @pytest.mark.parametrize("need", ["all", "some hidden states", "hidden states"])
 @pytest.mark.parametrize("pooling", [None, "mean", "last"])
-@pytest.mark.parametrize("used", [(True, True, True), (True, False, True), (False, True, True), (False, True, False),
-                                  (False, False, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "used", [(True, True, True), (True, False, True), (False, True, True), (False, True, False), (False, False, True)]
+)
 def test_every_output_of_the_select_ops_has_a_gradient(need, pooling, used):
     """A loss may read f, p and g too."""
     hidden_states, attention_mask, _, tensors, rebuild = inputs_for("mixed", need)

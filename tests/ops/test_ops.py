@@ -104,14 +104,26 @@ def check(name, args):
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("name, form, options", [
-    ("squeeze", "padded", {}), ("squeeze", "no mask", {"pooling": None}), ("squeeze", "packed", {"pooling": "last"}),
-    ("gate", "padded", {}), ("gate", "padded", {"norm": False, "prior": False}),
-    ("fuse", "padded", {}), ("fuse", "no mask", {}), ("fuse", "packed", {}),
-    ("select", "padded", {"prior": False}), ("select", "no mask", {}), ("select", "packed", {"norm": False}),
-    ("select_pool", "padded", {}), ("select_pool", "no mask", {"pooling": "cls"}),
-    ("select_pool", "packed", {"pooling": "last", "norm": False, "prior": False}),
-], ids=lambda value: None if isinstance(value, str) else str(value or "defaults"))  # fmt: skip
+@pytest.mark.parametrize(
+    "name, form, options",
+    [
+        ("squeeze", "padded", {}),
+        ("squeeze", "no mask", {"pooling": None}),
+        ("squeeze", "packed", {"pooling": "last"}),
+        ("gate", "padded", {}),
+        ("gate", "padded", {"norm": False, "prior": False}),
+        ("fuse", "padded", {}),
+        ("fuse", "no mask", {}),
+        ("fuse", "packed", {}),
+        ("select", "padded", {"prior": False}),
+        ("select", "no mask", {}),
+        ("select", "packed", {"norm": False}),
+        ("select_pool", "padded", {}),
+        ("select_pool", "no mask", {"pooling": "cls"}),
+        ("select_pool", "packed", {"pooling": "last", "norm": False, "prior": False}),
+    ],
+    ids=lambda value: None if isinstance(value, str) else str(value or "defaults"),
+)
 def test_opcheck(name, form, options, requires_grad):
     check(name, arguments(name, form, requires_grad=requires_grad, **options))
 

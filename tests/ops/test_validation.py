@@ -55,12 +55,15 @@ def test_tuples_are_sequences(backend, batch):
     assert torch.equal(f, s2.squeeze(hidden_states, mask, backend=backend)[0])
 
 
-@pytest.mark.parametrize("other, expected, came", [
-    (torch.zeros(B, L + 1, D), f"[{B}, {L}, {D}]", f"[{B}, {L + 1}, {D}]"),
-    (torch.zeros(B, L, D, dtype=torch.float16), "torch.float32", "torch.float16"),
-    (torch.zeros(B, L, D, device="meta"), "cpu", "meta"),
-    (torch.zeros(B, D), f"[{B}, {L}, {D}]", f"[{B}, {D}]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "other, expected, came",
+    [
+        (torch.zeros(B, L + 1, D), f"[{B}, {L}, {D}]", f"[{B}, {L + 1}, {D}]"),
+        (torch.zeros(B, L, D, dtype=torch.float16), "torch.float32", "torch.float16"),
+        (torch.zeros(B, L, D, device="meta"), "cpu", "meta"),
+        (torch.zeros(B, D), f"[{B}, {L}, {D}]", f"[{B}, {D}]"),
+    ],
+)
 def test_hidden_states_disagree(backend, batch, other, expected, came):
     bad = [batch.hidden_states[0], batch.hidden_states[1], other]
     each_raises(everything(bad, backend=backend), ValueError, "hidden_states[2]", expected, came)
@@ -106,8 +109,14 @@ def test_hidden_size_not_divisible(backend, batch):
 
 def test_more_components_than_blocks_have(backend):
     hidden_states, _ = make_batch(2, B, L, 15, torch.float32, "none")
-    each_raises(without(everything(hidden_states, frequencies=15, backend=backend), "fuse"), ValueError,
-                "frequencies", "N = 2", "14", "M = 15")  # fmt: skip
+    each_raises(
+        without(everything(hidden_states, frequencies=15, backend=backend), "fuse"),
+        ValueError,
+        "frequencies",
+        "N = 2",
+        "14",
+        "M = 15",
+    )
     with raises(ValueError, "frequencies", "N = 2", "14", "M = 15"):
         S2SentSelector(15, 2, frequencies=15)
     with raises(ValueError, "frequencies", "32", "M = 33"):
@@ -126,14 +135,23 @@ def test_official_components(backend, frequencies):
 
 @pytest.mark.parametrize("frequencies", [0, -1])
 def test_frequencies_that_are_not_positive(backend, batch, frequencies):
-    each_raises(without(everything(*batch, frequencies=frequencies, backend=backend), "fuse"), ValueError,
-                "frequencies", str(frequencies))  # fmt: skip
+    each_raises(
+        without(everything(*batch, frequencies=frequencies, backend=backend), "fuse"),
+        ValueError,
+        "frequencies",
+        str(frequencies),
+    )
 
 
 @pytest.mark.parametrize("frequencies", [1.0, "4", None, True])
 def test_frequencies_of_the_wrong_type(batch, frequencies):
-    each_raises(without(everything(*batch, frequencies=frequencies, backend="reference"), "fuse"), TypeError,
-                "frequencies", "integer", type(frequencies).__name__)  # fmt: skip
+    each_raises(
+        without(everything(*batch, frequencies=frequencies, backend="reference"), "fuse"),
+        TypeError,
+        "frequencies",
+        "integer",
+        type(frequencies).__name__,
+    )
     with raises(TypeError, "frequencies", "integer", type(frequencies).__name__):
         S2SentSelector(D, N, frequencies=frequencies)
 
@@ -168,14 +186,17 @@ def test_mask_and_cu_seqlens(backend, batch):
 # ---------------------------------------------------------------- cu_seqlens
 
 
-@pytest.mark.parametrize("values, words", [
-    ([1, 5, 20], ("start at 0", "1")),
-    ([0, 12, 7, 20], ("not to decrease", "12 then 7")),
-    ([0, 5, 19], ("end at T = 20", "19")),
-    ([0, 5, 21], ("end at T = 20", "21")),
-    ([0], ("end at T = 20", "0")),
-    ([-1, 20], ("start at 0", "-1")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ([1, 5, 20], ("start at 0", "1")),
+        ([0, 12, 7, 20], ("not to decrease", "12 then 7")),
+        ([0, 5, 19], ("end at T = 20", "19")),
+        ([0, 5, 21], ("end at T = 20", "21")),
+        ([0], ("end at T = 20", "0")),
+        ([-1, 20], ("start at 0", "-1")),
+    ],
+)
 def test_contents_of_cu_seqlens(backend, values, words):
     packed = [torch.randn(20, D) for _ in range(N)]
     cu_seqlens = torch.tensor(values, dtype=torch.int32)
@@ -207,14 +228,17 @@ def test_contents_of_cu_seqlens_inside_the_ops(values, words):
             call()
 
 
-@pytest.mark.parametrize("bad, kind, words", [
-    ([0, 20], TypeError, ("tensor", "list")),
-    (torch.tensor([0, 20]), TypeError, ("torch.int32", "torch.int64")),
-    (torch.tensor([0.0, 20.0]), TypeError, ("torch.int32", "torch.float32")),
-    (torch.tensor([[0, 20]], dtype=torch.int32), ValueError, ("[B + 1]", "[1, 2]")),
-    (torch.tensor([], dtype=torch.int32), ValueError, ("[B + 1]", "[0]")),
-    (torch.tensor([0, 20], dtype=torch.int32, device="meta"), ValueError, ("cpu", "meta")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, kind, words",
+    [
+        ([0, 20], TypeError, ("tensor", "list")),
+        (torch.tensor([0, 20]), TypeError, ("torch.int32", "torch.int64")),
+        (torch.tensor([0.0, 20.0]), TypeError, ("torch.int32", "torch.float32")),
+        (torch.tensor([[0, 20]], dtype=torch.int32), ValueError, ("[B + 1]", "[1, 2]")),
+        (torch.tensor([], dtype=torch.int32), ValueError, ("[B + 1]", "[0]")),
+        (torch.tensor([0, 20], dtype=torch.int32, device="meta"), ValueError, ("cpu", "meta")),
+    ],
+)
 def test_cu_seqlens_of_the_wrong_kind(backend, bad, kind, words):
     packed = [torch.randn(20, D) for _ in range(N)]
     each_raises(everything(packed, cu_seqlens=bad, backend=backend), kind, "cu_seqlens", *words)

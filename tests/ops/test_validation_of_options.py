@@ -51,11 +51,14 @@ def test_unknown_activation(backend, batch, bad):
         s2.gate(torch.zeros(B, D), make_parameters(N, D), num_blocks=N, activation=bad, backend=backend)
 
 
-@pytest.mark.parametrize("bad, kind, words", [
-    (torch.zeros(B, D, 1), ValueError, ("[B, D]", f"[{B}, {D}, 1]")),
-    (torch.zeros(B, D, dtype=torch.float16), TypeError, ("torch.float32", "torch.float16")),
-    (torch.zeros(B, D, dtype=torch.int64), TypeError, ("torch.float32", "torch.int64")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, kind, words",
+    [
+        (torch.zeros(B, D, 1), ValueError, ("[B, D]", f"[{B}, {D}, 1]")),
+        (torch.zeros(B, D, dtype=torch.float16), TypeError, ("torch.float32", "torch.float16")),
+        (torch.zeros(B, D, dtype=torch.int64), TypeError, ("torch.float32", "torch.int64")),
+    ],
+)
 def test_squeezed(backend, bad, kind, words):
     with raises(kind, "squeezed", *words):
         gate(bad, make_parameters(N, D), backend)
@@ -83,11 +86,23 @@ def test_a_parameter_is_no_tensor(backend):
         gate(torch.zeros(B, D), make_parameters(N, D)._replace(down_weight=None), backend)
 
 
-@pytest.mark.parametrize("name, shape", [
-    ("down_weight", [H, D + 1]), ("down_weight", [D]), ("down_bias", [H + 1]), ("up_weight", [N * D, H + 1]),
-    ("up_weight", [N * D - 1, H]), ("up_bias", [N * D, 1]), ("norm_weight", [D]), ("norm_bias", [1]),
-    ("running_mean", [N * D + 1]), ("running_var", [N, D]), ("block_prior", [N + 1]), ("block_prior", [N, 1]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("down_weight", [H, D + 1]),
+        ("down_weight", [D]),
+        ("down_bias", [H + 1]),
+        ("up_weight", [N * D, H + 1]),
+        ("up_weight", [N * D - 1, H]),
+        ("up_bias", [N * D, 1]),
+        ("norm_weight", [D]),
+        ("norm_bias", [1]),
+        ("running_mean", [N * D + 1]),
+        ("running_var", [N, D]),
+        ("block_prior", [N + 1]),
+        ("block_prior", [N, 1]),
+    ],
+)
 def test_parameters_of_the_wrong_shape(backend, batch, name, shape):
     parameters = make_parameters(N, D, H, prior=True)._replace(**{name: torch.zeros(shape)})
     for call in (

@@ -128,9 +128,15 @@ def test_nvcc_compiles_every_source_without_spills(setup_py, tmp_path, architect
 
     def compiled(source):
         command = [
-            NVCC, *setup_py.NVCC_FLAGS, f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-Xptxas=-v", "-c",
-            str(ROOT / source), "-o", str(tmp_path / (Path(source).stem + ".o")),
-        ]  # fmt: skip
+            NVCC,
+            *setup_py.NVCC_FLAGS,
+            f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+            "-Xptxas=-v",
+            "-c",
+            str(ROOT / source),
+            "-o",
+            str(tmp_path / (Path(source).stem + ".o")),
+        ]
         return subprocess.run(command, capture_output=True, text=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -148,9 +154,15 @@ def test_nvcc_without_the_a_leaves_the_one_pass_kernel_empty_and_known_for_it(se
     used = {}
     for architecture in ("90", "90a"):
         command = [
-            NVCC, *setup_py.NVCC_FLAGS, f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-Xptxas=-v", "-c",
-            str(ROOT / "csrc/cuda/select.cu"), "-o", os.devnull,
-        ]  # fmt: skip
+            NVCC,
+            *setup_py.NVCC_FLAGS,
+            f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+            "-Xptxas=-v",
+            "-c",
+            str(ROOT / "csrc/cuda/select.cu"),
+            "-o",
+            os.devnull,
+        ]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         used[architecture] = [int(count) for count in re.findall(r"Used (\d+) registers", result.stderr)]

@@ -69,19 +69,32 @@ def assert_same_steps(compiled, eager, selector, batches):
             assert_close(a, e, CLOSE)
 
 
-@table("path, training, profile", [
-    ("forward", False, "paper"), ("pool", True, "paper"), ("forward", True, "official"), ("pool", False, "official"),
-])  # fmt: skip
+@table(
+    "path, training, profile",
+    [
+        ("forward", False, "paper"),
+        ("pool", True, "paper"),
+        ("forward", True, "official"),
+        ("pool", False, "official"),
+    ],
+)
 def test_static(backend, path, training, profile):
     selector = selector_for(backend, training, profile=profile)
     compiled = torch.compile(method(selector, path), fullgraph=True, dynamic=False, backend="aot_eager")
     assert_same_steps(compiled, method(selector, path), selector, [batch_for(), batch_for(seed=1)])
 
 
-@table("path, training, form", [
-    ("forward", False, "mask"), ("forward", True, "packed"), ("forward", True, "none"),
-    ("pool", False, "packed"), ("pool", True, "mask"), ("pool", False, "none"),
-])  # fmt: skip
+@table(
+    "path, training, form",
+    [
+        ("forward", False, "mask"),
+        ("forward", True, "packed"),
+        ("forward", True, "none"),
+        ("pool", False, "packed"),
+        ("pool", True, "mask"),
+        ("pool", False, "none"),
+    ],
+)
 def test_dynamic(backend, path, training, form):
     """One graph for every B and L: the second shape must not compile anew."""
     selector = selector_for(backend, training, block_prior=True)
@@ -235,18 +248,28 @@ def exported(module, strict):
     batch = batch_for(requires_grad=False)
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=2, max=512)}
     return torch.export.export(
-        module.eval(), (batch["hidden_states"], batch["attention_mask"]), strict=strict,
+        module.eval(),
+        (batch["hidden_states"], batch["attention_mask"]),
+        strict=strict,
         dynamic_shapes={"hidden_states": [sizes] * N, "attention_mask": sizes},
-    )  # fmt: skip
+    )
 
 
 def targets(program):
     return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
 
 
-@pytest.mark.parametrize("path, strict", [
-    ("forward", False), ("forward", True), ("mean", False), ("mean", True), ("cls", False), ("last", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path, strict",
+    [
+        ("forward", False),
+        ("forward", True),
+        ("mean", False),
+        ("mean", True),
+        ("cls", False),
+        ("last", False),
+    ],
+)
 @pytest.mark.parametrize("how", ["reference", "ops"])
 def test_export(path, strict, how, monkeypatch):
     """B and L stay free; backend "reference" leaves aten ops alone; saved and loaded it computes the same."""
@@ -296,9 +319,10 @@ def test_export_packed():
     tokens, ends = {0: torch.export.Dim("tokens", min=2)}, {0: torch.export.Dim("ends", min=3)}
     batch = batch_for("packed", requires_grad=False)
     program = torch.export.export(
-        Packed().eval(), (batch["hidden_states"], batch["cu_seqlens"]),
+        Packed().eval(),
+        (batch["hidden_states"], batch["cu_seqlens"]),
         dynamic_shapes={"hidden_states": [tokens] * N, "cu_seqlens": ends},
-    )  # fmt: skip
+    )
     assert all(name.startswith(("aten.", "<built-in function", "_operator")) for name in targets(program))
     batch = batch_for("packed", B=9, L=11, requires_grad=False)
     assert_close(program.module()(*batch.values()), selector.pool(**batch), CLOSE)

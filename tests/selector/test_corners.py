@@ -142,9 +142,13 @@ def test_an_empty_sentence(place, path, packed):
     else:
         where = {"mask": mask}
     f, p = s2.squeeze(
-        hidden_states, where.get("mask"), cu_seqlens=where.get("cu_seqlens"), frequencies=M, pooling=path,
+        hidden_states,
+        where.get("mask"),
+        cu_seqlens=where.get("cu_seqlens"),
+        frequencies=M,
+        pooling=path,
         backend=place.backend,
-    )  # fmt: skip
+    )
     assert not f[2].any() and f[[0, 1, 3]].all()
     assert p is None or not p[2].any()
     hidden_states = [u.requires_grad_() for u in hidden_states]

@@ -82,11 +82,19 @@ def test_a_checkpoint_keeps_its_dtype():
     assert {p.dtype for p in loaded.parameters()} == {torch.float16}
 
 
-@pytest.mark.parametrize("key", [
-    "dense_z.0.weight", "dense_z.0.bias", "dense_select_weights.0.0.weight", "dense_select_weights.2.0.bias",
-    "dense_select_weights.1.0.weight", "dense_select_weights.1.1.weight", "dense_select_weights.2.0.weight",
-    "dense_select_weights.2.1.running_var",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        "dense_z.0.weight",
+        "dense_z.0.bias",
+        "dense_select_weights.0.0.weight",
+        "dense_select_weights.2.0.bias",
+        "dense_select_weights.1.0.weight",
+        "dense_select_weights.1.1.weight",
+        "dense_select_weights.2.0.weight",
+        "dense_select_weights.2.1.running_var",
+    ],
+)
 def test_a_missing_key_is_named(key):
     state = published(trained(profile="official"), "S2A.")
     del state[f"S2A.{key}"]
@@ -108,10 +116,15 @@ def test_an_unknown_buffer_is_an_error(basis):
         S2SentSelector.from_published(published(trained(profile="official"), basis=basis))
 
 
-@pytest.mark.parametrize("key, value", [
-    ("dense_z.0.weight", torch.zeros(H)), ("dense_z.0.bias", torch.zeros(H + 1)),
-    ("dense_select_weights.1.0.weight", torch.zeros(D, H + 1)), ("dense_select_weights.0.1.bias", torch.zeros(D - 1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("dense_z.0.weight", torch.zeros(H)),
+        ("dense_z.0.bias", torch.zeros(H + 1)),
+        ("dense_select_weights.1.0.weight", torch.zeros(D, H + 1)),
+        ("dense_select_weights.0.1.bias", torch.zeros(D - 1)),
+    ],
+)
 def test_a_key_of_the_wrong_shape_is_named(key, value):
     state = published(trained(profile="official"))
     state[key] = value
@@ -119,9 +132,16 @@ def test_a_key_of_the_wrong_shape_is_named(key, value):
         S2SentSelector.from_published(state)
 
 
-@table("states, blocks, expected", [
-    (13, 3, [9, 10, 11]), (13, 12, list(range(12))), (7, 6, list(range(6))), (2, 1, [0]), (25, 4, [20, 21, 22, 23]),
-])  # fmt: skip
+@table(
+    "states, blocks, expected",
+    [
+        (13, 3, [9, 10, 11]),
+        (13, 12, list(range(12))),
+        (7, 6, list(range(6))),
+        (2, 1, [0]),
+        (25, 4, [20, 21, 22, 23]),
+    ],
+)
 def test_published_blocks(states, blocks, expected):
     assert S2SentSelector.published_blocks(states, blocks) == expected
     assert S2SentSelector.published_blocks(states, blocks) == list(range(states))[-(blocks + 1) : -1]

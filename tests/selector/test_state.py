@@ -16,10 +16,17 @@ from s2sent_kernels import S2SentSelector
 GATE = ["down.weight", "down.bias", "up.weight", "up.bias"]
 NORM = ["norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]
 SHAPES = {
-    "down.weight": [H, D], "down.bias": [H], "up.weight": [N * D, H], "up.bias": [N * D], "norm.weight": [N * D],
-    "norm.bias": [N * D], "norm.running_mean": [N * D], "norm.running_var": [N * D], "norm.num_batches_tracked": [],
+    "down.weight": [H, D],
+    "down.bias": [H],
+    "up.weight": [N * D, H],
+    "up.bias": [N * D],
+    "norm.weight": [N * D],
+    "norm.bias": [N * D],
+    "norm.running_mean": [N * D],
+    "norm.running_var": [N * D],
+    "norm.num_batches_tracked": [],
     "block_prior": [N],
-}  # fmt: skip
+}
 
 
 # ---------------------------------------------------------------- state

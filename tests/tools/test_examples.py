@@ -54,16 +54,24 @@ def test_sentences_are_their_own_positives(tmp_path):
         ("data.jsonl", b"[1]\n", "line 1: expected an object"),
         ("data.jsonl", b"[" * 200_000, "line 1 cannot be read"),
         ("data.jsonl", b'{"anchor": "a", "positive": "b", "n": ' + b"9" * 5000 + b"}", "line 1 cannot be read"),
-        ("data.jsonl", b'{"anchor": "a", "positive": "\\ud83d"}', "line 1: positive: expected a text, got half a character"),
+        (
+            "data.jsonl",
+            b'{"anchor": "a", "positive": "\\ud83d"}',
+            "line 1: positive: expected a text, got half a character",
+        ),
         ("data.tsv", b"anchor\tpositive\tanchor\na\tb\tc\n", "expected each column once, got anchor twice"),
         ("data.csv", b"anchor,positive,anchor\na,b,c\n", "expected each column once, got anchor twice"),
         ("data.jsonl", b'{"anchor": "a"}\n', "expected a column positive"),
         ("data.jsonl", b'{"anchor": "a", "positive": 3}\n', "line 1: positive: expected a text, got 3"),
-        ("data.jsonl", b'{"anchor": "a", "positive": "b", "negative": 0}\n', "line 1: negative: expected a text, got 0"),
+        (
+            "data.jsonl",
+            b'{"anchor": "a", "positive": "b", "negative": 0}\n',
+            "line 1: negative: expected a text, got 0",
+        ),
         ("data.jsonl", b'{"anchor": "a", "positive": " "}\n', "line 1: expected an anchor and a positive"),
         ("data.parquet", b"PAR1 no", "cannot be read"),
     ],
-)  # fmt: skip
+)
 def test_broken_files(tmp_path, capsys, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)

@@ -17,11 +17,25 @@ def _metadata(name, kind, splits, score):
     from mteb.abstasks.task_metadata import TaskMetadata
 
     return TaskMetadata(
-        name=name, dataset={"path": "none/none", "revision": "1"}, description="Made in memory.", type=kind,
-        category="t2t" if kind == "STS" else "t2c", eval_splits=splits, eval_langs=["eng-Latn"], main_score=score,
-        reference=None, date=("2020-01-01", "2020-01-02"), domains=["Written"], task_subtypes=[], license="not specified",
-        annotations_creators="derived", dialect=[], sample_creation="created", bibtex_citation="", modalities=["text"],
-    )  # fmt: skip
+        name=name,
+        dataset={"path": "none/none", "revision": "1"},
+        description="Made in memory.",
+        type=kind,
+        category="t2t" if kind == "STS" else "t2c",
+        eval_splits=splits,
+        eval_langs=["eng-Latn"],
+        main_score=score,
+        reference=None,
+        date=("2020-01-01", "2020-01-02"),
+        domains=["Written"],
+        task_subtypes=[],
+        license="not specified",
+        annotations_creators="derived",
+        dialect=[],
+        sample_creation="created",
+        bibtex_citation="",
+        modalities=["text"],
+    )
 
 
 def _task(ones=tuple(f"a{i}" for i in range(6)), others=tuple(f"b{i}" for i in range(6))):
