@@ -4,7 +4,7 @@
 # make bench                   measures what this machine can (without a GPU under ten minutes): bench/results, bench/REPORT.md
 # make wheel                   builds dist/*.whl, audits its ABI, and loads it in a fresh environment with torch alone beside it
 # make sanitize                the compiled backend's CPU tests under AddressSanitizer and UBSan; needs GCC, minutes
-# make lint                    ruff and mypy; PYTHON= as above
+# make lint                    ruff, mypy and the import contract; PYTHON= as above
 # make clean                   removes .venv and what builds and tests left behind
 #
 # BENCH_OPTIONS are those of bench/suite.py: make bench BENCH_OPTIONS="--cases A,C --competitors eager".
@@ -75,11 +75,13 @@ package:
 demo: $(DEMO_READY)
 	$(PY) -m s2sent_kernels.cli demo
 
-# Processes of their own: Triton decides when a kernel is decorated whether it is compiled or interpreted. Without a GPU the
-# tests in tests/engines run the kernels in the interpreter; with one they run them on it. The third runs them over the compiled
-# backend, where it was built: on a GPU with its CUDA part, else on the CPU. With a GPU a fourth runs its CPU part. All closing
-# lines are repeated at the end. The interpreter's products are OpenBLAS's: one of its kernels for all CPUs, so that rounding is the
-# same, and a test that passes here passes there.
+# Four processes, because Triton decides when a kernel is decorated whether it is compiled or interpreted:
+# 1. all tests but those of tests/engines; where nvcc is installed they also compile every CUDA source (tests/project);
+# 2. tests/engines on Triton: on the GPU, without one in the interpreter;
+# 3. tests/engines on the native backend, where it is built: on a GPU its CUDA part, else its CPU part;
+# 4. with a GPU, tests/engines on the native backend's CPU part.
+# The closing line of each is repeated at the end. The interpreter's products are OpenBLAS's: OPENBLAS_CORETYPE pins one of its
+# kernels, so that rounding, and with it the outcome, is the same on every CPU.
 test: $(DEV_READY)
 	@logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; interpret= workers= gpu=yes failed=0; \
 	if ! $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

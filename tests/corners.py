@@ -20,7 +20,8 @@ PATHS = (None, *POOLINGS)  # None: the fused tokens
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 N, B, L, D, H, M = 3, 6, 7, 16, 5, 4
 CLOSE = 1e-5
-if triton_interprets():  # tens of milliseconds per program: the smallest sizes that hold every case
+INTERPRETED = triton_interprets()
+if INTERPRETED:  # tens of milliseconds per program: the smallest sizes that hold every case
     N, B, L, D, H, M = 2, 4, 5, 8, 3, 2
     PATHS = (None, "mean")
 
@@ -51,7 +52,8 @@ def selector_for(place, profile="paper", **options):
 
 
 def batch_for(place, mask="right", dtype=torch.float32, **options):
-    return builders.make_batch(N, B, L, D, dtype, mask, device=place.device, **options)
+    """Drawn lengths; of few tokens the fixed ones, which leave every sentence as many as components are in f."""
+    return builders.make_batch(N, B, L, D, dtype, mask, device=place.device, drawn_lengths=not INTERPRETED, **options)
 
 
 def call(selector, hidden_states, mask=None, path=None, **options):
