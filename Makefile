@@ -127,6 +127,7 @@ lint: $(DEV_READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -c 'from importlinter.cli import lint_imports_command as main; main()'
 
 clean:
 	rm -rf .venv build dist s2sent_kernels/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
