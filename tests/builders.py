@@ -18,7 +18,7 @@ from torch import Tensor
 from s2sent_kernels import GateParameters, S2SentSelector, functional
 
 MASKS = ("none", "right", "left", "holes", "mixed")
-LAYOUTS = ("contiguous", "column", "cut", "expanded")  # the four that differ for PyTorch; see lay_out for the others
+LAYOUTS = ("contiguous", "column", "cut", "expanded")  # those that PyTorch treats differently; lay_out has others
 GRADIENTS = ("random", "strided", "expanded")
 NAN = float("nan")
 
@@ -263,7 +263,7 @@ def make_gradient(like: Tensor, kind: str = "random", seed: int = 0) -> Tensor:
 
 def assert_close(actual: Tensor, expected: Tensor, relative: float = 1e-12, name: str = "tensor") -> None:
     """Shapes and dtypes are equal and the largest error is at most ``relative`` of the largest magnitude expected
-    (of 1, where that is smaller: gradients that are zero but for rounding)."""
+    (of 1, where that is smaller: gradients that are zero up to rounding)."""
     assert actual.shape == expected.shape, name
     assert actual.dtype == expected.dtype, name
     if expected.numel():
@@ -332,7 +332,7 @@ def save_encoder(folder: str | os.PathLike[str], layers: int = 2, size: int = 16
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
-    """Five of WORDS each."""
+    """``count`` texts of five of WORDS each."""
     generator = torch.Generator().manual_seed(seed)
     return [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (5,), generator=generator)) for _ in range(count)]
 
@@ -369,7 +369,7 @@ def make_encoder_and_tokenizer():
 
 
 def pairs(count: int) -> list[tuple[str, str]]:
-    """Sentences, and the same in other words."""
+    """Sentences, each paired with the same sentence in other words."""
     other = dict(zip(WORDS, WORDS[8:] + WORDS[:8], strict=True))
     return [(text, " ".join(other[word] for word in text.split())) for text in sentences(count)]
 

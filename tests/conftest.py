@@ -1,4 +1,4 @@
-"""For all tests but those of tests/engines: plain PyTorch, and the ops over it."""
+"""Threads, and the backends "reference" and "op" as a fixture."""
 
 import os
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import through_ops
 
-if os.environ.get("S2SENT_TEST_BACKEND") != "native":  # it has its own threads, which the tests shall see
+if os.environ.get("S2SENT_TEST_BACKEND") != "native":  # it divides work among threads itself
     torch.set_num_threads(1)  # the tensors are tiny, and under pytest -n the workers would compete for the cores
 
 

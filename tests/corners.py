@@ -52,7 +52,7 @@ def selector_for(place, profile="paper", **options):
 
 
 def batch_for(place, mask="right", dtype=torch.float32, **options):
-    """Drawn lengths; of few tokens the fixed ones, which leave every sentence as many as components are in f."""
+    """Drawn lengths. With the interpreter's few tokens fixed ones, so that no sentence is shorter than f has frequencies."""
     return builders.make_batch(N, B, L, D, dtype, mask, device=place.device, drawn_lengths=not INTERPRETED, **options)
 
 

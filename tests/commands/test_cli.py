@@ -49,7 +49,7 @@ def texts(tmp_path):
 
 @pytest.fixture
 def fails(tmp_path, capsys):
-    """Run the command, expect its error, return the message; the output directory must not have come into being."""
+    """Run the command, expect its error, return the message; the output directory must not exist afterwards."""
 
     pytest.importorskip("matplotlib")
 

@@ -1,7 +1,7 @@
-"""Command line and integrations on a GPU, and on two; S2SENT_TEST_DEVICE=cpu tries the tests themselves on the CPU.
+"""Command line and integrations on one GPU and on two; S2SENT_TEST_DEVICE=cpu checks the tests themselves on the CPU.
 
-Several processes may batch otherwise than one does, and an encoder's products promise no bits across shapes. So where the bits of
-two devices are compared, all texts have one length and all batches one size.
+Several processes may form other batches than one does, and an encoder's products promise no bits across shapes. So where the
+bits of two devices are compared, all texts have one length and all batches one size.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def double(model):
 
 
 def program(text, *arguments, launch=(), **environment):
-    """Python in a process of its own that sees one GPU, but with a ``launch``: a trainer takes one a process."""
+    """Python in a process of its own. Without a ``launch`` it sees one GPU; with one, each process of the trainer uses one."""
     command = [sys.executable, *launch, *(("-c", text) if text else ()), *map(str, arguments)]
     root = Path(__file__).parents[2]
     paths = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
@@ -197,7 +197,7 @@ def train_arguments(places, output, *options):
 
 @pytest.fixture
 def tuned():
-    """What a tuning of the encoder leaves, loaded; skips where the extra train is not there."""
+    """Loads a fine-tuned model; skips where the extra ``train`` is not installed."""
     pytest.importorskip("datasets")
     pytest.importorskip("accelerate")
     from s2sent_kernels.sentence_transformers import load
@@ -211,7 +211,7 @@ def tuned():
 
 
 def changed(state, places):
-    """Whether encoder and selector were trained: a query's weights, and W1, which both begin from known ones."""
+    """Whether encoder and selector were trained: a query weight and W1, whose initial values are known."""
     from transformers import BertModel
 
     begun = BertModel.from_pretrained(places / "encoder").state_dict()["encoder.layer.0.attention.self.query.weight"]
@@ -232,7 +232,7 @@ def test_train_in_either_precision(places, tmp_path, tuned):
     assert not torch.equal(exact, rounded)  # autocast was on
 
 
-# Three trainings: whole, interrupted after its first epoch, resumed. PyTorch's own backward adds in any order unless it is told.
+# Three runs: whole, interrupted after its first epoch, resumed. PyTorch's own backward is deterministic only on request.
 RESUME = """
 import sys, torch
 from transformers import TrainerCallback
@@ -265,7 +265,7 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(places, tmp_path, tuned
         assert torch.equal(tensor, found[name]), name
 
 
-# Each process keeps what it has in the end. Without --dev, with which all of them read the best epoch's weights.
+# Each process saves the model it ends with. Without --dev, which would make all of them load the best epoch's weights.
 TWO_PROCESSES = """
 import os, sys, torch
 from s2sent_kernels import training
@@ -289,7 +289,7 @@ def test_two_processes_train_one_model(places, tmp_path, tuned):
     out = program("", tmp_path, *arguments, launch=launch)
     assert out.count("wrote ") == 1 and changed(tuned(tmp_path / "out"), places)
     one, other = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
-    statistics = "1.selector.norm.running_mean"  # of each process's own last batch: they saw different ones
+    statistics = "1.selector.norm.running_mean"  # the losses of different last batches
     assert not torch.equal(one[statistics], other[statistics])
     for name, tensor in one.items():
         assert "running" in name or torch.equal(tensor, other[name]), name
@@ -304,7 +304,7 @@ def test_one_process_takes_one_gpu(places, tmp_path, capsys, tuned):
 
 
 def test_train_behind_a_frozen_encoder(places, tmp_path, capsys):
-    """An epoch is one batch, and the first one's loss comes before any step: it is the CPU's. The bits come again."""
+    """An epoch is one batch. The first loss precedes any step, so it equals the CPU's. A second run gives the same bits."""
 
     def train(name, device):
         options = ("--freeze-encoder", "--cache", tmp_path / f"cache-{name}", "--epochs", 5, "--batch-size", 32)
@@ -364,7 +364,7 @@ def test_exported_as_a_package(places, tmp_path):
 
 
 def test_bfloat16_forward_and_backward(places):
-    """Error against float64 at most twice that of the same model with PyTorch's own selector; the selector's bits come again."""
+    """Error against float64 at most twice that of the same model with PyTorch's own selector; same bits again."""
     model = make_model(places).bfloat16().to(DEVICE)
     plain, again, exact = copy.deepcopy(model), copy.deepcopy(model), double(model)
     plain.selector.backend = "reference"
@@ -398,7 +398,7 @@ def test_moved_after_its_blocks_were_captured(places):
 
 
 def test_threads_on_one_model(places):
-    """Each on a stream of its own, and with and without gradients."""
+    """Each thread on a stream of its own, with and without gradients."""
     model = make_model(places).to(DEVICE)
     batches = [make_batch(4 + i, 9 + i, seed=i) for i in range(6)]
     expected = {}

@@ -1,4 +1,4 @@
-"""s2sent encode: what it reads and writes, in constant memory, going on after an interruption, and its errors."""
+"""`s2sent encode`: what it reads and writes, constant memory, resumption after an interruption, and its errors."""
 
 import io
 import json
@@ -66,7 +66,7 @@ def test_every_format_gives_the_same_texts(tmp_path, suffix):
 def test_standard_input(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo"))
     assert list(read_texts(["-"])) == [Row(0, "one"), Row(1, "two")]
-    # As a file's, whatever the locale: a byte order mark is none of the text, a carriage return alone ends no line.
+    # Decoded as a file is, whatever the locale: a byte order mark is not text, a lone carriage return ends no line.
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfa\rb\r\nc"), encoding="ascii"))
     assert list(read_texts(["-"])) == [Row(0, "a\rb"), Row(1, "c")]
 

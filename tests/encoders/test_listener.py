@@ -1,4 +1,4 @@
-"""BlockListener: what it hears of an encoder that others call."""
+"""BlockListener: which calls of an encoder it records when other code makes them."""
 
 import gc
 import threading

@@ -166,7 +166,7 @@ def test_losses_are_those_of_transformers(num_labels, labels, problem):
 
 
 def test_labels_are_as_many_as_asked_for(caplog):
-    """Names of the model's own stay where they are as many."""
+    """The model's own label names stay if there are as many as labels."""
     transformers.logging.enable_propagation()
     try:
         model = classifier(num_labels=3)
@@ -229,7 +229,9 @@ def test_what_is_pushed_to_the_hub(tmp_path, monkeypatch):
             (folder / name).write_bytes(content if isinstance(content, bytes) else Path(content).read_bytes())
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", commit)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # it would look for a card that is there
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HF_HUB_OFFLINE", True
+    )  # otherwise it would look for an existing card
     model = S2SentModel.from_encoder(transformers.BertModel(transformers.BertConfig(**SIZES)), "last:2", bottleneck=4)
     model.push_to_hub("me/it")
     assert {"config.json", "model.safetensors"} <= set(sent)

@@ -58,7 +58,7 @@ def test_it_is_the_selector_on_the_blocks(pooling):
 def test_saved_and_loaded_with_the_same_bits(model, tmp_path):
     model.save(str(tmp_path))
     again = load(tmp_path, device="cpu")
-    assert not again[1].selector.training  # nor its encoder: called as it is, it has running statistics
+    assert not again[1].selector.training  # nor the encoder's: called directly, the module uses the running statistics
     with torch.no_grad():
         called = again(again.tokenize(TEXTS))["sentence_embedding"]
     expected = model.encode(TEXTS)
@@ -119,7 +119,7 @@ def test_gradients_reach_encoder_and_selector(model):
 
 
 def truncated(model, dim):
-    """The same modules, as a model of fewer features."""
+    """The same modules in a model with truncated embeddings."""
     return SentenceTransformer(modules=list(model), device="cpu", truncate_dim=dim).eval()
 
 
@@ -181,7 +181,7 @@ def test_threads_on_one_model(model):
     barrier, found = threading.Barrier(2, timeout=60), {}
 
     def meet(*_):
-        barrier.wait()  # both are inside at once
+        barrier.wait()  # both threads are inside the forward at once
 
     def work(number):
         found[number] = [run(model, batches[number], torch.no_grad) for _ in range(3)]
@@ -208,7 +208,7 @@ def test_what_was_pooled_cannot_be_pooled_otherwise(model):
 
 
 def test_behind_a_model_of_transformers_hidden_states_are_kept():
-    """Its call says nothing of prompts."""
+    """Its forward has no argument for prompts."""
     encoder = make_model()[0].auto_model
     pooling, features = S2SentPooling.behind(encoder, include_prompt=False).eval(), make_model().preprocess(TEXTS)
     inputs = {name: features[name] for name in ("input_ids", "attention_mask")}
@@ -301,7 +301,7 @@ def test_it_listens_on_after_a_move(move, model):
 
 
 def test_pushed_to_the_hub_and_loaded(model, tmp_path, monkeypatch):
-    """Up to the upload itself."""
+    """Everything up to the upload."""
     api, folder = pytest.importorskip("huggingface_hub").HfApi, tmp_path / "repository"
 
     def upload_folder(self, *, repo_id, folder_path, **_):

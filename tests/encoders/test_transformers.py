@@ -1,4 +1,4 @@
-"""S2SentModel: what from_encoder computes, and that a saved model comes back with the same bits."""
+"""S2SentModel: what from_encoder computes, and a saved and loaded model gives the same bits."""
 
 from __future__ import annotations
 

@@ -98,19 +98,19 @@ def assert_as_close(actual: Tensor, same_dtype: Tensor, truth: Tensor, name: str
         error(actual) <= 2 few error(same_dtype) + u size(truth)              in the root mean square
         largest error(actual) <= 4 (2 few largest error(same_dtype) + u largest size(truth))
 
-    The factor two is the policy. The second term is what rounding alone may cost: with the unit roundoff u (half an
+    The factor two is the policy. The second term allows for rounding alone: with the unit roundoff u (half an
     ulp of 1) a correctly rounded result is off by at most u |x| in every element, so by at most u size(truth) in the
-    mean. It is there because the yardstick may happen to be exact (one token, one block, a sum of two numbers) where
+    mean. It is needed because the yardstick may happen to be exact (one token, one block, a sum of two numbers) where
     another order of the same operations is not. u is that of the output's dtype, or of float32 where that is coarser
     (the float64 parameters of a gate that computes in float32).
 
     Rounding errors are random, and the mean of few of them is a noisy number. So the yardstick is taken over several
     ``draws``, further pairs (same_dtype, truth) of the same computation on slightly different inputs, and few =
     sqrt(1 + 4 / k) for a result of k elements, which leaves less than one false alarm in 10^5 even at k = 2. The second
-    line finds the single wrong element that a mean would drown; its slack is for the same reason.
+    line finds a single wrong element, which a mean would hide; its slack has the same reason.
 
-    Where the truth is zero but for its own rounding (up.bias under batch statistics), both errors are what is left of terms
-    that cancel, and their ratio says little: twice the bound.
+    Where the truth is zero up to its own rounding (up.bias under batch statistics), both errors are remainders of terms that
+    cancel, and their ratio means little: twice the bound.
 
     NaN never passes: its comparison is false.
     """
@@ -137,12 +137,12 @@ def _largest(values: Tensor) -> float:
 
 
 def _jitter(t: Tensor, seed: int) -> Tensor:
-    """``t`` up to a percent or so, in other memory."""
+    """``t`` with each element changed by about a percent, in other memory."""
     return (t.double() * (1 + 0.01 * randn(*t.shape, seed=seed, dtype=torch.float64))).to(t.dtype)
 
 
 def check(function, inputs, gradient="random", frozen=(), draws=3):
-    """Hold ``function`` on BACKEND to the policy: its outputs, and the gradient of every input that is not ``frozen``.
+    """Assert the policy for ``function`` on BACKEND: its outputs, and the gradient of every input that is not ``frozen``.
 
     function(backend, inputs) returns outputs by name; ``inputs`` are tensors (or None) by name, whose strides are kept.
     Returns BACKEND's outputs and gradients by name.

@@ -7,7 +7,7 @@ from harness import BACKEND, BF16, DEVICE, F16, F32, INTERPRETED, assert_as_clos
 
 from s2sent_kernels import functional
 
-# Every two values of every two columns that can go together stand in some row.
+# Pairwise: every possible pair of values of two columns occurs in some row.
 # N, D, L, mask, dtype, layout, output gradient
 CASES = [
     (1, 7, 1, "left", F16, "expanded", "strided"),

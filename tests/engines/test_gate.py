@@ -9,7 +9,7 @@ from s2sent_kernels import GateParameters, functional
 
 STATISTICS = ("running_mean", "running_var")  # get no gradient
 
-# Every two values of every two columns stand in some row.
+# Pairwise: every pair of values of two columns occurs in some row.
 # N, H, B, D, norm, prior (repeated over the blocks), activation, the parameters' dtype
 CASES = [
     (1, 1, 17, 24, True, (50.0, -50.0), "relu", F32),

@@ -38,7 +38,7 @@ def double(t):
 
 
 def check(name, tensors, parameters, activation="tanh", eps=1e-6, draws=3):
-    """Hold the op on Triton to the policy of ``assert_as_close``."""
+    """Assert the policy of ``assert_as_close`` for the op on BACKEND."""
     actual = call(name, tensors, parameters, activation, eps)
     pairs = []
     for draw in range(1 + draws):
@@ -56,7 +56,7 @@ def check(name, tensors, parameters, activation="tanh", eps=1e-6, draws=3):
     return actual
 
 
-# Every two values of every two columns but B and D stand in some row.
+# Pairwise: every pair of values of two columns other than B and D occurs in some row.
 # N, H, B, D, norm, prior (repeated over the blocks), activation, the parameters' dtype, do's dtype
 CASES = [
     (1, 1, 17, 24, True, (50.0, -50.0), "relu", F32, F32),

@@ -28,7 +28,7 @@ def give_memory_back():
 
 
 def large(B, L, D):
-    """A hidden state of zeros, but for the last three sentences, which are random."""
+    """A hidden state whose last three sentences are random and all others zero."""
     u = torch.zeros(B, L, D, dtype=BF16, device=DEVICE)
     u[-3:] = randn(3, L, D, seed=1, dtype=BF16)
     return u

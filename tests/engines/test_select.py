@@ -1,4 +1,4 @@
-"""The whole selector on Triton: outputs, every gradient, corner cases, and torch.library.opcheck of every public op."""
+"""The whole selector on the engine under test: outputs, every gradient, and torch.library.opcheck of every public op."""
 
 import copy
 
@@ -47,7 +47,7 @@ def inputs_of(selector, batch):
     return hidden | {name: p.detach() for name, p in selector.named_parameters()}
 
 
-# Every two values of every two columns stand in some row.
+# Pairwise: every pair of values of two columns occurs in some row.
 # N, M, D, L, mask, norm, prior, activation, pooling, training, dtype, output gradient
 CASES = [
     (1, 1, 24, 1, "holes", False, False, "tanh", "cls", False, F16, "random"),
@@ -112,7 +112,7 @@ def test_gates(training):
 
 @pytest.mark.parametrize("pooling", [None, "mean"])
 def test_a_hooked_part_is_called(pooling):
-    """And the gate then goes through the parts as modules."""
+    """With a hook the gate is computed by calling its parts as modules."""
     selector = make_selector(2, 24, 3, block_prior=True)
     batch = make_batch(2, 3, 5, 24, mask="holes")
     selector.backend = BACKEND

@@ -20,7 +20,7 @@ from harness import (
 
 from s2sent_kernels import functional, ops
 
-# Every two values of every two columns that can go together stand in some row. D / M is a multiple of no tile.
+# Pairwise: every possible pair of values of two columns occurs in some row. D / M is a multiple of no tile.
 # N, M, D, L, mask, pooling, dtype, layout, output gradient
 CASES = [
     (1, 1, 40, 5, "holes", "mean", F16, "offset", "expanded"),
@@ -180,7 +180,7 @@ def test_a_gradient_of_one_output_alone(output, profile):
     [("paper", "right"), ("paper", "left"), ("paper", "holes"), ("paper", "mixed"), ("official", "mixed")],
 )
 def test_nan_at_padding_has_no_effect_on_p(profile, mask):
-    """Nor on f, in profile ``paper``."""
+    """In profile ``paper`` it has none on f either."""
     batch = make_batch(3, 4, 5, 24, mask=mask)
     clean = squeeze_of(batch.where, 4, profile, "mean")(BACKEND, named(batch.hidden_states))
     for u in batch.hidden_states:
@@ -226,7 +226,7 @@ def test_nothing_to_squeeze(profile, mask, L):
 
 
 def squeeze_by_blocks(batch, M, profile, pooling, backend=BACKEND):
-    """f, p from squeeze_block, called with each block in turn. The partial sums start from anything."""
+    """f, p from squeeze_block, called with each block in turn."""
     engine = ops.engine(backend, DEVICE, F32)
     N, D = len(batch.hidden_states), batch.hidden_states[0].shape[-1]
     groups = torch.zeros(batch.num_sentences, engine.num_groups(N), D, device=DEVICE)

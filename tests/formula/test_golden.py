@@ -10,7 +10,7 @@ from s2sent_kernels import S2SentSelector
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
 RELATIVE = 1e-10  # of the tensor's largest magnitude
-ABSOLUTE = 1e-14  # for gradients that are zero but for rounding
+ABSOLUTE = 1e-14  # for gradients that are zero up to rounding
 
 
 def load(path):

@@ -253,7 +253,7 @@ def test_long_sentences_keep_their_digits():
 @pytest.mark.parametrize("pooling", [None, "mean", "last"])
 def test_low_precision_forward_and_gradients(dtype, N, M, L, mask, pooling, backend):
     """Against float64 on the same rounded inputs; beside it the formula in PyTorch with everything in ``dtype``."""
-    D = 16 * M  # enough numbers for their largest error to say something
+    D = 16 * M  # enough numbers for their largest error to be meaningful
     low, attention_mask = make_batch(N, 32, L, D, dtype=dtype, mask=mask)
     parameters = make_parameters(N, D, dtype=torch.float32)
 

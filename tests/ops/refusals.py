@@ -1,4 +1,4 @@
-"""What the tests of bad input share: calls of every function, and how an exception is held to its message."""
+"""What the tests of bad input share: calls of every function, and assertions on an exception and its message."""
 
 import re
 
@@ -12,13 +12,13 @@ N, B, L, D, H = 3, 4, 5, 12, 5
 
 
 def raises(kind, *words):
-    """``kind`` itself and no subclass; every word stands in the message."""
+    """``kind`` itself and no subclass, with every word in the message."""
     pattern = "".join(f"(?=.*{re.escape(word)})" for word in words)
     return pytest.raises(kind, match=re.compile(r"\A" + pattern, re.DOTALL), check=lambda error: type(error) is kind)
 
 
 def everything(hidden_states, mask=None, *, frequencies=4, profile="paper", pooling="mean", backend, **options):
-    """The public functions that take a batch, each a call; with the arguments that it knows."""
+    """Calls by name of the public functions that have a batch, each with the arguments that the function has."""
     width = 12 if not len(hidden_states) or not isinstance(hidden_states[0], torch.Tensor) else 0
     width = width or (hidden_states[0].shape[-1] if hidden_states[0].dim() else 1)
     parameters = make_parameters(max(len(hidden_states), 1), max(width, 1), H, torch.float32)

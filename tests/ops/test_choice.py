@@ -43,14 +43,16 @@ def test_triton_without_a_gpu_says_why(no_interpreter):
 
 
 def test_a_named_backend_that_is_not_usable_raises(no_interpreter, monkeypatch, batch):
-    """CPU tensors and no interpreter: Triton cannot, whether or not there is a GPU."""
+    """CPU tensors and no interpreter: Triton is refused, with or without a GPU."""
     each_raises(everything(*batch, backend="triton"), ValueError, "backend", "triton")
     monkeypatch.setattr(backend_module, "_native_status", lambda: s2.BackendStatus(False, "is not built"))
     each_raises(everything(*batch, backend="native"), ValueError, "backend", "native", "not built")
     for backend in ("triton", "native"):
         with raises(ValueError, "backend", backend):
             gate(torch.zeros(B, D), make_parameters(N, D), backend)
-        selector = S2SentSelector(D, N, H, backend=backend).eval()  # named for another machine, perhaps
+        selector = S2SentSelector(
+            D, N, H, backend=backend
+        ).eval()  # building one is allowed: it may be for another machine
         for call in (selector, selector.pool, selector.gates):
             with raises(ValueError, "backend", backend):
                 call(*batch)
@@ -95,7 +97,7 @@ def test_a_bad_variable(no_interpreter, monkeypatch, batch, value):
 
 
 def test_importing_needs_torch_alone():
-    """Neither Triton nor CUDA nor anything optional is loaded by the import."""
+    """The import loads neither Triton nor CUDA nor any optional package."""
     code = (
         "import sys, torch; before = set(sys.modules); import s2sent_kernels; new = set(sys.modules) - before; "
         "assert not torch.cuda.is_initialized(); "
@@ -109,8 +111,8 @@ def test_importing_needs_torch_alone():
 
 
 def status_of(folder, before=""):
-    """What a fresh process says of the package in ``folder``, after a use of "auto" on the CPU. The finder of an editable
-    install would go on looking for a missing extension elsewhere."""
+    """The status of native in a fresh process with the package in ``folder``, after a call with "auto" on the CPU. The finder of
+    an editable install is removed, because it would find a missing extension elsewhere."""
     code = (
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n"
         f"import s2sent_kernels as s2, torch; from s2sent_kernels import backend\n{before}\n"

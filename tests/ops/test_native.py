@@ -84,7 +84,7 @@ def test_bits_do_not_depend_on_where_the_padding_is(pooling):
 @BUILT
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_number_is_read_and_rounded_as_pytorch_does(dtype):
-    """All 65536 of them, subnormal, infinite and NaN too, times numbers that make every kind of rounding."""
+    """All 65536 values, with subnormal, infinite and NaN, times factors that cause every kind of rounding."""
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[None, None]
     generator = torch.Generator().manual_seed(0)
     for gates in (torch.ones(1, 1, 2**16), torch.rand(1, 1, 2**16, generator=generator) * 4, torch.full((), 0.5)):
@@ -100,7 +100,7 @@ def test_every_number_is_read_and_rounded_as_pytorch_does(dtype):
 
 @BUILT
 def test_tables_of_factors_stay():
-    """A captured CUDA graph reads them for as long as it is replayed, whatever else was computed since."""
+    """A captured CUDA graph reads them at every replay, so later calls must not free them."""
     native = importlib.import_module("s2sent_kernels.native")
     device = torch.device("cpu")
 

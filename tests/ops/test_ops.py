@@ -1,4 +1,4 @@
-"""torch.ops.s2sent.*: schemas, opcheck, and fakes that say what the implementations return."""
+"""torch.ops.s2sent.*: schemas, opcheck, and fakes that describe what the implementations return."""
 
 import pytest
 import torch
@@ -191,7 +191,7 @@ def fake_and_real(name, args):
 @pytest.mark.parametrize("layout", ["column", "cut", "expanded"])
 @pytest.mark.parametrize("mask", ["none", "mixed"])
 def test_fakes_know_the_strides(name, layout, mask):
-    """An output never inherits the odd strides of a hidden state: compiled code relies on what the fake says."""
+    """An output never inherits the odd strides of a hidden state: compiled code relies on the fake's strides."""
     hidden_states, attention_mask = make_batch(N, B, L, D, torch.float32, mask, layout)
     fake, real = fake_and_real(name, (hidden_states, attention_mask, *arguments(name)[2:]))
     assert [t.stride() for t in fake] == [t.stride() for t in real]

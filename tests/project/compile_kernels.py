@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel without a GPU and reads the code: no spills, hidden states loaded 128 bits at a time, and in the
+"""Compiles every Triton kernel without a GPU and checks the code: no spills, hidden states loaded 128 bits at a time, and in the
 kernels that promise bits no arithmetic that the assembler may still fuse.
 
 Run as a script in a process of its own (``test_compile_kernels.py`` does), because it puts a stand-in for the GPU's driver
@@ -30,13 +30,13 @@ HIDDEN_LOAD = re.compile(r"ld\.global\.L1::evict_first\S*|cp\.async\.c[ag]\.shar
 FULL_WIDTH = re.compile(r"\.v4\.b32$|, 0x10, ")
 # Without .rn the assembler may contract a product and a sum, in each variant of a kernel another one.
 FUSIBLE = re.compile(r"\b(?:add|sub|mul)(?:\.ftz)?\.f(?:32|64)\b")
-SHARED_BYTES = 99 << 10  # that a program gets on every GPU from sm_80 on: sm_86 and sm_89 have the fewest
+SHARED_BYTES = 99 << 10  # available to a program on every GPU from sm_80 on; sm_86 and sm_89 have the fewest
 READERS = {"squeeze_kernel", "fuse_kernel", "fuse_backward_kernel"}
 PROMISE_BITS = READERS | {"sum_groups_kernel", "gate_kernel"}
 
 
 class StandInDriver:
-    """What Triton asks of a driver before it compiles."""
+    """The part of a driver's interface that Triton calls before it compiles."""
 
     def __init__(self, capability):
         self.target = GPUTarget("cuda", capability, 32)
@@ -96,7 +96,7 @@ def launch_all(size, frequencies, num_blocks, dtype):
 
 
 def resources(kernel, capability):
-    """Registers, and bytes of spills: a stack may also hold what is no spill, so where there is one ptxas is asked again."""
+    """Registers, and bytes of spills. A stack frame may hold other things than spills, so ptxas runs again where there is one."""
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])

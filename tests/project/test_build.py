@@ -57,7 +57,7 @@ def test_cpu_that_cannot_be_built_is_an_error(setup_py, monkeypatch):
 
 @pytest.fixture
 def cuda_torch(setup_py, monkeypatch):
-    """As if torch were built for CUDA 13.0 and nvcc of 13.1 were there; no GPU is."""
+    """As if torch were built for CUDA 13.0 and nvcc 13.1 were installed, without a GPU."""
     monkeypatch.setattr(setup_py, "missing", lambda: None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
@@ -93,7 +93,7 @@ def another_nvcc(setup_py, monkeypatch):
     ],
 )
 def test_cuda_that_cannot_be_built(setup_py, cuda_torch, monkeypatch, capsys, change, cause):
-    """An error where it was asked for; "auto" builds the CPU part and says what is left out."""
+    """ "cuda" is then an error; "auto" builds the CPU part and prints what is left out."""
     change(setup_py, monkeypatch)
     monkeypatch.setattr(setup_py, "extension", lambda cuda=False: {"cuda": cuda})
     with pytest.raises(SystemExit, match="S2SENT_BUILD: 'cuda' needs " + cause):
@@ -148,7 +148,7 @@ def test_nvcc_compiles_every_source_without_spills(setup_py, tmp_path, architect
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 def test_nvcc_without_the_a_leaves_the_one_pass_kernel_empty_and_known_for_it(setup_py):
-    """sm_90 without its own features: csrc/cuda/select.cu tells the kernel that does nothing by its registers."""
+    """sm_90 without its own features: csrc/cuda/select.cu recognises the empty kernel by its register count."""
     source = (ROOT / "csrc/cuda/select.cuh").read_text()
     fewest = int(re.search(r"kLoaderRegisters = (\d+)", source)[1])
     used = {}

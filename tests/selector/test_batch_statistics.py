@@ -13,7 +13,7 @@ from s2sent_kernels import S2SentSelector
 
 
 def norm_by_hand(selector, batch, steps=1):
-    """The parts run one after another by torch itself."""
+    """torch runs the parts one after another."""
     f, _ = s2.squeeze(*batch, frequencies=M, profile=selector.profile)
     for _ in range(steps):
         selector.norm(selector.up(torch.tanh(selector.down(f))))
@@ -44,7 +44,7 @@ def test_gates_in_training_are_of_the_batchs_statistics(batch):
 
 @pytest.mark.parametrize("path", ["forward", "pool", "gates"])
 def test_a_frozen_norm_in_training(path, batch):
-    """selector.train() with norm.eval(): the running statistics are used and stay."""
+    """selector.train() with norm.eval(): the running statistics are used and not updated."""
     selector = trained()
     expected = getattr(selector, path)(*batch)
     selector.train()

@@ -80,7 +80,7 @@ def test_blockwise_errors(batch):
     stream.add(2, u[2])
     with pytest.raises(ValueError, match="block"):
         stream.add(3, u[2])
-    assert_close(stream.result(), selector.pool(*batch).detach(), 1e-13)  # what failed left nothing behind
+    assert_close(stream.result(), selector.pool(*batch).detach(), 1e-13)  # the failed calls changed nothing
 
 
 def test_blockwise_validates_the_first_block(batch):
@@ -99,7 +99,7 @@ def test_blockwise_validates_the_first_block(batch):
 
 @pytest.mark.parametrize("changed", [False, True])
 def test_blockwise_result_needs_no_gradient(batch, changed):
-    """Parameters that require a gradient do not make it something to differentiate."""
+    """Not even where parameters require a gradient."""
     selector = trained()
     if changed:
         selector.up = Adapter(selector.up)

@@ -96,7 +96,7 @@ def test_static(backend, path, training, profile):
     ],
 )
 def test_dynamic(backend, path, training, form):
-    """One graph for every B and L: the second shape must not compile anew."""
+    """One graph for every B and L: the second shape must not recompile."""
     selector = selector_for(backend, training, block_prior=True)
     compiled = torch.compile(method(selector, path), fullgraph=True, dynamic=True, backend="aot_eager")
     assert_same_steps(compiled, method(selector, path), selector, [batch_for(form)])
@@ -190,7 +190,7 @@ def test_functions(backend, dynamic):
 
 
 def test_the_ops_stay_in_the_graph(monkeypatch):
-    """Through ops the graph holds one op a stage, and nothing of the hidden states' arithmetic."""
+    """Through the ops the graph holds one op per stage and no arithmetic on hidden states."""
     graphs = []
 
     def keep(graph, inputs):

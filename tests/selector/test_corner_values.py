@@ -79,7 +79,7 @@ def test_official_nan_reaches_the_batch(place, path, value, where):
     hidden_states, mask = batch_for(place, "right")
     mask[2] = torch.arange(L, device=place.device) < 3
     hidden_states[1][2, 0 if where == "real" else L - 1, :] = value
-    if value == float("inf"):  # both signs beside each other, so that no activation swallows it
+    if value == float("inf"):  # both signs, so that no activation saturates to a finite value
         hidden_states[1][2, 0 if where == "real" else L - 1, ::2] = -value
     gates = selector.gates(hidden_states, mask)
     assert gates.isnan().all()
@@ -90,7 +90,7 @@ def test_official_nan_reaches_the_batch(place, path, value, where):
 @modes
 @pytest.mark.parametrize("kind", ["left", "mixed"])
 def test_nan_in_the_output_gradient_at_padding_has_no_effect(place, kind, training):
-    """v is 0 at padding whatever u is, so nothing flows back from there."""
+    """v is 0 at padding whatever u is, so no gradient flows back from there."""
     selector = selector_for(place).train(training)
     clean, mask = batch_for(place, kind)
     hidden_states = [u.requires_grad_() for u in clean]

@@ -207,7 +207,7 @@ def test_an_empty_sentence_is_a_row_of_the_batch_statistics(place, path):
 @paths
 @modes
 def test_official_empty_sentence(place, path, training):
-    """Output and p are 0; the gates are finite and enter the normaliser, which stays a sum of one."""
+    """Output and p are 0. The gates are finite and enter the normaliser: all gates still sum to one."""
     selector = selector_for(place, "official").train(training)
     hidden_states, mask = batch_for(place, "right")
     mask[2] = False

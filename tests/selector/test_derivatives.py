@@ -122,7 +122,7 @@ forwards = pytest.mark.parametrize("forward", [dual_level, func_jvp])
 
 
 def one_tangent_each(inputs):
-    """Tangents that are zero but for one input, for each of them."""
+    """For each input, tangents that are zero for all others."""
     for index in range(len(inputs)):
         yield [torch.ones_like(t) if i == index else torch.zeros_like(t) for i, t in enumerate(inputs)]
 

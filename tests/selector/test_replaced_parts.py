@@ -182,7 +182,7 @@ def test_dynamic_quantisation(path, batch):
 
 
 def test_linears_without_a_bias(batch):
-    """A replaced part may lack one."""
+    """A replaced part may have no bias."""
     selector = trained()
     bias = selector.down.bias.detach().clone()
     with torch.no_grad():

@@ -130,7 +130,7 @@ def test_a_copy_after_a_call_and_with_a_hook(batch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("replaced", [False, True])
 def test_conversion(dtype, replaced, batch):
-    """Whatever the parameters are held in, the gate is computed in float32 from them."""
+    """Whatever the parameters' dtype, the gate is computed in float32."""
     selector = trained(torch.float32).to(dtype)
     rounded = copy.deepcopy(selector).float()
     if replaced:

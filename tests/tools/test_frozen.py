@@ -100,7 +100,7 @@ def test_an_interrupted_pass_goes_on_and_gives_the_same_bits(encoder_and_tokeniz
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(encoder_and_tokenizer, tmp_path, monkeypatch):
-    """Before the encoder has run for hours: the room is taken first."""
+    """The disk space is allocated first, before the encoder runs for hours."""
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -165,7 +165,7 @@ def test_info_nce_against_its_formula():
 @pytest.mark.parametrize("kind", ["selector", "mix"])
 def test_training_lowers_the_loss_and_repeats_bit_for_bit(kind):
     features = _features()
-    # The first block says which sentences belong together, the others are noise.
+    # The first block encodes which sentences belong together; the others are noise.
     anchor, positive = torch.arange(0, 32), torch.arange(32, 64)
     features.pooled[positive, 0] = features.pooled[anchor, 0]
     negative = torch.arange(64, 96).where(torch.arange(32) % 4 > 0, -1)

@@ -100,5 +100,5 @@ def test_the_command_takes_tasks_of_several_kinds(tmp_path, monkeypatch, capsys)
     assert main(list(map(str, arguments))) == 0
     content = json.loads((tmp_path / "out" / "evaluation.json").read_text())["mteb"]
     assert list(content) == list(known) and all("s2sent" in scores for scores in content.values())
-    assert content["TinyClassification"]["s2sent"]["main_score"] > 80  # the first word says it
+    assert content["TinyClassification"]["s2sent"]["main_score"] > 80  # the first word decides the label
     assert f"{content['TinySTS']['s2sent']['main_score']:.2f}" in capsys.readouterr().out

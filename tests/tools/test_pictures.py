@@ -56,7 +56,7 @@ def test_pictures_of_scores_and_energies():
         pictures.energy_picture(torch.rand(2, 2), [(0, 0)], ["x", "y"])
     with pytest.raises(ValueError, match="gates: expected"):
         pictures.gates_by_text_picture(torch.rand(2, 3, 4), ["x"])
-    formulas = ["$x$ costs $\\frac{1$", "$\\nope{$"]  # people's texts, no formulas
+    formulas = ["$x$ costs $\\frac{1$", "$\\nope{$"]  # texts of users, not formulas
     assert pictures.energy_picture(torch.rand(2, 3), [(0, 0), (0, 1), (1, 0)], formulas).startswith(PNG)
     assert pictures.gates_by_text_picture(torch.rand(2, 3, 4), formulas).startswith(PNG)
     assert pictures.scores_picture({formulas[0]: {"a": 70.0}, formulas[1]: {"a": 60.0}}, formulas[1]).startswith(PNG)

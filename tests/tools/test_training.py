@@ -87,7 +87,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, encoder, monk
 
 
 def test_checkpoints_are_of_one_training(tmp_path, encoder, monkeypatch):
-    """Another one does not go on from them, and none begins beside one that runs."""
+    """Another training does not resume from them, and none starts while one runs in the same folder."""
     examples, recipe = Examples(("anchor", "positive"), pairs(16), True), training.Recipe(epochs=2, batch_size=8)
     caught = []
 
