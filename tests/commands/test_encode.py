@@ -15,7 +15,7 @@ pytest.importorskip("sentence_transformers")
 
 from pyarrow import parquet  # noqa: E402
 
-from s2sent_kernels import S2SentSelector
+from s2sent_kernels import S2SentSelector  # noqa: E402
 from s2sent_kernels.cli import main  # noqa: E402
 from s2sent_kernels.commands import encode as command  # noqa: E402
 from s2sent_kernels.tools import encoding  # noqa: E402

@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 from builders import save_encoder  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from s2sent_kernels import S2SentSelector
+from s2sent_kernels import S2SentSelector  # noqa: E402
 from s2sent_kernels.capture import BlockCapture  # noqa: E402
 from s2sent_kernels.transformers import S2SentForSequenceClassification, S2SentModel  # noqa: E402
 

@@ -6,6 +6,7 @@ from builders import NAN, lay_out, make_gradient, table
 from harness import BACKEND, BF16, F16, F32, assert_as_close, make_parameters, randn
 
 from s2sent_kernels import GateParameters
+from s2sent_kernels.engines.triton import config
 
 GRADIENTS = [name for name in GateParameters._fields if not name.startswith("running")]
 OPS = ["gate_backward", "gate_pool_backward"]

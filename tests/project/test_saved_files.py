@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("sentence_transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
-from s2sent_kernels import backends
+from s2sent_kernels import backends  # noqa: E402
 
 DATA = Path(__file__).parents[1] / "data"
 specification = importlib.util.spec_from_file_location("saved", DATA / "saved.py")
