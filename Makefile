@@ -2,22 +2,24 @@
 # make test                    makes .venv, installs what the tests need, runs them
 # make test PYTHON=/a/python   the same in an environment that exists; installs nothing but this package
 # make bench                   measures what this machine can (without a GPU under ten minutes): bench/results, bench/REPORT.md
+# make compare BASE=main       this package and a git revision in alternation: did my change help? Options: bench/compare.py
 # make wheel                   builds dist/*.whl, audits its ABI, and loads it in a fresh environment with torch alone beside it
 # make sanitize                the compiled backend's CPU tests under AddressSanitizer and UBSan; needs GCC, minutes
-# make lint                    ruff and mypy; PYTHON= as above
+# make lint                    ruff, mypy and the import contract; PYTHON= as above
 # make clean                   removes .venv and what builds and tests left behind
 #
-# BENCH_OPTIONS are those of bench/suite.py: make bench BENCH_OPTIONS="--cases A,C --competitors eager".
+# BENCH_OPTIONS are those of bench/suite.py or bench/compare.py: make bench BENCH_OPTIONS="--cases A,C --competitors eager".
 # BOOTSTRAP is the Python (3.10 or newer) that makes .venv. Where no NVIDIA GPU is, TORCH pins one release; to be sure of its
 # small CPU build, say make demo TORCH="torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu".
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
-.PHONY: help demo test bench wheel sanitize lint clean package
+.PHONY: help demo test bench compare wheel sanitize lint clean package
 
 BOOTSTRAP ?= python3
 WORKERS ?= 2
 BENCH_OPTIONS ?=
+BASE ?= main
 GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
 ifeq ($(GPU),yes)
 TORCH ?= torch
@@ -75,11 +77,13 @@ package:
 demo: $(DEMO_READY)
 	$(PY) -m s2sent_kernels.cli demo
 
-# Processes of their own: Triton decides when a kernel is decorated whether it is compiled or interpreted. Without a GPU the
-# tests in tests/kernels run the kernels in the interpreter; with one they run them on it. The third runs them over the compiled
-# backend, where it was built: on a GPU with its CUDA part, else on the CPU. With a GPU a fourth runs its CPU part. All closing
-# lines are repeated at the end. The interpreter's products are OpenBLAS's: one of its kernels for all CPUs, so that rounding is the
-# same, and a test that passes here passes there.
+# Four processes, because Triton decides when a kernel is decorated whether it is compiled or interpreted:
+# 1. all tests but those of tests/engines; where nvcc is installed they also compile every CUDA source (tests/project);
+# 2. tests/engines on Triton: on the GPU, without one in the interpreter;
+# 3. tests/engines on the native backend, where it is built: on a GPU its CUDA part, else its CPU part;
+# 4. with a GPU, tests/engines on the native backend's CPU part.
+# The closing line of each is repeated at the end. The interpreter's products are OpenBLAS's: OPENBLAS_CORETYPE pins one of its
+# kernels, so that rounding, and with it the outcome, is the same on every CPU.
 test: $(DEV_READY)
 	@logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; interpret= workers= gpu=yes failed=0; \
 	if ! $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
@@ -87,25 +91,28 @@ test: $(DEV_READY)
 		if grep -qw avx2 /proc/cpuinfo 2>/dev/null; then interpret="$$interpret OPENBLAS_CORETYPE=Haswell"; fi; \
 		if $(PY) -c 'import xdist' 2>/dev/null; then workers="-n $(WORKERS) --dist worksteal"; export OMP_NUM_THREADS=1; fi; \
 	fi; \
-	env -u TRITON_INTERPRET $(PY) -m pytest tests --ignore=tests/kernels $$workers 2>&1 | tee "$$logs/1" || failed=1; \
-	env -u TRITON_INTERPRET $$interpret $(PY) -m pytest tests/kernels $$workers 2>&1 | tee "$$logs/2" || failed=1; \
-	env -u TRITON_INTERPRET S2SENT_TEST_BACKEND=native $(PY) -m pytest tests/kernels $$workers 2>&1 | tee "$$logs/3" || failed=1; \
+	env -u TRITON_INTERPRET $(PY) -m pytest tests --ignore=tests/engines $$workers 2>&1 | tee "$$logs/1" || failed=1; \
+	env -u TRITON_INTERPRET $$interpret $(PY) -m pytest tests/engines $$workers 2>&1 | tee "$$logs/2" || failed=1; \
+	env -u TRITON_INTERPRET S2SENT_TEST_BACKEND=native $(PY) -m pytest tests/engines $$workers 2>&1 | tee "$$logs/3" || failed=1; \
 	if [ "$$gpu" ]; then \
-		env -u TRITON_INTERPRET S2SENT_TEST_BACKEND=native S2SENT_TEST_DEVICE=cpu $(PY) -m pytest tests/kernels 2>&1 \
+		env -u TRITON_INTERPRET S2SENT_TEST_BACKEND=native S2SENT_TEST_DEVICE=cpu $(PY) -m pytest tests/engines 2>&1 \
 			| tee "$$logs/4" || failed=1; \
 	fi; \
 	echo "tests:                  $$(tail -n 1 "$$logs/1")"; \
-	echo "tests/kernels:          $$(tail -n 1 "$$logs/2")"; \
-	echo "tests/kernels (native): $$(tail -n 1 "$$logs/3")"; \
-	if [ "$$gpu" ]; then echo "tests/kernels (native, CPU): $$(tail -n 1 "$$logs/4")"; fi; \
+	echo "tests/engines:          $$(tail -n 1 "$$logs/2")"; \
+	echo "tests/engines (native): $$(tail -n 1 "$$logs/3")"; \
+	if [ "$$gpu" ]; then echo "tests/engines (native, CPU): $$(tail -n 1 "$$logs/4")"; fi; \
 	exit $$failed
 
-# The report is rebuilt from what there is, also where something failed parity or broke; that still fails the command.
+# Exit code 1 means that a contestant failed: the report is rebuilt from all other rows, and the command fails.
 bench: $(BENCH_READY)
 	@failed=0; \
 	env -u TRITON_INTERPRET $(PY) bench/suite.py $(BENCH_OPTIONS) || failed=$$?; \
-	if [ $$failed -lt 2 ]; then $(PY) bench/report.py; fi; \
+	if [ $$failed -lt 2 ]; then $(PY) bench/report.py --readme README.md; fi; \
 	exit $$failed
+
+compare: $(BENCH_READY)
+	env -u TRITON_INTERPRET $(PY) bench/compare.py --base $(BASE) $(BENCH_OPTIONS)
 
 wheel: $(WHEEL_READY)
 	rm -rf dist build
@@ -125,6 +132,7 @@ lint: $(DEV_READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -c 'from importlinter.cli import lint_imports_command as main; main()'
 
 clean:
 	rm -rf .venv build dist s2sent_kernels/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -1,6 +1,6 @@
-"""What is measured: the cases, their inputs, and the bytes and floors of each stage and path. One place for all of it.
+"""What is measured: the cases, their inputs, and the bytes and floors of each stage and path.
 
-squeeze, gate, fuse   the three stages, as public functions (squeeze with mean pooling, as the pooled path calls it)
+squeeze, gate, fuse   the three stages, as public functions (squeeze with mean pooling, as in the pooled path)
 pooled, token         the whole selector: sentence embeddings [B, D], or fused tokens [B, L, D]
 """
 
@@ -15,7 +15,7 @@ STAGES = ("squeeze", "gate", "fuse")
 PATHS = ("pooled", "token")
 MODES = ("forward", "backward", "both")
 BOTTLENECK, FREQUENCIES = 64, 4  # the published defaults, H and M
-MAIN = ("A", "B", "C", "D", "E")  # the cases that competitors are compiled for
+MAIN = ("A", "B", "C", "D", "E")  # measured beside all competitors
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Case:
     blocks: int  # N
     size: int  # D
     dtype: torch.dtype = torch.bfloat16
-    layout: str = "full"  # or ragged (lengths uniform in L/4..L), packed (the same sentences without padding)
+    layout: str = "full"  # or ragged (lengths uniform in L/4..L), or packed (the ragged sentences without padding)
 
     @property
     def dtype_name(self) -> str:
@@ -41,7 +41,7 @@ class Case:
         return self.dtype.itemsize
 
     def lengths(self) -> Tensor:
-        """Real tokens of each sentence, the same for every layout but "full"."""
+        """Real tokens of each sentence; layouts ragged and packed have the same ones."""
         if self.layout == "full":
             return torch.full((self.batch,), self.tokens)
         generator = torch.Generator().manual_seed(1)
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def state_bytes(self) -> int:
-        """All N hidden states as they lie in memory."""
+        """All N hidden states in memory, padding included."""
         places = self.real_tokens if self.layout == "packed" else self.batch * self.tokens
         return self.blocks * places * self.size * self.element
 
@@ -71,7 +71,7 @@ CASES = (
     Case("E", 256, 128, 6, 384),
 )
 
-# A CPU gets A's blocks with fewer sentences, in float32; B and C are small enough as they are.
+# On a CPU, A with fewer sentences, in float32; B and C are small enough.
 _SMALL = Case("A-small", 8, 128, 12, 768, torch.float32)
 CPU_CASES = (
     _SMALL,
@@ -86,8 +86,21 @@ def cases_of(device: str) -> tuple[Case, ...]:
     return CASES if device == "cuda" else CPU_CASES
 
 
+# Small calls, whose time on a GPU is the host's: compare.py measures that. On a CPU in float32.
+HOST_CASES = (
+    Case("C", 1, 32, 12, 768),
+    Case("B", 64, 32, 3, 768),
+    Case("F", 32, 64, 6, 384),
+    Case("G", 1, 16, 6, 384),
+)
+
+
+def host_cases_of(device: str) -> tuple[Case, ...]:
+    return HOST_CASES if device == "cuda" else tuple(replace(case, dtype=torch.float32) for case in HOST_CASES)
+
+
 def sweeps_of(device: str) -> dict[str, tuple[Case, ...]]:
-    """The cases behind the two line pictures: over tokens and over blocks, around A."""
+    """The cases of the two line pictures: A (on a CPU A-small) with other L, and with other N."""
     base = CASES[0] if device == "cuda" else _SMALL
     lengths = (16, 32, 64, 128, 256) if device == "cuda" else (16, 32, 64, 128)
     depths = (1, 3, 6, 12, 24) if device == "cuda" else (1, 3, 6, 12)
@@ -98,7 +111,7 @@ def sweeps_of(device: str) -> dict[str, tuple[Case, ...]]:
 
 
 class Inputs:
-    """One set of hidden states of a case and what goes with them, output gradients included."""
+    """One set of inputs of a case: hidden states, mask, f, g, and output gradients."""
 
     def __init__(self, case: Case, seed: int, grad: bool, device: str | None = None) -> None:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,13 +139,13 @@ class Inputs:
         self.grad_squeezed, self.grad_gates = normal(case.batch, case.size), normal(*gates)
 
     def output_gradients(self, what: str) -> list[Tensor]:
-        """Of the outputs of a stage or path, in their order."""
+        """The gradients of a stage's or path's outputs, in their order."""
         if what == "squeeze":
-            return [self.grad_squeezed, self.grad_gates]  # of f, and of p, which is shaped like the gates
+            return [self.grad_squeezed, self.grad_gates]  # df, and dp, which has the shape of the gates
         return [{"gate": self.grad_gates, "pooled": self.grad_pooled}.get(what, self.grad_fused)]
 
     def leaves(self, what: str) -> dict[str, Tensor]:
-        """The inputs, parameters apart, that a stage or path has gradients for."""
+        """The inputs that a stage or path is differentiated by, without parameters."""
         if what == "gate":
             return {"f": self.squeezed}
         named = {f"u{n}": block for n, block in enumerate(self.blocks)}
@@ -150,10 +163,10 @@ class Inputs:
 
 
 def traffic(case: Case, what: str, mode: str) -> tuple[int, int]:
-    """Bytes that a stage or path has to read and to write. Paths as in the specification's table of floors: the token path
-    in two passes, f, p, gates and weights left out. Stages count the f, p and gates that they hand to each other."""
+    """Bytes that a stage or path must read and write. A path counts hidden states and its result, the token path in two passes;
+    f, p, gates and weights are left out. A stage also counts the f, p and gates that it reads or writes."""
     real = case.real_tokens * case.size * case.element  # one hidden state's real tokens
-    places = case.state_bytes // case.blocks  # one hidden state as it lies in memory
+    places = case.state_bytes // case.blocks  # one hidden state, padding included
     sentence = case.batch * case.size  # elements of o, and of f
     gates = case.blocks * sentence * 4
     weights = 4 * BOTTLENECK * case.size * (1 + case.blocks)
@@ -171,13 +184,13 @@ def traffic(case: Case, what: str, mode: str) -> tuple[int, int]:
 
 
 def floor_us(case: Case, what: str, mode: str, ceilings: dict[str, float]) -> float:
-    """Microseconds that the bytes take at the ceilings (TB/s) measured in the same run."""
+    """The bytes over the ceilings (TB/s) of the same run, in microseconds."""
     read, write = traffic(case, what, mode)
     return read / ceilings["read"] / 1e6 + write / ceilings["write"] / 1e6
 
 
 def input_sets(case: Case, l2_bytes: int, device: str) -> int:
-    """How many sets of inputs to rotate through, so that none is found in the L2 cache where the last call left it. On a CPU,
-    where a call of the smallest case takes milliseconds, four at most."""
+    """How many sets of inputs to rotate through, so that together they exceed the L2 cache. On a CPU, where a call of the
+    smallest case takes milliseconds, at most four."""
     most = 192 if device == "cuda" else 4
     return max(1, min(most, -(-(l2_bytes + l2_bytes // 4) // case.state_bytes)))

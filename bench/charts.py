@@ -1,16 +1,14 @@
-"""The report's pictures, each a PNG of one device's results, or None where there is nothing to draw."""
+"""The report's pictures: each a PNG of one device's results, or None without rows to draw."""
 
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from contestants import MEAN_OF_LAST, OURS
 from end_to_end import BASE, FED, KEPT, PUBLISHED
 from matplotlib.figure import Figure
-
-if TYPE_CHECKING:
-    from report import Results
+from record import Results
 
 INK, FAINT, GRID = "#22303c", "#7b8794", "#e3e8ed"
 POOLED, TOKEN, OTHER, LOST, LAST = "#0b7a75", "#3d5a98", "#b8c1cb", "#c8553d", "#d98e04"
@@ -18,7 +16,7 @@ STYLE = {PUBLISHED: LOST, KEPT: POOLED, FED: "#6dbfb0"}
 
 
 def _figure(width: float, height: float) -> Figure:
-    """Drawn without a display: no pyplot, no global state."""
+    """Needs no display: no pyplot, no global state."""
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
@@ -41,7 +39,7 @@ def _title(figure: Figure, text: str) -> None:
 
 
 def number(value: float) -> str:
-    """Three digits, as people write them."""
+    """Three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -97,7 +95,7 @@ def scaling(results: Results) -> bytes | None:
 
 
 def bandwidth(results: Results) -> bytes | None:
-    """Bytes over time of every case's forward, as bars, with the ceiling of the same mix of reads and writes."""
+    """Bytes over time of every case's forward, with the ceiling for the same mix of reads and writes."""
     rows = [row for row in results.of("paths", contestant=OURS, mode="forward") if row["status"] == "ok"]
     if not rows:
         return None
@@ -130,7 +128,7 @@ def bandwidth(results: Results) -> bytes | None:
 
 
 def beside(results: Results) -> bytes | None:
-    """The pooled forward of everyone, a panel a case, with the floor."""
+    """The pooled forward of all contestants, one panel a case, with the floor."""
     rows = [row for row in results.of("paths", what="pooled", mode="forward") if row["status"] == "ok"]
     groups = {case: [row for row in rows if row["case"] == case] for case in dict.fromkeys(row["case"] for row in rows)}
     groups = {case: group for case, group in groups.items() if len(group) > 2}
@@ -208,7 +206,7 @@ def overhead(results: Results) -> bytes | None:
 
 
 def memory(results: Results) -> bytes | None:
-    """Peak extra memory of the largest case's paths, forward and both, everyone."""
+    """Peak extra memory of all contestants on the largest case (A if measured), forward and forward + backward."""
     rows = [row for row in results.of("memory") if row["status"] == "ok" and row["layout"] == "full"]
     if not rows:
         return None

@@ -1,6 +1,6 @@
-"""Who is measured: this package and what it is compared with, each as a function of a set of inputs.
+"""The contestants: this package and what it is compared with, each as a function of a set of inputs.
 
-Names stand in the results as they are here. Competitors run on the same inputs, and in the same interleaved loop.
+Results and reports use these names. Competitors run on the same inputs, in the same interleaved loop.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from dataclasses import dataclass, field
 
 import torch
 from cases import BOTTLENECK, FREQUENCIES, MAIN, STAGES, Case, Inputs
-from formula import Formula, masked_mean, parameters_of
+from formula import Formula, masked_mean
 from torch import Tensor, nn
 
 from s2sent_kernels import S2SentSelector, fuse, gate, squeeze
-from s2sent_kernels.backend import choose
+from s2sent_kernels.engines import native
+from s2sent_kernels.engines.choice import choose
+from s2sent_kernels.formula.call import Batch, Call, Reading
 
 OURS, MEAN_OF_LAST = "s2sent_kernels", "mean of last block"
-NATIVE = f"{OURS}, native"  # on a GPU, where "auto" takes another backend
-ONE_PASS = f"{NATIVE}, one pass"  # csrc/cuda/select.cu, whether or not it is the faster way
-SUM = "torch.sum of every state"  # reads what the pooled path reads, and does nothing else
+NATIVE = f"{OURS}, native"  # on a GPU where "auto" selects another backend
+ONE_PASS = f"{NATIVE}, one pass"  # forced, even where two passes are faster
+SUM = "torch.sum of every state"  # a read of the hidden states and nothing else
 PROFILES = {"official": "published formula", "paper": "paper formula"}
 COMPILERS = {
     "torch.compile": None,
-    # Its own CUDA graphs cannot be captured within ours, which measure device time for everyone. Its search for products is
-    # left out: they are small here, and every one of them takes a minute.
+    # Its own CUDA graphs cannot be captured within ours, which measure device time. Its search for matrix products is left
+    # out: they are small here, and each takes a minute to search.
     "torch.compile max-autotune": {
         "max_autotune": True,
         "coordinate_descent_tuning": True,
@@ -37,8 +39,8 @@ COMPILERS = {
     },
 }
 WEIGHTED, ATTENTION = "WeightedLayerPooling + mean", "fla attention over layers"
-REFERENCE = "official reference, torch.compile"  # as the package has it; the formulas' bases are held as buffers
-# Each direction of each path is a compilation of its own: tens of seconds.
+REFERENCE = "official reference, torch.compile"  # the package's own; the formulas above hold their bases as buffers
+# Forward and backward of each path are compiled separately, for tens of seconds each.
 MAIN_COMPILED = ("A", "A-small")
 COMPILED_WITH_GRADIENTS = (("A", "pooled"), ("A-small", "pooled"), ("A-small", "token"))
 CHOICES = ("none", "eager", "all")
@@ -49,7 +51,7 @@ class Contestant:
     name: str
     call: Callable[[Inputs], Tensor | tuple[Tensor, ...]]
     parameters: dict[str, Tensor] = field(default_factory=dict)
-    judged: bool = True  # whether it computes the selector, so that its result is held to the reference
+    judged: bool = True  # it computes the selector, so its result is compared with the reference
     compiled: bool = False
     modes: tuple[str, ...] = ("forward", "backward", "both")
     note: str = ""
@@ -61,14 +63,14 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Missing:
-    """A competitor that cannot be measured here; its row says why."""
+    """A competitor that cannot be measured here; its row gives the reason."""
 
     name: str
     why: str
 
 
 def make_selector(case: Case, device: str, profile: str = "paper", backend: str = "auto") -> S2SentSelector:
-    """In eval mode, its parameters and statistics at no special value."""
+    """In eval mode, with parameters and statistics away from 0 and 1."""
     torch.manual_seed(0)
     prior = profile == "paper"
     selector = S2SentSelector(
@@ -94,49 +96,42 @@ def selector_call(selector: S2SentSelector, what: str) -> Callable[[Inputs], Ten
         )
     if what == "fuse":
         return lambda i: fuse(i.blocks, i.gates, i.mask, cu_seqlens=i.cu_seqlens, backend=backend)
-    return lambda i: gate(i.squeezed, parameters_of(selector), num_blocks=blocks, backend=backend)
+    parameters = selector.gate_parameters()
+    assert parameters is not None  # profile "paper", in eval mode
+    return lambda i: gate(i.squeezed, parameters, num_blocks=blocks, backend=backend)
 
 
-def gate_parameters(selector: S2SentSelector, what: str) -> dict[str, Tensor]:
+def differentiated(selector: S2SentSelector, what: str) -> dict[str, Tensor]:
+    """The parameters that a stage or path has gradients for, by name."""
     return {} if what in ("squeeze", "fuse") else dict(selector.named_parameters())
 
 
 def ours(case: Case, what: str, device: str, backend: str | None = None, name: str = OURS) -> Contestant:
-    """On a GPU over one backend for all paths, so that rows compare: what "auto" takes but for some N and D."""
+    """On a GPU one backend for all paths, so that rows can be compared: what "auto" selects for most N and D."""
     if backend is None:
-        backend = choose("auto", torch.device(device), case.dtype) if device == "cuda" else "auto"
+        backend = choose("auto", Call(torch.device(device), case.dtype)) if device == "cuda" else "auto"
     selector = make_selector(case, device, backend=backend)
-    return Contestant(name, selector_call(selector, what), gate_parameters(selector, what))
+    return Contestant(name, selector_call(selector, what), differentiated(selector, what))
 
 
 def _native(case: Case, what: str, device: str) -> Contestant | Missing:
     try:
-        choose("native", torch.device(device), case.dtype)
+        choose("native", Call(torch.device(device), case.dtype))
     except ValueError as error:
         return Missing(NATIVE, str(error))
     return ours(case, what, device, "native", NATIVE)
 
 
-@contextlib.contextmanager
-def passes(one: bool) -> Iterator[None]:
-    """Tokens of backend native in one read of the hidden states, or in two."""
-    from s2sent_kernels import native
-
-    before, native.ONE_PASS = native.ONE_PASS, one
-    try:
-        yield
-    finally:
-        native.ONE_PASS = before
-
-
 def _one_pass(case: Case, device: str) -> Contestant:
     selector = make_selector(case, device, backend="native")
+    parameters, gating = selector.gate_parameters(), selector.gating()
+    assert parameters is not None
 
     def call(inputs: Inputs) -> Tensor:
-        with passes(one=True):
-            return selector(inputs.blocks, inputs.mask, cu_seqlens=inputs.cu_seqlens)
+        batch = Batch(inputs.blocks, inputs.mask, inputs.cu_seqlens)
+        return native.select(batch, Reading(FREQUENCIES), parameters, gating, one_pass=True)[0]
 
-    return Contestant(ONE_PASS, call, gate_parameters(selector, "token"), modes=("forward",))
+    return Contestant(ONE_PASS, call, differentiated(selector, "token"), modes=("forward",))
 
 
 def sum_of_states(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -148,10 +143,9 @@ def mean_of_last(inputs: Inputs) -> Tensor:
 
 
 def contestants(case: Case, what: str, device: str, choice: str) -> Iterator[Contestant | Missing]:
-    """This package first, on a GPU over native too, then those that ``choice`` names: none, eager (what takes no compiler)
-    or all."""
+    """This package first, on a GPU on native too, then the competitors of ``choice``: none, eager (no compiler) or all."""
     yield ours(case, what, device)
-    if device == "cuda" and choose("auto", torch.device(device), case.dtype) != "native":
+    if device == "cuda" and choose("auto", Call(torch.device(device), case.dtype)) != "native":
         native = _native(case, what, device)
         yield native
         if what == "token" and case.name in MAIN and isinstance(native, Contestant):
@@ -178,13 +172,13 @@ def contestants(case: Case, what: str, device: str, choice: str) -> Iterator[Con
 
 
 def _formula(case: Case, what: str, device: str, profile: str, name: str, compiler: str | None) -> Contestant:
-    selector = make_selector(case, device, profile)
+    selector = make_selector(case, device, profile, backend="reference")
     formula = Formula(selector, case.tokens)
     function = getattr(formula, what)
     if compiler is None:
         return Contestant(name, lambda i: function(i.blocks, i.mask), dict(selector.named_parameters()))
     compiled = torch.compile(function, options=COMPILERS[compiler], dynamic=False)
-    # The backward alone would be one more compilation, of code that may not reuse the forward's buffers.
+    # Not the backward alone: that would be another compilation, of code that must not reuse the forward's buffers.
     modes = ("forward", "both") if (case.name, what) in COMPILED_WITH_GRADIENTS else ("forward",)
     note = "without its own CUDA graphs, products by cuBLAS" if "max-autotune" in name else ""
     return Contestant(
@@ -207,7 +201,7 @@ def _weighted_layer_pooling(case: Case, what: str, device: str) -> Contestant | 
     if importlib.util.find_spec("sentence_transformers") is None:
         return Missing(WEIGHTED, "not installed")
     try:
-        # Importing it is noisy: deprecations of its own, and progress of its dependencies.
+        # The import prints deprecation warnings, and its dependencies print progress.
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             from sentence_transformers.sentence_transformer.modules import WeightedLayerPooling

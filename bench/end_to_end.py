@@ -1,23 +1,22 @@
-"""What the selector adds to an encoder: time and peak memory over the encoder with the mean of its last block.
-
-    python bench/end_to_end.py     # a part of bench/suite.py
+"""Section "end_to_end" of bench/suite.py: time and peak memory that the selector adds to an encoder with the mean of its last
+block.
 
 Encoders of three shapes with random weights (speed does not depend on them), in eval mode without gradients, on full masks. On a
-GPU each variant is one CUDA graph, in bfloat16. A captured graph cannot look at the mask's values, so the encoder applies it.
+GPU each variant is one CUDA graph, in bfloat16. An encoder under capture cannot read the mask's values, so it applies the mask.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from calls import free
 from cases import Case
 from contestants import make_selector
 from formula import Formula, masked_mean
-from memory import MIB, free, peak_bytes
+from memory import MIB, peak_bytes
+from record import Row
 from timing import capture, describe, device_times, on_gpu, wall_times
 from torch import Tensor
 
@@ -63,14 +62,14 @@ def plan(device: str) -> list[tuple[Encoder, tuple[tuple[int, int], ...]]]:
 
 
 class Variants:
-    """The four ways to sentence embeddings, on one encoder and batch. Close it to take the encoder's hooks off."""
+    """Four ways to sentence embeddings, on one encoder and batch. ``close`` removes the encoder's hooks."""
 
     def __init__(self, encoder: torch.nn.Module, shape: Encoder, batch: int, tokens: int, device: str) -> None:
         dtype = next(encoder.parameters()).dtype
         case = Case("", batch, tokens, shape.blocks, shape.size, dtype)
         self.encoder = encoder
         self.selector = make_selector(case, device)
-        self.published = Formula(make_selector(case, device, "official"), tokens)
+        self.published = Formula(make_selector(case, device, "official", backend="reference"), tokens)
         self.capture = BlockCapture(encoder)
         self.ids = torch.randint(0, shape.vocabulary, (batch, tokens)).to(device)
         self.mask = torch.ones(batch, tokens, dtype=torch.long, device=device)
@@ -102,8 +101,8 @@ class Variants:
         return {BASE: self.base, PUBLISHED: self.with_published, KEPT: self.kept, FED: self.fed}
 
     def prepare(self) -> str:
-        """Run the attention that a graph will run, which an encoder that may look at a full mask replaces by another.
-        Where a graph of it cannot be captured, the encoder gets no mask; the note for the rows says so."""
+        """Warm up with padding: outside of a capture, an encoder that sees a full mask switches to another attention.
+        If a capture with a mask fails, the encoder gets no mask, and the returned note tells the rows."""
         if not on_gpu():
             return ""
         try:
@@ -118,8 +117,8 @@ class Variants:
             return f"encoder without a mask: {describe(error)}"
         return ""
 
-    def parity(self) -> dict[str, dict[str, Any]]:
-        """Both of ours against the reference in float64, on the same hidden states."""
+    def parity(self) -> dict[str, Row]:
+        """Both of this package's variants against the reference in float64, on the same hidden states."""
         import copy
 
         states = self._states()[1:]
@@ -139,7 +138,7 @@ class Variants:
         return outcomes
 
 
-def measure(device: str, repeats: int, say: Callable[[str], None] = print) -> Iterator[list[dict[str, Any]]]:
+def measure(device: str, repeats: int, say: Callable[[str], None] = print) -> Iterator[list[Row]]:
     """The rows of one encoder and batch at a time."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for shape, batches in plan(device):
@@ -153,12 +152,10 @@ def measure(device: str, repeats: int, say: Callable[[str], None] = print) -> It
         free()
 
 
-def _measure(
-    encoder: torch.nn.Module, shape: Encoder, batch: int, tokens: int, device: str, repeats: int
-) -> list[dict[str, Any]]:
+def _measure(encoder: torch.nn.Module, shape: Encoder, batch: int, tokens: int, device: str, repeats: int) -> list[Row]:
     variants = Variants(encoder, shape, batch, tokens, device)
     try:
-        rows: dict[str, dict[str, Any]] = {}
+        rows: dict[str, Row] = {}
         note = variants.prepare()
         outcomes = variants.parity()
         for name in variants.calls():
@@ -194,9 +191,3 @@ def _measure(
         return list(rows.values())
     finally:
         variants.close()
-
-
-if __name__ == "__main__":
-    from suite import main
-
-    sys.exit(main(["--sections", "end_to_end", *sys.argv[1:]]))

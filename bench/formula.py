@@ -1,8 +1,8 @@
-"""The selector's two profiles in plain PyTorch, as competitors: what the reference computes, written for speed.
+"""The selector's two profiles in plain PyTorch, as competitors: the reference's formulas, written for speed.
 
-The reference is written to be read: it makes its bases anew for every block. Here they are buffers, as the published module
-holds its own, and the token factor of profile ``paper``, which depends on the mask, is computed once a call. So the competitors
-are at least as fast as the reference, and they can be captured as CUDA graphs, which copies from the host cannot.
+The reference is written to be read: it computes its bases for every block. Here they are buffers, as in the published module, and
+the token factor of profile ``paper``, which depends on the mask, is computed once a call. So the competitors are at least as fast
+as the reference, and can be captured as CUDA graphs: they copy nothing from the host.
 """
 
 from __future__ import annotations
@@ -12,29 +12,24 @@ import math
 import torch
 from torch import Tensor, nn
 
-from s2sent_kernels import GateParameters, S2SentSelector, dct, gate
-
-
-def parameters_of(selector: S2SentSelector) -> GateParameters:
-    norm = selector.norm
-    return GateParameters(
-        selector.down.weight, selector.down.bias, selector.up.weight, selector.up.bias,
-        *((None,) * 4 if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)),
-        selector.block_prior,
-    )  # fmt: skip
+from s2sent_kernels import S2SentSelector
+from s2sent_kernels.formula import dct
 
 
 def masked_mean(hidden_state: Tensor, mask: Tensor) -> Tensor:
-    """What everyone uses: [B, L, D] and [B, L] to [B, D]."""
+    """The usual pooling: [B, L, D] and [B, L] to [B, D]."""
     weight = mask[..., None].to(hidden_state.dtype)
     return (hidden_state * weight).sum(1) / weight.sum(1)
 
 
 class Formula(nn.Module):
-    """``pooled`` and ``token`` of ``selector`` on batches of L = ``tokens`` with a mask, in plain PyTorch."""
+    """The pooled and the token path of ``selector`` on batches of L = ``tokens`` with a mask, in plain PyTorch. The selector's
+    backend must be "reference", since it computes the gate."""
 
     def __init__(self, selector: S2SentSelector, tokens: int) -> None:
         super().__init__()
+        if selector.backend != "reference":
+            raise ValueError(f"selector: expected backend 'reference', got {selector.backend!r}")
         self.selector = selector
         device = selector.down.weight.device
         blocks, parts, profile = selector.num_blocks, selector.frequencies, selector.profile
@@ -60,7 +55,7 @@ class Formula(nn.Module):
         return (values.unflatten(-1, (self.selector.frequencies, -1)) * beta[..., None]).flatten(-2)
 
     def _select(self, hidden_states: list[Tensor], mask: Tensor, pool: bool) -> tuple[Tensor, list[Tensor], Tensor]:
-        """g [B, N, D], the pooled p_n [B, D], and which places are padding [B, L, 1]."""
+        """g [B, N, D], p_n [B, D] if ``pool``, and where padding is [B, L, 1]."""
         real = mask != 0
         running = real.cumsum(1)
         length = running[:, -1:]
@@ -75,11 +70,7 @@ class Formula(nn.Module):
             squeezed = squeezed + self._per_part(seen, beta).sum(1) * self.alpha[n]
             if pool:
                 pooled.append((real_values * weight).sum(1))
-        gates = gate(
-            squeezed, parameters_of(self.selector), num_blocks=len(hidden_states), profile=self.selector.profile,
-            backend="reference",
-        )  # fmt: skip
-        return gates, pooled, padding
+        return self.selector.gate(squeezed), pooled, padding
 
     def pooled(self, hidden_states: list[Tensor], mask: Tensor) -> Tensor:
         gates, pooled, _ = self._select(hidden_states, mask, True)

@@ -1,8 +1,18 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, step by step. Results and logs go to $OUT; each step ends with a few lines.
-#   OUT=/tmp/results bench/gpu.sh [tests|native|sanitize|suite|devices|bench|sweep ...]
-# BENCH_OPTIONS are those of bench/suite.py, SWEEP_OPTIONS those of bench/sweep.py, PYTHON the interpreter. A run that has to be
-# split writes parts, which bench/record.py puts together:
+#
+#   OUT=/tmp/results bench/gpu.sh [build|tests|native|sanitize|suite|devices|compare|bench|sweep ...]
+#
+# After a change, in one call: build the extension, test the kernels, compare with a revision, measure the affected rows again:
+#
+#   OUT=/tmp/results BASE=main BENCH_OPTIONS="--sections latency --cases A,B,C --competitors none" \
+#     bench/gpu.sh build tests native compare bench
+#
+# On a machine without the git history BASE is a folder that travels with the files, made by
+#   mkdir -p build/base && git archive main | tar -x -C build/base
+#
+# BENCH_OPTIONS are those of bench/suite.py, COMPARE_OPTIONS of bench/compare.py, SWEEP_OPTIONS of bench/probes/sweep.py; ARCH is
+# the GPU to compile for, PYTHON the interpreter. A run that has to be split writes parts, and bench/record.py merges them:
 #   BENCH_OPTIONS="--sections latency --cases A" ...; python bench/record.py bench/results/<device>.json part1.json part2.json
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -11,7 +21,7 @@ export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 12 --dist worksteal)
-# The tests' tensors are tiny, and with several processes the threads would fight over the cores.
+# The tests' tensors are tiny, and with several processes the threads would compete for the cores.
 pytest() { OMP_NUM_THREADS=1 "$python" -m pytest -q "${parallel[@]}" "$@" 2>&1; }
 [ $# -gt 0 ] || set -- tests suite bench
 mkdir -p "$OUT"
@@ -20,8 +30,14 @@ for step in "$@"; do
   echo "== $step"
   begin=$SECONDS
   case $step in
-    tests) pytest tests/kernels | tee "$OUT/kernels.log" | grep -vE '^SKIPPED|^\.|^$' | tail -25 ;;
-    native) S2SENT_TEST_BACKEND=native pytest tests/kernels tests/test_native.py -k "not nvcc" | tee "$OUT/native.log" | grep -vE '^SKIPPED|^\.|^$' | tail -25 ;;
+    build)
+      S2SENT_BUILD=cuda TORCH_CUDA_ARCH_LIST=${ARCH:-9.0a} MAX_JOBS=${MAX_JOBS:-$(nproc)} \
+        "$python" setup.py build_ext --inplace >"$OUT/build.log" 2>&1
+      code=$?
+      tail -n 3 "$OUT/build.log"
+      (exit $code) ;;
+    tests) pytest tests/engines | tee "$OUT/engines.log" | grep -vE '^SKIPPED|^\.|^$' | tail -25 ;;
+    native) S2SENT_TEST_BACKEND=native pytest tests/engines tests/ops/test_native.py -k "not nvcc" | tee "$OUT/native.log" | grep -vE '^SKIPPED|^\.|^$' | tail -25 ;;
     sanitize)
       for run in memcheck "racecheck --one-pass" racecheck; do
         read -r tool options <<<"$run"
@@ -29,8 +45,18 @@ for step in "$@"; do
         timeout "${SANITIZE_SECONDS:-300}" compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-name kernel_substring=s2sent \
           "$python" tests/sanitize_cuda.py $options 2>&1 | tee -a "$OUT/sanitize.log" | tail -3 || failed=1
       done ;;
-    suite) pytest tests --ignore tests/kernels --durations=8 -o faulthandler_timeout=120 | tee "$OUT/suite.log" | grep -vE '^SKIPPED|^\.|^$' | tail -15 ;;
-    devices) pytest tests/test_devices.py --durations=8 -o faulthandler_timeout=120 | tee "$OUT/devices.log" | grep -vE '^SKIPPED|^\.|^$' | tail -15 ;;
+    suite) pytest tests --ignore tests/engines --durations=8 -o faulthandler_timeout=120 | tee "$OUT/suite.log" | grep -vE '^SKIPPED|^\.|^$' | tail -15 ;;
+    devices) pytest tests/commands/test_devices.py --durations=8 -o faulthandler_timeout=120 | tee "$OUT/devices.log" | grep -vE '^SKIPPED|^\.|^$' | tail -15 ;;
+    compare)
+      base=${BASE:-main}
+      [ ! -d build/base ] || base=${BASE:-build/base}
+      # The base's extension is compiled for the same GPU.
+      # shellcheck disable=SC2086
+      TORCH_CUDA_ARCH_LIST=${ARCH:-9.0a} MAX_JOBS=${MAX_JOBS:-$(nproc)} \
+        "$python" bench/compare.py --base "$base" --output "$OUT/compare.json" ${COMPARE_OPTIONS:-} 2>"$OUT/compare.err" | tee "$OUT/compare.log"
+      code=${PIPESTATUS[0]}
+      grep -v '^  ' "$OUT/compare.err" | tail -4
+      (exit "$code") ;;
     bench)
       # shellcheck disable=SC2086
       "$python" bench/suite.py --output "$OUT" ${BENCH_OPTIONS:-} >"$OUT/bench.log" 2>"$OUT/bench.err"
@@ -39,8 +65,8 @@ for step in "$@"; do
       grep -vE 'Warning|^ |^$' "$OUT/bench.err" | tail -4
       (exit $code) ;;
     # shellcheck disable=SC2086
-    sweep) "$python" bench/sweep.py ${SWEEP_OPTIONS:-squeeze A} 2>&1 | tee "$OUT/sweep.log" | tail -40 ;;
-    *) echo "gpu.sh: error: no step '$step': tests, native, sanitize, suite, devices, bench or sweep" >&2; exit 2 ;;
+    sweep) "$python" bench/probes/sweep.py ${SWEEP_OPTIONS:-squeeze A} 2>&1 | tee "$OUT/sweep.log" | tail -40 ;;
+    *) echo "gpu.sh: error: no step '$step': build, tests, native, sanitize, suite, devices, compare, bench or sweep" >&2; exit 2 ;;
   esac || failed=1
   echo "== $step took $((SECONDS - begin)) s"
 done

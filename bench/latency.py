@@ -1,41 +1,38 @@
-"""Latency of the selector's stages and paths beside their traffic floors and beside what else computes them.
+"""Sections "latency" and "sweep" of bench/suite.py: times of the stages and paths, their competitors, and traffic floors.
 
-    python bench/latency.py [--cases A,B] [--competitors none|eager|all]     # a part of bench/suite.py
-
-Every contestant that computes the selector is first held to the reference in float64, in its output and its gradients; one that
-fails has no times. Floors are a stage's or path's bytes over the ceilings measured in the same run.
+Every contestant that computes the selector is first compared with the reference in float64, output and gradients; one that
+fails gets no times. A floor is a stage's or path's bytes over the ceilings measured in the same run.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
+from calls import backward_of, call_of, free, grad_mode, row_of
 from cases import MODES, PATHS, STAGES, Case, Inputs, floor_us, input_sets, traffic
 from contestants import MEAN_OF_LAST, OURS, Contestant, Missing, contestants, ours
-from memory import backward_of, call_of, free, grad_mode, peak_row, row_of
+from memory import peak_row
 from parity import check
+from record import Row
 from timing import capture_stream, describe, device_times, l2_bytes, on_gpu, wall_time, wall_times
 
-from s2sent_kernels.backend import choose
-
-Row = dict[str, Any]
+from s2sent_kernels.engines.choice import choose
+from s2sent_kernels.formula.call import Call
 
 
 class Settings:
-    """How much of it, and until when: a compilation is not begun after ``deadline`` (of time.monotonic)."""
+    """How much to measure, and until when: no compilation begins after ``deadline`` (of time.monotonic)."""
 
     def __init__(
         self, ceilings: dict[str, float], competitors: str, repeats: int = 30, deadline: float = float("inf")
     ) -> None:
         self.ceilings, self.competitors, self.repeats, self.deadline = ceilings, competitors, repeats, deadline
         self.device = "cuda" if on_gpu() else "cpu"
-        self.seconds = 4.0 if on_gpu() else 1.0  # most that one table cell's rounds may take, all contestants together
+        self.seconds = 4.0 if on_gpu() else 1.0  # limit for one table cell's rounds, all contestants together
 
 
 def _row(contestant: Contestant, case: Case, what: str, mode: str, settings: Settings) -> Row:
@@ -47,7 +44,7 @@ def _row(contestant: Contestant, case: Case, what: str, mode: str, settings: Set
         row |= {"read_bytes": read, "write_bytes": write}
         row["floor_us"] = floor_us(case, what, mode, settings.ceilings)
     if contestant.name == OURS:
-        row["backend"] = choose("auto", torch.device(settings.device), case.dtype)
+        row["backend"] = choose("auto", Call(torch.device(settings.device), case.dtype))
     return row
 
 
@@ -56,7 +53,7 @@ def _profile(contestant: Contestant) -> str:
 
 
 def _judge(contestant: Contestant, case: Case, what: str, rows: dict[str, Row], settings: Settings) -> bool:
-    """Parity into every mode's row; whether times may be taken."""
+    """Write parity into every mode's row; True if times may be taken."""
     if not contestant.judged:
         return True
     gradients = "both" in contestant.modes
@@ -76,7 +73,7 @@ def _judge(contestant: Contestant, case: Case, what: str, rows: dict[str, Row], 
 
 def _calls(contestant: Contestant, sets: list[Inputs], what: str, mode: str) -> list[Callable[[], object]]:
     if contestant.name == MEAN_OF_LAST and mode == "forward":
-        # It reads one hidden state of a set. Each in turn, so that none is found in the cache.
+        # It reads one hidden state of a set. Rotate through all of them, so that none is still in the cache.
         return [partial(contestant.call, _with_last(inputs, n)) for inputs in sets for n in range(len(inputs.blocks))]
     if mode == "backward":
         with capture_stream():
@@ -100,7 +97,7 @@ def _entrants(case: Case, what: str, settings: Settings) -> Iterator[Contestant 
 
 
 def measure(case: Case, settings: Settings, say: Callable[[str], None] = print) -> Iterator[tuple[str, list[Row]]]:
-    """The rows of a case's stages and paths, one of them at a time."""
+    """The rows of a case, one stage or path at a time."""
     for what in (*STAGES, *PATHS):
         say(f"{case.name} {what}")
         yield what, _measure(case, what, settings)
@@ -135,7 +132,7 @@ def _measure(case: Case, what: str, settings: Settings) -> list[Row]:
 
 
 def _first_calls(contestant: Contestant, case: Case, what: str, rows: dict[str, Row], settings: Settings) -> None:
-    """Wall time of the very first call of this case in the process, compilation and all."""
+    """Wall time of the first call of this case in the process, compilation included."""
     for mode in ("forward", "both"):
         if mode not in rows:
             continue
@@ -153,7 +150,7 @@ def _first_calls(contestant: Contestant, case: Case, what: str, rows: dict[str, 
 def _time(
     running: list[Contestant], case: Case, what: str, mode: str, rows: dict[str, Row], settings: Settings
 ) -> list[Row]:
-    """Times and peaks of one mode, interleaved, into ``rows``; the rows of peak memory."""
+    """Write the interleaved times of one mode into ``rows``; return the rows of peak memory."""
     sets = [
         Inputs(case, seed, mode != "forward", settings.device)
         for seed in range(input_sets(case, l2_bytes(), settings.device))
@@ -187,7 +184,7 @@ def _time(
 
 
 def sweep(axis: str, cases: tuple[Case, ...], settings: Settings) -> Iterator[list[Row]]:
-    """Forward times behind a picture's lines: both paths and the mean of the last block."""
+    """Forward times for a line picture: both paths and the mean of the last block."""
     for case in cases:
         rows: list[Row] = []
         sets = [
@@ -219,9 +216,3 @@ def sweep(axis: str, cases: tuple[Case, ...], settings: Settings) -> Iterator[li
         del sets, calls
         free()
         yield rows
-
-
-if __name__ == "__main__":
-    from suite import main
-
-    sys.exit(main(["--sections", "latency", *sys.argv[1:]]))

@@ -1,23 +1,21 @@
-"""Peak extra memory of each path, forward and forward + backward, beside that of what it is compared with.
+"""Section "memory" of bench/suite.py: peak extra memory of each path and its competitors, forward and forward + backward.
 
-    python bench/memory.py [--cases A,D] [--competitors none|eager]     # a part of bench/suite.py
-
-"Extra" is what a call allocates at its peak beyond what was there before it, its results included. On a GPU the allocator
-says; on a CPU the tensors that PyTorch's operators return are counted while they live, which misses what an operator allocates
-and frees within itself.
+"Extra" is what a call allocates at its peak beyond what was allocated before it, its results included. On a GPU PyTorch's
+allocator reports it. On a CPU the tensors that PyTorch's operators return are counted while they live, which misses what an
+operator allocates and frees internally.
 """
 
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
+from calls import call_of, free, grad_mode, row_of
 from cases import MODES, PATHS, Case, Inputs
-from contestants import MEAN_OF_LAST, Contestant, Missing, contestants, make_selector
+from contestants import Contestant, Missing, contestants, make_selector
+from record import Row
 from timing import describe, on_gpu, synchronise
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,7 +25,7 @@ FED = "s2sent_kernels, block by block"
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of the storages that operators hand out, for as long as they live."""
+    """Counts the bytes of the storages that operators return, for as long as they live."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +33,7 @@ class _Live(TorchDispatchMode):
         self._known: dict[int, weakref.finalize] = {}
 
     def known(self, tensors: list[torch.Tensor]) -> None:
-        """Tensors that were there before."""
+        """Tensors that existed before; they are not counted."""
         self._before = [tensor.untyped_storage() for tensor in tensors]
         self._pointers = {storage.data_ptr() for storage in self._before}
 
@@ -60,7 +58,7 @@ class _Live(TorchDispatchMode):
 
 
 def peak_bytes(call: Callable[[], object], there: list[torch.Tensor]) -> int:
-    """Bytes that ``call`` has allocated at its peak; ``there`` are the tensors it works on."""
+    """Bytes that ``call`` allocates at its peak; ``there`` are the tensors it reads."""
     gc.collect()
     if on_gpu():
         synchronise()
@@ -77,60 +75,21 @@ def peak_bytes(call: Callable[[], object], there: list[torch.Tensor]) -> int:
     return live.peak
 
 
-def call_of(contestant: Contestant, inputs: Inputs, what: str, mode: str) -> Callable[[], object]:
-    """One whole call, to be made under ``grad_mode(mode)``: the forward, or forward and backward ("both")."""
-    if mode == "forward":
-        return partial(contestant.call, inputs)
-
-    def both() -> object:
-        outputs = contestant.run(inputs)
-        return torch.autograd.grad(outputs, *_wanted(contestant, inputs, what), allow_unused=True)
-
-    return both
-
-
-def grad_mode(mode: str) -> torch.set_grad_enabled:
-    return torch.set_grad_enabled(mode != "forward")
-
-
-def _wanted(contestant: Contestant, inputs: Inputs, what: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What gradients are asked for, and of the outputs. The mean of the last block has no others than that block's."""
-    leaves = list(inputs.leaves(what).values())
-    if contestant.name == MEAN_OF_LAST:
-        leaves = leaves[-1:]
-    return [*leaves, *contestant.parameters.values()], inputs.output_gradients(what)
-
-
-def backward_of(contestant: Contestant, inputs: Inputs, what: str) -> Callable[[], object]:
-    """The backward alone, again and again, of one forward that runs now."""
-    outputs = contestant.run(inputs)
-    wanted, given = _wanted(contestant, inputs, what)
-    return lambda: torch.autograd.grad(outputs, wanted, given, retain_graph=True, allow_unused=True)
-
-
-def row_of(case: Case, what: str, mode: str, name: str) -> dict[str, object]:
-    """What a row of any section begins with."""
-    return {
-        "case": case.name, "shape": case.shape, "dtype": case.dtype_name, "layout": case.layout, "what": what,
-        "mode": mode, "contestant": name,
-    }  # fmt: skip
-
-
-def peak_row(contestant: Contestant, case: Case, inputs: Inputs, what: str, mode: str) -> dict[str, object]:
+def peak_row(contestant: Contestant, case: Case, inputs: Inputs, what: str, mode: str) -> Row:
     row = row_of(case, what, mode, contestant.name) | {"section": "memory", "states_mib": case.state_bytes / MIB}
     there = [*inputs.blocks, *contestant.parameters.values()]
     try:
         call = call_of(contestant, inputs, what, mode)
         with grad_mode(mode):
             if on_gpu():
-                call()  # workspaces that libraries keep are not the call's
+                call()  # libraries allocate workspaces once, which are not the call's
             return row | {"status": "ok", "peak_mib": peak_bytes(call, there) / MIB}
     except Exception as error:
         return row | {"status": "error", "note": describe(error)}
 
 
 def _fed(case: Case, device: str) -> Contestant:
-    """The pooled path one block at a time. Who calls it lets each hidden state go; here they are kept, and not counted."""
+    """The pooled path one block at a time. A real caller frees each hidden state; here they are kept, and not counted."""
     selector = make_selector(case, device)
 
     def call(inputs: Inputs) -> torch.Tensor:
@@ -142,8 +101,8 @@ def _fed(case: Case, device: str) -> Contestant:
     return Contestant(FED, call, dict(selector.named_parameters()), modes=("forward",))
 
 
-def measure(case: Case, device: str, choice: str) -> Iterator[dict[str, object]]:
-    """The section's rows of one case. Nothing is compiled for it: those peaks are taken where their times are."""
+def measure(case: Case, device: str, choice: str) -> Iterator[Row]:
+    """The rows of one case. Compiled contestants are left out: latency.py takes their peaks beside their times."""
     for what in PATHS:
         found = list(contestants(case, what, device, "eager" if choice != "none" else "none"))
         if what == "pooled":
@@ -159,16 +118,3 @@ def measure(case: Case, device: str, choice: str) -> Iterator[dict[str, object]]
             del inputs
         del found
         free()
-
-
-def free() -> None:
-    """Hand back what the last contestants held, so that the next ones do not find the memory full."""
-    gc.collect()
-    if on_gpu():
-        torch.cuda.empty_cache()
-
-
-if __name__ == "__main__":
-    from suite import main
-
-    sys.exit(main(["--sections", "memory", *sys.argv[1:]]))

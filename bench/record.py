@@ -1,13 +1,15 @@
-"""Results: one JSON file for each device, written whole after every step, merged row by row.
+"""Results: one JSON file for each device, rewritten after every step, merged row by row. One row a line, so that a diff of two
+runs is a diff of rows.
 
-python bench/record.py merged.json part.json [--only=NAME] [part.json ...]     # later files win
+    python bench/record.py merged.json part.json [--only=NAME] [part.json ...]     # later files win
+    python bench/record.py --rewrite FILE [FILE ...]                               # the same content, one row a line
 
-merged.json keeps the rows that it has where it is itself the first of the parts.
+To keep the rows of merged.json, name it as the first part too.
 
-Of the parts behind --only=NAME the rows of that contestant alone are taken: a ratio of two cases belongs to one run. What this
-package took in that run is kept with them, as "ours_us".
+Of the parts after --only=NAME only that contestant's rows are used: a ratio of two cases belongs to one run. This package's
+times in that run are kept with them, as "ours_us".
 
-{"format": 2, "device": slug, "runs": [{environment, ceilings, ...}], "rows": [{"section", "case", ..., "run": index}]}
+    {"format": 2, "device": slug, "runs": [{environment, ceilings, ...}], "rows": [{"section", "case", ..., "run": index}]}
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import CASES, CPU_CASES
 from contestants import OURS, version
 
 from s2sent_kernels.files import write_atomically
@@ -47,7 +50,7 @@ class UserError(Exception):
 
 
 def slug() -> str:
-    """The device's name as a file name; "cpu" for any CPU."""
+    """The device's name in file names; "cpu" for any CPU."""
     if not torch.cuda.is_available():
         return "cpu"
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
@@ -62,7 +65,7 @@ def _output_of(*command: str) -> str | None:
 
 
 def commit() -> str:
-    """COMMIT tells it to a copy without history."""
+    """The checked-out commit, or $COMMIT for a copy without history."""
     told = os.environ.get("COMMIT")
     if told:
         return told
@@ -73,7 +76,7 @@ def commit() -> str:
 
 
 def clocks() -> dict[str, str]:
-    """What nvidia-smi says of the first GPU. Clocks are read, never set."""
+    """Clocks and limits of the first GPU by nvidia-smi. They are read, never set."""
     if not torch.cuda.is_available():
         return {}
     line = _output_of("nvidia-smi", f"--query-gpu={','.join(CLOCKS.values())}", "--format=csv,noheader,nounits")
@@ -109,9 +112,27 @@ def key(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in KEY)
 
 
-def _write(path: Path, results: dict[str, Any] | None) -> None:
+def dumps(content: dict[str, Any]) -> str:
+    """JSON with a line for each key of ``content``, and where its value is a list of records, for each of them. A record's
+    fields are in a fixed order, those of ``KEY`` first, whichever code measured it; the order inside a field has a meaning."""
+    fields = (f"{json.dumps(name)}: {_lines(value)}" for name, value in content.items())
+    return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+def _lines(value: Any) -> str:
+    if not isinstance(value, list) or not value or not all(isinstance(each, dict) for each in value):
+        return json.dumps(value)
+    return "[\n " + ",\n ".join(json.dumps(_ordered(row)) for row in value) + "\n]"
+
+
+def _ordered(row: Row) -> Row:
+    first = [name for name in KEY if name in row]
+    return {name: row[name] for name in (*first, *sorted(row.keys() - set(first)))}
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
+    write_atomically(path, dumps(content).encode())
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -125,7 +146,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def merge(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
-    """The rows of both, the new one where both have it; runs that no row is left of are dropped."""
+    """The rows of both, the new one where both have it. Runs without remaining rows are dropped."""
     if old is None:
         return new
     if old["device"] != new["device"]:
@@ -151,8 +172,31 @@ def _rows_of(contestant: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def times_ours(row: dict[str, Any], mine: dict[str, Any]) -> float:
-    """A row's time over this package's: of the same run where that is known, else of ``mine``."""
+    """A row's time over this package's, measured in the same run where known, else over ``mine``."""
     return row["device_us"]["median"] / row.get("ours_us", mine["device_us"]["median"])
+
+
+class Results:
+    """One device's file, and its rows by key."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self.device, self.runs = content["device"], content["runs"]
+        # Merging leaves rows in any order; sort by case.
+        order = {case.name: place for place, case in enumerate((*CASES, *CPU_CASES))}
+        self.rows: list[Row] = sorted(content["rows"], key=lambda row: order.get(row["case"], len(order)))
+        self._rows = {key(row): row for row in self.rows}
+
+    def find(self, section: str, case: str, what: str, mode: str, contestant: str) -> Row | None:
+        """The row of that key if its status is "ok"."""
+        row = self._rows.get((section, case, what, mode, contestant))
+        return row if row and row["status"] == "ok" else None
+
+    def of(self, *sections: str, **wanted: str) -> list[Row]:
+        return [
+            row
+            for row in self.rows
+            if row["section"] in sections and all(row[name] == value for name, value in wanted.items())
+        ]
 
 
 class Record:
@@ -168,7 +212,7 @@ class Record:
             except UserError as error:
                 print(f"{error}: it is replaced", file=sys.stderr)
             if self._old is not None:
-                merge(self._old, self._results)  # another device's file is refused before anything is measured
+                merge(self._old, self._results)  # refuse another device's file before measuring
 
     @property
     def rows(self) -> list[Row]:
@@ -180,13 +224,17 @@ class Record:
 
     def save(self) -> None:
         merged = merge(self._old, self._results)
-        _write(self.path, merged)
+        write(self.path, merged)
 
 
 def main(arguments: list[str]) -> int:
     try:
         if len(arguments) < 2:
             raise UserError("expected the merged file and at least one part")
+        if arguments[0] == "--rewrite":
+            for name in arguments[1:]:
+                write(Path(name), json.loads(Path(name).read_text(encoding="utf-8")))
+            return 0
         merged: dict[str, Any] | None = None
         only = None
         for part in arguments[1:]:
@@ -197,7 +245,9 @@ def main(arguments: list[str]) -> int:
             if only is not None:
                 content["rows"] = _rows_of(only, content["rows"])
             merged = merge(merged, content)
-        _write(Path(arguments[0]), merged)
+        if merged is None:
+            raise UserError("expected at least one part")
+        write(Path(arguments[0]), merged)
     except UserError as error:
         print(f"record: error: {error}", file=sys.stderr)
         return 2

@@ -1,72 +1,41 @@
-"""bench/results/*.json to bench/REPORT.md and its pictures. Nothing in the report is typed by hand.
+"""bench/results/*.json to bench/REPORT.md and its pictures, and to the README's table of costs. No number is typed by hand.
 
-    python bench/report.py [--results bench/results] [--output bench/REPORT.md]
+    python bench/report.py [--results bench/results] [--output bench/REPORT.md] [--readme README.md]
 
-Pictures stand in a folder "pictures" beside the report.
+Pictures are written to a folder "pictures" beside the report.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import charts
+import costs
 import record
 import targets
-from cases import CASES, CPU_CASES
 from contestants import OURS
-from suite import guarded
+from pages import insert, table
+from record import Results, Row
+from suite import Parser, guarded
 
 from s2sent_kernels.files import write_atomically
 
-Row = dict[str, Any]
 MODES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 METHOD = """\
-Device time is that of CUDA-graph replays between events, over inputs that rotate until they exceed the L2 cache; on a CPU it
-is wall time of the same calls. Contestants take turns in one loop, in an order that rotates. Given are the median and, in
-brackets, the 20th and 80th percentiles. Wall time is one eager call until its result is there. The first call is the first of
-that case in a process with empty compiler caches, compilation included. Peak memory is what a call allocates beyond what was
-there, its results included. Floors are the bytes that a stage or path has to move over the ceilings of the same run. Before
-anything is timed its result, and where gradients are timed every gradient, is held to the reference in float64: the error may
-be twice that of the reference in the inputs' own dtype, plus what rounding the result alone may cost. What fails has no times.
-Compiled with max-autotune means without its own CUDA graphs, which cannot be captured within those that measure, and with
-products by cuBLAS. The formulas, "published" in end-to-end rows too, are the reference's two profiles in plain PyTorch, with
-their bases held as buffers. Like the reference they compute in float32; a module that computes in the hidden states' own
-dtype, as the authors' does, moves fewer bytes and takes less time. It is not among the contestants."""
-
-
-class Results:
-    """One device's file, and its rows by key."""
-
-    def __init__(self, content: dict[str, Any]) -> None:
-        self.device, self.runs = content["device"], content["runs"]
-        # Merged runs come in any order; cases are shown in theirs.
-        order = {case.name: place for place, case in enumerate((*CASES, *CPU_CASES))}
-        self.rows: list[Row] = sorted(content["rows"], key=lambda row: order.get(row["case"], len(order)))
-        self._rows = {record.key(row): row for row in self.rows}
-
-    def find(self, section: str, case: str, what: str, mode: str, contestant: str) -> Row | None:
-        """The row of that key where it came out."""
-        row = self._rows.get((section, case, what, mode, contestant))
-        return row if row and row["status"] == "ok" else None
-
-    def of(self, *sections: str, **wanted: str) -> list[Row]:
-        return [
-            row
-            for row in self.rows
-            if row["section"] in sections and all(row[name] == value for name, value in wanted.items())
-        ]
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Numbers to the right: every column but those that ``head`` marks with a leading "<"."""
-    lines = ["| " + " | ".join(name.lstrip("<") for name in head) + " |"]
-    lines.append("| " + " | ".join("---" if name.startswith("<") else "---:" for name in head) + " |")
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines)
+Device time is the time of CUDA-graph replays between events, over rotating inputs that together exceed the L2 cache; on a CPU
+it is the wall time of the same calls. Contestants are interleaved in one loop, in a rotating order. Times are medians, with the
+20th and 80th percentiles in parentheses. Wall time is one eager call until its result is ready. The first call is the first of
+its case in a process with empty compiler caches, compilation included. Peak memory is what a call allocates beyond what was
+allocated before, its results included. Floors are the bytes that a stage or path must move over the ceilings of the same run.
+Before timing, the result and every timed gradient are compared with the reference in float64: the error may be twice that of
+the reference in the inputs' own dtype, plus the rounding of the result itself. A contestant that fails gets no times.
+"max-autotune" runs without its own CUDA graphs, which cannot be captured within the measuring ones, and with products by cuBLAS.
+The formulas, and "published" in end-to-end rows, are the reference's two profiles in plain PyTorch, with their bases held as
+buffers. Like the reference they compute in float32. A module that computes in the hidden states' own dtype, as the authors'
+does, moves fewer bytes and takes less time; it is not among the contestants."""
 
 
 def microseconds(times: dict[str, float] | None) -> str:
@@ -92,7 +61,7 @@ def _shape(row: Row) -> str:
 
 
 def own_table(results: Results, *sections: str) -> str:
-    """This package's stages or paths, each beside its floor."""
+    """This package's stages or paths with their floors."""
     lines = []
     for row in results.of(*sections, contestant=OURS):
         start = (row["case"], _shape(row), f"{row['dtype']}, {row['layout']}", row["what"], MODES[row["mode"]])
@@ -116,7 +85,7 @@ def own_table(results: Results, *sections: str) -> str:
 
 
 def against_table(results: Results, what: str) -> str:
-    """Everyone on the same inputs, fastest first; those that did not come out last."""
+    """All contestants on the same inputs, fastest first; failed ones last."""
     lines = []
     rows = results.of("paths", what=what)
     for case in dict.fromkeys(row["case"] for row in rows):
@@ -219,7 +188,7 @@ def run_table(results: Results) -> str:
 
 
 def section(results: Results, pictures: Path) -> str:
-    """One device's part of the report; its pictures are written on the way."""
+    """One device's part of the report. Writes its pictures."""
     parts = [f"## {results.runs[-1]['device'] if results.runs else results.device}", run_table(results)]
     used = sorted({row["backend"] for row in results.rows if "backend" in row})
     if used:
@@ -265,7 +234,8 @@ def _picture(results: Results, pictures: Path, name: str, text: str, draw: Draw)
     return f"![{text}]({pictures.name}/{path.name})"
 
 
-def build(files: Sequence[Path], output: Path) -> str:
+def build(files: Sequence[Path], output: Path, readme: Path | None = None) -> str:
+    """Write the report and, between its markers, the table of ``readme``; the report's text."""
     found = []
     for path in files:
         try:
@@ -280,21 +250,24 @@ def build(files: Sequence[Path], output: Path) -> str:
     text = "\n\n".join(parts) + "\n"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, text.encode())
+    if readme is not None:
+        gpu = next((results for results in found if results.device == targets.GPU), None)
+        if gpu is None:
+            raise record.UserError(f"{readme}: its table needs the results of {targets.GPU}")
+        insert(readme, costs.START, costs.END, costs.costs(gpu, record.RESULTS / "quality"))
     return text
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise record.UserError(message)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser("report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=record.RESULTS, help="a folder of .json files")
+    parser.add_argument("--output", type=Path, default=record.BENCH / "REPORT.md")
+    parser.add_argument("--readme", type=Path, help="also write the table between this file's markers")
+    arguments = parser.parse_args(argv)
+
     def action() -> int:
-        parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--results", type=Path, default=record.RESULTS, help="a folder of .json files")
-        parser.add_argument("--output", type=Path, default=record.BENCH / "REPORT.md")
-        arguments = parser.parse_args(argv)
-        build(sorted(arguments.results.glob("*.json")), arguments.output)
+        files = (path for path in arguments.results.glob("*.json") if not path.name.startswith("compare-"))
+        build(sorted(files), arguments.output, arguments.readme)
         print(arguments.output)
         return 0
 

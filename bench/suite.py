@@ -3,8 +3,8 @@
     python bench/suite.py [--sections latency,sweep,memory,end_to_end] [--cases A,B] [--competitors none|eager|all]
                           [--minutes 8] [--output bench/results]
 
-Several runs add up: each replaces the rows that it measured itself, and the file is whole after every step. Ceilings are measured
-in every run. Exit code 1 where a contestant failed parity or broke, 2 where the command line is wrong.
+A run replaces the rows that it measures and keeps all others; the file is rewritten after every step. Ceilings are measured in
+every run. Exit code 1 where a contestant failed parity or raised, 2 where the command line is wrong.
 """
 
 from __future__ import annotations
@@ -27,24 +27,30 @@ from typing import Any, NoReturn
 SECTIONS = ("latency", "sweep", "memory", "end_to_end")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Wrong arguments are reported in one line, as every other error."""
+class Parser(argparse.ArgumentParser):
+    """Reports wrong arguments in one line, as ``guarded`` does every other error."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__(**options)
+        self._name = name
 
     def error(self, message: str) -> NoReturn:
-        print(f"bench: error: {message}", file=sys.stderr)
+        print(f"{self._name}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", default=",".join(SECTIONS), help="of " + ", ".join(SECTIONS))
     parser.add_argument("--cases", help="names of cases, for latency and memory (default: all)")
     parser.add_argument(
-        "--competitors", choices=("none", "eager", "all"), help="all compiles some, minutes of it (default on a GPU)"
+        "--competitors",
+        choices=("none", "eager", "all"),
+        help="all: some are compiled, which takes minutes (default on a GPU)",
     )
     parser.add_argument("--repeats", type=int, default=30, help="rounds of every measurement (default: 30)")
     parser.add_argument(
-        "--minutes", type=float, help="begin no compilation and no further step after so long (default on a CPU: 8)"
+        "--minutes", type=float, help="begin no compilation and no further step after this time (default on a CPU: 8)"
     )
     parser.add_argument("--output", type=Path, help="a .json file or a folder (default: bench/results)")
     return parser
@@ -65,7 +71,7 @@ class Progress:
         from tqdm import tqdm
 
         self._begin = time.monotonic()
-        # Without a terminal no bar, and the lines below say how far it is.
+        # None: no bar without a terminal; ``say`` prints lines instead.
         self._bar = tqdm(total=steps, desc="bench", file=sys.stderr, disable=None, unit="step")
 
     def say(self, text: str) -> None:
@@ -85,7 +91,7 @@ class Progress:
 
 
 def line_of(row: dict[str, Any]) -> str | None:
-    """What a run says of a row of this package's own, or of any that did not come out."""
+    """What a run prints: rows of this package, and any that failed."""
     name = f"{row['case']:15s} {row['what']:10s} {row['mode']:8s}"
     if row["status"] in ("parity failed", "error"):
         return f"{name} {row['contestant']}: {row['status']}: {row.get('note', '')}"
@@ -141,7 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
         progress.step()
 
     def steps() -> Any:
-        """Lists of rows, in the order in which a run that is cut short would want them."""
+        """Lists of rows, the most important first, since a run may run out of time."""
         if "latency" in sections:
             for case in chosen:
                 for _, rows in latency.measure(case, settings, progress.say):
@@ -171,8 +177,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _settle() -> None:
-    """Import what is going to be imported, and exempt it from garbage collection: every capture of a graph collects, and would
-    look through all of it again."""
+    """Import the large libraries now and exempt their objects from garbage collection, which every graph capture runs."""
     for name in ("transformers.models.bert.modeling_bert", "sentence_transformers.sentence_transformer.modules"):
         with contextlib.suppress(ImportError), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -182,13 +187,13 @@ def _settle() -> None:
 
 
 def _quieten() -> None:
-    """Compilers talk; what they say is of no use here."""
+    """Silence the compilers' warnings."""
     import torch
 
     warnings.filterwarnings("ignore", module=r"torch\..*")
     for name in ("torch._inductor", "torch._dynamo"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Each contestant compiles the same code object anew.
+    # Every contestant recompiles the same code object.
     for name in ("recompile_limit", "cache_size_limit"):
         if hasattr(torch._dynamo.config, name):
             setattr(torch._dynamo.config, name, 64)
@@ -197,7 +202,7 @@ def _quieten() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    # First calls are to compile what they say they compile: no cache of an earlier process.
+    # First calls include compilation, so they must not find the cache of an earlier process.
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as caches:
         for variable, name in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
             os.environ.setdefault(variable, f"{caches}/{name}")
@@ -205,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(name: str, action: Callable[[], int]) -> int:
-    """Run ``action``; an error that a user can mend is one line on stderr and exit code 2."""
+    """Run ``action``; an error that the user can correct becomes one line on stderr and exit code 2."""
     from record import UserError
 
     try:

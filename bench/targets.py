@@ -1,8 +1,6 @@
-"""The targets on one H200, in bfloat16, and on two CPU cores, in float32, and how far the results are from them. The one place
-where they are written down.
+"""The targets on one H200 in bfloat16 and on two CPU cores in float32, and how far the results are from them.
 
-A target names a quantity of the results and a limit; ``value`` finds the quantity. Ratios to the floor are at the ceilings of the
-same run.
+A target is a limit on a quantity, which ``value`` finds in the results. Ratios to the floor use the ceilings of the same run.
 """
 
 from __future__ import annotations
@@ -15,17 +13,19 @@ from contestants import NATIVE, ONE_PASS, OURS, REFERENCE, SUM
 from end_to_end import FED, KEPT
 from record import times_ours
 
-GPU, CPU = "nvidia-h200", "cpu"  # as files of results are named
-Find = Callable[..., dict[str, Any] | None]  # (section, case, what, mode, contestant) to a row that came out, or None
+GPU, CPU = "nvidia-h200", "cpu"  # the names of the result files
+Find = Callable[
+    ..., dict[str, Any] | None
+]  # (section, case, what, mode, contestant) to a row with status "ok", or None
 
 
 @dataclass(frozen=True)
 class Target:
     text: str
     limit: float
-    unit: str  # "x floor", "x", "us", "%", or "x faster", of which the limit is the least
+    unit: str  # "x floor", "x", "us", "%"; or "x faster", whose limit is a lower one
     value: Callable[[Find], float | None]
-    gap: str = ""  # why a limit is missed, as far as NOTES.md knows
+    gap: str = ""  # why the limit is missed, where known from NOTES.md
 
 
 def _median(find: Find, case: str, what: str, mode: str = "forward", clock: str = "device_us") -> float | None:
@@ -56,7 +56,7 @@ def _over(case: str, other: str, what: str, factor: float = 1.0) -> Callable[[Fi
 
 
 def _beside(case: str, what: str, mode: str, other: str, faster: bool = False) -> Callable[[Find], float | None]:
-    """This package's time over another contestant's; or how many times ``faster`` it is."""
+    """This package's time over another contestant's; with ``faster`` the inverse."""
 
     def value(find: Find) -> float | None:
         mine, theirs = (find("paths", case, what, mode, name) for name in (OURS, other))
@@ -85,7 +85,7 @@ def _one_pass_over_floor(find: Find) -> float | None:
 
 
 def _overhead(batch: str, names: tuple[str, ...], key: str = "overhead") -> Callable[[Find], float | None]:
-    """Percent over BERT-base with the mean of the last block, of the best of the variants named."""
+    """Percent over BERT-base with the mean of the last block, for the best of ``names``."""
 
     def value(find: Find) -> float | None:
         rows = [find("end to end", batch, "BERT-base", "forward", name) for name in names]
@@ -225,7 +225,7 @@ TARGETS = {GPU: _H200, CPU: _CPU}
 
 
 def verdicts(find: Find, device: str = GPU) -> list[tuple[str, str, str, str, str]]:
-    """For every target its text, limit, value, whether it is met or by how much it is missed, and then why."""
+    """For every target: text, limit, value, whether it is met or by how much it is missed, and why it is missed."""
     rows = []
     for target in TARGETS[device]:
         value = target.value(find)

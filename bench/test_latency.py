@@ -2,7 +2,7 @@
 
     python -m pytest bench/test_latency.py
 
-`make test` does not collect it. Each call is held to the reference before it is timed.
+`make test` does not collect it. Each call is compared with the reference before it is timed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from calls import call_of, grad_mode
 from cases import PATHS, Case, Inputs, cases_of
 from contestants import MEAN_OF_LAST, Contestant, contestants, ours
-from memory import call_of, grad_mode
 from parity import check
 from timing import on_gpu, synchronise
 

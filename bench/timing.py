@@ -1,8 +1,8 @@
 """How this project measures.
 
-On a GPU, device time: events around replays of CUDA graphs. On a CPU, which has no such thing, wall time of the same calls.
-Variants are interleaved, in an order that rotates, so that a noisy moment and a warm cache hit all of them. Beside it the wall
-time of one eager call, and the ceilings of the same run.
+Device time on a GPU is the time between events around replays of a CUDA graph; on a CPU it is the wall time of the same calls.
+Variants are interleaved in a rotating order, so that noise and warm caches affect all of them alike. Also measured: the wall time
+of one eager call, its host time alone, and the ceilings of the same run.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def _stream() -> torch.cuda.Stream:
 
 @contextlib.contextmanager
 def capture_stream():
-    """The stream that every graph is captured on. Autograd runs a backward on its forward's stream: a forward that is to be
-    differentiated in a graph, but runs before it, belongs here too."""
+    """The stream that every graph is captured on. Autograd runs a backward on its forward's stream, so a forward that runs before
+    the capture of its backward must run on this stream too."""
     if not on_gpu():
         yield
         return
@@ -83,7 +83,7 @@ def capture(calls: Sequence[Call], pool: object = None, warm_up: int = 2) -> tor
 
 
 def _replayer(calls: Sequence[Call], pool: object) -> Callable[[], float]:
-    """Runs every call once and returns the milliseconds that took."""
+    """A function that runs every call once and returns the milliseconds taken."""
     if on_gpu():
         graph = capture(calls, pool)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -113,9 +113,22 @@ def device_times(
     seconds: float = 20.0,
     errors: dict[str, str] | None = None,
 ) -> dict[str, Times]:
-    """Device time of one call of each variant. A variant is a list of calls on different inputs, so many that together they
-    exceed the L2 cache; its graph runs them in turn. Rounds are as many as ``repeats``, fewer where they would take longer
-    than ``seconds`` (but five, on a CPU three). With ``errors``, a variant that fails is left out and why stands there."""
+    """Quantiles of ``device_samples``."""
+    found = device_samples(variants, repeats, seconds=seconds, errors=errors)
+    return {name: Times.of(values) for name, values in found.items()}
+
+
+def device_samples(
+    variants: dict[str, Sequence[Call]],
+    repeats: int = 30,
+    *,
+    seconds: float = 20.0,
+    errors: dict[str, str] | None = None,
+) -> dict[str, list[float]]:
+    """Microseconds of device time of one call of each variant, a sample a round. A variant is a list of calls on different
+    inputs, together larger than the L2 cache; its graph runs them in turn. There are ``repeats`` rounds, fewer where they would
+    take longer than ``seconds`` (but at least five, on a CPU three). A variant that fails is left out, and the reason recorded
+    in ``errors``; without ``errors`` it raises."""
     pool = torch.cuda.graph_pool_handle() if on_gpu() else None
     replayers: dict[str, Callable[[], float]] = {}
     for name, calls in variants.items():
@@ -125,7 +138,7 @@ def device_times(
             if errors is None:
                 raise
             errors[name] = describe(error)
-            # A capture that failed may have left the pool in use.
+            # A failed capture may have left the pool in use.
             pool = torch.cuda.graph_pool_handle() if on_gpu() else None
     samples: dict[str, list[float]] = {name: [] for name in replayers}
     order = list(replayers)
@@ -138,11 +151,11 @@ def device_times(
         shift = turn % max(1, len(order))
         for name in order[shift:] + order[:shift]:
             samples[name].append(replayers[name]() * 1e3 / len(variants[name]))
-    return {name: Times.of(values) for name, values in samples.items()}
+    return samples
 
 
 def wall_times(variants: dict[str, Call], repeats: int = 50, *, seconds: float = 20.0) -> dict[str, Times]:
-    """Wall time of one eager call until its result is there."""
+    """Wall time of one eager call until its result is ready."""
     samples: dict[str, list[float]] = {name: [] for name in variants}
     order, spent, turn = list(variants), 0.0, -3
     while turn < min(5, repeats) or (turn < repeats and spent < seconds):
@@ -157,7 +170,7 @@ def wall_times(variants: dict[str, Call], repeats: int = 50, *, seconds: float =
 
 
 def wall_time(call: Call) -> float:
-    """Microseconds of this one call, whatever it still has to compile or to warm up."""
+    """Microseconds of this one call, including what it has to compile or to warm up."""
     synchronise()
     begin = time.perf_counter()
     call()
@@ -165,24 +178,35 @@ def wall_time(call: Call) -> float:
     return (time.perf_counter() - begin) * 1e6
 
 
+def host_time(call: Call, count: int) -> float:
+    """Microseconds that the caller spends in one of ``count`` eager calls in a row, none of which waits for the GPU. On a CPU
+    that is the whole call. ``count`` must be so small that the GPU's launch queue does not fill, which would block the caller."""
+    synchronise()
+    begin = time.perf_counter()
+    for _ in range(count):
+        call()
+    took = time.perf_counter() - begin
+    synchronise()
+    return took * 1e6 / count
+
+
 def describe(error: BaseException) -> str:
     """An error in one line, for a row of the results."""
-    while error.__context__ is not None:  # a capture that breaks off reports that, and not what broke it
+    while error.__context__ is not None:  # a failed capture reports itself, the cause is its context
         error = error.__context__
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200].strip()
 
 
 def l2_bytes() -> int:
-    """The cache that rotating inputs have to exceed. For a CPU a last-level cache of usual size."""
+    """The cache that rotating inputs have to exceed; for a CPU the usual size of a last-level cache."""
     if on_gpu():
         return getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 64 << 20)
     return 32 << 20
 
 
 def ceilings(gigabytes: float | None = None) -> dict[str, float]:
-    """TB/s that this machine reads, writes and copies (a copy's bytes counted both ways), over tensors far larger than its
-    caches."""
+    """TB/s at which this machine reads, writes and copies (a copy's bytes count twice) tensors far larger than its caches."""
     gigabytes = gigabytes or (2.0 if on_gpu() else 0.25)
     read, x = _reader(gigabytes)
     y, size = torch.empty_like(x), x.numel() * x.element_size()

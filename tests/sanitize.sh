@@ -18,4 +18,4 @@ nm -D s2sent_kernels/_C*.so | grep __asan_report >/dev/null || { echo "sanitize:
 # The interpreter is not instrumented, so the runtimes are preloaded, with the libstdc++ that torch needs. It leaks by design.
 LD_PRELOAD=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so):$(g++ -print-file-name=libstdc++.so.6) \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$copy S2SENT_TEST_BACKEND=native \
-  "$python" -m pytest -k "not nvcc" -q -p no:cacheprovider tests/kernels tests/test_native.py
+  "$python" -m pytest -k "not nvcc" -q -p no:cacheprovider tests/engines tests/ops/test_native.py tests/ops/test_choice.py tests/project/test_build.py

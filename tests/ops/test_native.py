@@ -1,0 +1,112 @@
+"""The native backend on the CPU beside its stages: threads, storage types, cached tables."""
+
+import contextlib
+
+import pytest
+import torch
+
+import s2sent_kernels as s2
+from s2sent_kernels import functional
+from s2sent_kernels.engines import native
+from s2sent_kernels.formula.call import Reading
+
+BUILT = pytest.mark.skipif(not s2.backends()["native"].usable, reason=s2.backends()["native"].reason)
+N, B, L, H, M = 5, 6, 40, 8, 4
+
+
+# ---------------------------------------------------------------- threads
+
+
+@contextlib.contextmanager
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@BUILT
+@pytest.mark.parametrize("pooling", [None, "mean"])
+@pytest.mark.parametrize("mask", [None, "right", "packed"])
+@pytest.mark.parametrize("batch_size", [1, B])
+def test_bits_do_not_depend_on_the_number_of_threads(batch_size, mask, pooling):
+    """Outputs, and the hidden states' gradients."""
+    torch.manual_seed(0)
+    size = 768  # large enough that every stage is shared
+    parameters = s2.GateParameters(*(torch.randn(shape) for shape in ((H, size), (H,), (N * size, H), (N * size,))))
+    hidden = [torch.randn(batch_size, L, size) for _ in range(N)]
+    where = {}
+    lengths = torch.tensor([L - 7 * b for b in range(batch_size)])
+    if mask == "right":
+        where = {"attention_mask": torch.arange(L) < lengths[:, None]}
+    elif mask == "packed":
+        hidden = [u.flatten(0, 1) for u in hidden]
+        where = {"cu_seqlens": torch.arange(0, batch_size * L + 1, L, dtype=torch.int32)}
+
+    def run():
+        leaves = [u.detach().requires_grad_() for u in hidden]
+        options = {"frequencies": M, "backend": "native", **where}
+        if pooling is None:
+            output = functional.select(leaves, parameters, **options)
+        else:
+            output = functional.select_pool(leaves, parameters, pooling=pooling, **options)
+        return [output, *torch.autograd.grad(output.sum(), leaves)]
+
+    results = []
+    for number in (1, 2, 3):
+        with threads(number):
+            results.append(run())
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert torch.equal(one, two)
+
+
+@BUILT
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_bits_do_not_depend_on_where_the_padding_is(pooling):
+    torch.manual_seed(0)
+    parameters = s2.GateParameters(*(torch.randn(shape) for shape in ((H, 64), (H,), (N * 64, H), (N * 64,))))
+    hidden = [torch.randn(1, L, 64) for _ in range(N)]
+    options = {"frequencies": M, "pooling": pooling, "backend": "native"}
+    alone = functional.select_pool(hidden, parameters, **options)
+    place = torch.stack([torch.randperm(3 * L).sort()[1][:L].sort()[0], torch.arange(2 * L, 3 * L)])  # holes, left
+    padded = [torch.full((2, 3 * L, 64), float("nan")) for _ in range(N)]
+    mask = torch.zeros(2, 3 * L, dtype=torch.bool).scatter(1, place, True)
+    for u, wide in zip(hidden, padded, strict=True):
+        wide[mask] = u.expand(2, -1, -1).flatten(0, 1)
+    assert torch.equal(functional.select_pool(padded, parameters, mask, **options), alone.expand(2, -1))
+
+
+# ---------------------------------------------------------------- storage types
+
+
+@BUILT
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_number_is_read_and_rounded_as_pytorch_does(dtype):
+    """All 65536 values, with subnormal, infinite and NaN, times factors that cause every kind of rounding."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[None, None]
+    generator = torch.Generator().manual_seed(0)
+    for gates in (torch.ones(1, 1, 2**16), torch.rand(1, 1, 2**16, generator=generator) * 4, torch.full((), 0.5)):
+        gates = gates.expand(1, 1, 2**16)
+        found = functional.fuse([every], gates, backend="native")
+        # fuse adds to 0, which turns -0 into 0
+        assert torch.equal(found.nan_to_num(nan=123.0), (gates * every.float()).to(dtype).nan_to_num(nan=123.0))
+        assert torch.equal(found.isnan(), every.isnan())
+
+
+# ---------------------------------------------------------------- tables
+
+
+@BUILT
+def test_tables_of_factors_stay():
+    """A captured CUDA graph reads them at every replay, so later calls must not free them."""
+    device = torch.device("cpu")
+
+    def tables():
+        return [native._block_factors(n, Reading(4), device)[0] for n in range(6, 90)] + [
+            native._grid_factors(size, 4, device) for size in range(1, 90)
+        ]
+
+    assert all(a is b for a, b in zip(tables(), tables(), strict=True))

@@ -1,0 +1,170 @@
+"""What setup.py builds and what it refuses; every CUDA source compiles, where nvcc is installed."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+# ---------------------------------------------------------------- setup.py
+
+
+@pytest.fixture
+def setup_py():
+    path = ROOT / "setup.py"
+    if not path.exists():
+        pytest.skip("not a checkout")
+    spec = importlib.util.spec_from_file_location("s2sent_setup", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("choice", ["gpu", "CPU", "1", ""])
+def test_an_unknown_choice_is_an_error(setup_py, choice):
+    with pytest.raises(SystemExit, match=r"S2SENT_BUILD: expected one of .*'auto', '0', 'cpu', 'cuda'.* got"):
+        setup_py.decide(choice)
+
+
+def test_zero_builds_nothing(setup_py, monkeypatch):
+    monkeypatch.setattr(setup_py, "missing", lambda: pytest.fail("looked for a compiler"))
+    assert setup_py.decide("0") == {}
+
+
+def test_auto_falls_back_and_says_why(setup_py, monkeypatch, capsys):
+    monkeypatch.setattr(setup_py, "missing", lambda: "a C++ compiler")
+    assert setup_py.decide("auto") == {}
+    out = capsys.readouterr().out
+    assert "it needs a C++ compiler" in out and out.count("\n") == 1
+
+
+def test_cpu_that_cannot_be_built_is_an_error(setup_py, monkeypatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    with pytest.raises(SystemExit, match=r"S2SENT_BUILD: 'cpu' needs a C\+\+ compiler.*/no/such/compiler"):
+        setup_py.decide("cpu")
+    monkeypatch.setattr(setup_py.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"S2SENT_BUILD: 'cpu' needs torch"):
+        setup_py.decide("cpu")
+
+
+@pytest.fixture
+def cuda_torch(setup_py, monkeypatch):
+    """As if torch were built for CUDA 13.0 and nvcc 13.1 were installed, without a GPU."""
+    monkeypatch.setattr(setup_py, "missing", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
+    monkeypatch.setattr(setup_py, "cuda_home", lambda: "/toolkit")
+    monkeypatch.setattr(setup_py, "nvcc_release", lambda nvcc: (13, 1))
+
+
+@pytest.mark.parametrize("choice", ["auto", "cuda"])
+def test_cuda_is_built_where_torch_and_nvcc_fit(setup_py, cuda_torch, monkeypatch, choice):
+    monkeypatch.setattr(setup_py, "extension", lambda cuda=False: {"cuda": cuda})
+    assert setup_py.decide(choice) == {"cuda": True}
+    assert setup_py.decide("cpu") == {"cuda": False}
+
+
+def lacking_torch(setup_py, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+
+
+def lacking_nvcc(setup_py, monkeypatch):
+    monkeypatch.setattr(setup_py, "nvcc_release", lambda nvcc: None)
+
+
+def another_nvcc(setup_py, monkeypatch):
+    monkeypatch.setattr(setup_py, "nvcc_release", lambda nvcc: (12, 9))
+
+
+@pytest.mark.parametrize(
+    "change, cause",
+    [
+        (lacking_torch, r"a torch built for CUDA \(got "),
+        (lacking_nvcc, r"nvcc \(CUDA_HOME is '/toolkit'"),
+        (another_nvcc, r"nvcc of CUDA 13\.0's major version.*got 12\.9 in /toolkit"),
+    ],
+)
+def test_cuda_that_cannot_be_built(setup_py, cuda_torch, monkeypatch, capsys, change, cause):
+    """ "cuda" is then an error; "auto" builds the CPU part and prints what is left out."""
+    change(setup_py, monkeypatch)
+    monkeypatch.setattr(setup_py, "extension", lambda cuda=False: {"cuda": cuda})
+    with pytest.raises(SystemExit, match="S2SENT_BUILD: 'cuda' needs " + cause):
+        setup_py.decide("cuda")
+    assert setup_py.decide("auto") == {"cuda": False}
+    out = capsys.readouterr().out
+    assert re.search("its CUDA part needs " + cause, out) and out.count("\n") == 1
+
+
+def test_cuda_without_a_compiler_is_an_error(setup_py, cuda_torch, monkeypatch):
+    monkeypatch.setattr(setup_py, "missing", lambda: "a C++ compiler")
+    with pytest.raises(SystemExit, match=r"S2SENT_BUILD: 'cuda' needs a C\+\+ compiler"):
+        setup_py.decide("cuda")
+
+
+def test_every_source_is_built(setup_py):
+    kinds = (".cpp", ".h", ".cu", ".cuh")
+    found = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in kinds}
+    assert found == {*setup_py.SOURCES, *setup_py.HEADERS, *setup_py.CUDA_SOURCES, *setup_py.CUDA_HEADERS}
+
+
+# ---------------------------------------------------------------- nvcc
+
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("architecture", ["80", "90a", "100", "120"])
+def test_nvcc_compiles_every_source_without_spills(setup_py, tmp_path, architecture):
+    sources = [source for source in setup_py.CUDA_SOURCES if source.endswith(".cu")]
+    assert len(sources) > 5
+
+    def compiled(source):
+        command = [
+            NVCC,
+            *setup_py.NVCC_FLAGS,
+            f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+            "-Xptxas=-v",
+            "-c",
+            str(ROOT / source),
+            "-o",
+            str(tmp_path / (Path(source).stem + ".o")),
+        ]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for source, result in zip(sources, pool.map(compiled, sources), strict=True):
+            assert result.returncode == 0, result.stderr
+            spills = re.findall(r"(\d+) bytes spill", result.stderr)
+            assert spills and not any(map(int, spills)), f"{source} spills on sm_{architecture}: {result.stderr}"
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+def test_nvcc_without_the_a_leaves_the_one_pass_kernel_empty_and_known_for_it(setup_py):
+    """sm_90 without its own features: csrc/cuda/sm90/select.cu recognises the empty kernel by its register count."""
+    source = (ROOT / "csrc/cuda/sm90/layout.cuh").read_text()
+    fewest = int(re.search(r"kLoaderRegisters = (\d+)", source)[1])
+    used = {}
+    for architecture in ("90", "90a"):
+        command = [
+            NVCC,
+            *setup_py.NVCC_FLAGS,
+            f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+            "-Xptxas=-v",
+            "-c",
+            str(ROOT / "csrc/cuda/sm90/select.cu"),
+            "-o",
+            os.devnull,
+        ]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        used[architecture] = [int(count) for count in re.findall(r"Used (\d+) registers", result.stderr)]
+    assert len(used["90"]) == len(used["90a"]) > 0
+    assert max(used["90"]) < fewest <= min(used["90a"])

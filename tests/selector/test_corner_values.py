@@ -1,0 +1,185 @@
+"""The specification's table of corner cases: NaN and infinity, autocast, dtypes. See corners.py."""
+
+import pytest
+import torch
+from builders import assert_close, make_gradient, make_parameters, pack
+from corners import (
+    PATHS,
+    D,
+    H,
+    L,
+    M,
+    N,
+    batch_for,
+    call,
+    every_path,
+    gradients,
+    modes,
+    paths,
+    profiles,
+    selector_for,
+)
+
+import s2sent_kernels as s2
+
+# ---------------------------------------------------------------- NaN and inf
+
+
+@every_path
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", ["none", "right", "packed"])
+def test_nan_in_a_real_token_stays_in_its_sentence(place, path, value, kind):
+    selector = selector_for(place)
+    clean, mask = batch_for(place, "right" if kind == "packed" else kind)
+    hidden_states = [u.clone() for u in clean]
+    hidden_states[1][2, :, 3] = value
+    assert mask is None or mask[2].any()
+    if kind == "packed":
+        packed, cu_seqlens = pack(hidden_states, mask)
+        out = call(selector, packed, path=path, cu_seqlens=cu_seqlens)
+        expected = call(selector, pack(clean, mask)[0], path=path, cu_seqlens=cu_seqlens)
+        start, end = cu_seqlens[2:4].tolist()
+        inside = slice(start, end) if path is None else slice(2, 3)
+    else:
+        out = call(selector, hidden_states, mask, path)
+        expected = call(selector, clean, mask, path)
+        inside = slice(2, 3)
+    assert not out[inside].isfinite().all()
+    others = torch.ones(len(out), dtype=torch.bool)
+    others[inside] = False
+    assert torch.equal(out[others], expected[others])
+    assert out[others].isfinite().all()
+
+
+@paths
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["right", "left", "holes", "mixed"])
+@modes
+def test_nan_at_padding_has_no_effect(place, path, value, kind, training):
+    selector = selector_for(place).train(training)
+    clean, mask = batch_for(place, kind)
+    dirty = [torch.where(mask[..., None], u, torch.full_like(u, value)) for u in clean]
+    assert not all(u.isfinite().all() for u in dirty)
+    buffers = {name: b.clone() for name, b in selector.named_buffers()}
+    expected = gradients(selector, clean, mask, path)
+    after = {name: b.clone() for name, b in selector.named_buffers()}
+    selector.load_state_dict(buffers, strict=False)
+    actual = gradients(selector, dirty, mask, path)
+    for a, e in zip([actual[0], *actual[1], *actual[2]], [expected[0], *expected[1], *expected[2]], strict=True):
+        assert torch.equal(a, e)
+    for name, value in selector.named_buffers():
+        assert torch.equal(value, after[name]), name
+
+
+@paths
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["real", "padding"])
+def test_official_nan_reaches_the_batch(place, path, value, where):
+    selector = selector_for(place, "official")
+    hidden_states, mask = batch_for(place, "right")
+    mask[2] = torch.arange(L, device=place.device) < 3
+    hidden_states[1][2, 0 if where == "real" else L - 1, :] = value
+    if value == float("inf"):  # both signs, so that no activation saturates to a finite value
+        hidden_states[1][2, 0 if where == "real" else L - 1, ::2] = -value
+    gates = selector.gates(hidden_states, mask)
+    assert gates.isnan().all()
+    out = call(selector, hidden_states, mask, path)
+    assert out[mask].isnan().all() if path is None else out.isnan().all()
+
+
+@modes
+@pytest.mark.parametrize("kind", ["left", "mixed"])
+def test_nan_in_the_output_gradient_at_padding_has_no_effect(place, kind, training):
+    """v is 0 at padding whatever u is, so no gradient flows back from there."""
+    selector = selector_for(place).train(training)
+    clean, mask = batch_for(place, kind)
+    hidden_states = [u.requires_grad_() for u in clean]
+    out = selector(hidden_states, mask)
+    gradient = make_gradient(out)
+    expected = torch.autograd.grad(out, hidden_states, gradient, retain_graph=True)
+    actual = torch.autograd.grad(out, hidden_states, gradient.masked_fill(~mask[..., None], float("nan")))
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+# ---------------------------------------------------------------- autocast
+
+
+@paths
+@profiles
+@modes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_autocast_changes_nothing(place, path, profile, training, dtype, replaced):
+    hidden_states, mask = batch_for(place, "right", dtype=dtype)
+
+    def run(enabled):
+        selector = selector_for(place, profile).train(training)
+        if replaced:
+            selector.down.register_forward_hook(lambda *args: None)
+        autocast = torch.autocast(place.device, dtype=torch.bfloat16, enabled=enabled)
+        out, du, dp = gradients(selector, hidden_states, mask, path, autocast)
+        with autocast:
+            gates = selector.gates(hidden_states, mask)
+        return [out, gates, *du, *dp, *selector.buffers()]
+
+    for a, e in zip(run(True), run(False), strict=True):
+        assert a.dtype == e.dtype and torch.equal(a, e)
+
+
+@paths
+def test_autocast_around_the_backward_changes_no_op(place, path):
+    """The written-out backward; recorded PyTorch would be cast, as PyTorch's own modules are."""
+    if place.name == "reference":
+        pytest.skip("its backward is recorded PyTorch")
+    hidden_states, mask = batch_for(place)
+    selector = selector_for(place)
+    expected = gradients(selector, hidden_states, mask, path)
+    with torch.autocast(place.device, dtype=torch.bfloat16):
+        actual = gradients(selector, hidden_states, mask, path)
+    for a, e in zip([actual[0], *actual[1], *actual[2]], [expected[0], *expected[1], *expected[2]], strict=True):
+        assert torch.equal(a, e)
+
+
+def test_autocast_changes_no_function(place):
+    hidden_states, mask = batch_for(place)
+    parameters = make_parameters(N, D, H, torch.float32, device=place.device)
+
+    def run():
+        f, p = s2.squeeze(hidden_states, mask, pooling="mean", backend=place.backend)
+        g = s2.gate(f, parameters, num_blocks=N, backend=place.backend)
+        v = s2.fuse(hidden_states, g, mask, backend=place.backend)
+        return f, p, g, v
+
+    expected = run()
+    with torch.autocast(place.device, dtype=torch.bfloat16):
+        actual = run()
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype and torch.equal(a, e)
+
+
+# ---------------------------------------------------------------- dtypes
+
+
+@profiles
+@modes
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(place, profile, training, held):
+    """v and o have the hidden states' dtype; f, p and gates are float32 (float64); parameters may be of any."""
+    for dtype in place.dtypes:
+        selector = selector_for(place, profile).to(held).train(training)
+        hidden_states, mask = batch_for(place, "right", dtype=dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        f, p = s2.squeeze(hidden_states, mask, frequencies=M, profile=profile, pooling="mean", backend=place.backend)
+        gates = selector.gates(hidden_states, mask)
+        assert (f.dtype, p.dtype, gates.dtype) == (wide, wide, wide)
+        assert s2.fuse(hidden_states, gates, mask, backend=place.backend).dtype == dtype
+        for path in PATHS:
+            out, du, dp = gradients(selector, hidden_states, mask, path)
+            assert out.dtype == dtype
+            assert all(grad.dtype == dtype for grad in du)
+            assert all(grad.dtype == held and grad.isfinite().all() for grad in dp)
+        # computed in `wide` from the parameters as they are: the same as from parameters held in `wide`
+        if not training:
+            same = selector_for(place, profile).to(held).to(wide)
+            assert_close(gates, same.gates(hidden_states, mask), 1e-5 if wide == torch.float32 else 1e-12)

@@ -1,0 +1,191 @@
+"""Second derivatives and forward mode, on every backend (see corners.py): an op raises; where plain PyTorch computes, its
+derivatives of every order are there and must be right. A derivative is never silently zero."""
+
+import pytest
+import torch
+from builders import kept, make_parameters
+from corners import B, D, H, M, N, batch_for, call, modes, paths, profiles, selector_for
+
+import s2sent_kernels as s2
+
+
+def refused():
+    """The package's own words, or those with which PyTorch refuses forward mode through an op that has a backward."""
+    return pytest.raises(NotImplementedError, match=r"second derivatives|forward-mode derivatives|jvp")
+
+
+OPS = ["squeeze", "squeeze, no pooling", "gate", "fuse", "select", "select_pool"]
+FUNCTIONS = ["squeeze", "gate", "fuse", "select", "select_pool"]
+
+
+def op_and_inputs(place, name, requires_grad):
+    """A public op as a function of the tensors that it has gradients for."""
+    hidden_states, mask, tensors, rebuild, f, g = differentiable(place, requires_grad)
+    backend, ops = place.backend, torch.ops.s2sent
+    return {
+        "squeeze": (lambda *u: ops.squeeze(u, mask, None, M, "paper", "mean", backend), hidden_states),
+        "squeeze, no pooling": (lambda *u: ops.squeeze(u, mask, None, M, "paper", None, backend)[0], hidden_states),
+        "gate": (lambda f, *t: ops.gate(f, *rebuild(t), N, "tanh", 1e-6, backend), [f, *tensors]),
+        "fuse": (lambda g, *u: ops.fuse(u, mask, None, g, backend), [g, *hidden_states]),
+        "select": (
+            lambda *a: ops.select(a[:N], mask, None, *rebuild(a[N:]), M, "tanh", 1e-6, backend)[0],
+            [*hidden_states, *tensors],
+        ),
+        "select_pool": (
+            lambda *a: ops.select_pool(a[:N], mask, None, *rebuild(a[N:]), M, "mean", "tanh", 1e-6, backend)[0],
+            [*hidden_states, *tensors],
+        ),
+    }[name]
+
+
+def function_and_inputs(place, name, requires_grad, training, dtype=torch.float32):
+    hidden_states, mask, tensors, rebuild, f, g = differentiable(place, requires_grad, dtype)
+    both = {"backend": place.backend, "training": training}
+    return {
+        "squeeze": (lambda *u: s2.squeeze(u, mask, pooling="mean", backend=place.backend), hidden_states),
+        "gate": (lambda f, *t: s2.gate(f, rebuild(t), num_blocks=N, **both), [f, *tensors]),
+        "fuse": (lambda g, *u: s2.fuse(u, g, mask, backend=place.backend), [g, *hidden_states]),
+        "select": (lambda *a: s2.select(a[:N], rebuild(a[N:]), mask, **both), [*hidden_states, *tensors]),
+        "select_pool": (lambda *a: s2.select_pool(a[:N], rebuild(a[N:]), mask, **both), [*hidden_states, *tensors]),
+    }[name]
+
+
+def differentiable(place, requires_grad, dtype=torch.float32):
+    hidden_states, mask = batch_for(place, dtype=dtype, requires_grad=requires_grad)
+    parameters = make_parameters(N, D, H, dtype, requires_grad=requires_grad, device=place.device)
+    torch.manual_seed(0)
+    f = torch.randn(B, D, dtype=dtype, device=place.device, requires_grad=requires_grad)
+    g = torch.rand(B, N, D, dtype=dtype, device=place.device, requires_grad=requires_grad)
+    tensors, rebuild = kept(parameters)
+    return hidden_states, mask, tensors, rebuild, f, g
+
+
+def differentiate_twice(function, inputs):
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = torch.autograd.grad(sum((out**2).sum() for out in outputs), inputs, create_graph=True)
+    return torch.autograd.grad(sum(grad.sum() for grad in grads), inputs, allow_unused=True)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_ops_refuse_second_derivatives(place, name):
+    function, inputs = op_and_inputs(place, name, True)
+    with refused():
+        differentiate_twice(function, inputs)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@modes
+def test_second_derivatives_of_functions(place, name, training):
+    plain = place.name == "reference" or (name == "gate" and training)
+    if plain and not place.computes_float64:
+        pytest.skip("plain PyTorch, but not in float64, which gradgradcheck needs")
+    function, inputs = function_and_inputs(place, name, True, training, torch.float64 if plain else torch.float32)
+    if plain:
+        assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True, atol=1e-4)
+    else:
+        with refused():
+            differentiate_twice(function, inputs)
+
+
+@paths
+@profiles
+@modes
+def test_second_derivatives_of_the_selector(place, path, profile, training):
+    plain = place.name == "reference"
+    selector = selector_for(place, profile).train(training)
+    hidden_states, mask = batch_for(place, dtype=torch.float64 if plain else torch.float32, requires_grad=True)
+
+    def function(*inputs):  # the parameters are inputs as well
+        return call(selector, inputs[:N], mask, path)
+
+    if plain:
+        assert torch.autograd.gradgradcheck(function, hidden_states, fast_mode=True, atol=1e-4)
+    else:
+        with refused():
+            differentiate_twice(function, [*hidden_states, selector.down.weight, selector.up.bias])
+
+
+def dual_level(function, inputs, tangents):
+    with torch.autograd.forward_ad.dual_level():
+        out = function(*map(torch.autograd.forward_ad.make_dual, inputs, tangents))
+        out = out if isinstance(out, tuple) else (out,)
+        return [torch.autograd.forward_ad.unpack_dual(t).tangent for t in out]
+
+
+def func_jvp(function, inputs, tangents):
+    out = torch.func.jvp(function, tuple(inputs), tuple(tangents))[1]
+    return out if isinstance(out, tuple) else (out,)
+
+
+forwards = pytest.mark.parametrize("forward", [dual_level, func_jvp])
+
+
+def one_tangent_each(inputs):
+    """For each input, tangents that are zero for all others."""
+    for index in range(len(inputs)):
+        yield [torch.ones_like(t) if i == index else torch.zeros_like(t) for i, t in enumerate(inputs)]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", OPS)
+@forwards
+def test_ops_refuse_forward_mode(place, name, requires_grad, forward):
+    function, inputs = op_and_inputs(place, name, requires_grad)
+    for tangents in one_tangent_each(inputs):
+        with refused():
+            forward(function, inputs, tangents)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", OPS)
+def test_ops_refuse_a_lone_tangent(place, name, requires_grad):
+    """One input alone is dual, whichever it is."""
+    function, inputs = op_and_inputs(place, name, requires_grad)
+    for index in range(len(inputs)):
+        with torch.autograd.forward_ad.dual_level():
+            dual = list(inputs)
+            dual[index] = torch.autograd.forward_ad.make_dual(inputs[index], torch.ones_like(inputs[index]))
+            with refused():
+                function(*dual)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@forwards
+@modes
+def test_forward_mode_of_functions(place, name, training, forward):
+    """Raises, or is the derivative: never zeros."""
+    dtype = torch.float64 if place.computes_float64 else torch.float32
+    if name == "gate" and training and not place.computes_float64:
+        pytest.skip("plain PyTorch, but not in float64, which the finite differences need")
+    function, inputs = function_and_inputs(place, name, False, training, dtype)
+    count = 0
+    for index, tangents in enumerate(one_tangent_each(inputs)):
+        try:
+            actual = forward(function, inputs, tangents)
+        except NotImplementedError as error:
+            assert "forward-mode" in str(error)
+            count += 1
+            continue
+        step = 1e-3 if dtype == torch.float64 else 1e-2
+        pairs = list(zip(inputs, tangents, strict=True))
+        ahead, behind = (function(*(t + signed * tangent for t, tangent in pairs)) for signed in (step, -step))
+        if isinstance(ahead, tuple):
+            ahead, behind = ahead[0], behind[0]
+        expected = (ahead - behind) / (2 * step)
+        error = (actual[0] - expected).abs().max()
+        assert error <= 1e-2 * expected.abs().max() + 1e-9, f"tangent of input {index}"
+    if place.name != "reference" and not training:
+        assert count == len(inputs)
+
+
+@paths
+@profiles
+@modes
+@forwards
+def test_the_selector_refuses_forward_mode(place, path, profile, training, forward):
+    selector = selector_for(place, profile).train(training)
+    hidden_states, mask = batch_for(place)
+    for tangents in one_tangent_each(hidden_states):
+        with refused():
+            forward(lambda *u: call(selector, u, mask, path), hidden_states, tangents)

@@ -1,0 +1,322 @@
+"""Cache, training from it, and selectors in folders: on a tiny random encoder."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import TEXTS, make_encoder_and_tokenizer
+
+from s2sent_kernels import S2SentSelector, cache, frozen, squeeze
+from s2sent_kernels.capture import BlockCapture
+from s2sent_kernels.checkpoints import pretrained
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+
+@pytest.fixture(scope="module")
+def encoder_and_tokenizer():
+    return make_encoder_and_tokenizer()
+
+
+SETTINGS = cache.Settings(token_frequencies=7, batch_size=3, max_length=32)
+
+# ---------------------------------------------------------------- cache
+
+
+@pytest.mark.parametrize(("num_blocks", "frequencies"), [(1, 1), (1, 4), (2, 8), (3, 2), (4, 16), (4, 4)])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_f_and_p_of_the_cache_are_those_of_the_hidden_states(
+    num_blocks, frequencies, pooling, encoder_and_tokenizer, tmp_path
+):
+    encoder, tokenizer = encoder_and_tokenizer
+    made = cache.make(encoder, tokenizer, TEXTS, tmp_path, SETTINGS._replace(pooling=pooling))
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with BlockCapture(encoder, f"last:{num_blocks}") as capture, torch.no_grad():
+        states = [state.double() for state in capture.collect(**batch)]
+    f, p = squeeze(states, batch["attention_mask"], frequencies=frequencies, pooling=pooling, backend="reference")
+    rows = made.rows(TEXTS)
+    torch.testing.assert_close(made.squeezed(num_blocks, frequencies, rows).double(), f, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(made.pooled(num_blocks, rows).double(), p, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_pass_opens_the_first(encoder_and_tokenizer, tmp_path, monkeypatch):
+    encoder, tokenizer = encoder_and_tokenizer
+    first = cache.make(encoder, tokenizer, [*TEXTS, TEXTS[0]], tmp_path, SETTINGS)
+    assert len(first) == len(TEXTS)
+    monkeypatch.setattr(cache, "_fill", None)
+    again = cache.make(encoder, tokenizer, TEXTS, tmp_path, SETTINGS)
+    assert again.folder == first.folder
+    assert isinstance(again._kept, numpy.memmap)
+    assert again.row(TEXTS[3]) == 3
+    assert json.loads((first.folder / "about.json").read_text())["blocks"] == [0, 1, 2, 3]
+    assert sorted(path.name for path in first.folder.iterdir()) == ["about.json", "frequencies.npy", "lengths.npy"]
+
+
+def test_every_setting_the_texts_and_the_weights_make_another_cache(encoder_and_tokenizer, tmp_path):
+    encoder, tokenizer = encoder_and_tokenizer
+    other, _ = make_encoder_and_tokenizer()
+    with torch.no_grad():
+        next(other.parameters())[0, 0] += 1e-3
+    folders = [
+        cache.make(*arguments).folder
+        for arguments in (
+            (encoder, tokenizer, TEXTS, tmp_path, SETTINGS),
+            (encoder, tokenizer, TEXTS[:-1], tmp_path, SETTINGS),
+            (other, tokenizer, TEXTS, tmp_path, SETTINGS),
+            (encoder, tokenizer, TEXTS, tmp_path, SETTINGS._replace(blocks="last:2")),
+            (encoder, tokenizer, TEXTS, tmp_path, SETTINGS._replace(max_length=5)),
+            (encoder, tokenizer, TEXTS, tmp_path, SETTINGS._replace(token_frequencies=2)),
+            (encoder, tokenizer, TEXTS, tmp_path, SETTINGS._replace(pooling="cls")),
+            (encoder, tokenizer, TEXTS, tmp_path, SETTINGS._replace(block_norm="layernorm")),
+        )
+    ]
+    assert len(set(folders)) == len(folders)
+
+
+def test_an_interrupted_pass_goes_on_and_gives_the_same_bits(encoder_and_tokenizer, tmp_path, monkeypatch):
+    encoder, tokenizer = encoder_and_tokenizer
+    whole = cache.make(encoder, tokenizer, TEXTS, tmp_path / "whole", SETTINGS)
+    monkeypatch.setattr(cache, "RECORD_EVERY", 1)
+    summaries, calls = cache._summaries, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise RuntimeError("power cut")
+        return summaries(*arguments)
+
+    monkeypatch.setattr(cache, "_summaries", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        cache.make(encoder, tokenizer, TEXTS, tmp_path / "cut", SETTINGS)
+    assert not (tmp_path / "cut" / whole.folder.name).exists()
+    resumed = cache.make(encoder, tokenizer, TEXTS, tmp_path / "cut", SETTINGS)
+    assert len(calls) == 4  # three batches of eight texts: two were kept, the third ran again
+    for name in ("frequencies.npy", "lengths.npy"):
+        assert numpy.array_equal(numpy.load(resumed.folder / name), numpy.load(whole.folder / name))
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(encoder_and_tokenizer, tmp_path, monkeypatch):
+    """The disk space is allocated first, before the encoder runs for hours."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*frequencies\.npy"):
+        cache.make(*encoder_and_tokenizer, TEXTS, tmp_path, SETTINGS)
+    assert all(path.name.endswith(".lock") for path in tmp_path.iterdir())
+
+
+def test_the_encoders_mode_comes_back(tmp_path):
+    encoder, tokenizer = make_encoder_and_tokenizer()
+    encoder.train()
+    cache.make(encoder, tokenizer, TEXTS, tmp_path, SETTINGS)
+    assert encoder.training
+    assert not any(module._forward_hooks for module in encoder.modules())
+
+
+def test_what_a_cache_refuses(encoder_and_tokenizer, tmp_path):
+    encoder, tokenizer = encoder_and_tokenizer
+    with pytest.raises(ValueError, match="texts: expected at least one"):
+        cache.make(encoder, tokenizer, [], tmp_path, SETTINGS)
+    with pytest.raises(ValueError, match="pooling: expected one of"):
+        cache.make(encoder, tokenizer, TEXTS, tmp_path, SETTINGS._replace(pooling="max"))
+    made = cache.make(encoder, tokenizer, TEXTS, tmp_path, SETTINGS._replace(token_frequencies=2))
+    with pytest.raises(ValueError, match="needs 4 token frequencies, got a cache of 2"):
+        made.squeezed(1, 4)
+    with pytest.raises(ValueError, match="num_blocks: expected at most 4"):
+        made.pooled(5)
+
+
+# ---------------------------------------------------------------- training
+
+
+def _features(rows=96, num_blocks=3, size=8):
+    generator = torch.Generator().manual_seed(0)
+    return frozen.Features(
+        torch.randn(rows, size, generator=generator), torch.randn(rows, num_blocks, size, generator=generator)
+    )
+
+
+def test_embed_is_the_selectors_pool(encoder_and_tokenizer, tmp_path):
+    encoder, tokenizer = encoder_and_tokenizer
+    selector = S2SentSelector(16, 4, 4, 4, block_prior=True, backend="reference").eval()
+    made = cache.make(encoder, tokenizer, TEXTS, tmp_path, SETTINGS)
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with BlockCapture(encoder) as capture, torch.no_grad():
+        expected = capture.pool(selector, **batch)
+    features = frozen.Features.of(made, 4, 4, made.rows(TEXTS))
+    torch.testing.assert_close(frozen.embed_all(selector, features), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_info_nce_against_its_formula():
+    anchor, positive, negative = (torch.randn(n, 6, dtype=torch.float64) for n in (4, 4, 3))
+    total = 0.0
+    for i in range(4):
+        logits = [F.cosine_similarity(anchor[i], other, dim=0) / 0.05 for other in (*positive, *negative)]
+        total = total + torch.logsumexp(torch.stack(logits), 0) - logits[i]
+    torch.testing.assert_close(frozen.info_nce(anchor, positive, negative, 0.05), total / 4)
+
+
+@pytest.mark.parametrize("kind", ["selector", "mix"])
+def test_training_lowers_the_loss_and_repeats_bit_for_bit(kind):
+    features = _features()
+    # The first block encodes which sentences belong together; the others are noise.
+    anchor, positive = torch.arange(0, 32), torch.arange(32, 64)
+    features.pooled[positive, 0] = features.pooled[anchor, 0]
+    negative = torch.arange(64, 96).where(torch.arange(32) % 4 > 0, -1)
+
+    def run():
+        torch.manual_seed(1)
+        module = frozen.ScalarMix(3) if kind == "mix" else S2SentSelector(8, 3, 4, 4, block_prior=True)
+        recipe = frozen.Recipe(epochs=8, batch_size=16, learning_rate=1e-2, prior_learning_rate=0.3)
+        return module, frozen.train(module, features, anchor, positive, negative, recipe)
+
+    (module, history), (other, again) = run(), run()
+    assert history.losses[-1] < 0.5 * history.losses[0]
+    assert module.block_prior.argmax() == 0
+    assert history == again
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+
+
+def test_the_best_epoch_is_kept():
+    values = iter([9.0, 1.0, 3.0, 2.0])
+    states = []
+
+    def score(module):
+        states.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
+        return next(values)
+
+    module = S2SentSelector(8, 3, 4, 4)
+    recipe = frozen.Recipe(epochs=3, batch_size=16)
+    history = frozen.train(module, _features(), torch.arange(32), torch.arange(32, 64), None, recipe, score=score)
+    assert (history.kept, history.scores) == (2, [9.0, 1.0, 3.0, 2.0])
+    assert all(torch.equal(states[2][name], tensor) for name, tensor in module.state_dict().items())
+    assert not torch.equal(states[3]["up.weight"], module.up.weight)
+
+
+def test_fit_from_texts(encoder_and_tokenizer, tmp_path):
+    pytest.importorskip("scipy")
+    encoder, tokenizer = encoder_and_tokenizer
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    triplets = [(TEXTS[i], TEXTS[(i + 1) % 8], TEXTS[(i + 3) % 8] if i % 2 else None) for i in range(8)]
+    dev = [(TEXTS[i], TEXTS[i + 1], float(i)) for i in range(5)]
+    selector = S2SentSelector(16, 4, 4, 4, block_prior=True)
+    start = selector.up.weight.clone()
+    recipe = frozen.Recipe(epochs=2, batch_size=4)
+    history = frozen.fit(
+        encoder, tokenizer, selector, triplets, folder=tmp_path, dev=dev, recipe=recipe, settings=SETTINGS
+    )
+    assert len(history.losses) == 2
+    assert len(history.scores) == 3
+    assert not torch.equal(start, selector.up.weight)
+    assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
+    with pytest.raises(ValueError, match="selector: expected hidden_size = 16"):
+        frozen.fit(encoder, tokenizer, S2SentSelector(8, 4, 4, 4), triplets, folder=tmp_path, settings=SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "epochs"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"learning_rate": -1}, "learning_rate"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"learning_rate": float("inf")}, "learning_rate"),
+    ],
+)
+def test_recipes_that_cannot_be(change, message):
+    rows = torch.arange(4)
+    with pytest.raises(ValueError, match=f"{message}: expected a positive number"):
+        frozen.train(frozen.ScalarMix(3), _features(), rows, rows, None, frozen.Recipe()._replace(**change))
+
+
+def test_training_that_diverges_is_an_error():
+    recipe = frozen.Recipe(epochs=3, batch_size=16, temperature=1e-300)
+    with pytest.raises(ValueError, match=r"training diverged, .* is not finite any more"):
+        frozen.train(S2SentSelector(8, 3, 4, 4), _features(), torch.arange(32), torch.arange(32, 64), None, recipe)
+
+
+def test_a_score_that_is_none_is_below_every_other():
+    values = iter([1.0, float("nan"), 3.0, float("nan")])
+    module, recipe = S2SentSelector(8, 3, 4, 4), frozen.Recipe(epochs=3, batch_size=16)
+    rows = torch.arange(64)
+    history = frozen.train(module, _features(), rows[:32], rows[32:], None, recipe, score=lambda _: next(values))
+    assert history.kept == 2
+
+
+def test_one_triplet_is_too_few():
+    with pytest.raises(ValueError, match="anchor: expected at least two"):
+        frozen.train(frozen.ScalarMix(3), _features(), torch.arange(1), torch.arange(1))
+
+
+def test_a_mix_of_weights():
+    mix = frozen.ScalarMix.of_weights([1.0, 1.0, 2.0])
+    torch.testing.assert_close(mix(torch.eye(3)[None])[0], torch.tensor([0.25, 0.25, 0.5]))
+    with pytest.raises(ValueError, match="weights: expected positive numbers"):
+        frozen.ScalarMix.of_weights([1.0, 0.0])
+
+
+# ---------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize(
+    "options", [{"block_prior": True}, {"gate_norm": None, "activation": "relu"}, {"profile": "official"}]
+)
+def test_saved_and_loaded_has_the_same_bits(options, tmp_path):
+    pytest.importorskip("safetensors")
+    selector = S2SentSelector(16, 3, 4, 2, **options)
+    hidden_states = [torch.randn(4, 5, 16) for _ in range(3)]
+    selector.pool(hidden_states)  # moves the running statistics
+    selector.save_pretrained(tmp_path / "made" / "here")
+    loaded = S2SentSelector.from_pretrained(tmp_path / "made" / "here", backend="reference")
+    assert not loaded.training
+    assert loaded.extra_repr().replace("'reference'", "'auto'") == selector.extra_repr()
+    assert all(
+        torch.equal(a, b) for a, b in zip(selector.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+
+
+def test_folders_that_hold_no_selector(tmp_path):
+    pytest.importorskip("safetensors")
+    with pytest.raises(ValueError, match=r"expected a folder or one of the shipped names .*, got 'nowhere'"):
+        S2SentSelector.from_pretrained("nowhere")
+    with pytest.raises(ValueError, match=r"config.json: cannot be read"):
+        S2SentSelector.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="expected the configuration of a selector"):
+        S2SentSelector.from_pretrained(tmp_path)
+    S2SentSelector(16, 3, 4, 2).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["selector"]["bottleneck"] = 5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"down.weight: expected shape \[5, 16\], got \[4, 16\]"):
+        S2SentSelector.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"model.safetensors: cannot be read"):
+        S2SentSelector.from_pretrained(tmp_path)
+
+
+def test_the_shipped_selector():
+    pytest.importorskip("safetensors")
+    assert pretrained.shipped() == ["all-MiniLM-L6-v2"]
+    folder = pretrained.find("all-MiniLM-L6-v2")
+    assert sum(path.stat().st_size for path in Path(folder).iterdir()) < 500_000
+    selector = S2SentSelector.from_pretrained("all-MiniLM-L6-v2")
+    assert (selector.hidden_size, selector.num_blocks, selector.bottleneck, selector.frequencies) == (384, 6, 32, 4)
+    assert selector.block_prior is not None
+    assert selector.norm is not None
+    assert all(tensor.isfinite().all() for tensor in selector.state_dict().values())
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "SNLI" in card
+    assert "mean of last" in card
+    about = pretrained.read_config(folder)
+    assert about["blocks"] == [0, 1, 2, 3, 4, 5]
+    assert sum(about["scalar_mix"]) == pytest.approx(1)
