@@ -23,7 +23,6 @@ from .common import UserError, positive
 
 _FROZEN_ONLY = ("cache",)
 _TUNED_ONLY = ("selector_learning_rate", "accumulation", "precision", "patience", "resume")
-_PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def add(commands: Any) -> None:
@@ -72,7 +71,7 @@ def add(commands: Any) -> None:
     command.add_argument("--selector-learning-rate", type=float, help=f"default: {rate:g}")
     command.add_argument("--prior-learning-rate", type=float, help=f"default: {frozen.DEFAULT.prior_learning_rate:g}")
     command.add_argument("--accumulation", type=positive, help="batches that are one step (default: 1)")
-    command.add_argument("--precision", choices=_PRECISIONS, help="autocast (default: float32)")
+    command.add_argument("--precision", choices=recipe.PRECISIONS, help="autocast (default: float32)")
     command.add_argument("--patience", type=positive, help="stop after so many epochs without a better --dev")
     command.add_argument(
         "--resume", action="store_const", const=True, help="go on from the last checkpoint in --output"
