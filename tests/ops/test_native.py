@@ -1,13 +1,12 @@
 """The native backend on the CPU beside its stages: threads, storage types, cached tables."""
 
 import contextlib
-import importlib.util
 
 import pytest
 import torch
 
 import s2sent_kernels as s2
-from s2sent_kernels import functional
+from s2sent_kernels import functional, native
 
 BUILT = pytest.mark.skipif(not s2.backends()["native"].usable, reason=s2.backends()["native"].reason)
 N, B, L, H, M = 5, 6, 40, 8, 4
@@ -101,7 +100,6 @@ def test_every_number_is_read_and_rounded_as_pytorch_does(dtype):
 @BUILT
 def test_tables_of_factors_stay():
     """A captured CUDA graph reads them at every replay, so later calls must not free them."""
-    native = importlib.import_module("s2sent_kernels.native")
     device = torch.device("cpu")
 
     def tables():
