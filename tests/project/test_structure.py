@@ -90,7 +90,7 @@ def module_of(path: Path) -> str:
 
 
 def test_no_module_sets_a_global_of_another():
-    """No switch of an engine is turned from outside: an engine is told by arguments. Nor has native a global ONE_PASS."""
+    """An engine's behaviour follows from its arguments; native has no global ONE_PASS."""
     found = []
     for path in sources(PACKAGE, ".py") + sources(ROOT / "bench", ".py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
