@@ -69,6 +69,7 @@ def squeeze_kernel(
     PER: tl.constexpr = HERE.per_group
     GROUPS_OF_N: tl.constexpr = WHOLE.groups
     PER_OF_N: tl.constexpr = WHOLE.per_group
+    ALPHA: tl.constexpr = DCT.alpha  # Triton 3.6 cannot pass a record's tuple on as an argument
     OFFICIAL: tl.constexpr = DCT.official
     BLOCK_D: tl.constexpr = TILE.block_d
     PART: tl.constexpr = D // M
@@ -156,7 +157,7 @@ def squeeze_kernel(
         f_groups = tl.load(p_group, mask=m_d[None, :] & (first_block % PER_OF_N != 0), other=0.0)
     for j in tl.static_range(PER):
         n = first_block + i_g * PER + j  # [GROUPS, 1]
-        alpha = block_factor(x, n, PER if NUM == N else 1, j if NUM == N else 0, N, DCT.alpha)
+        alpha = block_factor(x, n, PER if NUM == N else 1, j if NUM == N else 0, N, ALPHA)
         f_groups = tl.fma(sums[j], tl.broadcast_to(alpha, f_groups.shape), f_groups)
         if POOLING is not None:
             scale = 1.0
