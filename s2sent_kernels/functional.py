@@ -121,10 +121,14 @@ def gate(
     validate.positive_int("num_blocks", num_blocks)
     validate.parameter_types(parameters)
     validate.squeezed(squeezed)
-    return gate_squeezed(squeezed, parameters, num_blocks, _gating(activation, eps, profile, training, momentum), backend)
+    return gate_squeezed(
+        squeezed, parameters, num_blocks, _gating(activation, eps, profile, training, momentum), backend
+    )
 
 
-def gate_squeezed(squeezed: Tensor, parameters: GateParameters, num_blocks: int, gating: Gating, backend: str) -> Tensor:
+def gate_squeezed(
+    squeezed: Tensor, parameters: GateParameters, num_blocks: int, gating: Gating, backend: str
+) -> Tensor:
     """``gate`` of records whose types are right."""
     chosen = choose(backend, Call(squeezed.device, squeezed.dtype, num_blocks=num_blocks))
     if chosen == "reference" or gating.training or gating.profile != "paper":
