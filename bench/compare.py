@@ -52,9 +52,9 @@ class Tree:
 
     @property
     def interface(self) -> str | None:
-        """NATIVE_INTERFACE of the Python sources, in whichever module it is."""
+        """The extension's interface number in the Python sources: INTERFACE of engines/native.py, once NATIVE_INTERFACE."""
         for path in sorted((self.folder / "s2sent_kernels").rglob("*.py")):
-            found = re.search(r"^NATIVE_INTERFACE\b.*?=\s*(\d+)", path.read_text(encoding="utf-8"), re.M)
+            found = re.search(r"^(?:NATIVE_)?INTERFACE\b.*?=\s*(\d+)", path.read_text(encoding="utf-8"), re.M)
             if found:
                 return found.group(1)
         return None

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 
 import torch
 from cases import BOTTLENECK, FREQUENCIES, MAIN, STAGES, Case, Inputs
-from formula import Formula, masked_mean, parameters_of
+from formula import Formula, masked_mean
 from torch import Tensor, nn
 
 from s2sent_kernels import S2SentSelector, fuse, gate, squeeze
-from s2sent_kernels.backend import choose
+from s2sent_kernels.engines import native
+from s2sent_kernels.engines.choice import choose
+from s2sent_kernels.formula.call import Batch, Call, Reading
 
 OURS, MEAN_OF_LAST = "s2sent_kernels", "mean of last block"
 NATIVE = f"{OURS}, native"  # on a GPU where "auto" selects another backend
@@ -94,49 +96,42 @@ def selector_call(selector: S2SentSelector, what: str) -> Callable[[Inputs], Ten
         )
     if what == "fuse":
         return lambda i: fuse(i.blocks, i.gates, i.mask, cu_seqlens=i.cu_seqlens, backend=backend)
-    return lambda i: gate(i.squeezed, parameters_of(selector), num_blocks=blocks, backend=backend)
+    parameters = selector.gate_parameters()
+    assert parameters is not None  # profile "paper", in eval mode
+    return lambda i: gate(i.squeezed, parameters, num_blocks=blocks, backend=backend)
 
 
-def gate_parameters(selector: S2SentSelector, what: str) -> dict[str, Tensor]:
+def differentiated(selector: S2SentSelector, what: str) -> dict[str, Tensor]:
+    """The parameters that a stage or path has gradients for, by name."""
     return {} if what in ("squeeze", "fuse") else dict(selector.named_parameters())
 
 
 def ours(case: Case, what: str, device: str, backend: str | None = None, name: str = OURS) -> Contestant:
     """On a GPU one backend for all paths, so that rows can be compared: what "auto" selects for most N and D."""
     if backend is None:
-        backend = choose("auto", torch.device(device), case.dtype) if device == "cuda" else "auto"
+        backend = choose("auto", Call(torch.device(device), case.dtype)) if device == "cuda" else "auto"
     selector = make_selector(case, device, backend=backend)
-    return Contestant(name, selector_call(selector, what), gate_parameters(selector, what))
+    return Contestant(name, selector_call(selector, what), differentiated(selector, what))
 
 
 def _native(case: Case, what: str, device: str) -> Contestant | Missing:
     try:
-        choose("native", torch.device(device), case.dtype)
+        choose("native", Call(torch.device(device), case.dtype))
     except ValueError as error:
         return Missing(NATIVE, str(error))
     return ours(case, what, device, "native", NATIVE)
 
 
-@contextlib.contextmanager
-def passes(one: bool) -> Iterator[None]:
-    """Make backend native read the hidden states of the token path once, or twice."""
-    from s2sent_kernels import native
-
-    before, native.ONE_PASS = native.ONE_PASS, one
-    try:
-        yield
-    finally:
-        native.ONE_PASS = before
-
-
 def _one_pass(case: Case, device: str) -> Contestant:
     selector = make_selector(case, device, backend="native")
+    parameters, gating = selector.gate_parameters(), selector.gating()
+    assert parameters is not None
 
     def call(inputs: Inputs) -> Tensor:
-        with passes(one=True):
-            return selector(inputs.blocks, inputs.mask, cu_seqlens=inputs.cu_seqlens)
+        batch = Batch(inputs.blocks, inputs.mask, inputs.cu_seqlens)
+        return native.select(batch, Reading(FREQUENCIES), parameters, gating, one_pass=True)[0]
 
-    return Contestant(ONE_PASS, call, gate_parameters(selector, "token"), modes=("forward",))
+    return Contestant(ONE_PASS, call, differentiated(selector, "token"), modes=("forward",))
 
 
 def sum_of_states(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -150,7 +145,7 @@ def mean_of_last(inputs: Inputs) -> Tensor:
 def contestants(case: Case, what: str, device: str, choice: str) -> Iterator[Contestant | Missing]:
     """This package first, on a GPU on native too, then the competitors of ``choice``: none, eager (no compiler) or all."""
     yield ours(case, what, device)
-    if device == "cuda" and choose("auto", torch.device(device), case.dtype) != "native":
+    if device == "cuda" and choose("auto", Call(torch.device(device), case.dtype)) != "native":
         native = _native(case, what, device)
         yield native
         if what == "token" and case.name in MAIN and isinstance(native, Contestant):
@@ -177,7 +172,7 @@ def contestants(case: Case, what: str, device: str, choice: str) -> Iterator[Con
 
 
 def _formula(case: Case, what: str, device: str, profile: str, name: str, compiler: str | None) -> Contestant:
-    selector = make_selector(case, device, profile)
+    selector = make_selector(case, device, profile, backend="reference")
     formula = Formula(selector, case.tokens)
     function = getattr(formula, what)
     if compiler is None:

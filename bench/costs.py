@@ -13,7 +13,7 @@ from end_to_end import BASE, FED, KEPT
 from pages import table
 from record import Results, Row, UserError
 
-from s2sent_kernels import evaluation
+from s2sent_kernels.tools import evaluation
 
 START, END = "<!-- costs: written by bench/report.py -->", "<!-- costs: end -->"
 CASE = "A"

@@ -69,7 +69,7 @@ class Variants:
         case = Case("", batch, tokens, shape.blocks, shape.size, dtype)
         self.encoder = encoder
         self.selector = make_selector(case, device)
-        self.published = Formula(make_selector(case, device, "official"), tokens)
+        self.published = Formula(make_selector(case, device, "official", backend="reference"), tokens)
         self.capture = BlockCapture(encoder)
         self.ids = torch.randint(0, shape.vocabulary, (batch, tokens)).to(device)
         self.mask = torch.ones(batch, tokens, dtype=torch.long, device=device)

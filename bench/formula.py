@@ -12,16 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from s2sent_kernels import GateParameters, S2SentSelector, dct, gate
-
-
-def parameters_of(selector: S2SentSelector) -> GateParameters:
-    norm = selector.norm
-    return GateParameters(
-        selector.down.weight, selector.down.bias, selector.up.weight, selector.up.bias,
-        *((None,) * 4 if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)),
-        selector.block_prior,
-    )  # fmt: skip
+from s2sent_kernels import S2SentSelector
+from s2sent_kernels.formula import dct
 
 
 def masked_mean(hidden_state: Tensor, mask: Tensor) -> Tensor:
@@ -31,10 +23,13 @@ def masked_mean(hidden_state: Tensor, mask: Tensor) -> Tensor:
 
 
 class Formula(nn.Module):
-    """The pooled and the token path of ``selector`` on batches of L = ``tokens`` with a mask, in plain PyTorch."""
+    """The pooled and the token path of ``selector`` on batches of L = ``tokens`` with a mask, in plain PyTorch. The selector's
+    backend must be "reference", since it computes the gate."""
 
     def __init__(self, selector: S2SentSelector, tokens: int) -> None:
         super().__init__()
+        if selector.backend != "reference":
+            raise ValueError(f"selector: expected backend 'reference', got {selector.backend!r}")
         self.selector = selector
         device = selector.down.weight.device
         blocks, parts, profile = selector.num_blocks, selector.frequencies, selector.profile
@@ -75,11 +70,7 @@ class Formula(nn.Module):
             squeezed = squeezed + self._per_part(seen, beta).sum(1) * self.alpha[n]
             if pool:
                 pooled.append((real_values * weight).sum(1))
-        gates = gate(
-            squeezed, parameters_of(self.selector), num_blocks=len(hidden_states), profile=self.selector.profile,
-            backend="reference",
-        )  # fmt: skip
-        return gates, pooled, padding
+        return self.selector.gate(squeezed), pooled, padding
 
     def pooled(self, hidden_states: list[Tensor], mask: Tensor) -> Tensor:
         gates, pooled, _ = self._select(hidden_states, mask, True)

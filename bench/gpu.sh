@@ -36,8 +36,8 @@ for step in "$@"; do
       code=$?
       tail -n 3 "$OUT/build.log"
       (exit $code) ;;
-    tests) pytest tests/kernels | tee "$OUT/kernels.log" | grep -vE '^SKIPPED|^\.|^$' | tail -25 ;;
-    native) S2SENT_TEST_BACKEND=native pytest tests/kernels tests/test_native.py -k "not nvcc" | tee "$OUT/native.log" | grep -vE '^SKIPPED|^\.|^$' | tail -25 ;;
+    tests) pytest tests/engines | tee "$OUT/engines.log" | grep -vE '^SKIPPED|^\.|^$' | tail -25 ;;
+    native) S2SENT_TEST_BACKEND=native pytest tests/engines tests/ops/test_native.py -k "not nvcc" | tee "$OUT/native.log" | grep -vE '^SKIPPED|^\.|^$' | tail -25 ;;
     sanitize)
       for run in memcheck "racecheck --one-pass" racecheck; do
         read -r tool options <<<"$run"
@@ -45,8 +45,8 @@ for step in "$@"; do
         timeout "${SANITIZE_SECONDS:-300}" compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-name kernel_substring=s2sent \
           "$python" tests/sanitize_cuda.py $options 2>&1 | tee -a "$OUT/sanitize.log" | tail -3 || failed=1
       done ;;
-    suite) pytest tests --ignore tests/kernels --durations=8 -o faulthandler_timeout=120 | tee "$OUT/suite.log" | grep -vE '^SKIPPED|^\.|^$' | tail -15 ;;
-    devices) pytest tests/test_devices.py --durations=8 -o faulthandler_timeout=120 | tee "$OUT/devices.log" | grep -vE '^SKIPPED|^\.|^$' | tail -15 ;;
+    suite) pytest tests --ignore tests/engines --durations=8 -o faulthandler_timeout=120 | tee "$OUT/suite.log" | grep -vE '^SKIPPED|^\.|^$' | tail -15 ;;
+    devices) pytest tests/commands/test_devices.py --durations=8 -o faulthandler_timeout=120 | tee "$OUT/devices.log" | grep -vE '^SKIPPED|^\.|^$' | tail -15 ;;
     compare)
       base=${BASE:-main}
       [ ! -d build/base ] || base=${BASE:-build/base}

@@ -20,7 +20,8 @@ from parity import check
 from record import Row
 from timing import capture_stream, describe, device_times, l2_bytes, on_gpu, wall_time, wall_times
 
-from s2sent_kernels.backend import choose
+from s2sent_kernels.engines.choice import choose
+from s2sent_kernels.formula.call import Call
 
 
 class Settings:
@@ -43,7 +44,7 @@ def _row(contestant: Contestant, case: Case, what: str, mode: str, settings: Set
         row |= {"read_bytes": read, "write_bytes": write}
         row["floor_us"] = floor_us(case, what, mode, settings.ceilings)
     if contestant.name == OURS:
-        row["backend"] = choose("auto", torch.device(settings.device), case.dtype)
+        row["backend"] = choose("auto", Call(torch.device(settings.device), case.dtype))
     return row
 
 

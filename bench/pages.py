@@ -7,7 +7,7 @@ from pathlib import Path
 
 from record import UserError
 
-from s2sent_kernels.pictures import write_atomically
+from s2sent_kernels.files import write_atomically
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -10,7 +10,7 @@ import copy
 
 import torch
 from cases import Case, Inputs
-from contestants import Contestant, gate_parameters, make_selector, selector_call
+from contestants import Contestant, differentiated, make_selector, selector_call
 from tolerance import Outcome, Sums, judge, outputs_and_gradients
 
 
@@ -25,10 +25,10 @@ def check(
         with torch.set_grad_enabled(gradients):
             actual = outputs_and_gradients(contestant.call, inputs, what, contestant.parameters, gradients)
             same_dtype = outputs_and_gradients(
-                selector_call(reference, what), inputs, what, gate_parameters(reference, what), gradients
+                selector_call(reference, what), inputs, what, differentiated(reference, what), gradients
             )
             truth = outputs_and_gradients(
-                selector_call(double, what), inputs.double(), what, gate_parameters(double, what), gradients
+                selector_call(double, what), inputs.double(), what, differentiated(double, what), gradients
             )
         for name in truth:
             sums.setdefault(name, Sums()).add(actual[name], same_dtype[name], truth[name])

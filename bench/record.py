@@ -28,7 +28,7 @@ import torch
 from cases import CASES, CPU_CASES
 from contestants import OURS, version
 
-from s2sent_kernels.pictures import write_atomically
+from s2sent_kernels.files import write_atomically
 
 FORMAT = 2
 BENCH = Path(__file__).resolve().parent

@@ -21,7 +21,7 @@ from pages import insert, table
 from record import Results, Row
 from suite import Parser, guarded
 
-from s2sent_kernels.pictures import write_atomically
+from s2sent_kernels.files import write_atomically
 
 MODES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 METHOD = """\

@@ -15,7 +15,8 @@ import pages
 import record
 from quality import data, finetune, quality, report, train_selector
 
-from s2sent_kernels import S2SentSelector, evaluation
+from s2sent_kernels import S2SentSelector
+from s2sent_kernels.tools import evaluation
 
 ROOT, RESULTS = record.BENCH.parent, record.RESULTS / "quality"
 ENVIRONMENT = {"device": "A CPU", "date": "2026-01-01", "commit": "abc", "versions": {"torch": "2"}}

@@ -1,4 +1,4 @@
-"""Times the token forward in one read of the hidden states and in two, over shapes. csrc/cuda/select.cu's rule follows it.
+"""Times the token forward in one read of the hidden states and in two, over shapes. csrc/cuda/sm90/select.cu's rule follows it.
 
     python bench/probes/one_pass.py [N,B,L,D ...]
 
@@ -12,27 +12,22 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, also where this file is run by its path
 
 import torch
 from cases import FREQUENCIES, Case, Inputs
-from contestants import passes
 from timing import device_times
 
-from s2sent_kernels import S2SentSelector, backends, functional, native
+from s2sent_kernels import S2SentSelector, backends, functional
+from s2sent_kernels.engines import native
+from s2sent_kernels.formula.call import Batch, Gating, Reading
 
 SHAPES = (
     (12, 256, 128, 768), (12, 1, 128, 768), (12, 42, 128, 768), (12, 512, 32, 768), (6, 256, 128, 768), (6, 64, 32, 384),
     (6, 512, 32, 384), (4, 256, 64, 384), (3, 28, 512, 768), (3, 256, 128, 768), (3, 1024, 32, 768), (2, 256, 128, 768),
     (1, 256, 128, 768), (6, 128, 128, 1024), (9, 128, 64, 512),
 )  # fmt: skip
-
-
-def select(one_pass: bool, *arguments: Any) -> tuple[torch.Tensor, ...]:
-    with passes(one_pass):
-        return native.select(*arguments)
 
 
 @torch.no_grad()
@@ -42,18 +37,19 @@ def main(shapes: Sequence[tuple[int, ...]]) -> None:
         case = Case(f"N = {N}, B = {B}, L = {L}, D = {D}", B, L, N, D)
         hidden = Inputs(case, 0, False, device).blocks
         selector = S2SentSelector(D, N, D // 12, FREQUENCIES, block_prior=True).to(device).eval()
-        parameters = selector._parameters_of_gate()
-        arguments = (hidden, None, None, parameters, FREQUENCIES, "tanh", 1e-5)
-        variants = {"two passes": [partial(select, False, *arguments)]}
+        parameters = selector.gate_parameters()
+        assert parameters is not None
+        arguments = (Batch(hidden), Reading(FREQUENCIES), parameters, Gating("tanh", 1e-5))
+        two = partial(native.select, *arguments, one_pass=False)
+        variants = {"two passes": [two]}
         if backends()["triton"].usable:
             call = partial(functional.select, hidden, parameters, frequencies=FREQUENCIES, backend="triton")
             variants["triton"] = [call]
-        bits = "not taken"
-        with passes(one=True):
-            taken = device == "cuda" and native._select_once(*arguments)
-        if taken:
-            bits = "the same bits" if all(map(torch.equal, taken, select(False, *arguments))) else "OTHER BITS"
-            variants["one pass"] = [partial(select, True, *arguments)]
+        bits = "no one-pass kernel"
+        once = native.select_once(*arguments, always=True) if device == "cuda" else None
+        if once is not None:
+            bits = "the same bits" if all(map(torch.equal, once, two())) else "OTHER BITS"
+            variants["one pass"] = [partial(native.select, *arguments, one_pass=True)]
         times = ", ".join(f"{name} {found.median:.1f}" for name, found in device_times(variants, 20).items())
         print(f"{case.name}: {times}; {bits}", flush=True)
 

@@ -1,6 +1,6 @@
 """Times one kernel over a handful of configurations, for bench/NOTES.md.
 
-    python bench/probes/sweep.py squeeze A,D 4:4:64:3 2:4:64:4      # the fields of the kernel's entry in kernels/config.py
+    python bench/probes/sweep.py squeeze A,D 4:4:64:3 2:4:64:4      # the fields of its entry in engines/triton/config.py
 
 Kernels: squeeze and fuse_backward (SumTile), fuse and squeeze_backward (Tile), gate (GateTile), gate_backward
 (GateBackwardTile, for the largest of its kernels). select_pool and select are whole paths, without settings. Compilation needs
@@ -17,13 +17,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, also where this file is run by its path
 
 import torch
-from cases import BOTTLENECK, CASES, FREQUENCIES, Inputs
+from cases import BOTTLENECK, CASES, FREQUENCIES, Case, Inputs
 from timing import device_times
 
-from s2sent_kernels import S2SentSelector, kernels
-from s2sent_kernels.kernels import config
-from s2sent_kernels.kernels.gate import _pool as pool
-from s2sent_kernels.kernels.squeeze import squeeze_for_gate
+from s2sent_kernels import S2SentSelector
+from s2sent_kernels.engines.triton import config, engine
+from s2sent_kernels.engines.triton.gate import pool
+from s2sent_kernels.engines.triton.squeeze import squeeze_for_gate
+from s2sent_kernels.formula.call import Batch, Gating, HiddenGradients, Reading
 
 TILES = {
     "squeeze": config.SumTile,
@@ -35,29 +36,35 @@ TILES = {
 }
 
 
-def call_of(name: str, case, inputs: Inputs) -> Callable[[], object]:
+def call_of(name: str, case: Case, inputs: Inputs) -> Callable[[], object]:
     """One launch of the kernel on these inputs (squeeze: with pooling; squeeze_backward: of the pooled path), or one path."""
-    batch = (inputs.mask, inputs.cu_seqlens)
-    selector = S2SentSelector(case.size, case.blocks, BOTTLENECK, FREQUENCIES, block_prior=True).cuda()
-    parameters = selector._parameters_of_gate().each(torch.Tensor.detach)
-    first, gates = inputs.blocks[0], inputs.gates
+    batch, reading, gating = (
+        Batch(inputs.blocks, inputs.mask, inputs.cu_seqlens),
+        Reading(FREQUENCIES, pooling="mean"),
+        Gating(),
+    )
+    selector = S2SentSelector(case.size, case.blocks, BOTTLENECK, FREQUENCIES, block_prior=True).cuda().eval()
+    parameters = selector.gate_parameters()
+    assert parameters is not None
+    parameters = parameters.each(torch.Tensor.detach)
+    gates = inputs.gates
     if name == "squeeze":
-        return partial(squeeze_for_gate, inputs.blocks, *batch, FREQUENCIES, "paper", "mean", parameters.down_weight)
+        return partial(squeeze_for_gate, batch, reading, parameters.down_weight)
     if name == "gate":
-        done = squeeze_for_gate(inputs.blocks, *batch, FREQUENCIES, "paper", "mean", parameters.down_weight)
-        return partial(pool, done, done.pooled, parameters, "tanh", 1e-6, case.dtype)
+        done = squeeze_for_gate(batch, reading, parameters.down_weight)
+        return partial(pool, done, done.pooled, parameters, gating, case.dtype)
     if name == "fuse":
-        return partial(kernels.fuse, inputs.blocks, gates, *batch)
+        return partial(engine.fuse, batch, gates)
     if name == "fuse_backward":
-        return partial(kernels.fuse_backward, inputs.grad_fused, inputs.blocks, *batch)
+        return partial(engine.fuse_backward, inputs.grad_fused, batch)
     if name == "squeeze_backward":
-        rest = (first.shape, first.dtype, first.device, [True] * case.blocks, *batch, FREQUENCIES, "paper", "mean")
-        return partial(kernels.squeeze_backward, inputs.squeezed, gates, None, None, *rest)
+        grads = HiddenGradients(squeezed=inputs.squeezed, pooled=gates)
+        return partial(engine.squeeze_backward, grads, batch.layout, [True] * case.blocks, reading)
     if name == "gate_backward":
-        return partial(kernels.gate_pool_backward, inputs.grad_pooled, inputs.squeezed, gates, parameters, "tanh", 1e-6)
+        return partial(engine.gate_pool_backward, inputs.grad_pooled, inputs.squeezed, gates, parameters, gating)
     if name == "select_pool":
-        return partial(kernels.select_pool, inputs.blocks, *batch, parameters, FREQUENCIES, "mean", "tanh", 1e-6)
-    return partial(kernels.select, inputs.blocks, *batch, parameters, FREQUENCIES, "tanh", 1e-6)
+        return partial(engine.select_pool, batch, reading, parameters, gating)
+    return partial(engine.select, batch, reading._replace(pooling=None), parameters, gating)
 
 
 def field(text: str) -> int | tuple[int, ...]:

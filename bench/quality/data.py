@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2sent_kernels import cache, evaluation, frozen
-from s2sent_kernels.evaluation import Pair
-from s2sent_kernels.tables import read_table
+from s2sent_kernels import cache, frozen
+from s2sent_kernels.tools import evaluation
+from s2sent_kernels.tools.evaluation import Pair
+from s2sent_kernels.tools.scores import correlations
+from s2sent_kernels.tools.tables import read_table
 
 MODEL_NAME = "all-MiniLM-L6-v2"
 MAX_LENGTH = 256  # of the model's own pipeline
@@ -84,7 +86,7 @@ def spearman(embeddings: Tensor, place: Mapping[str, int], pairs: Sequence[Pair]
     first = embeddings[[place[pair.sentence1] for pair in pairs]]
     second = embeddings[[place[pair.sentence2] for pair in pairs]]
     similarity = F.cosine_similarity(first, second)
-    return evaluation.correlations(similarity.tolist(), [pair.score for pair in pairs]).spearman
+    return correlations(similarity.tolist(), [pair.score for pair in pairs]).spearman
 
 
 def scores(embeddings: Tensor, texts: Sequence[str], data: Data) -> dict[str, float]:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from quality.data import MAX_LENGTH, Data, load_encoder, scores
-from s2sent_kernels import S2SentSelector, cache, evaluation, frozen
+from s2sent_kernels import S2SentSelector, cache, frozen
 from s2sent_kernels.capture import BlockCapture
-from s2sent_kernels.tokens import Tokens
+from s2sent_kernels.formula.call import Batch
+from s2sent_kernels.formula.tokens import Tokens
+from s2sent_kernels.tools import evaluation
 
 BATCH = 128
 EVALUATED = 128  # batch size without gradients
@@ -56,7 +58,7 @@ class Selected(nn.Module):
 
 
 def _mean(hidden_state: Tensor, mask: Tensor) -> Tensor:
-    weights = Tokens.of(hidden_state.shape, hidden_state.device, mask).pooling_weights("mean").to(hidden_state.dtype)
+    weights = Tokens.of(Batch([hidden_state], mask)).pooling_weights("mean").to(hidden_state.dtype)
     return (weights[:, None] @ hidden_state)[:, 0]
 
 

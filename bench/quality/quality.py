@@ -26,7 +26,9 @@ import torch
 
 from quality import finetune
 from quality.data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, load_encoder, scores
-from s2sent_kernels import S2SentSelector, evaluation, frozen, pretrained
+from s2sent_kernels import S2SentSelector, frozen
+from s2sent_kernels.checkpoints import pretrained
+from s2sent_kernels.tools import evaluation
 
 HIDDEN, BOTTLENECK = 384, 32
 RECIPE = frozen.Recipe(epochs=6)

@@ -23,8 +23,9 @@ from quality import train_selector
 from quality.data import MODEL_NAME, TESTS, TRANSFER, spread
 from quality.quality import BASE as CLAIMS_BASE
 from quality.quality import RECIPE as claims_recipe
-from s2sent_kernels import evaluation, pretrained
-from s2sent_kernels.pictures import write_atomically
+from s2sent_kernels.checkpoints import pretrained
+from s2sent_kernels.files import write_atomically
+from s2sent_kernels.tools import evaluation
 
 Row = dict[str, Any]
 COLUMNS = ("dev", *TESTS, "mean")

@@ -22,8 +22,10 @@ import torch
 from pages import table as markdown
 
 from quality.data import MAX_LENGTH, MODEL_NAME, SEEDS, TESTS, Data, Frozen, arguments, scores, spread
-from s2sent_kernels import S2SentSelector, evaluation, frozen, pretrained
-from s2sent_kernels.pictures import write_atomically
+from s2sent_kernels import S2SentSelector, frozen
+from s2sent_kernels.checkpoints import pretrained
+from s2sent_kernels.files import data_folder, write_atomically
+from s2sent_kernels.tools import evaluation
 
 BLOCKS, BOTTLENECK, FREQUENCIES = 6, 32, 4
 LEARNING_RATES = (1e-3, 3e-3)
@@ -166,7 +168,7 @@ def card(content: dict[str, Any], folder: Path) -> str:
 
 def main() -> int:
     parser = arguments(__doc__)
-    parser.add_argument("--output", type=Path, default=Path(pretrained.__file__).parent / "data" / MODEL_NAME)
+    parser.add_argument("--output", type=Path, default=data_folder() / MODEL_NAME)
     options = parser.parse_args()
     data = Data.read(options.data)
     cached = Frozen(data, options.cache, options.model, options.device, token_frequencies=2)
@@ -207,7 +209,7 @@ def main() -> int:
         "encoder": f"sentence-transformers/{MODEL_NAME}", "blocks": list(range(BLOCKS)), "pooling": "mean",
         "max_length": MAX_LENGTH, "scalar_mix": weights,
     }  # fmt: skip
-    pretrained.save(shipped, options.output, about)
+    shipped.save_pretrained(options.output, about=about)
     write_atomically(options.output / "README.md", card(content, options.output).encode())
     record.write(RESULT, content)
     print(options.output)
