@@ -170,7 +170,7 @@ def test_parity_finds_a_wrong_output_a_wrong_gradient_and_nan(broken):
 
 
 def test_auto_follows_what_was_measured():
-    """ "auto"'s choice for tokens on a GPU, from the times of bench/probes/one_pass.py: native's faster way against Triton."""
+    """For tokens on a GPU, by the times of bench/probes/one_pass.py: native's faster way against Triton."""
     total = defaultdict(lambda: [0.0, 0.0])
     measured = Path(suite.__file__).parent / "results" / "parts" / "nvidia-h200-tokens.txt"
     lines = measured.read_text(encoding="utf-8").splitlines()
