@@ -28,7 +28,7 @@ import targets
 import timing
 
 from s2sent_kernels import S2SentSelector
-from s2sent_kernels.engines import native
+from s2sent_kernels.engines.native import limits as native
 
 ROOT = record.BENCH.parent
 SMALL = cases.Case("small", 2, 8, 3, 16, torch.float32)

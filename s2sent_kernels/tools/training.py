@@ -164,9 +164,13 @@ def _settings(model: SentenceTransformer, examples: Examples, recipe: Recipe, de
         key: getattr(module, key) for module in model if isinstance(module, S2SentPooling) for key in module.config_keys
     }
     found = {
-        **recipe._asdict(), **pooling, "max_seq_length": model.max_seq_length, "examples": digest(examples),
-        "dev": digest(dev), "parameters": digest([[name, *p.shape] for name, p in model.named_parameters()]),
-    }  # fmt: skip
+        **recipe._asdict(),
+        **pooling,
+        "max_seq_length": model.max_seq_length,
+        "examples": digest(examples),
+        "dev": digest(dev),
+        "parameters": digest([[name, *p.shape] for name, p in model.named_parameters()]),
+    }
     return json.loads(json.dumps(found))
 
 
