@@ -16,9 +16,14 @@ from timing import on_gpu
 def row_of(case: Case, what: str, mode: str, name: str) -> Row:
     """The fields that a row of every section begins with."""
     return {
-        "case": case.name, "shape": case.shape, "dtype": case.dtype_name, "layout": case.layout, "what": what,
-        "mode": mode, "contestant": name,
-    }  # fmt: skip
+        "case": case.name,
+        "shape": case.shape,
+        "dtype": case.dtype_name,
+        "layout": case.layout,
+        "what": what,
+        "mode": mode,
+        "contestant": name,
+    }
 
 
 def grad_mode(mode: str) -> torch.set_grad_enabled:

@@ -52,7 +52,7 @@ class Tree:
 
     @property
     def interface(self) -> str | None:
-        """The extension's interface number in the Python sources: INTERFACE of engines/native.py, once NATIVE_INTERFACE."""
+        """The extension's interface number in the Python sources: INTERFACE, formerly NATIVE_INTERFACE."""
         for path in sorted((self.folder / "s2sent_kernels").rglob("*.py")):
             found = re.search(r"^(?:NATIVE_)?INTERFACE\b.*?=\s*(\d+)", path.read_text(encoding="utf-8"), re.M)
             if found:
@@ -107,8 +107,11 @@ def _provide_extension(base: Tree, work: Tree, build: bool) -> str:
         variables = {name: value for name, value in os.environ.items() if name != "S2SENT_BUILD"}
         done = subprocess.run(
             [sys.executable, "setup.py", "build_ext", "--inplace"],
-            cwd=base.folder, env=variables, capture_output=True, text=True,
-        )  # fmt: skip
+            cwd=base.folder,
+            env=variables,
+            capture_output=True,
+            text=True,
+        )
         if done.returncode or base.extension is None:
             lines = (done.stdout + done.stderr).strip().splitlines()
             return f"native is not compared: the base's extension was not built: {lines[-1] if lines else ''}"

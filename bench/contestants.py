@@ -19,8 +19,8 @@ from formula import Formula, masked_mean
 from torch import Tensor, nn
 
 from s2sent_kernels import S2SentSelector, fuse, gate, squeeze
-from s2sent_kernels.engines import native
 from s2sent_kernels.engines.choice import choose
+from s2sent_kernels.engines.native import engine as native
 from s2sent_kernels.formula.call import Batch, Call, Reading
 
 OURS, MEAN_OF_LAST = "s2sent_kernels", "mean of last block"

@@ -41,9 +41,13 @@ class Encoder:
 
         torch.manual_seed(0)
         config = BertConfig(
-            vocab_size=self.vocabulary, hidden_size=self.size, num_hidden_layers=self.blocks,
-            num_attention_heads=self.heads, intermediate_size=self.inner, attn_implementation="sdpa",
-        )  # fmt: skip
+            vocab_size=self.vocabulary,
+            hidden_size=self.size,
+            num_hidden_layers=self.blocks,
+            num_attention_heads=self.heads,
+            intermediate_size=self.inner,
+            attn_implementation="sdpa",
+        )
         return BertModel(config, add_pooling_layer=False).to(device=device, dtype=dtype).eval()
 
 
@@ -132,9 +136,7 @@ class Variants:
             error, yardstick = (call().double() - truth).norm(), (same_dtype - truth).norm()
             ok = bool(error <= 2 * yardstick + unit * truth.norm())
             relative = (error / truth.norm()).item()
-            outcomes[name] = {
-                "ok": ok, "output_error": relative, "yardstick_error": (yardstick / truth.norm()).item()
-            }  # fmt: skip
+            outcomes[name] = {"ok": ok, "output_error": relative, "yardstick_error": (yardstick / truth.norm()).item()}
         return outcomes
 
 
@@ -160,10 +162,14 @@ def _measure(encoder: torch.nn.Module, shape: Encoder, batch: int, tokens: int, 
         outcomes = variants.parity()
         for name in variants.calls():
             row = {
-                "section": "end to end", "case": f"{batch}x{tokens}", "what": shape.name, "mode": "forward",
-                "contestant": name, "shape": [batch, tokens, shape.blocks, shape.size],
+                "section": "end to end",
+                "case": f"{batch}x{tokens}",
+                "what": shape.name,
+                "mode": "forward",
+                "contestant": name,
+                "shape": [batch, tokens, shape.blocks, shape.size],
                 "dtype": str(next(encoder.parameters()).dtype).removeprefix("torch."),
-            }  # fmt: skip
+            }
             if name in outcomes:
                 row["parity"] = outcomes[name]
                 if not outcomes[name]["ok"]:

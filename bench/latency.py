@@ -205,9 +205,11 @@ def sweep(axis: str, cases: tuple[Case, ...], settings: Settings) -> Iterator[li
         errors: dict[str, str] = {}
         with torch.no_grad():
             times = device_times(
-                {name: each for name, (_, each) in calls.items()}, settings.repeats, seconds=settings.seconds,
+                {name: each for name, (_, each) in calls.items()},
+                settings.repeats,
+                seconds=settings.seconds,
                 errors=errors,
-            )  # fmt: skip
+            )
         for name, (row, _) in calls.items():
             if name in times:
                 row |= {"status": "ok", "device_us": times[name].as_dict()}

@@ -29,7 +29,8 @@ constexpr const char* kPoolings[] = {"mean", "cls", "last"};  // the word of Poo
 constexpr const char* kActivations[] = {"tanh", "relu"};      // the word of Activation(i)
 constexpr int kNumPoolings = sizeof kPoolings / sizeof *kPoolings;
 constexpr int kNumActivations = sizeof kActivations / sizeof *kActivations;
-static_assert(kNumPoolings == int(Pooling::kLast) && kNumActivations == int(Activation::kRelu) + 1, "a word per number");
+static_assert(kNumPoolings == int(Pooling::kLast), "a word for every pooling but kNone");
+static_assert(kNumActivations == int(Activation::kRelu) + 1, "a word for every activation");
 
 // s = act(t). tanh is computed in float64 and rounded once; relu(NaN) is NaN.
 S2SENT_HD float activate(Activation activation, float t) {

@@ -82,9 +82,14 @@ def export_onnx(model: S2SentModel | SentenceTransformer | Pipeline, path: str |
     try:
         with torch.no_grad():
             program = torch.onnx.export(
-                pipeline, _example(pipeline), dynamo=True, dynamic_shapes=(names, same), input_names=INPUTS,
-                output_names=[OUTPUT], verbose=False,
-            )  # fmt: skip
+                pipeline,
+                _example(pipeline),
+                dynamo=True,
+                dynamic_shapes=(names, same),
+                input_names=INPUTS,
+                output_names=[OUTPUT],
+                verbose=False,
+            )
     except torch.onnx.errors.OnnxExporterError as error:
         raise ValueError(f"model: cannot be exported to ONNX: {_root(error)}") from error
     assert program is not None  # None only if the exporter writes the file itself

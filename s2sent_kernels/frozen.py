@@ -235,9 +235,11 @@ def fit(
         cached_dev = cache.make(encoder, tokenizer, pairs, folder, settings, progress=progress)
         rows = cached_dev.rows(pairs)
         score = Dev(
-            Features.of(cached_dev, selector.num_blocks, selector.frequencies), rows[::2], rows[1::2],
+            Features.of(cached_dev, selector.num_blocks, selector.frequencies),
+            rows[::2],
+            rows[1::2],
             [gold for _, _, gold in dev],
-        )  # fmt: skip
+        )
     device = next(selector.parameters()).device
     features = Features.of(cached, selector.num_blocks, selector.frequencies).to(device)
     if score is not None:

@@ -121,10 +121,14 @@ def gate(
     validate.positive_int("num_blocks", num_blocks)
     validate.parameter_types(parameters)
     validate.squeezed(squeezed)
-    return gate_batch(squeezed, parameters, num_blocks, _gating(activation, eps, profile, training, momentum), backend)
+    return gate_squeezed(
+        squeezed, parameters, num_blocks, _gating(activation, eps, profile, training, momentum), backend
+    )
 
 
-def gate_batch(squeezed: Tensor, parameters: GateParameters, num_blocks: int, gating: Gating, backend: str) -> Tensor:
+def gate_squeezed(
+    squeezed: Tensor, parameters: GateParameters, num_blocks: int, gating: Gating, backend: str
+) -> Tensor:
     """``gate`` of records whose types are right."""
     chosen = choose(backend, Call(squeezed.device, squeezed.dtype, num_blocks=num_blocks))
     if chosen == "reference" or gating.training or gating.profile != "paper":
@@ -198,7 +202,7 @@ def select(
     reading, gating = _reading(frequencies, profile, None), _gating(activation, eps, profile, training, momentum)
     if profile != "paper" or training:
         gate_function = partial(
-            gate_batch, parameters=parameters, num_blocks=batch.num_blocks, gating=gating, backend=backend
+            gate_squeezed, parameters=parameters, num_blocks=batch.num_blocks, gating=gating, backend=backend
         )
         return select_with(gate_function, batch, reading, backend)
     return select_fused(batch, reading, parameters, gating, backend)
@@ -211,7 +215,7 @@ def select_fused(batch: Batch, reading: Reading, parameters: GateParameters, gat
     if chosen != "reference":
         return ops.select.run(batch, reading, parameters, gating, chosen)
     gate_function = partial(
-        gate_batch, parameters=parameters, num_blocks=batch.num_blocks, gating=gating, backend=chosen
+        gate_squeezed, parameters=parameters, num_blocks=batch.num_blocks, gating=gating, backend=chosen
     )
     return select_with(gate_function, batch, reading, chosen)
 
@@ -240,7 +244,7 @@ def select_pool(
     reading, gating = _reading(frequencies, profile, pooling), _gating(activation, eps, profile, training, momentum)
     if profile != "paper" or training:
         gate_function = partial(
-            gate_batch, parameters=parameters, num_blocks=batch.num_blocks, gating=gating, backend=backend
+            gate_squeezed, parameters=parameters, num_blocks=batch.num_blocks, gating=gating, backend=backend
         )
         return select_pool_with(gate_function, batch, reading, backend)
     return select_pool_fused(batch, reading, parameters, gating, backend)
@@ -254,6 +258,6 @@ def select_pool_fused(
     if chosen != "reference":
         return ops.select_pool.run(batch, reading, parameters, gating, chosen)
     gate_function = partial(
-        gate_batch, parameters=parameters, num_blocks=batch.num_blocks, gating=gating, backend=chosen
+        gate_squeezed, parameters=parameters, num_blocks=batch.num_blocks, gating=gating, backend=chosen
     )
     return select_pool_with(gate_function, batch, reading, chosen)

@@ -177,7 +177,7 @@ class S2SentSelector(nn.Module):
         if training and self.norm is not None and squeezed.shape[0]:
             momentum = self._count_batch(self.norm)
         gating = self.gating()._replace(training=training, momentum=momentum)
-        return functional.gate_batch(squeezed, self._tensors(), self.num_blocks, gating, self.backend)
+        return functional.gate_squeezed(squeezed, self._tensors(), self.num_blocks, gating, self.backend)
 
     def _parts(self) -> list[nn.Module]:
         return [self.down, self.up] if self.norm is None else [self.down, self.up, self.norm]

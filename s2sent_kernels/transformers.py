@@ -286,9 +286,11 @@ class S2SentForSequenceClassification(transformers.PreTrainedModel):
             ValueError, TypeError: as ``S2SentModel.from_encoder``.
         """
         return cls.from_model(
-            S2SentModel.from_encoder(path_or_model, blocks, **options), num_labels=num_labels, problem_type=problem_type,
+            S2SentModel.from_encoder(path_or_model, blocks, **options),
+            num_labels=num_labels,
+            problem_type=problem_type,
             classifier_dropout=classifier_dropout,
-        )  # fmt: skip
+        )
 
     @classmethod
     def from_model(

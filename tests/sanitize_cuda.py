@@ -12,7 +12,7 @@ import sys
 import torch
 
 from s2sent_kernels import GateParameters, functional
-from s2sent_kernels.engines import native
+from s2sent_kernels.engines.native import engine as native
 from s2sent_kernels.formula.call import Batch, Gating, Reading
 
 KINDS = ("none", "mask", "packed")
@@ -25,9 +25,15 @@ def make_parameters(num_blocks, size, width):
     both = num_blocks * size
     statistics = torch.randn(both, device="cuda"), torch.rand(both, device="cuda") + 1
     return GateParameters(
-        random(width, size), random(width), random(both, width), random(both), random(both), random(both), *statistics,
+        random(width, size),
+        random(width),
+        random(both, width),
+        random(both),
+        random(both),
+        random(both),
+        *statistics,
         random(num_blocks),
-    )  # fmt: skip
+    )
 
 
 def where_tokens_are(kind, batch, length):

@@ -28,7 +28,7 @@ import targets
 import timing
 
 from s2sent_kernels import S2SentSelector
-from s2sent_kernels.engines import native
+from s2sent_kernels.engines.native import limits as native
 
 ROOT = record.BENCH.parent
 SMALL = cases.Case("small", 2, 8, 3, 16, torch.float32)
@@ -170,7 +170,7 @@ def test_parity_finds_a_wrong_output_a_wrong_gradient_and_nan(broken):
 
 
 def test_auto_follows_what_was_measured():
-    """ "auto"'s choice for tokens on a GPU, from the times of bench/probes/one_pass.py: native's faster way against Triton."""
+    """For tokens on a GPU, by the times of bench/probes/one_pass.py: native's faster way against Triton."""
     total = defaultdict(lambda: [0.0, 0.0])
     measured = Path(suite.__file__).parent / "results" / "parts" / "nvidia-h200-tokens.txt"
     lines = measured.read_text(encoding="utf-8").splitlines()

@@ -196,8 +196,15 @@ def test_every_command_line_runs(tmp_path, monkeypatch):
         assert main([*arguments, "--device", "cpu"]) == 0, arguments
         written.update(arguments[place + 1] for place, word in enumerate(arguments) if word.startswith("--output"))
     assert written == {
-        "selector", "model", "unsupervised", "embeddings.parquet", "embeddings.npy", "model.onnx", "model.pt2", "results",
-    }  # fmt: skip
+        "selector",
+        "model",
+        "unsupervised",
+        "embeddings.parquet",
+        "embeddings.npy",
+        "model.onnx",
+        "model.pt2",
+        "results",
+    }
     assert all(Path(name).exists() for name in (*written, "evaluation/evaluation.png", "inspection/gates.png"))
     check_that_it_needs_torch_alone("model.pt2", "model")
 

@@ -11,14 +11,24 @@ import pytest
 ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").is_file())
 TEXT = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", TEXT, re.M | re.S)
-MADE = ("triplets.jsonl", "pairs.tsv", "selector/model.safetensors", "looks/gates.png", "scores/evaluation.json",
-        "embeddings.parquet", "model/modules.json")  # fmt: skip
+MADE = (
+    "triplets.jsonl",
+    "pairs.tsv",
+    "selector/model.safetensors",
+    "looks/gates.png",
+    "scores/evaluation.json",
+    "embeddings.parquet",
+    "model/modules.json",
+)
 
 
 def test_every_command_is_shown():
     assert {word for _, code in BLOCKS for word in re.findall(r"^s2sent (\w+)", code, re.M)} == {
-        "train", "inspect", "evaluate", "encode",
-    }  # fmt: skip
+        "train",
+        "inspect",
+        "evaluate",
+        "encode",
+    }
     assert len(BLOCKS) == TEXT.count("```") // 2
 
 

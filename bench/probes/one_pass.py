@@ -20,14 +20,26 @@ from cases import FREQUENCIES, Case, Inputs
 from timing import device_times
 
 from s2sent_kernels import S2SentSelector, backends, functional
-from s2sent_kernels.engines import native
+from s2sent_kernels.engines.native import engine as native
 from s2sent_kernels.formula.call import Batch, Gating, Reading
 
 SHAPES = (
-    (12, 256, 128, 768), (12, 1, 128, 768), (12, 42, 128, 768), (12, 512, 32, 768), (6, 256, 128, 768), (6, 64, 32, 384),
-    (6, 512, 32, 384), (4, 256, 64, 384), (3, 28, 512, 768), (3, 256, 128, 768), (3, 1024, 32, 768), (2, 256, 128, 768),
-    (1, 256, 128, 768), (6, 128, 128, 1024), (9, 128, 64, 512),
-)  # fmt: skip
+    (12, 256, 128, 768),
+    (12, 1, 128, 768),
+    (12, 42, 128, 768),
+    (12, 512, 32, 768),
+    (6, 256, 128, 768),
+    (6, 64, 32, 384),
+    (6, 512, 32, 384),
+    (4, 256, 64, 384),
+    (3, 28, 512, 768),
+    (3, 256, 128, 768),
+    (3, 1024, 32, 768),
+    (2, 256, 128, 768),
+    (1, 256, 128, 768),
+    (6, 128, 128, 1024),
+    (9, 128, 64, 512),
+)
 
 
 @torch.no_grad()

@@ -87,9 +87,9 @@ inline std::vector<void*> gradients_into(const Checks& check, const Tensors& gra
 
 template <class SqueezeBackward>
 SqueezeBackward squeeze_backward_arguments(
-    const Sentences& sentences, const Tensors& grads, const std::vector<void*>& into, const Tensor& alpha, bool official,
-    int64_t pooling, const Optional& grad_squeezed, const Optional& grad_pooled, const Optional& grad_fused,
-    const Optional& gates) {
+    const Sentences& sentences, const Tensors& grads, const std::vector<void*>& into, const Tensor& alpha,
+    bool official, int64_t pooling, const Optional& grad_squeezed, const Optional& grad_pooled,
+    const Optional& grad_fused, const Optional& gates) {
   const Checks& check = sentences.check;
   SqueezeBackward args = {};
   args.dtype = dtype_of(grads[0]);
@@ -118,7 +118,8 @@ SqueezeBackward squeeze_backward_arguments(
 inline Gate gate_inputs(
     const Tensor& squeezed, S2SENT_GATE_PARAMETERS, int64_t num_blocks, int64_t activation, double eps) {
   STD_TORCH_CHECK(
-      squeezed.dim() == 2 && down_weight.dim() == 2 && num_blocks > 0, "s2sent_native: the gate's arguments do not fit");
+      squeezed.dim() == 2 && down_weight.dim() == 2 && num_blocks > 0,
+      "s2sent_native: the gate's arguments do not fit");
   STD_TORCH_CHECK(
       !norm_weight || (norm_bias && running_mean && running_var), "s2sent_native: expected all of the norm's tensors");
   const Checks check(squeezed);

@@ -83,8 +83,8 @@ inline DType dtype_of(const Tensor& tensor) {
 
 inline Pooling pooling_of(int64_t number) {
   STD_TORCH_CHECK(
-      number >= 0 && number <= kNumPoolings, "s2sent_native: pooling: expected a number from 0 (none) to ", kNumPoolings,
-      ", got ", number);
+      number >= 0 && number <= kNumPoolings, "s2sent_native: pooling: expected a number from 0 (none) to ",
+      kNumPoolings, ", got ", number);
   return Pooling(number);
 }
 

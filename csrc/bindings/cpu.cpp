@@ -98,8 +98,8 @@ void squeeze(
   const RealBatch real(sentences);
   const std::vector<Rows> hidden = sentences.rows(hidden_states);
   Squeeze args = squeeze_arguments<Squeeze>(
-      sentences, dtype_of(hidden_states[0]), hidden, first_block, num_blocks, alpha, beta.has_value(), pooling, squeezed,
-      pooled);
+      sentences, dtype_of(hidden_states[0]), hidden, first_block, num_blocks, alpha, beta.has_value(), pooling,
+      squeezed, pooled);
   const TokenFactors factors = factors_of(sentences, real.batch, num_blocks, args.parts, y, beta);
   const std::unique_ptr<float[]> sums(new float[size_t(sentences.count * args.num * args.size)]);
   args.batch = real.batch;

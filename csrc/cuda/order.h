@@ -27,6 +27,8 @@ static_assert(kGradAccumulators == 4, "the kernel spells this tree out");
 constexpr int64_t kLongSlice = 64, kShortSlice = 48;
 constexpr int kQuarters = 4;
 constexpr int kRunningSums = 4;
-__host__ __device__ constexpr int64_t slice_of(int64_t size) { return size % kShortSlice == 0 ? kShortSlice : kLongSlice; }
+__host__ __device__ constexpr int64_t slice_of(int64_t size) {
+  return size % kShortSlice == 0 ? kShortSlice : kLongSlice;
+}
 
 }  // namespace s2sent::cuda

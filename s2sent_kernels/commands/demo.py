@@ -110,9 +110,14 @@ def make_selector(hidden_size: int, num_blocks: int, backend: str = "auto") -> S
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return S2SentSelector(
-            hidden_size, num_blocks, bottleneck=max(1, hidden_size // 12),
-            frequencies=math.gcd(FREQUENCIES, hidden_size), gate_norm=None, block_prior=True, backend=backend,
-        ).eval()  # fmt: skip
+            hidden_size,
+            num_blocks,
+            bottleneck=max(1, hidden_size // 12),
+            frequencies=math.gcd(FREQUENCIES, hidden_size),
+            gate_norm=None,
+            block_prior=True,
+            backend=backend,
+        ).eval()
 
 
 def _time(call: Callable[[], Tensor], device: torch.device, repeats: int, warm_up: int) -> Timing:

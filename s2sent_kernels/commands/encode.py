@@ -39,9 +39,10 @@ def add(commands: Any) -> None:
     command.add_argument("--id-column", help="whose values become the ids (default: the row's number)")
     command.add_argument("--keep-text", action="store_true", help="a column text in the output, too")
     command.add_argument(
-        "--model", metavar="FOLDER",
+        "--model",
+        metavar="FOLDER",
         help="encoder and selector in one folder, or an encoder with --selector (default: all-MiniLM-L6-v2, bundled)",
-    )  # fmt: skip
+    )
     command.add_argument("--selector", metavar="NAME", help="a folder, or the name of a shipped selector")
     command.add_argument("--max-length", type=positive, help="tokens at most (default: the model's)")
     command.add_argument("--prompt", help="put before each text")
@@ -84,9 +85,13 @@ def run(arguments: argparse.Namespace) -> None:
     model.to(devices[0])
     pool = model.start_multi_process_pool(devices) if len(devices) > 1 else None
     options = {
-        "prompt": arguments.prompt, "batch_size": arguments.batch_size, "normalize_embeddings": arguments.normalize,
-        "truncate_dim": arguments.truncate_dim, "show_progress_bar": False, "pool": pool,
-    }  # fmt: skip
+        "prompt": arguments.prompt,
+        "batch_size": arguments.batch_size,
+        "normalize_embeddings": arguments.normalize,
+        "truncate_dim": arguments.truncate_dim,
+        "show_progress_bar": False,
+        "pool": pool,
+    }
 
     def encode(texts: list[str]) -> Any:
         return model.encode(texts, **options)
@@ -96,9 +101,14 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.precision != "float32":
             result = _quantized(encode, arguments.precision, arguments.calibration, arguments.column)
         count = encoding.encode_texts(
-            encoding.read_texts(inputs, arguments.column, arguments.id_column), result, output, chunk=arguments.chunk,
-            key=resumption_key(vars(arguments)), keep_text=arguments.keep_text, progress=sys.stderr.isatty(),
-        )  # fmt: skip
+            encoding.read_texts(inputs, arguments.column, arguments.id_column),
+            result,
+            output,
+            chunk=arguments.chunk,
+            key=resumption_key(vars(arguments)),
+            keep_text=arguments.keep_text,
+            progress=sys.stderr.isatty(),
+        )
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
     except OSError as error:

@@ -38,9 +38,14 @@ def add(commands: Any) -> None:
         help="TSV with columns split, score, sentence1, sentence2",
     )
     command.add_argument(
-        "--transfer", type=common.path, nargs="+", action="extend", default=[], metavar="FILE",
+        "--transfer",
+        type=common.path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
         help="TSV with columns split, label and text, or sentence1 and sentence2; splits train and test, or all",
-    )  # fmt: skip
+    )
     command.add_argument(
         "--mteb", nargs="+", action="extend", default=[], metavar="TASK", help="tasks of mteb (needs a network)"
     )

@@ -27,9 +27,10 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--selector", help="folder or shipped name")
     command.add_argument(
-        "--backend", choices=("auto", *BACKENDS),
+        "--backend",
+        choices=("auto", *BACKENDS),
         help="of the selector; with reference a FILE.pt2 needs torch alone where it is loaded (default: its own, or auto)",
-    )  # fmt: skip
+    )
     common.add_device(command)
 
 

@@ -23,17 +23,19 @@ from .common import UserError, positive
 
 _FROZEN_ONLY = ("cache",)
 _TUNED_ONLY = ("selector_learning_rate", "accumulation", "precision", "patience", "resume")
-_PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def add(commands: Any) -> None:
     about = "train a selector, with its encoder or behind a frozen one"
     command = commands.add_parser("train", help=about, description=__doc__)
     command.add_argument(
-        "--data", type=common.path, required=True, metavar="FILE",
+        "--data",
+        type=common.path,
+        required=True,
+        metavar="FILE",
         help="columns anchor, positive and, optionally, negative or negative_1, negative_2, ... as .tsv, .csv, .jsonl or "
         ".parquet; or sentences, one a line, as .txt: each its own positive under dropout",
-    )  # fmt: skip
+    )
     command.add_argument(
         "--output",
         type=common.path,
@@ -72,7 +74,7 @@ def add(commands: Any) -> None:
     command.add_argument("--selector-learning-rate", type=float, help=f"default: {rate:g}")
     command.add_argument("--prior-learning-rate", type=float, help=f"default: {frozen.DEFAULT.prior_learning_rate:g}")
     command.add_argument("--accumulation", type=positive, help="batches that are one step (default: 1)")
-    command.add_argument("--precision", choices=_PRECISIONS, help="autocast (default: float32)")
+    command.add_argument("--precision", choices=recipe.PRECISIONS, help="autocast (default: float32)")
     command.add_argument("--patience", type=positive, help="stop after so many epochs without a better --dev")
     command.add_argument(
         "--resume", action="store_const", const=True, help="go on from the last checkpoint in --output"
@@ -226,7 +228,12 @@ def _train_frozen(task: _Task, examples: Examples, folder: str) -> None:
         score = f", dev {history.scores[epoch]:.2f}" if history.scores else ""
         print(f"epoch {epoch}: loss {loss:.4f}{score}{', kept' if epoch == history.kept else ''}")
     about = {
-        "encoder": name, "blocks": list(blocks), "pooling": task.pooling, "max_length": task.max_length,
-        "recipe": settings._asdict(), "triplets": len(examples.rows), "epoch": history.kept,
-    }  # fmt: skip
+        "encoder": name,
+        "blocks": list(blocks),
+        "pooling": task.pooling,
+        "max_length": task.max_length,
+        "recipe": settings._asdict(),
+        "triplets": len(examples.rows),
+        "epoch": history.kept,
+    }
     selector.save_pretrained(task.output, about=about)

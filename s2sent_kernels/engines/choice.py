@@ -1,6 +1,6 @@
 """Which engine a call gets. The only place that decides it; each engine itself tells what it refuses.
 
-``triton.limits`` and ``native`` can be asked without loading a compiler or the extension's kernels.
+An engine's ``limits`` can be asked without Triton or the extension.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import os
 import torch
 
 from ..formula.call import Call
-from . import native, plain
+from . import plain
 from .interface import KERNEL_DTYPES, BackendStatus, Engine, Limits, say_once
+from .native import engine as native_engine
+from .native import limits as native_limits
 from .triton import limits as triton_limits
 
-LIMITS: dict[str, Limits] = {"reference": plain, "triton": triton_limits, "native": native}
+LIMITS: dict[str, Limits] = {"reference": plain, "triton": triton_limits, "native": native_limits}
 BACKENDS = tuple(LIMITS)
 BACKEND_VARIABLE = "S2SENT_BACKEND"
 
@@ -46,7 +48,7 @@ def _fastest(call: Call) -> tuple[str, ...]:
         return "native", "reference"
     if call.device.type == "cuda":
         # On an H200 Triton is faster on every other path that bench/results/parts has of both (bfloat16).
-        return ("native", "triton", "reference") if native.is_faster(call) else ("triton", "native", "reference")
+        return ("native", "triton", "reference") if native_limits.is_faster(call) else ("triton", "native", "reference")
     return ("reference",)
 
 
@@ -96,7 +98,7 @@ _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def engine_of(backend: str) -> Engine:
     """The engine of a backend that ``choose`` returned. The Triton engine is imported when it is first used."""
     if backend == "native":
-        return native
+        return native_engine
     if backend == "triton":
         from .triton import engine
 

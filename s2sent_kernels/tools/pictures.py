@@ -108,9 +108,14 @@ def bases_picture(num_blocks: int, frequencies: int, num_tokens: int, blocks: Se
             axes.set_axis_off()
             continue
         image = axes.imshow(
-            planes[place].numpy(), aspect="auto", origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit,
+            planes[place].numpy(),
+            aspect="auto",
+            origin="lower",
+            cmap="RdBu_r",
+            vmin=-limit,
+            vmax=limit,
             interpolation="nearest",
-        )  # fmt: skip
+        )
         axes.set_title("(x, y) = ({}, {})".format(*pairs[place]), fontsize=10)
         axes.set_yticks(range(num_blocks), names)
         if place % columns == 0:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+PRECISIONS = ("float32", "bfloat16", "float16")  # the latter two by autocast
+
 
 class Recipe(NamedTuple):
     epochs: int = 3
@@ -14,7 +16,7 @@ class Recipe(NamedTuple):
     temperature: float = 0.05
     warmup: float = 0.1  # fraction of all steps
     accumulation: int = 1  # batches a step
-    precision: str = "float32"  # or "bfloat16", "float16": autocast
+    precision: str = "float32"  # one of PRECISIONS
     patience: int | None = None  # epochs without a better dev score before training stops
     seed: int = 0
 

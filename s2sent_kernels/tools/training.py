@@ -20,7 +20,7 @@ from .. import validate
 from ..files import importing, locked, missing, remove_empty, write_atomically
 from ..sentence_transformers import S2SentPooling, SentenceTransformer, load
 from .examples import Examples
-from .recipe import DEFAULT, Recipe
+from .recipe import DEFAULT, PRECISIONS, Recipe
 
 with importing(None, "train"):
     import accelerate  # noqa: F401  the trainer imports it late, and its error names another extra
@@ -139,7 +139,7 @@ def _check(model: SentenceTransformer, examples: Examples, recipe: Recipe, dev: 
     validate.number("learning_rate", recipe.learning_rate)
     if not 0 <= recipe.learning_rate < math.inf:
         raise ValueError(f"learning_rate: expected 0 or more, got {recipe.learning_rate}")
-    validate.option("precision", recipe.precision, ("float32", "bfloat16", "float16"))
+    validate.option("precision", recipe.precision, PRECISIONS)
     if len(examples.rows) < 2:
         raise ValueError(
             f"examples: expected two or more, since each is the others' negative, got {len(examples.rows)}"
@@ -164,9 +164,13 @@ def _settings(model: SentenceTransformer, examples: Examples, recipe: Recipe, de
         key: getattr(module, key) for module in model if isinstance(module, S2SentPooling) for key in module.config_keys
     }
     found = {
-        **recipe._asdict(), **pooling, "max_seq_length": model.max_seq_length, "examples": digest(examples),
-        "dev": digest(dev), "parameters": digest([[name, *p.shape] for name, p in model.named_parameters()]),
-    }  # fmt: skip
+        **recipe._asdict(),
+        **pooling,
+        "max_seq_length": model.max_seq_length,
+        "examples": digest(examples),
+        "dev": digest(dev),
+        "parameters": digest([[name, *p.shape] for name, p in model.named_parameters()]),
+    }
     return json.loads(json.dumps(found))
 
 

@@ -12,8 +12,12 @@ from s2sent_kernels.cli import COMMANDS, _parser, main
 from s2sent_kernels.commands import common, encode
 from s2sent_kernels.tools import recipe
 
-OUTPUTS = {"export": ("--output", "out.onnx"), "inspect": ("--output-dir", "out"), "evaluate": ("--output-dir", "out"),
-           "encode": ("--output", "out.npy")}  # fmt: skip
+OUTPUTS = {
+    "export": ("--output", "out.onnx"),
+    "inspect": ("--output-dir", "out"),
+    "evaluate": ("--output-dir", "out"),
+    "encode": ("--output", "out.npy"),
+}
 INPUTS = {"evaluate": ("--sts", "sts.tsv"), "encode": ("texts.txt",)}
 
 
@@ -58,12 +62,15 @@ def test_a_folder_of_sentence_transformers_holds_a_selector_if_a_module_is_ours(
 @pytest.mark.parametrize(
     "model, message",
     [
-        ("./encoder", "--selector: expected a folder or a shipped name beside --model ./encoder, which is an encoder alone"),
+        (
+            "./encoder",
+            "--selector: expected a folder or a shipped name beside --model ./encoder, which is an encoder alone",
+        ),
         ("some/hub-id", "--selector: expected a folder or a shipped name beside --model some/hub-id"),
         ("./empty", "model ./empty: expected a config.json that names a model_type"),
         ("./nowhere", "model ./nowhere: there is no such directory"),
     ],
-)  # fmt: skip
+)
 def test_an_encoder_alone(folders, model, message):
     with pytest.raises(common.UserError) as error:
         common.resolve(model, None)

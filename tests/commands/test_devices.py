@@ -190,9 +190,19 @@ def test_evaluate_prints_the_cpus_table(places, tmp_path):
 
 def train_arguments(places, output, *options):
     return [
-        "train", "--data", places / "pairs.tsv", "--model", places / "encoder", "--output", output, "--bottleneck", 4,
-        "--device", DEVICE, *options,
-    ]  # fmt: skip
+        "train",
+        "--data",
+        places / "pairs.tsv",
+        "--model",
+        places / "encoder",
+        "--output",
+        output,
+        "--bottleneck",
+        4,
+        "--device",
+        DEVICE,
+        *options,
+    ]
 
 
 @pytest.fixture

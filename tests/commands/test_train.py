@@ -62,9 +62,28 @@ def test_the_command(tmp_path, encoder, capsys):
     rows = [f"dev\t{i % 5}\t{a}\t{b}" for i, (a, b) in enumerate(zip(sentences(8), sentences(8, seed=1), strict=True))]
     sts.write_text("split\tscore\tsentence1\tsentence2\n" + "\n".join(rows) + "\n", encoding="utf-8")
     arguments = [
-        "train", "--data", path, "--model", encoder, "--output", tmp_path / "out", "--blocks", "last:1", "--dev", sts,
-        "--epochs", 1, "--batch-size", 8, "--bottleneck", 4, "--device", "cpu", "--accumulation", 2,
-    ]  # fmt: skip
+        "train",
+        "--data",
+        path,
+        "--model",
+        encoder,
+        "--output",
+        tmp_path / "out",
+        "--blocks",
+        "last:1",
+        "--dev",
+        sts,
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+        "--bottleneck",
+        4,
+        "--device",
+        "cpu",
+        "--accumulation",
+        2,
+    ]
     (tmp_path / "out" / training.CHECKPOINTS / "checkpoint-1").mkdir(parents=True)  # interrupted while it was written
     assert main(list(map(str, arguments))) == 0
     assert f"wrote {tmp_path / 'out'}" in capsys.readouterr().out
@@ -80,10 +99,33 @@ def test_the_command_stops_when_the_sts_file_says_no_more(tmp_path, encoder, cap
     rows = [f"dev\t{i % 5}\t{a}\t{b}" for i, (a, b) in enumerate(zip(sentences(8), sentences(8, seed=1), strict=True))]
     sts.write_text("split\tscore\tsentence1\tsentence2\n" + "\n".join(rows) + "\n", encoding="utf-8")
     arguments = [
-        "train", "--data", path, "--model", encoder, "--output", tmp_path / "out", "--dev", sts, "--device", "cpu",
-        "--batch-size", 8, "--bottleneck", 4, "--no-norm", "--learning-rate", 0, "--selector-learning-rate", 1e-30,
-        "--prior-learning-rate", 1e-30, "--epochs", 6, "--patience", 2,
-    ]  # fmt: skip
+        "train",
+        "--data",
+        path,
+        "--model",
+        encoder,
+        "--output",
+        tmp_path / "out",
+        "--dev",
+        sts,
+        "--device",
+        "cpu",
+        "--batch-size",
+        8,
+        "--bottleneck",
+        4,
+        "--no-norm",
+        "--learning-rate",
+        0,
+        "--selector-learning-rate",
+        1e-30,
+        "--prior-learning-rate",
+        1e-30,
+        "--epochs",
+        6,
+        "--patience",
+        2,
+    ]
     assert main(list(map(str, arguments))) == 0
     assert capsys.readouterr().out.count("'eval_dev_spearman_cosine'") == 3
 

@@ -19,7 +19,7 @@ from builders import Batch, Packed, make_gradient
 from torch import Tensor
 
 from s2sent_kernels import GateParameters, S2SentSelector, backends
-from s2sent_kernels.engines.native import cuda_refusal
+from s2sent_kernels.engines.native.limits import cuda_refusal
 from s2sent_kernels.engines.triton.limits import triton_interprets
 
 BACKEND = os.environ.get("S2SENT_TEST_BACKEND") or "triton"

@@ -6,7 +6,7 @@ from builders import make_mask
 from harness import BF16, DEVICE, F16, F32, NATIVE, make_parameters, randn
 
 from s2sent_kernels import functional
-from s2sent_kernels.engines import native as engine
+from s2sent_kernels.engines.native import engine
 from s2sent_kernels.formula.call import Batch, Gating, Reading
 
 pytestmark = pytest.mark.skipif(
@@ -51,10 +51,18 @@ def gate_parameters(N, D, H, **options):
 @pytest.mark.parametrize(
     "N, D, H, B, L",
     [
-        (12, 768, 64, 40, 128), (12, 768, 64, 3, 150), (1, 768, 64, 2, 70), (6, 384, 32, 50, 37), (3, 768, 64, 20, 700),
-        (12, 384, 30, 9, 96), (3, 1024, 85, 9, 65), (9, 512, 42, 30, 64), (2, 200, 17, 5, 33), (4, 48, 4, 7, 1),
+        (12, 768, 64, 40, 128),
+        (12, 768, 64, 3, 150),
+        (1, 768, 64, 2, 70),
+        (6, 384, 32, 50, 37),
+        (3, 768, 64, 20, 700),
+        (12, 384, 30, 9, 96),
+        (3, 1024, 85, 9, 65),
+        (9, 512, 42, 30, 64),
+        (2, 200, 17, 5, 33),
+        (4, 48, 4, 7, 1),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("kind", ["none", "mixed"])
 def test_bits(monkeypatch, dtype, N, D, H, B, L, kind):
     where = {} if kind == "none" else {"attention_mask": make_mask(kind, B, L).to(DEVICE)}
@@ -73,11 +81,14 @@ def test_bits_of_every_gate(monkeypatch, frequencies, options):
     check(monkeypatch, hidden, gate_parameters(6, 768, 64, **options), frequencies=frequencies, activation=activation)
 
 
-@pytest.mark.parametrize("N, D, lengths", [
-    (12, 768, [5, 0, 130, 64, 32, 1, 0]),
-    (12, 768, [400, 3, 250, 33]),  # longer than what a cluster holds: these are read twice
-    (1, 96, [5000, 2048, 2049, 7]),  # more than one running sum
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "N, D, lengths",
+    [
+        (12, 768, [5, 0, 130, 64, 32, 1, 0]),
+        (12, 768, [400, 3, 250, 33]),  # longer than what a cluster holds: these are read twice
+        (1, 96, [5000, 2048, 2049, 7]),  # more than one running sum
+    ],
+)
 def test_bits_packed(monkeypatch, N, D, lengths):
     cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
     hidden = make_hidden(N, (sum(lengths), D), BF16)

@@ -12,7 +12,8 @@ from refusals import B, D, H, N, each_raises, everything, gate, raises
 
 import s2sent_kernels as s2
 from s2sent_kernels import S2SentSelector, functional
-from s2sent_kernels.engines import choice, native
+from s2sent_kernels.engines import choice
+from s2sent_kernels.engines.native import limits as native
 from s2sent_kernels.engines.triton import limits
 from s2sent_kernels.formula.call import Call
 
@@ -118,7 +119,7 @@ def status_of(folder, before=""):
     an editable install is removed, because it would find a missing extension elsewhere."""
     code = (
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n"
-        f"import s2sent_kernels as s2, torch; from s2sent_kernels.engines import native\n{before}\n"
+        f"import s2sent_kernels as s2, torch; from s2sent_kernels.engines.native import limits as native\n{before}\n"
         "s2.squeeze([torch.zeros(1, 2, 4)]); print(s2.__file__); print(*s2.backends()['native'])"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)

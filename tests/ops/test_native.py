@@ -7,7 +7,7 @@ import torch
 
 import s2sent_kernels as s2
 from s2sent_kernels import functional
-from s2sent_kernels.engines import native
+from s2sent_kernels.engines.native import engine as native
 from s2sent_kernels.formula.call import Reading
 
 BUILT = pytest.mark.skipif(not s2.backends()["native"].usable, reason=s2.backends()["native"].reason)

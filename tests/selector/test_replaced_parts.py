@@ -17,7 +17,7 @@ class Spy:
 
     def __init__(self, monkeypatch):
         self.calls = 0
-        for name in ("gate", "select", "select_pool"):
+        for name in ("gate_squeezed", "select_fused", "select_pool_fused"):
             function = getattr(functional, name)
 
             def counted(*args, function=function, **options):

@@ -24,6 +24,7 @@ static_assert(kSlotTokens == kGroupTokens * kAccumulators, "a slot holds one gro
 static_assert(kPiece == kAccumulatorLanes, "lane % kPiece is the piece of an accumulator's lane");
 static_assert(kLongSlice <= kPiece * kAccumulatorLanes, "an accumulator's lanes cover a slice");
 static_assert(kMaxWidth * kQuarters <= kThreads, "every row of W1 has its threads");
+static_assert(kRunningSums == 4, "send_shares spells the tree out");
 
 // Offsets into a CTA's shared memory, in bytes.
 struct Layout {

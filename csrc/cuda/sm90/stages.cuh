@@ -59,7 +59,8 @@ template <class T, int SLICE, class Acquire, class Release>
 __device__ void squeeze_sentence(
     const Select& a, const Layout& at, const Cta<SLICE>& cta, int length, const Ring& ring, const Acquire& acquire,
     const Release& release) {
-  const int lane = cta.thread() % kWarp, n = cta.thread() / kWarp, accumulator = lane / kAccumulatorLanes, piece = lane % kPiece;
+  const int lane = cta.thread() % kWarp, n = cta.thread() / kWarp;
+  const int accumulator = lane / kAccumulatorLanes, piece = lane % kPiece;
   const bool squeezes = n < int(a.num_blocks) && piece * kPiece < cta.features(a);
   const int group = ((n * kSlotTokens + accumulator * kGroupTokens) * SLICE + piece * kPiece) * int(sizeof(T));
   const int part = squeezes ? cta.ints(at.parts)[piece] : 0;
@@ -89,16 +90,16 @@ __device__ void squeeze_sentence(
 
 // ---------------------------------------------------------------- gate
 
-// Row thread / 4 of W1, in quarter thread % 4 of this CTA's slice.
+// Row thread / kQuarters of W1, in quarter thread % kQuarters of this CTA's slice.
 template <int SLICE>
 struct Down {
-  float weight[SLICE / 4];
+  float weight[SLICE / kQuarters];
 
   __device__ Down(const Select& a, const Cta<SLICE>& cta) {
-    const int thread = cta.thread(), row = thread / 4;
+    const int thread = cta.thread(), row = thread / kQuarters;
 #pragma unroll
-    for (int k = 0; k < SLICE / 4; k += 4) {
-      const int d = thread % 4 * (SLICE / 4) + k;
+    for (int k = 0; k < SLICE / kQuarters; k += 4) {
+      const int d = thread % kQuarters * (SLICE / kQuarters) + k;
       const float* from = a.gate.down_weight + row * a.size + cta.d0() + d;
       const bool inside = row < int(a.gate.width) && d < cta.features(a);
       const float4 four = inside ? __ldg(reinterpret_cast<const float4*>(from)) : float4();
@@ -111,7 +112,7 @@ struct Down {
 template <int SLICE>
 __device__ void send_shares(
     const Select& a, const Layout& at, const Cta<SLICE>& cta, const Down<SLICE>& down, int64_t b, int turn) {
-  constexpr int kQuarter = SLICE / 4;
+  constexpr int kQuarter = SLICE / kQuarters;
   const int thread = cta.thread(), width = int(a.gate.width);
   float* f = cta.floats(at.f);
   if (thread == 0) arrive_expecting(cta.shares(at), uint32_t(at.cluster * at.width) * sizeof(float));
@@ -126,9 +127,12 @@ __device__ void send_shares(
     if (thread < features) a.squeezed[b * a.size + cta.d0() + thread] = sum;
   }
   wait_for_all();
-  float four[4] = {};
+  float four[kRunningSums] = {};
 #pragma unroll
-  for (int k = 0; k < kQuarter; ++k) four[k % 4] = fmaf(down.weight[k], f[thread % 4 * kQuarter + k], four[k % 4]);
+  for (int k = 0; k < kQuarter; ++k) {
+    float& running = four[k % kRunningSums];
+    running = fmaf(down.weight[k], f[thread % kQuarters * kQuarter + k], running);
+  }
   float sum = (four[0] + four[1]) + (four[2] + four[3]);
   sum += __shfl_xor_sync(~0u, sum, 1);
   sum += __shfl_xor_sync(~0u, sum, 2);

@@ -1,8 +1,8 @@
 """The compiled engine: C++ kernels for CPU tensors, CUDA C++ kernels for CUDA tensors (see csrc/).
 
 This module brings tensors into the form that those take (float32 gates and parameters, dense features, boolean masks) and
-allocates what they write. It never copies a hidden state whose features are dense. The extension is loaded by ``status``,
-which the choice asks before any other function here runs.
+allocates what they write. It never copies a hidden state whose features are dense. ``limits.status`` has loaded
+the extension before any function here runs.
 
 Nothing here waits for a GPU except the tables of factors, which are copied to a device once and stay: a captured CUDA graph
 goes on reading them.
@@ -15,20 +15,17 @@ every sum has one order, written down in csrc/cpu/*.cpp and csrc/cuda/*.cu.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..formula import dct, reference
-from ..formula.call import (
+from ...formula import dct, reference
+from ...formula.call import (
     ACTIVATIONS,
     POOLINGS,
     Activation,
     Batch,
-    Call,
     GateParameters,
     Gating,
     HiddenGradients,
@@ -38,95 +35,8 @@ from ..formula.call import (
     Pooling,
     Reading,
 )
-from .interface import KERNEL_DTYPES, BackendStatus
-
-# Counts changes of the extension's ops. setup.py compiles this number into the extension; one built from other sources is
-# refused.
-INTERFACE = 5
-MAXIMUM_BLOCKS = 128  # N on CUDA: kMaxBlocks of csrc
-LIMITS = f"float32, float16, bfloat16; on CUDA sm_80 or newer and up to {MAXIMUM_BLOCKS} blocks"
-# (N, D) for which "auto" prefers this engine's tokens without gradients: it reads hidden states of 16 bits once, and was at
-# least 5 % faster than Triton over large and small batches of long and short sentences on an H200
-# (bench/results/parts/nvidia-h200-tokens.txt, tested).
-ONE_PASS_FASTER = frozenset({(8, 512), (9, 512), (11, 384), (11, 768), (12, 384), (12, 768)})
 
 _ops = torch.ops.s2sent_native
-
-
-# ---------------------------------------------------------------- limits
-
-
-@functools.cache
-def status() -> BackendStatus:
-    """Loads the extension, which registers torch.ops.s2sent_native.*. Any error while loading becomes the reason."""
-    name = "s2sent_kernels._C"
-    try:
-        if importlib.util.find_spec(name) is None:
-            return BackendStatus(False, "the compiled extension is not built (see S2SENT_BUILD in setup.py)")
-        importlib.import_module(name)
-        found = _ops.interface_version()
-        if found != INTERFACE:
-            return BackendStatus(
-                False, f"the compiled extension has interface {found}, this package needs {INTERFACE}: build it again"
-            )
-        _check_numbering()
-        cuda = ", ".join(f"sm_{architecture}" for architecture in _ops.cuda_architectures())
-    except Exception as error:  # a library that is cut off, or for another torch or processor
-        return BackendStatus(False, f"the compiled extension does not load: {type(error).__name__}: {error}")
-    return BackendStatus(True, "compiled C++ on the CPU" + (f" and CUDA C++ for {cuda}" if cuda else ""))
-
-
-def _check_numbering() -> None:
-    """The extension receives words as numbers: both sides must count alike."""
-    for name, ours, theirs in (
-        ("poolings", POOLINGS, tuple(_ops.poolings())),
-        ("activations", ACTIVATIONS, tuple(_ops.activations())),
-        ("maximum blocks", MAXIMUM_BLOCKS, _ops.cuda_maximum_blocks()),
-    ):
-        if ours != theirs:
-            raise RuntimeError(f"{name}: expected {ours}, got {theirs}")
-
-
-@functools.cache
-def cuda_refusal(device_index: int | None) -> str | None:
-    """Why the usable extension cannot run on this GPU, or None where it can."""
-    if not _ops.cuda_architectures():
-        return "it was built without its CUDA part (see S2SENT_BUILD in setup.py)"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    index = torch.cuda.current_device() if device_index is None else device_index
-    error = _ops.cuda_error(index)
-    return f"its kernels do not run on {torch.cuda.get_device_name(index)}: {error}" if error else None
-
-
-def refuses(call: Call) -> str | None:
-    usable, reason = status()
-    if not usable:
-        return reason
-    if call.dtype not in KERNEL_DTYPES:
-        return f"it computes float32, float16 and bfloat16, got {call.dtype}"
-    if call.device.type == "cpu":
-        return None
-    if call.device.type != "cuda":
-        return f"it runs on cpu and cuda tensors, got {call.device.type} tensors"
-    cause = cuda_refusal(call.device.index)
-    if cause is not None:
-        return f"it got cuda tensors, and {cause}"
-    if call.num_blocks is not None and call.num_blocks > MAXIMUM_BLOCKS:
-        return f"it takes up to {MAXIMUM_BLOCKS} blocks on CUDA, got N = {call.num_blocks}"
-    return None
-
-
-def is_faster(call: Call) -> bool:
-    """Whether a CUDA call is one of those that this engine's one-pass kernel was measured to win."""
-    if call.path != "tokens" or call.gradient or (call.num_blocks, call.hidden_size) not in ONE_PASS_FASTER:
-        return False
-    return call.dtype in (torch.bfloat16, torch.float16) and _is_sm90(call.device.index)
-
-
-@functools.cache
-def _is_sm90(device_index: int | None) -> bool:
-    return torch.cuda.get_device_capability(device_index) == (9, 0)
 
 
 # ---------------------------------------------------------------- tensors as the kernels read them
