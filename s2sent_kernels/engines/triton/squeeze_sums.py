@@ -11,7 +11,7 @@ def running_sums(
     p_hidden,  # tuple of pointers
     p_mask_row,  # or None
     where,  # (o_row, o_d, m_d): the sentence's first row; features [BLOCK_D]
-    window,  # (start, stop, seen): the tokens to sum, and the number of real ones before ``start``
+    window,  # (begin, stop, seen): the tokens to sum, and the number of real ones before ``begin``
     span,  # (first, end, length): the sentence's real tokens lie in [first, end), ``length`` of them
     num_tokens,
     strides,  # (of a hidden state's tokens, of the mask's)
@@ -31,7 +31,7 @@ def running_sums(
     SLOTS: tl.constexpr = TILE.slots
     STAGES: tl.constexpr = 1 if READ_MASK else TILE.stages
     o_row, o_d, m_d = where
-    start, stop, seen = window
+    begin, stop, seen = window
     first, end, length = span
     stride_l, stride_mask_l = strides
     y, scale = wave
@@ -41,19 +41,19 @@ def running_sums(
     nothing = tl.zeros([GROUPS * SLOTS, o_d.shape[0]], tl.float32)
     sums = (nothing,) * PER
     pools = (nothing,) * PER
-    for token in tl.range(start, stop, ROWS * SLOTS, num_stages=STAGES):
+    for start in tl.range(begin, stop, ROWS * SLOTS, num_stages=STAGES):
         for i in tl.static_range(ROWS):
-            o_l = token + i * SLOTS + o_r % SLOTS  # [GROUPS * SLOTS]
+            o_l = start + i * SLOTS + o_r % SLOTS  # [GROUPS * SLOTS]
             m_l = o_l < stop
             real = m_l
             rank = o_l - first
             if READ_MASK:
-                o_t = token + i * SLOTS + o_slot  # the same tokens, each once
-                counts = tl.load(p_mask_row + o_t.to(tl.int64) * stride_mask_l, mask=o_t < stop, other=0) != 0
-                counts = counts.to(tl.int32)
-                rank = across_groups(seen + tl.cumsum(counts, axis=0) - 1, GROUPS)
-                seen += tl.sum(counts, axis=0)
-                real = across_groups(counts, GROUPS) != 0
+                o_t = start + i * SLOTS + o_slot  # the same tokens, each once
+                token = tl.load(p_mask_row + o_t.to(tl.int64) * stride_mask_l, mask=o_t < stop, other=0) != 0
+                token = token.to(tl.int32)
+                rank = across_groups(seen + tl.cumsum(token, axis=0) - 1, GROUPS)
+                seen += tl.sum(token, axis=0)
+                real = across_groups(token, GROUPS) != 0
             m_read = m_l if OFFICIAL else real
             o_u = o_row + o_l.to(tl.int64)[:, None] * stride_l + o_d[None, :]  # [GROUPS * SLOTS, BLOCK_D]
             beta = token_factor(y, rank, o_l, tl.maximum(length, 1), num_tokens, scale, OFFICIAL)  # [GROUPS * SLOTS]
@@ -103,7 +103,7 @@ def sum_tokens(
     PER: tl.constexpr = DEAL.per_group
     SLOTS: tl.constexpr = TILE.slots
     first, end, length = span
-    start, stop, seen = window
+    begin, stop, seen = window
     if p_mask_row is not None and (OFFICIAL or end - first != length):
         slots, pool_slots, seen = running_sums(
             p_hidden, p_mask_row, where, window, span, num_tokens, strides, wave, DEAL, OFFICIAL, POOLING, TILE, True
