@@ -63,9 +63,10 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from ..tools import encoding  # first: without pyarrow sentence-transformers fails, too, and names itself
+
     try:
         from .. import sentence_transformers  # noqa: F401  its ImportError names the extra
-        from ..tools import encoding
     except ImportError as error:
         raise UserError(str(error)) from error
     output, inputs = Path(arguments.output), arguments.inputs
