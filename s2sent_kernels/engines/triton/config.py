@@ -105,6 +105,7 @@ def _features(part: int, widest: int) -> int:
     return 16 if part <= 16 else min(candidates, key=lambda width: (-(-part // width) * width, -width))
 
 
+@functools.cache
 def deal(num_blocks: int) -> Deal:
     """Three blocks a warp, or the fewest with which sixteen warps cover all."""
     groups = min(16, 1 << (max(1, -(-num_blocks // 3)) - 1).bit_length())
@@ -118,10 +119,12 @@ def _sum_tile(width: int, vector: int, groups: int, loads: int, stages: int) -> 
     return SumTile(max(1, min(loads, 16 // groups)), max(1, 32 * vector // block_d), block_d, stages)
 
 
+@functools.cache
 def squeeze(part: int, vector: int, groups: int) -> SumTile:
     return _sum_tile(part, vector, groups, 2, 4)
 
 
+@functools.cache
 def num_tiles(hidden_size: int, frequencies: int, vector: int) -> int:
     """Feature tiles of squeeze: those of a part, for every part."""
     part = hidden_size // frequencies
@@ -133,16 +136,19 @@ def bottleneck_rows(groups: int) -> int:
     return min(64, 32 * groups)
 
 
+@functools.cache
 def fuse_backward(hidden_size: int, vector: int, groups: int) -> SumTile:
     return _sum_tile(hidden_size, vector, groups, 4, 3)
 
 
+@functools.cache
 def squeeze_backward(part: int, num_blocks: int, vector: int) -> Tile:
     loads = 4 if num_blocks <= 6 else 2
     block_d = _features(part, 64)
     return Tile(max(1, loads * 32 * vector // block_d), block_d, 1)
 
 
+@functools.cache
 def fuse(hidden_size: int, num_blocks: int, vector: int) -> Tile:
     """A program has loads of every block in flight. With more blocks each gets fewer, or registers would spill."""
     loads = 4 if num_blocks <= 6 else 2 if num_blocks <= 12 else 1
@@ -150,6 +156,7 @@ def fuse(hidden_size: int, num_blocks: int, vector: int) -> Tile:
     return Tile(max(1, loads * 128 * vector // block_d), block_d, 4)
 
 
+@functools.lru_cache(maxsize=4096)  # the number of sentences is unbounded
 def gate(num_blocks: int, bottleneck: int, hidden_size: int, num_sentences: int) -> GateTile:
     """Few sentences: many programs of few features, because a program's latency is the kernel's time. Many sentences: few
     programs, so that W2 is read less often.
@@ -172,6 +179,7 @@ def gate(num_blocks: int, bottleneck: int, hidden_size: int, num_sentences: int)
     return GateTile(sentences, many, block_h, tuple(pieces), starts, 4, False, 4)
 
 
+@functools.cache
 def gate_backward(num_blocks: int, bottleneck: int) -> GateBackwardTile | None:
     """All blocks' features side by side are the columns of one product. None if so many columns do not fit on chip.
 
