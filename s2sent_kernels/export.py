@@ -38,7 +38,7 @@ class Pipeline(nn.Module):
     Args:
         capture: the blocks of the encoder.
         selector: of as many blocks.
-        pooling: "mean", "cls" or "last".
+        pooling: as in S2SentSelector.pool.
         head: applied to the embedding, as that of S2SentModel.from_published.
 
     Raises:

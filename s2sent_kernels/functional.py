@@ -57,7 +57,7 @@ def squeeze(
     pooling: str | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Frequency selection: f [B, D], and with ``pooling`` ("mean", "cls", "last") the pooled p [B, N, D], else None.
+    """Frequency selection: f [B, D], and with ``pooling`` the pooled p [B, N, D], else None.
 
         f[b,d]   = sum_n sum_l alpha[m(d),n] beta[b,m(d),l] u_n[b,l,d]
         p[b,n,d] = sum_l w[b,l] u_n[b,l,d]
@@ -67,6 +67,7 @@ def squeeze(
         attention_mask: [B, L] bool, integer or float, nonzero at real tokens; None means that every token is real.
         cu_seqlens: int32 [B + 1], the packed sentences' first tokens and T.
         frequencies: M, the number of DCT components; divides D.
+        pooling: "mean", "cls" (the first real token) or "last" (the last one).
         profile: "paper" (DCT over the N blocks and each sentence's real tokens) or "official" (the published code's 6 x 6
             grid over the padded plane).
         backend: "auto", "reference", "triton" or "native".

@@ -33,7 +33,7 @@ class S2SentSelector(nn.Module):
         gate_norm: "batch" (batch norm of every (n, d), eps 1e-6, momentum 0.1) or None.
         block_prior: learn one number per block that is added to the gate's logits (profile "paper"), started at 3 for the
             last block and 0 elsewhere. Off, the formula is exactly the paper's.
-        activation: "tanh" or "relu", of the bottleneck.
+        activation: of the bottleneck, as in ``functional.gate``.
         backend: "auto", "reference", "triton" or "native".
 
     State: ``down`` nn.Linear(D, H), ``up`` nn.Linear(H, N * D) (n major), ``norm`` nn.BatchNorm1d(N * D) or None,
@@ -111,7 +111,7 @@ class S2SentSelector(nn.Module):
         cu_seqlens: Tensor | None = None,
         pooling: str = "mean",
     ) -> Tensor:
-        """Sentence embeddings o [B, D]: the fused tokens' mean, first ("cls") or last real token, without forming them."""
+        """Sentence embeddings o [B, D]: the fused tokens pooled as in ``functional.squeeze``, without forming them."""
         batch, reading = self._batch(hidden_states, attention_mask, cu_seqlens), self.reading(pooling)
         validate.word("pooling", pooling, POOLINGS)
         parameters = self.gate_parameters()

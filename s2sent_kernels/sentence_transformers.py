@@ -21,16 +21,13 @@ from torch import Tensor, nn
 from . import families, validate
 from .blockwise import BlockwisePool
 from .capture import BLOCK_NORMS, BlockListener, KeptStates
+from .files import importing
 from .formula.call import POOLINGS
 from .selector import S2SentSelector
 
-try:
+with importing("sentence-transformers 6 or newer", "sentence-transformers"):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Module
-except ImportError as error:
-    raise ImportError(
-        "sentence-transformers 6 or newer is not installed: pip install 's2sent_kernels[sentence-transformers]'"
-    ) from error
 
 
 class S2SentPooling(Module):
@@ -47,7 +44,7 @@ class S2SentPooling(Module):
         selector: the arguments of S2SentSelector.
         blocks: which blocks, 0 the lowest.
         block_norm: as BlockCapture's.
-        pooling: "mean", "cls" or "last".
+        pooling: as in S2SentSelector.pool.
         include_prompt: whether a prompt's tokens count.
     """
 

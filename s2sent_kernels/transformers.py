@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from . import families, functional, validate
 from .capture import BLOCK_NORMS, BlockCapture
 from .checkpoints import published_model
+from .files import importing
 from .formula import reference
 from .formula.call import POOLINGS
 from .selector import S2SentSelector
 
-try:
+with importing("transformers", "transformers"):
     import transformers
     from transformers.modeling_outputs import SequenceClassifierOutput
     from transformers.utils import ModelOutput
-except ImportError as error:
-    raise ImportError("transformers is not installed: pip install 's2sent_kernels[transformers]'") from error
 
 
 class S2SentConfig(transformers.PreTrainedConfig):

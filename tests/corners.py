@@ -14,8 +14,8 @@ import torch
 from builders import make_gradient
 
 from s2sent_kernels.engines.triton.limits import triton_interprets
+from s2sent_kernels.formula.call import POOLINGS
 
-POOLINGS = ("mean", "cls", "last")
 PATHS = (None, *POOLINGS)  # None: the fused tokens
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 N, B, L, D, H, M = 3, 6, 7, 16, 5, 4

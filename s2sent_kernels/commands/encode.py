@@ -63,11 +63,9 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    try:
-        from .. import sentence_transformers  # noqa: F401  its ImportError names the extra
-        from ..tools import encoding
-    except ImportError as error:
-        raise UserError(str(error)) from error
+    from .. import sentence_transformers  # noqa: F401  its error names the extra
+    from ..tools import encoding  # first: without pyarrow sentence-transformers fails, too, and names itself
+
     output, inputs = Path(arguments.output), arguments.inputs
     _check_output(output, arguments.force, encoding.OUTPUTS)
     scaled = arguments.precision in ("int8", "uint8")

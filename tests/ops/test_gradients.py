@@ -17,9 +17,7 @@ from builders import (
 
 import s2sent_kernels as s2
 from s2sent_kernels import S2SentSelector
-
-POOLINGS = ("mean", "cls", "last")
-
+from s2sent_kernels.formula.call import ACTIVATIONS, POOLINGS
 
 # ---------------------------------------------------------------- gradients of the reference
 
@@ -51,7 +49,7 @@ def test_gradcheck_squeeze(backend, profile, M, pooling):
         ("official", True, False),
     ],
 )
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck_gate(backend, activation, profile, norm, prior, training):
     tensors, rebuild = kept(make_parameters(2, 4, 3, norm=norm, prior=prior, requires_grad=True))
     f = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4), requires_grad=True)
@@ -196,7 +194,7 @@ def test_squeeze_op(mask, kind, need, pooling, used):
 
 
 @pytest.mark.parametrize("mask", ["none", "mixed"])
-@pytest.mark.parametrize("pooling", [None, "mean", "cls", "last"])
+@pytest.mark.parametrize("pooling", [None, *POOLINGS])
 def test_official_squeeze_op(mask, pooling):
     hidden_states, attention_mask, _, _, _ = inputs_for(mask, "hidden states")
 
@@ -213,7 +211,7 @@ def test_official_squeeze_op(mask, pooling):
 
 @kinds
 @pytest.mark.parametrize("norm, prior", [(True, False), (False, False), (True, True), (False, True)])
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("needs", ["f", "parameters", "both"])
 def test_gate_op(kind, norm, prior, activation, needs):
     tensors, rebuild = kept(make_parameters(3, 8, norm=norm, prior=prior, requires_grad=needs != "f"))

@@ -8,7 +8,7 @@ import torch
 import s2sent_kernels as s2
 from s2sent_kernels import functional
 from s2sent_kernels.engines.native import engine as native
-from s2sent_kernels.formula.call import Reading
+from s2sent_kernels.formula.call import POOLINGS, Reading
 
 BUILT = pytest.mark.skipif(not s2.backends()["native"].usable, reason=s2.backends()["native"].reason)
 N, B, L, H, M = 5, 6, 40, 8, 4
@@ -64,7 +64,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(batch_size, mask, pooling):
 
 
 @BUILT
-@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_bits_do_not_depend_on_where_the_padding_is(pooling):
     torch.manual_seed(0)
     parameters = s2.GateParameters(*(torch.randn(shape) for shape in ((H, 64), (H,), (N * 64, H), (N * 64,))))

@@ -6,6 +6,7 @@ from builders import make_batch, make_gradient, make_parameters, pack
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import s2sent_kernels  # noqa: F401  registers the ops
+from s2sent_kernels.formula.call import POOLINGS
 
 PUBLIC = ["squeeze", "gate", "fuse", "select", "select_pool"]
 N, B, L, D, H, M = 3, 4, 5, 12, 5, 4
@@ -194,7 +195,7 @@ def describe(outputs):
 @pytest.mark.parametrize("form", ["padded", "no mask", "packed"])
 @pytest.mark.parametrize("B", [4, 1, 0])
 def test_fakes_tell_the_truth(name, dtype, form, B):
-    poolings = [None, "mean", "cls", "last"] if name == "squeeze" else ["last"]
+    poolings = [None, *POOLINGS] if name == "squeeze" else ["last"]
     for pooling in poolings:
         args = arguments(name, form, dtype, pooling, B=B)
         real = op(name)(*args)

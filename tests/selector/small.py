@@ -4,6 +4,8 @@ import builders
 import torch
 from torch import nn
 
+from s2sent_kernels.formula.call import POOLINGS
+
 N, B, L, D, H, M = 3, 6, 5, 16, 5, 4
 
 
@@ -16,7 +18,7 @@ def outputs(selector, batch):
     return [
         selector(*batch),
         selector.gates(*batch),
-        *(selector.pool(*batch, pooling=p) for p in ("mean", "cls", "last")),
+        *(selector.pool(*batch, pooling=p) for p in POOLINGS),
     ]
 
 

@@ -6,11 +6,12 @@ from builders import assert_close, make_batch, pack
 from small import Adapter, B, D, L, N, trained
 
 from s2sent_kernels import S2SentSelector
+from s2sent_kernels.formula.call import POOLINGS
 
 # ---------------------------------------------------------------- blockwise
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("form", ["none", "mixed", "packed"])
 @pytest.mark.parametrize("changed", [False, True])
 @pytest.mark.parametrize("profile", ["paper", "official"])

@@ -13,6 +13,7 @@ from builders import TEXTS, make_encoder_and_tokenizer
 from s2sent_kernels import S2SentSelector, cache, frozen, squeeze
 from s2sent_kernels.capture import BlockCapture
 from s2sent_kernels.checkpoints import pretrained
+from s2sent_kernels.formula.call import POOLINGS
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -29,7 +30,7 @@ SETTINGS = cache.Settings(token_frequencies=7, batch_size=3, max_length=32)
 
 
 @pytest.mark.parametrize(("num_blocks", "frequencies"), [(1, 1), (1, 4), (2, 8), (3, 2), (4, 16), (4, 4)])
-@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_f_and_p_of_the_cache_are_those_of_the_hidden_states(
     num_blocks, frequencies, pooling, encoder_and_tokenizer, tmp_path
 ):
