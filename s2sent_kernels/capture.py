@@ -36,14 +36,12 @@ class BlockCapture:
 
     Args:
         encoder: a transformers model, or a module with such a ``config``, whose blocks are an nn.ModuleList of the
-            length that the configuration gives: BERT, RoBERTa, XLM-R, MPNet, DistilBERT, ELECTRA, DeBERTa-v2, NomicBERT,
-            ModernBERT, T5 encoders, Llama, Qwen3, Mistral and their like. Where blocks are shared (ALBERT), block i is
-            the i-th run.
+            length that the configuration gives (docs/serving.md lists the tested families). Where blocks are shared
+            (ALBERT), block i is the i-th run.
         blocks: which blocks, 0 the lowest, negative from the last, or "last:N"; None selects all. Hidden states are
             ordered lowest first in any case.
-        block_norm: "final" applies the encoder's final norm to each chosen block where the family has one (pre-norm:
-            ModernBERT, T5, Llama, Qwen3, Mistral), so that the last block is what the encoder returns and inner ones
-            have its scale; elsewhere it does nothing. "layernorm" applies a layer norm without parameters to each
+        block_norm: "final" applies the encoder's final norm to each chosen block where the family has one (pre-norm
+            families), so that the last block is what the encoder returns and inner ones have its scale; elsewhere it does nothing. "layernorm" applies a layer norm without parameters to each
             chosen block of any family. None keeps what the blocks return: block i's output is ``hidden_states[i + 1]``
             of ``output_hidden_states=True``, but the last one's before the final norm.
 

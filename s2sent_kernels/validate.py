@@ -30,6 +30,7 @@ from torch._functorch import eager_transforms
 from .formula import dct
 from .formula.call import (
     ACTIVATIONS,
+    DTYPES,
     POOLINGS,
     PROFILES,
     Batch,
@@ -43,8 +44,7 @@ from .formula.call import (
 T = TypeVar("T")
 
 DEBUG_VARIABLE = "S2SENT_DEBUG"
-_REQUIRED = ("down_weight", "down_bias", "up_weight", "up_bias")
-FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_REQUIRED = GateParameters.required()
 
 
 def positive_int(name: str, value: Any) -> None:
@@ -172,7 +172,7 @@ def tensors(batch: Batch, profile: str = "paper") -> None:
         wanted = "[T, D]" if batch.packed else "[B, L, D]"
         hint = "" if batch.packed or first.dim() != 2 else " (packed tokens need cu_seqlens)"
         raise ValueError(f"hidden_states[0]: expected shape {wanted}{hint}, got {list(first.shape)}")
-    if first.dtype not in FLOATING:
+    if first.dtype not in DTYPES:
         raise TypeError(f"hidden_states[0]: expected a floating dtype, got {first.dtype}")
     shape, dtype, device = first.shape, first.dtype, first.device
     for index, other in enumerate(batch.hidden_states):
@@ -243,7 +243,7 @@ def gates(gates: Tensor, batch: Batch) -> None:
     expected = [batch.num_sentences, batch.num_blocks, batch.hidden_size]
     if list(gates.shape) != expected:
         raise ValueError(f"gates: expected shape [B, N, D] = {expected}, got {list(gates.shape)}")
-    if gates.dtype not in FLOATING:
+    if gates.dtype not in DTYPES:
         raise TypeError(f"gates: expected a floating dtype, got {gates.dtype}")
     if gates.device != batch.device:
         raise ValueError(f"gates: expected device {batch.device} as hidden_states[0], got {gates.device}")
@@ -281,18 +281,7 @@ def gate_parameters(parameters: GateParameters, num_blocks: int, hidden_size: in
     """Shapes, dtypes and devices of the gate's tensors; H is read off ``down_weight``."""
     if parameters.down_weight.dim() != 2:
         raise ValueError(f"down_weight: expected shape [H, D], got {list(parameters.down_weight.shape)}")
-    width, both = parameters.bottleneck, num_blocks * hidden_size
-    expected = {
-        "down_weight": [width, hidden_size],
-        "down_bias": [width],
-        "up_weight": [both, width],
-        "up_bias": [both],
-        "norm_weight": [both],
-        "norm_bias": [both],
-        "running_mean": [both],
-        "running_var": [both],
-        "block_prior": [num_blocks],
-    }
+    expected = GateParameters.shapes(num_blocks, hidden_size, parameters.bottleneck)
     norm = ["norm_weight", "norm_bias", "running_mean", "running_var"]
     present = [name for name in norm if getattr(parameters, name) is not None]
     if present and present != norm:
@@ -304,7 +293,7 @@ def gate_parameters(parameters: GateParameters, num_blocks: int, hidden_size: in
             continue
         if list(tensor.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {list(tensor.shape)}")
-        if tensor.dtype not in FLOATING:
+        if tensor.dtype not in DTYPES:
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
         if tensor.device != device:
             raise ValueError(f"{name}: expected device {device} as the hidden states, got {tensor.device}")

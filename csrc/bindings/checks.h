@@ -78,7 +78,7 @@ inline DType dtype_of(const Tensor& tensor) {
   if (type == ScalarType::scalar) return DType::name;
   S2SENT_FOR_EACH_DTYPE(S2SENT_FOUND)
 #undef S2SENT_FOUND
-  STD_TORCH_CHECK(false, "s2sent_native: expected float32, bfloat16 or float16");
+  STD_TORCH_CHECK(false, "s2sent_native: the kernels do not read this dtype");
 }
 
 inline Pooling pooling_of(int64_t number) {

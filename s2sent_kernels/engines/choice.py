@@ -9,9 +9,9 @@ import os
 
 import torch
 
-from ..formula.call import Call
+from ..formula.call import KERNEL_DTYPES, Call
 from . import plain
-from .interface import KERNEL_DTYPES, BackendStatus, Engine, Limits, say_once
+from .interface import BackendStatus, Engine, Limits, say_once
 from .native import engine as native_engine
 from .native import limits as native_limits
 from .triton import limits as triton_limits

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..formula.call import (
+    KERNEL_DTYPES,
     Batch,
     Call,
     GateParameters,
@@ -26,7 +27,8 @@ from ..formula.call import (
     Reading,
 )
 
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of every engine but the plain one
+DTYPE_NAMES = [str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES]
+KERNEL_DTYPE_TEXT = f"{', '.join(DTYPE_NAMES[:-1])} and {DTYPE_NAMES[-1]}"  # in messages and limits
 
 
 class BackendStatus(NamedTuple):

@@ -9,7 +9,7 @@ from ..formula import reference
 from ..formula.call import Batch, Call, GateParameters, Gating, PartialSums, Place, Reading
 from ..formula.reference import fuse, fuse_backward, gate, gate_backward, gate_pool_backward, squeeze, squeeze_backward
 from ..formula.tokens import Tokens
-from .interface import BackendStatus
+from .interface import KERNEL_DTYPE_TEXT, BackendStatus
 
 __all__ = [
     "LIMITS",
@@ -30,7 +30,7 @@ __all__ = [
     "sum_groups",
 ]
 
-LIMITS = "float64, float32, float16, bfloat16"
+LIMITS = f"float64, {KERNEL_DTYPE_TEXT}"
 
 
 def status() -> BackendStatus:

@@ -26,6 +26,9 @@ POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 PROFILES: tuple[Profile, ...] = get_args(Profile)
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of hidden states, on every engine but the plain one
+DTYPES = (torch.float64, *KERNEL_DTYPES)  # on the plain engine
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of f, p and the gates for hidden states of ``dtype``."""
@@ -128,6 +131,27 @@ class GateParameters(NamedTuple):
     running_mean: Tensor | None = None  # [N * D]
     running_var: Tensor | None = None  # [N * D]
     block_prior: Tensor | None = None  # c [N]
+
+    @staticmethod
+    def shapes(num_blocks: int, hidden_size: int, bottleneck: int) -> dict[str, list[int]]:
+        """The shape of each tensor, by its name."""
+        both = num_blocks * hidden_size
+        return {
+            "down_weight": [bottleneck, hidden_size],
+            "down_bias": [bottleneck],
+            "up_weight": [both, bottleneck],
+            "up_bias": [both],
+            "norm_weight": [both],
+            "norm_bias": [both],
+            "running_mean": [both],
+            "running_var": [both],
+            "block_prior": [num_blocks],
+        }
+
+    @classmethod
+    def required(cls) -> tuple[str, ...]:
+        """The names of the tensors that every gate has."""
+        return tuple(name for name in cls._fields if name not in cls._field_defaults)
 
     def each(self, function: Callable[[Tensor], Tensor]) -> GateParameters:
         """``function`` of every tensor that is there."""

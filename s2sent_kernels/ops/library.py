@@ -18,9 +18,8 @@ from torch import Tensor
 from ..formula.call import GateParameters
 
 BATCH = "Tensor[] hidden_states, Tensor? attention_mask, Tensor? cu_seqlens"
-PARAMETERS = (
-    "Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias, Tensor? norm_weight, Tensor? norm_bias, "
-    "Tensor? running_mean, Tensor? running_var, Tensor? block_prior"
+PARAMETERS = ", ".join(
+    f"Tensor{'' if name in GateParameters.required() else '?'} {name}" for name in GateParameters._fields
 )
 
 _library = torch.library.Library("s2sent", "DEF")

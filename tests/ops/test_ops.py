@@ -1,11 +1,13 @@
 """torch.ops.s2sent.*: schemas, opcheck, and fakes that describe what the implementations return."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from builders import make_batch, make_gradient, make_parameters, pack
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import s2sent_kernels  # noqa: F401  registers the ops
+from s2sent_kernels import ops
 from s2sent_kernels.formula.call import POOLINGS
 
 PUBLIC = ["squeeze", "gate", "fuse", "select", "select_pool"]
@@ -92,6 +94,14 @@ def registered():
 
 def test_the_public_ops_are_registered():
     assert set(PUBLIC) <= set(registered())
+
+
+def test_schemas_stay():
+    """Exported programs and compiled packages call the ops by these."""
+    wanted = (Path(__file__).parents[1] / "data" / "schemas.txt").read_text(encoding="utf-8").splitlines()
+    names = [line.partition("::")[2].partition("(")[0] for line in wanted]
+    assert [str(op(name)._schema) for name in names] == wanted
+    assert sorted(names) == sorted(name for name in ops.__all__ if name != "write_once")
 
 
 @pytest.mark.parametrize("name", registered())

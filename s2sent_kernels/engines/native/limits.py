@@ -8,14 +8,14 @@ import importlib.util
 
 import torch
 
-from ...formula.call import ACTIVATIONS, POOLINGS, Call
-from ..interface import KERNEL_DTYPES, BackendStatus
+from ...formula.call import ACTIVATIONS, KERNEL_DTYPES, POOLINGS, Call
+from ..interface import KERNEL_DTYPE_TEXT, BackendStatus
 
 # Counts changes of the extension's ops. setup.py compiles this number into the extension; one built from other sources is
 # refused.
 INTERFACE = 5
 MAXIMUM_BLOCKS = 128  # N on CUDA: kMaxBlocks of csrc
-LIMITS = f"float32, float16, bfloat16; on CUDA sm_80 or newer and up to {MAXIMUM_BLOCKS} blocks"
+LIMITS = f"{KERNEL_DTYPE_TEXT}; on CUDA sm_80 or newer and up to {MAXIMUM_BLOCKS} blocks"
 # (N, D) for which "auto" prefers this engine's tokens without gradients: it reads hidden states of 16 bits once, and was at
 # least 5 % faster than Triton over large and small batches of long and short sentences on an H200
 # (bench/results/parts/nvidia-h200-tokens.txt, tested).
@@ -72,7 +72,7 @@ def refuses(call: Call) -> str | None:
     if not usable:
         return reason
     if call.dtype not in KERNEL_DTYPES:
-        return f"it computes float32, float16 and bfloat16, got {call.dtype}"
+        return f"it computes {KERNEL_DTYPE_TEXT}, got {call.dtype}"
     if call.device.type == "cpu":
         return None
     if call.device.type != "cuda":

@@ -8,12 +8,12 @@ import os
 
 import torch
 
-from ...formula.call import Call
-from ..interface import KERNEL_DTYPES, BackendStatus
+from ...formula.call import KERNEL_DTYPES, Call
+from ..interface import KERNEL_DTYPE_TEXT, BackendStatus
 
 MINIMUM_CAPABILITY = (8, 0)  # sm_80: the oldest GPU whose kernels are compiled in the tests
 LIMITS = (
-    "float32, float16 and bfloat16 on CUDA from sm_80 on; gates up to H = 256, their gradients also up to N = 32 blocks "
+    f"{KERNEL_DTYPE_TEXT} on CUDA from sm_80 on; gates up to H = 256, their gradients also up to N = 32 blocks "
     "(16 above H = 128): a larger gate is computed in plain PyTorch, with a warning"
 )
 
@@ -50,7 +50,7 @@ def refuses(call: Call) -> str | None:
     if not found.usable:
         return found.reason
     if call.dtype not in KERNEL_DTYPES:
-        return f"it computes float32, float16 and bfloat16, got {call.dtype}"
+        return f"it computes {KERNEL_DTYPE_TEXT}, got {call.dtype}"
     if call.device.type != ("cpu" if interprets else "cuda"):
         where = "cpu under TRITON_INTERPRET=1" if interprets else "cuda"
         return f"it runs on {where} tensors, got {call.device.type} tensors"
