@@ -41,9 +41,10 @@ class BlockCapture:
         blocks: which blocks, 0 the lowest, negative from the last, or "last:N"; None selects all. Hidden states are
             ordered lowest first in any case.
         block_norm: "final" applies the encoder's final norm to each chosen block where the family has one (pre-norm
-            families), so that the last block is what the encoder returns and inner ones have its scale; elsewhere it does nothing. "layernorm" applies a layer norm without parameters to each
-            chosen block of any family. None keeps what the blocks return: block i's output is ``hidden_states[i + 1]``
-            of ``output_hidden_states=True``, but the last one's before the final norm.
+            families), so that the last block is what the encoder returns and inner ones have its scale; elsewhere it does
+            nothing. "layernorm" applies a layer norm without parameters to each chosen block of any family. None keeps what
+            the blocks return: block i's output is ``hidden_states[i + 1]`` of ``output_hidden_states=True``, but the last
+            one's before the final norm.
 
     A call's state lives on its own thread until the call ends or fails. So nested calls, and threads that share a
     model, do not mix, and outside of a call (in the encoder's own forward, in a checkpoint's recomputation) the hooks

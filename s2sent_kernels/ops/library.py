@@ -60,8 +60,9 @@ def register(
 
     def in_order(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
         grads = backward(ctx, *grad_outputs)
-        assert grads.keys() <= set(names), grads.keys()
-        return tuple(grads.get(argument) for argument in names)
+        results = tuple(grads.pop(argument, None) for argument in names)
+        assert not grads, grads.keys()
+        return results
 
     torch.library.register_autograd(f"s2sent::{name}", in_order, setup_context=setup_context, lib=_library)
 

@@ -8,7 +8,9 @@ import numpy
 import pytest
 import torch
 from builders import lay_out
-from harness import BACKEND, DEVICE, HIDDEN_DTYPES, INTERPRETED, POOLINGS, make_batch, make_selector, pack, randn, run
+from harness import BACKEND, DEVICE, HIDDEN_DTYPES, INTERPRETED, make_batch, make_selector, pack, randn, run
+
+from s2sent_kernels.formula.call import POOLINGS
 
 PATHS = (None, *POOLINGS, "gates")  # None is the token output
 # Around the tiles of tokens that the kernels sum and write.

@@ -10,7 +10,6 @@ from harness import (
     DEVICE,
     F16,
     F32,
-    POOLINGS,
     SIZE,
     check,
     make_batch,
@@ -19,6 +18,8 @@ from harness import (
     randn,
     run,
 )
+
+from s2sent_kernels.formula.call import POOLINGS
 
 PATHS = (None, *POOLINGS)  # None is the token output
 D = SIZE

@@ -11,7 +11,6 @@ from harness import (
     F32,
     HIDDEN_DTYPES,
     INTERPRETED,
-    POOLINGS,
     assert_as_close,
     check,
     make_batch,
@@ -20,7 +19,7 @@ from harness import (
 
 from s2sent_kernels import functional
 from s2sent_kernels.engines.choice import engine_for
-from s2sent_kernels.formula.call import Call
+from s2sent_kernels.formula.call import POOLINGS, Call
 
 # Pairwise: every possible pair of values of two columns occurs in some row. D / M is a multiple of no tile.
 # N, M, D, L, mask, pooling, dtype, layout, output gradient
