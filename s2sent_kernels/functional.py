@@ -183,6 +183,10 @@ def select_pool_with(gate_function: GateFunction, batch: Batch, reading: Reading
     return reference.pool(gate_function(squeezed), pooled, batch.dtype)
 
 
+def _gate_function(batch: Batch, parameters: GateParameters, gating: Gating, backend: str) -> GateFunction:
+    return partial(gate_squeezed, parameters=parameters, num_blocks=batch.num_blocks, gating=gating, backend=backend)
+
+
 def select(
     hidden_states: Sequence[Tensor],
     parameters: GateParameters,
@@ -202,10 +206,7 @@ def select(
     validate.parameter_types(parameters)
     reading, gating = _reading(frequencies, profile, None), _gating(activation, eps, profile, training, momentum)
     if profile != "paper" or training:
-        gate_function = partial(
-            gate_squeezed, parameters=parameters, num_blocks=batch.num_blocks, gating=gating, backend=backend
-        )
-        return select_with(gate_function, batch, reading, backend)
+        return select_with(_gate_function(batch, parameters, gating, backend), batch, reading, backend)
     return select_fused(batch, reading, parameters, gating, backend)
 
 
@@ -215,10 +216,7 @@ def select_fused(batch: Batch, reading: Reading, parameters: GateParameters, gat
     chosen = choose(backend, Call.of(batch, "tokens", gradient))
     if chosen != "reference":
         return ops.select.run(batch, reading, parameters, gating, chosen)
-    gate_function = partial(
-        gate_squeezed, parameters=parameters, num_blocks=batch.num_blocks, gating=gating, backend=chosen
-    )
-    return select_with(gate_function, batch, reading, chosen)
+    return select_with(_gate_function(batch, parameters, gating, chosen), batch, reading, chosen)
 
 
 def select_pool(
@@ -244,10 +242,7 @@ def select_pool(
     validate.parameter_types(parameters)
     reading, gating = _reading(frequencies, profile, pooling), _gating(activation, eps, profile, training, momentum)
     if profile != "paper" or training:
-        gate_function = partial(
-            gate_squeezed, parameters=parameters, num_blocks=batch.num_blocks, gating=gating, backend=backend
-        )
-        return select_pool_with(gate_function, batch, reading, backend)
+        return select_pool_with(_gate_function(batch, parameters, gating, backend), batch, reading, backend)
     return select_pool_fused(batch, reading, parameters, gating, backend)
 
 
@@ -258,7 +253,4 @@ def select_pool_fused(
     chosen = choose(backend, Call.of(batch, "pooled"))
     if chosen != "reference":
         return ops.select_pool.run(batch, reading, parameters, gating, chosen)
-    gate_function = partial(
-        gate_squeezed, parameters=parameters, num_blocks=batch.num_blocks, gating=gating, backend=chosen
-    )
-    return select_pool_with(gate_function, batch, reading, chosen)
+    return select_pool_with(_gate_function(batch, parameters, gating, chosen), batch, reading, chosen)
