@@ -192,25 +192,30 @@ def make_parameters(
 ) -> GateParameters:
     """The gate's tensors, none of them at a special value; the running statistics never require a gradient.
     prior: True draws one, numbers are repeated over the N blocks."""
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def draw(*shape: int, seed: int) -> Tensor:
+        return randn(*shape, seed=seed, dtype=wide, device=device)
+
     tensors: dict[str, Tensor | None] = {
-        "down_weight": randn(H, D, seed=1) * D**-0.5,
-        "down_bias": randn(H, seed=2),
-        "up_weight": randn(N * D, H, seed=3) * H**-0.5 * 2,
-        "up_bias": randn(N * D, seed=4),
-        "norm_weight": randn(N * D, seed=5) + 1 if norm else None,
-        "norm_bias": randn(N * D, seed=6) if norm else None,
-        "running_mean": randn(N * D, seed=7) if norm else None,
-        "running_var": randn(N * D, seed=8).exp() if norm else None,
+        "down_weight": draw(H, D, seed=1) * D**-0.5,
+        "down_bias": draw(H, seed=2),
+        "up_weight": draw(N * D, H, seed=3) * H**-0.5 * 2,
+        "up_bias": draw(N * D, seed=4),
+        "norm_weight": draw(N * D, seed=5) + 1 if norm else None,
+        "norm_bias": draw(N * D, seed=6) if norm else None,
+        "running_mean": draw(N * D, seed=7) if norm else None,
+        "running_var": draw(N * D, seed=8).exp() if norm else None,
         "block_prior": None,
     }
     if prior is True:
-        tensors["block_prior"] = randn(N, seed=9) * 2
+        tensors["block_prior"] = draw(N, seed=9) * 2
     elif prior:
-        tensors["block_prior"] = torch.tensor([prior[n % len(prior)] for n in range(N)])
+        tensors["block_prior"] = torch.tensor([prior[n % len(prior)] for n in range(N)], device=device)
     for name, tensor in tensors.items():
         if tensor is not None:
             grad = requires_grad and not name.startswith("running")
-            tensors[name] = tensor.to(dtype).to(device).requires_grad_(grad)
+            tensors[name] = tensor.to(dtype).requires_grad_(grad)
     return GateParameters(**tensors)
 
 
@@ -240,15 +245,15 @@ def make_selector(
 ) -> S2SentSelector:
     """A selector in eval mode none of whose parameters and running statistics is at its initial value."""
     selector = S2SentSelector(D, N, H, M, **options)
-    parameters = make_parameters(N, D, H, norm=selector.norm is not None, prior=(0.5, -1.0, 2.0))
-    selector.to(dtype)
+    selector.to(device, dtype)
+    parameters = make_parameters(N, D, H, dtype, norm=selector.norm is not None, prior=(0.5, -1.0, 2.0), device=device)
     with torch.no_grad():
         for name, tensor in selector.named_parameters():
             tensor.copy_(getattr(parameters, name.replace(".", "_")))
         if selector.norm is not None:
             selector.norm.running_mean.copy_(parameters.running_mean)
             selector.norm.running_var.copy_(parameters.running_var)
-    return selector.to(device).eval()
+    return selector.eval()
 
 
 def make_gradient(like: Tensor, kind: str = "random", seed: int = 0) -> Tensor:

@@ -73,7 +73,8 @@ def pack(hidden_states: list[Tensor], lengths: list[int]) -> tuple[list[Tensor],
 
 
 def make_parameters(N: int, D: int, H: int, dtype: torch.dtype = F32, **options) -> GateParameters:
-    return builders.make_parameters(N, D, H, dtype, device=DEVICE, **options)
+    """Of every dtype the same numbers, rounded from float32: the precision in which the engines compute."""
+    return builders.make_parameters(N, D, H, F32, device=DEVICE, **options).each(lambda tensor: tensor.to(dtype))
 
 
 def make_selector(N: int = 3, D: int = SIZE, M: int = 2, *, H: int = 5, **options) -> S2SentSelector:
