@@ -37,7 +37,7 @@ for step in "$@"; do
       tail -n 3 "$OUT/build.log"
       (exit $code) ;;
     tests) pytest tests/engines | tee "$OUT/engines.log" | grep -vE '^SKIPPED|^\.|^$' | tail -25 ;;
-    native) S2SENT_TEST_BACKEND=native pytest tests/engines tests/ops/test_native.py -k "not nvcc" | tee "$OUT/native.log" | grep -vE '^SKIPPED|^\.|^$' | tail -25 ;;
+    native) S2SENT_TEST_BACKEND=native pytest tests/engines tests/ops/test_native.py tests/ops/test_choice.py -k "not nvcc" | tee "$OUT/native.log" | grep -vE '^SKIPPED|^\.|^$' | tail -25 ;;
     sanitize)
       for run in memcheck "racecheck --one-pass" racecheck; do
         read -r tool options <<<"$run"
