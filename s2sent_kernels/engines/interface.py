@@ -32,7 +32,7 @@ KERNEL_DTYPE_TEXT = f"{', '.join(DTYPE_NAMES[:-1])} and {DTYPE_NAMES[-1]}"  # in
 
 
 class BackendStatus(NamedTuple):
-    """Whether a backend can be used here; ``reason`` says why not, or on what it runs and what it supports."""
+    """Whether a backend can be used here. ``reason``: why not, or on what it runs and what it supports."""
 
     usable: bool
     reason: str
