@@ -55,14 +55,15 @@ def register(
         torch.library.register_autograd(f"s2sent::{name}", _refuse, lib=_library)
         return
 
+    known = frozenset(names)
+
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         save(ctx, dict(zip(names, inputs, strict=True)), output)
 
     def in_order(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
         grads = backward(ctx, *grad_outputs)
-        results = tuple(grads.pop(argument, None) for argument in names)
-        assert not grads, grads.keys()
-        return results
+        assert grads.keys() <= known, grads.keys()
+        return tuple(map(grads.get, names))
 
     torch.library.register_autograd(f"s2sent::{name}", in_order, setup_context=setup_context, lib=_library)
 
@@ -89,7 +90,7 @@ def split_parameters(rest: Sequence[Any]) -> tuple[GateParameters, Sequence[Any]
 
 
 def parameters_of(arguments: Arguments) -> GateParameters:
-    return GateParameters(*(arguments[name] for name in GateParameters._fields))
+    return GateParameters(*map(arguments.__getitem__, GateParameters._fields))
 
 
 def with_gradient(parameters: GateParameters) -> dict[str, Tensor]:

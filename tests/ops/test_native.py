@@ -8,7 +8,7 @@ import torch
 import s2sent_kernels as s2
 from s2sent_kernels import functional
 from s2sent_kernels.engines.native import engine as native
-from s2sent_kernels.formula.call import POOLINGS, Reading
+from s2sent_kernels.formula.call import POOLINGS
 
 BUILT = pytest.mark.skipif(not s2.backends()["native"].usable, reason=s2.backends()["native"].reason)
 N, B, L, H, M = 5, 6, 40, 8, 4
@@ -105,7 +105,7 @@ def test_tables_of_factors_stay():
     device = torch.device("cpu")
 
     def tables():
-        return [native._block_factors(n, Reading(4), device)[0] for n in range(6, 90)] + [
+        return [native._block_factors(n, 4, "paper", device)[0] for n in range(6, 90)] + [
             native._grid_factors(size, 4, device) for size in range(1, 90)
         ]
 

@@ -33,6 +33,7 @@ from ...formula.call import (
     PartialSums,
     Place,
     Pooling,
+    Profile,
     Reading,
 )
 
@@ -60,7 +61,7 @@ def _float(tensor: Tensor | None) -> Tensor | None:
 
 
 def _float_parameters(parameters: GateParameters) -> GateParameters:
-    return parameters.each(lambda tensor: tensor.to(torch.float32).contiguous())
+    return GateParameters._make([_float(tensor) for tensor in parameters])
 
 
 def _tokens(batch: Batch | Layout) -> tuple[Tensor | None, Tensor | None]:
@@ -72,10 +73,12 @@ def _tokens(batch: Batch | Layout) -> tuple[Tensor | None, Tensor | None]:
 
 
 @functools.cache
-def _block_factors(num_blocks: int, reading: Reading, device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
+def _block_factors(
+    num_blocks: int, frequencies: int, profile: Profile, device: torch.device
+) -> tuple[Tensor, tuple[int, ...]]:
     """alpha [M, N], and every part's frequency along the tokens."""
-    pairs = dct.frequency_pairs(num_blocks, reading.frequencies, reading.profile)
-    alpha = dct.block_basis(num_blocks, reading.frequencies, reading.profile).to(torch.float32).contiguous()
+    pairs = dct.frequency_pairs(num_blocks, frequencies, profile)
+    alpha = dct.block_basis(num_blocks, frequencies, profile).to(torch.float32).contiguous()
     return alpha.to(device), tuple(y for _, y in pairs)
 
 
@@ -87,7 +90,7 @@ def _grid_factors(size: int, frequencies: int, device: torch.device) -> Tensor:
 
 def _factors(num_blocks: int, reading: Reading, layout: Layout) -> tuple[Tensor, tuple[int, ...], Tensor | None]:
     """alpha, the parts' frequencies along the tokens, and beta where it is a table."""
-    alpha, y = _block_factors(num_blocks, reading._replace(pooling=None), layout.device)
+    alpha, y = _block_factors(num_blocks, reading.frequencies, reading.profile, layout.device)
     if reading.profile != "official":
         return alpha, y, None
     return alpha, y, _grid_factors(layout.shape[1], reading.frequencies, layout.device)
