@@ -13,7 +13,7 @@ from .engines.choice import engine_for
 from .engines.interface import Engine
 from .formula import reference
 from .formula.call import POOLINGS, Batch, Call, GateParameters, Gating, PartialSums, Place, Reading, compute_dtype
-from .ops.library import dispatcher_is_idle
+from .ops.library import without_dispatcher
 
 
 class Gate(Protocol):
@@ -92,7 +92,7 @@ class BlockwisePool:
                 raise ValueError(f"hidden_state: expected {self._first} as block 0, got {kind}")
         place = Place(block, num_blocks)
         # Plain PyTorch also serves devices for which no op is registered.
-        if self._engine is plain or dispatcher_is_idle():
+        if self._engine is plain or without_dispatcher((hidden_state,)):
             with torch.no_grad():
                 self._engine.squeeze_block(batch, place, self._sums, self._reading)
         else:
@@ -115,9 +115,11 @@ class BlockwisePool:
     def _start(self, batch: Batch) -> None:
         """Validate the first block, choose the engine and allocate its partial sums."""
         gate, first = self._gate, batch.hidden_states[0]
+        validate.words(self._reading)
         validate.tensors(batch, self._reading.profile)
         if batch.hidden_size != gate.hidden_size:
             raise ValueError(f"hidden_state: expected D = {gate.hidden_size} features, got {list(first.shape)}")
+        validate.components(gate.num_blocks, gate.hidden_size, self._reading.frequencies, self._reading.profile)
         parameters = gate.gate_parameters()
         if parameters is not None:
             validate.gate_parameters(parameters, gate.num_blocks, gate.hidden_size, first.device)

@@ -227,10 +227,14 @@ class BlockListener:
         Raises:
             RuntimeError: no call on this thread finished since the last time, or a consumer received its hidden states.
         """
-        consumer = self.take_consumer()
-        if not isinstance(consumer, KeptStates):
-            raise RuntimeError(f"the last call's hidden states were consumed by a {type(consumer).__name__}")
-        return consumer.hidden_states
+        consumer = _thread.heard.get(self)
+        if consumer is not None and not isinstance(consumer, KeptStates):
+            raise RuntimeError(
+                f"the last call's hidden states were consumed by a {type(consumer).__name__}: see take_consumer"
+            )
+        kept = self.take_consumer()
+        assert isinstance(kept, KeptStates)
+        return kept.hidden_states
 
     def take_consumer(self) -> Consumer:
         """The consumer of the last call, a KeptStates where its hidden states were kept; once.

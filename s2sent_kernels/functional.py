@@ -30,7 +30,6 @@ def _reading(frequencies: int, profile: str, pooling: str | None) -> Reading:
 
 
 def _gating(activation: str, eps: float, profile: str, training: bool, momentum: float) -> Gating:
-    validate.number("eps", eps)
     return Gating(
         validate.word("activation", activation, ACTIVATIONS),
         eps,
@@ -131,7 +130,9 @@ def gate_squeezed(
     squeezed: Tensor, parameters: GateParameters, num_blocks: int, gating: Gating, backend: str
 ) -> Tensor:
     """``gate`` of records whose types are right."""
-    chosen = choose(backend, Call(squeezed.device, squeezed.dtype, num_blocks=num_blocks))
+    # While a graph is traced N may be symbolic, and the choice takes constants alone.
+    known_blocks = None if torch.compiler.is_compiling() else num_blocks
+    chosen = choose(backend, Call(squeezed.device, squeezed.dtype, num_blocks=known_blocks))
     if chosen == "reference" or gating.training or gating.profile != "paper":
         validate.gate(parameters, gating, num_blocks, squeezed)
         return reference.gate(squeezed, parameters, num_blocks, gating)
@@ -204,6 +205,7 @@ def select(
     """The whole selector, token output: v [B, L, D] (packed [T, D]), 0 at padding. Arguments as in the three stages."""
     batch = validate.types(hidden_states, attention_mask, cu_seqlens)
     validate.parameter_types(parameters)
+    validate.number("eps", eps)
     reading, gating = _reading(frequencies, profile, None), _gating(activation, eps, profile, training, momentum)
     if profile != "paper" or training:
         return select_with(_gate_function(batch, parameters, gating, backend), batch, reading, backend)
@@ -238,8 +240,9 @@ def select_pool(
     dtype. Every hidden state is read once and v is never formed, nor, with running statistics, g. Arguments as in the three
     stages."""
     batch = validate.types(hidden_states, attention_mask, cu_seqlens)
-    validate.word("pooling", pooling, POOLINGS)
+    validate.word("pooling", pooling, POOLINGS)  # None is for squeeze alone
     validate.parameter_types(parameters)
+    validate.number("eps", eps)
     reading, gating = _reading(frequencies, profile, pooling), _gating(activation, eps, profile, training, momentum)
     if profile != "paper" or training:
         return select_pool_with(_gate_function(batch, parameters, gating, backend), batch, reading, backend)

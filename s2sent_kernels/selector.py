@@ -113,7 +113,7 @@ class S2SentSelector(nn.Module):
     ) -> Tensor:
         """Sentence embeddings o [B, D]: the fused tokens pooled as in ``functional.squeeze``, without forming them."""
         batch, reading = self._batch(hidden_states, attention_mask, cu_seqlens), self.reading(pooling)
-        validate.word("pooling", pooling, POOLINGS)
+        validate.word("pooling", pooling, POOLINGS)  # None is for squeeze alone
         parameters = self.gate_parameters()
         if parameters is None:
             return functional.select_pool_with(self.gate, batch, reading, self.backend)
@@ -154,12 +154,15 @@ class S2SentSelector(nn.Module):
 
     def reading(self, pooling: str | None) -> Reading:
         """How this selector reads a batch."""
+        validate.positive_int("frequencies", self.frequencies)
         word = None if pooling is None else validate.word("pooling", pooling, POOLINGS)
         return Reading(self.frequencies, self.profile, word)
 
     def gating(self) -> Gating:
         """How this selector's gate is computed with running statistics."""
-        return Gating(self.activation, 1e-6 if self.norm is None else self.norm.eps, self.profile)
+        eps = 1e-6 if self.norm is None else self.norm.eps
+        validate.number("eps", eps)
+        return Gating(self.activation, eps, self.profile)
 
     def gate_parameters(self) -> GateParameters | None:
         """The gate's tensors where they alone define it and a fused kernel can compute it. None for batch statistics, profile

@@ -3,12 +3,14 @@
 What is checked where, once in a call:
 
     where                       what                                                                by
-    functional                  Python types; a word that is no string; forward mode                ``types``, ``word``
-    an op, also its fake        words, shapes, dtypes and devices of tensors, N, D and M            ``batch``, ``gate``
+    functional, S2SentSelector  Python types; a word that is no string; forward mode                ``types``, ``word``
+    an op, also its fake        words; shapes, dtypes and devices of tensors; N, D and M            ``batch``, ``gate``
       (and functional, where plain PyTorch computes and no op does)
+    an op alone                 forward mode: plain PyTorch has it, also for the gate's parameters  ``forward_mode``
     an op, with values at hand  what ``cu_seqlens`` holds                                           ``cu_seqlens_values``
-    BlockwisePool               all of the op's, at the first block; later only that a block is     ``batch``, ``gate_parameters``
-                                like the first
+    a backward op               words, and the shapes of the gradients that it receives             ``hidden_gradients``, ...
+    BlockwisePool               at the first block what the op ``squeeze_block`` checks; later      ``tensors``, ...
+                                only that a block is like the first
     S2SentSelector              its options when it is made; N and D of a call                      ``components``, ``option``
     an engine                   its limits, before the choice falls on it                           ``refuses``
     csrc/bindings               memory safety: sizes, strides and ranges that kernels rely on
@@ -38,6 +40,7 @@ from .formula.call import (
     Gating,
     HiddenGradients,
     Layout,
+    Profile,
     Reading,
 )
 
@@ -151,16 +154,19 @@ def batch(batch: Batch, reading: Reading) -> None:
         ValueError: shapes, dtypes or devices are wrong or disagree; names the argument, what was expected and what was passed.
         TypeError: a tensor's dtype is of the wrong kind.
     """
+    words(reading)
     tensors(batch, reading.profile)
     components(batch.num_blocks, batch.hidden_size, reading.frequencies, reading.profile)
+
+
+def words(reading: Reading) -> None:
+    option("profile", reading.profile, PROFILES)
     if reading.pooling is not None:
         option("pooling", reading.pooling, POOLINGS)
 
 
-def tensors(batch: Batch, profile: str = "paper") -> None:
+def tensors(batch: Batch, profile: Profile) -> None:
     """``batch`` without what depends on N and M: also for a single block of several."""
-    option("profile", profile, PROFILES)
-    forward_mode(batch.hidden_states)
     if batch.num_blocks == 0:
         raise ValueError("hidden_states: expected at least one tensor, got none")
     first = batch.hidden_states[0]
@@ -256,7 +262,6 @@ def gate(parameters: GateParameters, gating: Gating, num_blocks: int, like: Tens
     if gating.profile == "official" and parameters.block_prior is not None:
         raise ValueError("block_prior: profile 'official' has none")
     gate_parameters(parameters, num_blocks, like.shape[-1], like.device)
-    forward_mode(parameters)
 
 
 def hidden_gradients(grads: HiddenGradients, layout: Layout, num_blocks: int) -> None:

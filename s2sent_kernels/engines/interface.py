@@ -38,6 +38,9 @@ class BackendStatus(NamedTuple):
     reason: str
 
 
+BackendStatus.__module__ = "s2sent_kernels"  # pickles name the public path
+
+
 class Limits(Protocol):
     """What an engine tells before it is loaded."""
 

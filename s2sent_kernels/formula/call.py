@@ -163,6 +163,9 @@ class GateParameters(NamedTuple):
         return self.down_weight.shape[0]
 
 
+GateParameters.__module__ = "s2sent_kernels"  # pickles name the public path
+
+
 class PartialSums(NamedTuple):
     """What ``squeeze_block`` accumulates into, one Transformer block after another."""
 

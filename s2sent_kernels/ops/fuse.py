@@ -25,7 +25,7 @@ def run(batch: Batch, gates: Tensor, backend: str) -> Tensor:
 def validate_fuse(batch: Batch, gates: Tensor) -> None:
     validate.batch(batch, _READING)
     validate.gates(gates, batch)
-    validate.forward_mode((gates,))
+    validate.forward_mode((*batch.hidden_states, gates))
 
 
 def _implementation(

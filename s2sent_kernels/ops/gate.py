@@ -25,7 +25,7 @@ def _validated(squeezed: Tensor, rest: Any) -> tuple[GateParameters, int, Gating
     gating = Gating(activation, eps)
     validate.squeezed(squeezed)
     validate.gate(parameters, gating, num_blocks, squeezed)
-    validate.forward_mode((squeezed,))
+    validate.forward_mode((squeezed, *parameters))
     return parameters, num_blocks, gating, backend
 
 

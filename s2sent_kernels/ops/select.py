@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .. import validate
 from ..engines.choice import engine_for, engine_of
-from ..engines.interface import Engine
 from ..formula.call import Batch, Call, GateParameters, Gating, HiddenGradients, Reading, compute_dtype
 from . import fuse_backward, gate_backward, squeeze_backward
 from .library import (
@@ -33,22 +32,17 @@ SCHEMA = f"({BATCH}, {PARAMETERS}, int frequencies, str activation, float eps, s
 def run(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, backend: str) -> Tensor:
     """v like a hidden state. ``backend`` is one that ``choose`` returned for the path of tokens."""
     if without_dispatcher((*batch.hidden_states, *parameters)):
-        return _compute(batch, reading, parameters, gating, engine_of(backend))[0]
+        _validate(batch, reading, parameters, gating)
+        validate.cu_seqlens_values(batch)
+        return engine_of(backend).select(batch, reading, parameters, gating)[0]
     options = (reading.frequencies, gating.activation, gating.eps, backend)
     return torch.ops.s2sent.select(*batch, *parameters, *options)[0]
-
-
-def _compute(
-    batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, engine: Engine
-) -> tuple[Tensor, Tensor, Tensor]:
-    _validate(batch, reading, parameters, gating)
-    validate.cu_seqlens_values(batch)
-    return engine.select(batch, reading, parameters, gating)
 
 
 def _validate(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating) -> None:
     validate.batch(batch, reading)
     validate.gate(parameters, gating, batch.num_blocks, batch.hidden_states[0])
+    validate.forward_mode((*batch.hidden_states, *parameters))
 
 
 def _unpacked(
@@ -63,7 +57,9 @@ def _implementation(
     hidden_states: list[Tensor], attention_mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, reading, parameters, gating, backend = _unpacked(hidden_states, attention_mask, cu_seqlens, rest)
-    return _compute(batch, reading, parameters, gating, engine_for(backend, Call.of(batch, "tokens")))
+    _validate(batch, reading, parameters, gating)
+    validate.cu_seqlens_values(batch)
+    return engine_for(backend, Call.of(batch, "tokens")).select(batch, reading, parameters, gating)
 
 
 def _fake(

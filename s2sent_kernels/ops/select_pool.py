@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .. import validate
 from ..engines.choice import engine_for, engine_of
-from ..engines.interface import Engine
 from ..formula.call import Batch, Call, GateParameters, Gating, HiddenGradients, Reading, compute_dtype
 from . import gate_pool_backward, squeeze_backward
 from .library import (
@@ -37,22 +36,17 @@ SCHEMA = (
 def run(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, backend: str) -> Tensor:
     """o [B, D]. ``backend`` is one that ``choose`` returned for the pooled path."""
     if without_dispatcher((*batch.hidden_states, *parameters)):
-        return _compute(batch, reading, parameters, gating, engine_of(backend))[0]
+        _validate(batch, reading, parameters, gating)
+        validate.cu_seqlens_values(batch)
+        return engine_of(backend).select_pool(batch, reading, parameters, gating)[0]
     options = (reading.frequencies, reading.pooling, gating.activation, gating.eps, backend)
     return torch.ops.s2sent.select_pool(*batch, *parameters, *options)[0]
-
-
-def _compute(
-    batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, engine: Engine
-) -> tuple[Tensor, Tensor, Tensor]:
-    _validate(batch, reading, parameters, gating)
-    validate.cu_seqlens_values(batch)
-    return engine.select_pool(batch, reading, parameters, gating)
 
 
 def _validate(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating) -> None:
     validate.batch(batch, reading)
     validate.gate(parameters, gating, batch.num_blocks, batch.hidden_states[0])
+    validate.forward_mode((*batch.hidden_states, *parameters))
 
 
 def _unpacked(
@@ -67,7 +61,9 @@ def _implementation(
     hidden_states: list[Tensor], attention_mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, reading, parameters, gating, backend = _unpacked(hidden_states, attention_mask, cu_seqlens, rest)
-    return _compute(batch, reading, parameters, gating, engine_for(backend, Call.of(batch, "pooled")))
+    _validate(batch, reading, parameters, gating)
+    validate.cu_seqlens_values(batch)
+    return engine_for(backend, Call.of(batch, "pooled")).select_pool(batch, reading, parameters, gating)
 
 
 def _fake(

@@ -21,6 +21,11 @@ def run(batch: Batch, reading: Reading, backend: str) -> tuple[Tensor, Tensor | 
     return squeezed, None if reading.pooling is None else pooled
 
 
+def _validate(batch: Batch, reading: Reading) -> None:
+    validate.batch(batch, reading)
+    validate.forward_mode(batch.hidden_states)
+
+
 def _implementation(
     hidden_states: list[Tensor],
     attention_mask: Tensor | None,
@@ -31,7 +36,7 @@ def _implementation(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     batch, reading = Batch(hidden_states, attention_mask, cu_seqlens), Reading(frequencies, profile, pooling)
-    validate.batch(batch, reading)
+    _validate(batch, reading)
     validate.cu_seqlens_values(batch)
     squeezed, pooled = engine_for(backend, Call.of(batch)).squeeze(batch, reading)
     if pooled is None:
@@ -49,7 +54,7 @@ def _fake(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     batch, reading = Batch(hidden_states, attention_mask, cu_seqlens), Reading(frequencies, profile, pooling)
-    validate.batch(batch, reading)
+    _validate(batch, reading)
     rows, size, dtype = batch.num_sentences, batch.hidden_size, compute_dtype(batch.dtype)
     first, blocks = hidden_states[0], 0 if pooling is None else batch.num_blocks
     return first.new_empty(rows, size, dtype=dtype), first.new_empty(rows, blocks, size, dtype=dtype)

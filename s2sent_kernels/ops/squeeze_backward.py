@@ -76,9 +76,11 @@ def _implementation(
 ) -> list[Tensor]:
     grads = HiddenGradients(grad_squeezed, grad_pooled, grad_fused, gates)
     layout = Layout(shape, dtype, device, attention_mask, cu_seqlens)
+    reading = Reading(frequencies, profile, pooling)
+    validate.words(reading)
     validate.hidden_gradients(grads, layout, len(needed))
     engine = engine_for(backend, Call(device, dtype, num_blocks=len(needed)))
-    results = engine.squeeze_backward(grads, layout, needed, Reading(frequencies, profile, pooling))
+    results = engine.squeeze_backward(grads, layout, needed, reading)
     return [torch.empty(0, dtype=dtype, device=device) if grad is None else grad for grad in results]
 
 

@@ -37,6 +37,7 @@ def _implementation(
     backend: str,
 ) -> None:
     batch, reading = Batch([hidden_state], attention_mask, cu_seqlens), Reading(frequencies, profile, pooling)
+    validate.words(reading)
     validate.tensors(batch, profile)
     validate.components(num_blocks, batch.hidden_size, frequencies, profile)
     validate.cu_seqlens_values(batch)

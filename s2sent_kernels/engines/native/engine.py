@@ -44,11 +44,17 @@ _ops = torch.ops.s2sent_native
 
 
 def _pooling_number(pooling: Pooling | None) -> int:
-    return 0 if pooling is None else 1 + POOLINGS.index(pooling)
+    return 0 if pooling is None else 1 + _place("pooling", pooling, POOLINGS)
 
 
 def _activation_number(activation: Activation) -> int:
-    return ACTIVATIONS.index(activation)
+    return _place("activation", activation, ACTIVATIONS)
+
+
+def _place(name: str, word: str, words: tuple[str, ...]) -> int:
+    if word not in words:
+        raise ValueError(f"{name}: expected one of {words}, got {word!r}")
+    return words.index(word)
 
 
 def _dense(tensor: Tensor) -> Tensor:
