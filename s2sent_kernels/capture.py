@@ -206,6 +206,14 @@ class BlockListener:
             called.register_forward_hook(partial(_end, self), always_call=True),
         ]
 
+    @property
+    def encoder(self) -> nn.Module:
+        return self.capture.encoder
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return self.capture.blocks
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "capture" not in state:  # written when a listener was a capture itself
             consumer, handles = state.pop("_consumer"), state.pop("_handles")

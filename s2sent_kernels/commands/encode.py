@@ -63,8 +63,11 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    # First: without pyarrow sentence-transformers fails, too, and names itself.
+    from ..tools import encoding
+
+    # isort: split
     from .. import sentence_transformers  # noqa: F401  its error names the extra
-    from ..tools import encoding  # first: without pyarrow sentence-transformers fails, too, and names itself
 
     output, inputs = Path(arguments.output), arguments.inputs
     _check_output(output, arguments.force, encoding.OUTPUTS)

