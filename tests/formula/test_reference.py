@@ -284,3 +284,21 @@ def test_low_precision_forward_and_gradients(dtype, N, M, L, mask, pooling, back
         assert b.dtype == dtype
         allowed = 2 * (a.double() - t).abs().max()
         assert (b.double() - t).abs().max() <= allowed, f"tensor {index}"
+
+
+@pytest.mark.parametrize("options", [{}, {"training": True}, {"profile": "official"}], ids=str)
+def test_forward_mode_through_the_gates_parameters(options):
+    """Plain PyTorch has forward mode; ops alone refuse it."""
+    parameters = make_parameters(3, 8)
+    if options:
+        parameters = parameters._replace(block_prior=None)
+    f, tangent = torch.randn(4, 8, dtype=torch.float64), torch.randn_like(parameters.down_weight)
+
+    def gate(weight):
+        copied = parameters.each(torch.clone)._replace(down_weight=weight)  # training updates the running statistics
+        return s2.gate(f, copied, num_blocks=3, backend="reference", **options)
+
+    _, found = torch.func.jvp(gate, (parameters.down_weight,), (tangent,))
+    step = 1e-6 * tangent
+    expected = (gate(parameters.down_weight + step) - gate(parameters.down_weight - step)) / 2e-6
+    assert_close(found, expected, 1e-6)

@@ -242,3 +242,41 @@ def test_contents_of_cu_seqlens_inside_the_ops(values, words):
 def test_cu_seqlens_of_the_wrong_kind(backend, bad, kind, words):
     packed = [torch.randn(20, D) for _ in range(N)]
     each_raises(everything(packed, cu_seqlens=bad, backend=backend), kind, "cu_seqlens", *words)
+
+
+# ---------------------------------------------------------------- ops that are called directly
+
+
+@pytest.mark.parametrize("name", ["select", "select_pool", "squeeze", "fuse"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton", "auto"])
+def test_ops_judge_tensors_before_they_choose_an_engine(name, backend):
+    parameters = make_parameters(N, D, H, torch.float32)
+    rest = {
+        "select": (*parameters, 4, "tanh", 1e-6, backend),
+        "select_pool": (*parameters, 4, "mean", "tanh", 1e-6, backend),
+        "squeeze": (4, "paper", None, backend),
+        "fuse": (torch.rand(B, N, D), backend),
+    }[name]
+    call = getattr(torch.ops.s2sent, name)
+    with raises(TypeError, "hidden_states[0]", "floating", "torch.int32"):
+        call([torch.zeros(B, L, D, dtype=torch.int32)] * N, None, None, *rest)
+    with raises(ValueError, "hidden_states[0]", "[B, L, D]"):
+        call([torch.zeros(B, D)] * N, None, None, *rest)
+
+
+@pytest.mark.parametrize("name", ["select", "select_pool"])
+def test_ops_without_hidden_states(name):
+    """With no tensor in the list the gate's parameters find the op."""
+    parameters = make_parameters(N, D, H, torch.float32)
+    pooling = ("mean",) if name == "select_pool" else ()
+    with raises(ValueError, "hidden_states", "at least one", "none"):
+        getattr(torch.ops.s2sent, name)([], None, None, *parameters, 4, *pooling, "tanh", 1e-6, "reference")
+
+
+@pytest.mark.parametrize("word", ["profile", "pooling"])
+def test_backward_ops_judge_words(word):
+    words = {"profile": "paper", "pooling": "mean"} | {word: "abacus"}
+    pooled, device = torch.rand(B, 1, D), torch.device("cpu")
+    arguments = (None, pooled, None, None, [B, L, D], torch.float32, device, [True], None, None, 4)
+    with raises(ValueError, word, "abacus"):
+        torch.ops.s2sent.squeeze_backward(*arguments, *words.values(), "reference")

@@ -122,3 +122,15 @@ def test_blockwise_refuses_another_device():
     stream.add(0, torch.randn(3, 4, 8))
     with pytest.raises(ValueError, match=r"hidden_state: expected .* on cpu as block 0, got .* on meta"):
         stream.add(1, torch.randn(3, 4, 8, device="meta"))
+
+
+def test_blockwise_checks_what_the_op_checks():
+    """At the first block, also where ``add`` calls the engine directly."""
+    selector = trained().float().eval()
+    hidden_states, _ = make_batch(N, B, L, D, torch.float32, "none")
+    selector.frequencies = D + 1
+    with pytest.raises(ValueError, match="frequencies"):
+        selector.blockwise().add(0, hidden_states[0])
+    selector.frequencies = "4"
+    with pytest.raises(TypeError, match="frequencies: expected an integer, got str"):
+        selector.blockwise()

@@ -326,3 +326,16 @@ def test_export_packed():
     assert all(name.startswith(("aten.", "<built-in function", "_operator")) for name in targets(program))
     batch = batch_for("packed", B=9, L=11, requires_grad=False)
     assert_close(program.module()(*batch.values()), selector.pool(**batch), CLOSE)
+
+
+def test_gate_of_a_symbolic_number_of_blocks(backend):
+    """N may be computed from a shape that varies."""
+    gate = torch.compile(
+        lambda f, parameters, n: s2.gate(f, parameters, num_blocks=n, backend=backend),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for blocks in (3, 4):
+        parameters, f = make_parameters(blocks, 8, 5, torch.float32), torch.randn(2, 8)
+        assert_close(gate(f, parameters, blocks), s2.gate(f, parameters, num_blocks=blocks, backend=backend), 1e-6)
