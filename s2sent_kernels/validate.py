@@ -264,6 +264,13 @@ def gate(parameters: GateParameters, gating: Gating, num_blocks: int, like: Tens
     gate_parameters(parameters, num_blocks, like.shape[-1], like.device)
 
 
+def select(inputs: Batch, reading: Reading, parameters: GateParameters, gating: Gating) -> None:
+    """The whole selector, in the ops that compute it."""
+    batch(inputs, reading)
+    gate(parameters, gating, inputs.num_blocks, inputs.hidden_states[0])
+    forward_mode((*inputs.hidden_states, *parameters))
+
+
 def hidden_gradients(grads: HiddenGradients, layout: Layout, num_blocks: int) -> None:
     """The shapes of a HiddenGradients, by the names that the op's schema gives its tensors."""
     rows, size = layout.num_sentences, layout.hidden_size

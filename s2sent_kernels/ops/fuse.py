@@ -11,7 +11,7 @@ from .. import validate
 from ..engines.choice import engine_for
 from ..formula.call import Batch, Call, HiddenGradients, Reading
 from . import fuse_backward, squeeze_backward
-from .library import BATCH, Arguments, Gradients, register
+from .library import BATCH, Arguments, Gradients, batch_of, register
 
 SCHEMA = f"({BATCH}, Tensor gates, str backend) -> Tensor"
 # Fuse has no components. One, in profile "paper", is what every batch has.
@@ -54,7 +54,7 @@ def _fake(
 
 
 def _save(ctx: Any, arguments: Arguments, output: Tensor) -> None:
-    batch = Batch(arguments["hidden_states"], arguments["attention_mask"], arguments["cu_seqlens"])
+    batch = batch_of(arguments)
     ctx.backend = arguments["backend"]
     squeeze_backward.save_layout(ctx, batch, arguments["gates"], *batch.hidden_states)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formula.call import GateParameters
+from ..formula.call import Batch, GateParameters
 
 BATCH = "Tensor[] hidden_states, Tensor? attention_mask, Tensor? cu_seqlens"
 PARAMETERS = ", ".join(
@@ -46,10 +46,7 @@ def register(
         backward: ``backward(ctx, *grad_outputs)`` returns gradients by argument name. Without it, and without ``save``, the op
             is a backward pass itself: differentiating it raises.
     """
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, implementation, key)
-    torch.library.register_fake(f"s2sent::{name}", fake, lib=_library)
+    register_in_place(name, schema, implementation, fake)
     names = tuple(argument.name for argument in torch._C.parse_schema(f"s2sent::{name}{schema}").arguments)
     if save is None or backward is None:
         torch.library.register_autograd(f"s2sent::{name}", _refuse, lib=_library)
@@ -73,14 +70,18 @@ def _refuse(ctx: Any, *grads: Any) -> None:
 
 
 def register_in_place(name: str, schema: str, implementation: Callable[..., None], fake: Callable[..., None]) -> None:
-    """Define an op that writes into its arguments and has no derivative."""
+    """Define an op without derivatives, as one that writes into its arguments."""
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         _library.impl(name, implementation, key)
     torch.library.register_fake(f"s2sent::{name}", fake, lib=_library)
 
 
-# ---------------------------------------------------------------- gate parameters, flat in a schema
+# ---------------------------------------------------------------- records, flat in a schema
+
+
+def batch_of(arguments: Arguments) -> Batch:
+    return Batch(arguments["hidden_states"], arguments["attention_mask"], arguments["cu_seqlens"])
 
 
 def split_parameters(rest: Sequence[Any]) -> tuple[GateParameters, Sequence[Any]]:

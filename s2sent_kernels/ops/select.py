@@ -20,6 +20,7 @@ from .library import (
     Arguments,
     Gradients,
     add,
+    batch_of,
     parameters_of,
     register,
     split_parameters,
@@ -32,17 +33,11 @@ SCHEMA = f"({BATCH}, {PARAMETERS}, int frequencies, str activation, float eps, s
 def run(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, backend: str) -> Tensor:
     """v like a hidden state. ``backend`` is one that ``choose`` returned for the path of tokens."""
     if without_dispatcher((*batch.hidden_states, *parameters)):
-        _validate(batch, reading, parameters, gating)
+        validate.select(batch, reading, parameters, gating)
         validate.cu_seqlens_values(batch)
         return engine_of(backend).select(batch, reading, parameters, gating)[0]
     options = (reading.frequencies, gating.activation, gating.eps, backend)
     return torch.ops.s2sent.select(*batch, *parameters, *options)[0]
-
-
-def _validate(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating) -> None:
-    validate.batch(batch, reading)
-    validate.gate(parameters, gating, batch.num_blocks, batch.hidden_states[0])
-    validate.forward_mode((*batch.hidden_states, *parameters))
 
 
 def _unpacked(
@@ -57,7 +52,7 @@ def _implementation(
     hidden_states: list[Tensor], attention_mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, reading, parameters, gating, backend = _unpacked(hidden_states, attention_mask, cu_seqlens, rest)
-    _validate(batch, reading, parameters, gating)
+    validate.select(batch, reading, parameters, gating)
     validate.cu_seqlens_values(batch)
     return engine_for(backend, Call.of(batch, "tokens")).select(batch, reading, parameters, gating)
 
@@ -66,7 +61,7 @@ def _fake(
     hidden_states: list[Tensor], attention_mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, reading, parameters, gating, _ = _unpacked(hidden_states, attention_mask, cu_seqlens, rest)
-    _validate(batch, reading, parameters, gating)
+    validate.select(batch, reading, parameters, gating)
     first, dtype = hidden_states[0], compute_dtype(batch.dtype)
     rows, size = batch.num_sentences, batch.hidden_size
     return (
@@ -77,7 +72,7 @@ def _fake(
 
 
 def _save(ctx: Any, arguments: Arguments, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    batch = Batch(arguments["hidden_states"], arguments["attention_mask"], arguments["cu_seqlens"])
+    batch = batch_of(arguments)
     ctx.reading = Reading(arguments["frequencies"])
     ctx.gating, ctx.backend = Gating(arguments["activation"], arguments["eps"]), arguments["backend"]
     _, squeezed, gates = output

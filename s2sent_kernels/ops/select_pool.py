@@ -21,6 +21,7 @@ from .library import (
     Arguments,
     Gradients,
     add,
+    batch_of,
     parameters_of,
     register,
     split_parameters,
@@ -36,17 +37,11 @@ SCHEMA = (
 def run(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, backend: str) -> Tensor:
     """o [B, D]. ``backend`` is one that ``choose`` returned for the pooled path."""
     if without_dispatcher((*batch.hidden_states, *parameters)):
-        _validate(batch, reading, parameters, gating)
+        validate.select(batch, reading, parameters, gating)
         validate.cu_seqlens_values(batch)
         return engine_of(backend).select_pool(batch, reading, parameters, gating)[0]
     options = (reading.frequencies, reading.pooling, gating.activation, gating.eps, backend)
     return torch.ops.s2sent.select_pool(*batch, *parameters, *options)[0]
-
-
-def _validate(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating) -> None:
-    validate.batch(batch, reading)
-    validate.gate(parameters, gating, batch.num_blocks, batch.hidden_states[0])
-    validate.forward_mode((*batch.hidden_states, *parameters))
 
 
 def _unpacked(
@@ -61,7 +56,7 @@ def _implementation(
     hidden_states: list[Tensor], attention_mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, reading, parameters, gating, backend = _unpacked(hidden_states, attention_mask, cu_seqlens, rest)
-    _validate(batch, reading, parameters, gating)
+    validate.select(batch, reading, parameters, gating)
     validate.cu_seqlens_values(batch)
     return engine_for(backend, Call.of(batch, "pooled")).select_pool(batch, reading, parameters, gating)
 
@@ -70,7 +65,7 @@ def _fake(
     hidden_states: list[Tensor], attention_mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, reading, parameters, gating, _ = _unpacked(hidden_states, attention_mask, cu_seqlens, rest)
-    _validate(batch, reading, parameters, gating)
+    validate.select(batch, reading, parameters, gating)
     first, dtype = hidden_states[0], compute_dtype(batch.dtype)
     rows, size = batch.num_sentences, batch.hidden_size
     return (
@@ -81,7 +76,7 @@ def _fake(
 
 
 def _save(ctx: Any, arguments: Arguments, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    batch = Batch(arguments["hidden_states"], arguments["attention_mask"], arguments["cu_seqlens"])
+    batch = batch_of(arguments)
     ctx.reading = Reading(arguments["frequencies"], pooling=arguments["pooling"])
     ctx.gating, ctx.backend = Gating(arguments["activation"], arguments["eps"]), arguments["backend"]
     _, squeezed, pooled = output

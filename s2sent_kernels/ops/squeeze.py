@@ -11,7 +11,7 @@ from .. import validate
 from ..engines.choice import engine_for
 from ..formula.call import Batch, Call, HiddenGradients, Pooling, Profile, Reading, compute_dtype
 from . import squeeze_backward
-from .library import BATCH, Arguments, Gradients, register
+from .library import BATCH, Arguments, Gradients, batch_of, register
 
 SCHEMA = f"({BATCH}, int frequencies, str profile, str? pooling, str backend) -> (Tensor, Tensor)"
 
@@ -61,7 +61,7 @@ def _fake(
 
 
 def _save(ctx: Any, arguments: Arguments, output: tuple[Tensor, Tensor]) -> None:
-    batch = Batch(arguments["hidden_states"], arguments["attention_mask"], arguments["cu_seqlens"])
+    batch = batch_of(arguments)
     ctx.reading = Reading(arguments["frequencies"], arguments["profile"], arguments["pooling"])
     ctx.backend = arguments["backend"]
     squeeze_backward.save_layout(ctx, batch)

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import statistics
 import subprocess
 import sys
 from collections import defaultdict
@@ -529,3 +530,26 @@ def test_a_revision_is_checked_out_and_gets_an_extension_of_its_interface_only(t
         assert tree.folder == tmp_path
     with pytest.raises(record.UserError, match="nothing"), compare.checked_out("nothing", build=False):
         pass
+
+
+def test_the_notes_on_host_cost_are_what_the_files_give():
+    """Geometric means of the ratios, by function and mode."""
+    means = {}
+    for name in ("host", "gradient"):
+        path = record.RESULTS / "parts" / f"nvidia-h200-compare-{name}.json"
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        assert all(row["bits"] == "same" for row in rows if "ratio" in row)
+        groups = {"all": []}
+        for row in rows:
+            if "ratio" in row:
+                function, mode, *_ = row["row"].split("/")
+                groups.setdefault((function, mode), []).append(row["ratio"])
+                groups["all"].append(row["ratio"])
+        means[name] = {key: f"{statistics.geometric_mean(ratios):.2f}" for key, ratios in groups.items()}
+    host, after = means["host"], means["gradient"]
+    notes = (record.BENCH / "NOTES.md").read_text(encoding="utf-8")
+    eager = [host[function, "eval"] for function in ("pool", "tokens", "capture")]
+    assert "pool {}, tokens {}, capture {} |".format(*eager) in notes
+    assert f"pool {host['pool', 'gradient']}, tokens {host['tokens', 'gradient']}: too much |" in notes
+    pool, tokens = after["pool", "gradient"], after["tokens", "gradient"]
+    assert f"pool {pool}, tokens {tokens}, together {after['all']} |" in notes
