@@ -101,6 +101,19 @@ struct SqueezeBackward {
   void* const* grads;          // host [N]: dense du_n, or null if not needed
 };
 
+// The gate's tensors, in the order of GateParameters in formula/call.py. struct Gate, the ops' schemas and signatures, and the
+// checks of tensors expand this table. X(Tensor, or Optional if it may be missing, name, shape)
+#define S2SENT_FOR_EACH_GATE_TENSOR(X) \
+  X(Tensor, down_weight, H, D)    /* W1 */ \
+  X(Tensor, down_bias, H)         /* b1 */ \
+  X(Tensor, up_weight, N * D, H)  /* W2 */ \
+  X(Tensor, up_bias, N * D)       /* b2 */ \
+  X(Optional, norm_weight, N * D) /* as the next three missing without a norm */ \
+  X(Optional, norm_bias, N * D) \
+  X(Optional, running_mean, N * D) \
+  X(Optional, running_var, N * D) \
+  X(Optional, block_prior, N)     /* c */
+
 // s, and from it g, or o = sum_n g p, or their gradients.
 struct Gate {
   int64_t sentences;   // B
@@ -109,16 +122,10 @@ struct Gate {
   int64_t width;       // H
   Activation activation;
   float eps;
-  const float* squeezed;     // f [B, D]
-  const float* down_weight;  // W1 [H, D]
-  const float* down_bias;    // b1 [H]
-  const float* up_weight;    // W2 [N D, H]
-  const float* up_bias;      // b2 [N D]
-  const float* norm_weight;  // [N D], as the next three; null without a norm
-  const float* norm_bias;
-  const float* running_mean;
-  const float* running_var;
-  const float* prior;   // c [N] or null
+  const float* squeezed;  // f [B, D]
+#define S2SENT_FIELD(type, name, ...) const float* name;  // null if missing
+  S2SENT_FOR_EACH_GATE_TENSOR(S2SENT_FIELD)
+#undef S2SENT_FIELD
   float* bottleneck;    // s [B, H]
   float* gates;         // g [B, N, D] or null
   const float* pooled;  // p [B, N, D] or null
@@ -168,5 +175,23 @@ struct FuseBackward {
   Rows grad_fused;     // dv
   float* grad_gates;   // dg [B, N, D]
 };
+
+// ---------------------------------------------------------------- kernels that both devices declare alike
+
+// The argument structs that depend on a device. X(name, its template's arguments)
+#define S2SENT_FOR_EACH_ARGUMENTS(X) \
+  X(Squeeze, Batch, Factors) \
+  X(SqueezeBackward, Batch, Factors) \
+  X(Fuse, Batch) \
+  X(FuseBackward, Batch)
+
+// X(name, its arguments): on the CPU void name(const Arguments&, int64_t begin, int64_t end, float* scratch), on CUDA
+// cudaError_t name(const Arguments&, cudaStream_t). What one device alone has, or has in another form, is in its launch.h.
+#define S2SENT_FOR_EACH_KERNEL(X) \
+  X(squeeze_backward, SqueezeBackward) /* du */ \
+  X(excite, Gate)                      /* g, or o */ \
+  X(excite_backward, Gate)             /* dp and the gradients inside the gate */ \
+  X(fuse, Fuse)                        /* v */ \
+  X(fuse_backward, FuseBackward)       /* dg */
 
 }  // namespace s2sent

@@ -116,7 +116,7 @@ SqueezeBackward squeeze_backward_arguments(
 
 // Everything that all gate ops read.
 inline Gate gate_inputs(
-    const Tensor& squeezed, S2SENT_GATE_PARAMETERS, int64_t num_blocks, int64_t activation, double eps) {
+    const Tensor& squeezed, S2SENT_GATE_PARAMETERS int64_t num_blocks, int64_t activation, double eps) {
   STD_TORCH_CHECK(
       squeezed.dim() == 2 && down_weight.dim() == 2 && num_blocks > 0,
       "s2sent_native: the gate's arguments do not fit");
@@ -130,36 +130,30 @@ inline Gate gate_inputs(
   args.width = down_weight.size(0);
   args.activation = activation_of(activation);
   args.eps = float(eps);
-  const int64_t rows = num_blocks * args.size;
-  args.squeezed = check.floats(squeezed, {args.sentences, args.size}, "squeezed");
-  args.down_weight = check.floats(down_weight, {args.width, args.size}, "down_weight");
-  args.down_bias = check.floats(down_bias, {args.width}, "down_bias");
-  args.up_weight = check.floats(up_weight, {rows, args.width}, "up_weight");
-  args.up_bias = check.floats(up_bias, {rows}, "up_bias");
-  args.norm_weight = check.floats(norm_weight, {rows}, "norm_weight");
-  args.norm_bias = check.floats(norm_bias, {rows}, "norm_bias");
-  args.running_mean = check.floats(running_mean, {rows}, "running_mean");
-  args.running_var = check.floats(running_var, {rows}, "running_var");
-  args.prior = check.floats(prior, {num_blocks}, "block_prior");
+  const int64_t N = num_blocks, D = args.size, H = args.width;
+  args.squeezed = check.floats(squeezed, {args.sentences, D}, "squeezed");
+#define S2SENT_CHECK(type, name, ...) args.name = check.floats(name, {__VA_ARGS__}, #name);
+  S2SENT_FOR_EACH_GATE_TENSOR(S2SENT_CHECK)
+#undef S2SENT_CHECK
   return args;
 }
 
 inline Gate gate_arguments(
-    const Tensor& squeezed, S2SENT_GATE_PARAMETERS, int64_t num_blocks, int64_t activation, double eps,
+    const Tensor& squeezed, S2SENT_GATE_PARAMETERS int64_t num_blocks, int64_t activation, double eps,
     const Tensor& bottleneck, const Tensor& gates) {
   const Checks check(squeezed);
-  Gate args = gate_inputs(squeezed, S2SENT_GATE_ARGUMENTS, num_blocks, activation, eps);
+  Gate args = gate_inputs(squeezed, S2SENT_GATE_ARGUMENTS num_blocks, activation, eps);
   args.bottleneck = check.written(bottleneck, {args.sentences, args.width}, "bottleneck");
   args.gates = check.written(gates, {args.sentences, num_blocks, args.size}, "gates");
   return args;
 }
 
 inline Gate gate_pool_arguments(
-    const Tensor& squeezed, const Tensor& pooled, S2SENT_GATE_PARAMETERS, int64_t activation, double eps,
+    const Tensor& squeezed, const Tensor& pooled, S2SENT_GATE_PARAMETERS int64_t activation, double eps,
     const Tensor& bottleneck, const Tensor& output) {
   STD_TORCH_CHECK(pooled.dim() == 3, "s2sent_native: the gate's arguments do not fit");
   const Checks check(squeezed);
-  Gate args = gate_inputs(squeezed, S2SENT_GATE_ARGUMENTS, pooled.size(1), activation, eps);
+  Gate args = gate_inputs(squeezed, S2SENT_GATE_ARGUMENTS pooled.size(1), activation, eps);
   args.bottleneck = check.written(bottleneck, {args.sentences, args.width}, "bottleneck");
   args.pooled = check.floats(pooled, {args.sentences, args.num_blocks, args.size}, "pooled");
   args.dtype = dtype_of(output);
@@ -170,7 +164,7 @@ inline Gate gate_pool_arguments(
 
 inline Gate gate_backward_arguments(
     const Optional& grad_gates, const Optional& grad_output, const Tensor& squeezed, const Optional& pooled,
-    S2SENT_GATE_PARAMETERS, int64_t activation, double eps, const Tensor& bottleneck, const Optional& grad_pooled,
+    S2SENT_GATE_PARAMETERS int64_t activation, double eps, const Tensor& bottleneck, const Optional& grad_pooled,
     const Tensor& grad_logits, const Tensor& grad_normed, const Optional& normed) {
   const bool pools = pooled.has_value();
   STD_TORCH_CHECK(
@@ -178,7 +172,7 @@ inline Gate gate_backward_arguments(
           grad_pooled.has_value() == pools && normed.has_value() == norm_weight.has_value(),
       "s2sent_native: the gate's gradients do not fit");
   const Checks check(squeezed);
-  Gate args = gate_inputs(squeezed, S2SENT_GATE_ARGUMENTS, grad_logits.size(1), activation, eps);
+  Gate args = gate_inputs(squeezed, S2SENT_GATE_ARGUMENTS grad_logits.size(1), activation, eps);
   const Ints blocks = {args.sentences, args.num_blocks, args.size};
   args.bottleneck = check.written(bottleneck, {args.sentences, args.width}, "bottleneck");
   args.pooled = check.floats(pooled, blocks, "pooled");

@@ -136,29 +136,29 @@ void squeeze_backward(
 // ---------------------------------------------------------------- gate
 
 void gate(
-    const Tensor& squeezed, S2SENT_GATE_PARAMETERS, int64_t num_blocks, int64_t activation, double eps,
+    const Tensor& squeezed, S2SENT_GATE_PARAMETERS int64_t num_blocks, int64_t activation, double eps,
     const Tensor& bottleneck, const Tensor& gates) {
   const Gate args =
-      gate_arguments(squeezed, S2SENT_GATE_ARGUMENTS, num_blocks, activation, eps, bottleneck, gates);
+      gate_arguments(squeezed, S2SENT_GATE_ARGUMENTS num_blocks, activation, eps, bottleneck, gates);
   share_bottleneck(args);
   share_excite(args);
 }
 
 void gate_pool(
-    const Tensor& squeezed, const Tensor& pooled, S2SENT_GATE_PARAMETERS, int64_t activation, double eps,
+    const Tensor& squeezed, const Tensor& pooled, S2SENT_GATE_PARAMETERS int64_t activation, double eps,
     const Tensor& bottleneck, const Tensor& output) {
   const Gate args =
-      gate_pool_arguments(squeezed, pooled, S2SENT_GATE_ARGUMENTS, activation, eps, bottleneck, output);
+      gate_pool_arguments(squeezed, pooled, S2SENT_GATE_ARGUMENTS activation, eps, bottleneck, output);
   share_bottleneck(args);
   share_excite(args);
 }
 
 void gate_backward(
     const Optional& grad_gates, const Optional& grad_output, const Tensor& squeezed, const Optional& pooled,
-    S2SENT_GATE_PARAMETERS, int64_t activation, double eps, const Tensor& bottleneck, const Optional& grad_pooled,
+    S2SENT_GATE_PARAMETERS int64_t activation, double eps, const Tensor& bottleneck, const Optional& grad_pooled,
     const Tensor& grad_logits, const Tensor& grad_normed, const Optional& normed) {
   const Gate args = gate_backward_arguments(
-      grad_gates, grad_output, squeezed, pooled, S2SENT_GATE_ARGUMENTS, activation, eps, bottleneck, grad_pooled,
+      grad_gates, grad_output, squeezed, pooled, S2SENT_GATE_ARGUMENTS activation, eps, bottleneck, grad_pooled,
       grad_logits, grad_normed, normed);
   share_bottleneck(args);
   share_gate(args, 2, [&](int64_t begin, int64_t end, float* scratch) {

@@ -161,21 +161,21 @@ void squeeze_backward(
 // ---------------------------------------------------------------- gate
 
 void gate(
-    const Tensor& squeezed, S2SENT_GATE_PARAMETERS, int64_t num_blocks, int64_t activation, double eps,
+    const Tensor& squeezed, S2SENT_GATE_PARAMETERS int64_t num_blocks, int64_t activation, double eps,
     const Tensor& bottleneck, const Tensor& gates) {
   check_maximum(num_blocks);
   const Gate args =
-      gate_arguments(squeezed, S2SENT_GATE_ARGUMENTS, num_blocks, activation, eps, bottleneck, gates);
+      gate_arguments(squeezed, S2SENT_GATE_ARGUMENTS num_blocks, activation, eps, bottleneck, gates);
   const Stream stream{Checks(squeezed)};
   check_launch(s2sent::cuda::bottleneck(args, stream), "bottleneck");
   check_launch(s2sent::cuda::excite(args, stream), "excite");
 }
 
 void gate_pool(
-    const Tensor& squeezed, const Tensor& pooled, S2SENT_GATE_PARAMETERS, int64_t activation, double eps,
+    const Tensor& squeezed, const Tensor& pooled, S2SENT_GATE_PARAMETERS int64_t activation, double eps,
     const Tensor& bottleneck, const Tensor& output) {
   const Gate args =
-      gate_pool_arguments(squeezed, pooled, S2SENT_GATE_ARGUMENTS, activation, eps, bottleneck, output);
+      gate_pool_arguments(squeezed, pooled, S2SENT_GATE_ARGUMENTS activation, eps, bottleneck, output);
   check_maximum(args.num_blocks);
   const Stream stream{Checks(squeezed)};
   check_launch(s2sent::cuda::bottleneck(args, stream), "bottleneck");
@@ -184,10 +184,10 @@ void gate_pool(
 
 void gate_backward(
     const Optional& grad_gates, const Optional& grad_output, const Tensor& squeezed, const Optional& pooled,
-    S2SENT_GATE_PARAMETERS, int64_t activation, double eps, const Tensor& bottleneck, const Optional& grad_pooled,
+    S2SENT_GATE_PARAMETERS int64_t activation, double eps, const Tensor& bottleneck, const Optional& grad_pooled,
     const Tensor& grad_logits, const Tensor& grad_normed, const Optional& normed) {
   const Gate args = gate_backward_arguments(
-      grad_gates, grad_output, squeezed, pooled, S2SENT_GATE_ARGUMENTS, activation, eps, bottleneck, grad_pooled,
+      grad_gates, grad_output, squeezed, pooled, S2SENT_GATE_ARGUMENTS activation, eps, bottleneck, grad_pooled,
       grad_logits, grad_normed, normed);
   check_maximum(args.num_blocks);
   const Stream stream{Checks(squeezed)};
@@ -234,7 +234,7 @@ void fuse_backward(
 
 bool select(
     const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens, const Tensor& alpha, const Ints& y,
-    S2SENT_GATE_PARAMETERS, int64_t activation, double eps, bool always, const Tensor& squeezed, const Tensor& gates,
+    S2SENT_GATE_PARAMETERS int64_t activation, double eps, bool always, const Tensor& squeezed, const Tensor& gates,
     const Tensor& fused) {
   const Sentences sentences = sentences_of(hidden_states, mask, cu_seqlens);
   const Checks& check = sentences.check;
@@ -249,7 +249,7 @@ bool select(
   check_blocks(0, args.num_blocks, args.num_blocks, args.parts, args.size);
   args.hidden = hidden.data();
   args.alpha = check.floats(alpha, {args.parts, args.num_blocks}, "alpha");
-  args.gate = gate_inputs(squeezed, S2SENT_GATE_ARGUMENTS, args.num_blocks, activation, eps);
+  args.gate = gate_inputs(squeezed, S2SENT_GATE_ARGUMENTS args.num_blocks, activation, eps);
   args.gate.gates = check.written(gates, {sentences.count, args.num_blocks, args.size}, "gates");
   args.squeezed = check.written(squeezed, {sentences.count, args.size}, "squeezed");
   check.dense(fused, sentences.shape, first.scalar_type(), "fused");

@@ -1,4 +1,5 @@
-// The C++ signatures of the ops; register.cpp has their schemas. Every device implements all of them.
+// The ops in one table: their schemas beside their C++ signatures. register.cpp registers what stands here, cpu.cpp and cuda.cpp
+// define it.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,6 +8,8 @@
 #include <optional>
 #include <vector>
 
+#include "../stages.h"
+
 namespace s2sent::ops {
 
 using torch::stable::Tensor;
@@ -14,56 +17,81 @@ using Tensors = std::vector<Tensor>;
 using Optional = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
-// The gate's tensors, in one order: in schemas, in signatures, and handed on.
-#define S2SENT_GATE_SCHEMA \
-  "Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias, Tensor? norm_weight, Tensor? norm_bias, " \
-  "Tensor? running_mean, Tensor? running_var, Tensor? block_prior"
-#define S2SENT_GATE_PARAMETERS \
-  const Tensor &down_weight, const Tensor &down_bias, const Tensor &up_weight, const Tensor &up_bias, \
-      const Optional &norm_weight, const Optional &norm_bias, const Optional &running_mean, \
-      const Optional &running_var, const Optional &prior
-#define S2SENT_GATE_ARGUMENTS \
-  down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, running_mean, running_var, prior
+// The gate's tensors (stages.h) in the middle of a schema, of parameters and of arguments. Each expansion ends with a comma.
+#define S2SENT_SCHEMA_Tensor "Tensor "
+#define S2SENT_SCHEMA_Optional "Tensor? "
+#define S2SENT_SCHEMA(type, name, ...) S2SENT_SCHEMA_##type #name ", "
+#define S2SENT_PARAMETER(type, name, ...) const type &name,
+#define S2SENT_ARGUMENT(type, name, ...) name,
+#define S2SENT_GATE_SCHEMA S2SENT_FOR_EACH_GATE_TENSOR(S2SENT_SCHEMA)
+#define S2SENT_GATE_PARAMETERS S2SENT_FOR_EACH_GATE_TENSOR(S2SENT_PARAMETER)
+#define S2SENT_GATE_ARGUMENTS S2SENT_FOR_EACH_GATE_TENSOR(S2SENT_ARGUMENT)
 
-#define S2SENT_OPS \
-  void squeeze( \
-      const Tensors& hidden_states, int64_t first_block, int64_t num_blocks, const Optional& mask, \
-      const Optional& cu_seqlens, const Tensor& alpha, const Ints& y, const Optional& beta, int64_t pooling, \
-      const Tensor& squeezed, const Optional& pooled); \
-  void squeeze_backward( \
-      const Optional& grad_squeezed, const Optional& grad_pooled, const Optional& grad_fused, const Optional& gates, \
-      const Ints& shape, const Optional& mask, const Optional& cu_seqlens, const Tensor& alpha, const Ints& y, \
-      const Optional& beta, int64_t pooling, const Tensors& grads); \
-  void gate( \
-      const Tensor& squeezed, S2SENT_GATE_PARAMETERS, int64_t num_blocks, int64_t activation, double eps, \
-      const Tensor& bottleneck, const Tensor& gates); \
-  void gate_pool( \
-      const Tensor& squeezed, const Tensor& pooled, S2SENT_GATE_PARAMETERS, int64_t activation, double eps, \
-      const Tensor& bottleneck, const Tensor& output); \
-  void gate_backward( \
-      const Optional& grad_gates, const Optional& grad_output, const Tensor& squeezed, const Optional& pooled, \
-      S2SENT_GATE_PARAMETERS, int64_t activation, double eps, const Tensor& bottleneck, const Optional& grad_pooled, \
-      const Tensor& grad_logits, const Tensor& grad_normed, const Optional& normed); \
-  void multiply(const Tensor& x, const Tensor& weight, const Tensor& result); \
-  void fuse( \
-      const Tensors& hidden_states, const Tensor& gates, const Optional& mask, const Optional& cu_seqlens, \
-      const Tensor& fused); \
-  void fuse_backward( \
-      const Tensor& grad_fused, const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens, \
-      const Tensor& grad_gates);
+// X(name, result, schema of the arguments and the result, parameters)
+#define S2SENT_FOR_EACH_OP(X) \
+  X(squeeze, void, \
+    "(Tensor[] hidden_states, int first_block, int num_blocks, Tensor? mask, Tensor? cu_seqlens, Tensor alpha, int[] y, " \
+    "Tensor? beta, int pooling, Tensor(a!) squeezed, Tensor(b!)? pooled) -> ()", \
+    (const Tensors& hidden_states, int64_t first_block, int64_t num_blocks, const Optional& mask, \
+     const Optional& cu_seqlens, const Tensor& alpha, const Ints& y, const Optional& beta, int64_t pooling, \
+     const Tensor& squeezed, const Optional& pooled)) \
+  X(squeeze_backward, void, \
+    "(Tensor? grad_squeezed, Tensor? grad_pooled, Tensor? grad_fused, Tensor? gates, int[] shape, Tensor? mask, " \
+    "Tensor? cu_seqlens, Tensor alpha, int[] y, Tensor? beta, int pooling, Tensor(a!)[] grads) -> ()", \
+    (const Optional& grad_squeezed, const Optional& grad_pooled, const Optional& grad_fused, const Optional& gates, \
+     const Ints& shape, const Optional& mask, const Optional& cu_seqlens, const Tensor& alpha, const Ints& y, \
+     const Optional& beta, int64_t pooling, const Tensors& grads)) \
+  X(gate, void, \
+    "(Tensor squeezed, " S2SENT_GATE_SCHEMA "int num_blocks, int activation, float eps, Tensor(a!) bottleneck, " \
+    "Tensor(b!) gates) -> ()", \
+    (const Tensor& squeezed, S2SENT_GATE_PARAMETERS int64_t num_blocks, int64_t activation, double eps, \
+     const Tensor& bottleneck, const Tensor& gates)) \
+  X(gate_pool, void, \
+    "(Tensor squeezed, Tensor pooled, " S2SENT_GATE_SCHEMA "int activation, float eps, Tensor(a!) bottleneck, " \
+    "Tensor(b!) output) -> ()", \
+    (const Tensor& squeezed, const Tensor& pooled, S2SENT_GATE_PARAMETERS int64_t activation, double eps, \
+     const Tensor& bottleneck, const Tensor& output)) \
+  /* From grad_gates, or from grad_output with pooled and grad_pooled. */ \
+  X(gate_backward, void, \
+    "(Tensor? grad_gates, Tensor? grad_output, Tensor squeezed, Tensor? pooled, " S2SENT_GATE_SCHEMA "int activation, " \
+    "float eps, Tensor(a!) bottleneck, Tensor(b!)? grad_pooled, Tensor(c!) grad_logits, Tensor(d!) grad_normed, " \
+    "Tensor(e!)? normed) -> ()", \
+    (const Optional& grad_gates, const Optional& grad_output, const Tensor& squeezed, const Optional& pooled, \
+     S2SENT_GATE_PARAMETERS int64_t activation, double eps, const Tensor& bottleneck, const Optional& grad_pooled, \
+     const Tensor& grad_logits, const Tensor& grad_normed, const Optional& normed)) \
+  X(multiply, void, \
+    "(Tensor x, Tensor weight, Tensor(a!) result) -> ()", \
+    (const Tensor& x, const Tensor& weight, const Tensor& result)) \
+  X(fuse, void, \
+    "(Tensor[] hidden_states, Tensor gates, Tensor? mask, Tensor? cu_seqlens, Tensor(a!) fused) -> ()", \
+    (const Tensors& hidden_states, const Tensor& gates, const Optional& mask, const Optional& cu_seqlens, \
+     const Tensor& fused)) \
+  X(fuse_backward, void, \
+    "(Tensor grad_fused, Tensor[] hidden_states, Tensor? mask, Tensor? cu_seqlens, Tensor(a!) grad_gates) -> ()", \
+    (const Tensor& grad_fused, const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens, \
+     const Tensor& grad_gates))
+
+// On CUDA alone. select: v, f and g in one pass over the hidden states. Returns false, and writes nothing, if the kernel does not
+// support the batch or, unless ``always``, if the other ops are as fast.
+#define S2SENT_FOR_EACH_CUDA_OP(X) \
+  X(select, bool, \
+    "(Tensor[] hidden_states, Tensor? mask, Tensor? cu_seqlens, Tensor alpha, int[] y, " S2SENT_GATE_SCHEMA \
+    "int activation, float eps, bool always, Tensor(a!) squeezed, Tensor(b!) gates, Tensor(c!) fused) -> bool", \
+    (const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens, const Tensor& alpha, \
+     const Ints& y, S2SENT_GATE_PARAMETERS int64_t activation, double eps, bool always, const Tensor& squeezed, \
+     const Tensor& gates, const Tensor& fused))
+
+#define S2SENT_DECLARE(name, result, schema, parameters) result name parameters;
 
 namespace cpu {
-S2SENT_OPS
+S2SENT_FOR_EACH_OP(S2SENT_DECLARE)
 }
 
 namespace cuda {
-S2SENT_OPS
-bool select(
-    const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens, const Tensor& alpha, const Ints& y,
-    S2SENT_GATE_PARAMETERS, int64_t activation, double eps, bool always, const Tensor& squeezed, const Tensor& gates,
-    const Tensor& fused);
+S2SENT_FOR_EACH_OP(S2SENT_DECLARE)
+S2SENT_FOR_EACH_CUDA_OP(S2SENT_DECLARE)
 }
 
-#undef S2SENT_OPS
+#undef S2SENT_DECLARE
 
 }  // namespace s2sent::ops

@@ -45,6 +45,10 @@ std::string cuda_error(int64_t) { return "it was built without its CUDA part"; }
 
 }  // namespace
 
+#define S2SENT_DEFINE(name, result, schema, parameters) m.def(#name schema);
+#define S2SENT_IMPLEMENT_CPU(name, ...) m.impl(#name, TORCH_BOX(&s2sent::ops::cpu::name));
+#define S2SENT_IMPLEMENT_CUDA(name, ...) m.impl(#name, TORCH_BOX(&s2sent::ops::cuda::name));
+
 STABLE_TORCH_LIBRARY(s2sent_native, m) {
   m.def("interface_version() -> int");     // INTERFACE of the package that this was built from
   m.def("poolings() -> str[]");            // the words of pooling's numbers 1, 2, ...; 0 is none
@@ -52,33 +56,8 @@ STABLE_TORCH_LIBRARY(s2sent_native, m) {
   m.def("cuda_maximum_blocks() -> int");   // the largest N of the CUDA part, built or not
   m.def("cuda_architectures() -> int[]");  // the CUDA part's, as 90 for sm_90; empty if it was not built
   m.def("cuda_error(int device) -> str");  // why its kernels cannot run on a device, or ""
-  m.def(
-      "squeeze(Tensor[] hidden_states, int first_block, int num_blocks, Tensor? mask, Tensor? cu_seqlens, Tensor alpha, "
-      "int[] y, Tensor? beta, int pooling, Tensor(a!) squeezed, Tensor(b!)? pooled) -> ()");
-  m.def(
-      "squeeze_backward(Tensor? grad_squeezed, Tensor? grad_pooled, Tensor? grad_fused, Tensor? gates, int[] shape, "
-      "Tensor? mask, Tensor? cu_seqlens, Tensor alpha, int[] y, Tensor? beta, int pooling, Tensor(a!)[] grads) -> ()");
-  m.def(
-      "gate(Tensor squeezed, " S2SENT_GATE_SCHEMA ", int num_blocks, int activation, float eps, "
-      "Tensor(a!) bottleneck, Tensor(b!) gates) -> ()");
-  m.def(
-      "gate_pool(Tensor squeezed, Tensor pooled, " S2SENT_GATE_SCHEMA ", int activation, float eps, "
-      "Tensor(a!) bottleneck, Tensor(b!) output) -> ()");
-  // From grad_gates, or from grad_output with pooled and grad_pooled.
-  m.def(
-      "gate_backward(Tensor? grad_gates, Tensor? grad_output, Tensor squeezed, Tensor? pooled, " S2SENT_GATE_SCHEMA
-      ", int activation, float eps, Tensor(a!) bottleneck, Tensor(b!)? grad_pooled, Tensor(c!) grad_logits, "
-      "Tensor(d!) grad_normed, Tensor(e!)? normed) -> ()");
-  m.def("multiply(Tensor x, Tensor weight, Tensor(a!) result) -> ()");
-  m.def("fuse(Tensor[] hidden_states, Tensor gates, Tensor? mask, Tensor? cu_seqlens, Tensor(a!) fused) -> ()");
-  m.def(
-      "fuse_backward(Tensor grad_fused, Tensor[] hidden_states, Tensor? mask, Tensor? cu_seqlens, Tensor(a!) grad_gates) "
-      "-> ()");
-  // CUDA only: v, f and g in one pass over the hidden states. Returns false, and writes nothing, if the kernel does not support
-  // the batch or, unless ``always``, if the other ops are as fast.
-  m.def(
-      "select(Tensor[] hidden_states, Tensor? mask, Tensor? cu_seqlens, Tensor alpha, int[] y, " S2SENT_GATE_SCHEMA
-      ", int activation, float eps, bool always, Tensor(a!) squeezed, Tensor(b!) gates, Tensor(c!) fused) -> bool");
+  S2SENT_FOR_EACH_OP(S2SENT_DEFINE)
+  S2SENT_FOR_EACH_CUDA_OP(S2SENT_DEFINE)
 }
 
 STABLE_TORCH_LIBRARY_IMPL(s2sent_native, CompositeExplicitAutograd, m) {
@@ -90,21 +69,11 @@ STABLE_TORCH_LIBRARY_IMPL(s2sent_native, CompositeExplicitAutograd, m) {
   m.impl("cuda_error", TORCH_BOX(&cuda_error));
 }
 
-#define S2SENT_IMPLEMENT(device) \
-  m.impl("squeeze", TORCH_BOX(&s2sent::ops::device::squeeze)); \
-  m.impl("squeeze_backward", TORCH_BOX(&s2sent::ops::device::squeeze_backward)); \
-  m.impl("gate", TORCH_BOX(&s2sent::ops::device::gate)); \
-  m.impl("gate_pool", TORCH_BOX(&s2sent::ops::device::gate_pool)); \
-  m.impl("gate_backward", TORCH_BOX(&s2sent::ops::device::gate_backward)); \
-  m.impl("multiply", TORCH_BOX(&s2sent::ops::device::multiply)); \
-  m.impl("fuse", TORCH_BOX(&s2sent::ops::device::fuse)); \
-  m.impl("fuse_backward", TORCH_BOX(&s2sent::ops::device::fuse_backward));
-
-STABLE_TORCH_LIBRARY_IMPL(s2sent_native, CPU, m) { S2SENT_IMPLEMENT(cpu) }
+STABLE_TORCH_LIBRARY_IMPL(s2sent_native, CPU, m) { S2SENT_FOR_EACH_OP(S2SENT_IMPLEMENT_CPU) }
 
 #ifdef S2SENT_CUDA
 STABLE_TORCH_LIBRARY_IMPL(s2sent_native, CUDA, m) {
-  S2SENT_IMPLEMENT(cuda)
-  m.impl("select", TORCH_BOX(&s2sent::ops::cuda::select));
+  S2SENT_FOR_EACH_OP(S2SENT_IMPLEMENT_CUDA)
+  S2SENT_FOR_EACH_CUDA_OP(S2SENT_IMPLEMENT_CUDA)
 }
 #endif

@@ -107,7 +107,10 @@ S2SENT_INLINE void fuse_backward_items(const FuseBackward& a, int64_t begin, int
 
 }  // namespace
 
+// Items are rows of v: b L + l, or t if packed. Scratch: D floats.
 S2SENT_KERNEL(fuse, Fuse)
+
+// Items (b, n): dg_n. Scratch: D floats.
 S2SENT_KERNEL(fuse_backward, FuseBackward)
 
 }  // namespace s2sent::cpu

@@ -166,7 +166,7 @@ template <bool BACKWARD>
 S2SENT_INLINE void weigh(const Gate& a, const Item& item) {
   const int64_t d = item.d, count = item.count, first = item.first, last = item.last, F = kGateFeatures;
   float* columns = item.columns;
-  const float largest = a.prior ? *std::max_element(a.prior, a.prior + a.num_blocks) : 0.0f;  // c is unbounded
+  const float largest = a.block_prior ? *std::max_element(a.block_prior, a.block_prior + a.num_blocks) : 0.0f;  // c is unbounded
   for (int64_t n = 0; n < a.num_blocks; ++n) {
     const int64_t row = n * a.size + d;
     turn(a.up_weight + row * a.width, count, a.width, columns);
@@ -179,7 +179,7 @@ S2SENT_INLINE void weigh(const Gate& a, const Item& item) {
         shift[j] = a.norm_bias[row + j] - a.running_mean[row + j] * scale[j];
       }
     }
-    const float prior = a.prior ? a.prior[n] - largest : 0.0f;
+    const float prior = a.block_prior ? a.block_prior[n] - largest : 0.0f;
     for (int64_t b = first; b < last; ++b) {
       float* __restrict z = item.weights + ((b - first) * a.num_blocks + n) * F;
       multiply(columns, a.bottleneck + b * a.width, a.width, z);
@@ -230,8 +230,11 @@ S2SENT_INLINE void excite_items(const Gate& a, int64_t begin, int64_t end, float
 
 }  // namespace
 
+// Items (kGateSentences sentences, kGateFeatures features), features fastest: g, or o.
+// Scratch: kGateFeatures (H + kGateSentences N) floats.
 S2SENT_KERNEL(excite, Gate)
 
+// Items as in excite: dp and the gradients inside the gate. Scratch: kGateFeatures (H + 2 kGateSentences N) floats.
 S2SENT_CLONES void excite_backward(const Gate& a, int64_t begin, int64_t end, float* scratch) {
   const int64_t F = kGateFeatures;
   for (int64_t index = begin; index < end; ++index) {

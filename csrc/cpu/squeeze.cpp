@@ -185,6 +185,8 @@ S2SENT_INLINE void squeeze_backward_items(const SqueezeBackward& a, int64_t begi
 }  // namespace
 
 S2SENT_KERNEL(sum_tokens, Squeeze)
+
+// Items (b, n): du_n. Scratch: 3 D floats.
 S2SENT_KERNEL(squeeze_backward, SqueezeBackward)
 
 S2SENT_CLONES void sum_blocks(const Squeeze& a, int64_t begin, int64_t end) {

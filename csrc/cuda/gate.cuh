@@ -75,7 +75,7 @@ __device__ inline float divide(float weight, float total, float inverse) {
 // The largest c. It is subtracted from every c, which is unbounded, before exp. Whole warps must call this.
 __device__ inline float largest_prior(const Gate& a) {
   float most = -INFINITY;
-  for (int64_t n = threadIdx.x % kWarp; a.prior && n < a.num_blocks; n += kWarp) most = fmaxf(most, a.prior[n]);
+  for (int64_t n = threadIdx.x % kWarp; a.block_prior && n < a.num_blocks; n += kWarp) most = fmaxf(most, a.block_prior[n]);
 #pragma unroll
   for (int i = 1; i < kWarp; i *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
   return most;
@@ -166,7 +166,7 @@ __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, float* memory, floa
     const bool inside = n < a.num_blocks && d < a.size;
     const int64_t row = inside ? n * a.size + d : 0;
     const Unit unit(a, int(row));  // loaded ahead of the product
-    const float prior = a.prior && inside ? a.prior[n] - largest : 0.0f;
+    const float prior = a.block_prior && inside ? a.block_prior[n] - largest : 0.0f;
     float even[S] = {}, odd[S] = {};
     for (int h0 = 0; h0 < columns; h0 += kGateWidth, ++tile) {
       __pipeline_wait_prior(kBuffers - 1);

@@ -42,10 +42,9 @@ struct Factors {
   int64_t stride_m;
 };
 
-using Squeeze = s2sent::Squeeze<Batch, Factors>;
-using SqueezeBackward = s2sent::SqueezeBackward<Batch, Factors>;
-using Fuse = s2sent::Fuse<Batch>;
-using FuseBackward = s2sent::FuseBackward<Batch>;
+#define S2SENT_ALIAS(name, ...) using name = s2sent::name<__VA_ARGS__>;
+S2SENT_FOR_EACH_ARGUMENTS(S2SENT_ALIAS)
+#undef S2SENT_ALIAS
 
 // Writes a mask's lengths, firsts, places and ranks, and beta of profile "paper": 6 / sqrt(N l) c(y_m, r, l), computed in
 // float64 and rounded once.
@@ -64,14 +63,12 @@ struct TokenFinder {
 };
 cudaError_t find_tokens(const TokenFinder& args, cudaStream_t stream);
 
-cudaError_t squeeze(const Squeeze& args, cudaStream_t stream);
-cudaError_t squeeze_backward(const SqueezeBackward& args, cudaStream_t stream);
-cudaError_t bottleneck(const Gate& args, cudaStream_t stream);       // s
-cudaError_t excite(const Gate& args, cudaStream_t stream);           // g, or o
-cudaError_t excite_backward(const Gate& args, cudaStream_t stream);  // dp and the gradients inside the gate
+#define S2SENT_DECLARE(name, Arguments) cudaError_t name(const Arguments& args, cudaStream_t stream);
+S2SENT_FOR_EACH_KERNEL(S2SENT_DECLARE)
+#undef S2SENT_DECLARE
+cudaError_t squeeze(const Squeeze& args, cudaStream_t stream);  // f and p
+cudaError_t bottleneck(const Gate& args, cudaStream_t stream);  // s
 cudaError_t multiply(const Product& args, cudaStream_t stream);
-cudaError_t fuse(const Fuse& args, cudaStream_t stream);
-cudaError_t fuse_backward(const FuseBackward& args, cudaStream_t stream);
 
 // v, f and g in one pass over the hidden states.
 struct Select {

@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(kAllThreads, 1) select_kernel(
   if (threadIdx.x < kWarp) {
     const float largest = largest_prior(a.gate);
     const int n = int(threadIdx.x);
-    if (n <= kWarps) cta.floats(at.prior)[n] = a.gate.prior && n < int(a.num_blocks) ? a.gate.prior[n] - largest : 0.0f;
+    const float* prior = a.gate.block_prior;
+    if (n <= kWarps) cta.floats(at.prior)[n] = prior && n < int(a.num_blocks) ? prior[n] - largest : 0.0f;
   }
   for (int i = threadIdx.x; i < kMaxWidth; i += kAllThreads) cta.floats(at.s)[i] = 0.0f;  // beyond H
   for (int i = threadIdx.x; i < kMaxCluster * at.width; i += kAllThreads) cta.floats(at.shares)[i] = 0.0f;
