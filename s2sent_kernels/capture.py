@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
@@ -16,16 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import families, validate
+from .consumers import Consumer, KeptStates, PooledStates
 from .formula.call import POOLINGS
 from .selector import S2SentSelector
 
 BLOCK_NORMS = ("final", "layernorm", None)
-
-
-class Consumer(Protocol):
-    """Receives the hidden states of one call: each once, lowest first. BlockwisePool is one."""
-
-    def add(self, block: int, hidden_state: Tensor, /) -> None: ...
 
 
 class BlockCapture:
@@ -105,8 +100,9 @@ class BlockCapture:
     def pool(self, selector: S2SentSelector, *, pooling: str = "mean", **encoder_inputs: Any) -> Tensor:
         """Sentence embeddings o [B, D]: ``selector.pool`` of the blocks under the inputs' ``attention_mask`` [B, L].
 
-        Without gradients (grad mode off, or nothing that requires one) each block is squeezed and pooled as it finishes
-        and its hidden state freed, so that peak memory is the encoder's own.
+        Without gradients (grad mode off, or nothing that requires one) large hidden states are not kept: each block is then
+        squeezed and pooled as it finishes and its hidden state freed, so that peak memory is the encoder's own. Hidden states
+        that are small for their device (``consumers.KEPT_SHARE``) are kept, which costs the host less. The bits are the same.
 
         Raises:
             ValueError: the selector's N or D is not the capture's, before the encoder runs; the mask has another shape.
@@ -118,9 +114,9 @@ class BlockCapture:
         # An exported graph keeps the selector as one public op, independent of an engine's kernels.
         if self.needs_gradient(selector, encoder_inputs) or torch.compiler.is_exporting():
             return selector.pool(self.collect(**encoder_inputs), mask, pooling=pooling)
-        stream = selector.blockwise(mask, pooling=pooling)
-        self._run(stream, encoder_inputs)
-        return stream.result()
+        pooled = PooledStates(selector, mask, None, pooling)
+        self._run(pooled, encoder_inputs)
+        return pooled.result()
 
     def fuse(self, selector: S2SentSelector, **encoder_inputs: Any) -> Tensor:
         """Fused tokens v [B, L, D], 0 at padding: ``selector`` of the blocks. Errors as in ``pool``."""
@@ -254,16 +250,6 @@ class BlockListener:
         if consumer is None:
             raise RuntimeError("no call of the encoder was heard on this thread since the last one was taken")
         return consumer
-
-
-class KeptStates:
-    """The consumer that keeps every hidden state."""
-
-    def __init__(self) -> None:
-        self.hidden_states: list[Tensor] = []
-
-    def add(self, block: int, hidden_state: Tensor) -> None:
-        self.hidden_states.append(hidden_state)  # in order: a call delivers each once, lowest first
 
 
 class _Call:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from . import families, validate
-from .blockwise import BlockwisePool
-from .capture import BLOCK_NORMS, BlockListener, KeptStates
+from .capture import BLOCK_NORMS, BlockListener
+from .consumers import KeptStates, PooledStates
 from .files import importing
 from .formula.call import POOLINGS
 from .selector import S2SentSelector
@@ -241,15 +241,13 @@ class _Counted(NamedTuple):
 
 
 class _Stream:
-    """Pools each block of a call as it finishes."""
+    """Pools the hidden states of a call."""
 
     def __init__(self, module: S2SentPooling, features: Mapping[str, Any]) -> None:
         self.counted = _counted(features)
         self.tokens = _Counted.of(features, module.include_prompt)
         self.selector = module.selector
-        self.pool: BlockwisePool = module.selector.blockwise(
-            self.tokens.attention_mask, cu_seqlens=self.tokens.cu_seqlens, pooling=module.pooling
-        )
+        self.pool = PooledStates(module.selector, self.tokens.attention_mask, self.tokens.cu_seqlens, module.pooling)
 
     def add(self, block: int, hidden_state: Tensor) -> None:
         self.pool.add(block, self.tokens.select(hidden_state))

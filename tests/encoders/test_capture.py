@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from s2sent_kernels import S2SentSelector, backends
+from s2sent_kernels import S2SentSelector, backends, consumers
 from s2sent_kernels.capture import BlockCapture, _thread
 from s2sent_kernels.engines.triton.limits import triton_interprets
 from s2sent_kernels.formula.call import POOLINGS
@@ -110,14 +110,14 @@ def test_chosen_blocks_come_lowest_first(blocks, indices):
 @family
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("options", [{}, {"gate_norm": None, "block_prior": True}, {"profile": "official"}])
-def test_streamed_pool_is_pool_of_collected(name, mask, options):
+def test_pool_is_pool_of_collected(name, mask, options, kept_or_streamed):
     encoder, inputs, selector = make_encoder(name), make_inputs(mask), make_selector(**options)
     capture = BlockCapture(encoder)
     for pooling in POOLINGS:
         with torch.no_grad():
-            streamed = capture.pool(selector, pooling=pooling, **inputs)
+            pooled = capture.pool(selector, pooling=pooling, **inputs)
             wanted = selector.pool(expected(encoder, inputs), inputs.get("attention_mask"), pooling=pooling)
-        torch.testing.assert_close(streamed, wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(pooled, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_mask_given_as_none():
@@ -130,17 +130,17 @@ def test_mask_given_as_none():
         assert torch.equal(capture.fuse(selector, attention_mask=None, **inputs), capture.fuse(selector, **inputs))
 
 
-def test_streamed_pool_of_some_blocks():
+def test_pool_of_some_blocks(kept_or_streamed):
     encoder, inputs, selector = make_encoder(), make_inputs("left"), make_selector(2)
     with torch.no_grad():
-        streamed = BlockCapture(encoder, [-1, 1]).pool(selector, **inputs)
+        pooled = BlockCapture(encoder, [-1, 1]).pool(selector, **inputs)
         wanted = selector.pool(expected(encoder, inputs, (1, 3)), inputs["attention_mask"])
-    torch.testing.assert_close(streamed, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(pooled, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(not backends()["triton"].usable, reason=backends()["triton"].reason)
 @pytest.mark.parametrize("mask", ["none", "right"])
-def test_streamed_pool_has_the_same_bits_with_triton(mask):
+def test_streamed_pool_has_the_same_bits_with_triton(mask, streamed):
     device = "cpu" if triton_interprets() else "cuda"
     encoder, selector = make_encoder().to(device), make_selector(backend="triton").to(device)
     inputs = {key: value.to(device) for key, value in make_inputs(mask).items()}
@@ -158,13 +158,13 @@ def test_fuse_is_the_selector_on_collected():
     assert (fused[inputs["attention_mask"] == 0] == 0).all()
 
 
-def test_batch_norm_in_training_streams_and_counts_like_pool():
+def test_batch_norm_in_training_counts_like_pool(kept_or_streamed):
     encoder, inputs, selector = make_encoder(), make_inputs(), make_selector().train()
     other = copy.deepcopy(selector)
     with torch.no_grad():
-        streamed = BlockCapture(encoder).pool(selector, **inputs)
+        pooled = BlockCapture(encoder).pool(selector, **inputs)
         wanted = other.pool(expected(encoder, inputs), inputs["attention_mask"])
-    torch.testing.assert_close(streamed, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pooled, wanted, rtol=1e-4, atol=1e-5)
     for (key, ours), theirs in zip(selector.state_dict().items(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=key)
 
@@ -201,7 +201,7 @@ def living_outputs(encoder, run):
 
 
 @family
-def test_streaming_lets_hidden_states_go(name):
+def test_streaming_lets_hidden_states_go(name, streamed):
     encoder, inputs, selector = make_encoder(name), make_inputs(), make_selector()
     capture = BlockCapture(encoder)
     with torch.no_grad():
@@ -214,7 +214,27 @@ def test_streaming_lets_hidden_states_go(name):
         assert after == []
 
 
-def test_streams_in_grad_mode_where_nothing_requires_a_gradient():
+@family
+def test_small_hidden_states_are_kept_until_they_are_pooled(name):
+    encoder, inputs, selector = make_encoder(name), make_inputs(), make_selector()
+    capture = BlockCapture(encoder)
+    with torch.no_grad():
+        alive, after = living_outputs(encoder, lambda: capture.pool(selector, **inputs))
+    assert alive == [[], [0], [0, 1], [0, 1, 2]]
+    assert after == []
+
+
+def test_the_share_of_memory_decides_what_is_kept(monkeypatch):
+    encoder, inputs, selector = make_encoder(), make_inputs(), make_selector()
+    with torch.no_grad(), BlockCapture(encoder) as capture:
+        size = sum(state.nbytes for state in capture.collect(**inputs))
+        for memory, kept in ((256 * size, True), (256 * size - 1, False)):
+            monkeypatch.setattr(consumers, "_memory_of", lambda device, memory=memory: memory)
+            alive, _ = living_outputs(encoder, lambda: capture.pool(selector, **inputs))
+            assert (alive[-1] == [0, 1, 2]) is kept
+
+
+def test_streams_in_grad_mode_where_nothing_requires_a_gradient(streamed):
     encoder, inputs = make_encoder().requires_grad_(False), make_inputs()
     frozen, trained = make_selector().requires_grad_(False), make_selector()
     capture = BlockCapture(encoder)

@@ -169,7 +169,7 @@ def test_layernorm_without_parameters(name):
 
 
 @family
-def test_some_blocks_streamed(name):
+def test_some_blocks_pooled(name, kept_or_streamed):
     encoder, inputs, selector = make_encoder(name), make_inputs(), make_selector(3)
     with torch.no_grad():
         everything = BlockCapture(encoder).collect(**inputs)
@@ -180,7 +180,7 @@ def test_some_blocks_streamed(name):
 
 
 @pytest.mark.parametrize("name", PRE_NORM)
-def test_streaming_lets_normed_copies_go(name):
+def test_streaming_lets_normed_copies_go(name, streamed):
     """The final norm makes a copy of each chosen block: none is left when the next block, or the next norm, starts."""
     encoder, inputs, selector = make_encoder(name), make_inputs(), make_selector()
     capture, norm, normed, alive = BlockCapture(encoder), families.find_final_norm(encoder), [], []

