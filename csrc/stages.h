@@ -55,6 +55,26 @@ S2SENT_HD int64_t pooled_rank(Pooling pooling, int64_t length) {
 
 // ---------------------------------------------------------------- arguments
 
+// Which tokens of [B, L] are real, as a caller stores it: numbers of one type, nonzero at real tokens.
+enum class MaskType : uint8_t { kByte, kInt32, kInt64, kFloat32 };
+
+struct Mask {
+  const void* data = nullptr;  // null: all tokens are real
+  MaskType type = MaskType::kByte;
+
+  S2SENT_HD explicit operator bool() const { return data != nullptr; }
+
+  S2SENT_HD bool operator[](int64_t i) const {
+    switch (type) {
+      case MaskType::kByte: return static_cast<const uint8_t*>(data)[i] != 0;
+      case MaskType::kInt32: return static_cast<const int32_t*>(data)[i] != 0;
+      case MaskType::kInt64: return static_cast<const int64_t*>(data)[i] != 0;
+      case MaskType::kFloat32: return static_cast<const float*>(data)[i] != 0.0f;
+    }
+    __builtin_unreachable();
+  }
+};
+
 // A tensor [B, L, D] or packed [T, D], dense in D. Strides are in elements.
 struct Rows {
   const void* data;

@@ -12,7 +12,7 @@ struct Sentences {
   bool packed;
   int64_t count;                    // B
   const int32_t* starts = nullptr;  // [B + 1] if packed
-  const bool* mask = nullptr;       // [B, L] or null
+  Mask mask;                        // [B, L]
 
   Sentences(const Tensor& first, const Ints& shape, const Optional& attention_mask, const Optional& cu_seqlens)
       : check(first), shape(shape), packed(cu_seqlens.has_value()) {
@@ -22,8 +22,8 @@ struct Sentences {
       check.dense(*cu_seqlens, {count + 1}, ScalarType::Int, "cu_seqlens");
       starts = static_cast<const int32_t*>(cu_seqlens->const_data_ptr());
     } else if (attention_mask) {
-      check.dense(*attention_mask, {count, shape[1]}, ScalarType::Bool, "attention_mask");
-      mask = static_cast<const bool*>(attention_mask->const_data_ptr());
+      check.dense(*attention_mask, {count, shape[1]}, attention_mask->scalar_type(), "attention_mask");
+      mask = {attention_mask->const_data_ptr(), mask_type_of(*attention_mask)};
     }
   }
 

@@ -81,6 +81,24 @@ inline DType dtype_of(const Tensor& tensor) {
   STD_TORCH_CHECK(false, "s2sent_native: the kernels do not read this dtype");
 }
 
+inline std::optional<MaskType> known_mask_type(const Tensor& mask) {
+  switch (mask.scalar_type()) {
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+    case ScalarType::Char: return MaskType::kByte;
+    case ScalarType::Int: return MaskType::kInt32;
+    case ScalarType::Long: return MaskType::kInt64;
+    case ScalarType::Float: return MaskType::kFloat32;
+    default: return std::nullopt;
+  }
+}
+
+inline MaskType mask_type_of(const Tensor& mask) {
+  const std::optional<MaskType> type = known_mask_type(mask);
+  STD_TORCH_CHECK(type.has_value(), "s2sent_native: the kernels do not read a mask of this dtype");
+  return *type;
+}
+
 inline Pooling pooling_of(int64_t number) {
   STD_TORCH_CHECK(
       number >= 0 && number <= kNumPoolings, "s2sent_native: pooling: expected a number from 0 (none) to ",

@@ -3,11 +3,13 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <limits>
 #include <memory>
 
 #include "../cpu/launch.h"
 #include "../cpu/tokens.h"
-#include "arguments.h"
+#include "memory.h"
+#include "plan.h"
 
 namespace s2sent::ops::cpu {
 namespace {
@@ -16,6 +18,8 @@ namespace {
 using s2sent::cpu::Batch, s2sent::cpu::RealTokens, s2sent::cpu::TokenFactors;
 using s2sent::cpu::Squeeze, s2sent::cpu::SqueezeBackward, s2sent::cpu::Fuse, s2sent::cpu::FuseBackward;
 using s2sent::cpu::kGateFeatures, s2sent::cpu::kGateSentences, s2sent::cpu::kProductColumns;
+
+constexpr int64_t kAnyBlocks = std::numeric_limits<int64_t>::max();  // the CPU kernels take any N
 
 // A batch's real tokens; owns their memory.
 struct RealBatch {
@@ -86,6 +90,26 @@ void share_excite(const Gate& args) {
   });
 }
 
+void share_squeeze(const Sentences& sentences, Squeeze& args, const TokenFactors& factors) {
+  const std::unique_ptr<float[]> sums(new float[size_t(sentences.count * args.num * args.size)]);
+  args.factors = factors.view();
+  args.sums = sums.get();
+  const int64_t grain = grain_of(typical_length(sentences) * args.size);
+  share(sentences.count * args.num, grain, 2 * args.size, [&](int64_t begin, int64_t end, float* scratch) {
+    s2sent::cpu::sum_tokens(args, begin, end, scratch);
+  });
+  share(sentences.count, grain_of(args.num * args.size), 0, [&](int64_t begin, int64_t end, float*) {
+    s2sent::cpu::sum_blocks(args, begin, end);
+  });
+}
+
+void share_fuse(const Sentences& sentences, const Fuse& args) {
+  const int64_t grain = grain_of(args.num_blocks * args.size);
+  share(sentences.tokens(), grain, args.size, [&](int64_t begin, int64_t end, float* scratch) {
+    s2sent::cpu::fuse(args, begin, end, scratch);
+  });
+}
+
 }  // namespace
 
 // ---------------------------------------------------------------- squeeze
@@ -100,18 +124,8 @@ void squeeze(
   Squeeze args = squeeze_arguments<Squeeze>(
       sentences, dtype_of(hidden_states[0]), hidden, first_block, num_blocks, alpha, beta.has_value(), pooling,
       squeezed, pooled);
-  const TokenFactors factors = factors_of(sentences, real.batch, num_blocks, args.parts, y, beta);
-  const std::unique_ptr<float[]> sums(new float[size_t(sentences.count * args.num * args.size)]);
   args.batch = real.batch;
-  args.factors = factors.view();
-  args.sums = sums.get();
-  const int64_t grain = grain_of(typical_length(sentences) * args.size);
-  share(sentences.count * args.num, grain, 2 * args.size, [&](int64_t begin, int64_t end, float* scratch) {
-    s2sent::cpu::sum_tokens(args, begin, end, scratch);
-  });
-  share(sentences.count, grain_of(args.num * args.size), 0, [&](int64_t begin, int64_t end, float*) {
-    s2sent::cpu::sum_blocks(args, begin, end);
-  });
+  share_squeeze(sentences, args, factors_of(sentences, real.batch, num_blocks, args.parts, y, beta));
 }
 
 void squeeze_backward(
@@ -191,10 +205,7 @@ void fuse(
   const std::vector<Rows> hidden = sentences.rows(hidden_states);
   Fuse args = fuse_arguments<Fuse>(sentences, hidden_states[0], hidden, gates, fused);
   args.batch = real.batch;
-  const int64_t grain = grain_of(args.num_blocks * args.size);
-  share(sentences.tokens(), grain, args.size, [&](int64_t begin, int64_t end, float* scratch) {
-    s2sent::cpu::fuse(args, begin, end, scratch);
-  });
+  share_fuse(sentences, args);
 }
 
 void fuse_backward(
@@ -210,6 +221,74 @@ void fuse_backward(
   share(sentences.count * args.num_blocks, grain, args.size, [&](int64_t begin, int64_t end, float* scratch) {
     s2sent::cpu::fuse_backward(args, begin, end, scratch);
   });
+}
+
+// ---------------------------------------------------------------- a plan's calls
+
+Tensors planned_pool(
+    const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens, int64_t plan, int64_t pooling,
+    bool keep) {
+  Planned call(plan, hidden_states, mask, cu_seqlens, kAnyBlocks);
+  if (!call.sentences) return {};
+  const Sentences& sentences = *call.sentences;
+  Gate& gate = call.gate;
+  const Ints wide = {gate.sentences, gate.size}, blocks = {gate.sentences, gate.num_blocks, gate.size};
+  Tensors results = {empty(sentences.check, wide, hidden_states[0].scalar_type())};
+  Squeeze squeeze = call.squeeze<Squeeze>(pooling_of(pooling));
+  Scratch scratch;
+  if (keep) {
+    results.push_back(empty(sentences.check, wide, ScalarType::Float));
+    results.push_back(empty(sentences.check, blocks, ScalarType::Float));
+    squeeze.squeezed = static_cast<float*>(results[1].mutable_data_ptr());
+    squeeze.pooled = static_cast<float*>(results[2].mutable_data_ptr());
+  } else {
+    scratch.want(squeeze.squeezed, gate.sentences * gate.size);
+    scratch.want(squeeze.pooled, call.rows());
+  }
+  scratch.want(gate.bottleneck, gate.sentences * gate.width);
+  scratch.allocate(sentences.check);
+  const RealBatch real(sentences);
+  squeeze.batch = real.batch;
+  share_squeeze(sentences, squeeze, {real.batch, gate.num_blocks, call.plan->y});
+  gate.squeezed = squeeze.squeezed;
+  gate.pooled = squeeze.pooled;
+  gate.output = results[0].mutable_data_ptr();
+  gate.dtype = call.dtype;
+  share_bottleneck(gate);
+  share_excite(gate);
+  return results;
+}
+
+Tensors planned_select(
+    const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens, int64_t plan, bool keep) {
+  Planned call(plan, hidden_states, mask, cu_seqlens, kAnyBlocks);
+  if (!call.sentences) return {};
+  const Sentences& sentences = *call.sentences;
+  Gate& gate = call.gate;
+  Tensors results = {empty(sentences.check, sentences.shape, hidden_states[0].scalar_type())};
+  Squeeze squeeze = call.squeeze<Squeeze>(Pooling::kNone);
+  Scratch scratch;
+  if (keep) {
+    results.push_back(empty(sentences.check, {gate.sentences, gate.size}, ScalarType::Float));
+    results.push_back(empty(sentences.check, {gate.sentences, gate.num_blocks, gate.size}, ScalarType::Float));
+    squeeze.squeezed = static_cast<float*>(results[1].mutable_data_ptr());
+    gate.gates = static_cast<float*>(results[2].mutable_data_ptr());
+  } else {
+    scratch.want(squeeze.squeezed, gate.sentences * gate.size);
+    scratch.want(gate.gates, call.rows());
+  }
+  scratch.want(gate.bottleneck, gate.sentences * gate.width);
+  scratch.allocate(sentences.check);
+  const RealBatch real(sentences);
+  squeeze.batch = real.batch;
+  share_squeeze(sentences, squeeze, {real.batch, gate.num_blocks, call.plan->y});
+  gate.squeezed = squeeze.squeezed;
+  share_bottleneck(gate);
+  share_excite(gate);
+  Fuse fuse = {real.batch, call.dtype, gate.num_blocks, gate.size, call.hidden.data(), gate.gates, nullptr};
+  fuse.fused = results[0].mutable_data_ptr();
+  share_fuse(sentences, fuse);
+  return results;
 }
 
 }  // namespace s2sent::ops::cpu

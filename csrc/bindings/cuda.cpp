@@ -5,7 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../cuda/launch.h"
-#include "arguments.h"
+#include "memory.h"
+#include "plan.h"
 
 namespace s2sent::ops::cuda {
 namespace {
@@ -37,10 +38,6 @@ void check_maximum(int64_t num_blocks) {
   STD_TORCH_CHECK(num_blocks <= kMaxBlocks, "s2sent_native: too many blocks for the CUDA kernels");
 }
 
-Tensor scratch(const Tensor& like, int64_t count, ScalarType dtype) {
-  return torch::stable::new_empty(like, std::vector<int64_t>{count}, dtype);
-}
-
 float* floats_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 Batch batch_of(const Sentences& sentences) {
@@ -62,36 +59,40 @@ struct Frequencies {
   const Optional& official;
 };
 
-// A batch's real tokens and, if frequencies are given, their factors; owns the memory of both.
+// A batch's real tokens and, if frequencies are given, their factors: ``want`` scratch memory for them, then ``find``.
 struct RealBatch {
   Batch batch;
   Factors factors = {};
-  Optional lists, table;
 
-  RealBatch(const Sentences& sentences, const Tensor& like, const Frequencies* frequencies, cudaStream_t stream)
-      : batch(batch_of(sentences)) {
-    TokenFinder finder = {};
-    if (batch.mask) {
-      lists = scratch(like, 2 * (batch.sentences + batch.tokens), ScalarType::Int);
-      finder.lengths = static_cast<int32_t*>(lists->mutable_data_ptr());
-      finder.firsts = finder.lengths + batch.sentences;
-      finder.places = finder.firsts + batch.sentences;
-      finder.ranks = finder.places + batch.tokens;
-    }
-    if (frequencies) find_factors(sentences, like, *frequencies, finder);
-    if (!finder.lengths && !finder.beta) return;
-    finder.batch = batch;
-    check_launch(s2sent::cuda::find_tokens(finder, stream), "find_tokens");
-    batch.lengths = finder.lengths;
-    batch.firsts = finder.firsts;
-    batch.places = finder.places;
-    batch.ranks = finder.ranks;
-  }
+  explicit RealBatch(const Sentences& sentences) : batch(batch_of(sentences)) {}
 
   RealBatch(const RealBatch&) = delete;
 
+  void want(Scratch& scratch, const Sentences& sentences, const Frequencies* frequencies) {
+    if (batch.mask) {
+      scratch.want(finder_.lengths, batch.sentences);
+      scratch.want(finder_.firsts, batch.sentences);
+      scratch.want(finder_.places, batch.tokens);
+      scratch.want(finder_.ranks, batch.tokens);
+    }
+    if (frequencies) want_factors(scratch, sentences, *frequencies);
+  }
+
+  void find(cudaStream_t stream) {
+    if (finder_.parts) factors = {finder_.beta, finder_.stride_b, finder_.stride_m};
+    if (!batch.mask && !finder_.parts) return;
+    finder_.batch = batch;
+    check_launch(s2sent::cuda::find_tokens(finder_, stream), "find_tokens");
+    batch.lengths = finder_.lengths;
+    batch.firsts = finder_.firsts;
+    batch.places = finder_.places;
+    batch.ranks = finder_.ranks;
+  }
+
  private:
-  void find_factors(const Sentences& sentences, const Tensor& like, const Frequencies& from, TokenFinder& finder) {
+  TokenFinder finder_ = {};
+
+  void want_factors(Scratch& scratch, const Sentences& sentences, const Frequencies& from) {
     if (from.official) {
       factors = {sentences.check.floats(from.official, {from.parts, batch.size}, "beta"), 0, batch.size};
       return;
@@ -101,14 +102,12 @@ struct RealBatch {
         "s2sent_native: expected a frequency for every part");
     const bool shared = !batch.packed && !batch.mask;
     const int64_t tokens = shared ? batch.size : batch.tokens;
-    table = scratch(like, from.parts * tokens, ScalarType::Float);
-    finder.num_blocks = from.num_blocks;
-    finder.parts = from.parts;
-    finder.y = from.y.data();
-    finder.beta = floats_of(*table);
-    finder.stride_b = shared || batch.packed ? 0 : from.parts * batch.size;
-    finder.stride_m = batch.packed ? tokens : batch.size;
-    factors = {finder.beta, finder.stride_b, finder.stride_m};
+    finder_.num_blocks = from.num_blocks;
+    finder_.parts = from.parts;
+    finder_.y = from.y.data();
+    finder_.stride_b = shared || batch.packed ? 0 : from.parts * batch.size;
+    finder_.stride_m = batch.packed ? tokens : batch.size;
+    scratch.want(finder_.beta, from.parts * tokens);
   }
 };
 
@@ -132,11 +131,14 @@ void squeeze(
       sentences, dtype_of(first), hidden, first_block, num_blocks, alpha, beta.has_value(), pooling, squeezed, pooled);
   const Stream stream(sentences.check);
   const Frequencies frequencies = {num_blocks, args.parts, y, beta};
-  const RealBatch real(sentences, first, &frequencies, stream);
-  const Tensor sums = scratch(first, sentences.count * args.num * args.size, ScalarType::Float);
+  Scratch scratch;
+  RealBatch real(sentences);
+  real.want(scratch, sentences, &frequencies);
+  scratch.want(args.sums, sentences.count * args.num * args.size);
+  scratch.allocate(sentences.check);
+  real.find(stream);
   args.batch = real.batch;
   args.factors = real.factors;
-  args.sums = floats_of(sums);
   check_launch(s2sent::cuda::squeeze(args, stream), "squeeze");
 }
 
@@ -152,7 +154,11 @@ void squeeze_backward(
       sentences, grads, into, alpha, beta.has_value(), pooling, grad_squeezed, grad_pooled, grad_fused, gates);
   const Stream stream(sentences.check);
   const Frequencies frequencies = {args.num_blocks, args.parts, y, beta};
-  const RealBatch real(sentences, grads[0], grad_squeezed ? &frequencies : nullptr, stream);
+  Scratch scratch;
+  RealBatch real(sentences);
+  real.want(scratch, sentences, grad_squeezed ? &frequencies : nullptr);
+  scratch.allocate(sentences.check);
+  real.find(stream);
   args.batch = real.batch;
   args.factors = real.factors;
   check_launch(s2sent::cuda::squeeze_backward(args, stream), "squeeze_backward");
@@ -199,7 +205,7 @@ void gate_backward(
 void multiply(const Tensor& x, const Tensor& weight, const Tensor& result) {
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "s2sent_native: expected two matrices");
   const Stream stream{Checks(x)};
-  const Tensor partial = scratch(x, product_chunks(weight) * x.size(0) * weight.size(1), ScalarType::Float);
+  const Tensor partial = empty(Checks(x), {product_chunks(weight) * x.size(0) * weight.size(1)}, ScalarType::Float);
   const Product args = product_arguments(x, weight, floats_of(partial), result);
   check_launch(s2sent::cuda::multiply(args, stream), "multiply");
 }
@@ -225,7 +231,11 @@ void fuse_backward(
   const std::vector<Rows> hidden = rows_of(sentences, hidden_states);
   FuseBackward args = fuse_backward_arguments<FuseBackward>(sentences, first, hidden, grad_fused, grad_gates);
   const Stream stream(sentences.check);
-  const RealBatch real(sentences, first, nullptr, stream);
+  Scratch scratch;
+  RealBatch real(sentences);
+  real.want(scratch, sentences, nullptr);
+  scratch.allocate(sentences.check);
+  real.find(stream);
   args.batch = real.batch;
   check_launch(s2sent::cuda::fuse_backward(args, stream), "fuse_backward");
 }
@@ -260,11 +270,124 @@ bool select(
   if (!plan) return false;
   const Optional none;
   const Frequencies frequencies = {args.num_blocks, args.parts, y, none};
-  const RealBatch real(sentences, first, &frequencies, stream);
+  Scratch scratch;
+  RealBatch real(sentences);
+  real.want(scratch, sentences, &frequencies);
+  scratch.allocate(check);
+  real.find(stream);
   args.batch = real.batch;
   args.factors = real.factors;
   check_launch(s2sent::cuda::select(args, *plan, stream), "select");
   return true;
+}
+
+// ---------------------------------------------------------------- a plan's calls
+
+Tensors planned_pool(
+    const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens, int64_t plan, int64_t pooling,
+    bool keep) {
+  Planned call(plan, hidden_states, mask, cu_seqlens, kMaxBlocks);
+  if (!call.sentences) return {};
+  const Sentences& sentences = *call.sentences;
+  const Stream stream(sentences.check);
+  Gate& gate = call.gate;
+  Tensors results = {empty(sentences.check, {gate.sentences, gate.size}, hidden_states[0].scalar_type())};
+  Squeeze squeeze = call.squeeze<Squeeze>(pooling_of(pooling));
+  const Optional none;
+  const Frequencies frequencies = {gate.num_blocks, squeeze.parts, call.plan->y, none};
+  Scratch scratch;
+  RealBatch real(sentences);
+  real.want(scratch, sentences, &frequencies);
+  scratch.want(squeeze.sums, call.rows());
+  scratch.want(gate.bottleneck, gate.sentences * gate.width);
+  if (keep) {
+    results.push_back(empty(sentences.check, {gate.sentences, gate.size}, ScalarType::Float));
+    results.push_back(empty(sentences.check, {gate.sentences, gate.num_blocks, gate.size}, ScalarType::Float));
+    squeeze.squeezed = floats_of(results[1]);
+    squeeze.pooled = floats_of(results[2]);
+  } else {
+    scratch.want(squeeze.squeezed, gate.sentences * gate.size);
+    scratch.want(squeeze.pooled, call.rows());
+  }
+  scratch.allocate(sentences.check);
+  real.find(stream);
+  squeeze.batch = real.batch;
+  squeeze.factors = real.factors;
+  gate.squeezed = squeeze.squeezed;
+  gate.pooled = squeeze.pooled;
+  gate.output = results[0].mutable_data_ptr();
+  gate.dtype = call.dtype;
+  check_launch(s2sent::cuda::squeeze(squeeze, stream), "squeeze");
+  check_launch(s2sent::cuda::bottleneck(gate, stream), "bottleneck");
+  check_launch(s2sent::cuda::excite(gate, stream), "excite");
+  return results;
+}
+
+Tensors planned_select(
+    const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens, int64_t plan, bool keep) {
+  Planned call(plan, hidden_states, mask, cu_seqlens, kMaxBlocks);
+  if (!call.sentences) return {};
+  const Sentences& sentences = *call.sentences;
+  const Stream stream(sentences.check);
+  Gate& gate = call.gate;
+  Tensors results = {empty(sentences.check, sentences.shape, hidden_states[0].scalar_type())};
+  Squeeze squeeze = call.squeeze<Squeeze>(Pooling::kNone);
+  const Optional none;
+  const Frequencies frequencies = {gate.num_blocks, squeeze.parts, call.plan->y, none};
+  Select once = {};
+  once.batch = batch_of(sentences);
+  once.dtype = call.dtype;
+  once.num_blocks = gate.num_blocks;
+  once.size = gate.size;
+  once.parts = squeeze.parts;
+  once.hidden = call.hidden.data();
+  once.alpha = squeeze.alpha;
+  once.gate = gate;
+  once.fused = results[0].mutable_data_ptr();
+  std::shared_ptr<const SelectPlan> one_pass;
+  check_launch(s2sent::cuda::plan(once, false, one_pass), "select");
+  Scratch scratch;
+  RealBatch real(sentences);
+  real.want(scratch, sentences, &frequencies);
+  if (!one_pass) {
+    scratch.want(squeeze.sums, call.rows());
+    scratch.want(gate.bottleneck, gate.sentences * gate.width);
+  }
+  if (keep) {
+    results.push_back(empty(sentences.check, {gate.sentences, gate.size}, ScalarType::Float));
+    results.push_back(empty(sentences.check, {gate.sentences, gate.num_blocks, gate.size}, ScalarType::Float));
+    squeeze.squeezed = floats_of(results[1]);
+    gate.gates = floats_of(results[2]);
+  } else {
+    scratch.want(squeeze.squeezed, gate.sentences * gate.size);
+    scratch.want(gate.gates, call.rows());
+  }
+  scratch.allocate(sentences.check);
+  real.find(stream);
+  if (one_pass) {
+    once.batch = real.batch;
+    once.factors = real.factors;
+    once.squeezed = squeeze.squeezed;
+    once.gate.gates = gate.gates;
+    check_launch(s2sent::cuda::select(once, *one_pass, stream), "select");
+    return results;
+  }
+  squeeze.batch = real.batch;
+  squeeze.factors = real.factors;
+  gate.squeezed = squeeze.squeezed;
+  check_launch(s2sent::cuda::squeeze(squeeze, stream), "squeeze");
+  check_launch(s2sent::cuda::bottleneck(gate, stream), "bottleneck");
+  check_launch(s2sent::cuda::excite(gate, stream), "excite");
+  Fuse fuse = {};
+  fuse.batch = real.batch;
+  fuse.dtype = call.dtype;
+  fuse.num_blocks = gate.num_blocks;
+  fuse.size = gate.size;
+  fuse.hidden = call.hidden.data();
+  fuse.gates = gate.gates;
+  fuse.fused = results[0].mutable_data_ptr();
+  check_launch(s2sent::cuda::fuse(fuse, stream), "fuse");
+  return results;
 }
 
 }  // namespace s2sent::ops::cuda

@@ -71,6 +71,19 @@ using Ints = std::vector<int64_t>;
     (const Tensor& grad_fused, const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens, \
      const Tensor& grad_gates))
 
+// The whole selector of a plan (plan.h) in one call, without gradients. Both return nothing where a tensor is not what the
+// kernels read; they check all that memory safety needs.
+#define S2SENT_FOR_EACH_PLANNED_OP(X) \
+  /* o, and f and p if they are to be kept */ \
+  X(planned_pool, Tensors, \
+    "(Tensor[] hidden_states, Tensor? mask, Tensor? cu_seqlens, int plan, int pooling, bool keep) -> Tensor[]", \
+    (const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens, int64_t plan, int64_t pooling, \
+     bool keep)) \
+  /* v, and f and g if they are to be kept */ \
+  X(planned_select, Tensors, \
+    "(Tensor[] hidden_states, Tensor? mask, Tensor? cu_seqlens, int plan, bool keep) -> Tensor[]", \
+    (const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens, int64_t plan, bool keep))
+
 // On CUDA alone. select: v, f and g in one pass over the hidden states. Returns false, and writes nothing, if the kernel does not
 // support the batch or, unless ``always``, if the other ops are as fast.
 #define S2SENT_FOR_EACH_CUDA_OP(X) \
@@ -85,10 +98,12 @@ using Ints = std::vector<int64_t>;
 
 namespace cpu {
 S2SENT_FOR_EACH_OP(S2SENT_DECLARE)
+S2SENT_FOR_EACH_PLANNED_OP(S2SENT_DECLARE)
 }
 
 namespace cuda {
 S2SENT_FOR_EACH_OP(S2SENT_DECLARE)
+S2SENT_FOR_EACH_PLANNED_OP(S2SENT_DECLARE)
 S2SENT_FOR_EACH_CUDA_OP(S2SENT_DECLARE)
 }
 

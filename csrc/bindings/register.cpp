@@ -8,7 +8,7 @@
 #include <string>
 
 #include "../stages.h"
-#include "ops.h"
+#include "plan.h"
 #ifdef S2SENT_CUDA
 #include "../cuda/launch.h"
 #endif
@@ -25,7 +25,19 @@ PyMODINIT_FUNC PyInit__C(void) {
 
 namespace {
 
+using s2sent::ops::Ints, s2sent::ops::Optional, s2sent::ops::Tensor;
+
 int64_t interface_version() { return S2SENT_INTERFACE; }
+
+// The number of a new plan, which holds the gate's tensors until it is forgotten.
+int64_t plan(S2SENT_GATE_PARAMETERS const Tensor& alpha, const Ints& y, int64_t activation, double eps) {
+  STD_TORCH_CHECK(
+      alpha.dim() == 2 && alpha.size(0) == int64_t(y.size()) && alpha.size(0) > 0 && alpha.size(0) <= s2sent::kMaxParts &&
+          norm_weight.has_value() == (norm_bias && running_mean && running_var),
+      "s2sent_native: the plan's tensors do not fit");
+  return s2sent::ops::keep(std::make_shared<s2sent::ops::Plan>(s2sent::ops::Plan{
+      S2SENT_GATE_ARGUMENTS alpha, y, s2sent::ops::activation_of(activation), eps}));
+}
 
 std::vector<std::string> poolings() { return {std::begin(s2sent::kPoolings), std::end(s2sent::kPoolings)}; }
 
@@ -56,7 +68,10 @@ STABLE_TORCH_LIBRARY(s2sent_native, m) {
   m.def("cuda_maximum_blocks() -> int");   // the largest N of the CUDA part, built or not
   m.def("cuda_architectures() -> int[]");  // the CUDA part's, as 90 for sm_90; empty if it was not built
   m.def("cuda_error(int device) -> str");  // why its kernels cannot run on a device, or ""
+  m.def("plan(" S2SENT_GATE_SCHEMA "Tensor alpha, int[] y, int activation, float eps) -> int");
+  m.def("forget(int plan) -> ()");
   S2SENT_FOR_EACH_OP(S2SENT_DEFINE)
+  S2SENT_FOR_EACH_PLANNED_OP(S2SENT_DEFINE)
   S2SENT_FOR_EACH_CUDA_OP(S2SENT_DEFINE)
 }
 
@@ -67,13 +82,19 @@ STABLE_TORCH_LIBRARY_IMPL(s2sent_native, CompositeExplicitAutograd, m) {
   m.impl("cuda_maximum_blocks", TORCH_BOX(&cuda_maximum_blocks));
   m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
   m.impl("cuda_error", TORCH_BOX(&cuda_error));
+  m.impl("plan", TORCH_BOX(&plan));
+  m.impl("forget", TORCH_BOX(&s2sent::ops::forget));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(s2sent_native, CPU, m) { S2SENT_FOR_EACH_OP(S2SENT_IMPLEMENT_CPU) }
+STABLE_TORCH_LIBRARY_IMPL(s2sent_native, CPU, m) {
+  S2SENT_FOR_EACH_OP(S2SENT_IMPLEMENT_CPU)
+  S2SENT_FOR_EACH_PLANNED_OP(S2SENT_IMPLEMENT_CPU)
+}
 
 #ifdef S2SENT_CUDA
 STABLE_TORCH_LIBRARY_IMPL(s2sent_native, CUDA, m) {
   S2SENT_FOR_EACH_OP(S2SENT_IMPLEMENT_CUDA)
+  S2SENT_FOR_EACH_PLANNED_OP(S2SENT_IMPLEMENT_CUDA)
   S2SENT_FOR_EACH_CUDA_OP(S2SENT_IMPLEMENT_CUDA)
 }
 #endif

@@ -34,7 +34,7 @@ Batch RealTokens::packed(const int32_t* ends, int64_t sentences) {
   return {sentences, 0, true, starts.data(), nullptr};
 }
 
-Batch RealTokens::padded(const bool* mask, int64_t sentences, int64_t size) {
+Batch RealTokens::padded(const Mask& mask, int64_t sentences, int64_t size) {
   starts.assign(size_t(sentences) + 1, 0);
   places.reserve(mask ? size_t(sentences * size) + 1 : 0);  // data() of an empty list must not be null
   for (int64_t b = 0; b < sentences; ++b) {

@@ -16,8 +16,8 @@ struct RealTokens {
   // Packed [T, D]: sentence b is tokens [ends[b], ends[b + 1]); the caller has checked ends.
   Batch packed(const int32_t* ends, int64_t sentences);
 
-  // [B, L, D]; ``mask`` [B, L] or null.
-  Batch padded(const bool* mask, int64_t sentences, int64_t size);
+  // [B, L, D]
+  Batch padded(const Mask& mask, int64_t sentences, int64_t size);
 };
 
 // Owns the memory of Factors.

@@ -26,7 +26,7 @@ struct Batch {
   int64_t tokens;     // B L, or T if packed
   bool packed;
   const int32_t* starts;  // packed: [B + 1]
-  const bool* mask;       // [B, L] or null
+  Mask mask;              // [B, L]
   // Written by find_tokens if there is a mask, else null.
   const int32_t* lengths;  // [B] number of real tokens
   const int32_t* firsts;   // [B] position of the first real token, or -1 if they are not contiguous

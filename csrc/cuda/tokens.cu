@@ -33,11 +33,11 @@ __global__ void __launch_bounds__(kThreads) find_kernel(
   int64_t length = a.batch.packed ? a.batch.starts[b + 1] - a.batch.starts[b] : a.batch.size;
   if (a.lengths) {
     __shared__ int counts[kWarps], first, last;
-    const bool* mask = a.batch.mask + b * a.batch.size;
+    const int64_t row = b * a.batch.size;
     int64_t before = 0;
     for (int64_t start = 0; start < a.batch.size; start += kThreads) {
       const int64_t l = start + thread;
-      const bool real = l < a.batch.size && mask[l];
+      const bool real = l < a.batch.size && a.batch.mask[row + l];
       const unsigned votes = __ballot_sync(~0u, real);
       if (lane == 0) counts[warp] = __popc(votes);
       __syncthreads();

@@ -14,92 +14,17 @@ every sum has one order, written down in csrc/cpu/*.cpp and csrc/cuda/*.cu.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ...formula import dct, reference
-from ...formula.call import (
-    ACTIVATIONS,
-    POOLINGS,
-    Activation,
-    Batch,
-    GateParameters,
-    Gating,
-    HiddenGradients,
-    Layout,
-    PartialSums,
-    Place,
-    Pooling,
-    Profile,
-    Reading,
-)
+from ...formula import reference
+from ...formula.call import Batch, GateParameters, Gating, HiddenGradients, Layout, PartialSums, Place, Reading
+from .layout import activation_number, as_float, dense, factors, float_parameters, pooling_number, tokens_of
+from .prepared import Prepared
 
 _ops = torch.ops.s2sent_native
-
-
-# ---------------------------------------------------------------- tensors as the kernels read them
-
-
-def _pooling_number(pooling: Pooling | None) -> int:
-    return 0 if pooling is None else 1 + _place("pooling", pooling, POOLINGS)
-
-
-def _activation_number(activation: Activation) -> int:
-    return _place("activation", activation, ACTIVATIONS)
-
-
-def _place(name: str, word: str, words: tuple[str, ...]) -> int:
-    if word not in words:
-        raise ValueError(f"{name}: expected one of {words}, got {word!r}")
-    return words.index(word)
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """``tensor`` with its features side by side; its other strides are free."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
-
-
-def _float_parameters(parameters: GateParameters) -> GateParameters:
-    return GateParameters._make([_float(tensor) for tensor in parameters])
-
-
-def _tokens(batch: Batch | Layout) -> tuple[Tensor | None, Tensor | None]:
-    """The mask as bool, and ``cu_seqlens``; both contiguous."""
-    mask, cu_seqlens = batch.attention_mask, batch.cu_seqlens
-    if mask is not None:
-        mask = (mask if mask.dtype is torch.bool else mask != 0).contiguous()
-    return mask, None if cu_seqlens is None else cu_seqlens.contiguous()
-
-
-@functools.cache
-def _block_factors(
-    num_blocks: int, frequencies: int, profile: Profile, device: torch.device
-) -> tuple[Tensor, tuple[int, ...]]:
-    """alpha [M, N], and every part's frequency along the tokens."""
-    pairs = dct.frequency_pairs(num_blocks, frequencies, profile)
-    alpha = dct.block_basis(num_blocks, frequencies, profile).to(torch.float32).contiguous()
-    return alpha.to(device), tuple(y for _, y in pairs)
-
-
-@functools.cache
-def _grid_factors(size: int, frequencies: int, device: torch.device) -> Tensor:
-    """beta [M, L] of profile ``official``."""
-    return dct.grid_token_basis(size, frequencies, torch.device("cpu")).to(torch.float32).contiguous().to(device)
-
-
-def _factors(num_blocks: int, reading: Reading, layout: Layout) -> tuple[Tensor, tuple[int, ...], Tensor | None]:
-    """alpha, the parts' frequencies along the tokens, and beta where it is a table."""
-    alpha, y = _block_factors(num_blocks, reading.frequencies, reading.profile, layout.device)
-    if reading.profile != "official":
-        return alpha, y, None
-    return alpha, y, _grid_factors(layout.shape[1], reading.frequencies, layout.device)
 
 
 # ---------------------------------------------------------------- squeeze
@@ -118,12 +43,12 @@ def squeeze(batch: Batch, reading: Reading) -> tuple[Tensor, Tensor | None]:
 def _squeeze_into(batch: Batch, first: Place, reading: Reading, squeezed: Tensor, pooled: Tensor | None) -> None:
     """Squeezes the batch's blocks, the lowest of which is ``first``."""
     _ops.squeeze(
-        [_dense(u) for u in batch.hidden_states],
+        [dense(u) for u in batch.hidden_states],
         first.block,
         first.num_blocks,
-        *_tokens(batch),
-        *_factors(first.num_blocks, reading, batch.layout),
-        _pooling_number(reading.pooling),
+        *tokens_of(batch),
+        *factors(first.num_blocks, reading, batch.layout),
+        pooling_number(reading.pooling),
         squeezed,
         pooled,
     )
@@ -149,16 +74,16 @@ def squeeze_backward(
     grads: HiddenGradients, layout: Layout, needed: Sequence[bool], reading: Reading
 ) -> list[Tensor | None]:
     results = [torch.empty(layout.shape if need else [0], dtype=layout.dtype, device=layout.device) for need in needed]
-    fused = None if grads.fused is None or grads.gates is None else _dense(grads.fused.to(layout.dtype))
+    fused = None if grads.fused is None or grads.gates is None else dense(grads.fused.to(layout.dtype))
     _ops.squeeze_backward(
-        _float(grads.squeezed),
-        None if reading.pooling is None else _float(grads.pooled),
+        as_float(grads.squeezed),
+        None if reading.pooling is None else as_float(grads.pooled),
         fused,
-        None if fused is None else _float(grads.gates),
+        None if fused is None else as_float(grads.gates),
         list(layout.shape),
-        *_tokens(layout),
-        *_factors(len(needed), reading, layout),
-        _pooling_number(reading.pooling),
+        *tokens_of(layout),
+        *factors(len(needed), reading, layout),
+        pooling_number(reading.pooling),
         results,
     )
     return [grad if need else None for grad, need in zip(results, needed, strict=True)]
@@ -176,9 +101,9 @@ def gate(squeezed: Tensor, parameters: GateParameters, num_blocks: int, gating: 
     gates = squeezed.new_empty(squeezed.shape[0], num_blocks, squeezed.shape[1])
     _ops.gate(
         squeezed.contiguous(),
-        *_float_parameters(parameters),
+        *float_parameters(parameters),
         num_blocks,
-        _activation_number(gating.activation),
+        activation_number(gating.activation),
         gating.eps,
         _bottleneck(squeezed, parameters),
         gates,
@@ -192,8 +117,8 @@ def _pool(squeezed: Tensor, pooled: Tensor, parameters: GateParameters, gating: 
     _ops.gate_pool(
         squeezed.contiguous(),
         pooled,
-        *_float_parameters(parameters),
-        _activation_number(gating.activation),
+        *float_parameters(parameters),
+        activation_number(gating.activation),
         gating.eps,
         _bottleneck(squeezed, parameters),
         output,
@@ -228,18 +153,18 @@ def _backward(
     """dp where there is p, df, and the parameters' gradients: sums over the sentences, computed by PyTorch."""
     num_blocks = parameters.up_weight.shape[0] // squeezed.shape[1]
     shape = (squeezed.shape[0], num_blocks, squeezed.shape[1])
-    w = _float_parameters(parameters)
+    w = float_parameters(parameters)
     grad_logits, grad_normed = squeezed.new_empty(shape), squeezed.new_empty(shape)
     normed = None if w.norm_weight is None else squeezed.new_empty(shape)
     grad_pooled = None if pooled is None else squeezed.new_empty(shape)
     bottleneck = _bottleneck(squeezed, parameters)
     _ops.gate_backward(
-        _float(grad_gates),
-        _float(grad_output),
+        as_float(grad_gates),
+        as_float(grad_output),
         squeezed.contiguous(),
         pooled,
         *w,
-        _activation_number(gating.activation),
+        activation_number(gating.activation),
         gating.eps,
         bottleneck,
         grad_pooled,
@@ -286,7 +211,7 @@ def gate_pool_backward(
 
 def fuse(batch: Batch, gates: Tensor) -> Tensor:
     fused = batch.hidden_states[0].new_empty(batch.shape)
-    _ops.fuse([_dense(u) for u in batch.hidden_states], _float(gates), *_tokens(batch), fused)
+    _ops.fuse([dense(u) for u in batch.hidden_states], as_float(gates), *tokens_of(batch), fused)
     return fused
 
 
@@ -295,12 +220,16 @@ def fuse_backward(grad_fused: Tensor, batch: Batch) -> Tensor:
         batch.num_sentences, batch.num_blocks, batch.hidden_size, dtype=torch.float32
     )
     _ops.fuse_backward(
-        _dense(grad_fused.to(batch.dtype)), [_dense(u) for u in batch.hidden_states], *_tokens(batch), grad
+        dense(grad_fused.to(batch.dtype)), [dense(u) for u in batch.hidden_states], *tokens_of(batch), grad
     )
     return grad
 
 
 # ---------------------------------------------------------------- the whole selector
+
+
+def prepare(parameters: GateParameters, num_blocks: int, reading: Reading, gating: Gating) -> Prepared:
+    return Prepared(parameters, num_blocks, reading, gating)
 
 
 def select_pool(
@@ -316,7 +245,7 @@ def select(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(v, f, g). ``one_pass``: whether a kernel reads each hidden state once, where there is one for the batch; None leaves it
     to what was measured faster. The bits are the same."""
-    batch = Batch(batch.hidden_states, *_tokens(batch))  # converted once for all kernels
+    batch = Batch(batch.hidden_states, *tokens_of(batch))  # converted once for all kernels
     if one_pass is not False and batch.hidden_states[0].is_cuda:
         done = select_once(batch, reading, parameters, gating, always=one_pass is True)
         if done is not None:
@@ -335,14 +264,14 @@ def select_once(
     squeezed = first.new_empty(rows, batch.hidden_size, dtype=torch.float32)
     gates = first.new_empty(rows, num_blocks, batch.hidden_size, dtype=torch.float32)
     fused = first.new_empty(first.shape)
-    alpha, y, _ = _factors(num_blocks, reading, batch.layout)
+    alpha, y, _ = factors(num_blocks, reading, batch.layout)
     done = _ops.select(
-        [_dense(u) for u in batch.hidden_states],
-        *_tokens(batch),
+        [dense(u) for u in batch.hidden_states],
+        *tokens_of(batch),
         alpha,
         y,
-        *_float_parameters(parameters),
-        _activation_number(gating.activation),
+        *float_parameters(parameters),
+        activation_number(gating.activation),
         gating.eps,
         always,
         squeezed,
