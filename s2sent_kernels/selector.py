@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import functional, validate
 from .blockwise import BlockwisePool
@@ -17,6 +15,7 @@ from .checkpoints import pretrained, published
 from .engines.choice import BACKENDS
 from .formula import reference
 from .formula.call import ACTIVATIONS, POOLINGS, PROFILES, Activation, Batch, GateParameters, Gating, Profile, Reading
+from .plan import plain_tensors, plan_of
 
 PRIOR_OF_LAST_BLOCK = 3.0  # where a learned block prior starts: encoders are trained to output their last block
 
@@ -80,6 +79,10 @@ class S2SentSelector(nn.Module):
         self.block_prior: nn.Parameter | None
         self.register_parameter("block_prior", prior)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files leave out the plan, which belongs to this selector's tensors."""
+        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
+
     def extra_repr(self) -> str:
         return (
             f"hidden_size={self.hidden_size}, num_blocks={self.num_blocks}, bottleneck={self.bottleneck}, "
@@ -97,6 +100,10 @@ class S2SentSelector(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Fused tokens v [B, L, D] (packed [T, D]) from N hidden states [B, L, D], lowest block first; 0 at padding."""
+        plan = plan_of(self)
+        fused = None if plan is None else plan.fuse(hidden_states, attention_mask, cu_seqlens)
+        if fused is not None:
+            return fused
         batch, reading = self._batch(hidden_states, attention_mask, cu_seqlens), self.reading(None)
         parameters = self.gate_parameters()
         if parameters is None:
@@ -112,6 +119,10 @@ class S2SentSelector(nn.Module):
         pooling: str = "mean",
     ) -> Tensor:
         """Sentence embeddings o [B, D]: the fused tokens pooled as in ``functional.squeeze``, without forming them."""
+        plan = plan_of(self)
+        output = None if plan is None else plan.pool(hidden_states, attention_mask, cu_seqlens, pooling)
+        if output is not None:
+            return output
         batch, reading = self._batch(hidden_states, attention_mask, cu_seqlens), self.reading(pooling)
         validate.word("pooling", pooling, POOLINGS)  # None is for squeeze alone
         parameters = self.gate_parameters()
@@ -167,51 +178,25 @@ class S2SentSelector(nn.Module):
     def gate_parameters(self) -> GateParameters | None:
         """The gate's tensors where they alone define it and a fused kernel can compute it. None for batch statistics, profile
         "official", and parts that are replaced, hooked, parametrised or wrapped."""
-        if self.profile != "paper" or self._uses_batch_statistics() or not self._is_plain():
+        if self.profile != "paper" or self._uses_batch_statistics():
             return None
-        return self._tensors()
+        return plain_tensors(self)
 
     def gate(self, squeezed: Tensor) -> Tensor:
         """The gates g [B, N, D] from f [B, D] (float32, or float64 for float64 inputs). In training it uses the statistics of
         the batch and updates the running ones."""
-        if not self._is_plain():
+        parameters = plain_tensors(self)
+        if parameters is None:
             return self._gate_through_parts(squeezed)
         training, momentum = self._uses_batch_statistics(), 0.1
         if training and self.norm is not None and squeezed.shape[0]:
             momentum = self._count_batch(self.norm)
         gating = self.gating()._replace(training=training, momentum=momentum)
-        return functional.gate_squeezed(squeezed, self._tensors(), self.num_blocks, gating, self.backend)
-
-    def _parts(self) -> list[nn.Module]:
-        return [self.down, self.up] if self.norm is None else [self.down, self.up, self.norm]
-
-    def _is_plain(self) -> bool:
-        """Whether the gate's parts are those that __init__ made, so that their tensors define the gate."""
-        expected = [nn.Linear, nn.Linear, nn.BatchNorm1d]
-        for part, kind in zip(self._parts(), expected, strict=False):
-            hooked = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-            if type(part) is not kind or hooked or parametrize.is_parametrized(part) or part.bias is None:
-                return False
-            if not (_is_ordinary(part.weight) and _is_ordinary(part.bias)):
-                return False
-            if "forward" in part.__dict__:  # a forward patched onto the instance, as some wrappers do
-                return False
-        norm = self.norm
-        return norm is None or norm.running_mean is not None
+        return functional.gate_squeezed(squeezed, parameters, self.num_blocks, gating, self.backend)
 
     def _uses_batch_statistics(self) -> bool:
-        return self.norm is not None and self.norm.training
-
-    def _tensors(self) -> GateParameters:
-        linear = GateParameters(
-            self.down.weight, self.down.bias, self.up.weight, self.up.bias, block_prior=self.block_prior
-        )
-        norm = self.norm
-        if norm is None:
-            return linear
-        return linear._replace(
-            norm_weight=norm.weight, norm_bias=norm.bias, running_mean=norm.running_mean, running_var=norm.running_var
-        )
+        norm = self._modules.get("norm")  # a module's own attribute lookup takes longer than the rest
+        return norm is not None and norm.training
 
     @staticmethod
     def _count_batch(norm: nn.BatchNorm1d) -> float:
@@ -296,14 +281,6 @@ class S2SentSelector(nn.Module):
         selector = cls(**arguments, backend=backend)
         selector.to(state["down.weight"].dtype).load_state_dict(state)
         return selector
-
-
-def _is_ordinary(tensor: object) -> bool:
-    """Neither quantised nor sharded: such tensors are subclasses that only their own operators understand. While a graph is
-    traced every tensor may be represented by a subclass; those to avoid are wrappers that trace."""
-    if torch.compiler.is_compiling():
-        return not is_traceable_wrapper_subclass(tensor)
-    return type(tensor) in (Tensor, nn.Parameter)
 
 
 def _call(part: nn.Module, values: Tensor) -> Tensor:

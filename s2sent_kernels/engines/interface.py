@@ -24,6 +24,7 @@ from ..formula.call import (
     Layout,
     PartialSums,
     Place,
+    Pooling,
     Reading,
 )
 
@@ -53,7 +54,34 @@ class Limits(Protocol):
         """Why it cannot compute ``call`` here, or None where it can."""
 
 
+class Prepared(Protocol):
+    """The whole selector for calls with one gate, whose tensors it holds without copies. Both return nothing where a call is one
+    for the engine's functions: they take any tensors, these only what kernels read as it is."""
+
+    def select_pool(
+        self,
+        hidden_states: Sequence[Tensor],
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        pooling: Pooling | None,
+        keep: bool = False,
+    ) -> list[Tensor]:
+        """[o], or [o, f, p] with ``keep``."""
+
+    def select(
+        self,
+        hidden_states: Sequence[Tensor],
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        keep: bool = False,
+    ) -> list[Tensor]:
+        """[v], or [v, f, g] with ``keep``."""
+
+
 class Engine(Protocol):
+    def prepare(self, parameters: GateParameters, num_blocks: int, reading: Reading, gating: Gating) -> Prepared | None:
+        """For calls with this gate; None where the engine's functions are all there is."""
+
     def squeeze(self, batch: Batch, reading: Reading) -> tuple[Tensor, Tensor | None]:
         """f and, with a pooling, p, from one read of each hidden state."""
 

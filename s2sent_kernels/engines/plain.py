@@ -20,6 +20,7 @@ __all__ = [
     "gate_pool",
     "gate_pool_backward",
     "num_groups",
+    "prepare",
     "refuses",
     "select",
     "select_pool",
@@ -38,6 +39,10 @@ def status() -> BackendStatus:
 
 
 def refuses(call: Call) -> str | None:
+    return None
+
+
+def prepare(parameters: GateParameters, num_blocks: int, reading: Reading, gating: Gating) -> None:
     return None
 
 

@@ -2,7 +2,7 @@
 
 from .bottleneck import sum_groups
 from .fuse import fuse, fuse_backward
-from .gate import gate, gate_pool, select, select_pool
+from .gate import gate, gate_pool, prepare, select, select_pool
 from .gate_backward import gate_backward, gate_pool_backward
 from .squeeze import num_groups, squeeze, squeeze_block
 from .squeeze_backward import squeeze_backward
@@ -15,6 +15,7 @@ __all__ = [
     "gate_pool",
     "gate_pool_backward",
     "num_groups",
+    "prepare",
     "select",
     "select_pool",
     "squeeze",

@@ -323,6 +323,10 @@ def gate_pool(
     return pool(done, sums.pooled, parameters, gating, dtype), done.f
 
 
+def prepare(parameters: GateParameters, num_blocks: int, reading: Reading, gating: Gating) -> None:
+    return None
+
+
 def select_pool(
     batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor]:

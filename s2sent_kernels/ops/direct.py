@@ -1,0 +1,137 @@
+"""The whole selector with gradients, around an engine instead of the dispatcher.
+
+In eager mode an op with a ``Tensor[]`` argument and a registered gradient costs the host ten times what its kernels' launches
+do. These functions run the same kernels. A call that something traces, transforms or records takes the ops; so does a backward
+pass that is itself differentiated, traced or mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..engines.interface import Engine, Prepared
+from ..formula.call import Batch, GateParameters, Gating, HiddenGradients, Layout, Reading
+from . import fuse_backward, gate_backward, gate_pool_backward, squeeze_backward
+from .library import dispatcher_is_idle, split_parameters
+
+_FIRST_STATE = 3 + len(GateParameters._fields)  # the first hidden state among the arguments of ``apply``
+
+
+class How(NamedTuple):
+    """All of a call but its tensors."""
+
+    reading: Reading
+    gating: Gating
+    backend: str  # the name of ``engine``
+    engine: Engine
+    prepared: Prepared | None = None
+
+
+class SelectPool(torch.autograd.Function):
+    """o [B, D] with running statistics: ``apply(how, attention_mask, cu_seqlens, *parameters, *hidden_states)``.
+
+    It saves f and p, as the op ``select_pool`` does, and no hidden state.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, how: How, attention_mask: Tensor | None, cu_seqlens: Tensor | None, *tensors: Any) -> Tensor:
+        parameters, hidden_states = split_parameters(tensors)
+        batch = Batch(hidden_states, attention_mask, cu_seqlens)
+        kept = how.prepared and how.prepared.select_pool(*batch, how.reading.pooling, keep=True)
+        output, squeezed, pooled = kept or how.engine.select_pool(batch, how.reading, parameters, how.gating)
+        ctx.how = how
+        squeeze_backward.save_layout(ctx, batch, squeezed, pooled, *parameters)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        layout, (squeezed, pooled, *tensors) = squeeze_backward.saved_layout(ctx)
+        parameters, how, run = GateParameters(*tensors), ctx.how, _backward_of(ctx.how)
+        grad_pooled, grad_squeezed, grads = run.gate_pool_backward(
+            grad_output, squeezed, pooled, parameters, how.gating
+        )
+        needed = ctx.needs_input_grad[_FIRST_STATE:]
+        hidden = _hidden_gradients(run, HiddenGradients(grad_squeezed, grad_pooled), layout, needed, how.reading)
+        return None, None, None, *_cast(grads, parameters), *hidden
+
+
+class Select(torch.autograd.Function):
+    """v like a hidden state with running statistics; ``apply`` as SelectPool's. It saves f, g and the hidden states."""
+
+    @staticmethod
+    def forward(ctx: Any, how: How, attention_mask: Tensor | None, cu_seqlens: Tensor | None, *tensors: Any) -> Tensor:
+        parameters, hidden_states = split_parameters(tensors)
+        batch = Batch(hidden_states, attention_mask, cu_seqlens)
+        kept = how.prepared and how.prepared.select(*batch, keep=True)
+        fused, squeezed, gates = kept or how.engine.select(batch, how.reading, parameters, how.gating)
+        ctx.how = how
+        squeeze_backward.save_layout(ctx, batch, squeezed, gates, *parameters, *hidden_states)
+        return fused
+
+    @staticmethod
+    def backward(ctx: Any, grad_fused: Tensor) -> tuple[Any, ...]:
+        layout, (squeezed, gates, *rest) = squeeze_backward.saved_layout(ctx)
+        parameters, hidden_states = split_parameters(rest)
+        how, run = ctx.how, _backward_of(ctx.how)
+        grad_gates = run.fuse_backward(grad_fused, Batch(hidden_states, layout.attention_mask, layout.cu_seqlens))
+        grad_squeezed, grads = run.gate_backward(grad_gates, squeezed, parameters, how.gating)
+        needed, hidden_grads = (
+            ctx.needs_input_grad[_FIRST_STATE:],
+            HiddenGradients(grad_squeezed, None, grad_fused, gates),
+        )
+        hidden = _hidden_gradients(run, hidden_grads, layout, needed, how.reading)
+        return None, None, None, *_cast(grads, parameters), *hidden
+
+
+class _Ops:
+    """The backward functions of an engine, as recorded ops."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def gate_pool_backward(
+        self, grad_output: Tensor, squeezed: Tensor, pooled: Tensor, parameters: GateParameters, gating: Gating
+    ) -> tuple[Tensor, Tensor, GateParameters]:
+        grad_pooled, grad_squeezed, grads = gate_pool_backward.run(
+            grad_output, squeezed, pooled, parameters, gating, self.backend
+        )
+        return grad_pooled, grad_squeezed, GateParameters(**grads)
+
+    def gate_backward(
+        self, grad_gates: Tensor, squeezed: Tensor, parameters: GateParameters, gating: Gating
+    ) -> tuple[Tensor, GateParameters]:
+        grad_squeezed, grads = gate_backward.run(grad_gates, squeezed, parameters, gating, self.backend)
+        return grad_squeezed, GateParameters(**grads)
+
+    def fuse_backward(self, grad_fused: Tensor, batch: Batch) -> Tensor:
+        return fuse_backward.run(grad_fused, batch, self.backend)
+
+    def squeeze_backward(
+        self, grads: HiddenGradients, layout: Layout, needed: Sequence[bool], reading: Reading
+    ) -> list[Tensor | None]:
+        return squeeze_backward.run(grads, layout, needed, reading, self.backend)
+
+
+def _backward_of(how: How) -> Engine | _Ops:
+    recorded = torch.is_grad_enabled() or not dispatcher_is_idle()
+    return _Ops(how.backend) if recorded else how.engine
+
+
+def _hidden_gradients(
+    run: Engine | _Ops, grads: HiddenGradients, layout: Layout, needed: Sequence[bool], reading: Reading
+) -> list[Tensor | None]:
+    if not any(needed):
+        return [None] * len(needed)
+    return run.squeeze_backward(grads, layout, needed, reading)
+
+
+def _cast(grads: GateParameters, parameters: GateParameters) -> list[Tensor | None]:
+    """The gradients in their parameters' dtypes. The running statistics have none."""
+    return [
+        None if grad is None or tensor is None else grad if grad.dtype == tensor.dtype else grad.to(tensor.dtype)
+        for grad, tensor in zip(grads, parameters, strict=True)
+    ]
