@@ -14,10 +14,9 @@ import torch
 from builders import make_gradient
 
 from s2sent_kernels.engines.triton.limits import triton_interprets
-from s2sent_kernels.formula.call import POOLINGS
+from s2sent_kernels.formula.call import DTYPES, KERNEL_DTYPES, POOLINGS
 
 PATHS = (None, *POOLINGS)  # None: the fused tokens
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 N, B, L, D, H, M = 3, 6, 7, 16, 5, 4
 CLOSE = 1e-5
 INTERPRETED = triton_interprets()
@@ -42,7 +41,7 @@ class Place(NamedTuple):
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        return (*DTYPES, torch.float64) if self.computes_float64 else DTYPES
+        return DTYPES if self.computes_float64 else KERNEL_DTYPES
 
 
 def selector_for(place, profile="paper", **options):

@@ -92,11 +92,11 @@ struct Factors {
 
 }  // namespace s2sent::cpu
 
-#define S2SENT_CLONE(dtype, scalar, T, device, name, Arguments) \
+#define S2SENT_CLONE(dtype, scalar, T, cuda, map, name, Arguments) \
   S2SENT_CLONES void name##_##dtype(const Arguments& args, int64_t begin, int64_t end, float* scratch) { \
     name##_items<T>(args, begin, end, scratch); \
   }
-#define S2SENT_CASE(dtype, scalar, T, device, name, Arguments) \
+#define S2SENT_CASE(dtype, scalar, T, cuda, map, name, Arguments) \
   case DType::dtype: return name##_##dtype(args, begin, end, scratch);
 
 // Defines the kernel ``name``, which runs name_items<T> for the storage type T of args.dtype. GCC clones no templates, hence

@@ -87,6 +87,13 @@ __device__ inline void narrow(float x, float* to) { *to = x; }
 __device__ inline void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
 __device__ inline void narrow(float x, __half* to) { *to = __float2half_rn(x); }
 
+// Two adjacent numbers of 16 bits.
+__device__ inline float2 unpack(uint32_t pair, __nv_bfloat16) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
+__device__ inline float2 unpack(uint32_t pair, __half) { return __half22float2(*reinterpret_cast<const __half2*>(&pair)); }
+
 // W adjacent numbers.
 template <class T, int W>
 struct alignas(W * sizeof(T)) Piece {

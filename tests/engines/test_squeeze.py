@@ -19,7 +19,7 @@ from harness import (
 
 from s2sent_kernels import functional
 from s2sent_kernels.engines.choice import engine_for
-from s2sent_kernels.formula.call import POOLINGS, Call
+from s2sent_kernels.formula.call import KERNEL_DTYPES, POOLINGS, Call
 
 # Pairwise: every possible pair of values of two columns occurs in some row. D / M is a multiple of no tile.
 # N, M, D, L, mask, pooling, dtype, layout, output gradient
@@ -122,7 +122,7 @@ def test_official_squeeze(N, M, D, L, mask, pooling):
     check(squeeze_of(batch.where, M, "official", pooling), named(batch.hidden_states))
 
 
-@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_f_and_p_are_float32(dtype):
     batch = make_batch(3, 2, 5, 24, dtype, "holes")
     found = check(squeeze_of(batch.where, 3, pooling="mean"), named(batch.hidden_states), gradient=None)

@@ -15,7 +15,7 @@ from s2sent_kernels import S2SentSelector, functional
 from s2sent_kernels.engines import choice
 from s2sent_kernels.engines.native import limits as native
 from s2sent_kernels.engines.triton import limits
-from s2sent_kernels.formula.call import Call
+from s2sent_kernels.formula.call import KERNEL_DTYPES, Call
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 BUILT = pytest.mark.skipif(not s2.backends()["native"].usable, reason=s2.backends()["native"].reason)
@@ -165,7 +165,7 @@ def test_importing_does_not_load_it():
 @BUILT
 def test_auto_takes_it_on_the_cpu(monkeypatch):
     monkeypatch.delenv("S2SENT_BACKEND", raising=False)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for dtype in KERNEL_DTYPES:
         assert choice.choose("auto", Call(CPU, dtype)) == "native"
     assert choice.choose("auto", Call(CPU, torch.float64)) == "reference"
     assert choice.choose("auto", Call(torch.device("meta"), torch.float32)) == "reference"

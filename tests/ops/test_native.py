@@ -8,7 +8,7 @@ import torch
 import s2sent_kernels as s2
 from s2sent_kernels import functional
 from s2sent_kernels.engines.native import engine as native
-from s2sent_kernels.formula.call import POOLINGS
+from s2sent_kernels.formula.call import KERNEL_DTYPES, POOLINGS
 
 BUILT = pytest.mark.skipif(not s2.backends()["native"].usable, reason=s2.backends()["native"].reason)
 N, B, L, H, M = 5, 6, 40, 8, 4
@@ -83,7 +83,7 @@ def test_bits_do_not_depend_on_where_the_padding_is(pooling):
 
 
 @BUILT
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [dtype for dtype in KERNEL_DTYPES if dtype.itemsize == 2])
 def test_every_number_is_read_and_rounded_as_pytorch_does(dtype):
     """All 65536 values, with subnormal, infinite and NaN, times factors that cause every kind of rounding."""
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[None, None]

@@ -8,11 +8,10 @@ from builders import make_batch, make_gradient, make_parameters, pack
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2sent_kernels import ops
-from s2sent_kernels.formula.call import POOLINGS
+from s2sent_kernels.formula.call import DTYPES, POOLINGS
 
 PUBLIC = ["squeeze", "gate", "fuse", "select", "select_pool"]
 N, B, L, D, H, M = 3, 4, 5, 12, 5, 4
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
 def arguments(

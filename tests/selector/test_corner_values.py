@@ -4,7 +4,6 @@ import pytest
 import torch
 from builders import assert_close, make_gradient, make_parameters, pack
 from corners import (
-    DTYPES,
     INTERPRETED,
     PATHS,
     D,
@@ -23,6 +22,7 @@ from corners import (
 )
 
 import s2sent_kernels as s2
+from s2sent_kernels.formula.call import KERNEL_DTYPES
 
 # ---------------------------------------------------------------- NaN and inf
 
@@ -175,7 +175,7 @@ HELD = [torch.float32, torch.bfloat16, torch.float16, torch.float64]  # by param
 def test_dtypes(place, profile, training, held):
     """v and o have the hidden states' dtype; f, p and gates are float32 (float64); parameters may be of any."""
     # the interpreter is slow: each dtype of parameters with one of hidden states
-    for dtype in [DTYPES[HELD.index(held) % 3]] if INTERPRETED else place.dtypes:
+    for dtype in [KERNEL_DTYPES[HELD.index(held) % len(KERNEL_DTYPES)]] if INTERPRETED else place.dtypes:
         selector = selector_for(place, profile).to(held).train(training)
         hidden_states, mask = batch_for(place, "right", dtype=dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32

@@ -68,12 +68,6 @@ struct Ring {
   }
 };
 
-__device__ inline float2 unpack(uint32_t pair, __nv_bfloat16) {
-  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-}
-
-__device__ inline float2 unpack(uint32_t pair, __half) { return __half22float2(*reinterpret_cast<const __half2*>(&pair)); }
-
 template <class T>
 __device__ inline uint32_t pack(float x, float y) {
   T pair[2];

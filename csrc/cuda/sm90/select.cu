@@ -81,24 +81,24 @@ Kernel kernel_for(const Select& a) {
   return slice == kShortSlice ? kernel_for<T, kShortSlice>(a) : kernel_for<T, kLongSlice>(a);
 }
 
+#define S2SENT_CASE(name, scalar, cpu, T, ...) \
+  case DType::name: \
+    if constexpr (sizeof(T) == 2) return kernel_for<T>(a); \
+    break;
 // 16-bit dtypes only; the rest of this file assumes two bytes a number.
 Kernel kernel_of(const Select& a) {
-  switch (a.dtype) {
-    case DType::kBFloat16: return kernel_for<__nv_bfloat16>(a);
-    case DType::kFloat16: return kernel_for<__half>(a);
-    case DType::kFloat32: break;
-  }
+  switch (a.dtype) { S2SENT_FOR_EACH_DTYPE(S2SENT_CASE) }
   return nullptr;
 }
+#undef S2SENT_CASE
 
+#define S2SENT_CASE(name, scalar, cpu, T, map, ...) \
+  case DType::name: return map;
 CUtensorMapDataType tma_dtype(DType dtype) {
-  switch (dtype) {
-    case DType::kBFloat16: return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    case DType::kFloat16: return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    case DType::kFloat32: return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-  }
+  switch (dtype) { S2SENT_FOR_EACH_DTYPE(S2SENT_CASE) }
   __builtin_unreachable();
 }
+#undef S2SENT_CASE
 
 // False if TMA does not support such tensors.
 bool describe(const Select& a, Hidden& to) {

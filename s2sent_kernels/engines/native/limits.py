@@ -89,7 +89,7 @@ def is_faster(call: Call) -> bool:
     """Whether a CUDA call is one of those that this engine's one-pass kernel was measured to win."""
     if call.path != "tokens" or call.gradient or (call.num_blocks, call.hidden_size) not in ONE_PASS_FASTER:
         return False
-    return call.dtype in (torch.bfloat16, torch.float16) and _is_sm90(call.device.index)
+    return call.dtype.itemsize == 2 and _is_sm90(call.device.index)
 
 
 @functools.cache
