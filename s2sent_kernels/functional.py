@@ -69,7 +69,7 @@ def squeeze(
         pooling: "mean", "cls" (the first real token) or "last" (the last one).
         profile: "paper" (DCT over the N blocks and each sentence's real tokens) or "official" (the published code's 6 x 6
             grid over the padded plane).
-        backend: "auto", "reference", "triton" or "native".
+        backend: "auto", or a name that ``backends()`` lists.
 
     Raises:
         ValueError, TypeError: an argument is wrong; names it, what was expected and what was passed.

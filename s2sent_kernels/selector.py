@@ -33,7 +33,7 @@ class S2SentSelector(nn.Module):
         block_prior: learn one number per block that is added to the gate's logits (profile "paper"), started at 3 for the
             last block and 0 elsewhere. Off, the formula is exactly the paper's.
         activation: of the bottleneck, as in ``functional.gate``.
-        backend: "auto", "reference", "triton" or "native".
+        backend: "auto", or a name that ``backends()`` lists.
 
     State: ``down`` nn.Linear(D, H), ``up`` nn.Linear(H, N * D) (n major), ``norm`` nn.BatchNorm1d(N * D) or None,
     ``block_prior`` [N] or None. Where one of the three modules is replaced, hooked, parametrised or wrapped, the gate calls

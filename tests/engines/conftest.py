@@ -7,21 +7,16 @@ import pytest
 import torch
 from builders import NAN
 from corners import Place
-from harness import BACKEND, DEVICE, INTERPRETED, NATIVE
+from harness import BACKEND, DEVICE
 
 from s2sent_kernels import backends
 
 
 def pytest_collection_modifyitems(items):
-    if NATIVE:
-        if backends()["native"].usable:
-            return
-        reason = backends()["native"].reason
-    elif INTERPRETED or torch.cuda.is_available():
+    usable, reason = backends()[BACKEND]
+    if usable:
         return
-    else:
-        reason = "needs a CUDA device, or TRITON_INTERPRET=1 set before the start: see make test"
-    skip = pytest.mark.skip(reason=reason)
+    skip = pytest.mark.skip(reason=f"{BACKEND}: {reason} (TRITON_INTERPRET=1, set before the start, needs no GPU)")
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(skip)

@@ -1,7 +1,7 @@
 """What the engines' tests share: the engine under test, its device, builders on that device, and the tolerance policy.
 
-S2SENT_TEST_BACKEND names the engine: "triton", or "native", which runs on a GPU where there is one and the build has a CUDA
-part, else on the CPU; S2SENT_TEST_DEVICE forces its device: "cpu" or "cuda".
+S2SENT_TEST_BACKEND names the engine, any but the plain one ("triton" if unset). It runs on a GPU if there is one that it can
+use, else on the CPU; S2SENT_TEST_DEVICE forces its device: "cpu" or "cuda".
 
 Triton: with a GPU the kernels are compiled and run on it. Without one they run in Triton's interpreter, which a process must
 choose before it first imports a kernel: ``make test`` sets TRITON_INTERPRET=1 and gives this folder a process of its own. The
@@ -18,29 +18,32 @@ import torch
 from builders import Batch, Packed, make_gradient
 from torch import Tensor
 
-from s2sent_kernels import GateParameters, S2SentSelector, backends
-from s2sent_kernels.engines.native.limits import cuda_refusal
+from s2sent_kernels import GateParameters, S2SentSelector
+from s2sent_kernels.engines.choice import BACKENDS, LIMITS
 from s2sent_kernels.engines.triton.limits import triton_interprets
+from s2sent_kernels.formula.call import KERNEL_DTYPES, Call
 
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 BACKEND = os.environ.get("S2SENT_TEST_BACKEND") or "triton"
-if BACKEND not in ("triton", "native"):
-    raise ValueError(f"S2SENT_TEST_BACKEND: expected 'triton' or 'native', got {BACKEND!r}")
-NATIVE = BACKEND == "native"
-INTERPRETED = not NATIVE and triton_interprets()
+TESTED = tuple(name for name in BACKENDS if name != "reference")
+if BACKEND not in TESTED:
+    raise ValueError(f"S2SENT_TEST_BACKEND: expected one of {TESTED}, got {BACKEND!r}")
+INTERPRETED = BACKEND == "triton" and triton_interprets()
 
 
-def _native_device() -> str:
+def _device() -> str:
+    if INTERPRETED:
+        return "cpu"
     asked = os.environ.get("S2SENT_TEST_DEVICE")
     if asked:
         return asked
-    usable = backends()["native"].usable and torch.cuda.is_available()
-    return "cuda" if usable and cuda_refusal(None) is None else "cpu"
+    refused = not torch.cuda.is_available() or LIMITS[BACKEND].refuses(Call(torch.device("cuda"), F32))
+    return "cpu" if refused else "cuda"
 
 
-DEVICE = torch.device(_native_device() if NATIVE else "cpu" if INTERPRETED else "cuda")
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DEVICE = torch.device(_device())
 # The dtypes whose results are compared. The interpreter truncates where it stores bfloat16, a GPU rounds.
-HIDDEN_DTYPES = (F32, F16) if INTERPRETED else (F32, F16, BF16)
+HIDDEN_DTYPES = tuple(dtype for dtype in KERNEL_DTYPES if not (INTERPRETED and dtype == BF16))
 SIZE = 24  # of hidden states, where a test needs no other
 
 # ---------------------------------------------------------------- builders on DEVICE, in float32 unless told otherwise

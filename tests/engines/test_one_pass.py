@@ -3,14 +3,14 @@
 import pytest
 import torch
 from builders import make_mask
-from harness import BF16, DEVICE, F16, F32, NATIVE, make_parameters, randn
+from harness import BACKEND, BF16, DEVICE, F32, make_parameters, randn
 
 from s2sent_kernels import functional
 from s2sent_kernels.engines.native import engine
-from s2sent_kernels.formula.call import Batch, Gating, Reading
+from s2sent_kernels.formula.call import KERNEL_DTYPES, Batch, Gating, Reading
 
 pytestmark = pytest.mark.skipif(
-    not (NATIVE and DEVICE.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)),
+    not (BACKEND == "native" and DEVICE.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)),
     reason="needs the native backend's CUDA part, compiled for sm_90a, on such a GPU",
 )
 
@@ -47,7 +47,7 @@ def gate_parameters(N, D, H, **options):
     return make_parameters(N, D, H, **options).each(lambda tensor: tensor.to(DEVICE, F32))
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", [dtype for dtype in KERNEL_DTYPES if dtype.itemsize == 2], ids=str)
 @pytest.mark.parametrize(
     "N, D, H, B, L",
     [
