@@ -77,10 +77,10 @@ package:
 demo: $(DEMO_READY)
 	$(PY) -m s2sent_kernels.cli demo
 
-# Four processes, because Triton decides when a kernel is decorated whether it is compiled or interpreted:
+# Several processes, because Triton decides when a kernel is decorated whether it is compiled or interpreted:
 # 1. all tests but those of tests/engines; where nvcc is installed they also compile every CUDA source (tests/project);
 # 2. tests/engines on Triton: on the GPU, without one in the interpreter;
-# 3. tests/engines on the native backend, where it is built: on a GPU its CUDA part, else its CPU part;
+# 3. tests/engines on every other backend: the native one, where it is built, on a GPU with its CUDA part, else its CPU part;
 # 4. with a GPU, tests/engines on the native backend's CPU part.
 # The closing line of each is repeated at the end. The interpreter's products are OpenBLAS's: OPENBLAS_CORETYPE pins one of its
 # kernels, so that rounding, and with it the outcome, is the same on every CPU.
@@ -93,14 +93,19 @@ test: $(DEV_READY)
 	fi; \
 	env -u TRITON_INTERPRET $(PY) -m pytest tests --ignore=tests/engines $$workers 2>&1 | tee "$$logs/1" || failed=1; \
 	env -u TRITON_INTERPRET $$interpret $(PY) -m pytest tests/engines $$workers 2>&1 | tee "$$logs/2" || failed=1; \
-	env -u TRITON_INTERPRET S2SENT_TEST_BACKEND=native $(PY) -m pytest tests/engines $$workers 2>&1 | tee "$$logs/3" || failed=1; \
+	others=$$($(PY) -c 'from s2sent_kernels.engines.choice import BACKENDS; print(*BACKENDS)' \
+		| sed 's/reference//; s/triton//') || failed=1; \
+	for backend in $$others; do \
+		env -u TRITON_INTERPRET S2SENT_TEST_BACKEND=$$backend $(PY) -m pytest tests/engines $$workers 2>&1 \
+			| tee "$$logs/3-$$backend" || failed=1; \
+	done; \
 	if [ "$$gpu" ]; then \
 		env -u TRITON_INTERPRET S2SENT_TEST_BACKEND=native S2SENT_TEST_DEVICE=cpu $(PY) -m pytest tests/engines 2>&1 \
 			| tee "$$logs/4" || failed=1; \
 	fi; \
 	echo "tests:                  $$(tail -n 1 "$$logs/1")"; \
 	echo "tests/engines:          $$(tail -n 1 "$$logs/2")"; \
-	echo "tests/engines (native): $$(tail -n 1 "$$logs/3")"; \
+	for backend in $$others; do echo "tests/engines ($$backend): $$(tail -n 1 "$$logs/3-$$backend")"; done; \
 	if [ "$$gpu" ]; then echo "tests/engines (native, CPU): $$(tail -n 1 "$$logs/4")"; fi; \
 	exit $$failed
 

@@ -26,7 +26,7 @@ from setuptools import setup
 
 CHOICES = ("auto", "0", "cpu", "cuda")
 ROOT = Path(__file__).parent
-INTERFACE_FILE = ROOT / "s2sent_kernels/engines/native/limits.py"
+INTERFACE_FILE = ROOT / "s2sent_kernels/engines/native/engine.py"
 
 
 def files(*patterns):

@@ -194,24 +194,20 @@ def make_parameters(
     prior: True draws one, numbers are repeated over the N blocks."""
     wide = torch.promote_types(dtype, torch.float32)
 
-    def draw(*shape: int, seed: int) -> Tensor:
-        return randn(*shape, seed=seed, dtype=wide, device=device)
-
     tensors: dict[str, Tensor | None] = {
-        "down_weight": draw(H, D, seed=1) * D**-0.5,
-        "down_bias": draw(H, seed=2),
-        "up_weight": draw(N * D, H, seed=3) * H**-0.5 * 2,
-        "up_bias": draw(N * D, seed=4),
-        "norm_weight": draw(N * D, seed=5) + 1 if norm else None,
-        "norm_bias": draw(N * D, seed=6) if norm else None,
-        "running_mean": draw(N * D, seed=7) if norm else None,
-        "running_var": draw(N * D, seed=8).exp() if norm else None,
-        "block_prior": None,
+        name: randn(*shape, seed=seed, dtype=wide, device=device)
+        for seed, (name, shape) in enumerate(GateParameters.shapes(N, D, H).items(), start=1)
     }
-    if prior is True:
-        tensors["block_prior"] = draw(N, seed=9) * 2
-    elif prior:
-        tensors["block_prior"] = torch.tensor([prior[n % len(prior)] for n in range(N)], device=device)
+    tensors["down_weight"] *= D**-0.5
+    tensors["up_weight"] *= H**-0.5 * 2
+    tensors["norm_weight"] += 1
+    tensors["running_var"] = tensors["running_var"].exp()
+    tensors["block_prior"] *= 2
+    if not norm:
+        tensors |= dict.fromkeys(("norm_weight", "norm_bias", "running_mean", "running_var"))
+    if prior is not True:
+        numbers = [prior[n % len(prior)] for n in range(N)] if prior else None
+        tensors["block_prior"] = None if numbers is None else torch.tensor(numbers, device=device)
     for name, tensor in tensors.items():
         if tensor is not None:
             grad = requires_grad and not name.startswith("running")

@@ -14,7 +14,7 @@
 #endif
 
 #ifndef S2SENT_INTERFACE
-#error "setup.py defines S2SENT_INTERFACE from INTERFACE in s2sent_kernels/engines/native/limits.py"
+#error "setup.py defines S2SENT_INTERFACE from INTERFACE in s2sent_kernels/engines/native/engine.py"
 #endif
 
 // Importing s2sent_kernels._C registers the ops; the module itself is empty.

@@ -24,6 +24,10 @@ from ...formula.call import Batch, GateParameters, Gating, HiddenGradients, Layo
 from .layout import activation_number, as_float, dense, factors, float_parameters, pooling_number, tokens_of
 from .prepared import Prepared
 
+# Counts changes of the ops that this module calls: increase it with every change of a schema. setup.py compiles this number into
+# the extension; ``limits`` refuses one built from other sources.
+INTERFACE = 6
+
 _ops = torch.ops.s2sent_native
 
 

@@ -10,10 +10,8 @@ import torch
 
 from ...formula.call import ACTIVATIONS, KERNEL_DTYPES, POOLINGS, Call
 from ..interface import KERNEL_DTYPE_TEXT, BackendStatus
+from .engine import INTERFACE
 
-# Counts changes of the extension's ops. setup.py compiles this number into the extension; one built from other sources is
-# refused.
-INTERFACE = 6
 MAXIMUM_BLOCKS = 128  # N on CUDA: kMaxBlocks of csrc
 LIMITS = f"{KERNEL_DTYPE_TEXT}; on CUDA sm_80 or newer and up to {MAXIMUM_BLOCKS} blocks"
 # (N, D) for which "auto" prefers this engine's tokens without gradients: it reads hidden states of 16 bits once, and was at
