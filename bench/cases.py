@@ -13,7 +13,7 @@ from torch import Tensor
 
 STAGES = ("squeeze", "gate", "fuse")
 PATHS = ("pooled", "token")
-MODES = ("forward", "backward", "both")
+MODES = ("forward", "backward", "both", "training")  # training: both, with the batch's statistics
 BOTTLENECK, FREQUENCIES = 64, 4  # the published defaults, H and M
 MAIN = ("A", "B", "C", "D", "E")  # measured beside all competitors
 
@@ -86,17 +86,25 @@ def cases_of(device: str) -> tuple[Case, ...]:
     return CASES if device == "cuda" else CPU_CASES
 
 
-# Small calls, whose time on a GPU is the host's: compare.py measures that. On a CPU in float32.
+# Small calls, whose time on a GPU is the host's: compare.py and section "caller" measure that. On a CPU in float32.
 HOST_CASES = (
     Case("C", 1, 32, 12, 768),
     Case("B", 64, 32, 3, 768),
-    Case("F", 32, 64, 6, 384),
+    Case("E6", 32, 64, 6, 384),
     Case("G", 1, 16, 6, 384),
 )
+CALLER = ("C", "B", "E6", "A")  # whose eager calls have targets on a GPU
 
 
 def host_cases_of(device: str) -> tuple[Case, ...]:
     return HOST_CASES if device == "cuda" else tuple(replace(case, dtype=torch.float32) for case in HOST_CASES)
+
+
+def caller_cases_of(device: str) -> tuple[Case, ...]:
+    if device == "cuda":
+        known = {case.name: case for case in (*HOST_CASES, *CASES)}
+        return tuple(known[name] for name in CALLER)
+    return (*host_cases_of(device), _SMALL)
 
 
 def sweeps_of(device: str) -> dict[str, tuple[Case, ...]]:
@@ -178,7 +186,7 @@ def traffic(case: Case, what: str, mode: str) -> tuple[int, int]:
         "gate": ((4 * sentence + weights, gates), (gates + 4 * sentence + weights, 4 * sentence + weights)),
         "fuse": ((blocks * real + gates, places), ((blocks + 2) * real + gates, blocks * places + gates)),
     }[what]
-    if mode == "both":
+    if mode in ("both", "training"):
         return forward[0] + backward[0], forward[1] + backward[1]
     return forward if mode == "forward" else backward
 

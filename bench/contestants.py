@@ -55,6 +55,7 @@ class Contestant:
     compiled: bool = False
     modes: tuple[str, ...] = ("forward", "backward", "both")
     note: str = ""
+    training: bool = False  # with the batch's statistics
 
     def run(self, inputs: Inputs) -> tuple[Tensor, ...]:
         result = self.call(inputs)
@@ -106,12 +107,24 @@ def differentiated(selector: S2SentSelector, what: str) -> dict[str, Tensor]:
     return {} if what in ("squeeze", "fuse") else dict(selector.named_parameters())
 
 
-def ours(case: Case, what: str, device: str, backend: str | None = None, name: str = OURS) -> Contestant:
+def ours(
+    case: Case, what: str, device: str, backend: str | None = None, name: str = OURS, *, training: bool = False
+) -> Contestant:
     """On a GPU one backend for all paths, so that rows can be compared: what "auto" selects for most N and D."""
     if backend is None:
         backend = choose("auto", Call(torch.device(device), case.dtype)) if device == "cuda" else "auto"
-    selector = make_selector(case, device, backend=backend)
-    return Contestant(name, selector_call(selector, what), differentiated(selector, what))
+    selector = make_selector(case, device, backend=backend).train(training)
+    modes = ("training",) if training else ("forward", "backward", "both")
+    call, parameters = selector_call(selector, what), differentiated(selector, what)
+    return Contestant(name, call, parameters, modes=modes, training=training)
+
+
+def with_batch_statistics(contestant: Contestant, case: Case, what: str, device: str) -> Contestant | None:
+    """The contestant in training mode, where it is this package's and the case has the two sentences that statistics need."""
+    if case.batch < 2 or what != "pooled" or contestant.name not in (OURS, NATIVE):
+        return None
+    backend = "native" if contestant.name == NATIVE else None
+    return ours(case, what, device, backend, contestant.name, training=True)
 
 
 def _native(case: Case, what: str, device: str) -> Contestant | Missing:
@@ -160,7 +173,7 @@ def contestants(case: Case, what: str, device: str, choice: str) -> Iterator[Con
         return
     for profile, name in PROFILES.items():
         yield _formula(case, what, device, profile, f"{name}, eager", None)
-    yield _weighted_layer_pooling(case, what, device)
+    yield weighted_layer_pooling(case, what, device)
     if what == "token":
         yield _attention_over_layers(case, device)
     if choice == "all" and (what == "pooled" or case.name in MAIN_COMPILED):
@@ -197,7 +210,7 @@ def _reference(case: Case, what: str) -> Contestant:
     return Contestant(REFERENCE, compiled, dict(selector.named_parameters()), compiled=True, modes=("forward", "both"))
 
 
-def _weighted_layer_pooling(case: Case, what: str, device: str) -> Contestant | Missing:
+def weighted_layer_pooling(case: Case, what: str, device: str) -> Contestant | Missing:
     if importlib.util.find_spec("sentence_transformers") is None:
         return Missing(WEIGHTED, "not installed")
     try:

@@ -17,9 +17,13 @@ from s2sent_kernels.formula import dct
 
 
 def masked_mean(hidden_state: Tensor, mask: Tensor) -> Tensor:
-    """The usual pooling: [B, L, D] and [B, L] to [B, D]."""
-    weight = mask[..., None].to(hidden_state.dtype)
-    return (hidden_state * weight).sum(1) / weight.sum(1)
+    """The usual pooling, [B, L, D] and [B, L] to [B, D], by the operators that Pooling of sentence-transformers 6 calls."""
+    dtype = hidden_state.dtype
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    weight = mask.unsqueeze(-1).to(dtype)
+    total = (hidden_state * weight).sum(dim=1, dtype=wide)
+    count = torch.clamp(weight.sum(dim=1, dtype=wide), min=1e-9)
+    return (total / count).to(dtype)
 
 
 class Formula(nn.Module):

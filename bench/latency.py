@@ -1,7 +1,8 @@
 """Sections "latency" and "sweep" of bench/suite.py: times of the stages and paths, their competitors, and traffic floors.
 
 Every contestant that computes the selector is first compared with the reference in float64, output and gradients; one that
-fails gets no times. A floor is a stage's or path's bytes over the ceilings measured in the same run.
+fails gets no times. A floor is a stage's or path's bytes over the ceilings measured in the same run; a backward's writes are over
+that of the fastest writer of as many bytes (``writers``).
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import writers
 from calls import backward_of, call_of, free, grad_mode, row_of
 from cases import MODES, PATHS, STAGES, Case, Inputs, floor_us, input_sets, traffic
-from contestants import MEAN_OF_LAST, OURS, Contestant, Missing, contestants, ours
+from contestants import MEAN_OF_LAST, OURS, Contestant, Missing, contestants, ours, with_batch_statistics
 from memory import peak_row
 from parity import check
 from record import Row
@@ -42,7 +44,11 @@ def _row(contestant: Contestant, case: Case, what: str, mode: str, settings: Set
     if contestant.judged:
         read, write = traffic(case, what, mode)
         row |= {"read_bytes": read, "write_bytes": write}
-        row["floor_us"] = floor_us(case, what, mode, settings.ceilings)
+        ceilings = settings.ceilings
+        if mode != "forward":
+            row["writer"], row["write_tb_s"] = writers.fastest(write)
+            ceilings = ceilings | {"write": row["write_tb_s"]}
+        row["floor_us"] = floor_us(case, what, mode, ceilings)
     if contestant.name == OURS:
         row["backend"] = choose("auto", Call(torch.device(settings.device), case.dtype))
     return row
@@ -56,7 +62,7 @@ def _judge(contestant: Contestant, case: Case, what: str, rows: dict[str, Row], 
     """Write parity into every mode's row; True if times may be taken."""
     if not contestant.judged:
         return True
-    gradients = "both" in contestant.modes
+    gradients = not {"both", "training"}.isdisjoint(contestant.modes)
     try:
         outcome = check(contestant, case, what, settings.device, _profile(contestant), gradients)
     except Exception as error:
@@ -71,7 +77,7 @@ def _judge(contestant: Contestant, case: Case, what: str, rows: dict[str, Row], 
     return outcome.ok
 
 
-def _calls(contestant: Contestant, sets: list[Inputs], what: str, mode: str) -> list[Callable[[], object]]:
+def calls_on(contestant: Contestant, sets: list[Inputs], what: str, mode: str) -> list[Callable[[], object]]:
     if contestant.name == MEAN_OF_LAST and mode == "forward":
         # It reads one hidden state of a set. Rotate through all of them, so that none is still in the cache.
         return [partial(contestant.call, _with_last(inputs, n)) for inputs in sets for n in range(len(inputs.blocks))]
@@ -94,6 +100,10 @@ def _entrants(case: Case, what: str, settings: Settings) -> Iterator[Contestant 
         if isinstance(contestant, Contestant) and contestant.compiled and late:
             continue  # no row: a later run may measure it
         yield contestant
+        if isinstance(contestant, Contestant):
+            training = with_batch_statistics(contestant, case, what, settings.device)
+            if training is not None:
+                yield training
 
 
 def measure(case: Case, settings: Settings, say: Callable[[str], None] = print) -> Iterator[tuple[str, list[Row]]]:
@@ -115,9 +125,10 @@ def _measure(case: Case, what: str, settings: Settings) -> list[Row]:
             missing.append(row | {"section": section, "status": contestant.why})
             continue
         mine = {mode: _row(contestant, case, what, mode, settings) for mode in contestant.modes}
-        rows[contestant.name] = mine
+        rows.setdefault(contestant.name, {}).update(mine)
         _first_calls(contestant, case, what, mine, settings)
-        if "status" not in mine["forward"] and _judge(contestant, case, what, mine, settings):
+        failed = "status" in mine[contestant.modes[0]]
+        if not failed and _judge(contestant, case, what, mine, settings):
             found.append(contestant)
         else:
             for row in mine.values():
@@ -159,7 +170,7 @@ def _time(
     variants = {}
     for contestant in running:
         try:
-            variants[contestant.name] = _calls(contestant, sets, what, mode)
+            variants[contestant.name] = calls_on(contestant, sets, what, mode)
         except Exception as error:
             errors[contestant.name] = describe(error)
     with grad_mode(mode):
@@ -201,7 +212,7 @@ def sweep(axis: str, cases: tuple[Case, ...], settings: Settings) -> Iterator[li
             row = _row(contestant, case, what, "forward", settings) | {"section": "sweep", "axis": axis}
             rows.append(row)
             if _judge(contestant, case, what, {"forward": row}, settings):
-                calls[f"{what} {name}"] = (row, _calls(contestant, sets, what, "forward"))
+                calls[f"{what} {name}"] = (row, calls_on(contestant, sets, what, "forward"))
         errors: dict[str, str] = {}
         with torch.no_grad():
             times = device_times(

@@ -17,7 +17,8 @@ from tolerance import Outcome, Sums, judge, outputs_and_gradients
 def check(
     contestant: Contestant, case: Case, what: str, device: str, profile: str, gradients: bool, draws: int | None = None
 ) -> Outcome:
-    reference = make_selector(case, device, profile, backend="reference")
+    """A contestant in training mode is compared with a reference in training mode."""
+    reference = make_selector(case, device, profile, backend="reference").train(contestant.training)
     double = copy.deepcopy(reference).double()
     sums: dict[str, Sums] = {}
     for seed in range(draws or (3 if device == "cuda" else 2)):
