@@ -8,10 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from caller import COMPILED as REFERENCE_COMPILED
+from caller import on_backend
+from caller_encoder import POOLING, captured, pooled_by
 from contestants import COMPILERS, MEAN_OF_LAST, ONE_PASS, OURS, PROFILES
 from end_to_end import BASE, FED, KEPT
 from pages import table
 from record import Results, Row, UserError
+from training_step import WHAT as STEP
 
 from s2sent_kernels.tools import evaluation
 
@@ -22,8 +26,14 @@ NONE = "–"
 
 
 def costs(results: Results, quality: Path) -> str:
-    """A caption and the table. ``quality`` is the folder of the quality results."""
+    """A caption and the table: eager calls first, then device time. A row that was not measured is left out. ``quality`` is the
+    folder of the quality results."""
     lines = [
+        _called(results, "eager, host: embedding of one sentence of 32 tokens", "C", "forward"),
+        _called(results, "eager, host: 64 of them, 3 blocks, forward + backward, training", "B", "training"),
+        _beside(results, "eager: BERT-base and embeddings, 64 × 32 tokens", "64x32", "BERT-base", "forward"),
+        _beside(results, "eager: `SentenceTransformer.encode`, one sentence", "1", "encode", "forward"),
+        _beside(results, "eager: training step of BERT-base, 64 × 32 tokens", "64x32", f"{STEP} BERT-base", "training"),
         _path(results, "sentence embedding, forward", "pooled", "forward"),
         _path(results, "sentence embedding, forward + backward", "pooled", "both"),
         _path(results, "fused tokens, forward", "token", "forward"),
@@ -33,7 +43,7 @@ def costs(results: Results, quality: Path) -> str:
         _quality(quality),
     ]
     head = ("<", "this package", "the formula, compiled", "mean of the last block", "floor")
-    return "\n\n".join((_caption(results), table(head, lines)))
+    return "\n\n".join((_caption(results), table(head, [line for line in lines if line[1] != NONE])))
 
 
 def _caption(results: Results) -> str:
@@ -43,9 +53,31 @@ def _caption(results: Results) -> str:
     batch, tokens, blocks, size = rows[0]["shape"]
     device = results.runs[rows[0]["run"]]["device"]
     return (
-        f"Time on one {device} in {rows[0]['dtype']}, {batch} sentences of {tokens} tokens, {blocks} blocks of {size} features. "
-        "The floor is the memory\ntraffic of the path (tokens: in two passes) at the bandwidth measured in the same run."
+        f"Time on one {device} in {rows[0]['dtype']}. Eager calls as a program makes them (host: without waiting for the GPU); "
+        "the others\nare device time as a CUDA graph, "
+        f"{batch} sentences of {tokens} tokens, {blocks} blocks of {size} features. The floor is the memory traffic\nof the path "
+        "(tokens: in two passes) at the bandwidth measured in the same run."
     )
+
+
+def _called(results: Results, text: str, case: str, mode: str) -> tuple[str, ...]:
+    """Host time of an eager call of what "auto" takes."""
+    mean = "forward" if mode == "forward" else "both"
+    rows = (
+        results.find("caller", case, "pooled", mode, on_backend("auto")),
+        results.find("caller", case, "pooled", mode, REFERENCE_COMPILED),
+        results.find("caller", case, "pooled", mean, MEAN_OF_LAST),
+    )
+    return (text, *(f"{row['host_us']['median']:.0f} µs" if row else NONE for row in rows), NONE)
+
+
+def _beside(results: Results, text: str, case: str, what: str, mode: str) -> tuple[str, ...]:
+    """Wall time of an eager call of what "auto" takes, with what it adds to the baseline."""
+    ours, base = (pooled_by("auto"), POOLING) if what == "encode" else (captured("auto"), BASE)
+    mine, theirs = (results.find("caller", case, what, mode, name) for name in (ours, base))
+    added = f" ({100 * mine['overhead']:+.1f} %)" if mine and "overhead" in mine else ""
+    times = [f"{row['wall_us']['median'] / 1e3:.2f} ms" if row else NONE for row in (mine, theirs)]
+    return (text, times[0] + added, NONE, times[1], NONE)
 
 
 def _fastest(results: Results, what: str, mode: str, names: Iterable[str]) -> Row | None:

@@ -7,8 +7,10 @@ GPU each variant is one CUDA graph, in bfloat16. An encoder under capture cannot
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from calls import free
@@ -20,6 +22,7 @@ from record import Row
 from timing import capture, describe, device_times, on_gpu, wall_times
 from torch import Tensor
 
+from s2sent_kernels import S2SentSelector
 from s2sent_kernels.capture import BlockCapture
 
 BASE = "encoder + mean of last"
@@ -123,21 +126,24 @@ class Variants:
 
     def parity(self) -> dict[str, Row]:
         """Both of this package's variants against the reference in float64, on the same hidden states."""
-        import copy
-
         states = self._states()[1:]
-        reference = copy.deepcopy(self.selector)
-        reference.backend = "reference"
-        same_dtype = reference.pool(states, self.mask).double()
-        truth = reference.double().pool([state.double() for state in states], self.mask)
-        unit = torch.finfo(states[0].dtype).eps / 2
-        outcomes = {}
-        for name, call in ((KEPT, self.kept), (FED, self.fed)):
-            error, yardstick = (call().double() - truth).norm(), (same_dtype - truth).norm()
-            ok = bool(error <= 2 * yardstick + unit * truth.norm())
-            relative = (error / truth.norm()).item()
-            outcomes[name] = {"ok": ok, "output_error": relative, "yardstick_error": (yardstick / truth.norm()).item()}
-        return outcomes
+        return {
+            name: embeddings_parity(self.selector, states, self.mask, call())
+            for name, call in ((KEPT, self.kept), (FED, self.fed))
+        }
+
+
+def embeddings_parity(selector: S2SentSelector, states: list[Tensor], mask: Tensor, found: Tensor) -> dict[str, Any]:
+    """Sentence embeddings against the reference in float64, on the same hidden states."""
+    reference = copy.deepcopy(selector)
+    reference.backend = "reference"
+    same_dtype = reference.pool(states, mask).double()
+    truth = reference.double().pool([state.double() for state in states], mask)
+    unit = torch.finfo(states[0].dtype).eps / 2
+    error, yardstick = (found.double() - truth).norm(), (same_dtype - truth).norm()
+    ok = bool(error <= 2 * yardstick + unit * truth.norm())
+    relative = (error / truth.norm()).item()
+    return {"ok": ok, "output_error": relative, "yardstick_error": (yardstick / truth.norm()).item()}
 
 
 def measure(device: str, repeats: int, say: Callable[[str], None] = print) -> Iterator[list[Row]]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, step by step. Results and logs go to $OUT; each step ends with a few lines.
 #
-#   OUT=/tmp/results bench/gpu.sh [build|tests|native|sanitize|suite|devices|compare|bench|sweep ...]
+#   OUT=/tmp/results bench/gpu.sh [build|tests|native|sanitize|suite|devices|compare|caller|bench|sweep ...]
 #
 # After a change, in one call: build the extension, test the kernels, compare with a revision, measure the affected rows again:
 #
@@ -10,6 +10,10 @@
 #
 # On a machine without the git history BASE is a folder that travels with the files, made by
 #   mkdir -p build/base && git archive main | tar -x -C build/base
+#
+# What a caller waits for (eager calls; two to three minutes; CALLER_OPTIONS="--competitors none" without compiled competitors):
+#
+#   OUT=/tmp/results bench/gpu.sh build caller
 #
 # BENCH_OPTIONS are those of bench/suite.py, COMPARE_OPTIONS of bench/compare.py, SWEEP_OPTIONS of bench/probes/sweep.py; ARCH is
 # the GPU to compile for, PYTHON the interpreter. A run that has to be split writes parts, and bench/record.py merges them:
@@ -57,16 +61,18 @@ for step in "$@"; do
       code=${PIPESTATUS[0]}
       grep -v '^  ' "$OUT/compare.err" | tail -4
       (exit "$code") ;;
-    bench)
+    caller | bench)
+      options=${BENCH_OPTIONS:-}
+      [ "$step" = bench ] || options="--sections caller ${CALLER_OPTIONS:-}"
       # shellcheck disable=SC2086
-      "$python" bench/suite.py --output "$OUT" ${BENCH_OPTIONS:-} >"$OUT/bench.log" 2>"$OUT/bench.err"
+      "$python" bench/suite.py --output "$OUT" $options >"$OUT/$step.log" 2>"$OUT/$step.err"
       code=$?
-      cat "$OUT/bench.log"
-      grep -vE 'Warning|^ |^$' "$OUT/bench.err" | tail -4
+      cat "$OUT/$step.log"
+      grep -vE 'Warning|^ |^$' "$OUT/$step.err" | tail -4
       (exit $code) ;;
     # shellcheck disable=SC2086
     sweep) "$python" bench/probes/sweep.py ${SWEEP_OPTIONS:-squeeze A} 2>&1 | tee "$OUT/sweep.log" | tail -40 ;;
-    *) echo "gpu.sh: error: no step '$step': build, tests, native, sanitize, suite, devices, compare, bench or sweep" >&2; exit 2 ;;
+    *) echo "gpu.sh: error: no step '$step': build, tests, native, sanitize, suite, devices, compare, caller, bench or sweep" >&2; exit 2 ;;
   esac || failed=1
   echo "== $step took $((SECONDS - begin)) s"
 done

@@ -15,6 +15,7 @@ from pathlib import Path
 import charts
 import costs
 import record
+import report_caller
 import targets
 from contestants import OURS
 from pages import insert, table
@@ -23,19 +24,28 @@ from suite import Parser, guarded
 
 from s2sent_kernels.files import write_atomically
 
-MODES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
+MODES = {
+    "forward": "forward",
+    "backward": "backward",
+    "both": "forward + backward",
+    "training": "forward + backward, batch statistics",
+}
 METHOD = """\
-Device time is the time of CUDA-graph replays between events, over rotating inputs that together exceed the L2 cache; on a CPU
-it is the wall time of the same calls. Contestants are interleaved in one loop, in a rotating order. Times are medians, with the
-20th and 80th percentiles in parentheses. Wall time is one eager call until its result is ready. The first call is the first of
-its case in a process with empty compiler caches, compilation included. Peak memory is what a call allocates beyond what was
-allocated before, its results included. Floors are the bytes that a stage or path must move over the ceilings of the same run.
-Before timing, the result and every timed gradient are compared with the reference in float64: the error may be twice that of
-the reference in the inputs' own dtype, plus the rounding of the result itself. A contestant that fails gets no times.
-"max-autotune" runs without its own CUDA graphs, which cannot be captured within the measuring ones, and with products by cuBLAS.
-The formulas, and "published" in end-to-end rows, are the reference's two profiles in plain PyTorch, with their bases held as
-buffers. Like the reference they compute in float32. A module that computes in the hidden states' own dtype, as the authors'
-does, moves fewer bytes and takes less time; it is not among the contestants."""
+The first tables are eager calls, as a program makes them. Host time is what one call of a row of calls costs its caller, who
+does not wait for the GPU in between. Wall time is one call until its result is ready. "Mean" is the masked mean of the last
+block by the operators that Pooling of sentence-transformers calls. Device time is the time of CUDA-graph replays between
+events, over rotating inputs that together exceed the L2 cache; on a CPU it is the wall time of the same calls. Contestants
+are interleaved in one loop, in a rotating order. Times are medians, with the 20th and 80th percentiles in parentheses.
+Outside of the first tables, the first call is the first of its case in a process with empty compiler caches, compilation
+included. Peak memory is what a call allocates beyond what was allocated before, its results included. Floors are the bytes
+that a stage or path must move over the ceilings of the same run; what a backward writes, over the rate of the fastest of
+several writers of as many bytes. Before timing, the result and every timed gradient are compared with the reference in
+float64: the error may be twice that of the reference in the inputs' own dtype, plus the rounding of the result itself. A
+contestant that fails gets no times. "max-autotune" runs without its own CUDA graphs, which cannot be captured within the
+measuring ones, and with products by cuBLAS. The formulas, and "published" in end-to-end rows, are the reference's two
+profiles in plain PyTorch, with their bases held as buffers. Like the reference they compute in float32. A module that
+computes in the hidden states' own dtype, as the authors' does, moves fewer bytes and takes less time; it is not among the
+contestants."""
 
 
 def microseconds(times: dict[str, float] | None) -> str:
@@ -160,7 +170,8 @@ def parity_table(results: Results) -> str:
     seen = set()
     for row in results.rows:
         outcome = row.get("parity")
-        name = (row["case"], row["what"], row["contestant"])
+        what = row["what"] + (", batch statistics" if row["mode"] == "training" else "")
+        name = (row["case"], what, row["contestant"])
         if outcome is None or (name, row["section"]) in seen:
             continue
         seen.add((name, row["section"]))
@@ -193,6 +204,8 @@ def section(results: Results, pictures: Path) -> str:
     used = sorted({row["backend"] for row in results.rows if "backend" in row})
     if used:
         parts.append(f"`{OURS}` runs here on backend " + " and ".join(f"`{name}`" for name in used) + ".")
+    for title, body in report_caller.tables(results):
+        parts += [f"### {title}", body]
     if results.device in targets.TARGETS:
         head = ("<target", "limit", "measured", "<verdict", "<why")
         parts += ["### Targets", table(head, targets.verdicts(results.find, results.device))]

@@ -1,6 +1,6 @@
 """The benchmark suite: measures what this machine can and merges it into one file of results for its device.
 
-    python bench/suite.py [--sections latency,sweep,memory,end_to_end] [--cases A,B] [--competitors none|eager|all]
+    python bench/suite.py [--sections caller,latency,sweep,memory,end_to_end] [--cases A,B] [--competitors none|eager|all]
                           [--minutes 8] [--output bench/results]
 
 A run replaces the rows that it measures and keeps all others; the file is rewritten after every step. Ceilings are measured in
@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-SECTIONS = ("latency", "sweep", "memory", "end_to_end")
+SECTIONS = ("caller", "latency", "sweep", "memory", "end_to_end")
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", default=",".join(SECTIONS), help="of " + ", ".join(SECTIONS))
-    parser.add_argument("--cases", help="names of cases, for latency and memory (default: all)")
+    parser.add_argument("--cases", help="names of cases, for caller, latency and memory (default: all)")
     parser.add_argument(
         "--competitors",
         choices=("none", "eager", "all"),
@@ -95,8 +95,14 @@ def line_of(row: dict[str, Any]) -> str | None:
     name = f"{row['case']:15s} {row['what']:10s} {row['mode']:8s}"
     if row["status"] in ("parity failed", "error"):
         return f"{name} {row['contestant']}: {row['status']}: {row.get('note', '')}"
-    if row["status"] != "ok" or not row["contestant"].startswith(("s2sent", "+")) or row["section"] == "memory":
+    if (
+        row["status"] != "ok"
+        or not row["contestant"].startswith(("s2sent", "S2Sent", "+"))
+        or row["section"] == "memory"
+    ):
         return None
+    if row["section"] == "caller":
+        return _caller_line(name, row)
     line = f"{name} {row['device_us']['median']:10.1f} us"
     if "floor_us" in row:
         line += f"  {row['device_us']['median'] / row['floor_us']:5.2f} x floor"
@@ -107,25 +113,37 @@ def line_of(row: dict[str, Any]) -> str | None:
     return line
 
 
+def _caller_line(name: str, row: dict[str, Any]) -> str:
+    line = f"{name} {row['contestant']:26s}"
+    for clock in ("host_us", "wall_us", "device_us"):
+        if clock in row:
+            line += f"  {clock.removesuffix('_us')} {row[clock]['median']:.1f} us"
+    return line + (f"  {100 * row['overhead']:+.2f} %" if "overhead" in row else "")
+
+
 def run(arguments: argparse.Namespace) -> int:
+    import caller
     import end_to_end
     import latency
     import memory
     import record
-    from cases import PATHS, STAGES, cases_of, sweeps_of
+    from cases import PATHS, STAGES, caller_cases_of, cases_of, sweeps_of
     from timing import ceilings, on_gpu
 
     device = "cuda" if on_gpu() else "cpu"
     _quieten()
     _settle()
-    cases = {case.name: case for case in cases_of(device)}
-    chosen = [cases[name] for name in _chosen(arguments.cases, list(cases), "--cases")]
+    known = list(dict.fromkeys(case.name for case in (*cases_of(device), *caller_cases_of(device))))
+    names = _chosen(arguments.cases, known, "--cases")
+    chosen = [case for case in cases_of(device) if case.name in names]
+    called = caller.chosen(names, device)
     sections = _chosen(arguments.sections, SECTIONS, "--sections")
     competitors = arguments.competitors or ("all" if on_gpu() else "eager")
     minutes = arguments.minutes or (float("inf") if on_gpu() else 8.0)
     deadline = time.monotonic() + 60 * minutes
     sweeps = sweeps_of(device)
     counts = {
+        "caller": caller.steps(called, device),
         "latency": len(chosen) * len((*STAGES, *PATHS)),
         "sweep": sum(len(each) for each in sweeps.values()),
         "memory": len(chosen),
@@ -148,6 +166,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     def steps() -> Any:
         """Lists of rows, the most important first, since a run may run out of time."""
+        if "caller" in sections:
+            yield from caller.measure(called, settings, progress.say)
         if "latency" in sections:
             for case in chosen:
                 for _, rows in latency.measure(case, settings, progress.say):

@@ -169,6 +169,21 @@ def wall_times(variants: dict[str, Call], repeats: int = 50, *, seconds: float =
     return {name: Times.of(values) for name, values in samples.items()}
 
 
+def host_times(variants: dict[str, tuple[Call, int]], repeats: int, *, seconds: float) -> dict[str, Times]:
+    """``host_time`` of eager calls in rows; a variant is a call and how many make a row. A row of each variant in turn."""
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    order, end = list(variants), time.perf_counter() + seconds
+    for call, count in variants.values():  # warms up
+        host_time(call, min(count, 3))
+    turn = 0
+    while turn < min(5, repeats) or (turn < repeats and time.perf_counter() < end):
+        shift = turn % max(1, len(order))
+        for name in order[shift:] + order[:shift]:
+            samples[name].append(host_time(*variants[name]))
+        turn += 1
+    return {name: Times.of(values) for name, values in samples.items()}
+
+
 def wall_time(call: Call) -> float:
     """Microseconds of this one call, including what it has to compile or to warm up."""
     synchronise()
