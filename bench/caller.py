@@ -240,7 +240,8 @@ def _row_length(entry: _Entry, call: Call) -> int:
 
 
 def _graphs(running: dict[str, _Entry], case: Case, settings: Settings) -> dict[str, Times]:
-    """Device times of this package's calls and of the mean; the others' are in section "latency"."""
+    """Device times of this package's calls and of the mean; the others' are in section "latency". A call that cannot be captured
+    keeps its host time, and its row says why it has no other."""
     mine = {
         key: entry for key, entry in running.items() if entry.contestant.judged or entry.contestant.name == MEAN_OF_LAST
     }
@@ -249,7 +250,11 @@ def _graphs(running: dict[str, _Entry], case: Case, settings: Settings) -> dict[
     calls: dict[str, Sequence[Call]] = {
         key: calls_on(entry.contestant, sets, entry.what, entry.mode) for key, entry in mine.items()
     }
-    return device_times(calls, settings.repeats, seconds=SECONDS / 2, errors={})
+    errors: dict[str, str] = {}
+    times = device_times(calls, settings.repeats, seconds=SECONDS / 2, errors=errors)
+    for key, why in errors.items():
+        mine[key].row["note"] = f"no graph: {why}"
+    return times
 
 
 def kernels_us(call: Call, count: int = 30) -> float | None:

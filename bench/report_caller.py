@@ -64,6 +64,7 @@ def selector_table(results: Results) -> str:
         remark = f"its kernels {row['kernels_us']:.0f}" if "kernels_us" in row else ""
         if "first_call_ms" in row:
             remark = f"compiled in {row['first_call_ms'] / 1e3:.0f} s"
+        remark = row.get("note") or remark
         lines.append(
             (
                 *start, _quantiles(row["host_us"]), _over(row, mean, "host_us"), _quantiles(row.get("wall_us")),

@@ -29,7 +29,7 @@ CASES = (*(case for case in cases_of(DEVICE) if case.name in ("B", "C")), SMALL)
 
 
 def timed(benchmark, contestant: Contestant, case: Case, what: str, mode: str) -> None:
-    call = call_of(contestant, Inputs(case, 0, mode == "both", DEVICE), what, mode)
+    call = call_of(contestant, Inputs(case, 0, mode != "forward", DEVICE), what, mode)
 
     def to_the_end() -> None:
         call()
@@ -50,8 +50,18 @@ def test_path(benchmark, case, what, mode):
     timed(benchmark, contestant, case, what, mode)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.batch > 1], ids=lambda case: case.name)
+def test_pooled_path_with_batch_statistics(benchmark, case):
+    contestant = ours(case, "pooled", DEVICE, training=True)
+    outcome = check(contestant, case, "pooled", DEVICE, "paper", True)
+    assert outcome.ok, outcome
+    benchmark.group = f"{case.name} pooled both"
+    timed(benchmark, contestant, case, "pooled", "training")
+
+
+@pytest.mark.parametrize("mode", ["forward", "both"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_mean_of_last_block(benchmark, case):
+def test_mean_of_last_block(benchmark, case, mode):
     mean = next(each for each in contestants(case, "pooled", DEVICE, "none") if each.name == MEAN_OF_LAST)
-    benchmark.group = f"{case.name} pooled forward"
-    timed(benchmark, mean, case, "pooled", "forward")
+    benchmark.group = f"{case.name} pooled {mode}"
+    timed(benchmark, mean, case, "pooled", mode)

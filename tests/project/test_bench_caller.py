@@ -109,6 +109,19 @@ def test_a_gpu_adds_wall_and_device_times(settings, monkeypatch):
     assert others[caller.EAGER]["calls"] == caller.CALLS_OF_MANY_KERNELS
 
 
+def test_a_call_that_cannot_be_captured_keeps_its_host_time(settings, monkeypatch):
+    monkeypatch.setattr(caller, "on_gpu", lambda: True)
+    monkeypatch.setattr(
+        caller,
+        "device_times",
+        lambda calls, repeats, *, seconds, errors: errors.update(dict.fromkeys(calls, "no")) or {},
+    )
+    rows = caller._measure(ONE, ("forward",), ["auto"], settings)
+    mine = [row for row in rows if row["contestant"] == caller.on_backend("auto")]
+    assert len(mine) == 2
+    assert all(row["status"] == "ok" and row["note"] == "no graph: no" and "host_us" in row for row in mine)
+
+
 def test_a_wrong_result_gets_no_times(settings, monkeypatch):
     from s2sent_kernels import S2SentSelector
 
