@@ -17,7 +17,6 @@ from . import ops, validate
 from .engines.choice import choose
 from .formula import reference
 from .formula.call import ACTIVATIONS, POOLINGS, PROFILES, Batch, Call, GateParameters, Gating, Reading
-from .ops.library import gradient_wanted
 from .ops.write_once import FuseFromCarriers, SqueezeForFuse
 
 GateFunction = Callable[[Tensor], Tensor]  # f [B, D] -> g [B, N, D]
@@ -214,8 +213,7 @@ def select(
 
 def select_fused(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, backend: str) -> Tensor:
     """v for profile "paper" with running statistics: one op."""
-    gradient = gradient_wanted((*batch.hidden_states, *parameters))
-    chosen = choose(backend, Call.of(batch, "tokens", gradient))
+    chosen = choose(backend, Call.of(batch))
     if chosen != "reference":
         return ops.select.run(batch, reading, parameters, gating, chosen)
     return select_with(_gate_function(batch, parameters, gating, chosen), batch, reading, chosen)
@@ -253,7 +251,7 @@ def select_pool_fused(
     batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, backend: str
 ) -> Tensor:
     """o for profile "paper" with running statistics: one op."""
-    chosen = choose(backend, Call.of(batch, "pooled"))
+    chosen = choose(backend, Call.of(batch))
     if chosen != "reference":
         return ops.select_pool.run(batch, reading, parameters, gating, chosen)
     return select_pool_with(_gate_function(batch, parameters, gating, chosen), batch, reading, chosen)

@@ -29,7 +29,6 @@ from .formula.call import (
     Call,
     GateParameters,
     Gating,
-    Path,
     Profile,
     Reading,
 )
@@ -65,10 +64,7 @@ class Plan:
         self.identity, self.parameters = identity, parameters
         self.num_blocks, self.hidden_size, self.backend = selector.num_blocks, selector.hidden_size, selector.backend
         self.gating = selector.gating()
-        self._readings: dict[tuple[Path, str | None], Reading] = {
-            ("tokens", None): selector.reading(None),
-            **{("pooled", word): selector.reading(word) for word in POOLINGS},
-        }
+        self._readings: dict[str | None, Reading] = {word: selector.reading(word) for word in (None, *POOLINGS)}
         self._present = [tensor for tensor in parameters if tensor is not None]
         self._memory = self._where()
         self._hows: dict[tuple[Any, ...], How | None] = {}
@@ -80,7 +76,7 @@ class Plan:
         if type(pooling) is not str or not self._are_plain(hidden_states, attention_mask, cu_seqlens):
             return None
         gradient = self._wants_gradient(hidden_states)
-        how = self._how(hidden_states, "pooled", pooling, gradient)
+        how = self._how(hidden_states, pooling)
         if how is None:
             return None
         if not gradient and how.prepared is not None:
@@ -101,7 +97,7 @@ class Plan:
         if not self._are_plain(hidden_states, attention_mask, cu_seqlens):
             return None
         gradient = self._wants_gradient(hidden_states)
-        how = self._how(hidden_states, "tokens", None, gradient)
+        how = self._how(hidden_states, None)
         if how is None:
             return None
         if not gradient and how.prepared is not None:
@@ -158,17 +154,17 @@ class Plan:
             return None
         return batch
 
-    def _how(self, hidden_states: Sequence[Tensor], path: Path, pooling: str | None, gradient: bool) -> How | None:
+    def _how(self, hidden_states: Sequence[Tensor], pooling: str | None) -> How | None:
         """How such a call is computed; None where plain PyTorch computes it, or where it is wrong."""
         first = hidden_states[0]
         variable = os.environ.get(BACKEND_VARIABLE) if self.backend == "auto" else None
-        key = (path, pooling, gradient, first.dtype, first.device, variable)
+        key = (pooling, first.dtype, first.device, variable)
         if key not in self._hows:
-            self._hows[key] = self._find_how(hidden_states, path, pooling, gradient)
+            self._hows[key] = self._find_how(hidden_states, pooling)
         return self._hows[key]
 
-    def _find_how(self, hidden_states: Sequence[Tensor], path: Path, pooling: str | None, gradient: bool) -> How | None:
-        reading, first = self._readings.get((path, pooling)), hidden_states[0]
+    def _find_how(self, hidden_states: Sequence[Tensor], pooling: str | None) -> How | None:
+        reading, first = self._readings.get(pooling), hidden_states[0]
         if reading is None or first.dtype not in KERNEL_DTYPES or first.shape[-1:] != (self.hidden_size,):
             return None
         batch = Batch(hidden_states)
@@ -176,7 +172,7 @@ class Plan:
             validate.words(reading)
             validate.components(self.num_blocks, self.hidden_size, reading.frequencies, reading.profile)
             validate.gate(self.parameters, self.gating, self.num_blocks, first)
-            chosen = choose(self.backend, Call.of(batch, path, gradient) if path == "tokens" else Call.of(batch, path))
+            chosen = choose(self.backend, Call.of(batch))
         except (ValueError, TypeError):
             return None
         if chosen == "reference":

@@ -47,16 +47,16 @@ def _fastest(call: Call) -> tuple[str, ...]:
     if call.device.type == "cpu":
         return "native", "reference"
     if call.device.type == "cuda":
-        # On an H200 Triton is faster on every other path that bench/results/parts has of both (bfloat16).
-        return ("native", "triton", "reference") if native_limits.is_faster(call) else ("triton", "native", "reference")
+        # A call of the compiled engine costs the host a quarter of Triton's launches (section "caller" of bench/REPORT.md).
+        return "native", "triton", "reference"
     return ("reference",)
 
 
 def choose(backend: str, call: Call) -> str:
     """The backend that a call gets.
 
-    "auto" (or what S2SENT_BACKEND names in its place) picks the fastest engine that supports the call. It knows device, dtype,
-    path, N and D and neither B nor L: a sentence must not change backends, and so bits, with the batch around it. A backend
+    "auto" (or what S2SENT_BACKEND names in its place) picks the fastest engine that supports the call. It knows device, dtype
+    and N, and neither B nor L: a sentence must not change backends, and so bits, with the batch around it. A backend
     named explicitly is used or raises. Within ``torch.onnx.export`` the reference is the only usable one, so that the graph
     holds PyTorch's own operators.
 

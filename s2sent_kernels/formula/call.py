@@ -20,7 +20,6 @@ Pooling = Literal["mean", "cls", "last"]
 Profile = Literal["paper", "official"]
 # The slope of an activation must be a function of its output: backward passes keep s, not W1 f + b1.
 Activation = Literal["tanh", "relu"]
-Path = Literal["stage", "pooled", "tokens"]
 
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 PROFILES: tuple[Profile, ...] = get_args(Profile)
@@ -197,15 +196,10 @@ class Call(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype
-    path: Path = "stage"  # one of the three stages, or the whole selector, pooled or fused tokens
     num_blocks: int | None = None  # N, None where the caller has not determined it
-    hidden_size: int | None = None  # D
-    gradient: bool = True  # whether a backward pass may follow
 
     @classmethod
-    def of(cls, batch: Batch, path: Path = "stage", gradient: bool = True) -> Call:
-        """Of a batch that need not be validated yet. D is read only where a choice depends on it: under torch.compile it may
-        vary, and would become a constant here."""
+    def of(cls, batch: Batch) -> Call:
+        """Of a batch that need not be validated yet."""
         first = batch.hidden_states[0]
-        hidden_size = int(first.shape[-1]) if path == "tokens" and not gradient and first.ndim else None
-        return cls(first.device, first.dtype, path, len(batch.hidden_states), hidden_size, gradient)
+        return cls(first.device, first.dtype, len(batch.hidden_states))

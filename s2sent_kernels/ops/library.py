@@ -128,11 +128,13 @@ def dispatcher_is_idle() -> bool:
     return torch.autograd.forward_ad._current_level < 0
 
 
+def is_ordinary(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether the dispatcher would do nothing but record a gradient and call an op's implementation, so that the caller may do
+    both: it is idle, and every tensor is an ordinary one. On a small batch it costs more than the validation."""
+    return dispatcher_is_idle() and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors if t is not None)
+
+
 def without_dispatcher(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether the dispatcher would do nothing but call an op's implementation, so that the caller may do it: no gradient is
-    wanted, the dispatcher is idle, and every tensor is an ordinary one. On a small batch the dispatcher costs more than the
-    validation."""
+    """Whether a call is ordinary and wants no gradient."""
     present = [t for t in tensors if t is not None]
-    if not dispatcher_is_idle() or gradient_wanted(present):
-        return False
-    return all(type(t) in (Tensor, torch.nn.Parameter) for t in present)
+    return is_ordinary(present) and not gradient_wanted(present)

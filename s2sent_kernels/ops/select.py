@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import validate
 from ..engines.choice import engine_for, engine_of
 from ..formula.call import Batch, Call, GateParameters, Gating, HiddenGradients, Reading, compute_dtype
-from . import fuse_backward, gate_backward, squeeze_backward
+from . import direct, fuse_backward, gate_backward, squeeze_backward
 from .library import (
     BATCH,
     PARAMETERS,
@@ -21,10 +21,11 @@ from .library import (
     Gradients,
     add,
     batch_of,
+    gradient_wanted,
+    is_ordinary,
     parameters_of,
     register,
     split_parameters,
-    without_dispatcher,
 )
 
 SCHEMA = f"({BATCH}, {PARAMETERS}, int frequencies, str activation, float eps, str backend) -> (Tensor, Tensor, Tensor)"
@@ -32,10 +33,14 @@ SCHEMA = f"({BATCH}, {PARAMETERS}, int frequencies, str activation, float eps, s
 
 def run(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, backend: str) -> Tensor:
     """v like a hidden state. ``backend`` is one that ``choose`` returned for the path of tokens."""
-    if without_dispatcher((*batch.hidden_states, *parameters)):
+    if is_ordinary((*batch.hidden_states, *parameters)):
         validate.select(batch, reading, parameters, gating)
         validate.cu_seqlens_values(batch)
-        return engine_of(backend).select(batch, reading, parameters, gating)[0]
+        engine = engine_of(backend)
+        if gradient_wanted((*batch.hidden_states, *parameters)):
+            how = direct.How(reading, gating, backend, engine)
+            return direct.Select.apply(how, batch.attention_mask, batch.cu_seqlens, *parameters, *batch.hidden_states)
+        return engine.select(batch, reading, parameters, gating)[0]
     options = (reading.frequencies, gating.activation, gating.eps, backend)
     return torch.ops.s2sent.select(*batch, *parameters, *options)[0]
 
@@ -54,7 +59,7 @@ def _implementation(
     batch, reading, parameters, gating, backend = _unpacked(hidden_states, attention_mask, cu_seqlens, rest)
     validate.select(batch, reading, parameters, gating)
     validate.cu_seqlens_values(batch)
-    return engine_for(backend, Call.of(batch, "tokens")).select(batch, reading, parameters, gating)
+    return engine_for(backend, Call.of(batch)).select(batch, reading, parameters, gating)
 
 
 def _fake(

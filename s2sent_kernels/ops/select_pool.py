@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import validate
 from ..engines.choice import engine_for, engine_of
 from ..formula.call import Batch, Call, GateParameters, Gating, HiddenGradients, Reading, compute_dtype
-from . import gate_pool_backward, squeeze_backward
+from . import direct, gate_pool_backward, squeeze_backward
 from .library import (
     BATCH,
     PARAMETERS,
@@ -22,10 +22,11 @@ from .library import (
     Gradients,
     add,
     batch_of,
+    gradient_wanted,
+    is_ordinary,
     parameters_of,
     register,
     split_parameters,
-    without_dispatcher,
 )
 
 SCHEMA = (
@@ -36,10 +37,16 @@ SCHEMA = (
 
 def run(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, backend: str) -> Tensor:
     """o [B, D]. ``backend`` is one that ``choose`` returned for the pooled path."""
-    if without_dispatcher((*batch.hidden_states, *parameters)):
+    if is_ordinary((*batch.hidden_states, *parameters)):
         validate.select(batch, reading, parameters, gating)
         validate.cu_seqlens_values(batch)
-        return engine_of(backend).select_pool(batch, reading, parameters, gating)[0]
+        engine = engine_of(backend)
+        if gradient_wanted((*batch.hidden_states, *parameters)):
+            how = direct.How(reading, gating, backend, engine)
+            return direct.SelectPool.apply(
+                how, batch.attention_mask, batch.cu_seqlens, *parameters, *batch.hidden_states
+            )
+        return engine.select_pool(batch, reading, parameters, gating)[0]
     options = (reading.frequencies, reading.pooling, gating.activation, gating.eps, backend)
     return torch.ops.s2sent.select_pool(*batch, *parameters, *options)[0]
 
@@ -58,7 +65,7 @@ def _implementation(
     batch, reading, parameters, gating, backend = _unpacked(hidden_states, attention_mask, cu_seqlens, rest)
     validate.select(batch, reading, parameters, gating)
     validate.cu_seqlens_values(batch)
-    return engine_for(backend, Call.of(batch, "pooled")).select_pool(batch, reading, parameters, gating)
+    return engine_for(backend, Call.of(batch)).select_pool(batch, reading, parameters, gating)
 
 
 def _fake(

@@ -8,7 +8,7 @@ import threading
 import harness
 import pytest
 import torch
-from harness import BACKEND, DEVICE, F32, INTERPRETED, NATIVE, make_selector, run
+from harness import BACKEND, DEVICE, F32, INTERPRETED, make_selector, run
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -33,11 +33,12 @@ def make_batch(*shape, **options):
 
 
 def without_plan(selector, hidden_states, where, pooling):
-    parameters, options = selector.gate_parameters(), {"frequencies": selector.frequencies, "backend": BACKEND, **where}
-    options |= {"activation": selector.activation, "eps": 1e-6 if selector.norm is None else selector.norm.eps}
-    if pooling is None:
-        return functional.select(hidden_states, parameters, **options)
-    return functional.select_pool(hidden_states, parameters, pooling=pooling, **options)
+    """By the public op, which knows no selector."""
+    parameters, eps = selector.gate_parameters(), 1e-6 if selector.norm is None else selector.norm.eps
+    batch = hidden_states, where.get("attention_mask"), where.get("cu_seqlens")
+    reading = (selector.frequencies,) if pooling is None else (selector.frequencies, pooling)
+    op = torch.ops.s2sent.select if pooling is None else torch.ops.s2sent.select_pool
+    return op(*batch, *parameters, *reading, selector.activation, eps, BACKEND)[0]
 
 
 def assert_current(selector, batch, pooling):
@@ -369,7 +370,7 @@ def test_threads_share_a_selector():
     assert len(found) == 4 * 20 and all(torch.equal(one, expected) for one in found)
 
 
-@pytest.mark.skipif(not NATIVE, reason="the compiled library keeps plans by number")
+@pytest.mark.skipif(BACKEND != "native", reason="the compiled library keeps plans by number")
 def test_the_library_forgets_a_plan_with_its_selector():
     selector, (hidden_states, _) = make_selector(backend=BACKEND), make_batch(3, 2, 4, 24, dtype=F32)
     pool = torch.ops.s2sent_native.planned_pool

@@ -11,7 +11,7 @@ from builders import make_parameters
 from refusals import B, D, H, N, each_raises, everything, gate, raises
 
 import s2sent_kernels as s2
-from s2sent_kernels import S2SentSelector, functional
+from s2sent_kernels import S2SentSelector
 from s2sent_kernels.engines import choice
 from s2sent_kernels.engines.native import limits as native
 from s2sent_kernels.engines.triton import limits
@@ -202,10 +202,10 @@ def on_cuda(no_interpreter, monkeypatch):
 
 
 @BUILT
-def test_native_replaces_triton_on_cuda(on_cuda, recwarn):
-    assert choice.choose("auto", Call(CUDA, torch.bfloat16)) == "triton"
-    on_cuda("triton", "no Triton")
+def test_auto_tries_native_first_on_cuda(on_cuda, recwarn):
     assert choice.choose("auto", Call(CUDA, torch.bfloat16)) == "native"
+    on_cuda("native", "built without its CUDA part")
+    assert choice.choose("auto", Call(CUDA, torch.bfloat16)) == "triton"
     assert not recwarn.list
 
 
@@ -222,52 +222,6 @@ def test_auto_serves_more_blocks_than_native_supports(on_cuda, recwarn):
     with pytest.raises(ValueError, match=rf"backend: 'native' .*up to {most} blocks on CUDA, got N = {most + 1}"):
         choice.choose("native", more)
     assert choice.choose("native", more._replace(device=CPU)) == "native"
-
-
-@BUILT
-def test_auto_takes_one_pass_where_it_is_faster(on_cuda, monkeypatch):
-    capability = (9, 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-
-    def chosen(dtype=torch.bfloat16, size=(12, 768), gradient=False):
-        native._is_sm90.cache_clear()
-        return choice.choose("auto", Call(CUDA, dtype, "tokens", *size, gradient=gradient))
-
-    try:
-        assert chosen() == chosen(torch.float16) == "native"
-        assert chosen(gradient=True) == chosen(size=(3, 768)) == chosen(torch.float32) == "triton"
-        on_cuda("native", "no GPU code for it")
-        assert chosen() == "triton"
-        on_cuda("native", None)
-        capability = (10, 0)
-        assert chosen() == "triton"
-    finally:
-        native._is_sm90.cache_clear()
-
-
-def test_the_choice_is_told_of_tokens_without_gradients(monkeypatch):
-    calls = []
-    monkeypatch.setattr(functional, "choose", lambda backend, call: calls.append(call) or "reference")
-    hidden = [torch.randn(2, 4, 12) for _ in range(3)]
-    parameters = make_parameters(dtype=torch.float32)
-    wanted = parameters._replace(up_bias=parameters.up_bias.clone().requires_grad_())
-
-    def told():
-        """(N, D) of the calls for tokens without gradients."""
-        found = {(call.num_blocks, call.hidden_size) for call in calls if call.path == "tokens" and not call.gradient}
-        calls.clear()
-        return found
-
-    functional.select(hidden, parameters, frequencies=1)
-    assert calls[0] == Call(CPU, torch.float32, "tokens", 3, 12, gradient=False) and told() == {(3, 12)}
-    with torch.no_grad():
-        functional.select(hidden, wanted, frequencies=1)
-    assert told() == {(3, 12)}
-    functional.select(hidden, wanted, frequencies=1)
-    functional.select(hidden, parameters, frequencies=1, training=True)
-    functional.select(hidden, parameters, frequencies=1, profile="official")
-    functional.select_pool(hidden, parameters, frequencies=1)
-    assert calls and told() == set()
 
 
 def test_limits_are_printed(capsys):

@@ -2,11 +2,9 @@
 
 import ast
 import json
-import re
 import statistics
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -30,7 +28,6 @@ import targets
 import timing
 
 from s2sent_kernels import S2SentSelector
-from s2sent_kernels.engines.native import limits as native
 
 ROOT = record.BENCH.parent
 SMALL = cases.Case("small", 2, 8, 3, 16, torch.float32)
@@ -170,21 +167,6 @@ def test_parity_finds_a_wrong_output_a_wrong_gradient_and_nan(broken):
     outcome = parity.check(wrong, SMALL, "pooled", "cpu", "paper", True)
     assert not outcome.ok
     assert outcome.worst.startswith("gradient" if broken == "gradient" else "")
-
-
-def test_auto_follows_what_was_measured():
-    """For tokens on a GPU, by the times of bench/probes/one_pass.py: native's faster way against Triton."""
-    total = defaultdict(lambda: [0.0, 0.0])
-    measured = Path(suite.__file__).parent / "results" / "parts" / "nvidia-h200-tokens.txt"
-    lines = measured.read_text(encoding="utf-8").splitlines()
-    for line in lines:
-        blocks, _, _, size = map(int, re.findall(r"[NBLD] = (\d+)", line))
-        times = {name: float(value) for name, value in re.findall(r"(two passes|triton|one pass) ([\d.]+)", line)}
-        total[blocks, size][0] += min(times["two passes"], times.get("one pass", float("inf")))
-        total[blocks, size][1] += times["triton"]
-    assert len(lines) >= 4 * len(total) > 40
-    faster = {shape for shape, (mine, triton) in total.items() if mine <= 0.95 * triton}
-    assert faster == native.ONE_PASS_FASTER
 
 
 def run_suite(tmp_path, *arguments):

@@ -14,10 +14,6 @@ from .engine import INTERFACE
 
 MAXIMUM_BLOCKS = 128  # N on CUDA: kMaxBlocks of csrc
 LIMITS = f"{KERNEL_DTYPE_TEXT}; on CUDA sm_80 or newer and up to {MAXIMUM_BLOCKS} blocks"
-# (N, D) for which "auto" prefers this engine's tokens without gradients: it reads hidden states of 16 bits once, and was at
-# least 5 % faster than Triton over large and small batches of long and short sentences on an H200
-# (bench/results/parts/nvidia-h200-tokens.txt, tested).
-ONE_PASS_FASTER = frozenset({(8, 512), (9, 512), (11, 384), (11, 768), (12, 384), (12, 768)})
 
 _ops = torch.ops.s2sent_native
 
@@ -81,15 +77,3 @@ def refuses(call: Call) -> str | None:
     if call.num_blocks is not None and call.num_blocks > MAXIMUM_BLOCKS:
         return f"it takes up to {MAXIMUM_BLOCKS} blocks on CUDA, got N = {call.num_blocks}"
     return None
-
-
-def is_faster(call: Call) -> bool:
-    """Whether a CUDA call is one of those that this engine's one-pass kernel was measured to win."""
-    if call.path != "tokens" or call.gradient or (call.num_blocks, call.hidden_size) not in ONE_PASS_FASTER:
-        return False
-    return call.dtype.itemsize == 2 and _is_sm90(call.device.index)
-
-
-@functools.cache
-def _is_sm90(device_index: int | None) -> bool:
-    return torch.cuda.get_device_capability(device_index) == (9, 0)
