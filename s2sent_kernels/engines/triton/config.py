@@ -58,6 +58,9 @@ class Dct(NamedTuple):
     scale: float  # of beta, without the sentence's length
     official: bool  # profile "official": beta over a grid of all positions, padding included
 
+    def __hash__(self) -> int:  # every launch hashes it, and ``alpha`` is long
+        return hash((self.x_low, self.x_high, self.y_low, self.y_high, self.scale, self.official))
+
 
 class GateTile(NamedTuple):
     sentences: int
