@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .launch import FUSE_MULTIPLY_ADD, dense, device_of, vector_of
+from .direct import direct
+from .launch import FUSE_MULTIPLY_ADD, dense, vector_of
 
 
 @triton.jit
@@ -69,6 +70,8 @@ def sum_groups_kernel(
 
 # ---------------------------------------------------------------- launchers
 
+launch_sum_groups = direct(sum_groups_kernel)
+
 
 class Squeezed(NamedTuple):
     """What squeeze hands to the gate."""
@@ -99,19 +102,19 @@ def sum_groups_for_gate(
     if num_sentences == 0:
         return Squeezed(squeezed, None, bottleneck)
     tile = config.squeeze(hidden_size // frequencies, vector, groups)
-    with device_of(squeezed):
-        sum_groups_kernel[(num_sentences * config.num_tiles(hidden_size, frequencies, vector),)](
-            p_groups=squeezed_groups,
-            p_squeezed=squeezed,
-            p_down_weight=dense(down_weight),
-            p_bottleneck=bottleneck,
-            GROUPS=groups,
-            D=hidden_size,
-            M=frequencies,
-            H=0 if down_weight is None else down_weight.shape[0],
-            BLOCK_D=tile.block_d,
-            BLOCK_H=config.bottleneck_rows(groups),
-            num_warps=groups,  # as squeeze has: the tree that sums a tile's features is laid out over them
-            enable_fp_fusion=FUSE_MULTIPLY_ADD,
-        )
+    launch_sum_groups(
+        num_sentences * config.num_tiles(hidden_size, frequencies, vector),
+        p_groups=squeezed_groups,
+        p_squeezed=squeezed,
+        p_down_weight=dense(down_weight),
+        p_bottleneck=bottleneck,
+        GROUPS=groups,
+        D=hidden_size,
+        M=frequencies,
+        H=0 if down_weight is None else down_weight.shape[0],
+        BLOCK_D=tile.block_d,
+        BLOCK_H=config.bottleneck_rows(groups),
+        num_warps=groups,  # as squeeze has: the tree that sums a tile's features is laid out over them
+        enable_fp_fusion=FUSE_MULTIPLY_ADD,
+    )
     return Squeezed(squeezed, None, bottleneck)

@@ -12,7 +12,8 @@ from torch import Tensor
 from ...formula.call import Batch
 from . import config
 from .common import real_span, row_pointers, sentence_at, sum_slots, wait_for_previous
-from .launch import FUSE_MULTIPLY_ADD, HiddenStates, Mask, dense, device_of, early, launches_overlap
+from .direct import direct
+from .launch import FUSE_MULTIPLY_ADD, HiddenStates, Mask, cdiv, dense, launches_overlap
 
 _RUNTIME = ["num_tokens", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l"]
 # Their alignment must not select another variant, which could sum in another order.
@@ -205,31 +206,47 @@ def fuse_backward_kernel(
 
 # ---------------------------------------------------------------- launchers
 
+launch_fuse = direct(fuse_kernel, tuples=("p_hidden",))
+launch_fuse_backward = direct(fuse_backward_kernel, tuples=("p_hidden",))
+
 
 def fuse(batch: Batch, gates: Tensor) -> Tensor:
     """v like a hidden state."""
-    fused = batch.hidden_states[0].new_empty(batch.shape)
+    return fuse_laid_out(HiddenStates.of(batch.hidden_states, batch.packed, 1), batch, gates)
+
+
+def fuse_laid_out(hidden: HiddenStates, batch: Batch, gates: Tensor) -> Tensor:
+    """``fuse`` of the batch's hidden states as they were laid out, for one part."""
+    fused = batch.hidden_states[0].new_empty(*batch.shape)
     if fused.numel() == 0:
         return fused
-    hidden = HiddenStates.of(batch.hidden_states, batch.packed, 1)
     tile = config.fuse(hidden.hidden_size, batch.num_blocks, hidden.vector)
     overlap = launches_overlap(batch.device)
-    rows = triton.cdiv(hidden.num_tokens, tile.tokens) * (1 if batch.packed else batch.num_sentences)
-    with device_of(fused):
-        fuse_kernel[(rows * triton.cdiv(hidden.hidden_size, tile.block_d),)](
-            **hidden.arguments(),
-            **Mask.of(batch).arguments(),
-            p_gates=dense(gates, torch.float32),
-            p_fused=fused,
-            num_sentences=batch.num_sentences if batch.packed else 0,
-            N=batch.num_blocks,
-            TOKENS=tile.tokens,
-            BLOCK_D=tile.block_d,
-            OVERLAP=overlap,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=FUSE_MULTIPLY_ADD,
-            **early(overlap),
-        )
+    rows = cdiv(hidden.num_tokens, tile.tokens) * (1 if batch.packed else batch.num_sentences)
+    mask = Mask.of(batch)
+    launch_fuse(
+        rows * cdiv(hidden.hidden_size, tile.block_d),
+        p_hidden=hidden.tensors,
+        num_tokens=hidden.num_tokens,
+        stride_b=hidden.stride_b,
+        stride_l=hidden.stride_l,
+        D=hidden.hidden_size,
+        VEC=hidden.vector,
+        p_mask=mask.attention_mask,
+        p_cu_seqlens=mask.cu_seqlens,
+        stride_mask_b=mask.stride_b,
+        stride_mask_l=mask.stride_l,
+        p_gates=dense(gates, torch.float32),
+        p_fused=fused,
+        num_sentences=batch.num_sentences if batch.packed else 0,
+        N=batch.num_blocks,
+        TOKENS=tile.tokens,
+        BLOCK_D=tile.block_d,
+        OVERLAP=overlap,
+        num_warps=tile.num_warps,
+        enable_fp_fusion=FUSE_MULTIPLY_ADD,
+        launch_pdl=overlap or None,
+    )
     return fused
 
 
@@ -243,17 +260,26 @@ def fuse_backward(grad_fused: Tensor, batch: Batch) -> Tensor:
         return dgates
     deal = config.deal(num_blocks)
     tile = config.fuse_backward(hidden.hidden_size, hidden.vector, deal.groups)
-    with device_of(dgates):
-        fuse_backward_kernel[(num_sentences * triton.cdiv(hidden.hidden_size, tile.block_d),)](
-            **hidden.arguments(),
-            **Mask.of(batch).arguments(),
-            p_dv=grad.tensors[0],
-            p_dgates=dgates,
-            stride_dv_b=grad.stride_b,
-            stride_dv_l=grad.stride_l,
-            DEAL=deal,
-            TILE=tile,
-            num_warps=deal.groups,
-            enable_fp_fusion=FUSE_MULTIPLY_ADD,
-        )
+    mask = Mask.of(batch)
+    launch_fuse_backward(
+        num_sentences * cdiv(hidden.hidden_size, tile.block_d),
+        p_hidden=hidden.tensors,
+        num_tokens=hidden.num_tokens,
+        stride_b=hidden.stride_b,
+        stride_l=hidden.stride_l,
+        D=hidden.hidden_size,
+        VEC=hidden.vector,
+        p_mask=mask.attention_mask,
+        p_cu_seqlens=mask.cu_seqlens,
+        stride_mask_b=mask.stride_b,
+        stride_mask_l=mask.stride_l,
+        p_dv=grad.tensors[0],
+        p_dgates=dgates,
+        stride_dv_b=grad.stride_b,
+        stride_dv_l=grad.stride_l,
+        DEAL=deal,
+        TILE=tile,
+        num_warps=deal.groups,
+        enable_fp_fusion=FUSE_MULTIPLY_ADD,
+    )
     return dgates

@@ -22,9 +22,10 @@ from ..interface import say_once
 from . import config
 from .bottleneck import Squeezed, sum_groups_for_gate
 from .common import activate, allow_next_launch, wait_for_previous
-from .fuse import fuse
-from .launch import FUSE_MULTIPLY_ADD, device_of, early, launches_overlap
-from .squeeze import squeeze_for_gate
+from .direct import direct
+from .fuse import fuse_laid_out
+from .launch import FUSE_MULTIPLY_ADD, cdiv, contiguous, launches_overlap
+from .squeeze import laid_out, squeeze_for_gate
 
 # A single TF32 product would round the operands to 10 bits; three of them keep 22, close to float32's 24.
 PRECISION = "tf32x3"
@@ -231,6 +232,8 @@ def gate_kernel(
 
 # ---------------------------------------------------------------- launchers
 
+launch_gate = direct(gate_kernel)
+
 
 def fits(parameters: GateParameters) -> bool:
     """Whether the kernel holds this gate. If not, plain PyTorch computes it, which is reported once."""
@@ -257,34 +260,34 @@ def _launch(
         return
     tile = config.gate(num_blocks, parameters.bottleneck, hidden_size, num_sentences)
     overlap = launches_overlap(output.device)
-    w = parameters.each(lambda t: t.contiguous())
-    with device_of(output):
-        gate_kernel[(triton.cdiv(num_sentences, tile.sentences) * triton.cdiv(hidden_size, tile.block_d),)](
-            p_bottleneck=bottleneck,
-            p_down_bias=w.down_bias,
-            p_up_weight=w.up_weight,
-            p_up_bias=w.up_bias,
-            p_norm_weight=w.norm_weight,
-            p_norm_bias=w.norm_bias,
-            p_running_mean=w.running_mean,
-            p_running_var=w.running_var,
-            p_prior=w.block_prior,
-            p_pooled=pooled,
-            p_output=output,
-            num_sentences=num_sentences,
-            N=num_blocks,
-            D=hidden_size,
-            H=w.bottleneck,
-            T=bottleneck.shape[1],
-            EPS=gating.eps,
-            ACTIVATION=gating.activation,
-            PRECISION=PRECISION,
-            TILE=tile,
-            OVERLAP=overlap,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=FUSE_MULTIPLY_ADD,
-            **early(overlap),
-        )
+    w = contiguous(parameters)
+    launch_gate(
+        cdiv(num_sentences, tile.sentences) * cdiv(hidden_size, tile.block_d),
+        p_bottleneck=bottleneck,
+        p_down_bias=w.down_bias,
+        p_up_weight=w.up_weight,
+        p_up_bias=w.up_bias,
+        p_norm_weight=w.norm_weight,
+        p_norm_bias=w.norm_bias,
+        p_running_mean=w.running_mean,
+        p_running_var=w.running_var,
+        p_prior=w.block_prior,
+        p_pooled=pooled,
+        p_output=output,
+        num_sentences=num_sentences,
+        N=num_blocks,
+        D=hidden_size,
+        H=w.bottleneck,
+        T=bottleneck.shape[1],
+        EPS=gating.eps,
+        ACTIVATION=gating.activation,
+        PRECISION=PRECISION,
+        TILE=tile,
+        OVERLAP=overlap,
+        num_warps=tile.num_warps,
+        enable_fp_fusion=FUSE_MULTIPLY_ADD,
+        launch_pdl=overlap or None,
+    )
 
 
 def _gates(done: Squeezed, parameters: GateParameters, num_blocks: int, gating: Gating) -> Tensor:
@@ -300,7 +303,7 @@ def pool(done: Squeezed, pooled: Tensor, parameters: GateParameters, gating: Gat
     num_blocks = pooled.shape[1]
     if done.bottleneck is None:
         return reference.pool(reference.gate(done.f, parameters, num_blocks, gating), pooled, dtype)
-    output = done.f.new_empty(done.f.shape, dtype=dtype)
+    output = torch.empty_like(done.f, dtype=dtype)
     _launch(done.bottleneck, parameters, num_blocks, gating, pooled, output)
     return output
 
@@ -331,13 +334,15 @@ def select_pool(
     batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o [B, D], f [B, D] and p [B, N, D] in two launches."""
-    done = squeeze_for_gate(batch, reading, parameters.down_weight if fits(parameters) else None)
+    w1 = parameters.down_weight if fits(parameters) else None
+    done = squeeze_for_gate(laid_out(batch, reading), batch, reading, w1)
     assert done.pooled is not None
     return pool(done, done.pooled, parameters, gating, batch.dtype), done.f, done.pooled
 
 
 def select(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating) -> tuple[Tensor, Tensor, Tensor]:
     """v like a hidden state, f [B, D] and g [B, N, D] in three launches."""
-    done = squeeze_for_gate(batch, reading, parameters.down_weight if fits(parameters) else None)
+    hidden = laid_out(batch, reading)
+    done = squeeze_for_gate(hidden, batch, reading, parameters.down_weight if fits(parameters) else None)
     gates = _gates(done, parameters, batch.num_blocks, gating)
-    return fuse(batch, gates), done.f, gates
+    return fuse_laid_out(hidden.for_parts(1, batch.packed), batch, gates), done.f, gates

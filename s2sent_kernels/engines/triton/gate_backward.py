@@ -29,8 +29,9 @@ from ...formula.call import GateParameters, Gating
 from ..interface import say_once
 from . import config
 from .common import activate
+from .direct import direct
 from .gate_backward_sums import PRECISION, Work, sum_down, sum_up
-from .launch import device_of
+from .launch import cdiv, contiguous
 from .limits import triton_interprets
 
 
@@ -179,6 +180,9 @@ def gate_backward_kernel(
 
 # ---------------------------------------------------------------- launchers
 
+launch_gate_backward_bottleneck = direct(gate_backward_bottleneck_kernel)
+launch_gate_backward = direct(gate_backward_kernel)
+
 
 def fits(parameters: GateParameters, num_blocks: int) -> bool:
     """Whether the kernels hold this gate. If not, plain PyTorch computes its gradients, which is reported once."""
@@ -196,7 +200,8 @@ def _fresh(tensor: Tensor) -> Tensor:
     """Memory for the gradient of ``tensor``, in its dtype, so that nothing has to be cast; float32 for bfloat16 in the
     interpreter, which would truncate."""
     coarse = tensor.dtype == torch.bfloat16 and triton_interprets()
-    return tensor.new_empty(tensor.shape, dtype=torch.float32 if coarse else None)
+    dtype = torch.float32 if coarse else None
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _launch(
@@ -218,62 +223,57 @@ def _launch(
     if num_sentences == 0:
         return grad_pooled, grad_squeezed, with_gradient.each(torch.zeros_like)
     grads = with_gradient.each(_fresh)
-    w = parameters.each(lambda t: t.contiguous())
-    rows, tiles = triton.cdiv(num_sentences, tile.sentences), triton.cdiv(hidden_size, tile.block_d)
-    work = Work(
-        s=squeezed.new_empty(num_sentences, bottleneck),
-        grad_y=squeezed.new_empty(num_sentences, num_blocks, hidden_size),
-        grad_bottleneck=squeezed.new_empty(tiles, num_sentences, bottleneck),
-        norm_sums=None if w.norm_weight is None else squeezed.new_empty(rows, num_blocks * hidden_size),
-        prior_sums=None if w.block_prior is None else squeezed.new_empty(rows * tiles, num_blocks),
-        grad_down=squeezed.new_empty(num_sentences, bottleneck),
-    )
+    w = contiguous(parameters)
+    rows, tiles = cdiv(num_sentences, tile.sentences), cdiv(hidden_size, tile.block_d)
+    shape = (num_sentences, num_blocks, hidden_size)
+    work = Work.of(shape, w, squeezed, tile.sentences, tiles)
     t = config.GATE_BACKWARD
-    programs = triton.cdiv(num_sentences, t.sentences) * triton.cdiv(bottleneck, t.sentences)
-    with device_of(squeezed):
-        gate_backward_bottleneck_kernel[(programs,)](
-            p_squeezed=squeezed,
-            p_down_weight=w.down_weight,
-            p_down_bias=w.down_bias,
-            p_bottleneck=work.s,
-            num_sentences=num_sentences,
-            D=hidden_size,
-            H=bottleneck,
-            ACTIVATION=gating.activation,
-            PRECISION=PRECISION,
-            BLOCK_B=t.sentences,
-            BLOCK_H=t.sentences,
-            BLOCK_K=t.block_k,
-            STAGES=t.stages,
-            num_warps=t.num_warps,
-        )
-        gate_backward_kernel[(rows * tiles,)](
-            p_grad=grad,
-            p_pooled=pooled,
-            p_bottleneck=work.s,
-            p_up_weight=w.up_weight,
-            p_up_bias=w.up_bias,
-            p_norm_weight=w.norm_weight,
-            p_norm_bias=w.norm_bias,
-            p_running_mean=w.running_mean,
-            p_running_var=w.running_var,
-            p_prior=w.block_prior,
-            p_grad_pooled=grad_pooled,
-            p_grad_y=work.grad_y,
-            p_grad_bottleneck=work.grad_bottleneck,
-            p_norm_sums=work.norm_sums,
-            p_prior_sums=work.prior_sums,
-            num_sentences=num_sentences,
-            N=num_blocks,
-            D=hidden_size,
-            H=bottleneck,
-            EPS=gating.eps,
-            PRECISION=PRECISION,
-            TILE=tile,
-            num_warps=tile.num_warps,
-        )
-        sum_up(work, w, grads, gating, tile)
-        sum_down(work.grad_down, squeezed, w, grads, grad_squeezed)
+    programs = cdiv(num_sentences, t.sentences) * cdiv(bottleneck, t.sentences)
+    launch_gate_backward_bottleneck(
+        programs,
+        p_squeezed=squeezed,
+        p_down_weight=w.down_weight,
+        p_down_bias=w.down_bias,
+        p_bottleneck=work.s,
+        num_sentences=num_sentences,
+        D=hidden_size,
+        H=bottleneck,
+        ACTIVATION=gating.activation,
+        PRECISION=PRECISION,
+        BLOCK_B=t.sentences,
+        BLOCK_H=t.sentences,
+        BLOCK_K=t.block_k,
+        STAGES=t.stages,
+        num_warps=t.num_warps,
+    )
+    launch_gate_backward(
+        rows * tiles,
+        p_grad=grad,
+        p_pooled=pooled,
+        p_bottleneck=work.s,
+        p_up_weight=w.up_weight,
+        p_up_bias=w.up_bias,
+        p_norm_weight=w.norm_weight,
+        p_norm_bias=w.norm_bias,
+        p_running_mean=w.running_mean,
+        p_running_var=w.running_var,
+        p_prior=w.block_prior,
+        p_grad_pooled=grad_pooled,
+        p_grad_y=work.grad_y,
+        p_grad_bottleneck=work.grad_bottleneck,
+        p_norm_sums=work.norm_sums,
+        p_prior_sums=work.prior_sums,
+        num_sentences=num_sentences,
+        N=num_blocks,
+        D=hidden_size,
+        H=bottleneck,
+        EPS=gating.eps,
+        PRECISION=PRECISION,
+        TILE=tile,
+        num_warps=tile.num_warps,
+    )
+    sum_up(shape, work, w, grads, gating, tile)
+    sum_down(work.grad_down, squeezed, w, grads, grad_squeezed)
     return grad_pooled, grad_squeezed, grads
 
 

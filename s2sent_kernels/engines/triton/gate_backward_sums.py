@@ -14,22 +14,43 @@ from torch import Tensor
 from ...formula.call import GateParameters, Gating
 from . import config
 from .common import slope
+from .direct import direct
+from .launch import cdiv
 from .limits import triton_interprets
 
 # Three bf16 terms of a factor carry float32's 24 bits, in as many products as three of TF32, whose two terms carry 22. That
 # is enough for the gates, which pass through a sigmoid, but not for gradients. The interpreter has no bf16x6.
 PRECISION = "ieee" if triton_interprets() else "bf16x6"
 
+_SLICE = 64  # elements: slices of an allocation begin at multiples of it, so that all loads are aligned
+
 
 class Work(NamedTuple):
-    """What one launch of gate_backward leaves in memory for the next."""
+    """What one launch of gate_backward leaves in memory for the next: float32, flat, slices of one allocation."""
 
     s: Tensor  # [B, H]
     grad_y: Tensor  # dy [B, N, D]
     grad_bottleneck: Tensor  # ds of each feature tile [TILES, B, H]
+    grad_down: Tensor  # ddown [B, H]
     norm_sums: Tensor | None  # [programs of sentences, N * D], sums of dy (z - mean) / sqrt(var + eps)
     prior_sums: Tensor | None  # [programs of sentences * TILES, N], sums of dlogits
-    grad_down: Tensor  # ddown [B, H]
+
+    @staticmethod
+    def of(pooled_shape: tuple[int, int, int], w: GateParameters, like: Tensor, sentences: int, tiles: int) -> Work:
+        """For B, N, D and a gate ``w``; ``sentences`` to a program, ``tiles`` of features."""
+        num_sentences, num_blocks, hidden_size = pooled_shape
+        rows = cdiv(num_sentences, sentences)
+        sizes = [
+            num_sentences * w.bottleneck,
+            num_sentences * num_blocks * hidden_size,
+            tiles * num_sentences * w.bottleneck,
+            num_sentences * w.bottleneck,
+            0 if w.norm_weight is None else rows * num_blocks * hidden_size,
+            0 if w.block_prior is None else rows * tiles * num_blocks,
+        ]
+        sizes = [cdiv(size, _SLICE) * _SLICE for size in sizes]
+        s, dy, ds, ddown, norm_sums, prior_sums = like.new_empty(sum(sizes)).split_with_sizes(sizes)
+        return Work(s, dy, ds, ddown, norm_sums if sizes[4] else None, prior_sums if sizes[5] else None)
 
 
 @triton.jit(do_not_specialize=["num_sentences"])
@@ -181,14 +202,26 @@ def gate_backward_down_kernel(
 
 # ---------------------------------------------------------------- launchers
 
+launch_gate_backward_up = direct(gate_backward_up_kernel)
+launch_gate_backward_down = direct(gate_backward_down_kernel)
 
-def sum_up(work: Work, w: GateParameters, grads: GateParameters, gating: Gating, tile: config.GateBackwardTile) -> None:
-    """Writes ddown, and the gradients of W2, b2, the norm and the prior. ``w``: contiguous parameters."""
-    num_sentences, num_blocks, hidden_size = work.grad_y.shape
+
+def sum_up(
+    pooled_shape: tuple[int, int, int],
+    work: Work,
+    w: GateParameters,
+    grads: GateParameters,
+    gating: Gating,
+    tile: config.GateBackwardTile,
+) -> None:
+    """Writes ddown, and the gradients of W2, b2, the norm and the prior. ``pooled_shape``: B, N, D; ``w``: contiguous
+    parameters."""
+    num_sentences, num_blocks, hidden_size = pooled_shape
     t = config.GATE_BACKWARD
-    programs = triton.cdiv(num_blocks * hidden_size, t.rows) + triton.cdiv(num_sentences, t.sum_rows)
+    programs = cdiv(num_blocks * hidden_size, t.rows) + cdiv(num_sentences, t.sum_rows)
     programs += work.prior_sums is not None
-    gate_backward_up_kernel[(programs,)](
+    launch_gate_backward_up(
+        programs,
         p_grad_y=work.grad_y,
         p_norm_sums=work.norm_sums,
         p_prior_sums=work.prior_sums,
@@ -208,7 +241,7 @@ def sum_up(work: Work, w: GateParameters, grads: GateParameters, gating: Gating,
         H=w.bottleneck,
         EPS=gating.eps,
         ACTIVATION=gating.activation,
-        TILES=work.grad_bottleneck.shape[0],
+        TILES=cdiv(hidden_size, tile.block_d),
         SENTENCES=tile.sentences,
         BLOCK_S=t.sentences_up,
         BLOCK_R=t.rows,
@@ -224,9 +257,10 @@ def sum_down(grad_down: Tensor, squeezed: Tensor, w: GateParameters, grads: Gate
     """Writes df [B, D], and the gradients of W1 and b1."""
     num_sentences, hidden_size = squeezed.shape
     t = config.GATE_BACKWARD
-    programs = triton.cdiv(hidden_size, t.columns) * triton.cdiv(w.bottleneck, t.rows)
-    programs += triton.cdiv(num_sentences, t.sentences) * triton.cdiv(hidden_size, t.block_d)
-    gate_backward_down_kernel[(programs,)](
+    programs = cdiv(hidden_size, t.columns) * cdiv(w.bottleneck, t.rows)
+    programs += cdiv(num_sentences, t.sentences) * cdiv(hidden_size, t.block_d)
+    launch_gate_backward_down(
+        programs,
         p_grad_down=grad_down,
         p_squeezed=squeezed,
         p_down_weight=w.down_weight,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from ...formula.call import Batch, Layout
+from ...formula.call import Batch, GateParameters, Layout
 from .limits import triton_interprets
 
 _LOAD_BYTES = 16  # one 128-bit load
@@ -42,6 +42,11 @@ def early(overlap: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if overlap else {}
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. ``triton.cdiv`` serves kernels too, and takes microseconds on the host."""
+    return -(-a // b)
+
+
 def vector_of(features: int, dtype: torch.dtype) -> int:
     """Elements of the widest load that rows of ``features`` elements allow: a power of two, at most 16 bytes."""
     return min(features & -features, _LOAD_BYTES // dtype.itemsize)
@@ -51,7 +56,14 @@ def dense(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | N
     """``tensor`` made contiguous, and cast to ``dtype`` if given. Only hidden states and masks reach kernels with strides."""
     if tensor is None:
         return None
-    return (tensor if dtype is None else tensor.to(dtype)).contiguous()
+    return (tensor if dtype is None or tensor.dtype == dtype else tensor.to(dtype)).contiguous()
+
+
+def contiguous(parameters: GateParameters) -> GateParameters:
+    for tensor in parameters:
+        if tensor is not None and not tensor.is_contiguous():
+            return parameters.each(Tensor.contiguous)
+    return parameters
 
 
 class Mask(NamedTuple):
@@ -59,22 +71,15 @@ class Mask(NamedTuple):
 
     attention_mask: Tensor | None  # [B, L], nonzero is real
     cu_seqlens: Tensor | None  # [B + 1], contiguous
+    stride_b: int  # of attention_mask
+    stride_l: int
 
     @staticmethod
     def of(batch: Batch | Layout) -> Mask:
         mask = batch.attention_mask
-        return Mask(
-            mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask, dense(batch.cu_seqlens)
-        )
-
-    def arguments(self) -> dict[str, object]:
-        mask = self.attention_mask
-        return {
-            "p_mask": mask,
-            "p_cu_seqlens": self.cu_seqlens,
-            "stride_mask_b": 0 if mask is None else mask.stride(0),
-            "stride_mask_l": 0 if mask is None else mask.stride(1),
-        }
+        if mask is None:
+            return Mask(None, dense(batch.cu_seqlens), 0, 0)
+        return Mask(mask.view(torch.uint8) if mask.dtype == torch.bool else mask, None, *mask.stride())
 
 
 class HiddenStates(NamedTuple):
@@ -94,30 +99,30 @@ class HiddenStates(NamedTuple):
     @staticmethod
     def of(hidden_states: Sequence[Tensor], packed: bool, parts: int) -> HiddenStates:
         first = hidden_states[0]
-        hidden_size = first.shape[-1]
+        shape = first.shape
+        hidden_size, num_tokens = shape[-1], shape[-2]
         vector = vector_of(hidden_size // parts, first.dtype)
         tensors = tuple(hidden_states)
-        if not all(u.is_contiguous() and u.data_ptr() % _LOAD_BYTES == 0 for u in tensors):
-            tensors = _alike(tensors, vector)
-        strides = _row_strides(tensors[0])
-        stride_b, stride_l = (0, strides[0]) if packed else strides
-        num_tokens = first.shape[0] if packed else first.shape[1]
+        stride_b = 0 if packed or shape[0] <= 1 else num_tokens * hidden_size  # as _row_strides would find them
+        stride_l = 0 if num_tokens <= 1 else hidden_size
+        for u in tensors:
+            if not u.is_contiguous() or u.data_ptr() % _LOAD_BYTES:
+                tensors = _alike(tensors, vector)
+                strides = _row_strides(tensors[0])
+                stride_b, stride_l = (0, strides[0]) if packed else strides
+                break
         return HiddenStates(tensors, hidden_size, num_tokens, stride_b // vector, stride_l // vector, vector)
 
-    def arguments(self) -> dict[str, object]:
-        return {
-            "p_hidden": self.tensors,
-            "num_tokens": self.num_tokens,
-            "stride_b": self.stride_b,
-            "stride_l": self.stride_l,
-            "D": self.hidden_size,
-            "VEC": self.vector,
-        }
+    def for_parts(self, parts: int, packed: bool) -> HiddenStates:
+        """The same tensors for a kernel whose rows are cut into ``parts``."""
+        if self.vector == vector_of(self.hidden_size // parts, self.tensors[0].dtype):
+            return self
+        return HiddenStates.of(self.tensors, packed, parts)
 
 
 def _row_strides(tensor: Tensor) -> tuple[int, ...]:
     """The strides of all but the last dimension, with 0 for a dimension of size 1, whose stride is arbitrary."""
-    return tuple(0 if n <= 1 else stride for n, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True))
+    return tuple([0 if n <= 1 else stride for n, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)])
 
 
 def _alike(tensors: tuple[Tensor, ...], vector: int) -> tuple[Tensor, ...]:

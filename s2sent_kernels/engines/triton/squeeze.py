@@ -26,7 +26,8 @@ from ...formula.call import Batch, PartialSums, Place, Reading
 from . import config
 from .bottleneck import Squeezed, bottleneck_like, down_weight_rows, store_bottleneck
 from .common import CHUNK, allow_next_launch, block_factor, frequency_of, real_span, token_scale
-from .launch import FUSE_MULTIPLY_ADD, HiddenStates, Mask, dense, device_of, launches_overlap
+from .direct import direct
+from .launch import FUSE_MULTIPLY_ADD, HiddenStates, Mask, dense, launches_overlap
 from .squeeze_sums import sum_tokens
 
 _RUNTIME = ["num_tokens", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l", "first_block"]
@@ -181,6 +182,8 @@ def squeeze_kernel(
 
 # ---------------------------------------------------------------- launchers
 
+launch_squeeze = direct(squeeze_kernel, tuples=("p_hidden",))
+
 
 class _Results(NamedTuple):
     """The tensors that a launch writes; None for what it does not compute."""
@@ -202,36 +205,48 @@ def _launch(
     chunks = None
     if hidden.num_tokens > config.CHUNK:
         chunks = torch.empty(num_sentences, num_blocks, hidden_size, dtype=torch.float32, device=batch.device)
-    with device_of(hidden.tensors[0]):
-        squeeze_kernel[(num_sentences * config.num_tiles(hidden_size, reading.frequencies, hidden.vector),)](
-            **hidden.arguments(),
-            **Mask.of(batch).arguments(),
-            p_squeezed=results.squeezed,
-            p_groups=results.groups,
-            p_pooled=results.pooled,
-            p_chunks=chunks,
-            p_down_weight=dense(down_weight),
-            p_bottleneck=results.bottleneck,
-            first_block=place.block,
-            M=reading.frequencies,
-            H=0 if down_weight is None else down_weight.shape[0],
-            DCT=config.dct_constants(num_blocks, reading.frequencies, reading.profile),
-            POOLING=reading.pooling,
-            HERE=here,
-            WHOLE=config.deal(num_blocks),
-            TILE=config.squeeze(hidden_size // reading.frequencies, hidden.vector, here.groups),
-            BLOCK_H=config.bottleneck_rows(here.groups),
-            OVERLAP=down_weight is not None and launches_overlap(batch.device),
-            num_warps=here.groups,
-            enable_fp_fusion=FUSE_MULTIPLY_ADD,
-        )
+    mask = Mask.of(batch)
+    launch_squeeze(
+        num_sentences * config.num_tiles(hidden_size, reading.frequencies, hidden.vector),
+        p_hidden=hidden.tensors,
+        num_tokens=hidden.num_tokens,
+        stride_b=hidden.stride_b,
+        stride_l=hidden.stride_l,
+        D=hidden.hidden_size,
+        VEC=hidden.vector,
+        p_mask=mask.attention_mask,
+        p_cu_seqlens=mask.cu_seqlens,
+        stride_mask_b=mask.stride_b,
+        stride_mask_l=mask.stride_l,
+        p_squeezed=results.squeezed,
+        p_groups=results.groups,
+        p_pooled=results.pooled,
+        p_chunks=chunks,
+        p_down_weight=dense(down_weight),
+        p_bottleneck=results.bottleneck,
+        first_block=place.block,
+        M=reading.frequencies,
+        H=0 if down_weight is None else down_weight.shape[0],
+        DCT=config.dct_constants(num_blocks, reading.frequencies, reading.profile),
+        POOLING=reading.pooling,
+        HERE=here,
+        WHOLE=config.deal(num_blocks),
+        TILE=config.squeeze(hidden_size // reading.frequencies, hidden.vector, here.groups),
+        BLOCK_H=config.bottleneck_rows(here.groups),
+        OVERLAP=down_weight is not None and launches_overlap(batch.device),
+        num_warps=here.groups,
+        enable_fp_fusion=FUSE_MULTIPLY_ADD,
+    )
 
 
-def squeeze_for_gate(batch: Batch, reading: Reading, down_weight: Tensor | None) -> Squeezed:
+def laid_out(batch: Batch, reading: Reading) -> HiddenStates:
+    return HiddenStates.of(batch.hidden_states, batch.packed, reading.frequencies)
+
+
+def squeeze_for_gate(hidden: HiddenStates, batch: Batch, reading: Reading, down_weight: Tensor | None) -> Squeezed:
     """f, p and, for a ``down_weight`` [H, D], its products with f: one launch."""
-    num_sentences, num_blocks, hidden_size = batch.num_sentences, batch.num_blocks, batch.hidden_size
+    num_sentences, num_blocks, hidden_size = batch.num_sentences, batch.num_blocks, hidden.hidden_size
     first = batch.hidden_states[0]
-    hidden = HiddenStates.of(batch.hidden_states, batch.packed, reading.frequencies)
     squeezed = first.new_empty(num_sentences, hidden_size, dtype=torch.float32)
     pooled = bottleneck = None
     if reading.pooling is not None:
@@ -245,7 +260,7 @@ def squeeze_for_gate(batch: Batch, reading: Reading, down_weight: Tensor | None)
 
 def squeeze(batch: Batch, reading: Reading) -> tuple[Tensor, Tensor | None]:
     """f [B, D], and p [B, N, D] with pooling."""
-    squeezed, pooled, _ = squeeze_for_gate(batch, reading, None)
+    squeezed, pooled, _ = squeeze_for_gate(laid_out(batch, reading), batch, reading, None)
     return squeezed, pooled
 
 
@@ -256,5 +271,6 @@ def num_groups(num_blocks: int) -> int:
 
 def squeeze_block(batch: Batch, place: Place, sums: PartialSums, reading: Reading) -> None:
     """Adds one block to f's partial sums [B, G, D] and writes its row of p [B, N, D]; blocks in ascending order."""
-    hidden = HiddenStates.of(batch.hidden_states, batch.packed, reading.frequencies)
-    _launch(hidden, batch, place, reading, _Results(None, sums.squeezed_groups, sums.pooled, None), None)
+    _launch(
+        laid_out(batch, reading), batch, place, reading, _Results(None, sums.squeezed_groups, sums.pooled, None), None
+    )

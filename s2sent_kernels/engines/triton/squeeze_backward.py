@@ -24,7 +24,8 @@ from .common import (
     token_factor,
     token_scale,
 )
-from .launch import FUSE_MULTIPLY_ADD, HiddenStates, Mask, dense, device_of, vector_of
+from .direct import direct
+from .launch import FUSE_MULTIPLY_ADD, HiddenStates, Mask, cdiv, dense, vector_of
 
 _RUNTIME = ["num_tokens", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l", "num_sentences"]
 # Their alignment must not select another variant, which could sum in another order.
@@ -190,45 +191,52 @@ def squeeze_backward_kernel(
 
 # ---------------------------------------------------------------- launcher
 
+launch_squeeze_backward = direct(squeeze_backward_kernel, tuples=("p_grads",))
+
 
 def squeeze_backward(
     grads: HiddenGradients, layout: Layout, needed: Sequence[bool], reading: Reading
 ) -> list[Tensor | None]:
     """du_n for each needed block, written once; reads no hidden state."""
     shape, dtype, hidden_size, num_blocks = layout.shape, layout.dtype, layout.hidden_size, len(needed)
-    written = [torch.empty(shape, dtype=dtype, device=layout.device) if need else None for need in needed]
-    some = next(grad for grad in written if grad is not None)
+    some = torch.empty(*shape, dtype=dtype, device=layout.device)
+    first = needed.index(True)
+    written = [(some if n == first else torch.empty_like(some)) if need else None for n, need in enumerate(needed)]
     if some.numel() == 0:
         return written
     fused = None if grads.fused is None else HiddenStates.of([grads.fused], layout.packed, reading.frequencies)
     part = hidden_size // reading.frequencies
     tile = config.squeeze_backward(part, num_blocks, vector_of(part, dtype))
     num_tokens = shape[0] if layout.packed else shape[1]
-    rows = triton.cdiv(num_tokens, tile.tokens) * (1 if layout.packed else layout.num_sentences)
+    rows = cdiv(num_tokens, tile.tokens) * (1 if layout.packed else layout.num_sentences)
     float32 = compute_dtype(dtype)
-    with device_of(some):
-        squeeze_backward_kernel[(rows * reading.frequencies * triton.cdiv(part, tile.block_d),)](
-            **Mask.of(layout).arguments(),
-            p_grads=tuple(some if grad is None else grad for grad in written),
-            p_df=dense(grads.squeezed, float32),
-            p_dp=dense(grads.pooled, float32),
-            p_dv=None if fused is None else fused.tensors[0],
-            p_gates=None if fused is None else dense(grads.gates, float32),
-            num_tokens=num_tokens,
-            stride_b=0 if fused is None else fused.stride_b,
-            stride_l=0 if fused is None else fused.stride_l,
-            num_sentences=layout.num_sentences if layout.packed else 0,
-            N=num_blocks,
-            D=hidden_size,
-            M=reading.frequencies,
-            VEC=1 if fused is None else fused.vector,
-            DCT=config.dct_constants(num_blocks, reading.frequencies, reading.profile),
-            POOLING=reading.pooling,
-            NEEDED=sum(1 << n for n, need in enumerate(needed) if need),
-            AHEAD=config.BACKWARD_AHEAD,
-            TOKENS=tile.tokens,
-            BLOCK_D=tile.block_d,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=FUSE_MULTIPLY_ADD,
-        )
+    mask = Mask.of(layout)
+    launch_squeeze_backward(
+        rows * reading.frequencies * cdiv(part, tile.block_d),
+        p_mask=mask.attention_mask,
+        p_cu_seqlens=mask.cu_seqlens,
+        stride_mask_b=mask.stride_b,
+        stride_mask_l=mask.stride_l,
+        p_grads=tuple(some if grad is None else grad for grad in written),
+        p_df=dense(grads.squeezed, float32),
+        p_dp=dense(grads.pooled, float32),
+        p_dv=None if fused is None else fused.tensors[0],
+        p_gates=None if fused is None else dense(grads.gates, float32),
+        num_tokens=num_tokens,
+        stride_b=0 if fused is None else fused.stride_b,
+        stride_l=0 if fused is None else fused.stride_l,
+        num_sentences=layout.num_sentences if layout.packed else 0,
+        N=num_blocks,
+        D=hidden_size,
+        M=reading.frequencies,
+        VEC=1 if fused is None else fused.vector,
+        DCT=config.dct_constants(num_blocks, reading.frequencies, reading.profile),
+        POOLING=reading.pooling,
+        NEEDED=sum(1 << n for n, need in enumerate(needed) if need),
+        AHEAD=config.BACKWARD_AHEAD,
+        TOKENS=tile.tokens,
+        BLOCK_D=tile.block_d,
+        num_warps=tile.num_warps,
+        enable_fp_fusion=FUSE_MULTIPLY_ADD,
+    )
     return written
