@@ -7,7 +7,7 @@ import torch
 
 import s2sent_kernels as s2
 from s2sent_kernels import functional
-from s2sent_kernels.engines.native import engine as native
+from s2sent_kernels.engines.native import layout
 from s2sent_kernels.formula.call import KERNEL_DTYPES, POOLINGS
 
 BUILT = pytest.mark.skipif(not s2.backends()["native"].usable, reason=s2.backends()["native"].reason)
@@ -105,8 +105,8 @@ def test_tables_of_factors_stay():
     device = torch.device("cpu")
 
     def tables():
-        return [native._block_factors(n, 4, "paper", device)[0] for n in range(6, 90)] + [
-            native._grid_factors(size, 4, device) for size in range(1, 90)
+        return [layout.block_factors(n, 4, "paper", device)[0] for n in range(6, 90)] + [
+            layout.grid_factors(size, 4, device) for size in range(1, 90)
         ]
 
     assert all(a is b for a, b in zip(tables(), tables(), strict=True))
