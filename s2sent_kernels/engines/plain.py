@@ -6,8 +6,18 @@ import torch
 from torch import Tensor
 
 from ..formula import reference
-from ..formula.call import Batch, Call, GateParameters, Gating, PartialSums, Place, Reading
-from ..formula.reference import fuse, fuse_backward, gate, gate_backward, gate_pool_backward, squeeze, squeeze_backward
+from ..formula.call import Batch, BatchStatistics, Call, GateParameters, Gating, PartialSums, Place, Reading
+from ..formula.reference import (
+    fuse,
+    fuse_backward,
+    gate,
+    gate_backward,
+    gate_in_training,
+    gate_in_training_backward,
+    gate_pool_backward,
+    squeeze,
+    squeeze_backward,
+)
 from ..formula.tokens import Tokens
 from .interface import KERNEL_DTYPE_TEXT, BackendStatus
 
@@ -17,6 +27,8 @@ __all__ = [
     "fuse_backward",
     "gate",
     "gate_backward",
+    "gate_in_training",
+    "gate_in_training_backward",
     "gate_pool",
     "gate_pool_backward",
     "num_groups",
@@ -24,6 +36,7 @@ __all__ = [
     "refuses",
     "select",
     "select_pool",
+    "select_pool_in_training",
     "squeeze",
     "squeeze_backward",
     "squeeze_block",
@@ -74,6 +87,15 @@ def gate_pool(
     squeezed = sum_groups(sums.squeezed_groups)
     gates = reference.gate(squeezed, parameters, sums.pooled.shape[1], gating)
     return reference.pool(gates, sums.pooled, dtype), squeezed.clone()
+
+
+def select_pool_in_training(
+    batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating
+) -> tuple[Tensor, Tensor, Tensor, BatchStatistics]:
+    squeezed, pooled = squeeze(batch, reading)
+    assert pooled is not None
+    output, statistics = gate_in_training(squeezed, pooled, parameters, gating, batch.dtype)
+    return output, squeezed, pooled, statistics
 
 
 def select_pool(

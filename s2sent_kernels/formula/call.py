@@ -165,6 +165,13 @@ class GateParameters(NamedTuple):
 GateParameters.__module__ = "s2sent_kernels"  # pickles name the public path
 
 
+class BatchStatistics(NamedTuple):
+    """Of every column of z over the sentences of a batch, kept for the backward pass; float32, float64 for float64 inputs."""
+
+    mean: Tensor  # [N * D]
+    rstd: Tensor  # [N * D], 1 / sqrt(var + eps) with the biased variance
+
+
 class PartialSums(NamedTuple):
     """What ``squeeze_block`` accumulates into, one Transformer block after another."""
 

@@ -27,6 +27,7 @@ from .call import (
     PROFILES,
     Activation,
     Batch,
+    BatchStatistics,
     GateParameters,
     Gating,
     HiddenGradients,
@@ -157,6 +158,37 @@ def normalise(excited: Tensor, parameters: GateParameters, gating: Gating) -> Te
     return F.batch_norm(excited, mean.to(dtype), var.to(dtype), weight, bias, False, gating.momentum, gating.eps)
 
 
+def _running_statistics(parameters: GateParameters, gating: Gating) -> BatchStatistics:
+    assert parameters.running_mean is not None and parameters.running_var is not None
+    return BatchStatistics(parameters.running_mean, torch.rsqrt(parameters.running_var + gating.eps))
+
+
+def _normalise_again(
+    excited: Tensor, parameters: GateParameters, gating: Gating, statistics: BatchStatistics | None
+) -> Tensor:
+    """``normalise`` for a backward pass: with these statistics of the batch, or the running ones, and without an update."""
+    if statistics is None or parameters.norm_weight is None or parameters.norm_bias is None:
+        return normalise(excited, parameters, gating)
+    return (excited - statistics.mean) * statistics.rstd * parameters.norm_weight + parameters.norm_bias
+
+
+def normalise_in_training(
+    excited: Tensor, parameters: GateParameters, gating: Gating
+) -> tuple[Tensor, BatchStatistics]:
+    """``normalise`` in training, and the statistics that it used."""
+    dtype = excited.dtype
+    w = parameters.each(lambda t: t.to(dtype))
+    if excited.shape[0] == 0:
+        return excited, _running_statistics(w, gating)
+    result, mean, rstd = torch.native_batch_norm(
+        excited, w.norm_weight, w.norm_bias, w.running_mean, w.running_var, True, gating.momentum, gating.eps
+    )
+    for kept, new in ((parameters.running_mean, w.running_mean), (parameters.running_var, w.running_var)):
+        if kept is not None and new is not None and kept is not new:
+            kept.copy_(new)
+    return result, BatchStatistics(mean, rstd)
+
+
 def s_norm(excited: Tensor, block_prior: Tensor | None, profile: Profile = "paper") -> Tensor:
     """Gates from normalised z [B, N, D]: exp(sigmoid(z) + c) over its sum, which runs over the blocks in profile ``paper``
     and over blocks, batch and features in ``official``."""
@@ -173,15 +205,32 @@ def s_norm(excited: Tensor, block_prior: Tensor | None, profile: Profile = "pape
     raise ValueError(f"profile: expected one of {PROFILES}, got {profile!r}")
 
 
+def _excite(squeezed: Tensor, parameters: GateParameters, gating: Gating) -> tuple[Tensor, Tensor]:
+    """s [B, H] and z [B, N * D] from f [B, D]."""
+    dtype = squeezed.dtype
+    down = F.linear(squeezed, parameters.down_weight.to(dtype), parameters.down_bias.to(dtype))
+    bottleneck = activate(down, gating.activation)
+    return bottleneck, F.linear(bottleneck, parameters.up_weight.to(dtype), parameters.up_bias.to(dtype))
+
+
 def gate(squeezed: Tensor, parameters: GateParameters, num_blocks: int, gating: Gating) -> Tensor:
     """g [B, N, D] from f [B, D]."""
     with autocast_off(squeezed.device):
-        dtype = squeezed.dtype
-        down = F.linear(squeezed, parameters.down_weight.to(dtype), parameters.down_bias.to(dtype))
-        bottleneck = activate(down, gating.activation)
-        excited = F.linear(bottleneck, parameters.up_weight.to(dtype), parameters.up_bias.to(dtype))
+        _, excited = _excite(squeezed, parameters, gating)
         excited = normalise(excited, parameters, gating)
         return s_norm(excited.unflatten(1, (num_blocks, -1)), parameters.block_prior, gating.profile)
+
+
+def gate_in_training(
+    squeezed: Tensor, pooled: Tensor | None, parameters: GateParameters, gating: Gating, dtype: torch.dtype
+) -> tuple[Tensor, BatchStatistics]:
+    """g, or with p [B, N, D] o in ``dtype``, and the statistics of the batch that the gate used, for profile ``paper``. Updates
+    the running ones as ``normalise`` does."""
+    with autocast_off(squeezed.device):
+        _, excited = _excite(squeezed, parameters, gating)
+        excited, statistics = normalise_in_training(excited, parameters, gating)
+        gates = s_norm(excited.unflatten(1, (-1, squeezed.shape[1])), parameters.block_prior)
+    return gates if pooled is None else pool(gates, pooled, dtype), statistics
 
 
 def gate_backward(
@@ -189,16 +238,17 @@ def gate_backward(
     squeezed: Tensor,  # f [B, D]
     parameters: GateParameters,
     gating: Gating,
+    statistics: BatchStatistics | None = None,
 ) -> tuple[Tensor, GateParameters]:
-    """df and every parameter's gradient, for profile ``paper`` with running statistics, which have none. Everything is
-    recomputed from f: the gate's tensors are [B, N, D] at most, and recomputing them is cheaper than saving them."""
+    """df and every parameter's gradient, for profile ``paper``. ``statistics``: the batch's, through which gradients flow;
+    None for the running ones, which have none. Everything is recomputed from f: the gate's tensors are [B, N, D] at most,
+    and recomputing them is cheaper than saving them."""
     dtype = squeezed.dtype
     num_blocks = grad_gates.shape[1]
     w = parameters.each(lambda t: t.to(dtype))
     with autocast_off(squeezed.device):
-        bottleneck = activate(F.linear(squeezed, w.down_weight, w.down_bias), gating.activation)
-        z = F.linear(bottleneck, w.up_weight, w.up_bias)
-        y = normalise(z, w, gating).unflatten(1, (num_blocks, -1))
+        bottleneck, z = _excite(squeezed, w, gating)
+        y = _normalise_again(z, w, gating, statistics).unflatten(1, (num_blocks, -1))
         e = torch.sigmoid(y)
         g = s_norm(y, w.block_prior)
 
@@ -208,10 +258,13 @@ def gate_backward(
         dnorm_weight = dnorm_bias = None
         dz = dy
         if w.norm_weight is not None and w.running_mean is not None and w.running_var is not None:
-            inv_std = torch.rsqrt(w.running_var + gating.eps)
-            dnorm_weight = (dy * (z - w.running_mean) * inv_std).sum(dim=0)
-            dnorm_bias = dy.sum(dim=0)
-            dz = dy * (w.norm_weight * inv_std)
+            mean, inv_std = _running_statistics(w, gating) if statistics is None else statistics
+            normed = (z - mean) * inv_std
+            dnorm_weight, dnorm_bias = (dy * normed).sum(dim=0), dy.sum(dim=0)
+            if statistics is not None and len(squeezed) != 0:
+                # z moves its column's mean and variance, and with them every sentence's y.
+                dz = dy - dnorm_bias / len(squeezed) - normed * (dnorm_weight / len(squeezed))
+            dz = dz * (w.norm_weight * inv_std)
         dbottleneck = dz @ w.up_weight
         ddown = dbottleneck * slope(bottleneck, gating.activation)
         grads = GateParameters(
@@ -232,11 +285,30 @@ def gate_pool_backward(
     pooled: Tensor,  # p [B, N, D]
     parameters: GateParameters,
     gating: Gating,
+    statistics: BatchStatistics | None = None,
 ) -> tuple[Tensor, Tensor, GateParameters]:
     """dp = g do, and ``gate_backward`` of dg = do p: the backward of gate and pool together."""
-    gates = gate(squeezed, parameters, pooled.shape[1], gating)
+    with autocast_off(squeezed.device):
+        w = parameters.each(lambda t: t.to(squeezed.dtype))
+        _, excited = _excite(squeezed, w, gating)
+        excited = _normalise_again(excited, w, gating, statistics).unflatten(1, (pooled.shape[1], -1))
+        gates = s_norm(excited, w.block_prior)
     rows = grad_output.to(squeezed.dtype)[:, None]
-    return gates * rows, *gate_backward(rows * pooled, squeezed, parameters, gating)
+    return gates * rows, *gate_backward(rows * pooled, squeezed, parameters, gating, statistics)
+
+
+def gate_in_training_backward(
+    grad: Tensor,  # dg [B, N, D], or with p do [B, D]
+    squeezed: Tensor,
+    pooled: Tensor | None,
+    statistics: BatchStatistics,
+    parameters: GateParameters,
+    gating: Gating,
+) -> tuple[Tensor | None, Tensor, GateParameters]:
+    """dp (None without p), df and every parameter's gradient, behind ``gate_in_training``."""
+    if pooled is None:
+        return None, *gate_backward(grad, squeezed, parameters, gating, statistics)
+    return gate_pool_backward(grad, squeezed, pooled, parameters, gating, statistics)
 
 
 def pool(gates: Tensor, pooled: Tensor, dtype: torch.dtype) -> Tensor:
