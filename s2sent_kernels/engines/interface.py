@@ -17,6 +17,7 @@ from torch import Tensor
 from ..formula.call import (
     KERNEL_DTYPES,
     Batch,
+    BatchStatistics,
     Call,
     GateParameters,
     Gating,
@@ -117,6 +118,23 @@ class Engine(Protocol):
     ) -> tuple[Tensor, Tensor, GateParameters]:
         """dp, df and the parameters' gradients from do."""
 
+    def gate_in_training(
+        self, squeezed: Tensor, pooled: Tensor | None, parameters: GateParameters, gating: Gating, dtype: torch.dtype
+    ) -> tuple[Tensor, BatchStatistics]:
+        """g, or with p o in ``dtype``, and the statistics of the batch, which the gate used; profile "paper". Updates the running
+        statistics, which are there, in place with ``gating.momentum``."""
+
+    def gate_in_training_backward(
+        self,
+        grad: Tensor,
+        squeezed: Tensor,
+        pooled: Tensor | None,
+        statistics: BatchStatistics,
+        parameters: GateParameters,
+        gating: Gating,
+    ) -> tuple[Tensor | None, Tensor, GateParameters]:
+        """dp (None without p), df and the parameters' gradients from dg, or with p from do."""
+
     def fuse(self, batch: Batch, gates: Tensor) -> Tensor:
         """v: one read of each hidden state."""
 
@@ -127,6 +145,11 @@ class Engine(Protocol):
         self, batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(o, f, p): the whole selector, pooled. ``reading`` has a pooling."""
+
+    def select_pool_in_training(
+        self, batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating
+    ) -> tuple[Tensor, Tensor, Tensor, BatchStatistics]:
+        """(o, f, p) of ``select_pool``, with the statistics of the batch as in ``gate_in_training``."""
 
     def select(
         self, batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating

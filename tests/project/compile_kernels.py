@@ -71,7 +71,7 @@ def launch_all(size, frequencies, num_blocks, dtype):
     """Every launcher, in all variants that differ in what they load: masked and packed, pooled, tokens, backward."""
     from s2sent_kernels import S2SentSelector
     from s2sent_kernels.engines.triton import engine
-    from s2sent_kernels.formula.call import Batch, Gating, HiddenGradients, PartialSums, Place, Reading
+    from s2sent_kernels.formula.call import Batch, BatchStatistics, Gating, HiddenGradients, PartialSums, Place, Reading
 
     selector = S2SentSelector(size, num_blocks, BOTTLENECK, frequencies, block_prior=True).eval()
     parameters = selector.gate_parameters().each(torch.Tensor.detach)
@@ -86,11 +86,16 @@ def launch_all(size, frequencies, num_blocks, dtype):
         batch, needed = Batch(blocks, *where), [True] * num_blocks
         engine.select_pool(batch, pooled, parameters, tanh)
         engine.select(batch, tokens, parameters, tanh)
+        engine.select_pool_in_training(batch, pooled, parameters, tanh)
         engine.fuse_backward(blocks[0], batch)
         engine.squeeze_backward(HiddenGradients(squeezed=f, pooled=p), batch.layout, needed, pooled)
         engine.squeeze_backward(HiddenGradients(squeezed=f, fused=blocks[0], gates=p), batch.layout, needed, tokens)
     engine.gate_pool_backward(f.to(dtype), f, p, parameters, tanh)
     engine.gate_backward(p, f, parameters, relu)
+    statistics = BatchStatistics(*(torch.zeros(num_blocks * size) for _ in range(2)))
+    engine.gate_in_training(torch.zeros(MANY_SENTENCES, size), None, parameters, relu, dtype)
+    engine.gate_in_training_backward(f.to(dtype), f, p, statistics, parameters, tanh)
+    engine.gate_in_training_backward(p, f, None, statistics, parameters, relu)
     engine.gate(torch.empty(MANY_SENTENCES, size), parameters, num_blocks, tanh)
     groups = torch.empty(MANY_SENTENCES, engine.num_groups(num_blocks), size)
     sums = PartialSums(groups, torch.empty(MANY_SENTENCES, num_blocks, size))

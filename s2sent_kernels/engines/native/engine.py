@@ -20,7 +20,19 @@ import torch
 from torch import Tensor
 
 from ...formula import reference
-from ...formula.call import Batch, GateParameters, Gating, HiddenGradients, Layout, PartialSums, Place, Reading
+from ...formula.call import (
+    Batch,
+    BatchStatistics,
+    GateParameters,
+    Gating,
+    HiddenGradients,
+    Layout,
+    PartialSums,
+    Place,
+    Reading,
+)
+from ...formula.reference import gate_in_training
+from ...formula.reference import gate_in_training_backward as gate_in_training_backward
 from .layout import activation_number, as_float, dense, factors, float_parameters, pooling_number, tokens_of
 from .prepared import Prepared
 
@@ -242,6 +254,15 @@ def select_pool(
     squeezed, pooled = squeeze(batch, reading)
     assert pooled is not None
     return _pool(squeezed, pooled, parameters, gating, batch.dtype), squeezed, pooled
+
+
+def select_pool_in_training(
+    batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating
+) -> tuple[Tensor, Tensor, Tensor, BatchStatistics]:
+    squeezed, pooled = squeeze(batch, reading)
+    assert pooled is not None
+    output, statistics = gate_in_training(squeezed, pooled, parameters, gating, batch.dtype)
+    return output, squeezed, pooled, statistics
 
 
 def select(

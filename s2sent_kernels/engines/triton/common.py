@@ -237,6 +237,44 @@ def slope(s, ACTIVATION: tl.constexpr):
         tl.static_assert(False, "unknown activation")
 
 
+# ---------------------------------------------------------------- the mean of s over a batch
+
+
+@triton.jit
+def store_sum(p_sums, s, m_b, o_h, m_h):
+    """The float64 sum of these sentences' s. s: [BLOCK_B, BLOCK_H]."""
+    tl.store(p_sums + o_h, tl.sum(tl.where(m_b[:, None], s, 0.0).to(tl.float64), axis=0), mask=m_h)
+
+
+@triton.jit
+def mean_of_sums(p_sums, num_sentences, o_h, m_h, H: tl.constexpr, SENTENCES: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The mean of s over all sentences [BLOCK_H] in float64, from the sums of SENTENCES each."""
+    partials = tl.cdiv(num_sentences, SENTENCES)
+    total = tl.zeros([BLOCK_P, o_h.shape[0]], tl.float64)
+    for first in tl.range(0, partials, BLOCK_P):
+        o_p = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_P)  # [BLOCK_P]
+        m_p = (o_p < partials)[:, None] & m_h[None, :]
+        total += tl.load(p_sums + o_p[:, None] * H + o_h[None, :], mask=m_p, other=0.0)
+    return tl.sum(total, axis=0) / num_sentences.to(tl.float64)
+
+
+@triton.jit
+def two_floats(x):
+    """A float64 as the sum of two float32."""
+    high = x.to(tl.float32)
+    return high, (x - high.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def centred(p_bottleneck, mean, o_b, m_b, o_h, m_h, H: tl.constexpr):
+    """s - mean s of some sentences, [BLOCK_B, BLOCK_H]; 0 where there is no sentence. mean: ``two_floats``, because rounded to
+    one it would shift a column of z by more than columns of little variance allow."""
+    high, low = mean
+    m_bh = m_b[:, None] & m_h[None, :]
+    s = tl.load(p_bottleneck + o_b[:, None] * H + o_h[None, :], mask=m_bh, other=0.0)
+    return tl.where(m_bh, (s - high[None, :]) - low[None, :], 0.0)
+
+
 # ---------------------------------------------------------------- programmatic dependent launch
 
 

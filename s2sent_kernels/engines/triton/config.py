@@ -101,6 +101,32 @@ class GateBackwardTiles(NamedTuple):
 GATE_BACKWARD = GateBackwardTiles()
 
 
+class ColumnTile(NamedTuple):
+    """Columns of z that a program owns, over all sentences, ``sentences`` at a time."""
+
+    sentences: int
+    columns: int
+    block_h: int  # bottleneck, padded
+    num_warps: int
+    stages: int  # tiles of sentences in flight, of the loop with products
+    unroll: int  # the same of the loop without, if there is one
+
+
+class GateTrainingTiles(NamedTuple):
+    """Of the smaller kernels of the gate with batch statistics."""
+
+    sentences: int = 16  # x bottleneck whose s a program computes; as many enter a partial sum of s
+    block_h: int = 16
+    sum_rows: int = 2  # of ds
+    in_flight: int = 16  # partial sums of ds
+    unroll: int = 4
+    prior_rows: int = 128  # partial sums of the prior's gradient
+    num_warps: int = 4
+
+
+GATE_TRAINING = GateTrainingTiles()
+
+
 def _features(part: int, widest: int) -> int:
     """Features of a tile inside a part of ``part`` features: ``widest``, or fewer if that wastes fewer lanes. Rows under
     64 bytes would waste memory transactions instead."""
@@ -195,6 +221,24 @@ def gate_backward(num_blocks: int, bottleneck: int) -> GateBackwardTile | None:
     if bottleneck > MAX_BOTTLENECK or block_d < 4:  # rows of p under 16 bytes
         return None
     return GateBackwardTile(16, block_d, 16, block_h, 8)
+
+
+@functools.cache
+def gate_statistics(bottleneck: int) -> ColumnTile:
+    """Of the kernel that computes the statistics of the batch."""
+    block_h = max(16, 1 << (bottleneck - 1).bit_length())
+    if block_h <= 64:
+        return ColumnTile(64, 32, block_h, 4, 2, 1)
+    return ColumnTile(4096 // block_h, 16, block_h, 8, 1, 1)
+
+
+@functools.cache
+def gate_training_backward(bottleneck: int) -> ColumnTile:
+    """Of the kernel that takes from dy what moves a column's mean and variance."""
+    block_h = max(16, 1 << (bottleneck - 1).bit_length())
+    if block_h <= 64:
+        return ColumnTile(32, 32, block_h, 4, 2, 4)
+    return ColumnTile(16, 16, block_h, 4, 2, 4)
 
 
 @functools.cache

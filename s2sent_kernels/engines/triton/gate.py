@@ -3,7 +3,8 @@
     s = act(W1 f + b1),  z_n = W2_n s + b2_n,  e_n = sigmoid(BN_n(z_n)),  g_n = exp(e_n + c_n) / sum_n' exp(e_n' + c_n')
     o[b,d] = sum_n g[b,n,d] p[b,n,d]
 
-For inference and for autograd's forward with running statistics (profile ``paper``). A program computes a few sentences and a
+For inference and for autograd's forward (profile ``paper``); with batch statistics after the launches of ``gate_training``,
+which leave s - mean s in place of t. A program computes a few sentences and a
 tile of features of every block: the blocks' features lie side by side as the columns of one product, cut into PIECES of a
 power of two of blocks. It loads its slice of W2, and all else that squeeze does not write, before it waits for squeeze. W1 f
 arrives from squeeze's launch as sums over its feature tiles (t), which are added here in ascending order; otherwise every
@@ -54,6 +55,7 @@ def up_weight(
 def folded_norm(
     p_up_bias,
     norm,  # pointers to (weight, bias, running mean, running variance), or Nones
+    p_rstd,  # of a batch whose s is centred; None for the running statistics
     prior_and_highest,  # (pointer to c or None, max c)
     i_tile,
     D: tl.constexpr,
@@ -70,10 +72,15 @@ def folded_norm(
     d = i_tile * BLOCK_D + o_column % BLOCK_D
     o_nd = n * D + d
     m_nd = d < D
-    shift = tl.load(p_up_bias + o_nd, mask=m_nd, other=0.0).to(tl.float32)
     scale = tl.full([PIECE * BLOCK_D], 1.0, tl.float32)
     prior = tl.zeros([PIECE * BLOCK_D], tl.float32)
-    if p_norm_weight is not None:
+    if p_rstd is not None:
+        weight = tl.load(p_norm_weight + o_nd, mask=m_nd, other=0.0).to(tl.float32)
+        scale = weight * tl.load(p_rstd + o_nd, mask=m_nd, other=0.0)
+        shift = tl.load(p_norm_bias + o_nd, mask=m_nd, other=0.0).to(tl.float32)
+    else:
+        shift = tl.load(p_up_bias + o_nd, mask=m_nd, other=0.0).to(tl.float32)
+    if p_running_mean is not None:
         variance = tl.load(p_running_var + o_nd, mask=m_nd, other=1.0).to(tl.float32)
         mean = tl.load(p_running_mean + o_nd, mask=m_nd, other=0.0).to(tl.float32)
         weight = tl.load(p_norm_weight + o_nd, mask=m_nd, other=0.0).to(tl.float32)
@@ -121,14 +128,15 @@ def over_blocks(values, PIECE: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_sentences"])
 def gate_kernel(
-    p_bottleneck,  # t [B, T, H] float32, whose sum over T is W1 f
-    p_down_bias,  # b1 [H]
+    p_bottleneck,  # t [B, T, H] float32, whose sum over T is W1 f; with p_rstd s - mean s [B, H], T = 1
+    p_down_bias,  # b1 [H], None with p_rstd
     p_up_weight,  # W2 [N * D, H]
     p_up_bias,  # b2 [N * D]
     p_norm_weight,  # [N * D] or None, with the next three
     p_norm_bias,
-    p_running_mean,
+    p_running_mean,  # None with p_rstd, as the next
     p_running_var,
+    p_rstd,  # [N * D] float32 of the batch, or None
     p_prior,  # c [N] or None
     p_pooled,  # p [B, N, D] float32; None if the gates are the output
     p_output,  # o [B, D], or g [B, N, D] float32
@@ -162,7 +170,8 @@ def gate_kernel(
     if OVERLAP:
         allow_next_launch()
 
-    bias1 = tl.load(p_down_bias + o_h, mask=m_h, other=0.0).to(tl.float32)
+    if p_down_bias is not None:
+        bias1 = tl.load(p_down_bias + o_h, mask=m_h, other=0.0).to(tl.float32)
     highest = 0.0
     if p_prior is not None:
         o_n = tl.arange(0, PADDED_N)  # [PADDED_N]
@@ -174,9 +183,15 @@ def gate_kernel(
     if AHEAD:
         for i in tl.static_range(len(PIECES)):
             up_weights = up_weights + (up_weight(p_up_weight, o_h, m_h, i_tile, D, H, BLOCK_D, STARTS[i], PIECES[i]),)
-            folded = folded + (folded_norm(p_up_bias, norm, prior, i_tile, D, EPS, BLOCK_D, STARTS[i], PIECES[i]),)
+            if p_rstd is None:
+                shifts = folded_norm(p_up_bias, norm, None, prior, i_tile, D, EPS, BLOCK_D, STARTS[i], PIECES[i])
+                folded = folded + (shifts,)
     if OVERLAP:
         wait_for_previous()
+    if AHEAD and p_rstd is not None:  # the previous launch wrote it
+        for i in tl.static_range(len(PIECES)):
+            shifts = folded_norm(p_up_bias, norm, p_rstd, prior, i_tile, D, EPS, BLOCK_D, STARTS[i], PIECES[i])
+            folded = folded + (shifts,)
     pools = ()
     if AHEAD and p_pooled is not None:
         for i in tl.static_range(len(PIECES)):
@@ -187,8 +202,9 @@ def gate_kernel(
     p_t = p_bottleneck + o_b[:, None] * (T * H) + o_h[None, :]
     for tile in tl.range(0, T, loop_unroll_factor=UNROLL):
         s += tl.load(p_t + tile * H, mask=m_b[:, None] & m_h[None, :], other=0.0)
-    s += bias1[None, :]
-    s = activate(s, ACTIVATION)
+    if p_down_bias is not None:
+        s += bias1[None, :]
+        s = activate(s, ACTIVATION)
     s = tl.where(m_h[None, :], s, 0.0)  # an inf in f times the padding's zeros would be NaN
 
     weights = ()  # exp(e + c), [BLOCK_B, PIECES[i] * BLOCK_D] each
@@ -200,7 +216,7 @@ def gate_kernel(
             scale, shift, c = folded[i]
         else:
             w = up_weight(p_up_weight, o_h, m_h, i_tile, D, H, BLOCK_D, STARTS[i], PIECES[i])
-            scale, shift, c = folded_norm(p_up_bias, norm, prior, i_tile, D, EPS, BLOCK_D, STARTS[i], PIECES[i])
+            scale, shift, c = folded_norm(p_up_bias, norm, p_rstd, prior, i_tile, D, EPS, BLOCK_D, STARTS[i], PIECES[i])
         if p_pooled is not None:
             if AHEAD:
                 p = pools[i]
@@ -232,7 +248,7 @@ def gate_kernel(
 
 # ---------------------------------------------------------------- launchers
 
-launch_gate = direct(gate_kernel)
+launch_gate_kernel = direct(gate_kernel)
 
 
 def fits(parameters: GateParameters) -> bool:
@@ -247,30 +263,33 @@ def fits(parameters: GateParameters) -> bool:
     return False
 
 
-def _launch(
-    bottleneck: Tensor,  # t [B, T, H]
+def launch_gate(
+    bottleneck: Tensor,  # t [B, T, H], or with rstd s - mean s [B, 1, H]
     parameters: GateParameters,
-    num_blocks: int,
     gating: Gating,
     pooled: Tensor | None,
     output: Tensor,
+    rstd: Tensor | None = None,  # of the batch
 ) -> None:
+    """Writes o, or without p the gates."""
     num_sentences, hidden_size = output.shape[0], output.shape[-1]
     if num_sentences == 0:
         return
+    num_blocks = parameters.up_weight.shape[0] // hidden_size
     tile = config.gate(num_blocks, parameters.bottleneck, hidden_size, num_sentences)
     overlap = launches_overlap(output.device)
     w = contiguous(parameters)
-    launch_gate(
+    launch_gate_kernel(
         cdiv(num_sentences, tile.sentences) * cdiv(hidden_size, tile.block_d),
         p_bottleneck=bottleneck,
-        p_down_bias=w.down_bias,
+        p_down_bias=w.down_bias if rstd is None else None,
         p_up_weight=w.up_weight,
         p_up_bias=w.up_bias,
         p_norm_weight=w.norm_weight,
         p_norm_bias=w.norm_bias,
-        p_running_mean=w.running_mean,
-        p_running_var=w.running_var,
+        p_running_mean=w.running_mean if rstd is None else None,
+        p_running_var=w.running_var if rstd is None else None,
+        p_rstd=rstd,
         p_prior=w.block_prior,
         p_pooled=pooled,
         p_output=output,
@@ -294,7 +313,7 @@ def _gates(done: Squeezed, parameters: GateParameters, num_blocks: int, gating: 
     if done.bottleneck is None:
         return reference.gate(done.f, parameters, num_blocks, gating)
     gates = done.f.new_empty(done.f.shape[0], num_blocks, done.f.shape[1])
-    _launch(done.bottleneck, parameters, num_blocks, gating, None, gates)
+    launch_gate(done.bottleneck, parameters, gating, None, gates)
     return gates
 
 
@@ -304,7 +323,7 @@ def pool(done: Squeezed, pooled: Tensor, parameters: GateParameters, gating: Gat
     if done.bottleneck is None:
         return reference.pool(reference.gate(done.f, parameters, num_blocks, gating), pooled, dtype)
     output = torch.empty_like(done.f, dtype=dtype)
-    _launch(done.bottleneck, parameters, num_blocks, gating, pooled, output)
+    launch_gate(done.bottleneck, parameters, gating, pooled, output)
     return output
 
 

@@ -4,7 +4,8 @@
     dlogits_n = g_n (dg_n - sum_n' g_n' dg_n'),  dy_n = dlogits_n e_n (1 - e_n),  dz_n = dy_n w_n / sqrt(var_n + eps)
     dW2_n = dz_n^T s,  ds = sum_n dz_n W2_n,  ddown = ds act',  dW1 = ddown^T f,  df = ddown W1
 
-Four launches, because ds sums over all features and dW1 over all sentences; the last two are in ``gate_backward_sums``:
+Four launches, because ds sums over all features and dW1 over all sentences; the last two are in ``gate_backward_sums``. With
+batch statistics ``gate_training_backward`` goes on from dy.
 
     gate_backward_bottleneck_kernel   s [B, H]
     gate_backward_kernel              a few sentences x a few features, with all of their blocks side by side: z is computed
@@ -19,13 +20,15 @@ as dy^T s and scaled afterwards. Every sum has one order, and a sentence's df an
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...formula import reference
-from ...formula.call import GateParameters, Gating
+from ...formula.call import BatchStatistics, GateParameters, Gating
 from ..interface import say_once
 from . import config
 from .common import activate
@@ -77,12 +80,14 @@ def gate_backward_kernel(
     p_up_bias,  # b2 [N * D]
     p_norm_weight,  # [N * D] or None, with the next three
     p_norm_bias,
-    p_running_mean,
+    p_mean,  # running, or of the batch
     p_running_var,
+    p_rstd,  # [N * D] of the batch in place of p_running_var, or None
     p_prior,  # c [N] or None
     p_grad_pooled,  # dp [B, N, D] float32, or None
     p_grad_y,  # dy [B, N, D] float32
-    p_grad_bottleneck,  # [TILES, B, H] float32, ds of each tile of features
+    p_normed,  # (z - mean) rstd [B, N, D] float32 with p_rstd, or None
+    p_grad_bottleneck,  # [TILES, B, H] float32, ds of each tile of features; None with p_rstd, as the next
     p_norm_sums,  # [programs of sentences, N * D] float32, sums of dy (z - mean) / sqrt(var + eps); None without norm
     p_prior_sums,  # [programs, N] float32, sums of dlogits, or None
     num_sentences,
@@ -92,6 +97,7 @@ def gate_backward_kernel(
     EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
+    WHOLE: tl.constexpr,  # batch statistics, of no more sentences than a program takes
 ):
     BLOCK_B: tl.constexpr = TILE.sentences
     BLOCK_D: tl.constexpr = TILE.block_d
@@ -121,9 +127,13 @@ def gate_backward_kernel(
         dg = tl.load(p_grad + o_bnd, mask=m_bnd, other=0.0)
     bias = tl.load(p_up_bias + o_nd, mask=m_nd, other=0.0).to(tl.float32)
     if p_norm_weight is not None:
-        variance = tl.load(p_running_var + o_nd, mask=m_nd, other=1.0).to(tl.float32)
-        bias -= tl.load(p_running_mean + o_nd, mask=m_nd, other=0.0).to(tl.float32)
-        inv_std = 1.0 / tl.sqrt_rn(variance + EPS)
+        if p_rstd is None:
+            variance = tl.load(p_running_var + o_nd, mask=m_nd, other=1.0).to(tl.float32)
+        bias -= tl.load(p_mean + o_nd, mask=m_nd, other=0.0).to(tl.float32)
+        if p_rstd is None:
+            inv_std = 1.0 / tl.sqrt_rn(variance + EPS)
+        else:
+            inv_std = tl.load(p_rstd + o_nd, mask=m_nd, other=0.0)
         norm_weight = tl.load(p_norm_weight + o_nd, mask=m_nd, other=0.0).to(tl.float32)
         norm_bias = tl.load(p_norm_bias + o_nd, mask=m_nd, other=0.0).to(tl.float32)
 
@@ -138,6 +148,13 @@ def gate_backward_kernel(
     z += bias[None, :]
     if p_norm_weight is not None:
         z *= inv_std[None, :]
+        if WHOLE:
+            # s comes from other sums than the forward's, and few sentences may lie so close that its rounding shows. Normalised
+            # by their own sums, they are to each other as in PyTorch, which keeps z.
+            count = num_sentences.to(tl.float32)
+            z -= tl.div_rn(tl.sum(tl.where(m_bnd, z, 0.0), axis=0), count)[None, :]
+            square = tl.div_rn(tl.sum(tl.where(m_bnd, z * z, 0.0), axis=0), count)  # var rstd^2
+            z *= (1.0 / tl.sqrt_rn(square + EPS * inv_std * inv_std))[None, :]
         y = z * norm_weight[None, :] + norm_bias[None, :]
     else:
         y = z
@@ -161,21 +178,24 @@ def gate_backward_kernel(
     dlogits = tl.where(m_bnd, tl.reshape(dlogits, [BLOCK_B, COLUMNS]), 0.0)
     dy = tl.where(m_bnd, dlogits * e * (1.0 - e), 0.0)  # [BLOCK_B, COLUMNS]
     tl.store(p_grad_y + o_bnd, dy, mask=m_bnd)
+    if p_normed is not None:
+        tl.store(p_normed + o_bnd, z, mask=m_bnd)
     dz = dy
-    if p_norm_weight is not None:
+    if p_norm_sums is not None:
         dz = dy * (norm_weight * inv_std)[None, :]
         sums = tl.sum(tl.where(m_bnd, dy * z, 0.0), axis=0)  # [COLUMNS]
         tl.store(p_norm_sums + index // TILES * (N * D) + o_nd, sums, mask=m_nd)
     if p_prior is not None:
         of_blocks = tl.sum(tl.reshape(tl.sum(dlogits, axis=0), [PADDED_N, BLOCK_D]), axis=1)  # [PADDED_N]
         tl.store(p_prior_sums + index * N + o_n, of_blocks, mask=o_n < N)
-    # Loaded again, from the cache: kept until here, W2 would overflow the registers.
-    w = tl.load(
-        p_up_weight + o_nd.to(tl.int64)[:, None] * H + o_h[None, :], mask=m_nd[:, None] & m_h[None, :], other=0.0
-    )  # [COLUMNS, BLOCK_H]
-    ds = tl.dot(dz, w.to(tl.float32), input_precision=PRECISION)  # [BLOCK_B, BLOCK_H]
-    p_ds = p_grad_bottleneck + (i_tile.to(tl.int64) * num_sentences + o_b[:, None]) * H + o_h[None, :]
-    tl.store(p_ds, ds, mask=m_b[:, None] & m_h[None, :])
+    if p_grad_bottleneck is not None:
+        # Loaded again, from the cache: kept until here, W2 would overflow the registers.
+        w = tl.load(
+            p_up_weight + o_nd.to(tl.int64)[:, None] * H + o_h[None, :], mask=m_nd[:, None] & m_h[None, :], other=0.0
+        )  # [COLUMNS, BLOCK_H]
+        ds = tl.dot(dz, w.to(tl.float32), input_precision=PRECISION)  # [BLOCK_B, BLOCK_H]
+        p_ds = p_grad_bottleneck + (i_tile.to(tl.int64) * num_sentences + o_b[:, None]) * H + o_h[None, :]
+        tl.store(p_ds, ds, mask=m_b[:, None] & m_h[None, :])
 
 
 # ---------------------------------------------------------------- launchers
@@ -204,30 +224,41 @@ def _fresh(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _launch(
+class Results(NamedTuple):
+    """Memory for what a backward pass returns."""
+
+    grad_pooled: Tensor | None  # dp [B, N, D], with p
+    grad_squeezed: Tensor  # df [B, D]
+    grads: GateParameters
+
+    @staticmethod
+    def of(squeezed: Tensor, pooled: Tensor | None, parameters: GateParameters) -> Results:
+        """For no sentences already what it holds: zeros."""
+        with_gradient = parameters._replace(running_mean=None, running_var=None)
+        return Results(
+            None if pooled is None else torch.empty_like(pooled),
+            torch.empty_like(squeezed),
+            with_gradient.each(_fresh if len(squeezed) else torch.zeros_like),
+        )
+
+
+def launch_gates(
     grad: Tensor,  # do [B, D] with p, dg [B, N, D] without
-    pooled: Tensor | None,
     squeezed: Tensor,
-    parameters: GateParameters,
-    num_blocks: int,
+    pooled: Tensor | None,
+    statistics: BatchStatistics | None,  # None: the running ones
+    w: GateParameters,
     gating: Gating,
-) -> tuple[Tensor | None, Tensor, GateParameters]:
-    """dp (with p), df and the parameters' gradients."""
+    results: Results,
+) -> Work:
+    """Recomputes the gates and writes dp, dy, and ds, or with batch statistics the normalised z. ``w``: contiguous."""
     num_sentences, hidden_size = squeezed.shape
-    bottleneck = parameters.bottleneck
+    bottleneck, num_blocks, running = w.bottleneck, w.up_weight.shape[0] // hidden_size, statistics is None
     tile = config.gate_backward(num_blocks, bottleneck)
     assert tile is not None
-    grad_pooled = None if pooled is None else torch.empty_like(pooled)
-    grad_squeezed = torch.empty_like(squeezed)
-    with_gradient = parameters._replace(running_mean=None, running_var=None)
-    if num_sentences == 0:
-        return grad_pooled, grad_squeezed, with_gradient.each(torch.zeros_like)
-    grads = with_gradient.each(_fresh)
-    w = contiguous(parameters)
     rows, tiles = cdiv(num_sentences, tile.sentences), cdiv(hidden_size, tile.block_d)
-    shape = (num_sentences, num_blocks, hidden_size)
-    work = Work.of(shape, w, squeezed, tile.sentences, tiles)
     t = config.GATE_BACKWARD
+    work = Work.of((num_sentences, num_blocks, hidden_size), w, squeezed, rows, tiles, running)
     programs = cdiv(num_sentences, t.sentences) * cdiv(bottleneck, t.sentences)
     launch_gate_backward_bottleneck(
         programs,
@@ -255,11 +286,13 @@ def _launch(
         p_up_bias=w.up_bias,
         p_norm_weight=w.norm_weight,
         p_norm_bias=w.norm_bias,
-        p_running_mean=w.running_mean,
-        p_running_var=w.running_var,
+        p_mean=w.running_mean if statistics is None else statistics.mean,
+        p_running_var=w.running_var if statistics is None else None,
+        p_rstd=None if statistics is None else statistics.rstd,
         p_prior=w.block_prior,
-        p_grad_pooled=grad_pooled,
+        p_grad_pooled=results.grad_pooled,
         p_grad_y=work.grad_y,
+        p_normed=work.normed,
         p_grad_bottleneck=work.grad_bottleneck,
         p_norm_sums=work.norm_sums,
         p_prior_sums=work.prior_sums,
@@ -270,11 +303,26 @@ def _launch(
         EPS=gating.eps,
         PRECISION=PRECISION,
         TILE=tile,
+        WHOLE=not running and num_sentences <= tile.sentences,
         num_warps=tile.num_warps,
     )
-    sum_up(shape, work, w, grads, gating, tile)
-    sum_down(work.grad_down, squeezed, w, grads, grad_squeezed)
-    return grad_pooled, grad_squeezed, grads
+    return work
+
+
+def _launch(
+    grad: Tensor,  # do [B, D] with p, dg [B, N, D] without
+    pooled: Tensor | None,
+    squeezed: Tensor,
+    parameters: GateParameters,
+    gating: Gating,
+) -> Results:
+    results = Results.of(squeezed, pooled, parameters)
+    if len(squeezed) != 0:
+        w = contiguous(parameters)
+        work = launch_gates(grad, squeezed, pooled, None, w, gating, results)
+        sum_up(work, w, results.grads, gating)
+        sum_down(work.grad_down, squeezed, w, results.grads, results.grad_squeezed)
+    return results
 
 
 def gate_backward(
@@ -285,8 +333,8 @@ def gate_backward(
     if not fits(parameters, num_blocks):
         return reference.gate_backward(grad_gates, squeezed, parameters, gating)
     grad = grad_gates.to(torch.float32).contiguous()
-    _, grad_squeezed, grads = _launch(grad, None, squeezed.contiguous(), parameters, num_blocks, gating)
-    return grad_squeezed, grads
+    results = _launch(grad, None, squeezed.contiguous(), parameters, gating)
+    return results.grad_squeezed, results.grads
 
 
 def gate_pool_backward(
@@ -296,8 +344,6 @@ def gate_pool_backward(
     num_blocks = pooled.shape[1]
     if not fits(parameters, num_blocks):
         return reference.gate_pool_backward(grad_output, squeezed, pooled, parameters, gating)
-    grad_pooled, grad_squeezed, grads = _launch(
-        grad_output.contiguous(), pooled.contiguous(), squeezed.contiguous(), parameters, num_blocks, gating
-    )
-    assert grad_pooled is not None
-    return grad_pooled, grad_squeezed, grads
+    results = _launch(grad_output.contiguous(), pooled.contiguous(), squeezed.contiguous(), parameters, gating)
+    assert results.grad_pooled is not None
+    return results.grad_pooled, results.grad_squeezed, results.grads

@@ -28,29 +28,34 @@ _SLICE = 64  # elements: slices of an allocation begin at multiples of it, so th
 class Work(NamedTuple):
     """What one launch of gate_backward leaves in memory for the next: float32, flat, slices of one allocation."""
 
+    shape: tuple[int, int, int]  # B, N, D
+    prior_rows: int  # programs of sentences * TILES
     s: Tensor  # [B, H]
     grad_y: Tensor  # dy [B, N, D]
-    grad_bottleneck: Tensor  # ds of each feature tile [TILES, B, H]
+    normed: Tensor | None  # (z - mean) rstd [B, N, D], with batch statistics
+    grad_bottleneck: Tensor | None  # ds of each feature tile [TILES, B, H], with running statistics
     grad_down: Tensor  # ddown [B, H]
     norm_sums: Tensor | None  # [programs of sentences, N * D], sums of dy (z - mean) / sqrt(var + eps)
     prior_sums: Tensor | None  # [programs of sentences * TILES, N], sums of dlogits
 
     @staticmethod
-    def of(pooled_shape: tuple[int, int, int], w: GateParameters, like: Tensor, sentences: int, tiles: int) -> Work:
-        """For B, N, D and a gate ``w``; ``sentences`` to a program, ``tiles`` of features."""
-        num_sentences, num_blocks, hidden_size = pooled_shape
-        rows = cdiv(num_sentences, sentences)
-        sizes = [
-            num_sentences * w.bottleneck,
-            num_sentences * num_blocks * hidden_size,
-            tiles * num_sentences * w.bottleneck,
-            num_sentences * w.bottleneck,
-            0 if w.norm_weight is None else rows * num_blocks * hidden_size,
-            0 if w.block_prior is None else rows * tiles * num_blocks,
-        ]
-        sizes = [cdiv(size, _SLICE) * _SLICE for size in sizes]
-        s, dy, ds, ddown, norm_sums, prior_sums = like.new_empty(sum(sizes)).split_with_sizes(sizes)
-        return Work(s, dy, ds, ddown, norm_sums if sizes[4] else None, prior_sums if sizes[5] else None)
+    def of(shape: tuple[int, int, int], w: GateParameters, like: Tensor, rows: int, tiles: int, running: bool) -> Work:
+        """For B, N, D and a gate ``w``, in one allocation; ``rows`` of programs for the sentences, ``tiles`` of features."""
+        num_sentences, num_blocks, hidden_size = shape
+        states, narrow = num_sentences * num_blocks * hidden_size, num_sentences * w.bottleneck
+        sizes = {
+            "s": narrow,
+            "grad_y": states,
+            "normed": 0 if running else states,
+            "grad_bottleneck": tiles * narrow if running else 0,
+            "grad_down": narrow,
+            "norm_sums": rows * num_blocks * hidden_size if running and w.norm_weight is not None else 0,
+            "prior_sums": 0 if w.block_prior is None else rows * tiles * num_blocks,
+        }
+        padded = [cdiv(size, _SLICE) * _SLICE for size in sizes.values()]
+        slices = like.new_empty(sum(padded)).split_with_sizes(padded)
+        named = {name: part if len(part) else None for name, part in zip(sizes, slices, strict=True)}
+        return Work(shape, rows * tiles, **named)  # type: ignore[arg-type]
 
 
 @triton.jit(do_not_specialize=["num_sentences"])
@@ -206,17 +211,11 @@ launch_gate_backward_up = direct(gate_backward_up_kernel)
 launch_gate_backward_down = direct(gate_backward_down_kernel)
 
 
-def sum_up(
-    pooled_shape: tuple[int, int, int],
-    work: Work,
-    w: GateParameters,
-    grads: GateParameters,
-    gating: Gating,
-    tile: config.GateBackwardTile,
-) -> None:
-    """Writes ddown, and the gradients of W2, b2, the norm and the prior. ``pooled_shape``: B, N, D; ``w``: contiguous
-    parameters."""
-    num_sentences, num_blocks, hidden_size = pooled_shape
+def sum_up(work: Work, w: GateParameters, grads: GateParameters, gating: Gating) -> None:
+    """Writes ddown, and the gradients of W2, b2, the norm and the prior. ``w``: contiguous parameters."""
+    num_sentences, num_blocks, hidden_size = work.shape
+    tile = config.gate_backward(num_blocks, w.bottleneck)
+    assert tile is not None and work.grad_bottleneck is not None
     t = config.GATE_BACKWARD
     programs = cdiv(num_blocks * hidden_size, t.rows) + cdiv(num_sentences, t.sum_rows)
     programs += work.prior_sums is not None

@@ -1,8 +1,7 @@
-"""What every launcher does before it launches: lay out the hidden states, pass the mask, guard the device."""
+"""What every launcher does before it launches: lay out the hidden states, pass the mask."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,11 +21,6 @@ _LOAD_BYTES = 16  # one 128-bit load
 FUSE_MULTIPLY_ADD = False
 
 
-def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Makes the tensor's device the current one; Triton launches on that device's current stream."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 @functools.cache
 def launches_overlap(device: torch.device) -> bool:
     """Whether a kernel may start before the previous one has ended (programmatic dependent launch, from sm_90 on). Its
@@ -35,11 +29,6 @@ def launches_overlap(device: torch.device) -> bool:
         return False
     target = driver.active.get_current_target()
     return target.backend == "cuda" and target.arch >= 90
-
-
-def early(overlap: bool) -> dict[str, bool]:
-    """The launch option for programmatic dependent launch, absent where the backend does not know it."""
-    return {"launch_pdl": True} if overlap else {}
 
 
 def cdiv(a: int, b: int) -> int:
