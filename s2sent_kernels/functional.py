@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from . import ops, validate
-from .engines.choice import choose
+from .engines.choice import choose, engine_of
 from .formula import reference
 from .formula.call import ACTIVATIONS, POOLINGS, PROFILES, Batch, Call, GateParameters, Gating, Reading
+from .ops import direct
+from .ops.library import is_ordinary
 from .ops.write_once import FuseFromCarriers, SqueezeForFuse
 
 GateFunction = Callable[[Tensor], Tensor]  # f [B, D] -> g [B, N, D]
@@ -132,10 +134,24 @@ def gate_squeezed(
     # While a graph is traced N may be symbolic, and the choice takes constants alone.
     known_blocks = None if torch.compiler.is_compiling() else num_blocks
     chosen = choose(backend, Call(squeezed.device, squeezed.dtype, num_blocks=known_blocks))
-    if chosen == "reference" or gating.training or gating.profile != "paper":
+    if chosen == "reference" or gating.profile != "paper":
         validate.gate(parameters, gating, num_blocks, squeezed)
         return reference.gate(squeezed, parameters, num_blocks, gating)
+    if gating.training:
+        validate.gate(parameters, gating, num_blocks, squeezed)
+        if not _trains_in_kernels((squeezed,), parameters, len(squeezed)):
+            return reference.gate(squeezed, parameters, num_blocks, gating)
+        how = direct.How(Reading(frequencies=1), gating, chosen, engine_of(chosen))
+        return direct.GateInTraining.apply(how, squeezed, *parameters)
     return ops.gate.run(squeezed, parameters, num_blocks, gating, chosen)
+
+
+def _trains_in_kernels(tensors: Sequence[Tensor], parameters: GateParameters, num_sentences: int) -> bool:
+    """Whether an engine computes batch statistics. No op does: what is traced or transformed takes plain PyTorch, and so does
+    what has no statistics, a gate without norm or fewer than two sentences."""
+    if parameters.running_mean is None or not is_ordinary((*tensors, *parameters)):
+        return False
+    return num_sentences > 1
 
 
 def fuse(
@@ -181,6 +197,19 @@ def select_pool_with(gate_function: GateFunction, batch: Batch, reading: Reading
     squeezed, pooled = squeeze_batch(batch, reading, backend)
     assert pooled is not None
     return reference.pool(gate_function(squeezed), pooled, batch.dtype)
+
+
+def select_pool_in_training(
+    batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, backend: str
+) -> Tensor:
+    """o with batch statistics."""
+    chosen = choose(backend, Call.of(batch))
+    if chosen == "reference" or not _trains_in_kernels(batch.hidden_states, parameters, batch.num_sentences):
+        return select_pool_with(_gate_function(batch, parameters, gating, backend), batch, reading, backend)
+    validate.select(batch, reading, parameters, gating)
+    validate.cu_seqlens_values(batch)
+    how = direct.How(reading, gating, chosen, engine_of(chosen))
+    return direct.SelectPool.apply(how, batch.attention_mask, batch.cu_seqlens, *parameters, *batch.hidden_states)
 
 
 def _gate_function(batch: Batch, parameters: GateParameters, gating: Gating, backend: str) -> GateFunction:
@@ -242,7 +271,9 @@ def select_pool(
     validate.parameter_types(parameters)
     validate.number("eps", eps)
     reading, gating = _reading(frequencies, profile, pooling), _gating(activation, eps, profile, training, momentum)
-    if profile != "paper" or training:
+    if profile == "paper" and training:
+        return select_pool_in_training(batch, reading, parameters, gating, backend)
+    if profile != "paper":
         return select_pool_with(_gate_function(batch, parameters, gating, backend), batch, reading, backend)
     return select_pool_fused(batch, reading, parameters, gating, backend)
 

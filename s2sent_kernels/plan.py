@@ -32,7 +32,7 @@ from .formula.call import (
     Profile,
     Reading,
 )
-from .ops.direct import How, Select, SelectPool
+from .ops.direct import How, Select, SelectPool, select_pool
 from .ops.library import dispatcher_is_idle
 
 _TENSORS = ({Tensor}, {Tensor, nn.Parameter}, {nn.Parameter})
@@ -54,16 +54,16 @@ class Planned(Protocol):
 
     def gating(self) -> Gating: ...
 
-    def gate_parameters(self) -> GateParameters | None: ...
-
 
 class Plan:
-    """The eager calls of a selector whose gate is ``parameters`` alone, with running statistics."""
+    """The eager calls of a selector whose gate is ``parameters`` alone."""
 
     def __init__(self, selector: Planned, parameters: GateParameters, identity: tuple[Any, ...]) -> None:
         self.identity, self.parameters = identity, parameters
         self.num_blocks, self.hidden_size, self.backend = selector.num_blocks, selector.hidden_size, selector.backend
-        self.gating = selector.gating()
+        norm = selector._modules.get("norm")
+        self.norm = norm if isinstance(norm, nn.BatchNorm1d) and norm.training else None  # where batch statistics count
+        self.gating = selector.gating()._replace(training=self.norm is not None)
         self._readings: dict[str | None, Reading] = {word: selector.reading(word) for word in (None, *POOLINGS)}
         self._present = [tensor for tensor in parameters if tensor is not None]
         self._memory = self._where()
@@ -79,22 +79,26 @@ class Plan:
         how = self._how(hidden_states, pooling)
         if how is None:
             return None
-        if not gradient and how.prepared is not None:
+        if not gradient and self.norm is None and how.prepared is not None:
             found = how.prepared.select_pool(hidden_states, attention_mask, cu_seqlens, how.reading.pooling)
             if found:
                 return found[0]
         batch = self._batch(hidden_states, attention_mask, cu_seqlens)
         if batch is None:
             return None
+        if self.norm is not None:
+            if batch.num_sentences < 2:
+                return None
+            how = how._replace(gating=self.gating._replace(momentum=count_batch(self.norm)))
         if gradient:
             return SelectPool.apply(how, attention_mask, cu_seqlens, *self.parameters, *hidden_states)
-        return how.engine.select_pool(batch, how.reading, self.parameters, how.gating)[0]
+        return select_pool(how, batch, self.parameters)[0]
 
     def fuse(
         self, hidden_states: Sequence[Tensor], attention_mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> Tensor | None:
-        """v like a hidden state, or None."""
-        if not self._are_plain(hidden_states, attention_mask, cu_seqlens):
+        """v like a hidden state, or None. With batch statistics the three stages are computed one by one."""
+        if self.norm is not None or not self._are_plain(hidden_states, attention_mask, cu_seqlens):
             return None
         gradient = self._wants_gradient(hidden_states)
         how = self._how(hidden_states, None)
@@ -213,7 +217,19 @@ def plain_tensors(selector: Planned) -> GateParameters | None:
             if statistics[0] is None or statistics[1] is None:
                 return None
             tensors += statistics
-    return GateParameters._make([*tensors, selector._parameters.get("block_prior")])
+    prior = selector._parameters.get("block_prior")
+    if prior is not None and not is_ordinary(prior):
+        return None
+    return GateParameters._make([*tensors, prior])
+
+
+def count_batch(norm: nn.BatchNorm1d) -> float:
+    """As nn.BatchNorm1d before it normalises in training: count the batch, and return its weight."""
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # cumulative average
+            return 1.0 / norm.num_batches_tracked.item()
+    return 0.0 if norm.momentum is None else norm.momentum
 
 
 def _is_ordinary(tensor: object) -> bool:
@@ -227,15 +243,15 @@ def _is_ordinary_while_traced(tensor: object) -> bool:
 
 def plan_of(selector: Planned) -> Plan | None:
     """The plan for ``selector`` as it is now, kept on it. None where there can be none: something traces or transforms the
-    call, the gate's parts are not plain, it uses batch statistics, or its profile is "official"."""
+    call, the gate's parts are not plain, or its profile is "official"."""
     if not dispatcher_is_idle() or selector.profile != "paper":
         return None
-    parameters = selector.gate_parameters()
+    parameters = plain_tensors(selector)
     if parameters is None:
         return None
     norm = selector._modules.get("norm")
-    words = (selector.frequencies, selector.activation, selector.backend, None if norm is None else norm.eps)
-    identity = (*map(id, parameters), *words)
+    how_normed = None if norm is None else (id(norm), norm.eps, norm.training)
+    identity = (*map(id, parameters), selector.frequencies, selector.activation, selector.backend, how_normed)
     plan = selector.__dict__.get("_plan")
     if plan is None or plan.identity != identity:
         plan = Plan(selector, parameters, identity)

@@ -15,7 +15,7 @@ from .checkpoints import pretrained, published
 from .engines.choice import BACKENDS
 from .formula import reference
 from .formula.call import ACTIVATIONS, POOLINGS, PROFILES, Activation, Batch, GateParameters, Gating, Profile, Reading
-from .plan import plain_tensors, plan_of
+from .plan import Plan, count_batch, plain_tensors, plan_of
 
 PRIOR_OF_LAST_BLOCK = 3.0  # where a learned block prior starts: encoders are trained to output their last block
 
@@ -100,7 +100,7 @@ class S2SentSelector(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Fused tokens v [B, L, D] (packed [T, D]) from N hidden states [B, L, D], lowest block first; 0 at padding."""
-        plan = plan_of(self)
+        plan = self._find_plan()
         fused = None if plan is None else plan.fuse(hidden_states, attention_mask, cu_seqlens)
         if fused is not None:
             return fused
@@ -119,7 +119,7 @@ class S2SentSelector(nn.Module):
         pooling: str = "mean",
     ) -> Tensor:
         """Sentence embeddings o [B, D]: the fused tokens pooled as in ``functional.squeeze``, without forming them."""
-        plan = plan_of(self)
+        plan = self._find_plan()
         output = None if plan is None else plan.pool(hidden_states, attention_mask, cu_seqlens, pooling)
         if output is not None:
             return output
@@ -153,6 +153,11 @@ class S2SentSelector(nn.Module):
         return BlockwisePool(self, attention_mask, cu_seqlens, pooling)
 
     # ------------------------------------------------------------ a call, and the gate
+
+    def _find_plan(self) -> Plan | None:
+        # The gate of a subclass, or one set on this instance, is called as it is.
+        own = type(self).gate is S2SentSelector.gate and "gate" not in self.__dict__
+        return plan_of(self) if own else None
 
     def _batch(self, hidden_states: Sequence[Tensor], mask: Tensor | None, cu_seqlens: Tensor | None) -> Batch:
         batch = validate.types(hidden_states, mask, cu_seqlens, expected_blocks=self.num_blocks)
@@ -190,22 +195,13 @@ class S2SentSelector(nn.Module):
             return self._gate_through_parts(squeezed)
         training, momentum = self._uses_batch_statistics(), 0.1
         if training and self.norm is not None and squeezed.shape[0]:
-            momentum = self._count_batch(self.norm)
+            momentum = count_batch(self.norm)
         gating = self.gating()._replace(training=training, momentum=momentum)
         return functional.gate_squeezed(squeezed, parameters, self.num_blocks, gating, self.backend)
 
     def _uses_batch_statistics(self) -> bool:
         norm = self._modules.get("norm")  # a module's own attribute lookup takes longer than the rest
         return norm is not None and norm.training
-
-    @staticmethod
-    def _count_batch(norm: nn.BatchNorm1d) -> float:
-        """As nn.BatchNorm1d before it normalises in training: count the batch, and return its weight."""
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if norm.momentum is None:  # cumulative average
-                return 1.0 / norm.num_batches_tracked.item()
-        return 0.0 if norm.momentum is None else norm.momentum
 
     def _gate_through_parts(self, squeezed: Tensor) -> Tensor:
         with reference.autocast_off(squeezed.device):

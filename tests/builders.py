@@ -283,7 +283,7 @@ def through_ops(monkeypatch) -> str:
         return "auto"
 
     monkeypatch.setattr(functional, "choose", choose_ops)
-    for op in (ops.select, ops.select_pool):  # which would otherwise go around the dispatcher
+    for op in (ops.select, ops.select_pool, functional):  # which would otherwise go around the dispatcher
         monkeypatch.setattr(op, "is_ordinary", lambda tensors: False)
     monkeypatch.setenv("S2SENT_BACKEND", "reference")
     return "auto"

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..engines.interface import Engine, Prepared
-from ..formula.call import Batch, GateParameters, Gating, HiddenGradients, Layout, Reading
+from ..formula import reference
+from ..formula.call import Batch, BatchStatistics, GateParameters, Gating, HiddenGradients, Layout, Reading
 from . import fuse_backward, gate_backward, gate_pool_backward, squeeze_backward
-from .library import dispatcher_is_idle, split_parameters
+from .library import dispatcher_is_idle, refuse, split_parameters
 
 _FIRST_STATE = 3 + len(GateParameters._fields)  # the first hidden state among the arguments of ``apply``
 
@@ -32,35 +33,71 @@ class How(NamedTuple):
 
 
 class SelectPool(torch.autograd.Function):
-    """o [B, D] with running statistics: ``apply(how, attention_mask, cu_seqlens, *parameters, *hidden_states)``.
+    """o [B, D]: ``apply(how, attention_mask, cu_seqlens, *parameters, *hidden_states)``.
 
-    It saves f and p, as the op ``select_pool`` does, and no hidden state.
+    It saves f and p, as the op ``select_pool`` does, and no hidden state; in training the statistics of the batch too.
     """
 
     @staticmethod
     def forward(ctx: Any, how: How, attention_mask: Tensor | None, cu_seqlens: Tensor | None, *tensors: Any) -> Tensor:
         parameters, hidden_states = split_parameters(tensors)
         batch = Batch(hidden_states, attention_mask, cu_seqlens)
-        kept = how.prepared and how.prepared.select_pool(*batch, how.reading.pooling, keep=True)
-        output, squeezed, pooled = kept or how.engine.select_pool(batch, how.reading, parameters, how.gating)
+        output, squeezed, pooled, *statistics = select_pool(how, batch, parameters)
         ctx.how = how
-        squeeze_backward.save_layout(ctx, batch, squeezed, pooled, *parameters)
+        squeeze_backward.save_layout(ctx, batch, squeezed, pooled, *parameters, *statistics)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        layout, (squeezed, pooled, *tensors) = squeeze_backward.saved_layout(ctx)
-        parameters, how, run = GateParameters(*tensors), ctx.how, _backward_of(ctx.how)
-        grad_pooled, grad_squeezed, grads = run.gate_pool_backward(
-            grad_output, squeezed, pooled, parameters, how.gating
-        )
+        layout, (squeezed, pooled, *rest) = squeeze_backward.saved_layout(ctx)
+        parameters, statistics = split_parameters(rest)
+        how, run = ctx.how, _backward_of(ctx.how)
+        if statistics:
+            grad_pooled, grad_squeezed, grads = run.gate_in_training_backward(
+                grad_output, squeezed, pooled, BatchStatistics(*statistics), parameters, how.gating
+            )
+        else:
+            grad_pooled, grad_squeezed, grads = run.gate_pool_backward(
+                grad_output, squeezed, pooled, parameters, how.gating
+            )
         needed = ctx.needs_input_grad[_FIRST_STATE:]
         hidden = _hidden_gradients(run, HiddenGradients(grad_squeezed, grad_pooled), layout, needed, how.reading)
         return None, None, None, *_cast(grads, parameters), *hidden
 
 
+def select_pool(how: How, batch: Batch, parameters: GateParameters) -> Sequence[Tensor]:
+    """(o, f, p), and in training the mean and rstd of the batch."""
+    engine, reading, gating = how.engine, how.reading, how.gating
+    if not gating.training:
+        kept = how.prepared and how.prepared.select_pool(*batch, reading.pooling, keep=True)
+        return kept or engine.select_pool(batch, reading, parameters, gating)
+    output, squeezed, pooled, statistics = engine.select_pool_in_training(batch, reading, parameters, gating)
+    return output, squeezed, pooled, *statistics
+
+
+class GateInTraining(torch.autograd.Function):
+    """g [B, N, D] from f with batch statistics: ``apply(how, squeezed, *parameters)``."""
+
+    @staticmethod
+    def forward(ctx: Any, how: How, squeezed: Tensor, *tensors: Any) -> Tensor:
+        parameters = GateParameters(*tensors)
+        gates, statistics = how.engine.gate_in_training(squeezed, None, parameters, how.gating, squeezed.dtype)
+        ctx.how = how
+        ctx.save_for_backward(squeezed, *parameters, *statistics)
+        return gates
+
+    @staticmethod
+    def backward(ctx: Any, grad_gates: Tensor) -> tuple[Any, ...]:
+        squeezed, *rest = ctx.saved_tensors
+        parameters, statistics = split_parameters(rest)
+        _, grad, grads = _backward_of(ctx.how).gate_in_training_backward(
+            grad_gates, squeezed, None, BatchStatistics(*statistics), parameters, ctx.how.gating
+        )
+        return None, grad, *_cast(grads, parameters)
+
+
 class Select(torch.autograd.Function):
-    """v like a hidden state with running statistics; ``apply`` as SelectPool's. It saves f, g and the hidden states."""
+    """v like a hidden state, with running statistics; ``apply`` as SelectPool's. It saves f, g and the hidden states."""
 
     @staticmethod
     def forward(ctx: Any, how: How, attention_mask: Tensor | None, cu_seqlens: Tensor | None, *tensors: Any) -> Tensor:
@@ -107,6 +144,22 @@ class _Ops:
         grad_squeezed, grads = gate_backward.run(grad_gates, squeezed, parameters, gating, self.backend)
         return grad_squeezed, GateParameters(**grads)
 
+    def gate_in_training_backward(
+        self,
+        grad: Tensor,
+        squeezed: Tensor,
+        pooled: Tensor | None,
+        statistics: BatchStatistics,
+        parameters: GateParameters,
+        gating: Gating,
+    ) -> tuple[Tensor | None, Tensor, GateParameters]:
+        """No op has batch statistics. The formula can be mapped; what it leaves out of a second derivative is refused."""
+        grad_pooled, grad_squeezed, grads = reference.gate_in_training_backward(
+            grad, squeezed, pooled, statistics, parameters, gating
+        )
+        once = _Once.apply
+        return None if grad_pooled is None else once(grad_pooled), once(grad_squeezed), grads.each(once)
+
     def fuse_backward(self, grad_fused: Tensor, batch: Batch) -> Tensor:
         return fuse_backward.run(grad_fused, batch, self.backend)
 
@@ -114,6 +167,24 @@ class _Ops:
         self, grads: HiddenGradients, layout: Layout, needed: Sequence[bool], reading: Reading
     ) -> list[Tensor | None]:
         return squeeze_backward.run(grads, layout, needed, reading, self.backend)
+
+
+class _Once(torch.autograd.Function):
+    """A tensor that cannot be differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:
+        refuse(ctx, *grads)
 
 
 def _backward_of(how: How) -> Engine | _Ops:

@@ -49,7 +49,7 @@ def register(
     register_in_place(name, schema, implementation, fake)
     names = tuple(argument.name for argument in torch._C.parse_schema(f"s2sent::{name}{schema}").arguments)
     if save is None or backward is None:
-        torch.library.register_autograd(f"s2sent::{name}", _refuse, lib=_library)
+        torch.library.register_autograd(f"s2sent::{name}", refuse, lib=_library)
         return
 
     known = frozenset(names)
@@ -65,7 +65,7 @@ def register(
     torch.library.register_autograd(f"s2sent::{name}", in_order, setup_context=setup_context, lib=_library)
 
 
-def _refuse(ctx: Any, *grads: Any) -> None:
+def refuse(ctx: Any, *grads: Any) -> None:
     raise NotImplementedError("s2sent: second derivatives are not implemented")
 
 

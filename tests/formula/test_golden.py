@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import through_ops
 from safetensors import safe_open
 
 from s2sent_kernels import S2SentSelector
@@ -85,10 +86,7 @@ def test_golden(path, backend, monkeypatch):
     selector = selector_of(tensors, meta).train(meta["mode"] == "train")
     selector.backend = "reference"
     if backend == "op":  # the same through torch.ops.s2sent, whose backward is written out instead of recorded
-        from s2sent_kernels import functional
-
-        choose = functional.choose
-        monkeypatch.setattr(functional, "choose", lambda *args: choose(*args) and "auto")
+        selector.backend = through_ops(monkeypatch)
     hidden_states = [u.requires_grad_() for u in numbered(tensors, "hidden_states.")]
     num_blocks = int(meta["num_blocks"])
     blocks = range(num_blocks)
