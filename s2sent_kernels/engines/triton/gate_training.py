@@ -108,12 +108,12 @@ def statistics_kernel(
     mean_s = mean_of_sums(p_sums, num_sentences, o_h, m_h, H, SENTENCES, BLOCK_P)
     # PyTorch's rounding averages out over the sentences, this product's would not.
     mean = (tl.sum(w.to(tl.float64) * mean_s[:, None], axis=0) + bias.to(tl.float64)).to(tl.float32)  # [BLOCK_C]
-    mean_s = two_floats(mean_s)
+    high_and_low = two_floats(mean_s)
     squares = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
     for first in tl.range(0, num_sentences, BLOCK_B, num_stages=TILE.stages):
         o_b = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_B)  # [BLOCK_B]
         m_b = o_b < num_sentences
-        x = centred(p_bottleneck, mean_s, o_b, m_b, o_h, m_h, H)
+        x = centred(p_bottleneck, high_and_low, o_b, m_b, o_h, m_h, H)
         mine = first // BLOCK_B % PROGRAMS == index
         tl.store(p_centred + o_b[:, None] * H + o_h[None, :], x, mask=(m_b & mine)[:, None] & m_h[None, :])
         z = tl.dot(x, w, input_precision=PRECISION)  # [BLOCK_B, BLOCK_C]
