@@ -28,6 +28,7 @@ from s2sent_kernels import S2SentSelector
 from s2sent_kernels.engines import plain
 from s2sent_kernels.engines.triton import config, engine
 from s2sent_kernels.formula.call import Batch, GateParameters, Gating, HiddenGradients, Reading
+from s2sent_kernels.plan import plain_tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # in the interpreter, to try the script
 TARGETS = {"A": 1.08, "B": 1.25, "E": 1.2}  # of train / eval, forward and backward
@@ -66,7 +67,7 @@ class Tiles(NamedTuple):
 def parameters_of(case: Case) -> GateParameters:
     """Away from the initial values, at which some gradients are small."""
     selector = S2SentSelector(case.size, case.blocks, BOTTLENECK, FREQUENCIES, block_prior=True).to(DEVICE)
-    parameters = selector._tensors().each(torch.Tensor.detach)
+    parameters = plain_tensors(selector).each(torch.Tensor.detach)
     generator = torch.Generator(DEVICE).manual_seed(0)
     for name in ("norm_weight", "norm_bias", "running_mean"):
         tensor = getattr(parameters, name)

@@ -73,7 +73,7 @@ class Kernel(JITFunction):
         return compiled
 
     def launcher(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
-        if not self.accepts_addresses and any(type(value) is int and value > 1 << 32 for value in arguments):
+        if not self.accepts_addresses and any(type(value) is int and value > 1 << 20 for value in arguments):
             raise TypeError("pointers are tensors")
         self.records.last = Launched((x, y, z), stream, function, (enter, leave), arguments)
 
