@@ -56,8 +56,8 @@ class Limits(Protocol):
 
 
 class Prepared(Protocol):
-    """The whole selector for calls with one gate, whose tensors it holds without copies. Both return nothing where a call is one
-    for the engine's functions: they take any tensors, these only what kernels read as it is."""
+    """The whole selector for calls with one gate, whose tensors it holds without copies. A function returns nothing where a call
+    is one for the engine's functions: those take any tensors, these only what kernels read as it is."""
 
     def select_pool(
         self,
@@ -77,6 +77,34 @@ class Prepared(Protocol):
         keep: bool = False,
     ) -> list[Tensor]:
         """[v], or [v, f, g] with ``keep``."""
+
+    def select_pool_in_training(
+        self,
+        hidden_states: Sequence[Tensor],
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        pooling: Pooling | None,
+        momentum: float,
+    ) -> list[Tensor]:
+        """[o, f, p, mean, rstd], the last two of the batch, as ``Engine.select_pool_in_training``."""
+
+    def select_pool_backward(
+        self,
+        grad_output: Tensor,
+        squeezed: Tensor,
+        pooled: Tensor,
+        statistics: BatchStatistics | None,
+        layout: Layout,
+        pooling: Pooling | None,
+        needed: Sequence[bool],
+    ) -> list[Tensor]:
+        """The gradients of the hidden states, then those of the gate's tensors in their order; an empty tensor where there is
+        none. ``statistics``: those of a call in training."""
+
+    def select_backward(
+        self, grad_fused: Tensor, squeezed: Tensor, gates: Tensor, batch: Batch, needed: Sequence[bool]
+    ) -> list[Tensor]:
+        """As ``select_pool_backward``, for tokens with running statistics."""
 
 
 class Engine(Protocol):

@@ -17,7 +17,7 @@ from ..engines.interface import Engine, Prepared
 from ..formula import reference
 from ..formula.call import Batch, BatchStatistics, GateParameters, Gating, HiddenGradients, Layout, Reading
 from . import fuse_backward, gate_backward, gate_pool_backward, squeeze_backward
-from .library import dispatcher_is_idle, refuse, split_parameters
+from .library import dispatcher_is_idle, refuse, split_parameters, with_gradient
 
 _FIRST_STATE = 3 + len(GateParameters._fields)  # the first hidden state among the arguments of ``apply``
 
@@ -50,17 +50,26 @@ class SelectPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         layout, (squeezed, pooled, *rest) = squeeze_backward.saved_layout(ctx)
-        parameters, statistics = split_parameters(rest)
-        how, run = ctx.how, _backward_of(ctx.how)
-        if statistics:
-            grad_pooled, grad_squeezed, grads = run.gate_in_training_backward(
-                grad_output, squeezed, pooled, BatchStatistics(*statistics), parameters, how.gating
+        parameters, saved = split_parameters(rest)
+        statistics = BatchStatistics(*saved) if saved else None
+        how, needed = ctx.how, ctx.needs_input_grad[_FIRST_STATE:]
+        run = _backward_of(how)
+        if run is how.engine and how.prepared is not None:
+            pooling = how.reading.pooling
+            found = how.prepared.select_pool_backward(
+                grad_output, squeezed, pooled, statistics, layout, pooling, needed
             )
-        else:
+            if found:
+                return _split(found, parameters, needed)
+        grad_pooled: Tensor | None
+        if statistics is None:
             grad_pooled, grad_squeezed, grads = run.gate_pool_backward(
                 grad_output, squeezed, pooled, parameters, how.gating
             )
-        needed = ctx.needs_input_grad[_FIRST_STATE:]
+        else:
+            grad_pooled, grad_squeezed, grads = run.gate_in_training_backward(
+                grad_output, squeezed, pooled, statistics, parameters, how.gating
+            )
         hidden = _hidden_gradients(run, HiddenGradients(grad_squeezed, grad_pooled), layout, needed, how.reading)
         return None, None, None, *_cast(grads, parameters), *hidden
 
@@ -71,6 +80,9 @@ def select_pool(how: How, batch: Batch, parameters: GateParameters) -> Sequence[
     if not gating.training:
         kept = how.prepared and how.prepared.select_pool(*batch, reading.pooling, keep=True)
         return kept or engine.select_pool(batch, reading, parameters, gating)
+    kept = how.prepared and how.prepared.select_pool_in_training(*batch, reading.pooling, gating.momentum)
+    if kept:
+        return kept
     output, squeezed, pooled, statistics = engine.select_pool_in_training(batch, reading, parameters, gating)
     return output, squeezed, pooled, *statistics
 
@@ -113,8 +125,15 @@ class Select(torch.autograd.Function):
     def backward(ctx: Any, grad_fused: Tensor) -> tuple[Any, ...]:
         layout, (squeezed, gates, *rest) = squeeze_backward.saved_layout(ctx)
         parameters, hidden_states = split_parameters(rest)
+        batch = Batch(hidden_states, layout.attention_mask, layout.cu_seqlens)
         how, run = ctx.how, _backward_of(ctx.how)
-        grad_gates = run.fuse_backward(grad_fused, Batch(hidden_states, layout.attention_mask, layout.cu_seqlens))
+        if run is how.engine and how.prepared is not None:
+            found = how.prepared.select_backward(
+                grad_fused, squeezed, gates, batch, ctx.needs_input_grad[_FIRST_STATE:]
+            )
+            if found:
+                return _split(found, parameters, ctx.needs_input_grad[_FIRST_STATE:])
+        grad_gates = run.fuse_backward(grad_fused, batch)
         grad_squeezed, grads = run.gate_backward(grad_gates, squeezed, parameters, how.gating)
         needed, hidden_grads = (
             ctx.needs_input_grad[_FIRST_STATE:],
@@ -198,6 +217,14 @@ def _hidden_gradients(
     if not any(needed):
         return [None] * len(needed)
     return run.squeeze_backward(grads, layout, needed, reading)
+
+
+def _split(found: list[Tensor], parameters: GateParameters, needed: Sequence[bool]) -> tuple[Any, ...]:
+    """A prepared backward's gradients, as ``apply`` takes its arguments."""
+    hidden = [grad if need else None for grad, need in zip(found, needed, strict=False)]
+    learned = with_gradient(parameters)
+    of_gate = dict(zip(GateParameters._fields, found[len(needed) :], strict=True))
+    return None, None, None, *(grad if name in learned else None for name, grad in of_gate.items()), *hidden
 
 
 def _cast(grads: GateParameters, parameters: GateParameters) -> list[Tensor | None]:
