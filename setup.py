@@ -34,8 +34,8 @@ def files(*patterns):
     return sorted(path.relative_to(ROOT).as_posix() for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
 
 
-CUDA_SOURCES = files("bindings/cuda.cpp", "cuda/**/*.cu")
-CUDA_HEADERS = files("cuda/**/*.h", "cuda/**/*.cuh")
+CUDA_SOURCES = files("bindings/cuda*.cpp", "cuda/**/*.cu")
+CUDA_HEADERS = files("bindings/on_cuda.h", "cuda/**/*.h", "cuda/**/*.cuh")
 SOURCES = [path for path in files("**/*.cpp") if path not in CUDA_SOURCES]
 HEADERS = [path for path in files("**/*.h") if path not in CUDA_HEADERS]
 # Compiled for by default, as far as nvcc supports them, plus PTX of the newest. csrc/cuda/sm90/ needs the "a".

@@ -1,0 +1,113 @@
+// Shared by the ops on CPU tensors. torch's thread pool shares the items of every kernel.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+
+#include "../cpu/launch.h"
+#include "../cpu/tokens.h"
+#include "memory.h"
+#include "plan.h"
+
+namespace s2sent::ops::cpu {
+
+// Types and constants. The ops qualify the kernels, which have the same names.
+using s2sent::cpu::Batch, s2sent::cpu::RealTokens, s2sent::cpu::TokenFactors;
+using s2sent::cpu::Squeeze, s2sent::cpu::SqueezeBackward, s2sent::cpu::Fuse, s2sent::cpu::FuseBackward;
+using s2sent::cpu::kGateFeatures, s2sent::cpu::kGateSentences, s2sent::cpu::kProductColumns;
+
+constexpr int64_t kAnyBlocks = std::numeric_limits<int64_t>::max();  // the CPU kernels take any N
+
+// A batch's real tokens; owns their memory.
+struct RealBatch {
+  RealTokens real;
+  Batch batch;
+
+  explicit RealBatch(const Sentences& sentences) {
+    const int32_t* ends = sentences.starts;
+    const int64_t count = sentences.count;
+    if (!sentences.packed) {
+      batch = real.padded(sentences.mask, count, sentences.length());
+      return;
+    }
+    for (int64_t b = 0; b <= count; ++b) {
+      STD_TORCH_CHECK(ends[b] >= (b ? ends[b - 1] : 0), "s2sent_native: cu_seqlens decreases");
+    }
+    STD_TORCH_CHECK(
+        ends[0] == 0 && ends[count] == sentences.tokens(), "s2sent_native: cu_seqlens does not span the tokens");
+    batch = real.packed(ends, count);
+  }
+
+  RealBatch(const RealBatch&) = delete;
+};
+
+inline TokenFactors factors_of(
+    const Sentences& sentences, const Batch& batch, int64_t num_blocks, int64_t parts, const Ints& y,
+    const Optional& official) {
+  if (official) return {batch, sentences.check.floats(official, {parts, batch.size}, "beta")};
+  STD_TORCH_CHECK(int64_t(y.size()) == parts, "s2sent_native: expected a frequency for every part");
+  return {batch, num_blocks, y};
+}
+
+// Calls work(begin, end, scratch) on the threads of torch's pool; each gets ``scratch_size`` floats.
+template <class Work>
+void share(int64_t items, int64_t grain, int64_t scratch_size, const Work& work) {
+  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> scratch(new float[size_t(scratch_size)]);
+    work(begin, end, scratch.get());
+  });
+}
+
+// The fewest items a thread gets, if each reads ``elements``: fewer do not pay for waking a thread.
+inline int64_t grain_of(int64_t elements) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements)); }
+
+// Tokens of a sentence: L, or the average if packed.
+inline int64_t typical_length(const Sentences& sentences) {
+  return sentences.packed ? sentences.tokens() / std::max<int64_t>(1, sentences.count) : sentences.length();
+}
+
+// Shares the items of excite, with scratch for ``copies`` of an item's gates.
+template <class Work>
+inline void share_gate(const Gate& args, int64_t copies, const Work& work) {
+  const int64_t sentences = kGateSentences, features = kGateFeatures;
+  const int64_t items = (args.sentences + sentences - 1) / sentences * ((args.size + features - 1) / features);
+  const int64_t scratch_size = features * (args.width + copies * std::min(args.sentences, sentences) * args.num_blocks);
+  share(items, grain_of(args.num_blocks * features * args.width), scratch_size, work);
+}
+
+inline void share_bottleneck(const Gate& args) {
+  share(args.width, grain_of(args.sentences * args.size), 0, [&](int64_t begin, int64_t end, float*) {
+    s2sent::cpu::bottleneck(args, begin, end);
+  });
+}
+
+inline void share_excite(const Gate& args) {
+  share_gate(args, 1, [&](int64_t begin, int64_t end, float* scratch) {
+    s2sent::cpu::excite(args, begin, end, scratch);
+  });
+}
+
+inline void share_squeeze(const Sentences& sentences, Squeeze& args, const TokenFactors& factors) {
+  const std::unique_ptr<float[]> sums(new float[size_t(sentences.count * args.num * args.size)]);
+  args.factors = factors.view();
+  args.sums = sums.get();
+  const int64_t grain = grain_of(typical_length(sentences) * args.size);
+  share(sentences.count * args.num, grain, 2 * args.size, [&](int64_t begin, int64_t end, float* scratch) {
+    s2sent::cpu::sum_tokens(args, begin, end, scratch);
+  });
+  share(sentences.count, grain_of(args.num * args.size), 0, [&](int64_t begin, int64_t end, float*) {
+    s2sent::cpu::sum_blocks(args, begin, end);
+  });
+}
+
+inline void share_fuse(const Sentences& sentences, const Fuse& args) {
+  const int64_t grain = grain_of(args.num_blocks * args.size);
+  share(sentences.tokens(), grain, args.size, [&](int64_t begin, int64_t end, float* scratch) {
+    s2sent::cpu::fuse(args, begin, end, scratch);
+  });
+}
+
+}  // namespace s2sent::ops::cpu
