@@ -41,6 +41,15 @@ S2SENT_HD float activate(Activation activation, float t) {
   __builtin_unreachable();
 }
 
+// The derivative of activate, from its result.
+S2SENT_HD float slope(Activation activation, float s) {
+  switch (activation) {
+    case Activation::kTanh: return 1.0f - s * s;
+    case Activation::kRelu: return s > 0.0f ? 1.0f : 0.0f;
+  }
+  __builtin_unreachable();
+}
+
 // The rank of the one real token that p copies, in a sentence of ``length`` of them. Callers handle kNone and kMean, which copy
 // no token; the result for them is arbitrary.
 S2SENT_HD int64_t pooled_rank(Pooling pooling, int64_t length) {
@@ -146,30 +155,60 @@ struct Gate {
 #define S2SENT_FIELD(type, name, ...) const float* name;  // null if missing
   S2SENT_FOR_EACH_GATE_TENSOR(S2SENT_FIELD)
 #undef S2SENT_FIELD
-  float* bottleneck;    // s [B, H]
-  float* gates;         // g [B, N, D] or null
-  const float* pooled;  // p [B, N, D] or null
-  void* output;         // o [B, D] with p
-  DType dtype;          // of o
+  const float* inverse_std;  // 1 / std [N D] of the batch, whose mean is in running_mean; null with running statistics
+  float* bottleneck;         // s [B, H]
+  float* gates;              // g [B, N, D] or null
+  const float* pooled;       // p [B, N, D] or null
+  void* output;              // o [B, D] with p
+  DType dtype;               // of o and do
 
   // Backward only. Its input is dg, or do with p.
-  const float* grad_gates;   // dg [B, N, D] or null
-  const float* grad_output;  // do [B, D] with p
-  float* grad_pooled;        // dp [B, N, D] with p
-  float* grad_logits;        // [B, N, D]: the gradient of e + c
-  float* grad_normed;        // [B, N, D]: the gradient of the norm's output, or of z without a norm
-  float* normed;             // [B, N, D]: (z - mean) / std, with a norm
+  const float* grad_gates;  // dg [B, N, D] or null
+  const void* grad_output;  // do [B, D] with p
+  float* grad_pooled;       // dp [B, N, D] with p
+  float* grad_logits;       // [B, N, D]: the gradient of e + c; arbitrary without c
+  float* grad_normed;       // [B, N, D]: the gradient of the norm's output, or of z without a norm
+  float* normed;            // [B, N, D]: (z - mean) / std, with a norm
 };
 
-// x @ weight
+// The batch's mean and 1 / std of every z, for a gate with a norm; moves the running statistics towards them.
+struct BatchStatistics {
+  Gate gate;
+  double momentum;
+  float* z;             // scratch [B, N, D], on CUDA alone
+  float* mean;          // [N D]
+  float* inverse_std;   // [N D]
+  float* running_mean;  // [N D]
+  float* running_var;   // [N D]
+
+  // Has the gate read what the kernel writes.
+  void use() {
+    gate.running_mean = mean;
+    gate.inverse_std = inverse_std;
+  }
+};
+
+// The gradients of the gate's tensors, from what excite_backward left, and ddown, that of W1 f + b1.
+struct GateGradients {
+  Gate gate;               // up_gradients turns its grad_normed into dz
+  const float* grad_down;  // ddown [B, H]; read by down_gradients alone
+  float* prior_sums;       // [N, D] sums of grad_logits over the sentences, with c
+#define S2SENT_FIELD(type, name, ...) float* name;  // null if missing; the running statistics have no gradient
+  S2SENT_FOR_EACH_GATE_TENSOR(S2SENT_FIELD)
+#undef S2SENT_FIELD
+};
+
+// x @ weight, or with s times the activation's slope at s.
 struct Product {
   int64_t sentences;  // B
   int64_t rows;
   int64_t columns;
-  const float* x;       // [B, rows]
-  const float* weight;  // [rows, columns]
-  float* partial;       // scratch [ceil(rows / kProductRows), B, columns]
-  float* result;        // [B, columns]
+  const float* x;           // [B, rows]
+  const float* weight;      // [rows, columns]
+  const float* bottleneck;  // s [B, columns] or null
+  Activation activation;
+  float* partial;  // scratch [ceil(rows / kProductRows), B, columns]
+  float* result;   // [B, columns]
 };
 
 // v = sum_n g_n u_n, 0 at padding.
@@ -211,6 +250,9 @@ struct FuseBackward {
   X(squeeze_backward, SqueezeBackward) /* du */ \
   X(excite, Gate)                      /* g, or o */ \
   X(excite_backward, Gate)             /* dp and the gradients inside the gate */ \
+  X(batch_statistics, BatchStatistics) /* of z */ \
+  X(up_gradients, GateGradients)       /* dz; dW2, db2 and the norm's; sums for dc */ \
+  X(down_gradients, GateGradients)     /* dW1, db1, dc */ \
   X(fuse, Fuse)                        /* v */ \
   X(fuse_backward, FuseBackward)       /* dg */
 

@@ -162,42 +162,59 @@ inline Gate gate_pool_arguments(
   return args;
 }
 
+// The batch's statistics, as ``gate_in_training`` has left them, in place of the running ones.
+inline void use_statistics(const Checks& check, const Optional& mean, const Optional& inverse_std, Gate& gate) {
+  if (!mean && !inverse_std) return;
+  STD_TORCH_CHECK(
+      mean && inverse_std && gate.norm_weight, "s2sent_native: expected the statistics of a gate with a norm");
+  gate.running_mean = check.floats(mean, {gate.num_blocks * gate.size}, "mean");
+  gate.inverse_std = check.floats(inverse_std, {gate.num_blocks * gate.size}, "inverse_std");
+}
+
+// From grad_gates, or from grad_output and pooled.
 inline Gate gate_backward_arguments(
     const Optional& grad_gates, const Optional& grad_output, const Tensor& squeezed, const Optional& pooled,
-    S2SENT_GATE_PARAMETERS int64_t activation, double eps, const Tensor& bottleneck, const Optional& grad_pooled,
-    const Tensor& grad_logits, const Tensor& grad_normed, const Optional& normed) {
+    S2SENT_GATE_PARAMETERS const Optional& mean, const Optional& inverse_std, int64_t activation, double eps) {
   const bool pools = pooled.has_value();
   STD_TORCH_CHECK(
-      grad_logits.dim() == 3 && grad_gates.has_value() != pools && grad_output.has_value() == pools &&
-          grad_pooled.has_value() == pools && normed.has_value() == norm_weight.has_value(),
+      grad_gates.has_value() != pools && grad_output.has_value() == pools && (pools ? pooled : grad_gates)->dim() == 3,
       "s2sent_native: the gate's gradients do not fit");
   const Checks check(squeezed);
-  Gate args = gate_inputs(squeezed, S2SENT_GATE_ARGUMENTS grad_logits.size(1), activation, eps);
+  Gate args =
+      gate_inputs(squeezed, S2SENT_GATE_ARGUMENTS (pools ? pooled : grad_gates)->size(1), activation, eps);
+  use_statistics(check, mean, inverse_std, args);
   const Ints blocks = {args.sentences, args.num_blocks, args.size};
-  args.bottleneck = check.written(bottleneck, {args.sentences, args.width}, "bottleneck");
   args.pooled = check.floats(pooled, blocks, "pooled");
   args.grad_gates = check.floats(grad_gates, blocks, "grad_gates");
-  args.grad_output = check.floats(grad_output, {args.sentences, args.size}, "grad_output");
-  args.grad_pooled = check.written(grad_pooled, blocks, "grad_pooled");
-  args.grad_logits = check.written(grad_logits, blocks, "grad_logits");
-  args.grad_normed = check.written(grad_normed, blocks, "grad_normed");
-  args.normed = check.written(normed, blocks, "normed");
+  if (!pools) return args;
+  args.dtype = dtype_of(*grad_output);
+  check.dense(*grad_output, {args.sentences, args.size}, grad_output->scalar_type(), "grad_output");
+  args.grad_output = grad_output->const_data_ptr();
   return args;
 }
 
-inline int64_t product_chunks(const Tensor& weight) { return (weight.size(0) + kProductRows - 1) / kProductRows; }
+inline void check_batch(const Gate& gate) {
+  STD_TORCH_CHECK(
+      gate.sentences > 1 && gate.norm_weight, "s2sent_native: the statistics need a norm and two sentences");
+}
 
-// ``partial`` holds product_chunks B columns floats.
-inline Product product_arguments(const Tensor& x, const Tensor& weight, float* partial, const Tensor& result) {
-  const Checks check(x);
-  Product args = {};
-  args.sentences = x.size(0);
-  args.rows = weight.size(0);
-  args.columns = weight.size(1);
-  args.x = check.floats(x, {args.sentences, args.rows}, "x");
-  args.weight = check.floats(weight, {args.rows, args.columns}, "weight");
-  args.partial = partial;
-  args.result = check.written(result, {args.sentences, args.columns}, "result");
+// g, or o with pooled; the statistics, and the running ones moved.
+inline BatchStatistics gate_in_training_arguments(
+    const Tensor& squeezed, const Optional& pooled, S2SENT_GATE_PARAMETERS int64_t num_blocks, int64_t activation,
+    double eps, double momentum, const Tensor& bottleneck, const Tensor& mean, const Tensor& inverse_std,
+    const Tensor& result) {
+  const Checks check(squeezed);
+  BatchStatistics args = {};
+  args.gate = pooled ? gate_pool_arguments(squeezed, *pooled, S2SENT_GATE_ARGUMENTS activation, eps, bottleneck, result)
+                     : gate_arguments(
+                           squeezed, S2SENT_GATE_ARGUMENTS num_blocks, activation, eps, bottleneck, result);
+  check_batch(args.gate);
+  const Ints columns = {args.gate.num_blocks * args.gate.size};
+  args.momentum = momentum;
+  args.mean = check.written(mean, columns, "mean");
+  args.inverse_std = check.written(inverse_std, columns, "inverse_std");
+  args.running_mean = check.written(running_mean, columns, "running_mean");
+  args.running_var = check.written(running_var, columns, "running_var");
   return args;
 }
 

@@ -30,13 +30,8 @@ void squeeze_backward(
   const std::vector<void*> into = gradients_into(sentences.check, grads, shape);
   SqueezeBackward args = squeeze_backward_arguments<SqueezeBackward>(
       sentences, grads, into, alpha, beta.has_value(), pooling, grad_squeezed, grad_pooled, grad_fused, gates);
-  const TokenFactors factors = factors_of(sentences, real.batch, args.num_blocks, args.parts, y, beta);
   args.batch = real.batch;
-  args.factors = factors.view();
-  const int64_t grain = grain_of(typical_length(sentences) * args.size);
-  share(sentences.count * args.num_blocks, grain, 3 * args.size, [&](int64_t begin, int64_t end, float* scratch) {
-    s2sent::cpu::squeeze_backward(args, begin, end, scratch);
-  });
+  share_squeeze_backward(sentences, args, factors_of(sentences, real.batch, args.num_blocks, args.parts, y, beta));
 }
 
 // ---------------------------------------------------------------- gate
@@ -59,32 +54,30 @@ void gate_pool(
   share_excite(args);
 }
 
-void gate_backward(
-    const Optional& grad_gates, const Optional& grad_output, const Tensor& squeezed, const Optional& pooled,
-    S2SENT_GATE_PARAMETERS int64_t activation, double eps, const Tensor& bottleneck, const Optional& grad_pooled,
-    const Tensor& grad_logits, const Tensor& grad_normed, const Optional& normed) {
-  const Gate args = gate_backward_arguments(
-      grad_gates, grad_output, squeezed, pooled, S2SENT_GATE_ARGUMENTS activation, eps, bottleneck, grad_pooled,
-      grad_logits, grad_normed, normed);
-  share_bottleneck(args);
-  share_gate(args, 2, [&](int64_t begin, int64_t end, float* scratch) {
-    s2sent::cpu::excite_backward(args, begin, end, scratch);
-  });
+void gate_in_training(
+    const Tensor& squeezed, const Optional& pooled, S2SENT_GATE_PARAMETERS int64_t num_blocks, int64_t activation,
+    double eps, double momentum, const Tensor& bottleneck, const Tensor& mean, const Tensor& inverse_std,
+    const Tensor& result) {
+  BatchStatistics args = gate_in_training_arguments(
+      squeezed, pooled, S2SENT_GATE_ARGUMENTS num_blocks, activation, eps, momentum, bottleneck, mean, inverse_std,
+      result);
+  share_gate_in_training(args);
 }
 
-// x [B, rows] @ weight [rows, columns]
-void multiply(const Tensor& x, const Tensor& weight, const Tensor& result) {
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "s2sent_native: expected two matrices");
-  const int64_t count = x.size(0), columns = weight.size(1), chunks = product_chunks(weight);
-  const std::unique_ptr<float[]> partial(new float[size_t(chunks * count * columns)]);
-  const Product args = product_arguments(x, weight, partial.get(), result);
-  const int64_t tiles = (columns + kProductColumns - 1) / kProductColumns;
-  share(chunks * tiles, grain_of(count * columns * 64), 0, [&](int64_t begin, int64_t end, float*) {
-    s2sent::cpu::multiply_rows(args, begin, end);
-  });
-  share(count, grain_of(chunks * columns), 0, [&](int64_t begin, int64_t end, float*) {
-    s2sent::cpu::sum_products(args, begin, end);
-  });
+Tensors gate_backward(
+    const Optional& grad_gates, const Optional& grad_output, const Tensor& squeezed, const Optional& pooled,
+    S2SENT_GATE_PARAMETERS const Optional& mean, const Optional& inverse_std, int64_t activation, double eps) {
+  const Checks check(squeezed);
+  const Gate gate = gate_backward_arguments(
+      grad_gates, grad_output, squeezed, pooled, S2SENT_GATE_ARGUMENTS mean, inverse_std, activation, eps);
+  GateBackward back(gate, check);
+  Tensors results = back.results_with_inputs(check, pooled.has_value());
+  Scratch scratch;
+  back.want(scratch);
+  scratch.allocate(check);
+  back.connect();
+  share_gate_backward(back);
+  return results;
 }
 
 // ---------------------------------------------------------------- fuse
@@ -109,10 +102,7 @@ void fuse_backward(
   FuseBackward args = fuse_backward_arguments<FuseBackward>(
       sentences, hidden_states[0], hidden, grad_fused, grad_gates);
   args.batch = real.batch;
-  const int64_t grain = grain_of(typical_length(sentences) * args.size);
-  share(sentences.count * args.num_blocks, grain, args.size, [&](int64_t begin, int64_t end, float* scratch) {
-    s2sent::cpu::fuse_backward(args, begin, end, scratch);
-  });
+  share_fuse_backward(sentences, args);
 }
 
 }  // namespace s2sent::ops::cpu

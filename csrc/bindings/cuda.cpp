@@ -74,26 +74,38 @@ void gate_pool(
   check_launch(s2sent::cuda::excite(args, stream), "excite");
 }
 
-void gate_backward(
-    const Optional& grad_gates, const Optional& grad_output, const Tensor& squeezed, const Optional& pooled,
-    S2SENT_GATE_PARAMETERS int64_t activation, double eps, const Tensor& bottleneck, const Optional& grad_pooled,
-    const Tensor& grad_logits, const Tensor& grad_normed, const Optional& normed) {
-  const Gate args = gate_backward_arguments(
-      grad_gates, grad_output, squeezed, pooled, S2SENT_GATE_ARGUMENTS activation, eps, bottleneck, grad_pooled,
-      grad_logits, grad_normed, normed);
-  check_maximum(args.num_blocks);
-  const Stream stream{Checks(squeezed)};
-  check_launch(s2sent::cuda::bottleneck(args, stream), "bottleneck");
-  check_launch(s2sent::cuda::excite_backward(args, stream), "excite_backward");
+void gate_in_training(
+    const Tensor& squeezed, const Optional& pooled, S2SENT_GATE_PARAMETERS int64_t num_blocks, int64_t activation,
+    double eps, double momentum, const Tensor& bottleneck, const Tensor& mean, const Tensor& inverse_std,
+    const Tensor& result) {
+  BatchStatistics args = gate_in_training_arguments(
+      squeezed, pooled, S2SENT_GATE_ARGUMENTS num_blocks, activation, eps, momentum, bottleneck, mean, inverse_std,
+      result);
+  check_maximum(args.gate.num_blocks);
+  const Checks check(squeezed);
+  const Stream stream(check);
+  Scratch scratch;
+  scratch.want(args.z, args.gate.sentences * args.gate.num_blocks * args.gate.size);
+  scratch.allocate(check);
+  launch_gate_in_training(args, stream);
 }
 
-// x [B, rows] @ weight [rows, columns]
-void multiply(const Tensor& x, const Tensor& weight, const Tensor& result) {
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "s2sent_native: expected two matrices");
-  const Stream stream{Checks(x)};
-  const Tensor partial = empty(Checks(x), {product_chunks(weight) * x.size(0) * weight.size(1)}, ScalarType::Float);
-  const Product args = product_arguments(x, weight, floats_of(partial), result);
-  check_launch(s2sent::cuda::multiply(args, stream), "multiply");
+Tensors gate_backward(
+    const Optional& grad_gates, const Optional& grad_output, const Tensor& squeezed, const Optional& pooled,
+    S2SENT_GATE_PARAMETERS const Optional& mean, const Optional& inverse_std, int64_t activation, double eps) {
+  const Checks check(squeezed);
+  const Gate gate = gate_backward_arguments(
+      grad_gates, grad_output, squeezed, pooled, S2SENT_GATE_ARGUMENTS mean, inverse_std, activation, eps);
+  check_maximum(gate.num_blocks);
+  const Stream stream(check);
+  GateBackward back(gate, check);
+  Tensors results = back.results_with_inputs(check, pooled.has_value());
+  Scratch scratch;
+  back.want(scratch);
+  scratch.allocate(check);
+  back.connect();
+  launch_gate_backward(back, stream);
+  return results;
 }
 
 // ---------------------------------------------------------------- fuse

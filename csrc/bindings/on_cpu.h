@@ -9,7 +9,7 @@
 
 #include "../cpu/launch.h"
 #include "../cpu/tokens.h"
-#include "memory.h"
+#include "gradients.h"
 #include "plan.h"
 
 namespace s2sent::ops::cpu {
@@ -90,6 +90,59 @@ inline void share_excite(const Gate& args) {
   });
 }
 
+inline void share_statistics(const BatchStatistics& args) {
+  const int64_t tiles = (args.gate.size + kGateFeatures - 1) / kGateFeatures, work = args.gate.width + args.gate.sentences;
+  const int64_t grain = grain_of(kGateFeatures * args.gate.width * args.gate.sentences);
+  share(args.gate.num_blocks * tiles, grain, kGateFeatures * work, [&](int64_t begin, int64_t end, float* scratch) {
+    s2sent::cpu::batch_statistics(args, begin, end, scratch);
+  });
+}
+
+// The gate with the statistics of the batch.
+inline void share_gate_in_training(BatchStatistics& args) {
+  share_bottleneck(args.gate);
+  share_statistics(args);
+  args.use();
+  share_excite(args.gate);
+}
+
+inline void share_product(const Product& args) {
+  const int64_t chunks = product_chunks(args.rows), tiles = (args.columns + kProductColumns - 1) / kProductColumns;
+  share(chunks * tiles, grain_of(args.sentences * args.columns * 64), 0, [&](int64_t begin, int64_t end, float*) {
+    s2sent::cpu::multiply_rows(args, begin, end);
+  });
+  share(args.sentences, grain_of(chunks * args.columns), 0, [&](int64_t begin, int64_t end, float*) {
+    s2sent::cpu::sum_products(args, begin, end);
+  });
+}
+
+// dp, df, and the gradients of the gate's tensors.
+inline void share_gate_backward(const GateBackward& back) {
+  const GateGradients& args = back.args;
+  const int64_t B = args.gate.sentences, N = args.gate.num_blocks, D = args.gate.size, H = args.gate.width;
+  share_bottleneck(args.gate);
+  share_gate(args.gate, 2, [&](int64_t begin, int64_t end, float* scratch) {
+    s2sent::cpu::excite_backward(args.gate, begin, end, scratch);
+  });
+  const int64_t tiles = (N * D + kGateFeatures - 1) / kGateFeatures;
+  share(tiles, grain_of(kGateFeatures * B * H), kGateFeatures * B + H, [&](int64_t begin, int64_t end, float* scratch) {
+    s2sent::cpu::up_gradients(args, begin, end, scratch);
+  });
+  share_product(back.to_down);
+  share(H + N, grain_of(B * D), B + D, [&](int64_t begin, int64_t end, float* scratch) {
+    s2sent::cpu::down_gradients(args, begin, end, scratch);
+  });
+  share_product(back.to_squeezed);
+}
+
+inline void share_squeeze_backward(const Sentences& sentences, SqueezeBackward& args, const TokenFactors& factors) {
+  args.factors = factors.view();
+  const int64_t grain = grain_of(typical_length(sentences) * args.size);
+  share(sentences.count * args.num_blocks, grain, 3 * args.size, [&](int64_t begin, int64_t end, float* scratch) {
+    s2sent::cpu::squeeze_backward(args, begin, end, scratch);
+  });
+}
+
 inline void share_squeeze(const Sentences& sentences, Squeeze& args, const TokenFactors& factors) {
   const std::unique_ptr<float[]> sums(new float[size_t(sentences.count * args.num * args.size)]);
   args.factors = factors.view();
@@ -107,6 +160,13 @@ inline void share_fuse(const Sentences& sentences, const Fuse& args) {
   const int64_t grain = grain_of(args.num_blocks * args.size);
   share(sentences.tokens(), grain, args.size, [&](int64_t begin, int64_t end, float* scratch) {
     s2sent::cpu::fuse(args, begin, end, scratch);
+  });
+}
+
+inline void share_fuse_backward(const Sentences& sentences, const FuseBackward& args) {
+  const int64_t grain = grain_of(typical_length(sentences) * args.size);
+  share(sentences.count * args.num_blocks, grain, args.size, [&](int64_t begin, int64_t end, float* scratch) {
+    s2sent::cpu::fuse_backward(args, begin, end, scratch);
   });
 }
 

@@ -7,7 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../cuda/launch.h"
-#include "memory.h"
+#include "gradients.h"
 #include "plan.h"
 
 namespace s2sent::ops::cuda {
@@ -111,6 +111,24 @@ struct RealBatch {
     scratch.want(finder_.beta, from.parts * tokens);
   }
 };
+
+// The gate with the statistics of the batch.
+inline void launch_gate_in_training(BatchStatistics& args, cudaStream_t stream) {
+  check_launch(s2sent::cuda::bottleneck(args.gate, stream), "bottleneck");
+  check_launch(s2sent::cuda::batch_statistics(args, stream), "batch_statistics");
+  args.use();
+  check_launch(s2sent::cuda::excite(args.gate, stream), "excite");
+}
+
+// dp, df, and the gradients of the gate's tensors.
+inline void launch_gate_backward(const GateBackward& back, cudaStream_t stream) {
+  check_launch(s2sent::cuda::bottleneck(back.args.gate, stream), "bottleneck");
+  check_launch(s2sent::cuda::excite_backward(back.args.gate, stream), "excite_backward");
+  check_launch(s2sent::cuda::up_gradients(back.args, stream), "up_gradients");
+  check_launch(s2sent::cuda::multiply(back.to_down, stream), "multiply");
+  check_launch(s2sent::cuda::down_gradients(back.args, stream), "down_gradients");
+  check_launch(s2sent::cuda::multiply(back.to_squeezed, stream), "multiply");
+}
 
 inline std::vector<Rows> rows_of(const Sentences& sentences, const Tensors& tensors) {
   check_maximum(int64_t(tensors.size()));

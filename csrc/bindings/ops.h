@@ -51,17 +51,20 @@ using Ints = std::vector<int64_t>;
     "Tensor(b!) output) -> ()", \
     (const Tensor& squeezed, const Tensor& pooled, S2SENT_GATE_PARAMETERS int64_t activation, double eps, \
      const Tensor& bottleneck, const Tensor& output)) \
-  /* From grad_gates, or from grad_output with pooled and grad_pooled. */ \
-  X(gate_backward, void, \
-    "(Tensor? grad_gates, Tensor? grad_output, Tensor squeezed, Tensor? pooled, " S2SENT_GATE_SCHEMA "int activation, " \
-    "float eps, Tensor(a!) bottleneck, Tensor(b!)? grad_pooled, Tensor(c!) grad_logits, Tensor(d!) grad_normed, " \
-    "Tensor(e!)? normed) -> ()", \
+  /* g, or o with pooled; the batch's statistics, and the running ones moved in place. */ \
+  X(gate_in_training, void, \
+    "(Tensor squeezed, Tensor? pooled, " S2SENT_GATE_SCHEMA "int num_blocks, int activation, float eps, " \
+    "float momentum, Tensor(a!) bottleneck, Tensor(b!) mean, Tensor(c!) inverse_std, Tensor(d!) result) -> ()", \
+    (const Tensor& squeezed, const Optional& pooled, S2SENT_GATE_PARAMETERS int64_t num_blocks, int64_t activation, \
+     double eps, double momentum, const Tensor& bottleneck, const Tensor& mean, const Tensor& inverse_std, \
+     const Tensor& result)) \
+  /* dp (empty without p), df, and the gradients of the gate's tensors (empty for those that have none), from grad_gates, or \
+     from grad_output and pooled. */ \
+  X(gate_backward, Tensors, \
+    "(Tensor? grad_gates, Tensor? grad_output, Tensor squeezed, Tensor? pooled, " S2SENT_GATE_SCHEMA "Tensor? mean, " \
+    "Tensor? inverse_std, int activation, float eps) -> Tensor[]", \
     (const Optional& grad_gates, const Optional& grad_output, const Tensor& squeezed, const Optional& pooled, \
-     S2SENT_GATE_PARAMETERS int64_t activation, double eps, const Tensor& bottleneck, const Optional& grad_pooled, \
-     const Tensor& grad_logits, const Tensor& grad_normed, const Optional& normed)) \
-  X(multiply, void, \
-    "(Tensor x, Tensor weight, Tensor(a!) result) -> ()", \
-    (const Tensor& x, const Tensor& weight, const Tensor& result)) \
+     S2SENT_GATE_PARAMETERS const Optional& mean, const Optional& inverse_std, int64_t activation, double eps)) \
   X(fuse, void, \
     "(Tensor[] hidden_states, Tensor gates, Tensor? mask, Tensor? cu_seqlens, Tensor(a!) fused) -> ()", \
     (const Tensors& hidden_states, const Tensor& gates, const Optional& mask, const Optional& cu_seqlens, \
@@ -71,18 +74,37 @@ using Ints = std::vector<int64_t>;
     (const Tensor& grad_fused, const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens, \
      const Tensor& grad_gates))
 
-// The whole selector of a plan (plan.h) in one call, without gradients. Both return nothing where a tensor is not what the
-// kernels read; they check all that memory safety needs.
+// The whole selector of a plan (plan.h) in one call, forward or backward. All return nothing where a tensor is not what the
+// kernels read; they check all that memory safety needs. Gradients are those of the hidden states (empty where not needed), then
+// those of the gate's tensors (empty for those that have none).
 #define S2SENT_FOR_EACH_PLANNED_OP(X) \
   /* o, and f and p if they are to be kept */ \
   X(planned_pool, Tensors, \
     "(Tensor[] hidden_states, Tensor? mask, Tensor? cu_seqlens, int plan, int pooling, bool keep) -> Tensor[]", \
     (const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens, int64_t plan, int64_t pooling, \
      bool keep)) \
+  /* o, f, p, and mean and 1 / std of the batch; moves the running statistics */ \
+  X(planned_pool_in_training, Tensors, \
+    "(Tensor[] hidden_states, Tensor? mask, Tensor? cu_seqlens, int plan, int pooling, float momentum) -> Tensor[]", \
+    (const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens, int64_t plan, int64_t pooling, \
+     double momentum)) \
+  /* From do and what was kept. shape: a hidden state's */ \
+  X(planned_pool_backward, Tensors, \
+    "(Tensor grad_output, Tensor squeezed, Tensor pooled, Tensor? mean, Tensor? inverse_std, int[] shape, Tensor? mask, " \
+    "Tensor? cu_seqlens, int plan, int pooling, int[] needed) -> Tensor[]", \
+    (const Tensor& grad_output, const Tensor& squeezed, const Tensor& pooled, const Optional& mean, \
+     const Optional& inverse_std, const Ints& shape, const Optional& mask, const Optional& cu_seqlens, int64_t plan, \
+     int64_t pooling, const Ints& needed)) \
   /* v, and f and g if they are to be kept */ \
   X(planned_select, Tensors, \
     "(Tensor[] hidden_states, Tensor? mask, Tensor? cu_seqlens, int plan, bool keep) -> Tensor[]", \
-    (const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens, int64_t plan, bool keep))
+    (const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens, int64_t plan, bool keep)) \
+  /* From dv and what was kept */ \
+  X(planned_select_backward, Tensors, \
+    "(Tensor grad_fused, Tensor squeezed, Tensor gates, Tensor[] hidden_states, Tensor? mask, Tensor? cu_seqlens, " \
+    "int plan, int[] needed) -> Tensor[]", \
+    (const Tensor& grad_fused, const Tensor& squeezed, const Tensor& gates, const Tensors& hidden_states, \
+     const Optional& mask, const Optional& cu_seqlens, int64_t plan, const Ints& needed))
 
 // On CUDA alone. select: v, f and g in one pass over the hidden states. Returns false, and writes nothing, if the kernel does not
 // support the batch or, unless ``always``, if the other ops are as fast.

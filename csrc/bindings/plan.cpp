@@ -54,19 +54,21 @@ bool spans(const Checks& check, const Tensor& cu_seqlens, int64_t tokens) {
 }
 
 bool is_ordinary(
-    const Checks& check, const Tensors& hidden_states, const Ints& shape, const Optional& mask,
-    const Optional& cu_seqlens) {
-  if (shape.size() != (cu_seqlens ? 2 : 3) || shape.back() == 0) return false;
-  const ScalarType dtype = hidden_states[0].scalar_type();
-  if (!is_known(dtype)) return false;
-  for (const Tensor& u : hidden_states) {
-    const bool same = check.here(u) && u.scalar_type() == dtype && is_shaped(u, shape);
-    if (!same || (u.stride(int64_t(shape.size()) - 1) != 1 && shape.back() != 1)) return false;
+    const Checks& check, ScalarType dtype, const Ints& shape, const Optional& mask, const Optional& cu_seqlens) {
+  if (shape.size() != (cu_seqlens ? 2 : 3) || shape.back() == 0 || !is_known(dtype)) return false;
+  for (const int64_t size : shape) {
+    if (size < 0) return false;
   }
   if (mask) return !cu_seqlens && known_mask_type(*mask) && is_dense(check, *mask, {shape[0], shape[1]}, mask->scalar_type());
   if (!cu_seqlens) return true;
   return cu_seqlens->dim() == 1 && cu_seqlens->numel() > 0 &&
          is_dense(check, *cu_seqlens, {cu_seqlens->numel()}, ScalarType::Int) && spans(check, *cu_seqlens, shape[0]);
+}
+
+// Whether ``tensor`` is like a hidden state and dense in D.
+bool is_like(const Checks& check, const Tensor& tensor, const Ints& shape, ScalarType dtype) {
+  if (!check.here(tensor) || tensor.scalar_type() != dtype || !is_shaped(tensor, shape)) return false;
+  return tensor.stride(int64_t(shape.size()) - 1) == 1 || shape.back() == 1;
 }
 
 }  // namespace
@@ -99,32 +101,80 @@ Planned::Planned(
     : plan(plan_of(number)) {
   STD_TORCH_CHECK(plan, "s2sent_native: there is no plan of this number");
   const int64_t N = plan->num_blocks();
-  if (int64_t(hidden_states.size()) != N || N > maximum_blocks || plan->down_weight.dim() != 2) return;
-  const Checks check(hidden_states[0]);
-  const Ints shape = shape_of(hidden_states[0]);
-  const int64_t H = plan->down_weight.size(0);
-  if (!is_ordinary(check, hidden_states, shape, mask, cu_seqlens)) return;
-  const int64_t D = shape.back();
-#define S2SENT_FITS(type, name, ...) \
-  if (!has_floats(check, plan->name, {__VA_ARGS__})) return;
-  S2SENT_FOR_EACH_GATE_TENSOR(S2SENT_FITS)
-#undef S2SENT_FITS
-  if (D % plan->parts() || !has_floats(check, plan->alpha, {plan->parts(), N})) return;
-  sentences.emplace(hidden_states[0], shape, mask, cu_seqlens);
+  if (int64_t(hidden_states.size()) != N) return;
+  const Tensor& first = hidden_states[0];
+  const Checks check(first);
+  const Ints shape = shape_of(first);
+  if (!is_ordinary(check, first.scalar_type(), shape, mask, cu_seqlens)) return;
+  for (const Tensor& u : hidden_states) {
+    if (!is_like(check, u, shape, first.scalar_type())) return;
+  }
+  if (!fits(check, shape.back(), maximum_blocks)) return;
   hidden.reserve(size_t(N));
   for (const Tensor& u : hidden_states) {
     hidden.push_back({u.const_data_ptr(), cu_seqlens ? 0 : u.stride(0), u.stride(cu_seqlens ? 0 : 1)});
   }
-  dtype = dtype_of(hidden_states[0]);
+  fill(first, shape, mask, cu_seqlens);
+}
+
+Planned::Planned(
+    int64_t number, const Tensor& like, const Ints& shape, const Optional& mask, const Optional& cu_seqlens,
+    int64_t maximum_blocks)
+    : plan(plan_of(number)) {
+  STD_TORCH_CHECK(plan, "s2sent_native: there is no plan of this number");
+  const Checks check(like);
+  if (!is_ordinary(check, like.scalar_type(), shape, mask, cu_seqlens)) return;
+  if (fits(check, shape.back(), maximum_blocks)) fill(like, shape, mask, cu_seqlens);
+}
+
+bool Planned::fits(const Checks& check, int64_t size, int64_t maximum_blocks) const {
+  const int64_t N = plan->num_blocks(), D = size;
+  if (N > maximum_blocks || plan->down_weight.dim() != 2) return false;
+  const int64_t H = plan->down_weight.size(0);
+#define S2SENT_FITS(type, name, ...) \
+  if (!has_floats(check, plan->name, {__VA_ARGS__})) return false;
+  S2SENT_FOR_EACH_GATE_TENSOR(S2SENT_FITS)
+#undef S2SENT_FITS
+  return D % plan->parts() == 0 && has_floats(check, plan->alpha, {plan->parts(), N});
+}
+
+void Planned::fill(const Tensor& like, const Ints& shape, const Optional& mask, const Optional& cu_seqlens) {
+  sentences.emplace(like, shape, mask, cu_seqlens);
+  dtype = dtype_of(like);
   gate.sentences = sentences->count;
-  gate.num_blocks = N;
-  gate.size = D;
-  gate.width = H;
+  gate.num_blocks = plan->num_blocks();
+  gate.size = shape.back();
+  gate.width = plan->down_weight.size(0);
   gate.activation = plan->activation;
   gate.eps = float(plan->eps);
 #define S2SENT_SET(type, name, ...) gate.name = data_of(plan->name);
   S2SENT_FOR_EACH_GATE_TENSOR(S2SENT_SET)
 #undef S2SENT_SET
+}
+
+bool Planned::takes(const Tensor& grad_fused) const {
+  const ScalarType type = grad_fused.scalar_type();
+  if (!sentences || !is_known(type) || dtype_of(grad_fused) != dtype) return false;
+  return is_like(sentences->check, grad_fused, sentences->shape, type);
+}
+
+BatchStatistics Planned::statistics(double momentum) const {
+  BatchStatistics args = {};
+  args.gate = gate;
+  args.momentum = momentum;
+  args.running_mean = static_cast<float*>(plan->running_mean->mutable_data_ptr());
+  args.running_var = static_cast<float*>(plan->running_var->mutable_data_ptr());
+  return args;
+}
+
+void Planned::read_gradients(const Tensor& squeezed, const Optional& pooled, const Optional& grad_output) {
+  const Checks& check = sentences->check;
+  gate.squeezed = check.floats(squeezed, {gate.sentences, gate.size}, "squeezed");
+  if (!pooled) return;
+  gate.pooled = check.floats(*pooled, {gate.sentences, gate.num_blocks, gate.size}, "pooled");
+  check.dense(*grad_output, {gate.sentences, gate.size}, grad_output->scalar_type(), "grad_output");
+  gate.grad_output = grad_output->const_data_ptr();
+  gate.dtype = dtype;
 }
 
 }  // namespace s2sent::ops

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "arguments.h"
+#include "memory.h"
 
 namespace s2sent::ops {
 
@@ -44,6 +45,11 @@ struct Planned {
       int64_t number, const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens,
       int64_t maximum_blocks);
 
+  // A backward pass that reads no hidden state, only their ``shape``, and gradients that are as ``like``.
+  Planned(
+      int64_t number, const Tensor& like, const Ints& shape, const Optional& mask, const Optional& cu_seqlens,
+      int64_t maximum_blocks);
+
   Planned(const Planned&) = delete;
 
   int64_t rows() const { return gate.sentences * gate.num_blocks * gate.size; }  // numbers in [B, N, D]
@@ -61,6 +67,66 @@ struct Planned {
     args.alpha = data_of(plan->alpha);
     return args;
   }
+
+  // The same, and without gradients.
+  template <class SqueezeBackward>
+  SqueezeBackward squeeze_backward(Pooling pooling) const {
+    SqueezeBackward args = {};
+    args.dtype = dtype;
+    args.num_blocks = gate.num_blocks;
+    args.size = gate.size;
+    args.parts = plan->parts();
+    args.pooling = pooling;
+    args.alpha = data_of(plan->alpha);
+    return args;
+  }
+
+  template <class FuseBackward>
+  FuseBackward fuse_backward(const Tensor& grad_fused) const {
+    FuseBackward args = {};
+    args.dtype = dtype;
+    args.num_blocks = gate.num_blocks;
+    args.size = gate.size;
+    args.hidden = hidden.data();
+    args.grad_fused = sentences->rows(grad_fused, grad_fused.scalar_type());
+    return args;
+  }
+
+  // Whether the kernels read the call's tensors and the gradient of v.
+  bool takes(const Tensor& grad_fused) const;
+
+  // Whether they do, and there is a batch with statistics.
+  bool trains() const { return sentences && gate.sentences > 1 && gate.norm_weight; }
+
+  // Without what it writes, apart from the running statistics.
+  BatchStatistics statistics(double momentum) const;
+
+  // o, f, p, mean and 1 / std, which ``squeeze`` and ``args`` then write.
+  template <class Squeeze>
+  Tensors results_in_training(ScalarType type, Squeeze& squeeze, BatchStatistics& args) const {
+    Gate& to = args.gate;
+    const Checks& check = sentences->check;
+    const Ints wide = {to.sentences, to.size}, columns = {to.num_blocks * to.size};
+    Tensors results = {
+        empty(check, wide, type), empty(check, wide, ScalarType::Float),
+        empty(check, {to.sentences, to.num_blocks, to.size}, ScalarType::Float),
+        empty(check, columns, ScalarType::Float), empty(check, columns, ScalarType::Float)};
+    const auto floats = [&](size_t i) { return static_cast<float*>(results[i].mutable_data_ptr()); };
+    to.output = results[0].mutable_data_ptr();
+    to.dtype = dtype;
+    to.squeezed = squeeze.squeezed = floats(1);
+    to.pooled = squeeze.pooled = floats(2);
+    args.mean = floats(3);
+    args.inverse_std = floats(4);
+    return results;
+  }
+
+  // The arguments of the gate's backward pass from dg or, with p, from do.
+  void read_gradients(const Tensor& squeezed, const Optional& pooled, const Optional& grad_output);
+
+ private:
+  bool fits(const Checks& check, int64_t size, int64_t maximum_blocks) const;
+  void fill(const Tensor& like, const Ints& shape, const Optional& mask, const Optional& cu_seqlens);
 };
 
 }  // namespace s2sent::ops

@@ -2,7 +2,8 @@
 //
 // Order of summation: W1 f in kLanes running sums over features, then these as a tree; W2 s in two running sums, over even
 // and odd h; the s-norm and o over the Transformer blocks ascending. No sum runs over sentences, so that a sentence has the
-// same bits in every batch. product.cpp computes the products of the backward pass.
+// same bits in every batch. The statistics of a batch are sums over its sentences ascending, in float64. product.cpp and
+// gate_gradients.cpp compute the products of the backward pass.
 
 #include <algorithm>
 #include <cmath>
@@ -161,6 +162,10 @@ struct Item {
   }
 };
 
+S2SENT_INLINE float inverse_std(const Gate& a, int64_t row) {
+  return a.inverse_std ? a.inverse_std[row] : 1.0f / std::sqrt(a.running_var[row] + a.eps);
+}
+
 // exp(e + c) of an item; with BACKWARD also e and the normalised z.
 template <bool BACKWARD>
 S2SENT_INLINE void weigh(const Gate& a, const Item& item) {
@@ -170,30 +175,30 @@ S2SENT_INLINE void weigh(const Gate& a, const Item& item) {
   for (int64_t n = 0; n < a.num_blocks; ++n) {
     const int64_t row = n * a.size + d;
     turn(a.up_weight + row * a.width, count, a.width, columns);
-    float bias[kGateFeatures] = {}, scale[kGateFeatures], shift[kGateFeatures] = {};
+    float bias[kGateFeatures] = {}, mean[kGateFeatures] = {}, inverse[kGateFeatures] = {};
+    float center[kGateFeatures] = {}, scale[kGateFeatures], shift[kGateFeatures] = {};  // y = (z - center) scale + shift
     std::fill(scale, scale + F, 1.0f);
     for (int64_t j = 0; j < count; ++j) bias[j] = a.up_bias[row + j];
     if (a.norm_weight) {
       for (int64_t j = 0; j < count; ++j) {
-        scale[j] = a.norm_weight[row + j] * (1.0f / std::sqrt(a.running_var[row + j] + a.eps));
-        shift[j] = a.norm_bias[row + j] - a.running_mean[row + j] * scale[j];
+        mean[j] = a.running_mean[row + j];
+        inverse[j] = inverse_std(a, row + j);
+        scale[j] = a.norm_weight[row + j] * inverse[j];
+        center[j] = a.inverse_std ? mean[j] : 0.0f;
+        shift[j] = a.inverse_std ? a.norm_bias[row + j] : a.norm_bias[row + j] - mean[j] * scale[j];
       }
     }
     const float prior = a.block_prior ? a.block_prior[n] - largest : 0.0f;
     for (int64_t b = first; b < last; ++b) {
       float* __restrict z = item.weights + ((b - first) * a.num_blocks + n) * F;
       multiply(columns, a.bottleneck + b * a.width, a.width, z);
+      for (int64_t j = 0; j < F; ++j) z[j] = z[j] + bias[j];
       if (BACKWARD && a.norm_weight) {
         float* __restrict normed = a.normed + b * a.num_blocks * a.size + row;
-        for (int64_t j = 0; j < count; ++j) {
-          const float mean = a.running_mean[row + j], var = a.running_var[row + j];
-          normed[j] = ((z[j] + bias[j]) - mean) * (1.0f / std::sqrt(var + a.eps));
-        }
+        for (int64_t j = 0; j < count; ++j) normed[j] = (z[j] - mean[j]) * inverse[j];
       }
       if (a.norm_weight) {
-        for (int64_t j = 0; j < F; ++j) z[j] = (z[j] + bias[j]) * scale[j] + shift[j];
-      } else {
-        for (int64_t j = 0; j < F; ++j) z[j] = z[j] + bias[j];
+        for (int64_t j = 0; j < F; ++j) z[j] = (z[j] - center[j]) * scale[j] + shift[j];
       }
       for (int64_t j = 0; j < F; ++j) z[j] = sigmoid(z[j]);
       if (BACKWARD) std::copy_n(z, F, item.sigmoids + ((b - first) * a.num_blocks + n) * F);
@@ -228,6 +233,20 @@ S2SENT_INLINE void excite_items(const Gate& a, int64_t begin, int64_t end, float
   }
 }
 
+template <class T>
+S2SENT_INLINE void load_all(const void* from, int64_t first, int64_t count, float* to) {
+  for (int64_t j = 0; j < count; ++j) to[j] = load(static_cast<const T*>(from)[first + j]);
+}
+
+#define S2SENT_LOAD(name, scalar, T, ...) \
+  case DType::name: return load_all<T>(a.grad_output, first, count, to);
+
+// ``count`` numbers of do.
+S2SENT_INLINE void load_gradient(const Gate& a, int64_t first, int64_t count, float* to) {
+  switch (a.dtype) { S2SENT_FOR_EACH_DTYPE(S2SENT_LOAD) }
+}
+#undef S2SENT_LOAD
+
 }  // namespace
 
 // Items (kGateSentences sentences, kGateFeatures features), features fastest: g, or o.
@@ -242,16 +261,16 @@ S2SENT_CLONES void excite_backward(const Gate& a, int64_t begin, int64_t end, fl
     weigh<true>(a, item);
     for (int64_t b = item.first; b < item.last; ++b) {
       const int64_t own = (b - item.first) * a.num_blocks * F;
-      float mean[kGateFeatures] = {};  // sum_n g dg
+      float mean[kGateFeatures] = {}, output[kGateFeatures];  // sum_n g dg; do
+      if (a.pooled) load_gradient(a, b * a.size + item.d, item.count, output);
       for (int64_t n = 0; n < a.num_blocks; ++n) {
         const int64_t place = (b * a.num_blocks + n) * a.size + item.d;
         const float* g = item.weights + own + n * F;
         for (int64_t j = 0; j < item.count; ++j) {
           float grad;
           if (a.pooled) {
-            const float output = a.grad_output[b * a.size + item.d + j];
-            a.grad_pooled[place + j] = g[j] * output;
-            grad = output * a.pooled[place + j];
+            a.grad_pooled[place + j] = g[j] * output[j];
+            grad = output[j] * a.pooled[place + j];
           } else {
             grad = a.grad_gates[place + j];
           }
@@ -269,6 +288,41 @@ S2SENT_CLONES void excite_backward(const Gate& a, int64_t begin, int64_t end, fl
           a.grad_normed[place + j] = logit * e[j] * (1.0f - e[j]);
         }
       }
+    }
+  }
+}
+
+// Items (block, kGateFeatures features), features fastest. Scratch: kGateFeatures (H + B) floats.
+S2SENT_CLONES void batch_statistics(const BatchStatistics& a, int64_t begin, int64_t end, float* scratch) {
+  const Gate& gate = a.gate;
+  const int64_t F = kGateFeatures, tiles = (gate.size + F - 1) / F;
+  float *columns = scratch, *z = scratch + F * gate.width;  // W2's; z [B, F]
+  const double all = double(gate.sentences);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t d = item % tiles * F, row = item / tiles * gate.size + d, count = std::min(F, gate.size - d);
+    turn(gate.up_weight + row * gate.width, count, gate.width, columns);
+    float bias[kGateFeatures] = {};
+    std::copy_n(gate.up_bias + row, count, bias);
+    double mean[kGateFeatures] = {}, squares[kGateFeatures] = {};
+    for (int64_t b = 0; b < gate.sentences; ++b) {
+      float* __restrict own = z + b * F;
+      multiply(columns, gate.bottleneck + b * gate.width, gate.width, own);
+      for (int64_t j = 0; j < F; ++j) own[j] = own[j] + bias[j];
+      for (int64_t j = 0; j < F; ++j) mean[j] += double(own[j]);
+    }
+    for (int64_t j = 0; j < F; ++j) mean[j] /= all;
+    for (int64_t b = 0; b < gate.sentences; ++b) {
+      for (int64_t j = 0; j < F; ++j) {
+        const double apart = double(z[b * F + j]) - mean[j];
+        squares[j] += apart * apart;
+      }
+    }
+    const double keep = 1.0 - a.momentum;
+    for (int64_t j = 0; j < count; ++j) {
+      a.mean[row + j] = float(mean[j]);
+      a.inverse_std[row + j] = float(1.0 / std::sqrt(squares[j] / all + double(gate.eps)));
+      a.running_mean[row + j] = float(keep * a.running_mean[row + j] + a.momentum * mean[j]);
+      a.running_var[row + j] = float(keep * a.running_var[row + j] + a.momentum * (squares[j] / (all - 1.0)));
     }
   }
 }

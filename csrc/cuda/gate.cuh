@@ -165,7 +165,8 @@ __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, float* memory, floa
     const int64_t n = step * Shape::kBlocks + lane / F, d = d0 + lane % F;
     const bool inside = n < a.num_blocks && d < a.size;
     const int64_t row = inside ? n * a.size + d : 0;
-    const Unit unit(a, int(row));  // loaded ahead of the product
+    Unit unit(a, int(row));  // loaded ahead of the product
+    if (a.inverse_std) unit.variance = a.inverse_std[row];
     const float prior = a.block_prior && inside ? a.block_prior[n] - largest : 0.0f;
     float even[S] = {}, odd[S] = {};
     for (int h0 = 0; h0 < columns; h0 += kGateWidth, ++tile) {
@@ -190,7 +191,7 @@ __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, float* memory, floa
       __syncwarp();
       prefetch_tile(tile + kBuffers);
     }
-    const float inverse = unit.inverse(a);
+    const float inverse = a.inverse_std ? unit.variance : unit.inverse(a);
 #pragma unroll
     for (int k = 0; k < S; ++k) {
       const float z = unit.normed(even[k] + odd[k], inverse);

@@ -7,6 +7,16 @@
 namespace s2sent::cuda {
 namespace {
 
+#define S2SENT_READ(name, scalar, cpu, T, ...) \
+  case DType::name: return widen(static_cast<const T*>(a.grad_output)[i]);
+
+// A number of do.
+__device__ inline float output_gradient(const Gate& a, int64_t i) {
+  switch (a.dtype) { S2SENT_FOR_EACH_DTYPE(S2SENT_READ) }
+  __builtin_unreachable();
+}
+#undef S2SENT_READ
+
 template <class Shape>
 __global__ void __launch_bounds__(kGateThreads, 3) backward_kernel(const __grid_constant__ Gate a, unsigned tiles) {
   constexpr int S = Shape::kSentences, F = Shape::kFeatures;
@@ -22,7 +32,7 @@ __global__ void __launch_bounds__(kGateThreads, 3) backward_kernel(const __grid_
     float* own = weights + i;
     const float* e = sigmoids + i;
     const int64_t place = b * a.num_blocks * a.size + d;
-    const float output = a.pooled ? a.grad_output[b * a.size + d] : 0.0f;
+    const float output = a.pooled ? output_gradient(a, b * a.size + d) : 0.0f;
     float total = 0.0f, mean = 0.0f;
     for (int64_t n = 0; n < a.num_blocks; ++n) total += own[n * S * F];
     const float inverse = 1.0f / total;
@@ -40,7 +50,7 @@ __global__ void __launch_bounds__(kGateThreads, 3) backward_kernel(const __grid_
       const int64_t to = place + n * a.size;
       const float grad = a.pooled ? output * a.pooled[to] : a.grad_gates[to];
       const float logit = own[n * S * F] * (grad - mean), s = e[n * S * F];
-      a.grad_logits[to] = logit;
+      if (a.block_prior) a.grad_logits[to] = logit;
       a.grad_normed[to] = logit * s * (1.0f - s);
     }
   }
@@ -56,8 +66,8 @@ cudaError_t excite_backward(const Gate& args, cudaStream_t stream) {
     const cudaError_t error = allow_shared_memory(backward_kernel<Shape>, bytes);
     if (error != cudaSuccess) return error;
     const unsigned tiles = unsigned(pieces(args.size, Shape::kFeatures));
-    backward_kernel<Shape><<<unsigned(shape.ctas(args)), kGateThreads, bytes, stream>>>(args, tiles);
-    return cudaGetLastError();
+    const unsigned grid = unsigned(shape.ctas(args));
+    return launch_early(backward_kernel<Shape>, grid, kGateThreads, bytes, stream, args, tiles);
   });
 }
 

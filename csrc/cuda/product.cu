@@ -13,7 +13,14 @@ constexpr int kThreads = kWarps * kWarp;
 constexpr int kSentences = 8;
 constexpr int kRows = int(kProductRows) / kWarps;
 
+// What ``sum`` of the result's ``index`` is in the result.
+__device__ inline float finish(const Product& a, int64_t index, float sum) {
+  return a.bottleneck ? sum * slope(a.activation, a.bottleneck[index]) : sum;
+}
+
+// Writes the result itself if there is one chunk.
 __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ Product a, int64_t chunks, int64_t tiles) {
+  wait_for_previous();
   __shared__ float x[kProductRows][kSentences];
   __shared__ float sums[kWarps - 1][kSentences][kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -46,20 +53,26 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
 #pragma unroll
   for (int k = 0; k < kSentences; ++k) {
     if (b0 + k >= a.sentences) break;
-    a.partial[(chunk * a.sentences + b0 + k) * a.columns + column] =
-        (sum[k] + sums[0][k][lane]) + (sums[1][k][lane] + sums[2][k][lane]);
+    const float all = (sum[k] + sums[0][k][lane]) + (sums[1][k][lane] + sums[2][k][lane]);
+    const int64_t index = (b0 + k) * a.columns + column;
+    if (chunks > 1) {
+      a.partial[chunk * a.sentences * a.columns + index] = all;
+    } else {
+      a.result[index] = finish(a, index, all);
+    }
   }
 }
 
 constexpr int kSumThreads = 256;
 
 __global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant__ Product a, int64_t chunks) {
+  wait_for_previous();
   const int64_t index = int64_t(blockIdx.x) * kSumThreads + threadIdx.x, all = a.sentences * a.columns;
   if (index >= all) return;
   float sum = 0.0f;
 #pragma unroll 12
   for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += a.partial[chunk * all + index];
-  a.result[index] = sum;
+  a.result[index] = finish(a, index, sum);
 }
 
 }  // namespace
@@ -69,13 +82,11 @@ cudaError_t multiply(const Product& args, cudaStream_t stream) {
   const int64_t chunks = pieces(args.rows, kProductRows), tiles = pieces(args.columns, kWarp);
   if (chunks > 0) {
     const int64_t grid = tiles * chunks * pieces(args.sentences, kSentences);
-    rows_kernel<<<unsigned(grid), kThreads, 0, stream>>>(args, chunks, tiles);
-    const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) return error;
+    const cudaError_t error = launch_early(rows_kernel, unsigned(grid), kThreads, 0, stream, args, chunks, tiles);
+    if (error != cudaSuccess || chunks == 1) return error;
   }
-  const int64_t all = args.sentences * args.columns;
-  sum_kernel<<<unsigned(pieces(all, kSumThreads)), kSumThreads, 0, stream>>>(args, chunks);
-  return cudaGetLastError();
+  const int64_t grid = pieces(args.sentences * args.columns, kSumThreads);
+  return launch_early(sum_kernel, unsigned(grid), kSumThreads, 0, stream, args, chunks);
 }
 
 }  // namespace s2sent::cuda

@@ -7,9 +7,8 @@ the extension before any function here runs.
 Nothing here waits for a GPU except the tables of factors, which are copied to a device once and stay: a captured CUDA graph
 goes on reading them.
 
-Bits do not depend on the number of threads, except those of the parameters' gradients, whose sums over the sentences are
-PyTorch's own products. A sentence has the same bits in any batch, at any place, with any padding, packed and block by block:
-every sum has one order, written down in csrc/cpu/*.cpp and csrc/cuda/*.cu.
+Bits do not depend on the number of threads: every sum has one order, written down in csrc/cpu/*.cpp and csrc/cuda/*.cu. With
+running statistics a sentence has the same bits in any batch, at any place, with any padding, packed and block by block.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...formula import reference
 from ...formula.call import (
     Batch,
     BatchStatistics,
@@ -31,14 +29,22 @@ from ...formula.call import (
     Place,
     Reading,
 )
-from ...formula.reference import gate_in_training
-from ...formula.reference import gate_in_training_backward as gate_in_training_backward
-from .layout import activation_number, as_float, dense, factors, float_parameters, pooling_number, tokens_of
+from .layout import (
+    activation_number,
+    as_float,
+    dense,
+    factors,
+    float_parameters,
+    gradients_of,
+    pooling_number,
+    readable,
+    tokens_of,
+)
 from .prepared import Prepared
 
 # Counts changes of the ops that this module calls: increase it with every change of a schema. setup.py compiles this number into
 # the extension; ``limits`` refuses one built from other sources.
-INTERFACE = 6
+INTERFACE = 7
 
 _ops = torch.ops.s2sent_native
 
@@ -151,75 +157,80 @@ def gate_pool(
     return _pool(squeezed, sums.pooled, parameters, gating, dtype), squeezed
 
 
-def _multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight, where a row's bits do not depend on the number of rows."""
-    result = x.new_empty(x.shape[0], weight.shape[1])
-    _ops.multiply(x, weight, result)
-    return result
-
-
 def _backward(
-    grad_gates: Tensor | None,
-    grad_output: Tensor | None,
+    grad: Tensor,
     squeezed: Tensor,
     pooled: Tensor | None,
+    statistics: BatchStatistics | None,
     parameters: GateParameters,
     gating: Gating,
 ) -> tuple[Tensor | None, Tensor, GateParameters]:
-    """dp where there is p, df, and the parameters' gradients: sums over the sentences, computed by PyTorch."""
-    num_blocks = parameters.up_weight.shape[0] // squeezed.shape[1]
-    shape = (squeezed.shape[0], num_blocks, squeezed.shape[1])
-    w = float_parameters(parameters)
-    grad_logits, grad_normed = squeezed.new_empty(shape), squeezed.new_empty(shape)
-    normed = None if w.norm_weight is None else squeezed.new_empty(shape)
-    grad_pooled = None if pooled is None else squeezed.new_empty(shape)
-    bottleneck = _bottleneck(squeezed, parameters)
-    _ops.gate_backward(
-        as_float(grad_gates),
-        as_float(grad_output),
+    """dp where there is p, df, and the parameters' gradients from dg, or with p from do."""
+    grad_pooled, grad_squeezed, *grads = _ops.gate_backward(
+        as_float(grad) if pooled is None else None,
+        None if pooled is None else readable(grad),
         squeezed.contiguous(),
-        pooled,
-        *w,
+        None if pooled is None else pooled.contiguous(),
+        *float_parameters(parameters),
+        *(statistics or (None, None)),
         activation_number(gating.activation),
         gating.eps,
-        bottleneck,
-        grad_pooled,
-        grad_logits,
-        grad_normed,
-        normed,
     )
-    with reference.autocast_off(squeezed.device):
-        dy = grad_normed.flatten(1)
-        dz, norm_weight, norm_bias = dy, None, None
-        if normed is not None and w.norm_weight is not None and w.running_var is not None:
-            norm_weight, norm_bias = (dy * normed.flatten(1)).sum(dim=0), dy.sum(dim=0)
-            dz = dy * (w.norm_weight * torch.rsqrt(w.running_var + gating.eps))
-        ddown = _multiply(dz, w.up_weight) * reference.slope(bottleneck, gating.activation)
-        grads = GateParameters(
-            down_weight=ddown.T @ squeezed,
-            down_bias=ddown.sum(dim=0),
-            up_weight=dz.T @ bottleneck,
-            up_bias=dz.sum(dim=0),
-            norm_weight=norm_weight,
-            norm_bias=norm_bias,
-            block_prior=None if w.block_prior is None else grad_logits.sum(dim=(0, 2)),
-        )
-        return grad_pooled, _multiply(ddown, w.down_weight), grads
+    return None if pooled is None else grad_pooled, grad_squeezed, gradients_of(grads, parameters)
 
 
 def gate_backward(
     grad_gates: Tensor, squeezed: Tensor, parameters: GateParameters, gating: Gating
 ) -> tuple[Tensor, GateParameters]:
-    _, grad, grads = _backward(grad_gates, None, squeezed, None, parameters, gating)
+    _, grad, grads = _backward(grad_gates, squeezed, None, None, parameters, gating)
     return grad, grads
 
 
 def gate_pool_backward(
     grad_output: Tensor, squeezed: Tensor, pooled: Tensor, parameters: GateParameters, gating: Gating
 ) -> tuple[Tensor, Tensor, GateParameters]:
-    grad_pooled, grad, grads = _backward(None, grad_output, squeezed, pooled.contiguous(), parameters, gating)
+    grad_pooled, grad, grads = _backward(grad_output, squeezed, pooled, None, parameters, gating)
     assert grad_pooled is not None
     return grad_pooled, grad, grads
+
+
+def gate_in_training(
+    squeezed: Tensor, pooled: Tensor | None, parameters: GateParameters, gating: Gating, dtype: torch.dtype
+) -> tuple[Tensor, BatchStatistics]:
+    """g, or with p o in ``dtype``, and the statistics of the batch, of two sentences at least. Moves the running ones in place."""
+    w, num_blocks = float_parameters(parameters), parameters.up_weight.shape[0] // squeezed.shape[1]
+    if pooled is None:
+        result = squeezed.new_empty(squeezed.shape[0], num_blocks, squeezed.shape[1])
+    else:
+        result = squeezed.new_empty(squeezed.shape, dtype=dtype)
+    statistics = BatchStatistics(*(squeezed.new_empty(parameters.up_weight.shape[0]) for _ in range(2)))
+    _ops.gate_in_training(
+        squeezed.contiguous(),
+        None if pooled is None else pooled.contiguous(),
+        *w,
+        num_blocks,
+        activation_number(gating.activation),
+        gating.eps,
+        gating.momentum,
+        _bottleneck(squeezed, parameters),
+        *statistics,
+        result,
+    )
+    for running, moved in ((parameters.running_mean, w.running_mean), (parameters.running_var, w.running_var)):
+        if running is not None and moved is not None and running is not moved:  # kept in another dtype
+            running.copy_(moved)
+    return result, statistics
+
+
+def gate_in_training_backward(
+    grad: Tensor,
+    squeezed: Tensor,
+    pooled: Tensor | None,
+    statistics: BatchStatistics,
+    parameters: GateParameters,
+    gating: Gating,
+) -> tuple[Tensor | None, Tensor, GateParameters]:
+    return _backward(grad, squeezed, pooled, statistics, parameters, gating)
 
 
 # ---------------------------------------------------------------- fuse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from ...formula import dct
 from ...formula.call import (
     ACTIVATIONS,
+    KERNEL_DTYPES,
     POOLINGS,
     Activation,
     Batch,
@@ -43,6 +45,19 @@ def dense(tensor: Tensor) -> Tensor:
 
 def as_float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(torch.float32).contiguous()
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """``tensor`` in a dtype that the kernels read, and contiguous."""
+    return (tensor if tensor.dtype in KERNEL_DTYPES else tensor.to(torch.float32)).contiguous()
+
+
+def gradients_of(tensors: Sequence[Tensor], parameters: GateParameters) -> GateParameters:
+    """The kernels leave an empty tensor where there is no gradient."""
+    grads = GateParameters._make(
+        [None if parameter is None else grad for grad, parameter in zip(tensors, parameters, strict=True)]
+    )
+    return grads._replace(running_mean=None, running_var=None)
 
 
 def float_parameters(parameters: GateParameters) -> GateParameters:

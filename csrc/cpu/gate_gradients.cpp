@@ -1,0 +1,113 @@
+// gate, backward: the gradients of its tensors, sums over the sentences, from dy, the gradient of the norm's output.
+//
+//     dz = w dy / std, or with statistics of the batch  w / std (dy - mean_b dy - z' mean_b (dy z')),  z' = (z - mean) / std
+//     dW2 = dz^T s,  db2 = sum_b dz,  dw = sum_b dy z',  db = sum_b dy of the norm,  dW1 = ddown^T f,  db1 = sum_b ddown
+//
+// Order of summation: the sentences ascending; in float64 but for dW2 and dW1, whose sum chunks of kProductRows sentences are
+// those of rows.h and are then added ascending. dc adds the sentences' sums over the features ascending, in float64.
+
+#include <algorithm>
+#include <cmath>
+
+#include "launch.h"
+#include "rows.h"
+
+namespace s2sent::cpu {
+namespace {
+
+// to[c] = sum_b x[b] rows[b, c]. Scratch: ``columns`` floats.
+S2SENT_INLINE void sum_sentences(
+    const float* x, const float* rows, int64_t sentences, int64_t columns, float* to, float* scratch) {
+  std::fill(to, to + columns, 0.0f);
+  for (int64_t b = 0; b < sentences; b += kProductRows) {
+    float* sum = b == 0 ? to : scratch;
+    if (b != 0) std::fill(sum, sum + columns, 0.0f);
+    add_rows(x + b, rows + b * columns, std::min(kProductRows, sentences - b), columns, 0, columns, sum);
+    for (int64_t c = 0; b != 0 && c < columns; ++c) to[c] += sum[c];
+  }
+}
+
+// Writes the sums of dy, dy z' and the logits' gradient over the sentences; holds what dz needs beside dy.
+struct Columns {
+  float scale[kGateFeatures], mean[kGateFeatures] = {}, mean_normed[kGateFeatures] = {};
+
+  S2SENT_INLINE Columns(const GateGradients& a, int64_t first, int64_t count) {
+    const Gate& gate = a.gate;
+    const int64_t all = gate.num_blocks * gate.size;
+    double sum[kGateFeatures] = {}, sum_normed[kGateFeatures] = {}, sum_logits[kGateFeatures] = {};
+    for (int64_t b = 0; b < gate.sentences; ++b) {
+      const int64_t place = b * all + first;
+      const float* dy = gate.grad_normed + place;
+      for (int64_t j = 0; j < count; ++j) sum[j] += double(dy[j]);
+      for (int64_t j = 0; gate.norm_weight && j < count; ++j) sum_normed[j] += double(dy[j]) * double(gate.normed[place + j]);
+      for (int64_t j = 0; a.block_prior && j < count; ++j) sum_logits[j] += double(gate.grad_logits[place + j]);
+    }
+    std::fill(scale, scale + kGateFeatures, 1.0f);
+    for (int64_t j = 0; a.block_prior && j < count; ++j) a.prior_sums[first + j] = float(sum_logits[j]);
+    for (int64_t j = 0; gate.norm_weight && j < count; ++j) {
+      a.norm_weight[first + j] = float(sum_normed[j]);
+      a.norm_bias[first + j] = float(sum[j]);
+      if (gate.inverse_std) {
+        scale[j] = gate.norm_weight[first + j] * gate.inverse_std[first + j];
+        mean[j] = float(sum[j] / double(gate.sentences));
+        mean_normed[j] = float(sum_normed[j] / double(gate.sentences));
+      } else {
+        scale[j] = gate.norm_weight[first + j] * (1.0f / std::sqrt(gate.running_var[first + j] + gate.eps));
+      }
+    }
+  }
+};
+
+}  // namespace
+
+// Items of kGateFeatures columns of [B, N D]: dz, and all of their sums. Scratch: kGateFeatures B + H floats.
+S2SENT_CLONES void up_gradients(const GateGradients& a, int64_t begin, int64_t end, float* scratch) {
+  const Gate& gate = a.gate;
+  const int64_t all = gate.num_blocks * gate.size, B = gate.sentences;
+  float* turned = scratch;  // dz [kGateFeatures, B]
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t first = item * kGateFeatures, count = std::min(kGateFeatures, all - first);
+    const Columns of(a, first, count);
+    double sum[kGateFeatures] = {};
+    for (int64_t b = 0; b < B; ++b) {
+      const int64_t place = b * all + first;
+      for (int64_t j = 0; j < count; ++j) {
+        float dz = gate.grad_normed[place + j];
+        if (gate.inverse_std) dz = (dz - of.mean[j]) - gate.normed[place + j] * of.mean_normed[j];
+        dz *= of.scale[j];
+        gate.grad_normed[place + j] = dz;
+        turned[j * B + b] = dz;
+        sum[j] += double(dz);
+      }
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      a.up_bias[first + j] = float(sum[j]);
+      float* to = a.up_weight + (first + j) * gate.width;
+      sum_sentences(turned + j * B, gate.bottleneck, B, gate.width, to, scratch + kGateFeatures * B);
+    }
+  }
+}
+
+// Items h, then n: a row of dW1 and its db1; dc_n. Scratch: B + D floats.
+S2SENT_CLONES void down_gradients(const GateGradients& a, int64_t begin, int64_t end, float* scratch) {
+  const Gate& gate = a.gate;
+  const int64_t B = gate.sentences, D = gate.size;
+  for (int64_t item = begin; item < end; ++item) {
+    double sum = 0.0;
+    if (item >= gate.width) {
+      const int64_t n = item - gate.width;
+      if (a.block_prior == nullptr) continue;
+      for (int64_t d = 0; d < D; ++d) sum += double(a.prior_sums[n * D + d]);
+      a.block_prior[n] = float(sum);
+      continue;
+    }
+    for (int64_t b = 0; b < B; ++b) {
+      scratch[b] = a.grad_down[b * gate.width + item];
+      sum += double(scratch[b]);
+    }
+    a.down_bias[item] = float(sum);
+    sum_sentences(scratch, gate.squeezed, B, D, a.down_weight + item * D, scratch + B);
+  }
+}
+
+}  // namespace s2sent::cpu
