@@ -181,7 +181,7 @@ struct BatchStatistics {
   float* running_mean;  // [N D]
   float* running_var;   // [N D]
 
-  // Has the gate read what the kernel writes.
+  // Has the gate read what the kernel writes. Before any kernel: on the CPU, a gate in training computes s otherwise.
   void use() {
     gate.running_mean = mean;
     gate.inverse_std = inverse_std;

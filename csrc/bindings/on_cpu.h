@@ -100,9 +100,9 @@ inline void share_statistics(const BatchStatistics& args) {
 
 // The gate with the statistics of the batch.
 inline void share_gate_in_training(BatchStatistics& args) {
+  args.use();
   share_bottleneck(args.gate);
   share_statistics(args);
-  args.use();
   share_excite(args.gate);
 }
 

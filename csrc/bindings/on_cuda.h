@@ -114,9 +114,9 @@ struct RealBatch {
 
 // The gate with the statistics of the batch.
 inline void launch_gate_in_training(BatchStatistics& args, cudaStream_t stream) {
+  args.use();
   check_launch(s2sent::cuda::bottleneck(args.gate, stream), "bottleneck");
   check_launch(s2sent::cuda::batch_statistics(args, stream), "batch_statistics");
-  args.use();
   check_launch(s2sent::cuda::excite(args.gate, stream), "excite");
 }
 

@@ -2,8 +2,8 @@
 //
 // Order of summation: W1 f in kLanes running sums over features, then these as a tree; W2 s in two running sums, over even
 // and odd h; the s-norm and o over the Transformer blocks ascending. No sum runs over sentences, so that a sentence has the
-// same bits in every batch. The statistics of a batch are sums over its sentences ascending, in float64. product.cpp and
-// gate_gradients.cpp compute the products of the backward pass.
+// same bits in every batch. But in training W1 f and W2 s are summed in float64 (and W2 s over h ascending), and so are the
+// statistics of the batch, over its sentences. product.cpp and gate_gradients.cpp compute the products of the backward pass.
 
 #include <algorithm>
 #include <cmath>
@@ -37,9 +37,21 @@ S2SENT_INLINE float dot(const float* x, const float* y, int64_t size) {
   return (((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7]))) + rest;
 }
 
-// e^x to about an ulp for x <= 88, 0 below -87, NaN for NaN. Branchless, so that it vectorises.
+// Summed in float64, in kVector running sums, for a gate in training.
+S2SENT_INLINE float dot_exactly(const float* x, const float* y, int64_t size) {
+  double sums[kVector] = {};
+  int64_t d = 0;
+  for (; d + kVector <= size; d += kVector) {
+    for (int64_t i = 0; i < kVector; ++i) sums[i] += double(x[d + i]) * double(y[d + i]);
+  }
+  double rest = 0.0;
+  for (; d < size; ++d) rest += double(x[d]) * double(y[d]);
+  return float((((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]))) + rest);
+}
+
+// e^x to about an ulp for x <= 88, NaN for NaN. Branchless, so that it vectorises.
 S2SENT_INLINE float exponential(float x) {
-  const float bounded = x < -87.0f ? -87.0f : x;
+  const float bounded = x < -104.0f ? -104.0f : x;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float shifted = bounded * 1.44269504f + magic;
   const float k = shifted - magic;
@@ -51,8 +63,9 @@ S2SENT_INLINE float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = (p * (r * r) + r) + 1.0f;
-  const float power = from_bits((to_bits(shifted) - to_bits(magic) + 127) << 23);
-  return x < -87.0f ? 0.0f : p * power;
+  const bool tiny = x < -87.0f;  // the result may be subnormal: it is scaled twice
+  const float power = from_bits((to_bits(shifted) - to_bits(magic) + (tiny ? 127 + 64 : 127)) << 23);
+  return p * power * (tiny ? 0x1p-64f : 1.0f);
 }
 
 S2SENT_INLINE float sigmoid(float x) {
@@ -131,6 +144,18 @@ S2SENT_INLINE void multiply(const float* columns, const float* s, int64_t width,
   to[3] = a3 + b3;
 }
 
+// z of a gate in training, rounded once: the differences of a batch's z may be tiny, and the norm enlarges them.
+S2SENT_INLINE void multiply_exactly(
+    const float* columns, const float* s, int64_t width, const float* bias, float* __restrict z) {
+  double sum[kGateFeatures];
+  for (int64_t j = 0; j < kGateFeatures; ++j) sum[j] = double(bias[j]);
+  for (int64_t h = 0; h < width; ++h) {
+    const double x = double(s[h]);
+    for (int64_t j = 0; j < kGateFeatures; ++j) sum[j] += double(columns[h * kGateFeatures + j]) * x;
+  }
+  for (int64_t j = 0; j < kGateFeatures; ++j) z[j] = float(sum[j]);
+}
+
 // g [N, F] in place of exp(e + c).
 S2SENT_INLINE void normalise(float* __restrict g, int64_t num_blocks) {
   float total[kGateFeatures] = {};
@@ -191,8 +216,13 @@ S2SENT_INLINE void weigh(const Gate& a, const Item& item) {
     const float prior = a.block_prior ? a.block_prior[n] - largest : 0.0f;
     for (int64_t b = first; b < last; ++b) {
       float* __restrict z = item.weights + ((b - first) * a.num_blocks + n) * F;
-      multiply(columns, a.bottleneck + b * a.width, a.width, z);
-      for (int64_t j = 0; j < F; ++j) z[j] = z[j] + bias[j];
+      const float* s = a.bottleneck + b * a.width;
+      if (a.inverse_std) {
+        multiply_exactly(columns, s, a.width, bias, z);
+      } else {
+        multiply(columns, s, a.width, z);
+        for (int64_t j = 0; j < F; ++j) z[j] = z[j] + bias[j];
+      }
       if (BACKWARD && a.norm_weight) {
         float* __restrict normed = a.normed + b * a.num_blocks * a.size + row;
         for (int64_t j = 0; j < count; ++j) normed[j] = (z[j] - mean[j]) * inverse[j];
@@ -306,8 +336,7 @@ S2SENT_CLONES void batch_statistics(const BatchStatistics& a, int64_t begin, int
     double mean[kGateFeatures] = {}, squares[kGateFeatures] = {};
     for (int64_t b = 0; b < gate.sentences; ++b) {
       float* __restrict own = z + b * F;
-      multiply(columns, gate.bottleneck + b * gate.width, gate.width, own);
-      for (int64_t j = 0; j < F; ++j) own[j] = own[j] + bias[j];
+      multiply_exactly(columns, gate.bottleneck + b * gate.width, gate.width, bias, own);
       for (int64_t j = 0; j < F; ++j) mean[j] += double(own[j]);
     }
     for (int64_t j = 0; j < F; ++j) mean[j] /= all;
@@ -330,7 +359,8 @@ S2SENT_CLONES void batch_statistics(const BatchStatistics& a, int64_t begin, int
 S2SENT_CLONES void bottleneck(const Gate& a, int64_t begin, int64_t end) {
   for (int64_t h = begin; h < end; ++h) {
     for (int64_t b = 0; b < a.sentences; ++b) {
-      const float t = dot(a.down_weight + h * a.size, a.squeezed + b * a.size, a.size) + a.down_bias[h];
+      const float *weight = a.down_weight + h * a.size, *f = a.squeezed + b * a.size;
+      const float t = (a.inverse_std ? dot_exactly(weight, f, a.size) : dot(weight, f, a.size)) + a.down_bias[h];
       a.bottleneck[b * a.width + h] = activate(a.activation, t);
     }
   }

@@ -1,6 +1,7 @@
 // gate, backward: the gradients of its tensors, sums over the sentences, from dy, the gradient of the norm's output.
 //
 //     dz = w dy / std, or with statistics of the batch  w / std (dy - mean_b dy - z' mean_b (dy z')),  z' = (z - mean) / std
+//     whose mean over b is then subtracted: it is 0 but for the rounding of the mean, which dz would enlarge by 1 / std
 //     dW2 = dz^T s,  db2 = sum_b dz,  dw = sum_b dy z',  db = sum_b dy of the norm,  dW1 = ddown^T f,  db1 = sum_b ddown
 //
 // Order of summation: the sentences ascending; in float64 but for dW2 and dW1, whose sum chunks of kProductRows sentences are
@@ -29,31 +30,34 @@ S2SENT_INLINE void sum_sentences(
 
 // Writes the sums of dy, dy z' and the logits' gradient over the sentences; holds what dz needs beside dy.
 struct Columns {
-  float scale[kGateFeatures], mean[kGateFeatures] = {}, mean_normed[kGateFeatures] = {};
+  float scale[kGateFeatures], mean[kGateFeatures] = {}, mean_product[kGateFeatures] = {}, center[kGateFeatures] = {};
 
   S2SENT_INLINE Columns(const GateGradients& a, int64_t first, int64_t count) {
     const Gate& gate = a.gate;
     const int64_t all = gate.num_blocks * gate.size;
-    double sum[kGateFeatures] = {}, sum_normed[kGateFeatures] = {}, sum_logits[kGateFeatures] = {};
+    double sum[kGateFeatures] = {}, products[kGateFeatures] = {}, centers[kGateFeatures] = {}, logits[kGateFeatures] = {};
     for (int64_t b = 0; b < gate.sentences; ++b) {
       const int64_t place = b * all + first;
       const float* dy = gate.grad_normed + place;
       for (int64_t j = 0; j < count; ++j) sum[j] += double(dy[j]);
-      for (int64_t j = 0; gate.norm_weight && j < count; ++j) sum_normed[j] += double(dy[j]) * double(gate.normed[place + j]);
-      for (int64_t j = 0; a.block_prior && j < count; ++j) sum_logits[j] += double(gate.grad_logits[place + j]);
+      for (int64_t j = 0; gate.norm_weight && j < count; ++j) products[j] += double(dy[j]) * double(gate.normed[place + j]);
+      for (int64_t j = 0; gate.inverse_std && j < count; ++j) centers[j] += double(gate.normed[place + j]);
+      for (int64_t j = 0; a.block_prior && j < count; ++j) logits[j] += double(gate.grad_logits[place + j]);
     }
     std::fill(scale, scale + kGateFeatures, 1.0f);
-    for (int64_t j = 0; a.block_prior && j < count; ++j) a.prior_sums[first + j] = float(sum_logits[j]);
+    for (int64_t j = 0; a.block_prior && j < count; ++j) a.prior_sums[first + j] = float(logits[j]);
     for (int64_t j = 0; gate.norm_weight && j < count; ++j) {
-      a.norm_weight[first + j] = float(sum_normed[j]);
-      a.norm_bias[first + j] = float(sum[j]);
       if (gate.inverse_std) {
+        const double average = centers[j] / double(gate.sentences);
+        center[j] = float(average);
         scale[j] = gate.norm_weight[first + j] * gate.inverse_std[first + j];
         mean[j] = float(sum[j] / double(gate.sentences));
-        mean_normed[j] = float(sum_normed[j] / double(gate.sentences));
+        mean_product[j] = float((products[j] - average * sum[j]) / double(gate.sentences));
       } else {
         scale[j] = gate.norm_weight[first + j] * (1.0f / std::sqrt(gate.running_var[first + j] + gate.eps));
       }
+      a.norm_weight[first + j] = float(products[j]);
+      a.norm_bias[first + j] = float(sum[j]);
     }
   }
 };
@@ -73,7 +77,7 @@ S2SENT_CLONES void up_gradients(const GateGradients& a, int64_t begin, int64_t e
       const int64_t place = b * all + first;
       for (int64_t j = 0; j < count; ++j) {
         float dz = gate.grad_normed[place + j];
-        if (gate.inverse_std) dz = (dz - of.mean[j]) - gate.normed[place + j] * of.mean_normed[j];
+        if (gate.inverse_std) dz = (dz - of.mean[j]) - (gate.normed[place + j] - of.center[j]) * of.mean_product[j];
         dz *= of.scale[j];
         gate.grad_normed[place + j] = dz;
         turned[j * B + b] = dz;

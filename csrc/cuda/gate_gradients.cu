@@ -1,6 +1,7 @@
 // gate, backward: the gradients of its tensors, sums over the sentences, from dy, the gradient of the norm's output.
 //
 //     dz = w dy / std, or with statistics of the batch  w / std (dy - mean_b dy - z' mean_b (dy z')),  z' = (z - mean) / std
+//     whose mean over b is then subtracted: it is 0 but for the rounding of the mean, which dz would enlarge by 1 / std
 //     dW2 = dz^T s,  db2 = sum_b dz,  dw = sum_b dy z',  db = sum_b dy of the norm,  dW1 = ddown^T f,  db1 = sum_b ddown
 //
 // A CTA computes kLeft columns of dz times all of s, or of ddown times kRight columns of f. It alone has its columns of dz, which
@@ -163,9 +164,9 @@ struct Column {
   const GateGradients& a;
   int64_t column, stride, sentences;  // j of [N D], N D, and B; no sentences past the last column
   bool norm, batch, sums, prior;
-  float scale, mean = 0.0f, mean_normed = 0.0f;
+  float scale, mean = 0.0f, mean_product = 0.0f, center = 0.0f;
   float dy[kEach], normed[kEach], logits[kEach], dz[kEach];
-  float sum = 0.0f, sum_normed = 0.0f, sum_logits = 0.0f, sum_dz = 0.0f;
+  float sum = 0.0f, products = 0.0f, centers = 0.0f, sum_logits = 0.0f, sum_dz = 0.0f;
 
   __device__ Column(const GateGradients& a, int64_t j)
       : a(a), column(j), stride(a.gate.num_blocks * a.gate.size), sentences(j < stride ? a.gate.sentences : 0),
@@ -191,14 +192,15 @@ struct Column {
     if (!norm) return;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) dz[i] = dy[i] * normed[i];
-    sum_normed += tree(dz);
+    products += tree(dz);
+    if (batch) centers += tree(normed);
   }
 
   __device__ float take(int64_t tile, int i) {
     const int64_t b = sentence(tile, i);
     if (i == 0 && sums) add();
     float value = dy[i];
-    if (batch) value = (value - mean) - normed[i] * mean_normed;
+    if (batch) value = (value - mean) - (normed[i] - center) * mean_product;
     value = b < sentences ? value * scale : 0.0f;
     if (norm && b < sentences) a.gate.grad_normed[b * stride + column] = value;
     dz[i] = value;
@@ -237,18 +239,19 @@ __global__ void __launch_bounds__(kThreads, 4) up_kernel(const __grid_constant__
   }
   Outer outer;
   if (!left.batch) outer = multiply(left, right, gate.sentences, 0, tiles);
-  const float sum = over_warps(left.sum, shared), sum_normed = over_warps(left.sum_normed, shared);
-  const float sum_logits = over_warps(left.sum_logits, shared);
+  const float sum = over_warps(left.sum, shared), sum_logits = over_warps(left.sum_logits, shared);
+  const float products = over_warps(left.products, shared);
   if (left.batch) {
+    left.center = over_warps(left.centers, shared) / float(gate.sentences);
     left.mean = sum / float(gate.sentences);
-    left.mean_normed = sum_normed / float(gate.sentences);
+    left.mean_product = fmaf(-left.center, sum, products) / float(gate.sentences);
     outer = multiply(left, right, gate.sentences, 0, tiles);
   }
   const float sum_dz = over_warps(left.sum_dz, shared);
   outer.store(a.up_weight, p0, all, 0, gate.width);
   if (writes) {
     a.up_bias[j] = sum_dz;
-    if (left.norm) a.norm_weight[j] = sum_normed, a.norm_bias[j] = sum;
+    if (left.norm) a.norm_weight[j] = products, a.norm_bias[j] = sum;
     if (left.prior) a.prior_sums[j] = sum_logits;
   }
   // dz is there, written by the threads that read it now.

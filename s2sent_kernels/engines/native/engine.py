@@ -203,6 +203,8 @@ def gate_in_training(
         result = squeezed.new_empty(squeezed.shape[0], num_blocks, squeezed.shape[1])
     else:
         result = squeezed.new_empty(squeezed.shape, dtype=dtype)
+    if squeezed.shape[0] == 0 and w.running_mean is not None and w.running_var is not None:
+        return result, BatchStatistics(w.running_mean.clone(), torch.rsqrt(w.running_var + gating.eps))
     statistics = BatchStatistics(*(squeezed.new_empty(parameters.up_weight.shape[0]) for _ in range(2)))
     _ops.gate_in_training(
         squeezed.contiguous(),
