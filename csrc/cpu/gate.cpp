@@ -49,9 +49,9 @@ S2SENT_INLINE float dot_exactly(const float* x, const float* y, int64_t size) {
   return float((((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]))) + rest);
 }
 
-// e^x to about an ulp for x <= 88, NaN for NaN. Branchless, so that it vectorises.
+// e^x to about an ulp for x <= 88, 0 below -87, NaN for NaN. Branchless, so that it vectorises.
 S2SENT_INLINE float exponential(float x) {
-  const float bounded = x < -104.0f ? -104.0f : x;
+  const float bounded = x < -87.0f ? -87.0f : x;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float shifted = bounded * 1.44269504f + magic;
   const float k = shifted - magic;
@@ -63,9 +63,8 @@ S2SENT_INLINE float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = (p * (r * r) + r) + 1.0f;
-  const bool tiny = x < -87.0f;  // the result may be subnormal: it is scaled twice
-  const float power = from_bits((to_bits(shifted) - to_bits(magic) + (tiny ? 127 + 64 : 127)) << 23);
-  return p * power * (tiny ? 0x1p-64f : 1.0f);
+  const float power = from_bits((to_bits(shifted) - to_bits(magic) + 127) << 23);
+  return x < -87.0f ? 0.0f : p * power;
 }
 
 S2SENT_INLINE float sigmoid(float x) {
