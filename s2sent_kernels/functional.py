@@ -114,7 +114,7 @@ def gate(
         eps: the batch norm's.
         profile: "official" sums the s-norm over batch and features too, and has no block prior.
         training: batch statistics instead of the running ones, which are then updated in place with ``momentum``. This
-            and ``profile="official"`` are plain PyTorch on every backend.
+            inside torch.compile or torch.func, and ``profile="official"``, are plain PyTorch on every backend.
 
     Raises:
         ValueError: an argument is wrong, or batch statistics of a single sentence are wanted.
