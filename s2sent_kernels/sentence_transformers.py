@@ -36,7 +36,7 @@ class S2SentPooling(Module):
     It follows that transformer's blocks, so it must know the transformer. ``behind`` and this module's ``load`` attach it.
     Loaded by SentenceTransformer itself (with ``trust_remote_code=True``), it needs ``attach``.
 
-    Without gradients (grad mode off, or nothing that requires one) each block is pooled as it finishes and its hidden state
+    Without gradients (grad mode off, or nothing that requires one) large hidden states are pooled as each block finishes, and
     freed. This needs a transformer that is called with the features, as sentence-transformers does. A call of a plain
     transformers model does not tell the length of prompts: the hidden states are kept until this module runs.
 
