@@ -106,7 +106,7 @@ struct Outer {
   }
 };
 
-// left^T right over all sentences. ``left`` loads a tile with fetch(tile); take(tile, i) is the number of a thread's i-th sentence.
+// left^T right over all sentences. ``left`` loads a tile with fetch(tile); take(tile, i) is that of a thread's i-th sentence.
 template <class Left>
 __device__ Outer multiply(Left& left, const Matrix& right, int64_t sentences, int64_t q0, Tiles& tiles) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

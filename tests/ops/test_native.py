@@ -31,11 +31,15 @@ def threads(number):
 @pytest.mark.parametrize("pooling", [None, "mean"])
 @pytest.mark.parametrize("mask", [None, "right", "packed"])
 @pytest.mark.parametrize("batch_size", [1, B])
-def test_bits_do_not_depend_on_the_number_of_threads(batch_size, mask, pooling):
-    """Outputs, and the hidden states' gradients."""
+@pytest.mark.parametrize("training", [False, True])
+def test_bits_do_not_depend_on_the_number_of_threads(training, batch_size, mask, pooling):
+    """Outputs, all gradients, and the running statistics."""
+    if training and batch_size == 1:
+        pytest.skip("has no statistics")
     torch.manual_seed(0)
     size = 768  # large enough that every stage is shared
-    parameters = s2.GateParameters(*(torch.randn(shape) for shape in ((H, size), (H,), (N * size, H), (N * size,))))
+    shapes = s2.GateParameters.shapes(N, size, H).items()
+    tensors = {name: torch.randn(shape).abs() + 0.1 if "var" in name else torch.randn(shape) for name, shape in shapes}
     hidden = [torch.randn(batch_size, L, size) for _ in range(N)]
     where = {}
     lengths = torch.tensor([L - 7 * b for b in range(batch_size)])
@@ -47,12 +51,18 @@ def test_bits_do_not_depend_on_the_number_of_threads(batch_size, mask, pooling):
 
     def run():
         leaves = [u.detach().requires_grad_() for u in hidden]
-        options = {"frequencies": M, "backend": "native", **where}
+        parameters = s2.GateParameters(
+            *(t.clone().requires_grad_(not name.startswith("running")) for name, t in tensors.items())
+        )
+        options = {"frequencies": M, "backend": "native", "training": training, **where}
         if pooling is None:
             output = functional.select(leaves, parameters, **options)
         else:
             output = functional.select_pool(leaves, parameters, pooling=pooling, **options)
-        return [output, *torch.autograd.grad(output.sum(), leaves)]
+        weights = torch.linspace(-1, 1, output.numel()).view_as(output)
+        trained = [t for t in parameters if t.requires_grad]
+        statistics = parameters.running_mean, parameters.running_var
+        return [output, *statistics, *torch.autograd.grad((output * weights).sum(), [*leaves, *trained])]
 
     results = []
     for number in (1, 2, 3):

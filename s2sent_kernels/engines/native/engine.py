@@ -197,7 +197,7 @@ def gate_pool_backward(
 def gate_in_training(
     squeezed: Tensor, pooled: Tensor | None, parameters: GateParameters, gating: Gating, dtype: torch.dtype
 ) -> tuple[Tensor, BatchStatistics]:
-    """g, or with p o in ``dtype``, and the statistics of the batch, of two sentences at least. Moves the running ones in place."""
+    """g, or with p o in ``dtype``, and the statistics of the batch (of two sentences at least). Moves the running ones."""
     w, num_blocks = float_parameters(parameters), parameters.up_weight.shape[0] // squeezed.shape[1]
     if pooled is None:
         result = squeezed.new_empty(squeezed.shape[0], num_blocks, squeezed.shape[1])
