@@ -13,7 +13,7 @@ import torch
 
 from s2sent_kernels import GateParameters, functional
 from s2sent_kernels.engines.native import engine as native
-from s2sent_kernels.formula.call import Batch, Gating, Reading
+from s2sent_kernels.formula.call import Batch, BatchStatistics, Gating, Reading
 
 KINDS = ("none", "mask", "packed")
 
@@ -62,6 +62,24 @@ def one_pass():
     print(f"{len(cases)} cases")
 
 
+def planned(batch, parameters, frequencies, pooling):
+    """The plan's calls and backward passes, each in one op; with statistics of the batch where it has two sentences."""
+    gate, gating = parameters.each(torch.Tensor.detach), Gating("tanh", 1e-5, momentum=0.1)
+    reading, needed = Reading(frequencies, pooling=pooling), [n % 3 != 1 for n in range(batch.num_blocks)]
+    prepared = native.prepare(gate, batch.num_blocks, reading, gating)
+    if pooling is None:
+        fused, squeezed, gates = prepared.select(*batch, keep=True)
+        assert prepared.select_backward(fused, squeezed, gates, batch, needed)
+        return
+    output, squeezed, pooled = prepared.select_pool(*batch, pooling, keep=True)
+    assert prepared.select_pool_backward(output, squeezed, pooled, None, batch.layout, pooling, needed)
+    if batch.num_sentences < 2:
+        return
+    output, squeezed, pooled, *statistics = prepared.select_pool_in_training(*batch, pooling, 0.1)
+    found = BatchStatistics(*statistics)
+    assert prepared.select_pool_backward(output, squeezed, pooled, found, batch.layout, pooling, needed)
+
+
 def main():
     torch.manual_seed(0)
     count = 0
@@ -75,12 +93,17 @@ def main():
         options = {"frequencies": 1 if num_blocks == 1 else 4, "backend": "native"}
         options |= where_tokens_are(kind, batch, length)
         parameters = make_parameters(num_blocks, size, width)
-        for pooling in ("mean", "last", None):
+        where = options.get("attention_mask"), options.get("cu_seqlens")
+        plain = Batch([u.detach() for u in hidden], *where)
+        for pooling, training in itertools.product(("mean", "last", None), (False, True)):
+            if training and batch < 2:
+                continue
             if pooling is None:
-                output = functional.select(hidden, parameters, **options)
+                output = functional.select(hidden, parameters, training=training, **options)
             else:
-                output = functional.select_pool(hidden, parameters, pooling=pooling, **options)
+                output = functional.select_pool(hidden, parameters, pooling=pooling, training=training, **options)
             output.float().sum().backward()
+            planned(plain, parameters, options["frequencies"], pooling)
         count += 1
     torch.cuda.synchronize()
     print(f"{count} cases")

@@ -1,5 +1,6 @@
-// torch.ops.s2sent_native.*: private ops over the kernels, through LibTorch's stable ABI. They write into tensors that the caller
-// has allocated, and check only what memory safety needs (checks.h); the caller validates everything else.
+// torch.ops.s2sent_native.*: private ops over the kernels, through LibTorch's stable ABI. They check only what memory safety needs
+// (checks.h); the caller validates everything else. They write into tensors that the caller has allocated, except that the gate's
+// backward and a plan's ops return theirs.
 
 #include <Python.h>
 

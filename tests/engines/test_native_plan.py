@@ -247,9 +247,7 @@ def test_what_does_not_fit_raises(what):
         WRONG[what](Case())
 
 
-def test_a_plan_that_is_gone_raises():
+def test_a_plan_that_is_gone_is_refused():
     case = Case()
     torch.ops.s2sent_native.forget(case.prepared._number)
-    for run in (case.backward, case.backward_of_tokens, case.in_training):
-        with pytest.raises(RuntimeError, match="no plan"):
-            run()
+    assert case.backward() == case.backward_of_tokens() == case.in_training() == []
