@@ -145,7 +145,7 @@ class _Entry:
         self.key = f"{what} {self.mode} {contestant.name}"
         self.row = row_of(case, what, self.mode, contestant.name) | {"section": SECTION}
         if contestant.name == on_backend("auto"):
-            self.row["backend"] = _chosen_by_auto(case, what, self.mode, device)
+            self.row["backend"] = _chosen_by_auto(case, device)
 
     def fail(self, status: str, note: str) -> None:
         self.row |= {"status": status, "note": note}
@@ -163,10 +163,9 @@ class _Entry:
         return CALLS[self.mode] if ours else CALLS_OF_MANY_KERNELS
 
 
-def _chosen_by_auto(case: Case, what: str, mode: str, device: str) -> str:
-    path = {"pooled": "pooled", "token": "tokens"}[what]
+def _chosen_by_auto(case: Case, device: str) -> str:
     place = (torch.device(device, 0) if device == "cuda" else torch.device(device), case.dtype)
-    return choose("auto", EngineCall(*place, path, case.blocks, case.size, gradient=mode != "forward"))  # type: ignore[arg-type]
+    return choose("auto", EngineCall(*place, case.blocks))
 
 
 def _measure(case: Case, modes: tuple[str, ...], names: list[str], settings: Settings) -> list[Row]:

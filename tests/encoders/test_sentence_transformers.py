@@ -163,7 +163,7 @@ def test_the_same_bits_with_and_without_gradients(backend, training, dtype, incl
     assert equal(run(model, whole, torch.no_grad), wanted.detach()) == include_prompt
 
 
-def test_without_gradients_hidden_states_go_as_blocks_finish(model):
+def test_without_gradients_hidden_states_go_as_blocks_finish(model, streamed):
     encoder, features = model[0].auto_model, model.preprocess(TEXTS)
     bare = [[], [0], [1], [2], [3], [4]]  # each block's own input
     assert living_outputs(encoder, lambda: model.encode(TEXTS)) == (bare, [])

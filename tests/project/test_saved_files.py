@@ -6,6 +6,7 @@ encoders and plain PyTorch where processor and libraries are those of the record
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -26,6 +27,8 @@ specification.loader.exec_module(saved)
 
 RECORD = json.loads((DATA / "environment.json").read_text())
 RELATIVE = 1e-5
+# PyTorch summed the gradients of the gate's parameters when the record was made: those after df, and after dp and df.
+SUMMED_BY_PYTORCH = re.compile(r"native gate_(backward [1-9]|pool_backward [2-9])")
 
 
 def release(version):
@@ -60,7 +63,7 @@ def test_a_saved_file_gives_the_same_bits(name, expected, monkeypatch):
     for key, tensor in found.items():
         recorded = expected[f"{name}: {key}"]
         assert tensor.shape == recorded.shape and tensor.dtype == recorded.dtype, key
-        if same_environment or key.startswith("native"):
+        if not SUMMED_BY_PYTORCH.match(key) and (same_environment or key.startswith("native")):
             assert torch.equal(tensor, recorded), key
         else:
             bound = RELATIVE * recorded.abs().max().clamp(min=1)
