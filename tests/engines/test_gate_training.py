@@ -178,7 +178,7 @@ def test_columns_that_do_not_vary():
 @pytest.mark.parametrize("with_p", [False, True], ids=["g", "o"])
 @pytest.mark.parametrize("N, H", [(2, config.MAX_BOTTLENECK + 1), (40, 4)])
 def test_gates_that_the_kernels_do_not_hold(N, H, with_p):
-    check(inputs_of(3, N, 8, with_p), make_parameters(N, 8, H, prior=(0.5, -1.0)), training())
+    check(inputs_of(17, N, 8, with_p), make_parameters(N, 8, H, prior=(0.5, -1.0)), training())
 
 
 @pytest.mark.parametrize("with_p", [False, True], ids=["g", "o"])
