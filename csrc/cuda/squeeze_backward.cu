@@ -1,6 +1,6 @@
 // squeeze, backward: writes the gradient of every hidden state once, du_n = g_n dv + w dp_n + alpha_n beta df, and reads no
-// hidden state. A thread keeps dv and df of its features and a few tokens in registers while it loops over the Transformer
-// blocks.
+// hidden state. A CTA finds what its tokens weigh once, for all of its features and Transformer blocks. A thread keeps dv and df of
+// its features and a few tokens in registers while it loops over the blocks.
 //
 // Order of summation: w dp_n, then g_n dv, then beta (alpha_n df), each added by a fused multiply-add.
 
@@ -16,6 +16,10 @@ constexpr int kThreads = kWarps * kWarp;
 // Tokens that a thread holds at a time; more without dv, which occupies registers.
 template <bool FUSED>
 constexpr int kTokens = FUSED ? 4 : 8;
+
+// Tokens of a CTA.
+template <bool FUSED>
+constexpr int kCtaTokens = kWarps * kRounds * kTokens<FUSED>;
 
 struct Grads {
   void* into[kMaxBlocks];
@@ -45,12 +49,41 @@ __device__ Weights weights_of(const SqueezeBackward& a, int64_t b, int64_t l, in
   return weights;
 }
 
-// Writes the rows of TOKENS tokens of sentence b, from l on.
+// Weights of a CTA's tokens in shared memory. Its features lie in parts ``first`` and up.
+template <int COUNT>
+struct Shared {
+  bool real[COUNT];
+  float pool[COUNT];
+  float beta[kMaxParts][COUNT];
+  int64_t sentence[COUNT];  // if packed
+};
+
+// Fills ``shared`` for the tokens from l on, of which those at ``size`` and later do not exist, and parts [first, last].
+template <int COUNT>
+__device__ void find_weights(
+    const SqueezeBackward& a, int64_t b, int64_t l, int64_t size, int64_t first, int64_t last, Shared<COUNT>& shared) {
+  for (int i = threadIdx.x; i < COUNT * int(last - first + 1); i += kThreads) {
+    const int j = i % COUNT, part = i / COUNT;
+    if (l + j >= size) continue;
+    const int64_t own = a.batch.packed ? sentence_of(a.batch, l + j) : b;
+    const Weights weights = weights_of(a, own, l + j, first + part);
+    shared.beta[part][j] = weights.beta;
+    if (part > 0) continue;
+    shared.real[j] = weights.real;
+    shared.pool[j] = weights.pool;
+    shared.sentence[j] = own;
+  }
+  __syncthreads();
+}
+
+// Writes the rows of TOKENS tokens of sentence b, from l on, which have weights ``at`` and up.
 template <class T, int W, bool FUSED, int TOKENS>
-__device__ void write_rows(const SqueezeBackward& a, const Grads& grads, int64_t b, int64_t l, int64_t m, int64_t d) {
+__device__ void write_rows(
+    const SqueezeBackward& a, const Grads& grads, int64_t b, int64_t l, int64_t m, int64_t d,
+    const Shared<kCtaTokens<FUSED>>& shared, int64_t part, int at) {
   Weights weights[TOKENS];
 #pragma unroll
-  for (int j = 0; j < TOKENS; ++j) weights[j] = weights_of(a, b, l + j, m);
+  for (int j = 0; j < TOKENS; ++j) weights[j] = {shared.real[at + j], shared.beta[part][at + j], shared.pool[at + j]};
   float df[W] = {};
   Piece<T, W> dv[TOKENS];
   if (a.grad_squeezed) load_floats(a.grad_squeezed + b * a.size + d, df);
@@ -91,30 +124,28 @@ __device__ void write_rows(const SqueezeBackward& a, const Grads& grads, int64_t
 template <class T, int W, bool FUSED>
 __global__ void __launch_bounds__(kThreads, 3) backward_kernel(
     const __grid_constant__ SqueezeBackward a, const __grid_constant__ Grads grads, int64_t tiles, int64_t token_tiles) {
-  constexpr int TOKENS = kTokens<FUSED>;
+  constexpr int TOKENS = kTokens<FUSED>, COUNT = kCtaTokens<FUSED>;
+  __shared__ Shared<COUNT> shared;
   // Tiles of features, and of tokens of a sentence or of the packed batch.
-  const int64_t index = blockIdx.x, tile = index % tiles, token_tile = index / tiles % token_tiles;
+  const int64_t index = blockIdx.x, tile = index % tiles, begin = index / tiles % token_tiles * COUNT;
   int64_t b = index / tiles / token_tiles;
-  const int64_t d = (tile * kWarp + threadIdx.x % kWarp) * W;
+  const int64_t size = a.batch.packed ? a.batch.tokens : a.batch.size, part = a.size / a.parts;
+  const int64_t d0 = tile * kWarp * W, d = d0 + threadIdx.x % kWarp * W, m0 = d0 / part;
+  find_weights(a, b, begin, size, m0, (min(a.size, d0 + kWarp * W) - 1) / part, shared);
   if (d >= a.size) return;
-  const int64_t size = a.batch.packed ? a.batch.tokens : a.batch.size, m = d / (a.size / a.parts);
-  int64_t l = (token_tile * kWarps + threadIdx.x / kWarp) * (kRounds * TOKENS);
+  const int64_t m = d / part;
+  int64_t l = begin + threadIdx.x / kWarp * (kRounds * TOKENS);
   const int64_t stop = min(size, l + kRounds * TOKENS);
-  if (l >= stop) return;
-  if (a.batch.packed) b = sentence_of(a.batch, l);
   for (; l < stop; l += TOKENS) {
-    if (a.batch.packed) {
-      while (l >= a.batch.starts[b + 1]) ++b;
-    }
+    const int at = int(l - begin);
+    if (a.batch.packed) b = shared.sentence[at];
     if (l + TOKENS <= (a.batch.packed ? min(stop, int64_t(a.batch.starts[b + 1])) : stop)) {
-      write_rows<T, W, FUSED, TOKENS>(a, grads, b, l, m, d);
+      write_rows<T, W, FUSED, TOKENS>(a, grads, b, l, m, d, shared, m - m0, at);
       continue;
     }
     for (int64_t k = l; k < min(stop, l + TOKENS); ++k) {
-      if (a.batch.packed) {
-        while (k >= a.batch.starts[b + 1]) ++b;
-      }
-      write_rows<T, W, FUSED, 1>(a, grads, b, k, m, d);
+      if (a.batch.packed) b = shared.sentence[k - begin];
+      write_rows<T, W, FUSED, 1>(a, grads, b, k, m, d, shared, m - m0, int(k - begin));
     }
   }
 }
@@ -124,8 +155,7 @@ void launch(const SqueezeBackward& a, cudaStream_t stream) {
   Grads grads = {};
   for (int64_t n = 0; n < a.num_blocks; ++n) grads.into[n] = a.grads[n];
   const int64_t tiles = pieces(a.size, W * kWarp);
-  const int64_t cta_tokens = kWarps * kRounds * kTokens<FUSED>;
-  const int64_t token_tiles = pieces(a.batch.packed ? a.batch.tokens : a.batch.size, cta_tokens);
+  const int64_t token_tiles = pieces(a.batch.packed ? a.batch.tokens : a.batch.size, kCtaTokens<FUSED>);
   const int64_t grid = tiles * token_tiles * (a.batch.packed ? 1 : a.batch.sentences);
   backward_kernel<T, W, FUSED><<<unsigned(grid), kThreads, 0, stream>>>(a, grads, tiles, token_tiles);
 }
