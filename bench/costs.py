@@ -12,7 +12,7 @@ from caller import COMPILED as REFERENCE_COMPILED
 from caller import on_backend
 from caller_encoder import POOLING, captured, pooled_by
 from contestants import COMPILERS, MEAN_OF_LAST, ONE_PASS, OURS, PROFILES
-from end_to_end import BASE, FED, KEPT
+from end_to_end import BASE
 from pages import table
 from record import Results, Row, UserError
 from training_step import WHAT as STEP
@@ -39,7 +39,6 @@ def costs(results: Results, quality: Path) -> str:
         _path(results, "fused tokens, forward", "token", "forward"),
         _path(results, "fused tokens, forward + backward", "token", "both"),
         _memory(results),
-        _end_to_end(results),
         _quality(quality),
     ]
     head = ("<", "this package", "the formula, compiled", "mean of the last block", "floor")
@@ -103,14 +102,6 @@ def _memory(results: Results) -> tuple[str, ...]:
         found = [row["peak_mib"] for name in names if (row := results.find("memory", CASE, "pooled", "forward", name))]
         peaks.append(f"{min(found):.0f} MiB" if found else NONE)
     return ("sentence embedding, forward: peak memory beside the hidden states", *peaks, NONE)
-
-
-def _end_to_end(results: Results) -> tuple[str, ...]:
-    base, *ours = (results.find("end to end", "256x128", "BERT-base", "forward", name) for name in (BASE, KEPT, FED))
-    best = min(filter(None, ours), key=lambda row: row["device_us"]["median"], default=None)
-    mine = f"{best['device_us']['median'] / 1e3:.2f} ms ({100 * best['overhead']:+.1f} %)" if best else NONE
-    alone = f"{base['device_us']['median'] / 1e3:.2f} ms" if base else NONE
-    return ("BERT-base and sentence embedding, forward", mine, NONE, alone, NONE)
 
 
 def _quality(folder: Path) -> tuple[str, ...]:

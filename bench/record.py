@@ -151,10 +151,14 @@ def merge(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
         return new
     if old["device"] != new["device"]:
         raise UserError(f"results of {new['device']} cannot be merged into those of {old['device']}")
-    shift = len(old["runs"])
+    runs = list(old["runs"])
+    place = []  # of each new run: parts may share one
+    for run in new["runs"]:
+        if run not in runs:
+            runs.append(run)
+        place.append(runs.index(run))
     rows = {key(row): row for row in old["rows"]}
-    rows |= {key(row): row | {"run": row["run"] + shift} for row in new["rows"]}
-    runs = [*old["runs"], *new["runs"]]
+    rows |= {key(row): row | {"run": place[row["run"]]} for row in new["rows"]}
     used = sorted({row["run"] for row in rows.values()})
     renumbered = {run: place for place, run in enumerate(used)}
     return new | {

@@ -23,6 +23,7 @@ import memory
 import parity
 import quantities
 import record
+import report_caller  # noqa: F401  # before the fixture below replaces the cases that it imports
 import suite
 import targets
 import timing
@@ -257,6 +258,7 @@ def test_merging_replaces_rows_and_drops_runs_without_any():
     assert merged["rows"][0]["device_us"]["median"] == 1.0
     everything = record.merge(merged, results(row(), row(mode="both"), run=dict(RUN, date="last")))
     assert [run["date"] for run in everything["runs"]] == ["last"]
+    assert record.merge(merged, new)["runs"] == merged["runs"]  # a run that several parts share stays one
     with pytest.raises(record.UserError, match="cannot be merged"):
         record.merge(old, results(device="nvidia-h200"))
 
