@@ -1,7 +1,7 @@
 """squeeze, gate, fuse, select, select_pool as functions of tensors: Python types, choice of backend and of path, nothing else.
 
 Shapes: N hidden states ``[B, L, D]`` with an optional mask ``[B, L]``, or packed ``[T, D]`` with int32 ``cu_seqlens
-[B + 1]``. Dtypes: float32, float16, bfloat16 on every backend, float64 on the reference. f, p and the gates are float32
+[B + 1]``. Dtypes: ``formula.call.KERNEL_DTYPES`` on every backend, float64 on the reference. f, p and the gates are float32
 (float64 for float64 inputs). The formulas are in ``formula.reference``.
 """
 

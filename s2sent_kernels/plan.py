@@ -190,6 +190,10 @@ class Plan:
 
 
 _KINDS: tuple[tuple[str, type[nn.Module]], ...] = (("down", nn.Linear), ("up", nn.Linear), ("norm", nn.BatchNorm1d))
+_NUM_IN_PARTS = (
+    8  # of GateParameters: weight and bias of each part, running mean and variance. The rest the selector owns.
+)
+_OWN = GateParameters._fields[_NUM_IN_PARTS:]
 
 
 def plain_tensors(selector: Planned) -> GateParameters | None:
@@ -217,10 +221,12 @@ def plain_tensors(selector: Planned) -> GateParameters | None:
             if statistics[0] is None or statistics[1] is None:
                 return None
             tensors += statistics
-    prior = selector._parameters.get("block_prior")
-    if prior is not None and not is_ordinary(prior):
-        return None
-    return GateParameters._make([*tensors, prior])
+    for name in _OWN:
+        own = selector._parameters.get(name)
+        if own is not None and not is_ordinary(own):
+            return None
+        tensors.append(own)
+    return GateParameters._make(tensors)
 
 
 def count_batch(norm: nn.BatchNorm1d) -> float:

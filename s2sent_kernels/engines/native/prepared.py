@@ -20,7 +20,7 @@ class Prepared:
     def __init__(self, parameters: GateParameters, num_blocks: int, reading: Reading, gating: Gating) -> None:
         alpha, y = block_factors(num_blocks, reading.frequencies, reading.profile, parameters.down_weight.device)
         number = _ops.plan(*parameters, alpha, y, activation_number(gating.activation), gating.eps)
-        weakref.finalize(self, _ops.forget, number)
+        weakref.finalize(self, _ops.forget, number).atexit = False  # a process that ends forgets by itself
         self._number = number
         # An overload is found once. These take tensors, and no gradient is wanted of them.
         self._pool, self._select = _ops.planned_pool.default._op, _ops.planned_select.default._op
