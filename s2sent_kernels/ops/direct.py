@@ -126,19 +126,15 @@ class Select(torch.autograd.Function):
         layout, (squeezed, gates, *rest) = squeeze_backward.saved_layout(ctx)
         parameters, hidden_states = split_parameters(rest)
         batch = Batch(hidden_states, layout.attention_mask, layout.cu_seqlens)
-        how, run = ctx.how, _backward_of(ctx.how)
+        how, needed = ctx.how, ctx.needs_input_grad[_FIRST_STATE:]
+        run = _backward_of(how)
         if run is how.engine and how.prepared is not None:
-            found = how.prepared.select_backward(
-                grad_fused, squeezed, gates, batch, ctx.needs_input_grad[_FIRST_STATE:]
-            )
+            found = how.prepared.select_backward(grad_fused, squeezed, gates, batch, needed)
             if found:
-                return _split(found, parameters, ctx.needs_input_grad[_FIRST_STATE:])
+                return _split(found, parameters, needed)
         grad_gates = run.fuse_backward(grad_fused, batch)
         grad_squeezed, grads = run.gate_backward(grad_gates, squeezed, parameters, how.gating)
-        needed, hidden_grads = (
-            ctx.needs_input_grad[_FIRST_STATE:],
-            HiddenGradients(grad_squeezed, None, grad_fused, gates),
-        )
+        hidden_grads = HiddenGradients(grad_squeezed, None, grad_fused, gates)
         hidden = _hidden_gradients(run, hidden_grads, layout, needed, how.reading)
         return None, None, None, *_cast(grads, parameters), *hidden
 

@@ -78,12 +78,22 @@ def test_gradients_are_those_of_a_call_without_plan(mask, pooling):
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("pooling", POOLED)
-def test_second_derivatives_are_refused(pooling):
-    selector = make_selector(backend=BACKEND)
+def test_second_derivatives_are_refused(pooling, training):
+    selector = make_selector(backend=BACKEND).train(training)
     hidden_states, where = make_batch(3, 2, 3, 24)
     leaf = hidden_states[0].requires_grad_()
     (first,) = torch.autograd.grad(run(selector, hidden_states, where, pooling).square().sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        first.sum().backward()
+
+
+def test_a_second_derivative_by_the_parameters_is_refused_in_training():
+    """Their gradients are the formula's, which knows only part of what they depend on."""
+    selector, (hidden_states, _) = make_selector(backend=BACKEND).train(), make_batch(3, 4, 3, 24)
+    output = run(selector, hidden_states, {}, "mean")
+    (first,) = torch.autograd.grad(output.square().sum(), selector.up.weight, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):
         first.sum().backward()
 
