@@ -16,7 +16,7 @@ struct Sentences {
 
   Sentences(const Tensor& first, const Ints& shape, const Optional& attention_mask, const Optional& cu_seqlens)
       : check(first), shape(shape), packed(cu_seqlens.has_value()) {
-    STD_TORCH_CHECK(shape.size() == (packed ? 2 : 3), "s2sent_native: hidden states have a wrong rank");
+    require(shape.size() == (packed ? 2 : 3), "hidden states have a wrong rank");
     count = packed ? cu_seqlens->numel() - 1 : shape[0];
     if (packed) {
       check.dense(*cu_seqlens, {count + 1}, ScalarType::Int, "cu_seqlens");
@@ -45,7 +45,7 @@ struct Sentences {
 };
 
 inline Sentences sentences_of(const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens) {
-  STD_TORCH_CHECK(!hidden_states.empty(), "s2sent_native: expected a hidden state");
+  require(!hidden_states.empty(), "expected a hidden state");
   return {hidden_states[0], shape_of(hidden_states[0]), mask, cu_seqlens};
 }
 
@@ -65,7 +65,7 @@ Squeeze squeeze_arguments(
   args.parts = alpha.size(0);
   check_blocks(first_block, args.num, num_blocks, args.parts, args.size);
   args.pooling = pooling_of(pooling);
-  STD_TORCH_CHECK(!pooled || args.pooling != Pooling::kNone, "s2sent_native: pooled has no pooling");
+  require(!pooled || args.pooling != Pooling::kNone, "pooled has no pooling");
   args.hidden = hidden.data();
   args.alpha = check.floats(alpha, {args.parts, num_blocks}, "alpha");
   args.official = official;
@@ -98,9 +98,9 @@ SqueezeBackward squeeze_backward_arguments(
   args.parts = alpha.size(0);
   args.pooling = pooling_of(pooling);
   check_blocks(0, args.num_blocks, args.num_blocks, args.parts, args.size);
-  STD_TORCH_CHECK(
+  require(
       grad_fused.has_value() == gates.has_value() && (!grad_pooled || args.pooling != Pooling::kNone),
-      "s2sent_native: gradients do not fit");
+      "gradients do not fit");
   const Ints blocks = {sentences.count, args.num_blocks, args.size};
   args.alpha = check.floats(alpha, {args.parts, args.num_blocks}, "alpha");
   args.official = official;
@@ -117,11 +117,11 @@ SqueezeBackward squeeze_backward_arguments(
 // Everything that all gate ops read.
 inline Gate gate_inputs(
     const Tensor& squeezed, S2SENT_GATE_PARAMETERS int64_t num_blocks, int64_t activation, double eps) {
-  STD_TORCH_CHECK(
+  require(
       squeezed.dim() == 2 && down_weight.dim() == 2 && num_blocks > 0,
-      "s2sent_native: the gate's arguments do not fit");
-  STD_TORCH_CHECK(
-      !norm_weight || (norm_bias && running_mean && running_var), "s2sent_native: expected all of the norm's tensors");
+      "the gate's arguments do not fit");
+  require(
+      !norm_weight || (norm_bias && running_mean && running_var), "expected all of the norm's tensors");
   const Checks check(squeezed);
   Gate args = {};
   args.sentences = squeezed.size(0);
@@ -151,7 +151,7 @@ inline Gate gate_arguments(
 inline Gate gate_pool_arguments(
     const Tensor& squeezed, const Tensor& pooled, S2SENT_GATE_PARAMETERS int64_t activation, double eps,
     const Tensor& bottleneck, const Tensor& output) {
-  STD_TORCH_CHECK(pooled.dim() == 3, "s2sent_native: the gate's arguments do not fit");
+  require(pooled.dim() == 3, "the gate's arguments do not fit");
   const Checks check(squeezed);
   Gate args = gate_inputs(squeezed, S2SENT_GATE_ARGUMENTS pooled.size(1), activation, eps);
   args.bottleneck = check.written(bottleneck, {args.sentences, args.width}, "bottleneck");
@@ -165,8 +165,8 @@ inline Gate gate_pool_arguments(
 // The batch's statistics, as ``gate_in_training`` has left them, in place of the running ones.
 inline void use_statistics(const Checks& check, const Optional& mean, const Optional& inverse_std, Gate& gate) {
   if (!mean && !inverse_std) return;
-  STD_TORCH_CHECK(
-      mean && inverse_std && gate.norm_weight, "s2sent_native: expected the statistics of a gate with a norm");
+  require(
+      mean && inverse_std && gate.norm_weight, "expected the statistics of a gate with a norm");
   gate.running_mean = check.floats(mean, {gate.num_blocks * gate.size}, "mean");
   gate.inverse_std = check.floats(inverse_std, {gate.num_blocks * gate.size}, "inverse_std");
 }
@@ -176,9 +176,9 @@ inline Gate gate_backward_arguments(
     const Optional& grad_gates, const Optional& grad_output, const Tensor& squeezed, const Optional& pooled,
     S2SENT_GATE_PARAMETERS const Optional& mean, const Optional& inverse_std, int64_t activation, double eps) {
   const bool pools = pooled.has_value();
-  STD_TORCH_CHECK(
+  require(
       grad_gates.has_value() != pools && grad_output.has_value() == pools && (pools ? pooled : grad_gates)->dim() == 3,
-      "s2sent_native: the gate's gradients do not fit");
+      "the gate's gradients do not fit");
   const Checks check(squeezed);
   Gate args =
       gate_inputs(squeezed, S2SENT_GATE_ARGUMENTS (pools ? pooled : grad_gates)->size(1), activation, eps);
@@ -194,8 +194,8 @@ inline Gate gate_backward_arguments(
 }
 
 inline void check_batch(const Gate& gate) {
-  STD_TORCH_CHECK(
-      gate.sentences > 1 && gate.norm_weight, "s2sent_native: the statistics need a norm and two sentences");
+  require(
+      gate.sentences > 1 && gate.norm_weight, "the statistics need a norm and two sentences");
 }
 
 // g, or o with pooled; the statistics, and the running ones moved.

@@ -3,9 +3,9 @@
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include "../stages.h"
+#include "error.h"
 #include "ops.h"
 
 namespace s2sent::ops {
@@ -18,7 +18,7 @@ struct Checks {
   int32_t index;
 
   explicit Checks(const Tensor& first) : cuda(first.is_cuda()), index(cuda ? first.get_device_index() : 0) {
-    STD_TORCH_CHECK(cuda || first.is_cpu(), "s2sent_native: expected CPU or CUDA tensors");
+    require(cuda || first.is_cpu(), "expected CPU or CUDA tensors");
   }
 
   bool here(const Tensor& tensor) const {
@@ -28,13 +28,13 @@ struct Checks {
   static void shape(const Tensor& tensor, const Ints& shape, const char* name) {
     bool same = tensor.dim() == int64_t(shape.size());
     for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(int64_t(i)) == shape[i];
-    STD_TORCH_CHECK(same, "s2sent_native: ", name, " has another shape than its kernel expects");
+    require(same, name, " has another shape than its kernel expects");
   }
 
   void dense(const Tensor& tensor, const Ints& expected, ScalarType dtype, const char* name) const {
     shape(tensor, expected, name);
-    STD_TORCH_CHECK(
-        here(tensor) && tensor.is_contiguous() && tensor.scalar_type() == dtype, "s2sent_native: ", name,
+    require(
+        here(tensor) && tensor.is_contiguous() && tensor.scalar_type() == dtype, name,
         " must be a contiguous tensor of its kernel's dtype, on the device of the others");
   }
 
@@ -60,9 +60,9 @@ struct Checks {
   void rows(const Tensor& tensor, const Ints& expected, ScalarType dtype) const {
     shape(tensor, expected, "a hidden state or its gradient");
     const bool adjacent = expected.back() == 1 || tensor.numel() == 0 || tensor.stride(tensor.dim() - 1) == 1;
-    STD_TORCH_CHECK(
+    require(
         here(tensor) && tensor.scalar_type() == dtype && adjacent,
-        "s2sent_native: hidden states must be tensors of one dtype on one device, dense in their features");
+        "hidden states must be tensors of one dtype on one device, dense in their features");
   }
 };
 
@@ -78,7 +78,7 @@ inline DType dtype_of(const Tensor& tensor) {
   if (type == ScalarType::scalar) return DType::name;
   S2SENT_FOR_EACH_DTYPE(S2SENT_FOUND)
 #undef S2SENT_FOUND
-  STD_TORCH_CHECK(false, "s2sent_native: the kernels do not read this dtype");
+  fail("the kernels do not read this dtype");
 }
 
 inline std::optional<MaskType> known_mask_type(const Tensor& mask) {
@@ -95,29 +95,29 @@ inline std::optional<MaskType> known_mask_type(const Tensor& mask) {
 
 inline MaskType mask_type_of(const Tensor& mask) {
   const std::optional<MaskType> type = known_mask_type(mask);
-  STD_TORCH_CHECK(type.has_value(), "s2sent_native: the kernels do not read a mask of this dtype");
+  require(type.has_value(), "the kernels do not read a mask of this dtype");
   return *type;
 }
 
 inline Pooling pooling_of(int64_t number) {
-  STD_TORCH_CHECK(
-      number >= 0 && number <= kNumPoolings, "s2sent_native: pooling: expected a number from 0 (none) to ",
+  require(
+      number >= 0 && number <= kNumPoolings, "pooling: expected a number from 0 (none) to ",
       kNumPoolings, ", got ", number);
   return Pooling(number);
 }
 
 inline Activation activation_of(int64_t number) {
-  STD_TORCH_CHECK(
-      number >= 0 && number < kNumActivations, "s2sent_native: activation: expected a number from 0 to ",
+  require(
+      number >= 0 && number < kNumActivations, "activation: expected a number from 0 to ",
       kNumActivations - 1, ", got ", number);
   return Activation(number);
 }
 
 // ``count`` hidden states from ``first_block`` on, out of N, whose features form ``parts`` parts.
 inline void check_blocks(int64_t first_block, int64_t count, int64_t num_blocks, int64_t parts, int64_t size) {
-  STD_TORCH_CHECK(
+  require(
       first_block >= 0 && first_block + count <= num_blocks && parts > 0 && size % parts == 0,
-      "s2sent_native: blocks or parts do not fit");
+      "blocks or parts do not fit");
 }
 
 }  // namespace s2sent::ops

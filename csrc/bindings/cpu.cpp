@@ -24,7 +24,7 @@ void squeeze_backward(
     const Optional& grad_squeezed, const Optional& grad_pooled, const Optional& grad_fused, const Optional& gates,
     const Ints& shape, const Optional& mask, const Optional& cu_seqlens, const Tensor& alpha, const Ints& y,
     const Optional& beta, int64_t pooling, const Tensors& grads) {
-  STD_TORCH_CHECK(!grads.empty(), "s2sent_native: gradients do not fit");
+  require(!grads.empty(), "gradients do not fit");
   const Sentences sentences(grads[0], shape, mask, cu_seqlens);
   const RealBatch real(sentences);
   const std::vector<void*> into = gradients_into(sentences.check, grads, shape);

@@ -87,7 +87,7 @@ struct HiddenGradients {
   bool any = false;
 
   HiddenGradients(const Sentences& sentences, const Ints& needed, int64_t num_blocks, ScalarType dtype) {
-    STD_TORCH_CHECK(int64_t(needed.size()) == num_blocks, "s2sent_native: expected whether each gradient is needed");
+    require(int64_t(needed.size()) == num_blocks, "expected whether each gradient is needed");
     const Tensor nothing = empty(sentences.check, {0}, dtype);
     for (const int64_t need : needed) {
       results.push_back(need ? empty(sentences.check, sentences.shape, dtype) : nothing);

@@ -15,10 +15,10 @@ inline Tensor empty(const Checks& check, const Ints& sizes, ScalarType dtype) {
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   const int32_t device = check.cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
   AtenTensorHandle handle = nullptr;
-  STD_TORCH_CHECK(
+  require(
       aoti_torch_empty_strided(
           int64_t(sizes.size()), sizes.data(), strides.data(), type, device, check.index, &handle) == 0,
-      "s2sent_native: out of memory");
+      "out of memory");
   return Tensor(handle);
 }
 

@@ -34,10 +34,10 @@ struct RealBatch {
       return;
     }
     for (int64_t b = 0; b <= count; ++b) {
-      STD_TORCH_CHECK(ends[b] >= (b ? ends[b - 1] : 0), "s2sent_native: cu_seqlens decreases");
+      require(ends[b] >= (b ? ends[b - 1] : 0), "cu_seqlens decreases");
     }
-    STD_TORCH_CHECK(
-        ends[0] == 0 && ends[count] == sentences.tokens(), "s2sent_native: cu_seqlens does not span the tokens");
+    require(
+        ends[0] == 0 && ends[count] == sentences.tokens(), "cu_seqlens does not span the tokens");
     batch = real.packed(ends, count);
   }
 
@@ -48,7 +48,7 @@ inline TokenFactors factors_of(
     const Sentences& sentences, const Batch& batch, int64_t num_blocks, int64_t parts, const Ints& y,
     const Optional& official) {
   if (official) return {batch, sentences.check.floats(official, {parts, batch.size}, "beta")};
-  STD_TORCH_CHECK(int64_t(y.size()) == parts, "s2sent_native: expected a frequency for every part");
+  require(int64_t(y.size()) == parts, "expected a frequency for every part");
   return {batch, num_blocks, y};
 }
 

@@ -32,11 +32,11 @@ struct Stream {
 };
 
 inline void check_launch(cudaError_t error, const char* name) {
-  STD_TORCH_CHECK(error == cudaSuccess, "s2sent_native: ", name, ": ", cudaGetErrorString(error));
+  require(error == cudaSuccess, name, ": ", cudaGetErrorString(error));
 }
 
 inline void check_maximum(int64_t num_blocks) {
-  STD_TORCH_CHECK(num_blocks <= kMaxBlocks, "s2sent_native: too many blocks for the CUDA kernels");
+  require(num_blocks <= kMaxBlocks, "too many blocks for the CUDA kernels");
 }
 
 inline float* floats_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
@@ -98,9 +98,9 @@ struct RealBatch {
       factors = {sentences.check.floats(from.official, {from.parts, batch.size}, "beta"), 0, batch.size};
       return;
     }
-    STD_TORCH_CHECK(
+    require(
         int64_t(from.y.size()) == from.parts && from.parts <= kMaxParts,
-        "s2sent_native: expected a frequency for every part");
+        "expected a frequency for every part");
     const bool shared = !batch.packed && !batch.mask;
     const int64_t tokens = shared ? batch.size : batch.tokens;
     finder_.num_blocks = from.num_blocks;

@@ -26,17 +26,17 @@ PyMODINIT_FUNC PyInit__C(void) {
 
 namespace {
 
-using s2sent::ops::Ints, s2sent::ops::Optional, s2sent::ops::Tensor;
+using s2sent::ops::Ints, s2sent::ops::Optional, s2sent::ops::Tensor, s2sent::ops::require;
 
 int64_t interface_version() { return S2SENT_INTERFACE; }
 
 // The number of a new plan, which holds the gate's tensors until it is forgotten.
 int64_t plan(S2SENT_GATE_PARAMETERS const Tensor& alpha, const Ints& y, int64_t activation, double eps) {
-  STD_TORCH_CHECK(
+  require(
       alpha.dim() == 2 && alpha.size(0) == int64_t(y.size()) && alpha.size(0) > 0 && alpha.size(0) <= s2sent::kMaxParts &&
           alpha.size(1) > 0 &&
           norm_weight.has_value() == (norm_bias && running_mean && running_var),
-      "s2sent_native: the plan's tensors do not fit");
+      "the plan's tensors do not fit");
   return s2sent::ops::keep(std::make_shared<s2sent::ops::Plan>(s2sent::ops::Plan{
       S2SENT_GATE_ARGUMENTS alpha, y, s2sent::ops::activation_of(activation), eps}));
 }
