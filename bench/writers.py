@@ -1,7 +1,7 @@
 """How fast this machine writes as many bytes as a backward does: the fastest of several writers is the ceiling of that size.
 
-``fill_`` of one tensor far larger than the caches is the ceiling of ``timing.ceilings``. At the size of a backward's gradients it
-is none: there a kernel that stores pseudo-random 16-byte values is a third faster, on an H200 at 604 MB.
+``fill_`` of one tensor far larger than the caches is the ceiling of ``timing.ceilings``. At the size of a backward's gradients
+another writer may be faster; which one, a row says ("writer").
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class BlockCapture:
 
         Without gradients (grad mode off, or nothing that requires one) large hidden states are not kept: each block is then
         squeezed and pooled as it finishes and its hidden state freed, so that peak memory is the encoder's own. Hidden states
-        that are small for their device (``consumers.KEPT_SHARE``) are kept, which costs the host less. The bits are the same.
+        that are small for their device (``consumers.KEPT_SHARE``) are kept, which costs the host less.
 
         Raises:
             ValueError: the selector's N or D is not the capture's, before the encoder runs; the mask has another shape.

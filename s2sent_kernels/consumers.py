@@ -37,7 +37,7 @@ class PooledStates:
     """``selector.pool`` of a call's hidden states, without gradients.
 
     They are kept until the last one is there if all of them are small for their device, else pooled one by one as they
-    arrive. The first one tells. The embeddings have the same bits either way, as those of ``BlockwisePool``.
+    arrive. The first one tells. Engines with kernels give the same bits either way (docs/bitwise.md).
     """
 
     def __init__(

@@ -23,7 +23,7 @@ from timing import device_times
 from s2sent_kernels import S2SentSelector
 from s2sent_kernels.engines.triton import config, engine
 from s2sent_kernels.engines.triton.gate import pool
-from s2sent_kernels.engines.triton.squeeze import squeeze_for_gate
+from s2sent_kernels.engines.triton.squeeze import laid_out, squeeze_for_gate
 from s2sent_kernels.formula.call import Batch, Gating, HiddenGradients, Reading
 
 TILES = {
@@ -49,9 +49,9 @@ def call_of(name: str, case: Case, inputs: Inputs) -> Callable[[], object]:
     parameters = parameters.each(torch.Tensor.detach)
     gates = inputs.gates
     if name == "squeeze":
-        return partial(squeeze_for_gate, batch, reading, parameters.down_weight)
+        return partial(squeeze_for_gate, laid_out(batch, reading), batch, reading, parameters.down_weight)
     if name == "gate":
-        done = squeeze_for_gate(batch, reading, parameters.down_weight)
+        done = squeeze_for_gate(laid_out(batch, reading), batch, reading, parameters.down_weight)
         return partial(pool, done, done.pooled, parameters, gating, case.dtype)
     if name == "fuse":
         return partial(engine.fuse, batch, gates)

@@ -32,7 +32,7 @@ SCHEMA = f"({BATCH}, {PARAMETERS}, int frequencies, str activation, float eps, s
 
 
 def run(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, backend: str) -> Tensor:
-    """v like a hidden state. ``backend`` is one that ``choose`` returned for the path of tokens."""
+    """v like a hidden state. ``backend`` is one that ``choose`` returned."""
     if is_ordinary((*batch.hidden_states, *parameters)):
         validate.select(batch, reading, parameters, gating)
         validate.cu_seqlens_values(batch)

@@ -36,7 +36,7 @@ SCHEMA = (
 
 
 def run(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, backend: str) -> Tensor:
-    """o [B, D]. ``backend`` is one that ``choose`` returned for the pooled path."""
+    """o [B, D]. ``backend`` is one that ``choose`` returned."""
     if is_ordinary((*batch.hidden_states, *parameters)):
         validate.select(batch, reading, parameters, gating)
         validate.cu_seqlens_values(batch)

@@ -1,6 +1,6 @@
 """The compiled engine: C++ kernels for CPU tensors, CUDA C++ kernels for CUDA tensors (see csrc/).
 
-This module brings tensors into the form that those take (float32 gates and parameters, dense features, boolean masks) and
+This module brings tensors into the form that those take (float32 gates and parameters, dense features, masks of some dtypes) and
 allocates what they write. It never copies a hidden state whose features are dense. ``limits.status`` has loaded
 the extension before any function here runs.
 
