@@ -121,7 +121,7 @@ class Plan:
         """Whether a call's tensors are ordinary ones, N of them."""
         if type(hidden_states) not in (list, tuple) or len(hidden_states) != self.num_blocks:
             return False
-        if attention_mask is not None and type(attention_mask) is not Tensor:
+        if attention_mask is not None and (type(attention_mask) is not Tensor or cu_seqlens is not None):
             return False
         if cu_seqlens is not None and (type(cu_seqlens) is not Tensor or os.environ.get(validate.DEBUG_VARIABLE)):
             return False
@@ -154,6 +154,7 @@ class Plan:
         batch = Batch(hidden_states, attention_mask, cu_seqlens)
         try:
             validate.tokens(batch)
+            validate.cu_seqlens_values(batch)
         except (ValueError, TypeError):
             return None
         return batch

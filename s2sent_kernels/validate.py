@@ -186,18 +186,11 @@ def tensors(batch: Batch, profile: Profile) -> None:
         if other.shape != shape or other.dtype != dtype or other.device != device:
             _disagreement(index, other, first)
     positive_int("the hidden size (last dimension of hidden_states)", first.shape[-1])
-    _tokens(batch)
+    tokens(batch)
 
 
 def tokens(batch: Batch) -> None:
-    """Which tokens are real, where the hidden states are already known to be right."""
-    if batch.packed and batch.attention_mask is not None:
-        raise ValueError("attention_mask: expected None beside cu_seqlens (packed tokens are all real), got both")
-    _tokens(batch)
-    cu_seqlens_values(batch)
-
-
-def _tokens(batch: Batch) -> None:
+    """Mask or ``cu_seqlens``, where the hidden states are right."""
     if batch.attention_mask is not None:
         _mask(batch.attention_mask, batch.hidden_states[0])
     if batch.cu_seqlens is not None:

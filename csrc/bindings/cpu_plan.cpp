@@ -11,19 +11,10 @@ Tensors planned_pool(
   if (!call.sentences) return {};
   const Sentences& sentences = *call.sentences;
   Gate& gate = call.gate;
-  const Ints wide = {gate.sentences, gate.size}, blocks = {gate.sentences, gate.num_blocks, gate.size};
-  Tensors results = {empty(sentences.check, wide, hidden_states[0].scalar_type())};
+  Tensors results = {empty(sentences.check, {gate.sentences, gate.size}, hidden_states[0].scalar_type())};
   Squeeze squeeze = call.squeeze<Squeeze>(pooling_of(pooling));
   Scratch scratch;
-  if (keep) {
-    results.push_back(empty(sentences.check, wide, ScalarType::Float));
-    results.push_back(empty(sentences.check, blocks, ScalarType::Float));
-    squeeze.squeezed = static_cast<float*>(results[1].mutable_data_ptr());
-    squeeze.pooled = static_cast<float*>(results[2].mutable_data_ptr());
-  } else {
-    scratch.want(squeeze.squeezed, gate.sentences * gate.size);
-    scratch.want(squeeze.pooled, call.rows());
-  }
+  call.want(keep, scratch, results, squeeze.squeezed, squeeze.pooled);
   scratch.want(gate.bottleneck, gate.sentences * gate.width);
   scratch.allocate(sentences.check);
   const RealBatch real(sentences);
@@ -94,15 +85,7 @@ Tensors planned_select(
   Tensors results = {empty(sentences.check, sentences.shape, hidden_states[0].scalar_type())};
   Squeeze squeeze = call.squeeze<Squeeze>(Pooling::kNone);
   Scratch scratch;
-  if (keep) {
-    results.push_back(empty(sentences.check, {gate.sentences, gate.size}, ScalarType::Float));
-    results.push_back(empty(sentences.check, {gate.sentences, gate.num_blocks, gate.size}, ScalarType::Float));
-    squeeze.squeezed = static_cast<float*>(results[1].mutable_data_ptr());
-    gate.gates = static_cast<float*>(results[2].mutable_data_ptr());
-  } else {
-    scratch.want(squeeze.squeezed, gate.sentences * gate.size);
-    scratch.want(gate.gates, call.rows());
-  }
+  call.want(keep, scratch, results, squeeze.squeezed, gate.gates);
   scratch.want(gate.bottleneck, gate.sentences * gate.width);
   scratch.allocate(sentences.check);
   const RealBatch real(sentences);

@@ -166,8 +166,7 @@ bool select(
   std::shared_ptr<const SelectPlan> plan;
   check_launch(s2sent::cuda::plan(args, always, plan), "select");
   if (!plan) return false;
-  const Optional none;
-  const Frequencies frequencies = {args.num_blocks, args.parts, y, none};
+  const Frequencies frequencies = {args.num_blocks, args.parts, y};
   Scratch scratch;
   RealBatch real(sentences);
   real.want(scratch, sentences, &frequencies);

@@ -14,22 +14,13 @@ Tensors planned_pool(
   Gate& gate = call.gate;
   Tensors results = {empty(sentences.check, {gate.sentences, gate.size}, hidden_states[0].scalar_type())};
   Squeeze squeeze = call.squeeze<Squeeze>(pooling_of(pooling));
-  const Optional none;
-  const Frequencies frequencies = {gate.num_blocks, squeeze.parts, call.plan->y, none};
+  const Frequencies frequencies = {gate.num_blocks, squeeze.parts, call.plan->y};
   Scratch scratch;
   RealBatch real(sentences);
   real.want(scratch, sentences, &frequencies);
   scratch.want(squeeze.sums, call.rows());
   scratch.want(gate.bottleneck, gate.sentences * gate.width);
-  if (keep) {
-    results.push_back(empty(sentences.check, {gate.sentences, gate.size}, ScalarType::Float));
-    results.push_back(empty(sentences.check, {gate.sentences, gate.num_blocks, gate.size}, ScalarType::Float));
-    squeeze.squeezed = floats_of(results[1]);
-    squeeze.pooled = floats_of(results[2]);
-  } else {
-    scratch.want(squeeze.squeezed, gate.sentences * gate.size);
-    scratch.want(squeeze.pooled, call.rows());
-  }
+  call.want(keep, scratch, results, squeeze.squeezed, squeeze.pooled);
   scratch.allocate(sentences.check);
   real.find(stream);
   squeeze.batch = real.batch;
@@ -54,8 +45,7 @@ Tensors planned_pool_in_training(
   BatchStatistics args = call.statistics(momentum);
   Squeeze squeeze = call.squeeze<Squeeze>(pooling_of(pooling));
   Tensors results = call.results_in_training(hidden_states[0].scalar_type(), squeeze, args);
-  const Optional none;
-  const Frequencies frequencies = {squeeze.num_blocks, squeeze.parts, call.plan->y, none};
+  const Frequencies frequencies = {squeeze.num_blocks, squeeze.parts, call.plan->y};
   Scratch scratch;
   RealBatch real(sentences);
   real.want(scratch, sentences, &frequencies);
@@ -84,8 +74,7 @@ Tensors planned_pool_backward(
   SqueezeBackward args = call.squeeze_backward<SqueezeBackward>(pooling_of(pooling));
   HiddenGradients hidden(sentences, needed, args.num_blocks, grad_output.scalar_type());
   GateBackward back(call.gate, sentences.check);
-  const Optional none;
-  const Frequencies frequencies = {args.num_blocks, args.parts, call.plan->y, none};
+  const Frequencies frequencies = {args.num_blocks, args.parts, call.plan->y};
   Scratch scratch;
   RealBatch real(sentences);
   if (hidden.any) real.want(scratch, sentences, &frequencies);
@@ -114,8 +103,7 @@ Tensors planned_select(
   Gate& gate = call.gate;
   Tensors results = {empty(sentences.check, sentences.shape, hidden_states[0].scalar_type())};
   Squeeze squeeze = call.squeeze<Squeeze>(Pooling::kNone);
-  const Optional none;
-  const Frequencies frequencies = {gate.num_blocks, squeeze.parts, call.plan->y, none};
+  const Frequencies frequencies = {gate.num_blocks, squeeze.parts, call.plan->y};
   Select once = {};
   once.batch = batch_of(sentences);
   once.dtype = call.dtype;
@@ -135,15 +123,7 @@ Tensors planned_select(
     scratch.want(squeeze.sums, call.rows());
     scratch.want(gate.bottleneck, gate.sentences * gate.width);
   }
-  if (keep) {
-    results.push_back(empty(sentences.check, {gate.sentences, gate.size}, ScalarType::Float));
-    results.push_back(empty(sentences.check, {gate.sentences, gate.num_blocks, gate.size}, ScalarType::Float));
-    squeeze.squeezed = floats_of(results[1]);
-    gate.gates = floats_of(results[2]);
-  } else {
-    scratch.want(squeeze.squeezed, gate.sentences * gate.size);
-    scratch.want(gate.gates, call.rows());
-  }
+  call.want(keep, scratch, results, squeeze.squeezed, gate.gates);
   scratch.allocate(sentences.check);
   real.find(stream);
   if (one_pass) {
@@ -185,8 +165,7 @@ Tensors planned_select_backward(
   args.gates = sentences.check.floats(gates, {sentences.count, args.num_blocks, args.size}, "gates");
   HiddenGradients hidden(sentences, needed, args.num_blocks, grad_fused.scalar_type());
   GateBackward back(call.gate, sentences.check);
-  const Optional none;
-  const Frequencies frequencies = {args.num_blocks, args.parts, call.plan->y, none};
+  const Frequencies frequencies = {args.num_blocks, args.parts, call.plan->y};
   Scratch scratch;
   RealBatch real(sentences);
   real.want(scratch, sentences, hidden.any ? &frequencies : nullptr);

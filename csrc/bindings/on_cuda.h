@@ -57,7 +57,7 @@ struct Frequencies {
   int64_t num_blocks;  // N
   int64_t parts;       // M
   const Ints& y;
-  const Optional& official;
+  Optional official = {};
 };
 
 // A batch's real tokens and, if frequencies are given, their factors: ``want`` scratch memory for them, then ``find``.

@@ -54,6 +54,19 @@ struct Planned {
 
   int64_t rows() const { return gate.sentences * gate.num_blocks * gate.size; }  // numbers in [B, N, D]
 
+  // f and p, or f and g: further results if they are kept, else scratch memory.
+  void want(bool keep, Scratch& scratch, Tensors& results, float*& squeezed, float*& blocks) const {
+    if (!keep) {
+      scratch.want(squeezed, gate.sentences * gate.size);
+      scratch.want(blocks, rows());
+      return;
+    }
+    results.push_back(empty(sentences->check, {gate.sentences, gate.size}, ScalarType::Float));
+    squeezed = static_cast<float*>(results.back().mutable_data_ptr());
+    results.push_back(empty(sentences->check, {gate.sentences, gate.num_blocks, gate.size}, ScalarType::Float));
+    blocks = static_cast<float*>(results.back().mutable_data_ptr());
+  }
+
   // Without batch, factors, and what it writes.
   template <class Squeeze>
   Squeeze squeeze(Pooling pooling) const {

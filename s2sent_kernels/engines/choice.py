@@ -47,7 +47,7 @@ def _fastest(call: Call) -> tuple[str, ...]:
     if call.device.type == "cpu":
         return "native", "reference"
     if call.device.type == "cuda":
-        # A call of the compiled engine costs the host about half of what Triton's launches do (section "caller" of bench/REPORT.md).
+        # Its calls cost the host about half of what Triton's launches do (section "caller" of bench/REPORT.md).
         return "native", "triton", "reference"
     return ("reference",)
 

@@ -1,8 +1,8 @@
 """The whole selector with gradients, around an engine instead of the dispatcher.
 
 In eager mode the dispatcher takes most of a call's time on the host, if an op has a ``Tensor[]`` argument and a registered
-gradient (bench/NOTES.md). These functions run the same kernels. A call that something traces, transforms or records takes the ops; so does a backward
-pass that is itself differentiated, traced or mapped.
+gradient (bench/NOTES.md). These functions run the same kernels. A call that something traces, transforms or records takes the
+ops; so does a backward pass that is itself differentiated, traced or mapped.
 """
 
 from __future__ import annotations
