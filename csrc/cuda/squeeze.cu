@@ -1,91 +1,46 @@
 // squeeze: f and, in the same pass, the pooled p. Order of summation: order.h; an accumulator is a warp. The number of features
 // that a thread handles does not affect it.
 
-#include "order.h"
-#include "tokens.cuh"
+#include "squeeze.cuh"
 
 namespace s2sent::cuda {
 namespace {
 
 constexpr int kThreads = kAccumulators * kWarp;
 
-template <int W>
-struct Sums {
-  float outer[W] = {}, inner[W] = {};
-
-  __device__ void close() {
-#pragma unroll
-    for (int i = 0; i < W; ++i) outer[i] += inner[i], inner[i] = 0.0f;
-  }
-};
-
 // This warp's share of sum_r beta_r u_r and of sum_r u_r over ``count`` tokens; the r-th begins at data + row(r).
 template <class T, int W, bool SUM, bool POOL, class Row>
 __device__ void sum_tokens(
     const T* data, int64_t count, const Row& row, const float* beta, Sums<W>& sums, Sums<W>& pools) {
-  int groups = 0;
+  Accumulator<T, W, SUM, POOL> own;
+  const bool quads = aligned(beta);
   for (int64_t r = threadIdx.x / kWarp * kGroupTokens; r < count; r += kAccumulators * kGroupTokens) {
     if (r + kGroupTokens <= count) {
       Piece<T, W> u[kGroupTokens];
       float factor[kGroupTokens];
 #pragma unroll
-      for (int j = 0; j < kGroupTokens; ++j) {
-        u[j] = load_piece<T, W>(data + row(r + j));
-        if (SUM) factor[j] = beta[r + j];
-      }
-#pragma unroll
-      for (int i = 0; i < W; ++i) {
-        float x[kGroupTokens];
-#pragma unroll
-        for (int j = 0; j < kGroupTokens; ++j) x[j] = widen(u[j].values[i]);
-        if (SUM) {
-          float low = factor[0] * x[0], high = factor[kGroupHalf] * x[kGroupHalf];
-#pragma unroll
-          for (int j = 1; j < kGroupHalf; ++j) {
-            low = fmaf(factor[j], x[j], low);
-            high = fmaf(factor[j + kGroupHalf], x[j + kGroupHalf], high);
-          }
-          sums.inner[i] += low + high;
-        }
-        if (POOL) pools.inner[i] += ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
-      }
+      for (int j = 0; j < kGroupTokens; ++j) u[j] = load_piece<T, W>(data + row(r + j));
+      if (SUM) load_factors(beta + r, quads, factor);
+      own.add_group(u, factor);
     } else {
-      for (int64_t k = r; k < count; ++k) {
-        const Piece<T, W> u = load_piece<T, W>(data + row(k));
-        const float factor = SUM ? beta[k] : 0.0f;
-#pragma unroll
-        for (int i = 0; i < W; ++i) {
-          const float x = widen(u.values[i]);
-          if (SUM) sums.inner[i] = fmaf(factor, x, sums.inner[i]);
-          if (POOL) pools.inner[i] += x;
-        }
-      }
+      for (int64_t k = r; k < count; ++k) own.add_token(load_piece<T, W>(data + row(k)), SUM ? beta[k] : 0.0f);
     }
-    if (++groups == kChunkGroups) {
-      groups = 0;
-      if (SUM) sums.close();
-      if (POOL) pools.close();
-    }
+    own.end_group();
   }
-  if (SUM) sums.close();
-  if (POOL) pools.close();
+  own.end();
+  if (SUM) sums = own.sums;
+  if (POOL) pools = own.pools;
 }
 
 // Adds the warps' sums as a tree. The first warp holds the result.
 template <int W>
 __device__ void gather(float (&sums)[W]) {
   __shared__ float shared[kAccumulators - 1][W][kWarp];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int warp = threadIdx.x / kWarp;
   __syncthreads();
-  if (warp) {
-#pragma unroll
-    for (int i = 0; i < W; ++i) shared[warp - 1][i][lane] = sums[i];
-  }
+  if (warp) share_sums(sums, shared, warp);
   __syncthreads();
-  if (warp == 0) {
-#pragma unroll
-    for (int i = 0; i < W; ++i) sums[i] = (sums[i] + shared[0][i][lane]) + (shared[1][i][lane] + shared[2][i][lane]);
-  }
+  if (warp == 0) add_accumulators(sums, shared);
 }
 
 template <class T, int W, bool MEAN, bool OFFICIAL>
@@ -115,18 +70,7 @@ __global__ void __launch_bounds__(kThreads, W == 4 && !MEAN && !OFFICIAL ? 4 : 0
   gather(sums.outer);
   if (MEAN) gather(pools.outer);
   if (!inside || threadIdx.x >= kWarp) return;
-  store_floats(sums.outer, a.sums + (b * a.num + n) * a.size + d);
-  if (a.pooled == nullptr) return;
-  if (MEAN) {
-    const float weight = 1.0f / float(length > 1 ? length : 1);
-#pragma unroll
-    for (int i = 0; i < W; ++i) pools.outer[i] *= weight;
-  } else if (length > 0) {
-    const Piece<T, W> u = load_piece<T, W>(data + sentence.real(pooled_rank(a.pooling, length)));
-#pragma unroll
-    for (int i = 0; i < W; ++i) pools.outer[i] = widen(u.values[i]);
-  }
-  store_floats(pools.outer, a.pooled + (b * a.num_blocks + a.first_block + n) * a.size + d);
+  write_sums<T, W, MEAN>(a, rows, b, n, d, length, sums.outer, pools.outer);
 }
 
 constexpr int kSumThreads = 256;
@@ -169,7 +113,10 @@ cudaError_t launch_sums(const Squeeze& a, cudaStream_t stream) {
 template <class T>
 cudaError_t launch(const Squeeze& a, cudaStream_t stream) {
   const bool whole = wide<T>(a.size / a.parts, a.hidden, a.num) && aligned(a.sums) && aligned(a.pooled);
-  const cudaError_t error = whole ? launch_sums<T, kWide<T>>(a, stream) : launch_sums<T, 1>(a, stream);
+  cudaError_t error = cudaSuccess;
+  if (!(whole && stream_sums(a, stream, error)) && error == cudaSuccess) {
+    error = whole ? launch_sums<T, kWide<T>>(a, stream) : launch_sums<T, 1>(a, stream);
+  }
   if (error != cudaSuccess) return error;
   const unsigned tiles = unsigned(pieces(a.size, kSumThreads)), grid = unsigned(a.batch.sentences) * tiles;
   return launch_early(sum_blocks_kernel, grid, kSumThreads, 0, stream, a, tiles);

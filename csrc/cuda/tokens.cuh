@@ -77,7 +77,7 @@ __device__ inline void wait_for_previous() {
 #endif
 }
 
-inline bool aligned(const void* pointer) { return uintptr_t(pointer) % 16 == 0; }
+__host__ __device__ inline bool aligned(const void* pointer) { return uintptr_t(pointer) % 16 == 0; }
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }

@@ -1,5 +1,5 @@
-// The PTX of the one-pass kernel (sm_90a): asynchronous copies into shared memory, its barriers, and stores to another CTA of the
-// cluster.
+// The PTX of Hopper's kernels: asynchronous copies into shared memory, its barriers, stores to another CTA of the cluster and, of
+// sm_90a alone, registers that move between warpgroups.
 #pragma once
 
 #include <cuda.h>
@@ -10,7 +10,7 @@ namespace s2sent::cuda {
 
 __device__ inline uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
 enum SpecialRegister { kThread, kRank, kCluster, kClusters };
 
@@ -25,6 +25,7 @@ __device__ inline uint32_t special_register() {
   return value;
 }
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // Changes the registers per thread of this warpgroup: up, to what other warpgroups released, or down.
 template <int COUNT>
 __device__ inline void raise_registers() {
@@ -34,6 +35,7 @@ template <int COUNT>
 __device__ inline void lower_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
+#endif
 
 __device__ inline void cluster_wait_for_all() {
   asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
@@ -48,6 +50,11 @@ __device__ inline uint32_t address_in(uint32_t address, uint32_t rank) {
 
 __device__ inline void init_barrier(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Waits for the other threads of some warps. Number 0 is __syncthreads's.
+__device__ inline void wait_for_warps(int number, int threads) {
+  asm volatile("barrier.cta.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 __device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
