@@ -182,7 +182,10 @@ class BlockListener:
             hidden states as blocks finish, or None to keep them.
 
     A thread's last call waits for ``take`` or ``take_consumer``, or for the next call. A BlockCapture's own run of the encoder
-    is not followed.
+    is not followed. Several listeners may follow one module.
+
+    Attributes:
+        called: the module that is called; None in a listener that was pickled before this attribute was kept.
     """
 
     def __init__(
@@ -196,10 +199,10 @@ class BlockListener:
     ) -> None:
         self.capture = BlockCapture(encoder, blocks, block_norm=block_norm)
         self._consumer = consumer
-        called = encoder if called is None else called
+        self.called: nn.Module | None = encoder if called is None else called
         self._handles = [
-            called.register_forward_pre_hook(partial(_begin, self)),
-            called.register_forward_hook(partial(_end, self), always_call=True),
+            self.called.register_forward_pre_hook(partial(_begin, self)),
+            self.called.register_forward_hook(partial(_end, self), always_call=True),
         ]
 
     @property
@@ -216,7 +219,7 @@ class BlockListener:
             capture = BlockCapture.__new__(BlockCapture)
             capture.__dict__ = {**state, "_handles": handles[:-2]}
             state = {"capture": capture, "_consumer": consumer, "_handles": handles[-2:]}
-        self.__dict__.update(state)
+        self.__dict__.update({"called": None, **state})  # earlier listeners did not keep it
 
     def remove(self) -> None:
         """Remove the hooks; again is harmless."""
@@ -224,6 +227,15 @@ class BlockListener:
             handle.remove()
         self._handles = []
         self.capture.remove()
+
+    @property
+    def heard(self) -> bool:
+        """Whether a call of this thread waits to be taken."""
+        return self in _thread.heard
+
+    def forget(self) -> None:
+        """Drop this thread's last call."""
+        _thread.heard.pop(self, None)
 
     def take(self) -> list[Tensor]:
         """The chosen blocks' hidden states, as ``collect`` returns them; once.
@@ -255,8 +267,10 @@ class BlockListener:
 class _Call:
     """One run of an encoder: the consumer of its hidden states, and the next block to deliver. Keeps none itself."""
 
-    def __init__(self, capture: BlockCapture, consumer: Consumer) -> None:
+    def __init__(self, capture: BlockCapture, consumer: Consumer, called: nn.Module | None = None) -> None:
         self.capture = capture
+        self.called = called  # by other code, and followed by a listener
+        self.beside = False  # the call below is the same run, followed by another listener
         self.key, self.modules, self.blocks = capture._key, capture._hooked, capture.blocks
         self.runs, self.ran = capture._runs, [0] * len(capture._runs)
         self.norm, self.block_norm = capture._norm, capture.block_norm
@@ -301,8 +315,8 @@ class _Call:
 
 
 class _Thread(threading.local):
-    """This thread's calls in progress, innermost last: a block that runs belongs to the innermost. And the finished calls of
-    listeners that were not taken yet, each as long as its listener lives."""
+    """This thread's calls in progress, innermost last: a block that runs belongs to the innermost, and to those beside it. And
+    the finished calls of listeners that were not taken yet, each as long as its listener lives."""
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
@@ -314,21 +328,33 @@ _thread = _Thread()
 
 def _deliver(key: str, slot: int, module: nn.Module, args: Any, output: Any) -> None:
     """The hook. A module-level function with plain arguments, so that an encoder that has it can be pickled."""
-    if _thread.calls and _thread.calls[-1].key == key:
-        _thread.calls[-1].take(slot, module, output)
+    for call in reversed(_thread.calls):
+        if call.key == key:
+            call.take(slot, module, output)
+            return
+        if not call.beside:
+            return
 
 
 def _begin(listener: BlockListener, module: nn.Module, args: Any) -> None:
-    if not _thread.calls:
-        _thread.heard.pop(listener, None)
-        consumer = None if listener._consumer is None else listener._consumer(*args)
-        _thread.calls.append(_Call(listener.capture, KeptStates() if consumer is None else consumer))
+    calls = _thread.calls
+    beside = bool(calls) and calls[-1].called is module and all(call.capture is not listener.capture for call in calls)
+    if calls and not beside:
+        return
+    listener.forget()
+    consumer = None if listener._consumer is None else listener._consumer(*args)
+    call = _Call(listener.capture, KeptStates() if consumer is None else consumer, module)
+    call.beside = beside
+    calls.append(call)
 
 
 def _end(listener: BlockListener, module: nn.Module, args: Any, output: Any) -> None:
     """Also runs after a call that failed."""
-    if not _thread.calls or _thread.calls[-1].capture is not listener.capture:
-        return
-    call = _thread.calls.pop()
-    if call.next == len(listener.capture.blocks):
-        _thread.heard[listener] = call.consumer
+    for call in reversed(_thread.calls):
+        if call.capture is listener.capture:
+            _thread.calls.remove(call)
+            if call.next == len(listener.capture.blocks):
+                _thread.heard[listener] = call.consumer
+            return
+        if not call.beside:
+            return

@@ -74,6 +74,7 @@ def test_threads_hear_their_own_calls():
 
 
 def test_what_nobody_took_goes_with_the_listener():
+    gc.collect()
     before = len(_thread.heard)
     encoder = make_encoder()
     listener = BlockListener(encoder)
@@ -82,3 +83,29 @@ def test_what_nobody_took_goes_with_the_listener():
     del listener, encoder
     gc.collect()
     assert len(_thread.heard) == before
+
+
+def test_two_listeners_on_one_module_hear_the_same_call():
+    encoder = make_encoder()
+    listeners = [BlockListener(encoder, [1, 3]), BlockListener(encoder, [0])]
+    other = make_encoder()
+    third = BlockListener(other)
+    wanted = [expected(encoder, make_inputs(), [1, 3]), expected(encoder, make_inputs(), [0])]
+    for _ in range(2):
+        encoder(**make_inputs())
+        for listener, states in zip(listeners, wanted, strict=True):
+            assert listener.heard
+            assert_same(listener.take(), states)
+            assert not listener.heard
+    with pytest.raises(IndexError):
+        encoder(input_ids=torch.tensor([[10**6]]))
+    assert _thread.calls == [] and not any(listener.heard for listener in listeners)
+    with BlockCapture(encoder) as capture:
+        capture.collect(**make_inputs())
+    assert not any(listener.heard for listener in listeners)
+    encoder(**make_inputs())
+    listeners[0].forget()
+    assert [listener.heard for listener in (*listeners, third)] == [False, True, False]
+    listeners[0].remove()
+    encoder(**make_inputs())
+    assert_same(listeners[1].take(), wanted[1])
