@@ -10,25 +10,25 @@ whose components have y < Y:
 
 The arrays are numpy files, mapped into memory. A cache's folder is named by a digest of the encoder's weights, the tokenizer, the
 blocks, the texts and the settings. It is written under a temporary name and renamed once complete. An interrupted pass resumes at
-its last record of progress.
+its last record of progress. Several processes can share the work (``shard``).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from . import validate
+from .cache_files import Unfinished
 from .capture import BLOCK_NORMS, BlockCapture
-from .files import locked, write_atomically
+from .files import locked
 from .formula import dct
 from .formula.call import POOLINGS, Batch
 from .formula.tokens import Tokens
@@ -161,6 +161,32 @@ def fingerprint(encoder: torch.nn.Module, tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
+@overload
+def make(
+    encoder: torch.nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    folder: str | Path,
+    settings: Settings = ...,
+    *,
+    shard: None = None,
+    progress: bool = ...,
+) -> BlockCache: ...
+
+
+@overload
+def make(
+    encoder: torch.nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    folder: str | Path,
+    settings: Settings = ...,
+    *,
+    shard: tuple[int, int],
+    progress: bool = ...,
+) -> BlockCache | None: ...
+
+
 def make(
     encoder: torch.nn.Module,
     tokenizer: Any,
@@ -168,13 +194,21 @@ def make(
     folder: str | Path,
     settings: Settings = DEFAULT,
     *,
+    shard: tuple[int, int] | None = None,
     progress: bool = False,
-) -> BlockCache:
+) -> BlockCache | None:
     """The cache of ``texts`` in a folder below ``folder``: opened if complete, resumed if a pass was interrupted, else made. A
     text that appears twice is stored once. The encoder runs in eval mode, on its own device.
 
+    Args:
+        shard: (rank, world): ``world`` processes share the work, at once or one after the other, on machines that see the same
+            ``folder``. Each computes its share of the batches of one process, into the same files: on equal processors the bits
+            are one process's. The rank that ends last completes the cache. Ranks that end before get None, and open the cache
+            by a later call.
+
     Raises:
-        ValueError, TypeError: a setting is wrong, or ``texts`` is empty.
+        ValueError, TypeError: a setting or the shard is wrong, or ``texts`` is empty. Another process is at work on this shard.
+            Without ``shard``: ranks have begun, and not all of them are done; names those.
     """
     texts = unique(texts)
     if not texts:
@@ -184,6 +218,8 @@ def make(
     validate.positive_int("batch_size", settings.batch_size)
     validate.option("pooling", settings.pooling, POOLINGS)
     validate.option("block_norm", settings.block_norm, BLOCK_NORMS)
+    rank, world = (0, None) if shard is None else _rank_and_world(shard)
+    batches = encoders.in_batches(encoders.longest_first(texts), settings.batch_size)
     capture = BlockCapture(encoder, settings.blocks, block_norm=settings.block_norm)
     try:
         about = {
@@ -196,74 +232,81 @@ def make(
         name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
         parent = Path(folder)
         parent.mkdir(parents=True, exist_ok=True)
-        target = parent / name
-        with locked(parent / f".{name}.lock", wait=True):  # a second process then finds the cache complete
-            if not target.exists():
-                unfinished = parent / f".{name}.part"
-                _fill(unfinished, about, capture, tokenizer, texts, settings, progress)
-                os.replace(unfinished, target)
+        target, lock, unfinished = parent / name, parent / f".{name}.lock", Unfinished(parent, name, world)
+
+        def fill() -> None:
+            with encoders.in_eval_mode(encoder):
+                _fill(unfinished, rank, batches, capture, tokenizer, texts, settings, progress)
+
+        if world is None:
+            with locked(lock, wait=True):  # a second process then finds the cache complete
+                if not target.exists():
+                    if by_ranks := Unfinished.begun_by_ranks(parent, name):
+                        unfinished = _done_by_all(by_ranks, batches)
+                    else:
+                        fill()
+                    unfinished.finish(about, target)
+        elif not target.exists():
+            with unfinished.taken_by(rank):
+                fill()
+            with locked(lock, wait=True):
+                if not target.exists() and not unfinished.missing(batches):
+                    unfinished.finish(about, target)
     finally:
         capture.remove()
-    return BlockCache(target, texts)
+    return BlockCache(target, texts) if target.exists() else None
+
+
+def _rank_and_world(shard: Any) -> tuple[int, int]:
+    if not isinstance(shard, tuple) or len(shard) != 2 or not all(type(number) is int for number in shard):
+        raise TypeError(f"shard: expected two integers (rank, world), got {shard!r}")
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard: expected (rank, world) with 0 <= rank < world, got {shard}")
+    return shard
+
+
+def _done_by_all(by_ranks: Sequence[Unfinished], batches: Sequence[list[int]]) -> Unfinished:
+    """The first whose ranks have all done their share: the last of them ended before it could complete the cache."""
+    missing = {str(part.folder): part.missing(batches) for part in by_ranks}
+    for part in by_ranks:
+        if not missing[str(part.folder)]:
+            return part
+    (folder, ranks), *_ = missing.items()
+    raise ValueError(
+        f"shard: ranks have begun to fill {folder}, expected all to be done, still missing {', '.join(ranks)}: "
+        "run these, or remove that folder"
+    )
 
 
 def _fill(
-    folder: Path,
-    about: dict[str, Any],
+    unfinished: Unfinished,
+    rank: int,
+    batches: Sequence[list[int]],
     capture: BlockCapture,
     tokenizer: Any,
     texts: Sequence[str],
     settings: Settings,
     progress: bool,
 ) -> None:
-    import numpy
-
-    encoder = capture.encoder
-    batches = encoders.in_batches(encoders.longest_first(texts), settings.batch_size)
-    arrays: dict[str, Any] = {}
-    done, record = 0, folder / "progress.json"
-    if record.exists():
-        done = json.loads(record.read_text(encoding="utf-8"))["batches"]
-        arrays = {path.stem: numpy.load(path, mmap_mode="r+") for path in folder.glob("*.npy")}
-    folder.mkdir(exist_ok=True)
+    """Compute and write the rank's share of the batches, from its last record of progress on."""
+    mine, done = unfinished.share(batches, rank), unfinished.done(rank)
     todo = encoders.token_batches(
-        encoder, tokenizer, texts, batches, max_length=settings.max_length, skip=done, progress=progress
+        capture.encoder, tokenizer, texts, mine, max_length=settings.max_length, skip=done, progress=progress
     )
     try:
-        with encoders.in_eval_mode(encoder):
+        with unfinished.arrays(len(texts)) as arrays:
             for rows, inputs in todo:
                 with torch.no_grad():
                     result = _summaries(capture.collect(**inputs), inputs["attention_mask"], settings)
-                for key, tensor in result.items():
-                    if key not in arrays:
-                        shape = (len(texts), *tensor.shape[1:])
-                        kind = numpy.int64 if key == "lengths" else numpy.float32
-                        arrays[key] = numpy.lib.format.open_memmap(folder / f"{key}.npy", "w+", kind, shape)
-                        _allocate(folder / f"{key}.npy")
-                    arrays[key][rows] = tensor.cpu().numpy()
+                arrays.write(rows, {key: tensor.cpu().numpy() for key, tensor in result.items()})
                 done += 1
-                if done % RECORD_EVERY == 0 or done == len(batches):
-                    for array in arrays.values():
-                        array.flush()
-                    write_atomically(record, json.dumps({"batches": done}).encode())
+                if done % RECORD_EVERY == 0 or done == len(mine):
+                    arrays.flush()
+                    unfinished.note(rank, done)
     except BaseException:
-        if not record.exists():  # no progress to resume from
-            shutil.rmtree(folder)
+        if unfinished.world is None and not unfinished.done(rank):  # no progress to resume from
+            shutil.rmtree(unfinished.folder, ignore_errors=True)
         raise
-    write_atomically(folder / "about.json", (json.dumps(about, indent=1) + "\n").encode())
-    record.unlink()
-
-
-def _allocate(path: Path) -> None:
-    """Reserve the file's disk space. A memory-mapped file is sparse; writing to a hole on a full disk kills the process (SIGBUS)
-    instead of raising."""
-    if not hasattr(os, "posix_fallocate"):
-        return
-    with open(path, "r+b") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _summaries(hidden_states: Sequence[Tensor], mask: Tensor, settings: Settings) -> dict[str, Tensor]:
