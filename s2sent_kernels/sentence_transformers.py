@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import families, validate
+from . import families, model_card, validate
 from .capture import BLOCK_NORMS, BlockListener
 from .consumers import KeptStates, PooledStates
 from .files import importing
@@ -27,14 +27,16 @@ from .selector import S2SentSelector
 
 with importing("sentence-transformers 6 or newer", "sentence-transformers"):
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Module
+    from sentence_transformers.base.model import BaseModel
+    from sentence_transformers.base.modules import Module, Router
 
 
 class S2SentPooling(Module):
     """Sentence embeddings from the hidden states of the transformer before it in the list of modules.
 
-    It follows that transformer's blocks, so it must know the transformer. ``behind`` and this module's ``load`` attach it.
-    Loaded by SentenceTransformer itself (with ``trust_remote_code=True``), it needs ``attach``.
+    It follows that transformer's blocks, so it must know the transformer. ``behind`` attaches it, and so does a model that is
+    made of modules or loaded: by this module's ``load``, or by SentenceTransformer itself with ``trust_remote_code=True``. Behind
+    a Router it follows the transformer of each route. A module that is appended to a finished model needs ``attach``.
 
     Without gradients (grad mode off, or nothing that requires one) large hidden states are pooled as each block finishes, and
     freed. This needs a transformer that is called with the features, as sentence-transformers does. A call of a plain
@@ -64,7 +66,7 @@ class S2SentPooling(Module):
         self.selector_arguments, self.blocks = dict(selector_arguments), list(blocks)
         self.block_norm, self.pooling, self.include_prompt = block_norm, pooling, include_prompt
         self.selector = S2SentSelector(**self.selector_arguments)
-        self._listener: BlockListener | None = None
+        self._listeners: list[BlockListener] = []
 
     @classmethod
     def behind(
@@ -90,16 +92,39 @@ class S2SentPooling(Module):
         module.attach(transformer)
         return module
 
-    def attach(self, transformer: nn.Module) -> None:
-        """Follow the blocks of ``transformer`` instead of another's."""
-        if self._listener is not None:
-            self._listener.remove()
-        # sentence-transformers' Transformer bypasses its encoder's own hooks, so the Transformer is followed.
-        listener = BlockListener(
-            _encoder_of(transformer), self.blocks, block_norm=self.block_norm, called=transformer, consumer=self._stream
-        )
-        listener.capture.check(self.selector)
-        self._listener = listener
+    def attach(self, *transformers: nn.Module) -> None:
+        """Follow the blocks of these instead of others': of one transformer, or of several where a Router calls one of them.
+
+        Raises:
+            ValueError, TypeError: a transformer's blocks cannot be found, or do not fit the selector. Those followed before still
+                are.
+        """
+        before, self._listeners = self._listeners, []
+        try:
+            for transformer in transformers:
+                # sentence-transformers' Transformer bypasses its encoder's own hooks, so the Transformer is followed.
+                listener = BlockListener(
+                    _encoder_of(transformer),
+                    self.blocks,
+                    block_norm=self.block_norm,
+                    called=transformer,
+                    consumer=self._stream,
+                )
+                self._listeners.append(listener)
+                listener.capture.check(self.selector)
+        except BaseException:
+            before, self._listeners = self._listeners, before
+            raise
+        finally:
+            for listener in before:
+                listener.remove()
+
+    def on_model_ready(self, model: BaseModel) -> None:
+        """Follow the transformers before this module in ``model``; sentence-transformers calls it once the model is complete."""
+        found = _transformers_before(self, model)
+        if found and found != [listener.called for listener in self._listeners]:
+            self.attach(*found)
+        model_card.describe(model)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Adds ``sentence_embedding`` [B, D] to the features.
@@ -109,12 +134,13 @@ class S2SentPooling(Module):
                 wanted now.
             ValueError: the features that decide which tokens count were replaced since the transformer ran.
         """
-        if self._listener is None:
+        if not self._listeners:
             raise RuntimeError(
-                "S2SentPooling does not know its transformer: load the model by s2sent_kernels.sentence_transformers.load, "
-                "or call attach"
+                "S2SentPooling does not know its transformer: expected one before it in the modules of a SentenceTransformer, "
+                "or a call of attach"
             )
-        consumer = self._listener.take_consumer()
+        heard = next((listener for listener in self._listeners if listener.heard), self._listeners[0])
+        consumer = heard.take_consumer()
         if isinstance(consumer, _Stream):
             features["sentence_embedding"] = consumer.result(features)
             return features
@@ -128,15 +154,24 @@ class S2SentPooling(Module):
 
     @property
     def listener(self) -> BlockListener | None:
-        """Follows the transformer's blocks; None until ``attach``."""
-        return self._listener
+        """Follows the transformer's blocks; None until ``attach``, the first of several behind a Router."""
+        return self._listeners[0] if self._listeners else None
 
     def _stream(self, features: Any = None, *args: Any) -> _Stream | None:
-        """The consumer of the hidden states of a call of the transformer with these arguments; None keeps them."""
-        assert self._listener is not None  # which calls this
-        if not isinstance(features, Mapping) or self._listener.capture.needs_gradient(self.selector, features):
+        """The consumer of the hidden states of a call of a transformer with these arguments; None keeps them."""
+        captures = []
+        for listener in self._listeners:
+            listener.forget()  # what another route's transformer did and nobody took
+            captures.append(listener.capture)
+        if not isinstance(features, Mapping) or any(one.needs_gradient(self.selector, features) for one in captures):
             return None
         return _Stream(self, features)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_listener" in state:  # written when a module followed one transformer
+            listener = state.pop("_listener")
+            state["_listeners"] = [] if listener is None else [listener]
+        super().__setstate__(state)
 
     def get_embedding_dimension(self) -> int:
         return self.selector.hidden_size
@@ -171,10 +206,10 @@ class S2SentPooling(Module):
 def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:
     """The SentenceTransformer that was saved in a folder, an S2SentPooling among its modules, without
     ``trust_remote_code``: only modules of sentence-transformers and of this package are loaded. ``options`` go to
-    SentenceTransformer.
+    SentenceTransformer and mean there what they mean.
 
     Raises:
-        ValueError: there is no such folder, or one of its modules is of another package; names it.
+        ValueError: there is no such folder, or one of its modules is of another package; names it. Or ``backend`` is not "torch".
     """
     folder = Path(path).expanduser()
     listing = folder / "modules.json"
@@ -182,27 +217,49 @@ def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:
         raise ValueError(
             f"path: expected the folder of a saved SentenceTransformer, with a modules.json, got {str(path)!r}"
         )
-    modules: list[nn.Module] = []
-    for entry in json.loads(listing.read_text(encoding="utf-8")):
-        package, _, name = entry["type"].rpartition(".")
-        if package.split(".")[0] not in ("sentence_transformers", __package__):
-            raise ValueError(
-                f"{listing}: expected modules of sentence_transformers or {__package__}, got {entry['type']!r}"
-            )
-        module = getattr(import_module(package), name).load(str(folder), subfolder=entry["path"])
-        if isinstance(module, S2SentPooling):
-            module.attach(modules[0])
-        modules.append(module)
-    saved = folder / "config_sentence_transformers.json"
-    if saved.is_file():
-        config = json.loads(saved.read_text(encoding="utf-8"))
-        known = ("prompts", "default_prompt_name", "similarity_fn_name")
-        options = {name: config[name] for name in known if config.get(name)} | options
-    return SentenceTransformer(modules=modules, **options)
+    own: dict[str, type[nn.Module]] = {}
+    for name in _classes_in(folder):
+        package, _, kind = name.rpartition(".")
+        if package.split(".")[0] == __package__:
+            own[name] = getattr(import_module(package), kind)
+        elif package.split(".")[0] != "sentence_transformers" and not options.get("trust_remote_code"):
+            raise ValueError(f"{listing}: expected modules of sentence_transformers or {__package__}, got {name!r}")
+    # The public way to load a class of this package needs trust_remote_code, which would also run code from the folder.
+    return SentenceTransformer._load_with_module_classes(str(folder), own, **options)
+
+
+def _classes_in(folder: Path) -> Iterator[str]:
+    """The full names of the classes that a saved model's modules have, those within a Router included."""
+    for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
+        yield entry["type"]
+        inside = folder / entry["path"] / Router.config_file_name
+        if inside.is_file():
+            yield from json.loads(inside.read_text(encoding="utf-8"))["types"].values()
 
 
 def _encoder_of(transformer: nn.Module) -> nn.Module:
     return getattr(transformer, "auto_model", transformer)
+
+
+def _transformers_before(pooling: S2SentPooling, model: nn.Module) -> list[nn.Module]:
+    """The transformers of ``model`` that may be the last to run before ``pooling``: one, or one of each route of a Router."""
+    found: list[nn.Module] = []
+
+    def run(module: nn.Module, last: list[nn.Module]) -> list[nn.Module]:
+        """The transformers that may have run last once ``module`` has."""
+        if module is pooling:
+            found.extend(last)
+        elif isinstance(module, Router):
+            last = [one for route in module.sub_modules.values() for one in run(route, last)]
+        elif isinstance(module, nn.Sequential):
+            for child in module:
+                last = run(child, last)
+        elif hasattr(module, "auto_model"):
+            last = [module]
+        return last
+
+    run(model, [])
+    return list(dict.fromkeys(found))
 
 
 class _Counted(NamedTuple):
