@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,11 @@ class Pipeline(nn.Module):
         capture: the blocks of the encoder.
         selector: of as many blocks.
         pooling: as in S2SentSelector.pool.
-        head: applied to the embedding, as that of S2SentModel.from_published.
+        head: applied to the embedding, as that of S2SentModel.from_published, or modules behind an S2SentPooling.
+
+    Attributes:
+        tokenizer, prompts: those of the SentenceTransformer that it was made from; None and none otherwise. They are no part of
+            what is exported.
 
     Raises:
         ValueError: the selector's N or D is not the capture's, or ``pooling`` is unknown.
@@ -53,6 +57,8 @@ class Pipeline(nn.Module):
         validate.option("pooling", pooling, POOLINGS)
         self.encoder, self.selector, self.pooling = capture.encoder, selector, pooling
         self.head, self.capture = head, capture
+        self.tokenizer: Any = None
+        self.prompts: dict[str, str] = {}
         self.training = capture.encoder.training or selector.training
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -74,20 +80,24 @@ def export_onnx(model: S2SentModel | SentenceTransformer | Pipeline, path: str |
             reference, or the exporter does not support its encoder.
         ImportError: onnx or onnxscript is missing; names the extra.
     """
-    pipeline = _in_eval(as_pipeline(model))
+    write_onnx(in_eval(as_pipeline(model)), path, [OUTPUT])
+
+
+def write_onnx(module: nn.Module, path: str | os.PathLike[str], outputs: Sequence[str]) -> None:
+    """``module`` of (input_ids, attention_mask) as one ONNX file, whose outputs have these names; see ``export_onnx``."""
     onnx = require("onnx", "onnx", "onnx")
     require("onnxscript", "onnxscript", "onnx")
-    weights = sum(tensor.nbytes for tensor in pipeline.state_dict().values())
+    weights = sum(tensor.nbytes for tensor in module.state_dict().values())
     names, same = {0: "batch", 1: "length"}, dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
     try:
         with torch.no_grad():
             program = torch.onnx.export(
-                pipeline,
-                _example(pipeline),
+                module,
+                example(module),
                 dynamo=True,
                 dynamic_shapes=(names, same),
                 input_names=INPUTS,
-                output_names=[OUTPUT],
+                output_names=outputs,
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
@@ -114,17 +124,17 @@ def export_aot(model: S2SentModel | SentenceTransformer | Pipeline, path: str | 
         TypeError, ValueError: the model is none of these, or is in training mode.
         RuntimeError: there is no C++ compiler, or torch.export does not support the encoder.
     """
-    pipeline = _in_eval(as_pipeline(model))
+    pipeline = in_eval(as_pipeline(model))
     axes = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
     with torch.no_grad():
-        program = torch.export.export(pipeline, _example(pipeline), dynamic_shapes=(axes, axes))
+        program = torch.export.export(pipeline, example(pipeline), dynamic_shapes=(axes, axes))
     with _written_whole(Path(path), "model.pt2") as file:
         torch._inductor.aoti_compile_and_package(program, package_path=file)
 
 
 def as_pipeline(model: S2SentModel | SentenceTransformer | Pipeline) -> Pipeline:
-    """The Pipeline of a model. A SentenceTransformer must consist of a Transformer and an S2SentPooling. Prompts and truncation
-    are not exported: the tokenizer applies them.
+    """The Pipeline of a model. A SentenceTransformer must consist of a Transformer, an S2SentPooling, and modules that change the
+    embedding alone (Normalize, Dense, LayerNorm, Dropout). Prompts and truncation are not exported: the tokenizer applies them.
 
     Raises:
         TypeError, ValueError: the model is none of these; names its type or its modules.
@@ -132,16 +142,7 @@ def as_pipeline(model: S2SentModel | SentenceTransformer | Pipeline) -> Pipeline
     if isinstance(model, Pipeline):
         return model
     if isinstance(model, nn.Sequential):
-        from .sentence_transformers import S2SentPooling
-
-        pooling = model[-1] if len(model) == 2 else None
-        if not isinstance(pooling, S2SentPooling) or not pooling.include_prompt or pooling.listener is None:
-            names = ", ".join(type(module).__name__ for module in model)
-            raise ValueError(
-                "model: expected a Transformer and an S2SentPooling that is attached to it and includes prompts, "
-                f"got {names}"
-            )
-        return Pipeline(pooling.listener.capture, pooling.selector, pooling.pooling)
+        return _of_modules(model)
     from .transformers import S2SentModel
 
     if isinstance(model, S2SentModel):
@@ -149,16 +150,59 @@ def as_pipeline(model: S2SentModel | SentenceTransformer | Pipeline) -> Pipeline
     raise TypeError(f"model: expected an S2SentModel, a SentenceTransformer or a Pipeline, got {type(model).__name__}")
 
 
-def _in_eval(pipeline: Pipeline) -> Pipeline:
+class _Behind(nn.Module):
+    """Modules of sentence-transformers behind an S2SentPooling, as a function of the embedding."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        super().__init__()
+        self.behind = nn.ModuleList(modules)
+        self.training = self.behind.training = any(module.training for module in modules)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        features = {OUTPUT: embedding}
+        for module in self.behind:
+            features = module(features)
+        return features[OUTPUT]
+
+
+def _of_modules(model: Any) -> Pipeline:
+    """The Pipeline of a SentenceTransformer."""
+    from sentence_transformers.base.modules import Dense, Normalize
+    from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm
+
+    from .sentence_transformers import S2SentPooling
+
+    def is_exported(module: nn.Module) -> bool:
+        if isinstance(module, Dense):
+            return module.module_input_name == module.module_output_name == OUTPUT
+        return isinstance(module, (Normalize, LayerNorm, Dropout))
+
+    modules: list[Any] = list(model)
+    pooling: Any = modules[1] if len(modules) > 1 else None
+    behind = modules[2:]
+    attached = isinstance(pooling, S2SentPooling) and pooling.include_prompt and pooling.listener is not None
+    if not attached or not hasattr(modules[0], "auto_model") or not all(map(is_exported, behind)):
+        raise ValueError(
+            "model: expected a Transformer, an S2SentPooling that is attached to it and includes prompts, and behind it modules "
+            "that change the embedding alone (Normalize, Dense, LayerNorm, Dropout), "
+            f"got {', '.join(type(module).__name__ for module in modules)}"
+        )
+    head = _Behind(behind) if behind else None
+    pipeline = Pipeline(pooling.listener.capture, pooling.selector, pooling.pooling, head)
+    pipeline.tokenizer, pipeline.prompts = model.tokenizer, model.prompts
+    return pipeline
+
+
+def in_eval(pipeline: Pipeline) -> Pipeline:
     if any(module.training for module in pipeline.modules()):
         raise ValueError("model: expected it in eval mode, got it in training mode")
     return pipeline
 
 
-def _example(pipeline: Pipeline) -> tuple[Tensor, Tensor]:
+def example(module: nn.Module) -> tuple[Tensor, Tensor]:
     """Inputs to trace with. The sizes differ from 1 and from each other, so that none is specialised. The tensors are distinct,
     because the same one twice would become a single input."""
-    device = next(pipeline.encoder.parameters()).device
+    device = next(module.parameters()).device
     input_ids = torch.ones(2, 8, dtype=torch.int64, device=device)
     return input_ids, torch.ones_like(input_ids)
 

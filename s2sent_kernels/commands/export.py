@@ -1,5 +1,6 @@
-"""Write encoder, selector and pooling as one file: ONNX (FILE.onnx), or a package that AOTInductor compiles for this kind of
-machine (FILE.pt2). Tokens in, sentence embeddings out, any batch and length."""
+"""Write encoder, selector and pooling for use elsewhere: ONNX (FILE.onnx), a package that AOTInductor compiles for this kind of
+machine (FILE.pt2), or a folder that Text Embeddings Inference and NVIDIA Triton serve (FOLDER/). Tokens in, sentence embeddings
+out, any batch and length."""
 
 from __future__ import annotations
 
@@ -8,18 +9,21 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from .. import export
+from .. import export, servers
 from ..engines.choice import BACKENDS
 from . import common
 from .common import UserError
 
 WRITERS = {".onnx": export.export_onnx, ".pt2": export.export_aot}
+_FOLDER_ONLY = ("max_length", "quantize")
 
 
 def add(commands: Any) -> None:
-    about = "write encoder and selector as one file, ONNX or AOTInductor"
+    about = "write encoder and selector for use elsewhere: ONNX, AOTInductor, servers"
     command = commands.add_parser("export", help=about, description=__doc__)
-    command.add_argument("--output", type=common.path, required=True, metavar="FILE", help="FILE.onnx or FILE.pt2")
+    command.add_argument(
+        "--output", type=common.path, required=True, metavar="FILE", help="FILE.onnx, FILE.pt2, or FOLDER/ for servers"
+    )
     command.add_argument(
         "--model",
         help="folder of a saved S2SentModel or SentenceTransformer, or, beside --selector, path or hub id of an encoder "
@@ -31,26 +35,77 @@ def add(commands: Any) -> None:
         choices=("auto", *BACKENDS),
         help="of the selector; with reference a FILE.pt2 needs torch alone where it is loaded (default: its own, or auto)",
     )
+    command.add_argument(
+        "--quantize",
+        choices=servers.QUANTIZED,
+        help="of FOLDER/: weights of matrix products as int8; prints how near the embeddings stay (default: float32)",
+    )
+    command.add_argument(
+        "--max-length",
+        type=common.positive,
+        metavar="TOKENS",
+        help="of FOLDER/: where servers truncate a text (default: where the tokenizer and the encoder end)",
+    )
     common.add_device(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    path = Path(arguments.output)
-    if path.suffix not in WRITERS:
-        raise UserError(f"--output: expected a name that ends in {' or '.join(WRITERS)}, got {arguments.output}")
-    if path.is_dir():
-        raise UserError(f"--output: expected a file, got a directory, {path}")
+    path, folder = Path(arguments.output), arguments.output.endswith("/")
+    _check_output(arguments, path, folder)
     common.check_writable(path.parent)
     device = common.device_of(arguments.device)
     common.quiet_transformers()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is missing, which is not needed
+    source = common.resolve(arguments.model, arguments.selector)
     try:
-        pipeline = common.load_pipeline(common.resolve(arguments.model, arguments.selector)).to(device)
+        pipeline = common.load_pipeline(source).to(device)
         if arguments.backend is not None:
             pipeline.selector.backend = arguments.backend
-        WRITERS[path.suffix](pipeline, path)
+        if folder:
+            _write_folder(pipeline.float(), source, path, arguments)
+        else:
+            WRITERS[path.suffix](pipeline, path)
     except OSError as error:
         raise UserError(f"--output {path}: {error.strerror or error}") from error
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # RuntimeError: any error of a compiler
         raise UserError(common.first_line(error)) from error
     print(f"wrote {path}: {', '.join(export.INPUTS)} [batch, length] to {export.OUTPUT} [batch, D]")
+
+
+def _check_output(arguments: argparse.Namespace, path: Path, folder: bool) -> None:
+    if folder:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"--output: expected a folder that does not exist yet or is empty, got {arguments.output}")
+        return
+    if path.suffix not in WRITERS:
+        raise UserError(f"--output: expected a name that ends in {', '.join(WRITERS)} or /, got {arguments.output}")
+    if path.is_dir():
+        raise UserError(f"--output: expected a file, got a directory, {path}")
+    for name in _FOLDER_ONLY:
+        if getattr(arguments, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')}: expected none beside a file, for which it means nothing: {path}"
+            )
+
+
+def _write_folder(pipeline: Any, source: common.Source, path: Path, arguments: argparse.Namespace) -> None:
+    tokenizer = pipeline.tokenizer or _tokenizer(source)
+    agreement = servers.export_folder(
+        pipeline, path, tokenizer, max_length=arguments.max_length, quantize=arguments.quantize
+    )
+    if agreement is not None:
+        print(
+            f"{arguments.quantize} against float32 on {agreement.texts} sentences: cosine {agreement.mean:.4f} on average, "
+            f"{agreement.lowest:.4f} at least"
+        )
+
+
+def _tokenizer(source: common.Source) -> Any:
+    """The encoder's, or the one that was saved beside an S2SentModel."""
+    folder = (
+        str(Path(source.model).expanduser()) if source.whole and source.model else common.find_model(source.model)[0]
+    )
+    try:
+        return common.quiet_transformers().AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the loaders raise errors of many kinds
+        raise ValueError(f"model {folder}: expected a tokenizer beside it: {common.first_line(error)}") from error

@@ -1,6 +1,7 @@
 """The README and docs/: their Python examples run as they stand, each on its own, and their command lines on files of a few rows.
 
 docs/walkthrough.md, whose blocks build on one another, is run by test_walkthrough.py; only its command lines are parsed here.
+Servers, which do not end by themselves, are run by test_servers_of_docs.py.
 """
 
 import json
@@ -16,6 +17,7 @@ import torch
 
 ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").is_file())
 WALKTHROUGH = "docs/walkthrough.md"
+SERVERS = ("LitServe, with OpenAI's route", "Ray Serve")
 # In the order in which their command lines run: the README's train the folders that later ones name.
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
@@ -35,6 +37,7 @@ EXAMPLES = [
     for page, text in PAGES.items()
     if page != WALKTHROUGH
     for section in re.split(r"^##? ", text, flags=re.M)
+    if section.partition("\n")[0] not in SERVERS
     for code in re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
 ]
 NAMES = [f"{example.page}, {example.heading}" for example in EXAMPLES]
@@ -53,7 +56,8 @@ def test_each_way_to_use_the_package_has_an_example():
         "docs/serving.md, One file: ONNX and AOTInductor",
         "docs/training.md, Behind a frozen encoder",
     ]
-    assert len(EXAMPLES) == sum(text.count("```python") for page, text in PAGES.items() if page != WALKTHROUGH)
+    blocks = sum(text.count("```python") for page, text in PAGES.items() if page != WALKTHROUGH)
+    assert len(EXAMPLES) + len(SERVERS) == blocks
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=NAMES)
@@ -203,6 +207,7 @@ def test_every_command_line_runs(tmp_path, monkeypatch):
         "embeddings.npy",
         "model.onnx",
         "model.pt2",
+        "served/",
         "results",
     }
     assert all(Path(name).exists() for name in (*written, "evaluation/evaluation.png", "inspection/gates.png"))

@@ -1,0 +1,208 @@
+"""The folder for servers: its model gives the embeddings of the model it was made from, for texts that its own tokenizer reads;
+and it has what Text Embeddings Inference and Triton look for, and nothing that they could take for another model."""
+
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("sentence_transformers")
+from sentence_transformers import SentenceTransformer  # noqa: E402
+from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer  # noqa: E402
+from sentence_transformers.sentence_transformer.modules import LayerNorm  # noqa: E402
+
+from s2sent_kernels import servers  # noqa: E402
+from s2sent_kernels.cli import main  # noqa: E402
+from s2sent_kernels.export import as_pipeline  # noqa: E402
+from s2sent_kernels.sentence_transformers import S2SentPooling, load  # noqa: E402
+from s2sent_kernels.transformers import S2SentModel  # noqa: E402
+
+SAVED = Path(__file__).parents[1] / "data" / "sentence_transformer"  # 4 blocks of 16 features, 16 positions
+LONG = " ".join(["the moon is bright"] * 6)  # more tokens than there are positions
+TEXTS = ["the cat sat on the mat", "a dog ran", "moon", "the old moon is bright", LONG]
+
+
+def long_model():
+    """With modules behind the pooling, in eval mode."""
+    torch.manual_seed(3)
+    transformer = Transformer(
+        str(SAVED), config_kwargs={"num_hidden_layers": 2}
+    )  # of its 4: the export takes seconds a block
+    modules = [
+        transformer,
+        S2SentPooling.behind(transformer, None, bottleneck=4),
+        LayerNorm(16),
+        Dense(16, 6),
+        Normalize(),
+    ]
+    return SentenceTransformer(modules=modules, device="cpu", prompts={"query": "a "}).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return long_model()
+
+
+@pytest.fixture(scope="module")
+def served(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made") / "new" / "served"
+    assert servers.export_folder(model, folder) is None
+    return folder
+
+
+def run(file, tokenizer, texts):
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    batch = tokenizer(texts, padding=True, truncation=True, return_tensors="np")
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return [torch.from_numpy(array) for array in session.run(["sentence_embedding", "last_hidden_state"], inputs)]
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_its_embeddings_are_the_models(model, served):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(served)
+    expected = torch.as_tensor(model.encode(TEXTS))
+    for file in ("model.onnx", "1/model.onnx"):
+        found, tokens = run(served / file, tokenizer, TEXTS)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(tokens, found[:, None])  # one token, which is the embedding
+
+
+def test_what_servers_read(served):
+    assert files(served) == {
+        "model.onnx", "1/model.onnx", "config.pbtxt", "config.json", "tokenizer.json", "tokenizer_config.json",
+        "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json",
+    }  # fmt: skip
+    assert (served / "model.onnx").samefile(served / "1" / "model.onnx")
+    read = {name: json.loads((served / name).read_text()) for name in files(served) if name.endswith(".json")}
+    config = read["config.json"]
+    assert (config["model_type"], config["architectures"], config["pad_token_id"]) == ("bert", ["BertModel"], 0)
+    assert (config["hidden_size"], config["num_hidden_layers"], config["max_position_embeddings"]) == (16, 2, 16)
+    pooling = read["1_Pooling/config.json"]
+    assert [name for name, value in pooling.items() if value is True] == ["pooling_mode_cls_token"]
+    assert pooling["word_embedding_dimension"] == 6
+    assert read["sentence_bert_config.json"]["max_seq_length"] == 16
+    assert read["config_sentence_transformers.json"] == {"prompts": {"query": "a "}}
+    assert read["tokenizer.json"]["padding"] is None and read["tokenizer.json"]["truncation"] is None
+    with pytest.raises(OSError, match="no file named"):  # nothing to pool by itself
+        transformers.AutoModel.from_pretrained(served)
+
+
+def test_tritons_configuration_is_the_graphs(served):
+    text = (served / "config.pbtxt").read_text()
+    assert (
+        re.search(r'^backend: "onnxruntime"$', text, re.M)
+        and "name:" not in text.partition("input [")[0].split("\n", 1)[1]
+    )
+    graph = onnx.load(served / "model.onnx", load_external_data=False).graph
+    kinds = {onnx.TensorProto.INT64: "TYPE_INT64", onnx.TensorProto.FLOAT: "TYPE_FP32"}
+
+    def of_graph(value):
+        kind, (batch, *axes) = value.type.tensor_type.elem_type, value.type.tensor_type.shape.dim
+        assert batch.dim_param == "batch"
+        return f'{{ name: "{value.name}" data_type: {kinds[kind]} dims: [ {axes[0].dim_value or -1} ] }}'
+
+    assert [of_graph(value) for value in (*graph.input, graph.output[0])] == re.findall(r"\{ name.*?\}", text)
+    assert [value.name for value in graph.output] == ["sentence_embedding", "last_hidden_state"]
+
+
+def test_int8_says_how_far_it_is_from_float32(model, served, tmp_path, monkeypatch):
+    def write_again(module, path, outputs):
+        path.parent.mkdir()
+        shutil.copy(served / "model.onnx", path)
+
+    texts = servers.shipped_sentences()
+    assert len(texts) > 90 and not any(text.startswith(("#", "?")) for text in texts)
+    texts = texts[:8]
+    monkeypatch.setattr(servers, "shipped_sentences", lambda: texts)
+    monkeypatch.setattr(servers, "write_onnx", write_again)
+    agreement = servers.export_folder(model, tmp_path / "served", quantize="int8", max_length=9)
+    found, expected = tmp_path / "served", served
+    tokenizer = transformers.AutoTokenizer.from_pretrained(found)
+    assert tokenizer.model_max_length == 9
+    assert json.loads((found / "sentence_bert_config.json").read_text())["max_seq_length"] == 9
+    assert files(found) == files(expected)
+    assert {tensor.data_type for tensor in onnx.load(found / "model.onnx").graph.initializer} >= {onnx.TensorProto.INT8}
+    one, other = ([run(folder / "model.onnx", tokenizer, [text])[0] for text in texts] for folder in (expected, found))
+    cosines = torch.nn.functional.cosine_similarity(torch.cat(one), torch.cat(other))
+    assert agreement == (pytest.approx(cosines.mean().item()), pytest.approx(cosines.min().item()), len(texts))
+    assert 0.9 < agreement.lowest < agreement.mean < 1
+
+
+def test_the_command(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        servers, "write_onnx", lambda module, path, outputs: (path.parent.mkdir(), path.write_bytes(b"graph"))
+    )
+    capsys.readouterr()
+    for source, name in ((SAVED, "one"), (tmp_path / "whole", "two")):
+        if name == "two":
+            S2SentModel.from_encoder(load(SAVED, device="cpu")[0].auto_model, "last:2", bottleneck=4).save_pretrained(
+                source
+            )
+            arguments = ["export", "--model", str(source), "--output", f"{tmp_path}/{name}/", "--device", "cpu"]
+            assert main(arguments) == 2
+            assert "expected a tokenizer beside it" in capsys.readouterr().err
+            transformers.AutoTokenizer.from_pretrained(SAVED).save_pretrained(source)
+        arguments = ["export", "--model", str(source), "--output", f"{tmp_path}/{name}/", "--device", "cpu"]
+        assert main(arguments) == 0
+        assert capsys.readouterr().out.startswith(f"wrote {tmp_path / name}: input_ids, attention_mask")
+        assert (tmp_path / name / "tokenizer.json").is_file()
+        assert main(arguments) == 2
+        assert "--output: expected a folder that does not exist yet or is empty, got" in capsys.readouterr().err
+    for option in (["--quantize", "int8"], ["--max-length", "9"]):
+        assert main(["export", "--output", str(tmp_path / "model.onnx"), *option]) == 2
+        assert f"{option[0]}: expected none beside a file" in capsys.readouterr().err
+
+
+def test_what_is_refused(model, tmp_path, monkeypatch):
+    path = tmp_path / "served"
+    with pytest.raises(ValueError, match="quantize: expected one of int8 or None, got 'int4'"):
+        servers.export_folder(model, path, quantize="int4")
+    with pytest.raises(ValueError, match=r"model: expected float32, got torch\.bfloat16"):
+        servers.export_folder(copy.deepcopy(model).bfloat16(), path)
+    with pytest.raises(ValueError, match="max_length: expected a positive number, got 0"):
+        servers.export_folder(model, path, max_length=0)
+    with pytest.raises(ValueError, match="tokenizer: expected one beside a model that has none of its own"):
+        servers.export_folder(S2SentModel.from_encoder(model[0].auto_model, None).eval(), path)
+    with pytest.raises(TypeError, match="tokenizer: expected a fast one"):
+        servers.export_folder(model, path, tokenizer=object())
+    unlimited = copy.deepcopy(model[0].tokenizer)
+    unlimited.model_max_length = int(1e30)
+    assert servers._limit(model[0].auto_model, unlimited, None) == 16
+    endless = torch.nn.Linear(2, 2)
+    endless.config = SimpleNamespace()
+    assert servers._limit(endless, unlimited, 7) == 7
+    with pytest.raises(
+        ValueError, match="max_length: expected a number for a tokenizer and an encoder without a limit"
+    ):
+        servers._limit(endless, unlimited, None)
+    (path / "there").mkdir(parents=True)
+    with pytest.raises(ValueError, match="path: expected a folder that does not exist yet or is empty"):
+        servers.export_folder(model, path)
+
+    def fail(*_):
+        raise RuntimeError("half-way")
+
+    monkeypatch.setattr(servers, "write_onnx", fail)
+    with pytest.raises(RuntimeError, match="half-way"):
+        servers.export_folder(model, tmp_path / "other")
+    assert [one.name for one in tmp_path.iterdir()] == ["served"]
+
+
+def test_modules_behind_the_pooling_that_cannot_be_exported(model):
+    transformer, pooling, *_ = model
+    of_tokens = Dense(16, 16, module_input_name="token_embeddings")
+    for modules in ([transformer, pooling, of_tokens], [transformer], [Router({"text": [transformer, pooling]})]):
+        with pytest.raises(ValueError, match=r"model: expected a Transformer, an S2SentPooling .*, got \w+"):
+            as_pipeline(SentenceTransformer(modules=modules, device="cpu"))
