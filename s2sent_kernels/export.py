@@ -170,8 +170,6 @@ def _of_modules(model: Any) -> Pipeline:
     from sentence_transformers.base.modules import Dense, Normalize
     from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm
 
-    from .sentence_transformers import S2SentPooling
-
     def is_exported(module: nn.Module) -> bool:
         if isinstance(module, Dense):
             return module.module_input_name == module.module_output_name == OUTPUT
@@ -180,15 +178,20 @@ def _of_modules(model: Any) -> Pipeline:
     modules: list[Any] = list(model)
     pooling: Any = modules[1] if len(modules) > 1 else None
     behind = modules[2:]
-    attached = isinstance(pooling, S2SentPooling) and pooling.include_prompt and pooling.listener is not None
-    if not attached or not hasattr(modules[0], "auto_model") or not all(map(is_exported, behind)):
+    listener = getattr(pooling, "listener", None)  # an S2SentPooling's, once it is attached
+    if (
+        listener is None
+        or not pooling.include_prompt
+        or not hasattr(modules[0], "auto_model")
+        or not all(map(is_exported, behind))
+    ):
         raise ValueError(
             "model: expected a Transformer, an S2SentPooling that is attached to it and includes prompts, and behind it modules "
             "that change the embedding alone (Normalize, Dense, LayerNorm, Dropout), "
             f"got {', '.join(type(module).__name__ for module in modules)}"
         )
     head = _Behind(behind) if behind else None
-    pipeline = Pipeline(pooling.listener.capture, pooling.selector, pooling.pooling, head)
+    pipeline = Pipeline(listener.capture, pooling.selector, pooling.pooling, head)
     pipeline.tokenizer, pipeline.prompts = model.tokenizer, model.prompts
     return pipeline
 

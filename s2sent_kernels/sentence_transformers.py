@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import families, model_card, validate
+from . import families, model_card, onnx_backend, validate
 from .capture import BLOCK_NORMS, BlockListener
 from .consumers import KeptStates, PooledStates
 from .files import importing
@@ -29,6 +29,8 @@ with importing("sentence-transformers 6 or newer", "sentence-transformers"):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.model import BaseModel
     from sentence_transformers.base.modules import Module, Router
+
+BACKENDS = ("torch", "onnx")  # of ``load``
 
 
 class S2SentPooling(Module):
@@ -205,12 +207,15 @@ class S2SentPooling(Module):
 
 def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:
     """The SentenceTransformer that was saved in a folder, an S2SentPooling among its modules, without
-    ``trust_remote_code``: only modules of sentence-transformers and of this package are loaded. ``options`` go to
-    SentenceTransformer and mean there what they mean.
+    ``trust_remote_code``: only modules of sentence-transformers and of this package are loaded. ``options`` are those of
+    SentenceTransformer and mean the same. With ``backend="onnx"`` ONNX Runtime computes the whole model, pooling included.
 
     Raises:
-        ValueError: there is no such folder, or one of its modules is of another package; names it. Or ``backend`` is not "torch".
+        ValueError: there is no such folder, or one of its modules is of another package; names it. Or the backend is another.
     """
+    backend = options.pop("backend", "torch")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     folder = Path(path).expanduser()
     listing = folder / "modules.json"
     if not listing.is_file():
@@ -224,8 +229,15 @@ def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:
             own[name] = getattr(import_module(package), kind)
         elif package.split(".")[0] != "sentence_transformers" and not options.get("trust_remote_code"):
             raise ValueError(f"{listing}: expected modules of sentence_transformers or {__package__}, got {name!r}")
+    of_runtime = {}
+    if backend == "onnx" and options.get("model_kwargs"):
+        options["model_kwargs"] = dict(options["model_kwargs"])  # the caller's own stays as it is
+        of_runtime = {name: options["model_kwargs"].pop(name, None) for name in onnx_backend.OPTIONS}
     # The public way to load a class of this package needs trust_remote_code, which would also run code from the folder.
-    return SentenceTransformer._load_with_module_classes(str(folder), own, **options)
+    model = SentenceTransformer._load_with_module_classes(str(folder), own, **options)
+    if backend == "onnx":
+        onnx_backend.compute_by_runtime(model, folder, of_runtime)
+    return model
 
 
 def _classes_in(folder: Path) -> Iterator[str]:

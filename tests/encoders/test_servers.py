@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer  # noqa: E402
 from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer  # noqa: E402
 from sentence_transformers.sentence_transformer.modules import LayerNorm  # noqa: E402
 
-from s2sent_kernels import servers  # noqa: E402
+from s2sent_kernels import onnx_backend, servers  # noqa: E402
 from s2sent_kernels.cli import main  # noqa: E402
 from s2sent_kernels.export import as_pipeline  # noqa: E402
 from s2sent_kernels.sentence_transformers import S2SentPooling, load  # noqa: E402
@@ -64,6 +64,16 @@ def run(file, tokenizer, texts):
     batch = tokenizer(texts, padding=True, truncation=True, return_tensors="np")
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     return [torch.from_numpy(array) for array in session.run(["sentence_embedding", "last_hidden_state"], inputs)]
+
+
+@pytest.fixture(scope="module")
+def saved(model, served, tmp_path_factory):
+    """The model's own folder, with its graph where sentence-transformers looks for one."""
+    folder = tmp_path_factory.mktemp("saved")
+    model.save(str(folder), create_model_card=False)
+    (folder / "onnx").mkdir()
+    shutil.copy(served / "model.onnx", folder / "onnx" / "model.onnx")
+    return folder
 
 
 def files(folder):
@@ -206,3 +216,53 @@ def test_modules_behind_the_pooling_that_cannot_be_exported(model):
     for modules in ([transformer, pooling, of_tokens], [transformer], [Router({"text": [transformer, pooling]})]):
         with pytest.raises(ValueError, match=r"model: expected a Transformer, an S2SentPooling .*, got \w+"):
             as_pipeline(SentenceTransformer(modules=modules, device="cpu"))
+
+
+# ---------------------------------------------------------------- backend="onnx" of load
+
+
+def test_a_model_that_onnx_runtime_computes(model, saved):
+    options = {
+        "prompts": {"query": "the old "},
+        "truncate_dim": 4,
+        "device": "cpu",
+        "processor_kwargs": {"model_max_length": 9},
+    }
+    torch_model, kwargs = load(saved, **options), {"provider": "CPUExecutionProvider", "attn_implementation": "eager"}
+    found = load(saved, backend="onnx", model_kwargs=kwargs, **options)
+    assert kwargs == {"provider": "CPUExecutionProvider", "attn_implementation": "eager"}
+    assert found.get_backend() == "onnx" and len(found) == 1 and not list(found.parameters())
+    assert found.get_embedding_dimension() == torch_model.get_embedding_dimension()
+    assert found.max_seq_length == 9 and found.prompts == torch_model.prompts
+    for prompt in (None, "query"):
+        expected = torch.as_tensor(torch_model.encode(TEXTS, prompt_name=prompt))
+        embeddings = torch.as_tensor(found.encode(TEXTS, prompt_name=prompt))
+        torch.testing.assert_close(embeddings, expected, rtol=1e-5, atol=1e-5)
+    assert found.similarity(embeddings, embeddings).shape == (5, 5)
+    with pytest.raises(ValueError, match="model: expected one of PyTorch to save, got one of ONNX Runtime"):
+        found[0].save("nowhere")
+
+
+def test_a_graph_is_exported_where_none_is_or_another_is_asked_for(model, saved, monkeypatch, tmp_path):
+    exported = []
+
+    def export_onnx(model, path):
+        exported.append([type(module).__name__ for module in model])
+        shutil.copy(saved / "onnx" / "model.onnx", path)
+
+    monkeypatch.setattr(onnx_backend, "export_onnx", export_onnx)
+    model.save(str(tmp_path), create_model_card=False)
+    for folder, kwargs in ((tmp_path, None), (saved, {"export": True})):
+        found = load(folder, backend="onnx", model_kwargs=kwargs, device="cpu").encode(TEXTS)
+        torch.testing.assert_close(found, model.encode(TEXTS), rtol=1e-5, atol=1e-5)
+    assert exported == [["Transformer", "S2SentPooling", "LayerNorm", "Dense", "Normalize"]] * 2
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"file_name: expected a file in .*, got 'other\.onnx'"):
+        load(saved, backend="onnx", model_kwargs={"file_name": "other.onnx"}, device="cpu")
+    with pytest.raises(ValueError, match="backend: expected one of torch, onnx, got 'openvino'"):
+        load(saved, backend="openvino")
+    graph = onnx.load(saved / "onnx" / "model.onnx")
+    del graph.graph.output[0]
+    onnx.save(graph, saved / "of_tokens.onnx")
+    with pytest.raises(ValueError, match="expected a graph with the output sentence_embedding, got last_hidden_state"):
+        load(saved, backend="onnx", model_kwargs={"file_name": "of_tokens.onnx"}, device="cpu")

@@ -1,0 +1,90 @@
+"""backend="onnx" of ``sentence_transformers.load``: a whole SentenceTransformer computed by ONNX Runtime, but for the tokenizer.
+
+The library's own ONNX backend computes the encoder alone, and shows no block of it. Here one graph takes tokens to embeddings, as
+``export_onnx`` writes it, and stands in the place of the encoder. Prompts, truncation and encode remain the library's.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .export import INPUTS, OUTPUT, export_onnx
+from .files import require
+
+FILE = "onnx/model.onnx"  # where sentence-transformers keeps one
+# Those of model_kwargs that tell what ONNX Runtime does; the names are the library's.
+OPTIONS = ("file_name", "export", "provider", "provider_options", "session_options")
+
+
+class Graph(nn.Module):
+    """A graph in ONNX Runtime, called as an encoder is.
+
+    Args:
+        path: a graph of ``export_onnx`` or ``servers.export_folder``.
+        config: the encoder's.
+        provider: None takes the first that is available.
+
+    Raises:
+        ValueError: the graph has no sentence embeddings among its outputs; names them.
+    """
+
+    def __init__(
+        self, path: Path, config: Any, provider: str | None, provider_options: Any = None, session_options: Any = None
+    ) -> None:
+        super().__init__()
+        runtime = require("onnxruntime", "onnxruntime", "onnx")
+        self.session = runtime.InferenceSession(
+            path,
+            session_options,
+            providers=[provider or runtime.get_available_providers()[0]],
+            provider_options=None if provider_options is None else [provider_options],
+        )
+        outputs = {output.name: output for output in self.session.get_outputs()}
+        if OUTPUT not in outputs:
+            raise ValueError(f"{path}: expected a graph with the output {OUTPUT}, got {', '.join(outputs)}")
+        self.config = copy.deepcopy(config)
+        self.config.hidden_size = outputs[OUTPUT].shape[-1]  # which is what the library asks for
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> dict[str, Tensor]:
+        """o [B, D] from int64 [B, L] and [B, L], on their device."""
+        given = zip(INPUTS, (input_ids, attention_mask), strict=True)
+        (found,) = self.session.run([OUTPUT], {name: tensor.cpu().numpy() for name, tensor in given})
+        return {OUTPUT: torch.from_numpy(found).to(input_ids.device)}
+
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        raise ValueError(
+            "model: expected one of PyTorch to save, got one of ONNX Runtime: see export_onnx and export_folder"
+        )
+
+
+def compute_by_runtime(model: Any, folder: Path, options: dict[str, Any]) -> None:
+    """Let ONNX Runtime compute ``model``, a SentenceTransformer that was loaded from ``folder``.
+
+    Args:
+        options: those of OPTIONS. The graph is ``file_name`` (by default FILE) below the folder, if it is there and
+            ``export`` does not ask for another; else it is exported, which takes some seconds.
+
+    Raises:
+        ValueError: ``file_name`` is given and not there; or see ``export_onnx`` and Graph.
+    """
+    file = folder / (options.get("file_name") or FILE)
+    if options.get("file_name") and not options.get("export") and not file.is_file():
+        raise ValueError(f"file_name: expected a file in {folder}, got {options['file_name']!r}")
+    rest = [options.get(name) for name in ("provider", "provider_options", "session_options")]
+    config = model[0].auto_model.config
+    with tempfile.TemporaryDirectory() as temporary:
+        if options.get("export") or not file.is_file():
+            file = Path(temporary) / "model.onnx"
+            export_onnx(model.eval(), file)
+        graph = Graph(file, config, *rest)
+    transformer = model[0]
+    transformer.model, transformer.backend, model.backend = graph, "onnx", "onnx"
+    transformer.modality_config = {"text": {"method": "forward", "method_output_name": OUTPUT}}
+    transformer.module_output_name = OUTPUT
+    del model[1:]  # they are in the graph
