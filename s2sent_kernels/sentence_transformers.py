@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +33,7 @@ with importing("sentence-transformers 6 or newer", "sentence-transformers"):
     from sentence_transformers.base.modules import Module, Router
 
 BACKENDS = ("torch", "onnx")  # of ``load``
+_ROUTERS = (f"{Router.__module__}.Router", "sentence_transformers.models.Router")  # as modules.json names them
 
 
 class S2SentPooling(Module):
@@ -222,11 +225,13 @@ def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:
         raise ValueError(
             f"path: expected the folder of a saved SentenceTransformer, with a modules.json, got {str(path)!r}"
         )
-    own: dict[str, type[nn.Module]] = {}
+    own: dict[str, Any] = {}
     for name in _classes_in(folder):
         package, _, kind = name.rpartition(".")
         if package.split(".")[0] == __package__:
             own[name] = getattr(import_module(package), kind)
+        elif name in _ROUTERS:  # one inside another is not told of ``own`` by the library
+            own[name] = SimpleNamespace(load=partial(Router.load, module_classes=own))
         elif package.split(".")[0] != "sentence_transformers" and not options.get("trust_remote_code"):
             raise ValueError(f"{listing}: expected modules of sentence_transformers or {__package__}, got {name!r}")
     of_runtime = {}
@@ -241,12 +246,19 @@ def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:
 
 
 def _classes_in(folder: Path) -> Iterator[str]:
-    """The full names of the classes that a saved model's modules have, those within a Router included."""
+    """The full names of the classes that a saved model's modules have, those within Routers included."""
     for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
         yield entry["type"]
-        inside = folder / entry["path"] / Router.config_file_name
-        if inside.is_file():
-            yield from json.loads(inside.read_text(encoding="utf-8"))["types"].values()
+        yield from _classes_within(folder / entry["path"])
+
+
+def _classes_within(module: Path) -> Iterator[str]:
+    """Those of a saved Router; none for other modules."""
+    listing = module / Router.config_file_name
+    if listing.is_file():
+        for name, kind in json.loads(listing.read_text(encoding="utf-8"))["types"].items():
+            yield kind
+            yield from _classes_within(module / name)
 
 
 def _encoder_of(transformer: nn.Module) -> nn.Module:

@@ -99,8 +99,8 @@ def test_modules_behind_the_pooling(tmp_path, wanted):
         torch.testing.assert_close(torch.as_tensor(model.encode(TEXTS)), expected)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_router_with_a_pooling_in_each_route(shared, tmp_path):
+@pytest.mark.parametrize(("shared", "nested"), [(True, False), (False, False), (False, True)])
+def test_a_router_with_a_pooling_in_each_route(shared, nested, tmp_path):
     """Both behind one transformer, or each behind its own."""
     one = Transformer(str(SAVED))
     other = one if shared else copy.deepcopy(one)
@@ -108,11 +108,14 @@ def test_a_router_with_a_pooling_in_each_route(shared, tmp_path):
     alone = [SentenceTransformer(modules=[t, p], device="cpu") for t, p in zip((one, other), poolings, strict=True)]
     query, document = (model.encode(TEXTS) for model in alone)
     assert not equal(query, document)
-    router = Router.for_query_document([one, poolings[0]], [other, poolings[1]])
+    router = Router.for_query_document(
+        [one, poolings[0]], [Router({"text": [other, poolings[1]]})] if nested else [other, poolings[1]]
+    )
     model = SentenceTransformer(modules=[router], device="cpu")
     model.save(str(tmp_path), create_model_card=False)
     for again in (model, copy.deepcopy(model), load(tmp_path, device="cpu"), opened(tmp_path)):
         assert (again[0].sub_modules["query"][0] is again[0].sub_modules["document"][0]) == shared
+        assert type(again[0]) is Router
         for _ in range(2):
             assert equal(again.encode_query(TEXTS), query)
             assert equal(again.encode_document(TEXTS), document)

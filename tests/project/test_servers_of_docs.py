@@ -76,7 +76,7 @@ def running(folder, *command):
             raise
         finally:
             process.stdin.close()  # ends the Ray driver
-            if "ray" not in command[-1]:
+            if command[0] == "server.py":
                 process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(30)
