@@ -25,7 +25,7 @@ SECONDS = 120  # on a machine that is busy; the servers need about ten
 RAY = """
 import ray, sys, time
 from ray import serve
-ray.init(num_cpus=1, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
+ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
 serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
 import server
 serve.run(server.app)
