@@ -3,16 +3,22 @@
 Importing needs torch alone, touches no GPU and compiles nothing.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .engines.choice import backends
 from .engines.interface import BackendStatus
 from .formula.call import GateParameters
 from .functional import fuse, gate, select, select_pool, squeeze
 from .selector import S2SentSelector
 
+if TYPE_CHECKING:
+    from .embedder import Embedder
+
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendStatus",
+    "Embedder",
     "GateParameters",
     "S2SentSelector",
     "backends",
@@ -22,3 +28,12 @@ __all__ = [
     "select_pool",
     "squeeze",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Embedder, imported at its first use: it needs more than torch."""
+    if name != "Embedder":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .embedder import Embedder
+
+    return Embedder

@@ -94,7 +94,7 @@ class BlockCapture:
                 names it. Or the hooks were removed.
         """
         kept = KeptStates()
-        self._run(kept, encoder_inputs)
+        self.run(kept, **encoder_inputs)
         return kept.hidden_states
 
     def pool(self, selector: S2SentSelector, *, pooling: str = "mean", **encoder_inputs: Any) -> Tensor:
@@ -115,7 +115,7 @@ class BlockCapture:
         if self.needs_gradient(selector, encoder_inputs) or torch.compiler.is_exporting():
             return selector.pool(self.collect(**encoder_inputs), mask, pooling=pooling)
         pooled = PooledStates(selector, mask, None, pooling)
-        self._run(pooled, encoder_inputs)
+        self.run(pooled, **encoder_inputs)
         return pooled.result()
 
     def fuse(self, selector: S2SentSelector, **encoder_inputs: Any) -> Tensor:
@@ -137,7 +137,9 @@ class BlockCapture:
     ) -> None:
         self.remove()
 
-    def _run(self, consumer: Consumer, encoder_inputs: dict[str, Any]) -> None:
+    def run(self, consumer: Consumer, **encoder_inputs: Any) -> None:
+        """Run the encoder on its inputs; ``consumer`` receives each chosen block's hidden state as the block finishes. Errors as
+        in ``collect``."""
         if self._removed:
             raise RuntimeError("the capture's hooks were removed: make a new BlockCapture")
         call = _Call(self, consumer)

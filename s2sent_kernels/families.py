@@ -61,13 +61,21 @@ def find_final_norm(encoder: nn.Module) -> nn.Module | None:
     return next((norm for norm in norms if isinstance(norm, nn.Module)), None)
 
 
+def _position_table(encoder: nn.Module) -> nn.Embedding | None:
+    tables = ((name, module) for name, module in encoder.named_modules() if isinstance(module, nn.Embedding))
+    return next((module for name, module in tables if name.rpartition(".")[2] in _POSITIONS), None)
+
+
 def positions(encoder: nn.Module) -> int | None:
-    """The number of tokens that an encoder's table of positions has rows for, or None without one. RoBERTa and MPNet start after
-    the row for padding."""
-    for name, module in encoder.named_modules():
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return None
+    """The number of tokens that an encoder's table of positions has rows for, or None without one."""
+    table = _position_table(encoder)
+    return None if table is None else table.num_embeddings - first_position(encoder)
+
+
+def first_position(encoder: nn.Module) -> int:
+    """The position of a text's first token. RoBERTa, XLM-R and MPNet start after the table's row for padding."""
+    table = _position_table(encoder)
+    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
 
 
 def max_length(encoder: nn.Module, tokenizer: Any, wanted: int) -> int:

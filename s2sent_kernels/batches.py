@@ -1,0 +1,265 @@
+"""From texts to batches of tokens: tokenized ahead of the encoder in a thread, and cut into batches once lengths are known.
+
+    tokenizer = TextTokenizer(tokenizer, limit)
+    for tokens in ahead(tokenizer(some) for some in chunks):
+        for rows in cut(tokens.lengths, budget, padded=False):
+            packed(tokens, rows)
+
+The order of texts never depends on time: equal texts and options give equal batches.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+T = TypeVar("T")
+
+OVERFLOWS = ("truncate", "error", "windows")
+OVERLAP = 8  # of two windows of a text: the limit's part 1 / OVERLAP
+SAMPLES = ("a", "Two words, and a number: 12.", "É 漢字 \u00df …", "")  # a tokenizer's two ways are compared on these
+
+
+class Tokens(NamedTuple):
+    """Token ids of texts. A text is one row, or several if it is cut into windows."""
+
+    ids: list[np.ndarray]  # int32 [length] for each row, special tokens included
+    text: np.ndarray  # int64 [rows], ascending: the row's text
+    cut: int  # texts that were longer than the limit
+    types: list[np.ndarray] | None = None  # token types, where some are not 0
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [rows]."""
+        import numpy as np
+
+        return np.fromiter((len(ids) for ids in self.ids), np.int64, len(self.ids))
+
+
+class TextTokenizer:
+    """Texts to token ids of at most ``limit`` tokens.
+
+    A tokenizer of the library tokenizers ("fast") is copied, so that its state stays its owner's, and run in one batch call on
+    all cores without the GIL. The copy is compared with the tokenizer's own call on a few samples. If they differ, or if the
+    tokenizer is not a fast one, its own call is used.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        limit: tokens at most, special tokens included.
+        overflow: what happens to a longer text. "truncate" cuts it; "error" raises; "windows" cuts it into rows of ``limit``
+            tokens that overlap by an eighth.
+
+    Raises:
+        ValueError: the limit leaves no room for a token between the special ones, or ``overflow`` needs a fast tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any, limit: int, overflow: str = "truncate") -> None:
+        special = len(tokenizer("", add_special_tokens=True)["input_ids"])
+        if limit <= special:
+            raise ValueError(f"max_length: expected more than the {special} special tokens of a text, got {limit}")
+        self.limit, self.overflow = limit, overflow
+        self._tokenizer = tokenizer
+        self._fast = self._copy(tokenizer, special)
+        if overflow == "windows" and self._fast is None:
+            raise ValueError(
+                "overflow: 'windows' needs a tokenizer of the library tokenizers whose token types are all 0, "
+                f"got {type(tokenizer).__name__}"
+            )
+        # Padding: masked, so that any id will do where a tokenizer has none of its own.
+        self.pad_id: int = getattr(tokenizer, "pad_token_id", None) or 0
+        self.pad_left = getattr(tokenizer, "padding_side", "right") == "left"
+
+    def _copy(self, tokenizer: Any, special: int) -> Any:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        fast = type(backend).from_str(backend.to_str())
+        fast.no_padding()
+        fast.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+        stride = min(self.limit // OVERLAP, self.limit - special - 1) if self.overflow == "windows" else 0
+        fast.enable_truncation(self.limit, stride=stride, direction=getattr(tokenizer, "truncation_side", "right"))
+        wanted = tokenizer(list(SAMPLES), truncation=True, max_length=self.limit)["input_ids"]
+        found = fast.encode_batch_fast(list(SAMPLES))
+        same = [each.ids for each in found] == wanted and not any(any(each.type_ids) for each in found)
+        return fast if same else None
+
+    def __call__(self, texts: Sequence[str], first: int = 0) -> Tokens:
+        """The tokens of ``texts``, in order.
+
+        Args:
+            first: the number of the first text, for error messages.
+
+        Raises:
+            TypeError: not every text is a string. ValueError: a text is too long, and ``overflow`` is "error".
+        """
+        for number, text in enumerate(texts, first):
+            if not isinstance(text, str):
+                raise TypeError(f"texts: expected strings, got {type(text).__name__} as text {number}")
+        return self._by_backend(texts, first) if self._fast is not None else self._by_call(texts, first)
+
+    def _by_backend(self, texts: Sequence[str], first: int) -> Tokens:
+        import numpy as np
+
+        rows: list[np.ndarray] = []
+        text: list[int] = []
+        cut = 0
+        for number, found in enumerate(self._fast.encode_batch_fast(list(texts))):
+            rows.append(np.array(found.ids, np.int32))
+            text.append(number)
+            if len(rows[-1]) < self.limit:
+                continue
+            rest = found.overflowing
+            if rest:
+                self._too_long(first + number)
+                cut += 1
+                if self.overflow == "windows":
+                    rows += [np.array(each.ids, np.int32) for each in rest]
+                    text += [number] * len(rest)
+        return Tokens(rows, np.array(text, np.int64), cut)
+
+    def _by_call(self, texts: Sequence[str], first: int) -> Tokens:
+        import numpy as np
+
+        if not texts:
+            return Tokens([], np.zeros(0, np.int64), 0)
+        whole = self._tokenizer(list(texts))
+        long = [row for row, ids in enumerate(whole["input_ids"]) if len(ids) > self.limit]
+        if long:
+            self._too_long(first + long[0])
+        # Only a call that truncates is told the limit: some tokenizers warn of texts beyond it.
+        kept = self._tokenizer(list(texts), truncation=True, max_length=self.limit) if long else whole
+        ids, types = ([np.array(each, np.int32) for each in kept.get(n, ())] for n in ("input_ids", "token_type_ids"))
+        typed = any(each.any() for each in types)
+        return Tokens(ids, np.arange(len(ids)), len(long), types if typed else None)
+
+    def _too_long(self, number: int) -> None:
+        if self.overflow == "error":
+            raise ValueError(f"texts: expected at most {self.limit} tokens, got text {number}, which is longer")
+
+
+# ---------------------------------------------------------------- batches
+
+
+def cut(lengths: np.ndarray, budget: int, *, padded: bool) -> list[np.ndarray]:
+    """Rows of batches, longest first: those of a batch are of similar lengths, and one too large for the device fails at once.
+
+    Args:
+        lengths: tokens of each row.
+        budget: tokens of a batch, with their padding if ``padded``. A longer row is a batch of its own. Packed batches of a call
+            are of about the same size, since a small last one would leave a GPU idle.
+    """
+    import numpy as np
+
+    order = np.argsort(-lengths, kind="stable")
+    if not len(order):
+        return []
+    ends = lengths[order].cumsum()
+    if not padded:
+        budget = -(-int(ends[-1]) // -(-int(ends[-1]) // budget))  # the smallest that needs no more batches
+    found, start = [], 0
+    while start < len(order):
+        if padded:
+            stop = start + max(1, budget // int(lengths[order[start]]))
+        else:
+            before = int(ends[start - 1]) if start else 0
+            stop = max(start + 1, int(np.searchsorted(ends, before + budget, side="right")))
+        found.append(order[start:stop])
+        start = stop
+    return found
+
+
+class Packed(NamedTuple):
+    """Rows one behind the other, on the host."""
+
+    input_ids: Tensor  # int64 [1, T]
+    position_ids: Tensor  # int64 [1, T], from 0 in each row
+    cu_seqlens: Tensor  # int32 [B + 1]
+    lengths: list[int]
+
+
+def packed(tokens: Tokens, rows: np.ndarray) -> Packed:
+    import numpy as np
+
+    ids = [tokens.ids[row] for row in rows]
+    lengths = np.fromiter((len(each) for each in ids), np.int64, len(ids))
+    bounds = np.concatenate([[0], lengths.cumsum()])
+    places = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
+    return Packed(
+        torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
+        torch.from_numpy(places)[None],
+        torch.from_numpy(bounds.astype(np.int32)),
+        lengths.tolist(),
+    )
+
+
+def padded(tokens: Tokens, rows: np.ndarray, pad_id: int = 0, *, left: bool = False) -> dict[str, Tensor]:
+    """input_ids and attention_mask, and token_type_ids where there are some, int64 [B, L] on the host."""
+    import numpy as np
+
+    ids = [tokens.ids[row] for row in rows]
+    shape = (len(ids), max(map(len, ids)))
+    names = ("input_ids", "attention_mask", "token_type_ids")[: 2 if tokens.types is None else 3]
+    arrays = {name: np.full(shape, pad_id if name == "input_ids" else 0, np.int64) for name in names}
+    for place, row in enumerate(rows):
+        length = len(ids[place])
+        where = slice(shape[1] - length, None) if left else slice(length)
+        arrays["input_ids"][place, where] = ids[place]
+        arrays["attention_mask"][place, where] = 1
+        if tokens.types is not None:
+            arrays["token_type_ids"][place, where] = tokens.types[row]
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on a GPU is made from pinned memory, so that the host does not wait for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+# ---------------------------------------------------------------- ahead
+
+
+def ahead(items: Iterable[T], depth: int = 1) -> Iterator[T]:
+    """``items``, made in a thread ahead of the caller by at most ``depth`` beside the one in the making. An error of theirs is
+    raised where its item would have come. The thread ends with the iterator."""
+    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def give(good: bool, value: Any) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put((good, value), timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                give(True, item)
+                if stop.is_set():
+                    return
+            give(False, None)
+        except BaseException as error:
+            give(False, error)
+
+    thread = threading.Thread(target=work, name="s2sent-tokenizer", daemon=True)
+    thread.start()
+    try:
+        while True:
+            good, value = ready.get()
+            if good:
+                yield value
+            elif value is None:
+                return
+            else:
+                raise value
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,388 @@
+"""Embedder: from texts to sentence embeddings, as fast as the device allows. Needs the extra transformers.
+
+    embedder = Embedder.from_pretrained("all-MiniLM-L6-v2")
+    embeddings = embedder.encode(texts)                 # float32 [S, D], in the texts' order
+    for embedding in embedder.stream(lines):            # in constant memory
+        ...
+
+Texts are tokenized in a thread ahead of the encoder, sorted by tokens within a chunk, and cut into batches of a number of tokens.
+Where the encoder's attention can be replaced (``packed``) no padding token is computed. On a GPU inputs and results are copied
+while batches run, and a few short texts replay a CUDA graph.
+
+The same texts in the same order with the same options give the same bits on one machine; ``encode`` and ``stream`` do, too. A
+text alone and the same text in a batch differ by rounding, since an encoder's matrix products depend on the number of tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import families, loading, validate
+from .batch_runner import BatchRunner, Result
+from .batches import OVERFLOWS, TextTokenizer, Tokens, ahead, cut
+from .export import Pipeline
+from .files import require
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PRECISIONS = ("float32", "float16", "int8", "uint8", "binary", "ubinary")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Texts that are sorted together. The first chunk is small, so that the encoder starts early.
+FIRST_CHUNK, LARGEST_CHUNK = 2048, 16384
+INLINE = 32  # as few texts are tokenized by the caller's thread: a thread would cost more
+UNFINISHED = 2  # batches whose results are still being copied from a GPU
+CPU_TOKENS = 1024  # of a batch on a CPU, whose caches should hold its states
+GPU_TOKENS = (4096, 131072)  # at least and at most, of a batch on a GPU
+BYTES_A_TOKEN = 1 << 20  # of a GPU's memory, at which a batch has one token more
+
+
+@dataclass
+class Statistics:
+    """What an Embedder has encoded since it was made, or since these were set to 0."""
+
+    texts: int = 0
+    tokens: int = 0  # special ones included, padding not
+    cut: int = 0  # texts that were longer than the limit: truncated, or cut into windows
+
+
+class _Options(NamedTuple):
+    batch_tokens: int
+    normalize: bool
+    truncate_dim: int | None
+    prompt: str
+    precision: str
+
+
+class _Chunk:
+    """Texts that are sorted together, and their rows' embeddings as they arrive."""
+
+    def __init__(self, tokens: Tokens, size: int) -> None:
+        self.tokens, self.left = tokens, len(tokens.ids)
+        self.embeddings = torch.empty(self.left, size)
+
+
+class Embedder:
+    """Sentence embeddings of texts, by an encoder and a selector behind its blocks.
+
+    Args:
+        pipeline: encoder, selector, pooling and head, in eval mode on one device. They are used, not copied. The encoder's dtype
+            is that of the computation; the selector sums in float32.
+        tokenizer: a tokenizer of transformers. A fast one is copied.
+        max_length: tokens of a text at most, or fewer where tokenizer or encoder support fewer.
+        overflow: of a longer text: "truncate" cuts it, "error" raises, "windows" averages the embeddings of overlapping windows,
+            weighted by their tokens.
+        packed: compute no padding. None: if the encoder can; True: or raise; False: pad.
+        cuda_graphs: replay CUDA graphs for a few short texts. None: on a GPU, unless one cannot be captured, which warns once;
+            True: or raise; False: never.
+        default_prompt: put before each text if ``encode`` is given no prompt.
+        include_prompt: whether a prompt's tokens count in the pooling. If not, batches of texts with a prompt are padded.
+
+    Attributes:
+        device, dtype: of the encoder.
+        max_length: tokens of a text at most.
+        packed: whether batches are packed; ``padded_because`` says why not.
+        statistics: how many texts and tokens were encoded, and how many texts were cut.
+
+    Several threads may call one Embedder: their batches take turns. While it runs no one else may call its encoder.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or ``packed=True`` and the encoder cannot be run so; says why.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        tokenizer: Any,
+        *,
+        max_length: int | None = None,
+        overflow: str = "truncate",
+        packed: bool | None = None,
+        cuda_graphs: bool | None = None,
+        default_prompt: str = "",
+        include_prompt: bool = True,
+    ) -> None:
+        validate.option("overflow", overflow, OVERFLOWS)
+        if any(module.training for module in pipeline.modules()):
+            raise ValueError("pipeline: expected it in eval mode, got it in training mode")
+        parameter = next(pipeline.encoder.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.dimension = self._dimension(pipeline)
+        self._pipeline, self._tokenizer = pipeline, tokenizer
+        self.max_length = _limit(pipeline.encoder, tokenizer, max_length)
+        self._texts = TextTokenizer(tokenizer, self.max_length, overflow)
+        self.default_prompt, self._include_prompt = default_prompt, include_prompt
+        self.statistics = Statistics()
+        self._run = BatchRunner(pipeline, self._texts, packed, cuda_graphs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | os.PathLike[str],
+        selector: str | os.PathLike[str] | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        **options: Any,
+    ) -> Embedder:
+        """An Embedder of saved parts, which it owns.
+
+        Args:
+            name_or_folder: the name of a shipped selector, with its encoder ("all-MiniLM-L6-v2" is bundled with the extra demo);
+                a folder saved by S2SentModel, with its tokenizer, or by a SentenceTransformer with an S2SentPooling; or, beside a
+                selector, an encoder's folder or hub id.
+            selector: a folder or a shipped name.
+            dtype: "float32", "bfloat16" or "float16" of the encoder. "auto": bfloat16 on GPUs with tensor cores for it, else
+                float32.
+            device: by default the GPU, if there is one.
+            options: the other arguments of Embedder.
+
+        Raises:
+            ValueError, TypeError: there is no such model, it cannot be loaded, or an argument is wrong.
+        """
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if where.type == "cuda" and where.index is None:
+            where = torch.device("cuda", torch.cuda.current_device())
+        kind = _dtype(dtype, where)
+        saved = loading.load_parts(os.fspath(name_or_folder), None if selector is None else os.fspath(selector))
+        saved.pipeline.encoder.to(kind)
+        limits = [limit for limit in (options.pop("max_length", None), saved.max_length) if limit is not None]
+        settings: dict[str, Any] = {
+            "default_prompt": saved.default_prompt,
+            "include_prompt": saved.include_prompt,
+        } | options
+        return cls(saved.pipeline.to(where), saved.tokenizer, max_length=min(limits, default=None), **settings)
+
+    def __repr__(self) -> str:
+        kind = "packed" if self.packed else f"padded: {self.padded_because}"
+        name = type(self._pipeline.encoder).__name__
+        return f"Embedder({name}, {self.dtype}, {self.device}, max_length={self.max_length}, {kind})"
+
+    @property
+    def packed(self) -> bool:
+        return self._run.padded_because is None
+
+    @property
+    def padded_because(self) -> str | None:
+        return self._run.padded_because
+
+    # ------------------------------------------------------------ what people call
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        batch_tokens: int | None = None,
+        normalize: bool = False,
+        truncate_dim: int | None = None,
+        prompt: str | None = None,
+        precision: str = "float32",
+        progress: bool = True,
+    ) -> np.ndarray:
+        """Embeddings [S, D] in the texts' order, or [D] of a single text.
+
+        Args:
+            batch_tokens: tokens of a batch. By default as many as the device runs well.
+            normalize: to length 1, after the truncation.
+            truncate_dim: the first features only.
+            prompt: put before each text; None takes the model's own, if it has one.
+            precision: "float32"; "float16"; or what ``quantize_embeddings`` of sentence-transformers makes: "binary" and
+                "ubinary" have a bit a feature, "int8" and "uint8" divide the range of these embeddings.
+            progress: show a bar on stderr, if that is a terminal.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong, or a text is too long and ``overflow`` is "error".
+        """
+        single = isinstance(texts, str)
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        options = self._options(batch_tokens, normalize, truncate_dim, prompt, precision)
+        bar = _bar(len(listed)) if progress and sys.stderr.isatty() else None
+        found = []
+        try:
+            for values in self._embeddings(listed, options):
+                found.append(values)
+                if bar is not None:
+                    bar.update(len(values))
+        finally:
+            if bar is not None:
+                bar.close()
+        size = truncate_dim or self.dimension
+        result = _quantized(torch.cat(found) if found else torch.empty(0, size), precision)
+        return result[0] if single else result
+
+    def stream(
+        self,
+        texts: Iterable[str],
+        *,
+        batch_tokens: int | None = None,
+        normalize: bool = False,
+        truncate_dim: int | None = None,
+        prompt: str | None = None,
+        precision: str = "float32",
+    ) -> Iterator[np.ndarray]:
+        """Yields the embedding [D] of each text, in order, as ``encode`` computes it. Reads at most three chunks of
+        ``LARGEST_CHUNK`` texts ahead, in a thread.
+
+        Raises:
+            ValueError, TypeError: as ``encode``; or the precision is int8 or uint8, whose range is that of all embeddings.
+        """
+        if precision in ("int8", "uint8"):
+            raise ValueError(f"precision: expected another than {precision} for a stream, whose range is not known")
+        if isinstance(texts, str):
+            raise TypeError("texts: expected an iterable of strings, got one string")
+        options = self._options(batch_tokens, normalize, truncate_dim, prompt, precision)
+        return itertools.chain.from_iterable(
+            _quantized(values, precision) for values in self._embeddings(texts, options)
+        )
+
+    def _options(
+        self, batch_tokens: int | None, normalize: bool, truncate_dim: int | None, prompt: str | None, precision: str
+    ) -> _Options:
+        validate.option("precision", precision, PRECISIONS)
+        if batch_tokens is not None:
+            validate.positive_int("batch_tokens", batch_tokens)
+        if truncate_dim is not None:
+            validate.positive_int("truncate_dim", truncate_dim)
+            if truncate_dim > self.dimension:
+                raise ValueError(
+                    f"truncate_dim: expected at most {self.dimension}, as many features as there are, got {truncate_dim}"
+                )
+        if prompt is not None and not isinstance(prompt, str):
+            raise TypeError(f"prompt: expected a string or None, got {type(prompt).__name__}")
+        text = self.default_prompt if prompt is None else prompt
+        return _Options(batch_tokens or _usual_tokens(self.device), normalize, truncate_dim, text, precision)
+
+    # ------------------------------------------------------------ from texts to embeddings
+
+    def _embeddings(self, texts: Iterable[str], options: _Options) -> Iterator[Tensor]:
+        """[n, D] of one chunk of texts after another, float32 on the host."""
+        chunks = self._tokens(texts, options.prompt)
+        if not (isinstance(texts, list) and len(texts) <= INLINE):
+            chunks = ahead(chunks)
+        skip = 0 if self._include_prompt or not options.prompt else self._prompt_tokens(options.prompt)
+        open_chunks: deque[_Chunk] = deque()
+        results: deque[tuple[_Chunk, np.ndarray, Result]] = deque()
+        for tokens in chunks:
+            chunk = _Chunk(tokens, self._pipeline.selector.hidden_size)
+            open_chunks.append(chunk)
+            for rows in cut(tokens.lengths, options.batch_tokens, padded=skip > 0 or not self.packed):
+                results.append((chunk, rows, self._run(tokens, rows, skip)))
+                while len(results) > (UNFINISHED if self.device.type == "cuda" else 0):
+                    _keep(*results.popleft())
+                while open_chunks and not open_chunks[0].left:
+                    yield self._finished(open_chunks.popleft(), options)
+        for result in results:
+            _keep(*result)
+        for chunk in open_chunks:
+            yield self._finished(chunk, options)
+
+    def _tokens(self, texts: Iterable[str], prompt: str) -> Iterator[Tokens]:
+        size, first, rest = FIRST_CHUNK, 0, iter(texts)
+        while some := list(itertools.islice(rest, size)):
+            # The tokenizer names what is not a string.
+            yield self._texts([prompt + text if isinstance(text, str) else text for text in some], first)
+            first += len(some)
+            size = min(2 * size, LARGEST_CHUNK)
+
+    def _prompt_tokens(self, prompt: str) -> int:
+        """How many tokens of a text are its prompt's, the special ones before it included."""
+        ids = self._texts([prompt]).ids[0]
+        return len(ids) - (int(ids[-1]) in self._tokenizer.all_special_ids)
+
+    def _finished(self, chunk: _Chunk, options: _Options) -> Tensor:
+        """[n, D] of the chunk's texts: windows averaged, then the head, truncation and normalization."""
+        tokens, values = chunk.tokens, chunk.embeddings
+        count = int(tokens.text[-1]) + 1
+        self.statistics.texts += count
+        self.statistics.tokens += int(tokens.lengths.sum())
+        self.statistics.cut += tokens.cut
+        if len(values) > count:
+            values = _averaged(values, tokens, count)
+        head = self._pipeline.head
+        if head is not None:
+            with torch.no_grad():
+                values = head(_like(head, values)).float().cpu()
+        if options.truncate_dim is not None:
+            values = values[:, : options.truncate_dim]
+        return F.normalize(values, dim=1) if options.normalize else values
+
+    @staticmethod
+    def _dimension(pipeline: Pipeline) -> int:
+        size = pipeline.selector.hidden_size
+        if pipeline.head is None:
+            return size
+        with torch.no_grad():
+            return pipeline.head(_like(pipeline.head, torch.ones(1, size))).shape[1]
+
+
+def _keep(chunk: _Chunk, rows: np.ndarray, result: Result) -> None:
+    chunk.embeddings[torch.from_numpy(rows)] = result.wait()
+    chunk.left -= len(rows)
+
+
+def _averaged(values: Tensor, tokens: Tokens, count: int) -> Tensor:
+    """[S, D]: the windows of each text, weighted by their tokens. A text of one row keeps its bits."""
+    import numpy as np
+
+    starts = np.searchsorted(tokens.text, np.arange(count + 1))
+    result = values[torch.from_numpy(starts[:-1])]
+    for text in np.flatnonzero(np.diff(starts) > 1):
+        part = slice(int(starts[text]), int(starts[text + 1]))
+        weights = torch.from_numpy(tokens.lengths[part]).float()
+        result[text] = (weights / weights.sum()) @ values[part]
+    return result
+
+
+def _like(head: torch.nn.Module, values: Tensor) -> Tensor:
+    """The values where the head's parameters are, if it has some."""
+    parameter = next(head.parameters(), None)
+    return values if parameter is None else values.to(parameter.device, parameter.dtype)
+
+
+def _quantized(values: Tensor, precision: str) -> np.ndarray:
+    if precision == "float32":
+        return values.numpy()
+    if precision == "float16":
+        return values.half().numpy()
+    util = require("sentence_transformers.util", "sentence-transformers", "sentence-transformers")
+    return util.quantize_embeddings(values.numpy(), precision=precision)
+
+
+def _bar(total: int) -> Any:
+    return require("tqdm.auto", "tqdm", "encode").tqdm(total=total, desc="encode", unit="text")
+
+
+def _usual_tokens(device: torch.device) -> int:
+    if device.type != "cuda":
+        return CPU_TOKENS
+    least, most = GPU_TOKENS
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return min(most, max(least, memory // BYTES_A_TOKEN))
+
+
+def _limit(encoder: torch.nn.Module, tokenizer: Any, wanted: int | None) -> int:
+    if wanted is not None:
+        validate.positive_int("max_length", wanted)
+    configured = getattr(encoder.config, "max_position_embeddings", None)  # also of encoders without a table
+    usual = configured if isinstance(configured, int) and configured > 0 else 512
+    return families.max_length(encoder, tokenizer, usual if wanted is None else wanted)
+
+
+def _dtype(given: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if isinstance(given, torch.dtype) and given in DTYPES.values():
+        return given
+    if given == "auto":
+        capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if capable else torch.float32
+    if isinstance(given, str) and given in DTYPES:
+        return DTYPES[given]
+    raise ValueError(f"dtype: expected 'auto', {', '.join(map(repr, DTYPES))}, got {given!r}")
