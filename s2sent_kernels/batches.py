@@ -150,6 +150,7 @@ class TextTokenizer:
 
 def cut(lengths: np.ndarray, budget: int, *, padded: bool) -> list[np.ndarray]:
     """Rows of batches, longest first: those of a batch are of similar lengths, and one too large for the device fails at once.
+    Rows without tokens are left out.
 
     Args:
         lengths: tokens of each row.
@@ -158,7 +159,7 @@ def cut(lengths: np.ndarray, budget: int, *, padded: bool) -> list[np.ndarray]:
     """
     import numpy as np
 
-    order = np.argsort(-lengths, kind="stable")
+    order = np.argsort(-lengths, kind="stable")[: np.count_nonzero(lengths)]
     if not len(order):
         return []
     ends = lengths[order].cumsum()
@@ -185,7 +186,7 @@ class Packed(NamedTuple):
     lengths: list[int]
 
 
-def packed(tokens: Tokens, rows: np.ndarray) -> Packed:
+def packed(tokens: Tokens, rows: Iterable[int]) -> Packed:
     import numpy as np
 
     ids = [tokens.ids[row] for row in rows]
@@ -200,7 +201,7 @@ def packed(tokens: Tokens, rows: np.ndarray) -> Packed:
     )
 
 
-def padded(tokens: Tokens, rows: np.ndarray, pad_id: int = 0, *, left: bool = False) -> dict[str, Tensor]:
+def padded(tokens: Tokens, rows: Iterable[int], pad_id: int = 0, *, left: bool = False) -> dict[str, Tensor]:
     """input_ids and attention_mask, and token_type_ids where there are some, int64 [B, L] on the host."""
     import numpy as np
 

@@ -68,8 +68,8 @@ class _Chunk:
     """Texts that are sorted together, and their rows' embeddings as they arrive."""
 
     def __init__(self, tokens: Tokens, size: int) -> None:
-        self.tokens, self.left = tokens, len(tokens.ids)
-        self.embeddings = torch.empty(self.left, size)
+        self.tokens, self.left = tokens, int((tokens.lengths > 0).sum())
+        self.embeddings = torch.zeros(len(tokens.ids), size)  # a row without tokens stays 0, as a selector has it
 
 
 class Embedder:
@@ -89,6 +89,7 @@ class Embedder:
         include_prompt: whether a prompt's tokens count in the pooling. If not, batches of texts with a prompt are padded.
 
     Attributes:
+        encoder, tokenizer: as given.
         device, dtype: of the encoder.
         max_length: tokens of a text at most.
         packed: whether batches are packed; ``padded_because`` says why not.
@@ -118,7 +119,7 @@ class Embedder:
         parameter = next(pipeline.encoder.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.dimension = self._dimension(pipeline)
-        self._pipeline, self._tokenizer = pipeline, tokenizer
+        self._pipeline, self.encoder, self.tokenizer = pipeline, pipeline.encoder, tokenizer
         self.max_length = _limit(pipeline.encoder, tokenizer, max_length)
         self._texts = TextTokenizer(tokenizer, self.max_length, overflow)
         self.default_prompt, self._include_prompt = default_prompt, include_prompt
@@ -296,7 +297,7 @@ class Embedder:
     def _prompt_tokens(self, prompt: str) -> int:
         """How many tokens of a text are its prompt's, the special ones before it included."""
         ids = self._texts([prompt]).ids[0]
-        return len(ids) - (int(ids[-1]) in self._tokenizer.all_special_ids)
+        return len(ids) - (int(ids[-1]) in self.tokenizer.all_special_ids)
 
     def _finished(self, chunk: _Chunk, options: _Options) -> Tensor:
         """[n, D] of the chunk's texts: windows averaged, then the head, truncation and normalization."""

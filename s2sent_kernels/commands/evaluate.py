@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..embedder import Embedder
 from ..files import require
 from ..formula.call import POOLINGS
 from ..tools import evaluation, mteb_tasks, pictures
@@ -126,12 +127,14 @@ def _embedder(
     embeddings of the whole model."""
     trained = None if source.selector is None else common.read_selector(source.selector)
     device = common.device_of(device_name)
-    whole: Any = None
+    encoder: Any
+    whole: Embedder | None = None
     if source.model is not None and source.whole:
-        whole, encoder = common.load_whole(source.model)
-        whole.to(device)
-        whole.max_seq_length = min(whole.max_seq_length, limits["max_length"])
-        tokenizer, model = whole.tokenizer, source.model
+        try:
+            whole = Embedder.from_pretrained(source.model, None, "float32", device, max_length=limits["max_length"])
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        encoder, tokenizer, model = whole.encoder, whole.tokenizer, source.model
     else:
         encoder, tokenizer, model = common.load_model(source.model, device)
     modules = {} if trained is None else _modules(trained, encoder, device)
@@ -143,10 +146,7 @@ def _embedder(
             encoder, tokenizer, texts, modules, pooling=pooling or "mean", progress=True, **limits
         )
         if whole is not None:
-            own = whole.encode(
-                list(texts), batch_size=limits["batch_size"], show_progress_bar=True, convert_to_tensor=True
-            )
-            found[evaluation.S2SENT] = own.float().cpu()
+            found[evaluation.S2SENT] = torch.from_numpy(whole.encode(list(texts)))
         return found
 
     return embed, model

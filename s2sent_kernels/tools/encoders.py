@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .. import families
+from ..batches import TextTokenizer, ahead, padded, to_device
 from ..files import require
+
+AHEAD = 4  # batches that are tokenized while one is in work
 
 
 class TokenBatch(NamedTuple):
@@ -48,7 +51,7 @@ def token_batches(
     skip: int = 0,
     progress: bool = False,
 ) -> Iterator[TokenBatch]:
-    """Tokenise ``texts`` batch by batch, as the caller asks for the next one.
+    """Tokenise ``texts`` batch by batch, in a thread ahead of the caller.
 
     Args:
         batches: the rows of ``texts`` in each batch.
@@ -56,17 +59,19 @@ def token_batches(
         skip: how many batches to leave out at the beginning; the progress bar counts them.
         progress: show a progress bar on stderr.
     """
-    limit = families.max_length(encoder, tokenizer, max_length)
+    tokenize = TextTokenizer(tokenizer, families.max_length(encoder, tokenizer, max_length))
     device = next(encoder.parameters()).device
-    numbered: Any = enumerate(_bar(batches) if progress else batches)
-    for number, rows in numbered:
-        if number < skip:
-            continue
-        tokens = tokenizer(
-            [texts[row] for row in rows], padding=True, truncation=True, max_length=limit, return_tensors="pt"
+
+    def made() -> Iterator[TokenBatch]:
+        for rows in batches[skip:]:
+            tokens = tokenize([texts[row] for row in rows])
+            inputs = padded(tokens, range(len(rows)), tokenize.pad_id, left=tokenize.pad_left)
+            yield TokenBatch(list(rows), inputs)
+
+    ready: Any = ahead(made(), AHEAD)
+    if progress:
+        ready = require("tqdm.auto", "tqdm", "evaluate").tqdm(
+            ready, desc="encode", unit="batch", total=len(batches), initial=skip
         )
-        yield TokenBatch(list(rows), {name: tensor.to(device) for name, tensor in tokens.items()})
-
-
-def _bar(batches: Sequence[Any]) -> Any:
-    return require("tqdm.auto", "tqdm", "evaluate").tqdm(batches, desc="encode", unit="batch")
+    for rows, inputs in ready:
+        yield TokenBatch(rows, {name: to_device(tensor, device) for name, tensor in inputs.items()})

@@ -84,6 +84,21 @@ def test_doctor_names_versions_variables_and_backends(capsys, monkeypatch):
         assert status.reason in out
 
 
+def test_doctor_says_how_a_model_is_run(model_dir, tmp_path, capsys):
+    assert main(["doctor", "--model", str(model_dir)]) == 0
+    out = capsys.readouterr().out
+    assert "BertModel of 3 blocks" in out and "batches without padding" in out
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=8, num_layers=2, num_heads=2)
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path / "t5")
+    transformers.AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path / "t5")
+    main(["doctor", "--model", str(tmp_path / "t5")])
+    captured = capsys.readouterr()
+    assert captured.out.count("batches are padded: ") == 1, captured.err
+    assert main(["doctor", "--model", "./nowhere"]) == 2
+    assert capsys.readouterr().err == "s2sent: error: model ./nowhere: there is no such directory\n"
+
+
 def test_doctor_survives_an_impossible_environment(capsys, monkeypatch):
     monkeypatch.setenv("S2SENT_BACKEND", "nonsense")
     assert main(["doctor"]) == 0

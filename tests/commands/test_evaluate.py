@@ -163,7 +163,7 @@ def test_evaluate_scores_a_whole_model_beside_its_encoders_poolings(whole, place
     model.max_seq_length = 5
     pairs = evaluation.read_sts(places / "sts.tsv")
     own = evaluation.sts(lambda texts: {"s2sent": model.encode(texts, convert_to_tensor=True)}, pairs)["s2sent"]
-    assert found["s2sent"] == own._asdict()
+    assert found["s2sent"] == pytest.approx(own._asdict(), rel=1e-4)  # its batches are others
     encoder, tokenizer = make_encoder_and_tokenizer()
     others = evaluation.sts(lambda texts: evaluation.side_by_side(encoder, tokenizer, texts, max_length=5), pairs)
     assert {name: scores._asdict() for name, scores in others.items()} == {
@@ -204,6 +204,9 @@ def test_a_whole_model_that_cannot_be_loaded(missing, message, whole, places, tm
         monkeypatch.delitem(sys.modules, "s2sent_kernels.sentence_transformers")
         monkeypatch.setitem(sys.modules, missing, None)
     arguments = ["evaluate", "--model", folder, "--sts", places / "sts.tsv", "--output-dir", tmp_path / "out"]
+    if missing == "sentence_transformers" and not (folder / "modules.json").exists():
+        assert main(list(map(str, arguments))) == 0  # S2SentModel's folder does not need it
+        return
     assert main(list(map(str, arguments))) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("s2sent: error: ")]
     assert len(error) == 1

@@ -1,4 +1,4 @@
-"""Packed batches: which families can be run so, and that their hidden states are those of padded batches. Tiny random encoders."""
+"""Packed batches: which families can be run so, and that hidden states are those of padded batches. Tiny random encoders."""
 
 import numpy as np
 import pytest
@@ -96,7 +96,12 @@ def test_families_that_stay_padded_say_why(name):
     "break_it, reason",
     [
         (lambda layout: layout.runs.append(layout.runs.pop()), None),
-        (lambda layout: layout.runs.__setitem__(slice(None), [(0, 1, sum(n * l for _, n, l in layout.runs))]), "differ"),
+        (
+            lambda layout: layout.runs.__setitem__(
+                slice(None), [(0, 1, sum(n * length for _, n, length in layout.runs))]
+            ),
+            "differ",
+        ),
     ],
     ids=["whole", "sentences that see each other"],
 )
