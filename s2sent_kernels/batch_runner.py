@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from typing import TYPE_CHECKING
@@ -57,7 +58,9 @@ class BatchRunner:
         Args:
             skip: tokens at the start of a text that do not count in the pooling. Such batches are padded.
         """
-        with self._lock:
+        # Streams and events are those of the current device.
+        here = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with self._lock, here:
             return Result(self._run(tokens, rows, skip))
 
     def _run(self, tokens: Tokens, rows: np.ndarray, skip: int) -> Tensor:

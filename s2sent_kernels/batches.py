@@ -219,9 +219,13 @@ def padded(tokens: Tokens, rows: Iterable[int], pad_id: int = 0, *, left: bool =
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor whose copy to the device the host need not wait for."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on a GPU is made from pinned memory, so that the host does not wait for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return pinned(tensor, device).to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------- ahead

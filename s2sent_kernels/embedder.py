@@ -155,7 +155,8 @@ class Embedder:
             where = torch.device("cuda", torch.cuda.current_device())
         kind = _dtype(dtype, where)
         saved = loading.load_parts(os.fspath(name_or_folder), None if selector is None else os.fspath(selector))
-        saved.pipeline.encoder.to(kind)
+        for parameter in saved.pipeline.encoder.parameters():  # not buffers: rotary frequencies stay float32
+            parameter.data = parameter.data.to(kind)
         limits = [limit for limit in (options.pop("max_length", None), saved.max_length) if limit is not None]
         settings: dict[str, Any] = {
             "default_prompt": saved.default_prompt,

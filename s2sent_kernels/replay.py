@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .batches import pinned
+
 ROWS = (1, 2, 4, 8)
 TOKENS = (16, 24, 32, 48, 64, 96, 128, 192, 256)
 MOST_GRAPHS = len(ROWS) * len(TOKENS)  # of one Embedder: the sum of their memory is bounded by the table
@@ -28,7 +30,7 @@ class _Graph(NamedTuple):
 
 
 class GraphReplay:
-    """``run`` on small batches as CUDA graphs. The weights must stay where they are.
+    """``run`` on small batches as CUDA graphs. The weights must stay where they are, and the device must be the current one.
 
     Raises:
         RuntimeError: a shape cannot be captured, as where an encoder waits for the GPU to decide what to run.
@@ -54,7 +56,7 @@ class GraphReplay:
         if graph is None:
             graph = self._graphs[shape] = self._capture(whole)
         for name, tensor in whole.items():
-            graph.inputs[name].copy_(tensor.pin_memory(), non_blocking=True)
+            graph.inputs[name].copy_(pinned(tensor, self._device), non_blocking=True)
         graph.graph.replay()
         return graph.output[:rows]
 
@@ -64,18 +66,17 @@ class GraphReplay:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.device(self._device):
-                # With padding: an encoder that sees none may take another attention outside of a capture.
-                static["attention_mask"][:, -1] = 0
-                stream = torch.cuda.Stream()
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    for _ in range(WARM_UPS):
-                        self._run(static)
-                torch.cuda.current_stream().wait_stream(stream)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-                    output = self._run(static)
+            # With padding: an encoder that sees none may take another attention outside of a capture.
+            static["attention_mask"][:, -1] = 0
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    self._run(static)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                output = self._run(static)
         except Exception as error:  # PyTorch's, CUDA's, or the encoder's own
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RuntimeError(
