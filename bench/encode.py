@@ -1,6 +1,6 @@
 """Texts to embeddings: Embedder against SentenceTransformer.encode with mean pooling, tokenization included.
 
-    python bench/encode.py --texts FILE [--limit 3000] [--output bench/results/encode.json]
+    python bench/encode.py --texts FILE [--limit 3000] [--output FILE.json]
 
 The same texts (one a line), the same weights and the same dtype (bfloat16 on a GPU, float32 on a CPU). SentenceTransformer is
 measured at several batch sizes, of which the best counts. All contestants of a mode take turns, round by round.
@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", required=True, help="a text file, one text a line")
     parser.add_argument("--limit", type=int, default=3000, help="texts (default: 3000)")
-    parser.add_argument("--output", help="merged with what is there (default: bench/results/<device>-encode.json)")
+    parser.add_argument("--output", help="merged with what is there (default: bench/results/encode/<device>.json)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
             folder = Folder(arguments.models[0], arguments.encoder, temporary)
             report_own_peak(Contestants(folder, device, dtype), arguments.peak_of, texts)
             return 0
-        output = Path(arguments.output or record.RESULTS / f"{record.slug()}-encode.json")
+        output = Path(arguments.output or record.RESULTS / "encode" / f"{record.slug()}.json")
         results = record.Record(output, record.environment(), record.slug())
         for model in arguments.models:
             contestants = Contestants(Folder(model, arguments.encoder, temporary), device, dtype)
