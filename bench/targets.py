@@ -107,7 +107,10 @@ _H200_CALLER = (
     ),
     *(
         Target(f"first call of a process, {name}", 300, "ms", first_call("C", FIRST_CALL, name), gap)
-        for name, gap in ((FIRST_NATIVE, ""), (CACHED, "Triton's own: 370 ms to hash its installation, 175 to import it, 130 to look at the device"))
+        for name, gap in (
+            (FIRST_NATIVE, ""),
+            (CACHED, "Triton's own: 370 ms to hash its installation, 175 to import it"),
+        )
     ),
 )
 EITHER = (KEPT, FED)
@@ -121,7 +124,9 @@ _H200_DEVICE = (
         )
         for case, limit in (("B", 1.25), ("E", 1.20), ("A", 1.08))
     ),
-    Target("A squeeze backward over the fastest writer", 1.08, "x", over_writer("A", "squeeze"), "a CTA's beginning: its tokens' weights"),
+    Target(
+        "A squeeze backward over the fastest writer", 1.08, "x", over_writer("A", "squeeze"), "the start of its CTAs"
+    ),
     Target(
         "A gate backward",
         40,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -44,6 +44,14 @@ class Tokens(NamedTuple):
         return np.fromiter((len(ids) for ids in self.ids), np.int64, len(self.ids))
 
 
+class Encoded(NamedTuple):
+    """Texts on their way to Tokens: a fast tokenizer's result, or Tokens already."""
+
+    first: int
+    found: Any
+    tokens: Tokens | None
+
+
 class TextTokenizer:
     """Texts to token ids of at most ``limit`` tokens.
 
@@ -67,6 +75,8 @@ class TextTokenizer:
             raise ValueError(f"max_length: expected more than the {special} special tokens of a text, got {limit}")
         self.limit, self.overflow = limit, overflow
         self._tokenizer = tokenizer
+        self._left = getattr(tokenizer, "truncation_side", "right") == "left"
+        self._before = self._after = 0  # special tokens around a text's others
         self._fast = self._copy(tokenizer, special)
         if overflow == "windows" and self._fast is None:
             raise ValueError(
@@ -78,18 +88,32 @@ class TextTokenizer:
         self.pad_left = getattr(tokenizer, "padding_side", "right") == "left"
 
     def _copy(self, tokenizer: Any, special: int) -> Any:
+        """The tokenizer's backend, which does not truncate: releases of tokenizers differ in what they tell of a text's rest."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             return None
         fast = type(backend).from_str(backend.to_str())
         fast.no_padding()
+        fast.no_truncation()
         fast.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
-        stride = min(self.limit // OVERLAP, self.limit - special - 1) if self.overflow == "windows" else 0
-        fast.enable_truncation(self.limit, stride=stride, direction=getattr(tokenizer, "truncation_side", "right"))
-        wanted = tokenizer(list(SAMPLES), truncation=True, max_length=self.limit)["input_ids"]
+        short = special + 2
+        wanted = tokenizer(list(SAMPLES), truncation=True, max_length=short)["input_ids"]
         found = fast.encode_batch_fast(list(SAMPLES))
-        same = [each.ids for each in found] == wanted and not any(any(each.type_ids) for each in found)
-        return fast if same else None
+        marks = found[0].special_tokens_mask
+        self._before = marks.index(0) if 0 in marks else 0
+        self._after = special - self._before
+        same = [self._start(each.ids, short) for each in found] == wanted
+        return fast if same and not any(any(each.type_ids) for each in found) else None
+
+    def _start(self, ids: list[int], limit: int) -> list[int]:
+        """At most ``limit`` of a text's tokens, the special ones among them, as its tokenizer truncates."""
+        return ids if len(ids) <= limit else self._window(ids, limit, len(ids) - limit if self._left else 0)
+
+    def _window(self, ids: list[int], limit: int, start: int) -> list[int]:
+        """Special tokens around ``limit`` or fewer of a long text's tokens, from ``start`` on of the others."""
+        end = len(ids) - self._after
+        inner = ids[self._before + start : min(end, start + limit - self._after)]
+        return [*ids[: self._before], *inner, *ids[end:]]
 
     def __call__(self, texts: Sequence[str], first: int = 0) -> Tokens:
         """The tokens of ``texts``, in order.
@@ -100,30 +124,42 @@ class TextTokenizer:
         Raises:
             TypeError: not every text is a string. ValueError: a text is too long, and ``overflow`` is "error".
         """
+        return self.convert(self.encode(texts, first))
+
+    def encode(self, texts: Sequence[str], first: int = 0) -> Encoded:
+        """The first half of a call, in which a fast tokenizer holds no GIL: two threads can share the work."""
         for number, text in enumerate(texts, first):
             if not isinstance(text, str):
                 raise TypeError(f"texts: expected strings, got {type(text).__name__} as text {number}")
-        return self._by_backend(texts, first) if self._fast is not None else self._by_call(texts, first)
+        if self._fast is None:
+            return Encoded(first, None, self._by_call(texts, first))
+        return Encoded(first, self._fast.encode_batch_fast(list(texts)), None)
 
-    def _by_backend(self, texts: Sequence[str], first: int) -> Tokens:
+    def convert(self, encoded: Encoded) -> Tokens:
+        """The second half."""
         import numpy as np
 
+        if encoded.tokens is not None:
+            return encoded.tokens
         rows: list[np.ndarray] = []
         text: list[int] = []
-        cut = 0
-        for number, found in enumerate(self._fast.encode_batch_fast(list(texts))):
-            rows.append(np.array(found.ids, np.int32))
-            text.append(number)
-            if len(rows[-1]) < self.limit:
-                continue
-            rest = found.overflowing
-            if rest:
+        cut, first = 0, encoded.first
+        for number, found in enumerate(encoded.found):
+            ids = found.ids
+            own = [ids]
+            if len(ids) > self.limit:
                 self._too_long(first + number)
                 cut += 1
-                if self.overflow == "windows":
-                    rows += [np.array(each.ids, np.int32) for each in rest]
-                    text += [number] * len(rest)
+                own = self._windows(ids) if self.overflow == "windows" else [self._start(ids, self.limit)]
+            rows += [np.array(each, np.int32) for each in own]
+            text += [number] * len(own)
         return Tokens(rows, np.array(text, np.int64), cut)
+
+    def _windows(self, ids: list[int]) -> list[list[int]]:
+        room = self.limit - self._before - self._after  # for tokens that are not special
+        overlap = min(self.limit // OVERLAP, room - 1)
+        last = len(ids) - self._before - self._after - overlap
+        return [self._window(ids, self.limit, start) for start in range(0, last, room - overlap)]
 
     def _by_call(self, texts: Sequence[str], first: int) -> Tokens:
         import numpy as np
@@ -231,7 +267,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 # ---------------------------------------------------------------- ahead
 
 
-def ahead(items: Iterable[T], depth: int = 1) -> Iterator[T]:
+def ahead(items: Iterable[T], depth: int = 1) -> Generator[T]:
     """``items``, made in a thread ahead of the caller by at most ``depth`` beside the one in the making. An error of theirs is
     raised where its item would have come. The thread ends with the iterator."""
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
@@ -253,6 +289,9 @@ def ahead(items: Iterable[T], depth: int = 1) -> Iterator[T]:
             give(False, None)
         except BaseException as error:
             give(False, error)
+        finally:
+            if isinstance(items, Generator):  # which may have a thread of its own
+                items.close()
 
     thread = threading.Thread(target=work, name="s2sent-tokenizer", daemon=True)
     thread.start()

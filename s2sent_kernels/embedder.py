@@ -5,7 +5,7 @@
     for embedding in embedder.stream(lines):            # in constant memory
         ...
 
-Texts are tokenized in a thread ahead of the encoder, sorted by tokens within a chunk, and cut into batches of a number of tokens.
+Texts are tokenized in threads ahead of the encoder, sorted by tokens within a chunk, and cut into batches of a number of tokens.
 Where the encoder's attention can be replaced (``packed``) no padding token is computed. On a GPU inputs and results are copied
 while batches run, and a few short texts replay a CUDA graph.
 
@@ -15,11 +15,12 @@ text alone and the same text in a batch differ by rounding, since an encoder's m
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from . import families, loading, validate
 from .batch_runner import BatchRunner, Result
-from .batches import OVERFLOWS, TextTokenizer, Tokens, ahead, cut
+from .batches import OVERFLOWS, Encoded, TextTokenizer, Tokens, ahead, cut
 from .export import Pipeline
 from .files import require
 
@@ -231,8 +232,8 @@ class Embedder:
         prompt: str | None = None,
         precision: str = "float32",
     ) -> Iterator[np.ndarray]:
-        """Yields the embedding [D] of each text, in order, as ``encode`` computes it. Reads at most three chunks of
-        ``LARGEST_CHUNK`` texts ahead, in a thread.
+        """Yields the embedding [D] of each text, in order, as ``encode`` computes it. Reads at most five chunks of
+        ``LARGEST_CHUNK`` texts ahead, in two threads: one runs the tokenizer, one converts what it gives.
 
         Raises:
             ValueError, TypeError: as ``encode``; or the precision is int8 or uint8, whose range is that of all embeddings.
@@ -267,9 +268,11 @@ class Embedder:
 
     def _embeddings(self, texts: Iterable[str], options: _Options) -> Iterator[Tensor]:
         """[n, D] of one chunk of texts after another, float32 on the host."""
-        chunks = self._tokens(texts, options.prompt)
-        if not (isinstance(texts, list) and len(texts) <= INLINE):
-            chunks = ahead(chunks)
+        encoded = self._encoded(texts, options.prompt)
+        if isinstance(texts, list) and len(texts) <= INLINE:
+            chunks = map(self._texts.convert, encoded)
+        else:
+            chunks = ahead(self._converted(ahead(encoded)))
         skip = 0 if self._include_prompt or not options.prompt else self._prompt_tokens(options.prompt)
         open_chunks: deque[_Chunk] = deque()
         results: deque[tuple[_Chunk, np.ndarray, Result]] = deque()
@@ -287,13 +290,18 @@ class Embedder:
         for chunk in open_chunks:
             yield self._finished(chunk, options)
 
-    def _tokens(self, texts: Iterable[str], prompt: str) -> Iterator[Tokens]:
+    def _encoded(self, texts: Iterable[str], prompt: str) -> Generator[Encoded]:
         size, first, rest = FIRST_CHUNK, 0, iter(texts)
         while some := list(itertools.islice(rest, size)):
             # The tokenizer names what is not a string.
-            yield self._texts([prompt + text if isinstance(text, str) else text for text in some], first)
+            yield self._texts.encode([prompt + text if isinstance(text, str) else text for text in some], first)
             first += len(some)
             size = min(2 * size, LARGEST_CHUNK)
+
+    def _converted(self, encoded: Generator[Encoded]) -> Generator[Tokens]:
+        with contextlib.closing(encoded):
+            for each in encoded:
+                yield self._texts.convert(each)
 
     def _prompt_tokens(self, prompt: str) -> int:
         """How many tokens of a text are its prompt's, the special ones before it included."""

@@ -289,6 +289,18 @@ def test_windows_are_averaged_by_their_tokens(packed):
 # ---------------------------------------------------------------- tokenizers
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("special", [True, False])
+def test_a_long_text_is_cut_as_its_tokenizer_cuts_it(side, special):
+    _, tokenizer = make_pipeline(special=special)
+    tokenizer.truncation_side = side
+    for limit in (5, 12, 34, 35, 36, 37, 38):
+        found = batches.TextTokenizer(tokenizer, limit)([LONG, TEXTS[0]])
+        wanted = tokenizer([LONG, TEXTS[0]], truncation=True, max_length=limit)["input_ids"]
+        assert [row.tolist() for row in found.ids] == wanted
+        assert found.cut == sum(len(tokenizer(text)["input_ids"]) > limit for text in (LONG, TEXTS[0]))
+
+
 def test_a_tokenizer_keeps_its_state_and_a_slow_one_is_called():
     _, tokenizer = make_pipeline()
     tokenizer(TEXTS, truncation=True, max_length=5, padding="max_length")
