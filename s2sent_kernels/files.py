@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import importlib
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -79,14 +79,31 @@ def remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step: a reader sees the old content or the new, never a mixture."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def write_atomically(path: Path, content: bytes, *, sync: bool = False) -> None:
+    """Replace a file in one step: a reader sees the old content or the new, never a mixture. The umask decides who may read it.
+
+    Args:
+        sync: return when the content is on the disk.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
-        os.chmod(temporary, 0o644)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
+    if sync:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the folder's entries, as after a file was renamed in it, are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,41 +1,62 @@
-"""Encode texts into a file of embeddings: chunk by chunk, in constant memory; the output appears when it is whole, and the same
-command goes on where an interrupted one stopped."""
+"""Encode texts into a file of embeddings or a folder of parts, in constant memory. A file appears when it is whole, a folder gets
+its manifest then; the same command goes on where an interrupted one stopped."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import __version__
 from ..tools.tables import STDIN
 from . import common
 from .common import UserError, positive
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..tools import encoding
+
 PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
-# Options that may change between an interrupted run and its resumption: they do not change the result, except --chunk and
-# --keep-text, which encode_texts compares itself. All other options, also new ones, are part of the key.
-IRRELEVANT = frozenset(("command", "output", "force", "device", "chunk", "keep_text"))
-FILES = ("inputs", "model", "selector", "calibration")  # in the key by the files' sizes and times
+# Options that may change between an interrupted run and its resumption: they say how and where, not what. All other options, also
+# new ones, are part of the plan's key.
+IRRELEVANT = frozenset(
+    ("command", "output", "force", "device", "engine", "address", "workers", "gpus_per_worker", "shard", "finish")
+)
+REQUESTED = (
+    "inputs",
+    "column",
+    "id_column",
+    "keep_text",
+    "output_dtype",
+    "part_rows",
+)  # in the key as fields of Request
+FILES = ("model", "selector", "calibration")  # in the key by the files' sizes and times
+OF_RAY = ("address", "workers", "gpus_per_worker")
 
 
 def add(commands: Any) -> None:
-    about = "encode files of texts into one file of embeddings"
+    about = "encode files of texts into embeddings"
     command = commands.add_parser("encode", help=about, description=__doc__)
     command.add_argument(
         "inputs",
         type=common.path,
-        nargs="+",
+        nargs="*",
         metavar="FILE",
-        help=".txt (one text a line), .jsonl or .parquet, in this order; - is standard input",
+        help=".txt (one text a line), .jsonl, .parquet, .csv, .tsv, .arrow, .feather, also .gz and .zst, in this order; folders "
+        "and globs of them; a dataset on disk; - is standard input",
     )
     command.add_argument(
-        "--output", type=common.path, required=True, metavar="FILE", help=".parquet (id, embedding) or .npy"
+        "--output",
+        type=common.path,
+        metavar="FILE or FOLDER/",
+        help=".parquet (id, embedding) or .npy; with a slash at the end, a folder of parts",
     )
-    command.add_argument("--column", default="text", help="of .jsonl and .parquet (default: text)")
+    command.add_argument("--column", default="text", help="where there are columns (default: text)")
     command.add_argument("--id-column", help="whose values become the ids (default: the row's number)")
     command.add_argument("--keep-text", action="store_true", help="a column text in the output, too")
     command.add_argument(
@@ -49,93 +70,267 @@ def add(commands: Any) -> None:
     command.add_argument("--normalize", action="store_true", help="to length 1")
     command.add_argument("--truncate-dim", type=positive, metavar="D", help="the first D features")
     command.add_argument("--precision", choices=PRECISIONS, default="float32", help="default: float32")
+    command.add_argument("--output-dtype", choices=("float16",), help="in which embeddings of float32 are stored")
     command.add_argument(
         "--calibration", type=common.path, metavar="FILE", help="texts whose embeddings' ranges int8 and uint8 divide"
     )
     command.add_argument("--batch-size", type=positive, default=32, help="default: 32")
     command.add_argument(
-        "--chunk", type=positive, default=4096, help="texts between two places to go on from (default: 4096)"
-    )
-    command.add_argument(
-        "--device", nargs="+", action="extend", help="one or several (default: cuda where there is one, else cpu)"
+        "--part-rows",
+        "--chunk",
+        type=positive,
+        metavar="N",
+        help="texts of a part, between two places to go on from (default: 65536 in a folder, 4096 on the way to a file)",
     )
     command.add_argument("--force", action="store_true", help="replace an output that is there")
+    command.add_argument("--shard", type=shard, metavar="I/N", help="every N-th part from part I on, I from 0 to N - 1")
+    command.add_argument(
+        "--finish", type=common.path, metavar="FOLDER/", help="check the shards' parts; write the manifest"
+    )
+    command.add_argument("--engine", choices=("local", "ray"), default="local", help="who encodes (default: local)")
+    command.add_argument(
+        "--device",
+        nargs="+",
+        action="extend",
+        help="local: one, or several with a process each (default: cuda where there is one, else cpu)",
+    )
+    command.add_argument(
+        "--address", help="ray: of a running cluster, as auto (default: RAY_ADDRESS, or one is started)"
+    )
+    command.add_argument("--workers", type=positive, metavar="N", help="ray: default: as many as there is room for")
+    command.add_argument(
+        "--gpus-per-worker", type=share, metavar="G", help="ray: default: 1 where there are GPUs, else 0"
+    )
+
+
+def shard(text: str) -> tuple[int, int]:
+    """An argparse type."""
+    index, count = map(int, text.split("/"))
+    if not 0 <= index < count:
+        raise ValueError
+    return index, count
+
+
+shard.__name__ = "shard I/N with I from 0 to N - 1"  # as argparse quotes it
+
+
+def share(text: str) -> float:
+    """An argparse type: whole GPUs, or a part of one."""
+    value = float(text)
+    if not (0 <= value < 1 or value.is_integer()):
+        raise ValueError
+    return value
+
+
+share.__name__ = "number of GPUs"
 
 
 def run(arguments: argparse.Namespace) -> None:
     # First: without pyarrow sentence-transformers fails, too, and names itself.
     from ..tools import encoding
 
+    if arguments.finish is not None:
+        _finish(arguments)
+        return
     # isort: split
     from .. import sentence_transformers  # noqa: F401  its error names the extra
 
-    output, inputs = Path(arguments.output), arguments.inputs
-    _check_output(output, arguments.force, encoding.OUTPUTS)
-    scaled = arguments.precision in ("int8", "uint8")
-    if scaled != (arguments.calibration is not None):
-        raise UserError("--calibration: expected with --precision int8 or uint8, and only then")
-    _check_inputs([*inputs, *([arguments.calibration] if scaled else [])], output)
-    model = load(arguments.model, arguments.selector)
-    if arguments.max_length is not None:
-        model.max_seq_length = min(arguments.max_length, model.max_seq_length or arguments.max_length)
-    if arguments.truncate_dim is not None and arguments.truncate_dim > (size := model.get_embedding_dimension()):
-        raise UserError(
-            f"--truncate-dim: expected at most {size}, as many features as there are, got {arguments.truncate_dim}"
-        )
-    devices = [str(common.device_of(name)) for name in arguments.device or [None]]
-    model.to(devices[0])
-    pool = model.start_multi_process_pool(devices) if len(devices) > 1 else None
-    options = {
-        "prompt": arguments.prompt,
-        "batch_size": arguments.batch_size,
-        "normalize_embeddings": arguments.normalize,
-        "truncate_dim": arguments.truncate_dim,
-        "show_progress_bar": False,
-        "pool": pool,
-    }
+    _check_options(arguments)
+    as_folder = arguments.output.endswith("/")
+    output = Path(os.path.realpath(arguments.output))  # a link is followed: what it leads to is replaced
+    _check_output(arguments, output)
+    with _told(arguments.output):
+        inputs = encoding.expand(arguments.inputs, str(output) if as_folder else None)
+    calibration = [arguments.calibration] if arguments.calibration is not None else []
+    _check_inputs([*inputs, *calibration], output)
+    engine = _engine(arguments)
+    default = encoding.IN_A_FOLDER if as_folder else encoding.IN_A_FILE
+    request = encoding.Request(
+        inputs,
+        encoding.Columns(arguments.column, arguments.id_column),
+        arguments.keep_text,
+        arguments.output_dtype,
+        arguments.part_rows or default,
+        settings(vars(arguments), output),
+    )
+    part = arguments.shard and encoding.Shard(*arguments.shard)
+    with _told(arguments.output):
+        write = encoding.encode_folder if as_folder else encoding.encode_file
+        count = write(request, engine, output, encoding.Options(part, arguments.force))
+    which = f"shard {part.number} of {part.total}, " if part else ""
+    print(f"wrote {arguments.output}: {which}{count} texts")
 
-    def encode(texts: list[str]) -> Any:
-        return model.encode(texts, **options)
 
+def _finish(arguments: argparse.Namespace) -> None:
+    from ..tools import encoding
+
+    parser = argparse.ArgumentParser()
+    add(parser.add_subparsers())
+    defaults = vars(parser.parse_args(["encode"]))
+    for name, value in defaults.items():
+        if name != "finish" and getattr(arguments, name) != value:
+            raise UserError(f"--finish: expected nothing beside the folder, got {name.replace('_', '-')}")
+    with _told(arguments.finish):
+        count = encoding.finish(Path(arguments.finish))
+    print(f"wrote {Path(arguments.finish) / 'manifest.json'}: {count} texts")
+
+
+@contextlib.contextmanager
+def _told(output: str) -> Iterator[None]:
+    """Errors of the tools, as those of the user."""
     try:
-        result: encoding.Encode = encode
-        if arguments.precision != "float32":
-            result = _quantized(encode, arguments.precision, arguments.calibration, arguments.column)
-        count = encoding.encode_texts(
-            encoding.read_texts(inputs, arguments.column, arguments.id_column),
-            result,
-            output,
-            chunk=arguments.chunk,
-            key=resumption_key(vars(arguments)),
-            keep_text=arguments.keep_text,
-            progress=sys.stderr.isatty(),
-        )
+        yield
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
     except OSError as error:
         raise UserError(f"output {output}: {error.strerror or error}") from error
-    finally:
-        if pool is not None:
-            model.stop_multi_process_pool(pool)
-    print(f"wrote {output}: {count} texts")
 
 
-def _check_output(output: Path, force: bool, suffixes: tuple[str, ...]) -> None:
+# ---------------------------------------------------------------- what fits together
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    if not arguments.inputs or arguments.output is None:
+        raise UserError("expected files of texts and --output, or --finish")
+    scaled = arguments.precision in ("int8", "uint8")
+    if scaled != (arguments.calibration is not None):
+        raise UserError("--calibration: expected with --precision int8 or uint8, and only then")
+    if arguments.output_dtype is not None and arguments.precision != "float32":
+        raise UserError(f"--output-dtype: expected with --precision float32, got {arguments.precision}")
+    if arguments.inputs.count(STDIN) > 1:
+        raise UserError(f"{STDIN}: expected once")
+    if arguments.engine == "ray" and arguments.device is not None:
+        raise UserError("--device: expected with --engine local; --gpus-per-worker tells Ray what a worker uses")
+    for name in OF_RAY:
+        if arguments.engine != "ray" and getattr(arguments, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')}: expected with --engine ray")
+    if arguments.shard is not None:
+        if not arguments.output.endswith("/"):
+            raise UserError(f"--shard: expected a folder as --output, with a slash at its end, got {arguments.output}")
+        if arguments.force:
+            raise UserError("--shard: expected without --force, which would remove what other shards wrote")
+        if STDIN in arguments.inputs:
+            raise UserError("--shard: expected files, which every shard can read, got standard input")
+
+
+def _check_output(arguments: argparse.Namespace, output: Path) -> None:
+    from ..tools.encoding import OUTPUTS
+
+    name = arguments.output
+    if name.endswith("/"):
+        common.check_writable(output)
+        return
     common.check_writable(output.parent)
-    if output.exists() and not force:
-        raise UserError(f"output {output}: it is there already; --force replaces it")
+    if output.exists() and not arguments.force:
+        raise UserError(f"output {name}: it is there already; --force replaces it")
     if output.is_dir():
-        raise UserError(f"output {output}: expected a file, got a directory")
-    if output.suffix.lower() not in suffixes:
-        raise UserError(f"output {output}: expected a file of {', '.join(suffixes)}")
+        raise UserError(f"output {name}: expected a file, got a directory; with a slash at the end it gets parts")
+    if Path(name).suffix.lower() not in OUTPUTS:
+        raise UserError(f"output {name}: expected a file of {', '.join(OUTPUTS)}, or a folder with a slash at the end")
 
 
 def _check_inputs(paths: list[str], output: Path) -> None:
     for path in paths:
-        if path != STDIN and not os.path.isfile(path):
+        if path == STDIN:
+            continue
+        if not os.path.isfile(path):
             raise UserError(f"{path}: there is no such file")
-        if path != STDIN and output.exists() and output.samefile(path):
+        real = Path(os.path.realpath(path))
+        if real == output or (output.exists() and output.samefile(path)):
             raise UserError(f"output {output}: expected another file than {path}, whose texts would be lost")
+        if output in real.parents:
+            raise UserError(f"output {output}: expected another folder than that of {path}")
+
+
+# ---------------------------------------------------------------- who encodes
+
+
+class EncoderOptions(NamedTuple):
+    """What a worker makes its encoder from; pickled."""
+
+    model: str | None
+    selector: str | None
+    max_length: int | None
+    prompt: str | None
+    batch_size: int
+    normalize: bool
+    truncate_dim: int | None
+    precision: str = "float32"
+    ranges: np.ndarray | None = None  # [2, D], for int8 and uint8
+
+
+def make_encoder(options: EncoderOptions, device: str) -> _Encoder:
+    """The one place where an encoder is made: in each worker once, from the options and the name of a device.
+
+    Raises:
+        UserError: model and selector cannot be loaded, or do not fit.
+    """
+    model = load(options.model, options.selector)
+    if options.max_length is not None:
+        model.max_seq_length = min(options.max_length, model.max_seq_length or options.max_length)
+    if options.truncate_dim is not None and options.truncate_dim > (size := model.get_embedding_dimension()):
+        raise UserError(
+            f"--truncate-dim: expected at most {size}, as many features as there are, got {options.truncate_dim}"
+        )
+    return _Encoder(model.to(device), options)
+
+
+class _Encoder:
+    """``tools.encoding.Encoder`` of a SentenceTransformer."""
+
+    def __init__(self, model: Any, options: EncoderOptions) -> None:
+        self.model, self.options = model, options
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        from sentence_transformers.util import quantize_embeddings
+
+        options = self.options
+        embeddings = self.model.encode(
+            texts,
+            prompt=options.prompt,
+            batch_size=options.batch_size,
+            normalize_embeddings=options.normalize,
+            truncate_dim=options.truncate_dim,
+            show_progress_bar=False,
+        )
+        if options.precision == "float32":
+            return embeddings
+        return quantize_embeddings(embeddings, precision=options.precision, ranges=options.ranges)  # type: ignore[arg-type, return-value]
+
+
+def _engine(arguments: argparse.Namespace) -> encoding.Engine:
+    """Loads the model here in any case: what is wrong with it is told before anything is begun."""
+    from ..tools import encoding
+
+    options = EncoderOptions(*(getattr(arguments, name) for name in EncoderOptions._fields[:-2]))
+    devices = [str(common.device_of(name)) for name in arguments.device or [None]]
+    alone = arguments.engine == "local" and len(devices) == 1
+    encoder = make_encoder(options, devices[0] if alone else "cpu")
+    ranges = None
+    if arguments.calibration is not None:
+        ranges = _ranges(encoder, arguments.calibration, arguments.column)
+    options = options._replace(precision=arguments.precision, ranges=ranges)
+    if alone:
+        return encoding.in_this_process(_Encoder(encoder.model, options))
+    make = functools.partial(make_encoder, options)
+    if arguments.engine == "ray":
+        return encoding.Cluster(make, arguments.address, arguments.workers, arguments.gpus_per_worker).engine
+    return encoding.one_process_a_device(make, devices)
+
+
+def _ranges(encoder: _Encoder, calibration: str, column: str) -> np.ndarray:
+    """Least and greatest of each feature over the embeddings of the calibration texts."""
+    import numpy as np
+
+    from ..tools import encoding
+
+    with _told(calibration):
+        seen = encoder.encode([row.text for row in encoding.read_texts([calibration], column)])
+    ranges = np.stack([seen.min(axis=0), seen.max(axis=0)])
+    if not (ranges[0] < ranges[1]).all():
+        count = len(seen)
+        raise UserError(f"--calibration {calibration}: expected texts that differ in every feature, got {count}")
+    return ranges
 
 
 def load(model: str | None, selector: str | None) -> Any:
@@ -157,37 +352,33 @@ def load(model: str | None, selector: str | None) -> Any:
     return SentenceTransformer(modules=[transformer, pooling], device="cpu").eval()
 
 
-def _quantized(encode: Callable[[list[str]], Any], precision: Any, calibration: str | None, column: str) -> Any:
-    """``encode`` with embeddings of another precision; int8 and uint8 divide the ranges of the calibration texts' embeddings."""
-    import numpy as np
-    from sentence_transformers.util import quantize_embeddings
-
-    from ..tools import encoding
-
-    ranges = None
-    if calibration is not None:
-        seen = encode([row.text for row in encoding.read_texts([calibration], column)])
-        ranges = np.stack([seen.min(axis=0), seen.max(axis=0)])
-        if not (ranges[0] < ranges[1]).all():
-            count = len(seen)
-            raise UserError(f"--calibration {calibration}: expected texts that differ in every feature, got {count}")
-    return lambda texts: quantize_embeddings(encode(texts), precision=precision, ranges=ranges)
+# ---------------------------------------------------------------- what the result depends on
 
 
-def resumption_key(options: Mapping[str, Any]) -> Any:
-    """Everything that the result depends on, as JSON. None, which prevents resuming, if an input is standard input: it cannot be
-    read again."""
-    if STDIN in options["inputs"]:
-        return None
-    settings = {name: value for name, value in options.items() if name not in IRRELEVANT and name not in FILES}
-    paths = [*options["inputs"], *(options[name] for name in FILES[1:])]
-    return [__version__, settings, [None if path is None else _state(path) for path in paths]]
+def settings(options: Mapping[str, Any], output: Path) -> dict[str, Any]:
+    """All that the result depends on beside the inputs and how they are divided, as JSON."""
+    left_out = IRRELEVANT.union(REQUESTED, FILES)
+    chosen = {name: value for name, value in options.items() if name not in left_out}
+    files = {name: None if options[name] is None else _state(options[name], output) for name in FILES}
+    return {"version": __version__, **chosen, **files}
 
 
-def _state(path: str) -> Any:
-    """Names, sizes and times of the files; the name itself if there are none, as for a hub id."""
+def _state(path: str, output: Path) -> Any:
+    """Names, sizes and times of the files; the name itself if there are none, as for a hub id. What this command writes is no
+    part of a model: outputs may lie in the model's folder."""
+    from ..tools.encoding import OUTPUTS, state
+
     path = os.path.expanduser(path)
-    if not os.path.exists(path):
-        return path
-    files = sorted(p for p in Path(path).rglob("*") if p.is_file()) if os.path.isdir(path) else [Path(path)]
-    return [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    if not os.path.isdir(path):
+        return state(path) if os.path.exists(path) else path
+    found = []
+    for place, folders, names in os.walk(path):
+        real = Path(os.path.realpath(place))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and real / name != output)
+        if "_plan.json" in names:
+            folders.clear()
+            continue
+        for name in sorted(names):
+            if not name.startswith(".") and Path(name).suffix not in OUTPUTS:
+                found.append(os.path.join(place, name))
+    return [state(file) for file in found]

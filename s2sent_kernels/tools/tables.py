@@ -61,15 +61,20 @@ def read_json(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         ValueError: the file cannot be read, or a line is not UTF-8 or no JSON object.
     """
     for number, line in read_lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON: {error.msg}") from error
-        except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of brackets
-            raise ValueError(f"{path}: line {number} cannot be read: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: line {number}: expected an object with columns, got {line[:40]!r}")
-        yield number, row
+        yield number, parse_json(path, number, line)
+
+
+def parse_json(path: str | Path, number: int, line: str) -> dict[str, Any]:
+    """The object in line ``number`` of ``path``; ValueError if there is none."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {number} is not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of brackets
+        raise ValueError(f"{path}: line {number} cannot be read: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}: line {number}: expected an object with columns, got {line[:40]!r}")
+    return row
 
 
 def text(place: str, value: Any) -> str:
@@ -110,10 +115,15 @@ def read_lines(path: str | Path, *, keep_empty: bool = False) -> Iterator[tuple[
 
 def _decoded(path: str | Path, lines: Iterable[bytes], keep_empty: bool) -> Iterator[tuple[int, str]]:
     for number, raw in enumerate(lines, 1):
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise ValueError(f"{path}: line {number} is not UTF-8 (byte 0x{byte:02x})") from error
+        line = decode(path, number, raw)
         if line or keep_empty:
             yield number, line
+
+
+def decode(path: str | Path, number: int, raw: bytes) -> str:
+    """Line ``number`` of ``path`` without its end, and line 1 without a byte order mark; ValueError if it is not UTF-8."""
+    try:
+        return raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"{path}: line {number} is not UTF-8 (byte 0x{byte:02x})") from error

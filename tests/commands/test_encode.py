@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +16,7 @@ from pyarrow import parquet  # noqa: E402
 from s2sent_kernels import S2SentSelector  # noqa: E402
 from s2sent_kernels.cli import main  # noqa: E402
 from s2sent_kernels.commands import encode as command  # noqa: E402
-from s2sent_kernels.tools import encoding  # noqa: E402
-from s2sent_kernels.tools.encoding import Row, encode_texts, read_texts  # noqa: E402
+from s2sent_kernels.tools.encoding import Row, parts, read_texts  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +39,6 @@ def write(path, texts):
     else:
         parquet.write_table(pa.table({"name": [f"n{i}" for i in range(len(texts))], "text": texts}), path)
     return path
-
-
-def lengths(texts):
-    """An encoder for tests: each text's length and a constant."""
-    return np.array([[len(text), 1.0] for text in texts], dtype=np.float32)
 
 
 def run(places, *arguments, model="whole"):
@@ -114,141 +106,6 @@ def test_parquet_without_the_column(tmp_path, places, capsys):
     assert "expected each column once, got text twice" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- writing
-
-
-def test_parquet_and_npy(tmp_path):
-    rows = [Row(f"n{i}", "x" * i) for i in range(7)]
-    assert encode_texts(rows, lengths, tmp_path / "a.parquet", chunk=3, keep_text=True) == 7
-    table = parquet.read_table(tmp_path / "a.parquet")
-    assert table["id"].to_pylist() == [row.id for row in rows] and table["text"].to_pylist() == [
-        row.text for row in rows
-    ]
-    assert table["embedding"].to_pylist() == [[i, 1] for i in range(7)]
-    assert encode_texts(rows, lengths, tmp_path / "a.npy", chunk=3) == 7
-    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), lengths([row.text for row in rows]))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "a.parquet"]
-
-
-def test_progress_goes_to_standard_error(tmp_path, capsys):
-    for progress in (False, True):
-        encode_texts([Row(i, "x") for i in range(7)], lengths, tmp_path / "a.npy", chunk=3, progress=progress)
-        captured = capsys.readouterr()
-        assert ("7 texts" in captured.err) == progress and captured.out == ""
-
-
-def test_no_more_than_a_chunk_is_held(tmp_path):
-    alive = 0
-
-    def rows():
-        nonlocal alive
-        for i in range(100):
-            alive += 1
-            yield Row(i, "x")
-
-    def encode(texts):
-        nonlocal alive
-        assert alive <= 8 and len(texts) <= 8
-        alive -= len(texts)
-        return lengths(texts)
-
-    assert encode_texts(rows(), encode, tmp_path / "a.npy", chunk=8) == 100
-
-
-@pytest.mark.parametrize("suffix", [".parquet", ".npy"])
-def test_an_interrupted_run_goes_on(tmp_path, suffix):
-    rows = [Row(i, "x" * (i % 5)) for i in range(20)]
-    calls = []
-
-    def breaking(texts):
-        calls.append(texts)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return lengths(texts)
-
-    output = tmp_path / f"a{suffix}"
-    with pytest.raises(KeyboardInterrupt):
-        encode_texts(rows, breaking, output, chunk=4, key="k")
-    assert not output.exists()
-    said = []
-    encode_texts(rows, lambda texts: calls.append(texts) or lengths(texts), output, chunk=4, key="k", say=said.append)
-    assert len(calls) == 6 and "going on after 8 texts" in said[0]
-    encode_texts(rows, lengths, tmp_path / f"b{suffix}", chunk=4)
-    assert output.read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
-
-
-@pytest.mark.parametrize("key, chunk", [("other", 4), ("k", 5), (None, 4)])
-def test_another_run_starts_anew(tmp_path, key, chunk):
-    rows, calls = [Row(i, "x") for i in range(8)], []
-
-    def breaking(texts):
-        if calls:
-            raise KeyboardInterrupt
-        calls.append(texts)
-        return lengths(texts)
-
-    with pytest.raises(KeyboardInterrupt):
-        encode_texts(rows, breaking, tmp_path / "a.npy", chunk=4, key="k")
-    said, count = [], []
-    encode_texts(
-        rows,
-        lambda texts: count.extend(texts) or lengths(texts),
-        tmp_path / "a.npy",
-        chunk=chunk,
-        key=key,
-        say=said.append,
-    )
-    assert len(count) == 8 and "thrown away" in said[0]
-
-
-def test_one_process_an_output(tmp_path):
-    rows = [Row(i, "x") for i in range(8)]
-
-    def rival(texts):
-        with pytest.raises(ValueError, match="another process is writing there"):
-            encode_texts(rows, lengths, tmp_path / "a.npy", key="other")
-        return lengths(texts)
-
-    assert encode_texts(rows, rival, tmp_path / "a.npy", chunk=4, key="k") == 8
-    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
-
-
-@pytest.mark.parametrize("suffix", [".parquet", ".npy"])
-def test_a_run_that_ended_while_it_wrote_the_whole(tmp_path, monkeypatch, suffix):
-    rows, output = [Row(i, "x" * i) for i in range(8)], tmp_path / f"a{suffix}"
-
-    def end(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(encoding.os, "replace", lambda a, b: end() if b == output else os.rename(a, b))
-    with pytest.raises(OSError, match="No space left"):
-        encode_texts(rows, lengths, output, chunk=4, key="k")
-    assert not output.exists() and (tmp_path / f".a{suffix}.parts" / f"whole{suffix}").exists()
-    monkeypatch.undo()
-    assert encode_texts(rows, lengths, output, chunk=4, key="k", say=lambda _: None) == 8
-    encode_texts(rows, lengths, tmp_path / f"b{suffix}", chunk=4)
-    assert output.read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
-
-
-def test_nothing_is_left_of_a_run_that_could_not_begin(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space left"):
-        encode_texts([Row(0, "x")], lengths, tmp_path / "new" / "folder" / "a.npy")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_ids_of_one_type(tmp_path):
-    with pytest.raises(ValueError, match="ids: expected values of one type"):
-        encode_texts([Row(1, "x"), Row(2**70, "y")], lengths, tmp_path / "c.parquet")
-    with pytest.raises(ValueError, match="ids: expected values of one type"):
-        encode_texts([Row("a", "x"), Row(3, "y")], lengths, tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="ids: expected values of one type"):
-        encode_texts([Row("a", "x"), Row(3, "y")], lengths, tmp_path / "b.parquet", chunk=1)
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -280,18 +137,18 @@ def test_the_command_gives_what_the_model_gives(tmp_path, places, capsys):
 
 def test_the_command_goes_on_and_asks_before_it_replaces(tmp_path, places, capsys, monkeypatch):
     path = write(tmp_path / "a.txt", sentences(10))
-    add, arguments = encoding._Shards.add, (path, "--output", tmp_path / "a.npy", "--chunk", 4)
+    part, arguments = parts.Worker.part, (path, "--output", tmp_path / "a.npy", "--chunk", 4)
     count = []
 
-    def stop(self, *rest):
+    def stop(self, one):
         if len(count) == 2:
             raise KeyboardInterrupt
-        count.append(rest)
-        add(self, *rest)
+        count.append(one)
+        return part(self, one)
 
-    monkeypatch.setattr(encoding._Shards, "add", stop)
+    monkeypatch.setattr(parts.Worker, "part", stop)
     assert run(places, *arguments) == 130
-    monkeypatch.setattr(encoding._Shards, "add", add)
+    monkeypatch.setattr(parts.Worker, "part", part)
     assert run(places, *arguments) == 0
     assert "going on after 8 texts" in capsys.readouterr().out
     assert run(places, *arguments) == 2

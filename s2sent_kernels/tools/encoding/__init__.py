@@ -1,0 +1,38 @@
+"""Files of texts to embeddings, in constant memory. A run is divided into parts, ranges of rows of an input file, each written
+whole or not at all, so that any number of workers on any number of machines can take them, and an interrupted run goes on."""
+
+from .finish import finish
+from .join import OUTPUTS
+from .local import Engine, MakeEncoder, in_this_process, one_process_a_device
+from .parts import Encoder
+from .plan import IN_A_FILE, IN_A_FOLDER, Request, state
+from .ray_engine import Cluster
+from .reading import Row, read_texts
+from .rows import Columns
+from .run import Failed, Options, Shard, encode_file, encode_folder, hidden
+from .sources import expand
+
+__all__ = [
+    "IN_A_FILE",
+    "IN_A_FOLDER",
+    "OUTPUTS",
+    "Cluster",
+    "Columns",
+    "Encoder",
+    "Engine",
+    "Failed",
+    "MakeEncoder",
+    "Options",
+    "Request",
+    "Row",
+    "Shard",
+    "encode_file",
+    "encode_folder",
+    "expand",
+    "finish",
+    "hidden",
+    "in_this_process",
+    "one_process_a_device",
+    "read_texts",
+    "state",
+]

@@ -1,0 +1,106 @@
+"""The engine "local": this process, or one process a device, which take parts from one queue."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from .parts import Done, Encoder, Job, Worker
+from .plan import Part
+from .progress import Progress
+
+MakeEncoder = Callable[[str], Encoder]  # from the name of a device; pickled
+# Encodes parts and yields what became of each, in any order.
+Engine = Callable[[Job, Sequence[Part], Progress], Generator[Done, None, None]]
+
+
+def in_this_process(encoder: Encoder) -> Engine:
+    """An ``Engine`` of one encoder."""
+
+    def engine(job: Job, parts: Sequence[Part], progress: Progress) -> Generator[Done, None, None]:
+        worker = Worker(job, encoder, progress.advance)
+        yield from map(worker.part, parts)
+
+    return engine
+
+
+def one_process_a_device(make: MakeEncoder, devices: Sequence[str]) -> Engine:
+    """An ``Engine`` of one process for each of ``devices``, which makes its encoder itself.
+
+    Raises:
+        RuntimeError: a process ended; a part that it had begun is not there.
+    """
+
+    def engine(job: Job, parts: Sequence[Part], progress: Progress) -> Generator[Done, None, None]:
+        context = multiprocessing.get_context("spawn")
+        names = context.SimpleQueue()
+        for device in devices:
+            names.put(device)
+        pool = ProcessPoolExecutor(len(devices), context, _begin, (job, make, names, len(devices)))
+        try:
+            for done in _in_flight(pool, parts, 2 * len(devices)):
+                progress.advance(done.rows, done.tokens)
+                yield done
+        except BrokenProcessPool as error:
+            raise RuntimeError("a worker process ended; the same command goes on where it stopped") from error
+        finally:
+            _end(pool)
+
+    return engine
+
+
+def _in_flight(pool: ProcessPoolExecutor, parts: Sequence[Part], most: int) -> Iterator[Done]:
+    """The parts in ascending order, a few of them handed out: a run may have a million."""
+    todo = iter(parts)
+    running = {pool.submit(_part, part) for part, _ in zip(todo, range(most), strict=False)}
+    while running:
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            if (part := next(todo, None)) is not None:
+                running.add(pool.submit(_part, part))
+            yield future.result()
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    """Without waiting for parts that nobody will ask for."""
+    processes: Any = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        with contextlib.suppress(Exception):  # it has ended
+            process.terminate()
+    for process in processes:
+        process.join()
+
+
+# ---------------------------------------------------------------- in a worker process
+
+_worker: Worker
+
+
+def _begin(job: Job, make: MakeEncoder, names: Any, count: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    device = names.get()
+    if device == "cpu":
+        import torch
+
+        torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    global _worker
+    _worker = Worker(job, make(device))
+
+
+def _end_with_parent() -> None:
+    """A pool's processes would wait for parts forever if their parent were killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _part(part: Part) -> Done:
+    return _worker.part(part)

@@ -1,0 +1,169 @@
+"""One part: read, encode, write. The file is there whole or not at all, however often and by however many workers it is tried."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from ...files import importing, sync_folder
+from .plan import Part, Plan
+from .reading import Reader
+from .rows import Columns, DataError, first_line
+from .sources import Source
+
+with importing(None, "encode"):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+SLICE = 16384  # rows of a call of the encoder and of a row group: what a worker holds, and within which it may sort
+DIGEST = b"s2sent_plan"  # in a part's metadata
+EMBEDDING = "embedding.list.element"  # Parquet's name of the column of numbers
+
+
+class Encoder(Protocol):
+    """What a worker makes once. If it has an attribute ``tokens``, that counts the tokens that it has encoded."""
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """[rows, D]"""
+        ...
+
+
+class Job(NamedTuple):
+    """What workers know of a run; pickled."""
+
+    folder: str
+    sources: list[Source]
+    columns: Columns
+    id_type: Any
+    keep_text: bool
+    dtype: str | None
+    digest: str
+
+    @classmethod
+    def of(cls, plan: Plan, folder: Path) -> Job:
+        fields = {name: getattr(plan, name) for name in cls._fields if name != "folder"}
+        return cls(str(folder.absolute()), **fields)
+
+
+class Done(NamedTuple):
+    """What became of a part."""
+
+    part: Part
+    rows: int = 0  # encoded just now
+    tokens: int | None = None  # of them; None if the encoder does not count
+    failure: str | None = None  # why its data could not be encoded; then nothing was written
+    row: int | None = None  # the line or row of which ``failure`` speaks
+
+
+class Worker:
+    """Encodes parts, one after the other.
+
+    Args:
+        advance: told the rows and tokens of a slice once it is encoded.
+    """
+
+    def __init__(
+        self, job: Job, encoder: Encoder, advance: Callable[[int, int | None], None] = lambda *_: None
+    ) -> None:
+        self.job, self.encoder, self.advance, self.reader = job, encoder, advance, Reader(job.columns)
+
+    def part(self, part: Part) -> Done:
+        """Write the part, unless it is there.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        target = Path(self.job.folder) / part.name
+        if target.exists():
+            return Done(part)
+        temporary = target.with_name(f".{part.name}.{uuid.uuid4().hex}")  # never that of another worker
+        before = getattr(self.encoder, "tokens", None)
+        try:
+            self._write(part, temporary)
+            os.replace(temporary, target)  # the later of two workers replaces equal rows
+            sync_folder(target.parent)
+        except DataError as error:
+            return Done(part, failure=str(error), row=error.row)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return Done(part, part.rows, None if before is None else self.encoder.tokens - before)  # type: ignore[attr-defined]
+
+    def _write(self, part: Part, path: Path) -> None:
+        """While a slice is encoded, one thread reads the next slice and another writes the last."""
+        rows = self.reader.rows(self.job.sources[part.source], part.start, part.stop, SLICE)
+        first, writer, written = part.first, None, _nothing()
+        # The stack closes the writer, so it ends after the threads.
+        with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
+            ahead = reading.submit(next, rows, None)
+            while (some := ahead.result()) is not None:
+                ahead = reading.submit(next, rows, None)
+                texts, ids = some
+                try:
+                    embeddings = self._encode(texts)
+                except ValueError as error:
+                    name, begin = self.job.sources[part.source].name, first - part.first + part.start.row
+                    place = f"{name}: rows {begin + 1} to {begin + len(texts)}"
+                    raise DataError(f"{place}: {first_line(error)}", name) from error
+                table = self._table(first, texts, ids, embeddings)
+                written.result()  # at most one slice waits to be written
+                if writer is None:
+                    writer = stack.enter_context(open_writer(path, table.schema))
+                written = writing.submit(writer.write_table, table)
+                first += len(texts)
+            written.result()
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+    def _encode(self, texts: list[str]) -> np.ndarray:
+        before = getattr(self.encoder, "tokens", None)
+        embeddings = np.asarray(self.encoder.encode(texts))
+        if embeddings.ndim != 2 or len(embeddings) != len(texts):
+            raise RuntimeError(f"the encoder gave an array {list(embeddings.shape)} for {len(texts)} texts")
+        if self.job.dtype is not None:
+            with np.errstate(over="ignore"):
+                stored = embeddings.astype(self.job.dtype)
+            if not np.isfinite(stored).all() and np.isfinite(embeddings).all():
+                raise RuntimeError(f"an embedding has values beyond {self.job.dtype}: {np.abs(embeddings).max()}")
+            embeddings = stored
+        self.advance(len(texts), None if before is None else self.encoder.tokens - before)  # type: ignore[attr-defined]
+        return embeddings
+
+    def _table(self, first: int, texts: list[str], ids: list[Any] | None, embeddings: np.ndarray) -> Any:
+        kind = self.job.id_type
+        if ids is None:
+            names = pa.array(np.arange(first, first + len(texts)))
+        else:
+            names = pa.chunked_array([_ids(some, kind) for some in ids], kind)
+        values = pa.array(embeddings.reshape(-1))
+        columns = {"id": names, "embedding": pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1])}
+        if self.job.keep_text:
+            columns["text"] = pa.array(texts, pa.string())
+        return pa.table(columns).replace_schema_metadata({DIGEST: self.job.digest})
+
+
+def _ids(values: Any, kind: Any) -> Any:
+    return pa.array(values, kind) if isinstance(values, list) else values.cast(kind)
+
+
+def _nothing() -> Future[None]:
+    done: Future[None] = Future()
+    done.set_result(None)
+    return done
+
+
+@contextlib.contextmanager
+def open_writer(path: Path, schema: Any) -> Iterator[Any]:
+    """A ParquetWriter of embeddings: without a dictionary and statistics of numbers that do not repeat and have no order, their
+    bytes apart so that zstd finds the exponents."""
+    split = [EMBEDDING] if pa.types.is_floating(schema.field("embedding").type.value_type) else False
+    with parquet.ParquetWriter(
+        path, schema, compression="zstd", use_dictionary=False, use_byte_stream_split=split, write_statistics=["id"]
+    ) as writer:
+        yield writer

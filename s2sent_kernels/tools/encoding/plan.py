@@ -1,0 +1,157 @@
+"""What a run is to do: its parts, from Parquet's footers and counted lines, before anything is encoded. The plan is a file beside
+the parts, so that every process of a run, now or later, has the same one."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...files import importing, write_atomically
+from ..tables import STDIN
+from .reading import format_of
+from .rows import Columns, Mark, one_type
+from .sources import Source, source
+
+with importing(None, "encode"):
+    import pyarrow as pa
+
+PLAN = "_plan.json"
+COPY = "_stdin.txt"  # of standard input
+IN_A_FOLDER, IN_A_FILE = 65536, 4096  # rows of a part
+
+
+class Request(NamedTuple):
+    """What a caller asks for."""
+
+    inputs: Sequence[str]  # files, or "-"
+    columns: Columns = Columns("text", None)
+    keep_text: bool = False
+    dtype: str | None = None  # in which floating embeddings are stored; None: as the encoder gives them
+    part_rows: int = IN_A_FILE
+    settings: Any = None  # all else that the result depends on, as JSON
+
+
+class Part(NamedTuple):
+    """A range of rows of one input."""
+
+    number: int
+    source: int  # the index of the input
+    start: Mark
+    stop: int  # the row after the last
+    first: int  # the number of the first row, counted over all inputs
+
+    @property
+    def name(self) -> str:
+        return f"part-{self.number:06d}.parquet"
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start.row
+
+
+class Plan(NamedTuple):
+    key: dict[str, Any]  # the request, with the inputs' sizes and times: plans of equal keys are equal
+    sources: list[Source]
+    columns: Columns
+    id_type: Any  # of pyarrow
+    keep_text: bool
+    dtype: str | None
+    parts: list[Part]
+
+    @property
+    def digest(self) -> str:
+        """Names the plan in each of its parts."""
+        return hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        schema = pa.schema([("id", self.id_type)]).serialize()
+        content = {
+            **{name: getattr(self, name) for name in ("key", "columns", "keep_text", "dtype")},
+            "id_type": base64.b64encode(schema).decode(),
+            "sources": self.sources,
+            "parts": self.parts,
+        }
+        write_atomically(folder / PLAN, json.dumps(content).encode(), sync=True)
+
+
+def load(folder: Path) -> Plan | None:
+    """The plan in ``folder``; None if there is none.
+
+    Raises:
+        ValueError: the file is broken.
+    """
+    try:
+        content = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        parts = [Part(number, file, Mark(*start), stop, first) for number, file, start, stop, first in content["parts"]]
+        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(content["id_type"])))
+        return Plan(
+            content["key"],
+            [Source(*one) for one in content["sources"]],
+            Columns(*content["columns"]),
+            schema.field("id").type,
+            content["keep_text"],
+            content["dtype"],
+            parts,
+        )
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / PLAN}: is broken: {error}") from error
+
+
+def key_of(request: Request, copied: str | None = None) -> dict[str, Any]:
+    """What the plan of ``request`` depends on. ``copied``: the SHA-256 of standard input, if it is among the inputs."""
+    inputs = [copied if path == STDIN else state(path) for path in request.inputs]
+    return json.loads(json.dumps({**request._asdict(), "inputs": inputs}))  # as it is read again: no tuples
+
+
+def state(path: str) -> list[Any]:
+    """A file's name without links, size and time."""
+    about = os.stat(path)
+    return [os.path.realpath(path), about.st_size, about.st_mtime_ns]
+
+
+def make(request: Request, key: dict[str, Any], folder: Path, each: Callable[[str], None] = lambda path: None) -> Plan:
+    """The plan, after a look at every input; ``each`` is told their names. Standard input was copied to COPY in ``folder``.
+
+    Raises:
+        ValueError: an input cannot be read, is empty, or lacks a column; there is no one type of all ids, or none that can be
+            written.
+    """
+    sources: list[Source] = []
+    parts: list[Part] = []
+    rows, id_type = 0, None
+    for path in request.inputs:
+        each(path)
+        # Absolute: workers may have another working directory.
+        place = str(folder.absolute() / COPY) if path == STDIN else os.path.realpath(path)
+        # A link's own suffix counts.
+        found = source(COPY if path == STDIN else path)._replace(name=path, path=place)
+        survey = format_of(found, request.columns).survey(request.part_rows)
+        if not survey.rows:
+            raise ValueError(f"{path}: expected texts, got an empty file")
+        if request.columns.id is not None:
+            id_type = one_type(id_type, survey.id_type, path)
+        for start in survey.marks:
+            stop = min(survey.rows, start.row + request.part_rows)
+            parts.append(Part(len(parts), len(sources), start, stop, rows + start.row))
+        sources.append(found)
+        rows += survey.rows
+    kind = pa.int64() if id_type is None else id_type
+    return Plan(key, sources, request.columns, kind, request.keep_text, request.dtype, parts)
+
+
+def difference(known: Any, wanted: Any, name: str = "") -> str:
+    """The first value in which two keys differ, in words."""
+    if isinstance(known, dict) and isinstance(wanted, dict):
+        for one in sorted({*known, *wanted}):
+            if known.get(one) != wanted.get(one):
+                return difference(known.get(one), wanted.get(one), one)
+    if isinstance(known, list | dict) or isinstance(wanted, list | dict):
+        return f"other {name}"
+    return f"{name.replace('_', '-')} {json.dumps(known)}, not {json.dumps(wanted)}"

@@ -1,0 +1,111 @@
+"""Reads ranges of rows, each file at most once if they are asked for in ascending order, and all rows of some files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from .. import tables
+from ..tables import STDIN
+from .lines import Lines
+from .rows import Block, Columns, DataError, Format, Mark
+from .sources import Source, source
+from .tabular import Tabular
+
+
+class Row(NamedTuple):
+    id: Any
+    text: str
+
+
+def format_of(source: Source, columns: Columns) -> Format:
+    """Who reads ``source``."""
+    return (Lines if source.kind in ("text", "jsonl") else Tabular)(source, columns)
+
+
+class Reader:
+    """Rows of files. It goes on where it stopped, because compressed files and CSV have no way to a row but past those before."""
+
+    def __init__(self, columns: Columns) -> None:
+        self.columns = columns
+        self._format: Format | None = None
+        self._blocks: Iterator[Block] = iter(())
+        self._rest = Block([], [])  # read, and not given out
+        self._next = 0  # the row that comes next
+
+    def rows(self, source: Source, start: Mark, stop: int, most: int) -> Iterator[tuple[list[str], list[Any] | None]]:
+        """Texts and ids of the rows from ``start`` to ``stop``, at most ``most`` at a time. ``ids`` are a list of lists or of
+        pyarrow's arrays, one each block; None without an id column.
+
+        Raises:
+            DataError: a row cannot be read, or is no text.
+        """
+        where = format_of(source, self.columns)
+        if where != self._format or start.row < self._next:
+            self._format, self._blocks, self._rest, self._next = where, where.blocks(start), Block([], []), start.row
+        try:
+            self._skip(start.row)
+            while self._next < stop:
+                texts: list[str] = []
+                ids: list[Any] = []
+                for block in self._take(min(most, stop - self._next)):
+                    some, identities = where.decode(block)
+                    texts += some
+                    ids.append(identities)
+                yield texts, None if self.columns.id is None else ids
+        except BaseException:
+            self._format = None  # a broken file is opened anew by the next call
+            raise
+
+    def _skip(self, row: int) -> None:
+        for _ in self._take(row - self._next):
+            pass
+
+    def _take(self, count: int) -> Iterator[Block]:
+        while count:
+            if not len(self._rest.numbers):
+                self._rest = self._more()
+            size = min(count, len(self._rest.numbers))
+            some, self._rest = self._rest.cut(0, size), self._rest.cut(size, len(self._rest.numbers))
+            self._next += size
+            count -= size
+            yield some
+
+    def _more(self) -> Block:
+        for block in self._blocks:
+            return block
+        assert self._format is not None
+        name = self._format.source.name
+        raise DataError(f"{name}: expected more than {self._next} rows: it has changed", name)
+
+
+def read_texts(paths: Sequence[str], column: str = "text", id_column: str | None = None) -> Iterator[Row]:
+    """The texts of files, in order: all lines of a text file or of standard input ("-"), or a column of the other kinds of
+    ``sources.KINDS``. An id is the row's number, counted over all files, or the value in another column.
+
+    Raises:
+        ValueError: a file has another suffix, cannot be read, is broken, empty or not UTF-8, lacks a column, or holds a value
+            that is no text; names the file and the line or row.
+    """
+    number = 0
+    for path in paths:
+        before = number
+        for text, identity in _rows(path, Columns(column, id_column)):
+            yield Row(number if id_column is None else identity, text)
+            number += 1
+        if number == before:
+            raise ValueError(f"{path}: expected texts, got an empty file")
+
+
+def _rows(path: str, columns: Columns) -> Iterator[tuple[str, Any]]:
+    if path == STDIN:
+        for number, line in tables.read_lines(path, keep_empty=True):
+            yield tables.text(f"{path}: line {number}", line), None
+        return
+    where = format_of(source(path), columns)
+    where.survey(1 << 40)
+    for block in where.blocks(Mark(0, 0, 0)):
+        texts, ids = where.decode(block)
+        if ids is None:
+            ids = [None] * len(texts)
+        yield from zip(texts, ids if isinstance(ids, list) else ids.to_pylist(), strict=True)

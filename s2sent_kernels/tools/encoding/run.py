@@ -1,0 +1,195 @@
+"""A run: its folder is begun or taken up, an engine does the missing parts, and the folder is finished or joined into a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ...files import locked, missing, remove_empty, sync_folder
+from ..tables import STDIN
+from .finish import LOCK, MANIFEST, finish, is_ours
+from .join import OUTPUTS, join
+from .local import Engine
+from .parts import Done, Job
+from .plan import COPY, PLAN, Part, Plan, Request, difference, key_of, load, make
+from .progress import Progress
+from .sources import copy_stdin
+
+FAILED = "failed.jsonl"
+Say = Callable[[str], None]
+
+
+class Shard(NamedTuple):
+    """Every ``total``-th part, from part ``number`` on."""
+
+    number: int
+    total: int
+
+    def takes(self, part: Part) -> bool:
+        return part.number % self.total == self.number
+
+
+class Failed(ValueError):
+    """Parts could not be encoded because of their data."""
+
+
+class Options(NamedTuple):
+    """How a run is done. None of it changes the result."""
+
+    shard: Shard | None = None  # of a folder of parts
+    force: bool = False  # replace the parts of another run, or a whole that is there
+    bar: bool | None = None  # as in Progress
+    say: Say = print
+
+
+DEFAULTS = Options()
+
+
+def hidden(output: Path) -> Path:
+    """Where the parts of an output file are until they are joined."""
+    return output.parent / f".{output.name}.parts"
+
+
+def encode_file(request: Request, engine: Engine, output: Path, options: Options = DEFAULTS) -> int:
+    """Write ``output``, which appears when it is complete, and return its number of rows. Parquet has columns ``id``,
+    ``embedding`` (D numbers) and, with ``keep_text``, ``text``; .npy is an array [rows, D]. Parts of an earlier run of the same
+    request are kept, those of another are thrown away.
+
+    Raises:
+        ValueError: an input or a row is wrong; ``output`` has another suffix than OUTPUTS; another process writes it.
+    """
+    if output.suffix.lower() not in OUTPUTS:
+        raise ValueError(f"{output}: expected a file of {', '.join(OUTPUTS)}, got suffix {output.suffix!r}")
+    if request.keep_text and output.suffix.lower() == ".npy":
+        raise ValueError(f"{output}: an array holds no texts: expected .parquet")
+    folder = hidden(output)
+    with _made(folder), locked(folder / LOCK, wait=False):
+        try:
+            plan = _begin(folder, request, True, options.say)
+            for done in _encode(plan, folder, engine, plan.parts, options):
+                if done.failure is not None:
+                    raise Failed(done.failure)
+        except BaseException:
+            if not any(folder.glob("part-*")):
+                shutil.rmtree(folder)
+            raise
+        whole = folder / f"whole{output.suffix}"
+        join(plan, folder, whole)
+        os.replace(whole, output)
+        sync_folder(output.parent)
+        shutil.rmtree(folder)
+        return sum(part.rows for part in plan.parts)
+
+
+def encode_folder(request: Request, engine: Engine, folder: Path, options: Options = DEFAULTS) -> int:
+    """Write parts into ``folder``: those of a shard or, with ``manifest.json`` at the end, all. Returns the rows of those parts.
+    Parts that are there are kept. What fails by its data is written to ``failed.jsonl`` (a shard's to a file of its own), and
+    the others are encoded.
+
+    Raises:
+        Failed: parts failed. The next run tries them again.
+        ValueError: an input is wrong; the folder has parts of another plan or other files; another process writes them.
+    """
+    shard = options.shard
+    own = "" if shard is None else f"-{shard.number}-of-{shard.total}"
+    with _made(folder), locked(folder / f"{LOCK}{own}", wait=False):
+        with locked(folder / f"{LOCK}-plan", wait=True):  # shards that begin together wait for the first one's plan
+            others = [name for name in os.listdir(folder) if not is_ours(name)]
+            if others and not (folder / PLAN).exists():
+                raise ValueError(f"{folder}: expected an empty folder or one of parts, got one with {min(others)}")
+            if options.force and (folder / MANIFEST).exists():
+                _clear(folder)
+            plan = _begin(folder, request, options.force, options.say)
+        parts = [part for part in plan.parts if shard is None or shard.takes(part)]
+        note = folder / FAILED.replace(".", f"{own}.")
+        note.unlink(missing_ok=True)
+        failures = 0
+        for done in _encode(plan, folder, engine, parts, options):
+            if done.failure is not None:
+                failures += 1
+                file = plan.sources[done.part.source].name
+                failure = {"part": done.part.number, "file": file, "row": done.row, "error": done.failure}
+                with open(note, "a", encoding="utf-8") as notes:
+                    notes.write(json.dumps(failure) + "\n")
+        if failures:
+            raise Failed(f"{folder}: {failures} of {len(parts)} parts could not be encoded: see {note}")
+        if shard is None:
+            finish(folder)
+    return sum(part.rows for part in parts)
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """The folder, which is emptied and removed again if the run could not begin."""
+    made = missing(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if made and folder.exists() and not (folder / PLAN).exists():
+            _clear(folder, locks=True)
+        remove_empty(made)
+        raise
+
+
+def _begin(folder: Path, request: Request, replace: bool, say: Say) -> Plan:
+    """The plan of ``request``: the one in ``folder``, or a new one.
+
+    Raises:
+        ValueError: another plan is there, and ``replace`` is False; what ``make`` raises.
+    """
+    copy, digest = folder / f".stdin.{uuid.uuid4().hex}", None
+    try:
+        if STDIN in request.inputs:
+            digest = copy_stdin(copy)
+        key = key_of(request, digest)
+        try:
+            known = load(folder)
+        except ValueError:
+            if not replace:
+                raise
+            known = None
+        if known is not None and known.key == key:
+            return known
+        if known is not None and not replace:
+            why = difference(known.key, key)
+            raise ValueError(f"{folder}: holds parts of another run ({why}): another folder, or --force to replace it")
+        if any(folder.glob("part-*")):
+            say(f"{folder}: parts of another run are thrown away")
+        _clear(folder, keep=copy.name)
+        if digest is not None:
+            os.replace(copy, folder / COPY)
+        plan = make(request, key, folder)
+        plan.save(folder)
+        return plan
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _clear(folder: Path, *, keep: str = "", locks: bool = False) -> None:
+    """Removes what a run wrote, the manifest first, the plan last: parts without their plan would have no owner."""
+    names = [name for name in os.listdir(folder) if is_ours(name) and name != keep]
+    for name in sorted(names, key=lambda name: (name == PLAN, name != MANIFEST)):
+        if locks or not name.startswith(LOCK):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _encode(plan: Plan, folder: Path, engine: Engine, parts: Sequence[Part], options: Options) -> Iterator[Done]:
+    """Yields what became of the parts that are not there yet."""
+    names = set(os.listdir(folder))
+    todo = [part for part in parts if part.name not in names]
+    total, left = (sum(part.rows for part in some) for some in (parts, todo))
+    if left < total:
+        options.say(f"{folder}: going on after {total - left} texts")
+    if todo:
+        with (
+            Progress(total, total - left, bar=options.bar) as progress,
+            contextlib.closing(engine(Job.of(plan, folder), todo, progress)) as results,
+        ):
+            yield from results

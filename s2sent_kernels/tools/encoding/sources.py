@@ -1,0 +1,149 @@
+"""What the arguments of a run mean as input files: files, folders, globs, datasets on disk, standard input."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...files import importing
+from ..tables import STDIN
+
+with importing(None, "encode"):
+    import pyarrow as pa
+
+KINDS = {
+    ".txt": "text",
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+EXPECTED = f"a file of {', '.join(KINDS)}, also with {' or '.join(COMPRESSIONS)}"
+SAVED = "state.json"  # datasets' save_to_disk writes it beside the Arrow files and lists them in it
+PIECE = 1 << 20  # bytes
+
+
+class Source(NamedTuple):
+    """An input file. Its rows are numbered from 0."""
+
+    name: str  # in messages
+    path: str  # of the file that is opened
+    kind: str  # a value of KINDS
+    compression: str | None  # a value of COMPRESSIONS
+
+    def stream(self) -> Any:
+        """Its bytes, decompressed, as pyarrow's input stream; not seekable if compressed.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        return pa.input_stream(self.path, compression=self.compression)
+
+    def lines(self, offset: int = 0) -> Iterator[bytes]:
+        """Its lines from byte ``offset`` on, with their ends; a lone carriage return ends none. Raises OSError."""
+        if self.compression is None:
+            with open(self.path, "rb", buffering=PIECE) as file:
+                file.seek(offset)
+                yield from file
+        else:
+            with self.stream() as stream, io.BufferedReader(stream, PIECE) as lines:
+                yield from lines
+
+
+def source(path: str, name: str | None = None) -> Source:
+    """The source at ``path``, of the kind that its suffixes name.
+
+    Raises:
+        ValueError: they name none.
+    """
+    if kind := _kind(path):
+        return Source(name or path, path, *kind)
+    raise ValueError(f"{name or path}: expected {EXPECTED}, got suffix {Path(path).suffix!r}")
+
+
+def _kind(path: str) -> tuple[str, str | None] | None:
+    stem, suffix = os.path.splitext(path.lower())
+    compression = COMPRESSIONS.get(suffix)
+    if compression is not None:
+        suffix = os.path.splitext(stem)[1]
+    return (KINDS[suffix], compression) if suffix in KINDS else None
+
+
+def expand(arguments: Sequence[str], output: str | None = None, say: Callable[[str], None] = print) -> list[str]:
+    """The files that ``arguments`` mean, in order; "-" stays. A folder or a glob means its files in sorted order, but nothing
+    within ``output``, and a folder that datasets' save_to_disk wrote the files that its state lists.
+
+    Raises:
+        ValueError: there is no such file, or a folder has no input.
+    """
+    found: list[str] = []
+    for argument in arguments:
+        if argument == STDIN or os.path.isfile(argument):
+            found.append(argument)
+        elif os.path.isdir(argument):
+            found += _folder(argument, output, say)
+        elif matches := sorted(glob.glob(argument, recursive=True)) if glob.has_magic(argument) else []:
+            for path in matches:
+                found += _folder(path, output, say) if os.path.isdir(path) else [path]
+        else:
+            raise ValueError(f"{argument}: there is no such file")
+    return found
+
+
+def _folder(folder: str, output: str | None, say: Callable[[str], None]) -> list[str]:
+    if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
+        splits = json.loads(Path(folder, "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        raise ValueError(f"{folder}: expected one split of the dataset, as {folder.rstrip('/')}/{splits[0]}")
+    if os.path.isfile(os.path.join(folder, SAVED)):
+        state = json.loads(Path(folder, SAVED).read_text(encoding="utf-8"))
+        return [os.path.join(folder, file["filename"]) for file in state["_data_files"]]
+    files: list[str] = []
+    others: list[str] = []
+    seen = {os.path.realpath(path) for path in (output,) if path}  # also ends a circle of links
+    for place, names, entries in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            names.clear()
+            continue
+        seen.add(real)
+        # Hidden files and those with an underscore are notes of the program that wrote the folder, as _SUCCESS.
+        names[:] = filter(_visible, names)
+        for name in filter(_visible, entries):
+            (files if _kind(name) else others).append(os.path.join(place, name))
+    if not files:
+        raise ValueError(f"{folder}: expected {EXPECTED} in it, got none")
+    if others:
+        say(f"{folder}: {len(others)} other files are left out, as {min(others)}")
+    return sorted(files)
+
+
+def _visible(name: str) -> bool:
+    return not name.startswith((".", "_"))
+
+
+def copy_stdin(target: Path) -> str:
+    """Write standard input to ``target``, so that several workers can read it, and more than once. Returns the SHA-256.
+
+    Raises:
+        ValueError: standard input is closed.
+    """
+    if sys.stdin is None:
+        raise ValueError(f"{STDIN}: standard input is closed")
+    # Bytes if it is a byte stream: its own decoder follows the locale and may accept bytes that are not UTF-8.
+    stream = getattr(sys.stdin, "buffer", None)
+    pieces: Iterable[bytes] = map(str.encode, sys.stdin) if stream is None else iter(lambda: stream.read(PIECE), b"")
+    digest = hashlib.sha256()
+    with open(target, "wb") as file:
+        for piece in pieces:
+            digest.update(piece)
+            file.write(piece)
+    return digest.hexdigest()

@@ -1,0 +1,242 @@
+"""CSV, TSV, Parquet and Arrow: rows in record batches, read by pyarrow in constant memory."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from ...files import importing
+from .. import tables
+from .rows import BLOCK, Block, Columns, DataError, Mark, Survey, first_line, numbered, storable
+from .sources import PIECE, Source
+
+with importing(None, "encode"):
+    import pyarrow as pa
+    from pyarrow import csv, ipc, parquet
+
+MAGIC = b"ARROW1"  # with which an Arrow file begins, and no Arrow stream
+CSV_BLOCK = 16 << 20  # bytes; a row must fit
+
+
+class Tabular(NamedTuple):
+    """A ``rows.Format``."""
+
+    source: Source
+    columns: Columns
+
+    def survey(self, every: int) -> Survey:
+        with self._told():
+            rows, schema = OPENERS[self.source.kind](self)
+            return Survey(rows, self._check(schema), numbered(rows, every))
+
+    def blocks(self, start: Mark) -> Iterator[Block]:
+        with self._told():
+            number = start.row
+            for batch in READERS[self.source.kind](self, start.row):
+                for place in range(0, len(batch), BLOCK):
+                    some = batch.slice(place, BLOCK)
+                    yield Block(range(number + 1, number + 1 + len(some)), some)
+                    number += len(some)
+
+    def decode(self, block: Block) -> tuple[list[str], Any]:
+        column, batch = self.columns.text, block.content
+        texts = _texts(batch.column(column))
+        for number, text in zip(block.numbers, texts, strict=True):
+            if isinstance(text, str):
+                continue
+            name = self.source.name
+            if isinstance(text, bytes):
+                byte = _bad_byte(text)
+                raise DataError(f"{name}: row {number} is not UTF-8 (byte 0x{byte:02x})", name, number)
+            raise DataError(f"{name}: row {number}: {column}: expected a text, got {text!r}", name, number)
+        if self.columns.id is None:
+            return texts, None
+        ids = batch.column(self.columns.id)
+        return texts, ids.dictionary_decode() if pa.types.is_dictionary(ids.type) else ids
+
+    @property
+    def wanted(self) -> list[str]:
+        return list(dict.fromkeys(name for name in self.columns if name is not None))
+
+    def _check(self, schema: Any) -> Any:
+        """The ids' type, None without an id column. Raises ValueError if a column is missing, twice there or of a type that
+        does not fit."""
+        name, kind = self.source.name, schema.field(self.columns.text).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not _is_text(kind):
+            raise ValueError(f"{name}: {self.columns.text}: expected texts, got {kind}")
+        if self.columns.id is None:
+            return None
+        return storable(f"{name}: {self.columns.id}", schema.field(self.columns.id).type)
+
+    def find(self, names: list[str]) -> list[str]:
+        """The wanted columns. Raises ValueError if one is missing, or there twice."""
+        missing = [name for name in self.wanted if name not in names]
+        if missing:
+            raise ValueError(
+                f"{self.source.name}: expected a column {' and '.join(missing)}, got {', '.join(map(str, names))}"
+            )
+        tables.unique(self.source.name, [name for name in names if name in self.wanted])
+        return self.wanted
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turns errors of pyarrow and of the system into a DataError that names the file."""
+        name = self.source.name
+        try:
+            yield
+        except DataError:
+            raise
+        except (OSError, pa.ArrowException) as error:
+            if str(error).startswith(f"{name}: "):  # pyarrow's errors are ValueErrors, too
+                raise
+            raise DataError(f"{name}: cannot be read: {first_line(error)}", name) from error
+
+    @contextlib.contextmanager
+    def seekable(self) -> Iterator[Any]:
+        """The file for formats with an index at the end; a compressed one is unpacked into a temporary file first."""
+        if self.source.compression is None:
+            # Mapped, an Arrow file's batches are counted without reading them.
+            with (pa.memory_map if self.source.kind == "arrow" else pa.OSFile)(self.source.path, "r") as file:
+                yield file
+            return
+        with tempfile.TemporaryFile() as copy:
+            with self.source.stream() as stream:
+                shutil.copyfileobj(stream, copy, PIECE)
+            copy.seek(0)
+            yield pa.PythonFile(copy, "r")
+
+
+def _is_text(kind: Any) -> bool:
+    binary = pa.types.is_binary(kind)  # as CSV is read
+    return binary or pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _texts(column: Any) -> list[Any]:
+    """The values as strings; bytes where they are not UTF-8, which pyarrow does not check."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_binary(column.type):
+        values = column.to_pylist()
+    else:
+        try:
+            return column.to_pylist()
+        except UnicodeDecodeError:
+            values = column.cast(pa.large_binary()).to_pylist()
+    return [_decoded(value) for value in values]
+
+
+def _decoded(value: bytes | None) -> str | bytes | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _bad_byte(value: bytes) -> int:
+    try:
+        value.decode()
+    except UnicodeDecodeError as error:
+        return value[error.start]
+    raise AssertionError
+
+
+# ---------------------------------------------------------------- Parquet
+
+
+def _open_parquet(table: Tabular) -> tuple[int, Any]:
+    with table.seekable() as stream, parquet.ParquetFile(stream) as file:
+        table.find(file.schema_arrow.names)
+        return file.metadata.num_rows, file.schema_arrow
+
+
+def _read_parquet(table: Tabular, start: int) -> Iterator[Any]:
+    with table.seekable() as stream, parquet.ParquetFile(stream) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        first = 0
+        while first < len(sizes) and start >= sizes[first]:  # whole row groups are not read at all
+            start -= sizes[first]
+            first += 1
+        batches = file.iter_batches(BLOCK, row_groups=list(range(first, len(sizes))), columns=table.wanted)
+        yield from _without(batches, start)
+
+
+def _without(batches: Any, rows: int) -> Iterator[Any]:
+    """The batches but for so many rows at the beginning."""
+    for batch in batches:
+        left = min(rows, len(batch))
+        rows -= left
+        if left < len(batch):
+            yield batch.slice(left)
+
+
+# ---------------------------------------------------------------- Arrow
+
+
+@contextlib.contextmanager
+def _arrow(table: Tabular) -> Iterator[tuple[Any, Iterator[Any]]]:
+    """The schema, and the record batches of an Arrow file or an Arrow stream."""
+    with table.seekable() as stream:
+        magic = stream.read(len(MAGIC))
+        stream.seek(0)
+        if magic == MAGIC:
+            with ipc.open_file(stream) as file:
+                yield file.schema, map(file.get_batch, range(file.num_record_batches))
+        else:
+            with ipc.open_stream(stream) as batches:
+                yield batches.schema, iter(batches)
+
+
+def _open_arrow(table: Tabular) -> tuple[int, Any]:
+    with _arrow(table) as (schema, batches):
+        table.find(schema.names)
+        return sum(map(len, batches)), schema
+
+
+def _read_arrow(table: Tabular, start: int) -> Iterator[Any]:
+    with _arrow(table) as (_, batches):
+        yield from (batch.select(table.wanted) for batch in _without(batches, start))
+
+
+# ---------------------------------------------------------------- CSV and TSV
+
+
+@contextlib.contextmanager
+def _csv(table: Tabular, wanted: list[str] | None) -> Iterator[Any]:
+    """All columns are read as what they are in the file, text: an id 007 stays 007. The texts' bytes are decoded by ``decode``,
+    which names the row of one that is not UTF-8."""
+    tabs = table.source.kind == "tsv"  # without quoting, as everywhere in this package
+    types = {name: pa.string() for name in table.wanted} | {table.columns.text: pa.binary()}
+    with table.source.stream() as stream:
+        yield csv.open_csv(
+            stream,
+            csv.ReadOptions(block_size=CSV_BLOCK),
+            csv.ParseOptions(delimiter="\t", quote_char=False) if tabs else csv.ParseOptions(newlines_in_values=True),
+            csv.ConvertOptions(column_types=types, include_columns=wanted, strings_can_be_null=False),
+        )
+
+
+def _open_csv(table: Tabular) -> tuple[int, Any]:
+    try:
+        with _csv(table, None) as reader:
+            names = reader.schema.names
+    except pa.ArrowInvalid as error:
+        if "Empty CSV file" in str(error):
+            return 0, pa.schema([(name, pa.string()) for name in table.wanted])
+        raise
+    with _csv(table, table.find(names)) as reader:
+        schema = reader.schema
+        return sum(map(len, reader)), schema
+
+
+def _read_csv(table: Tabular, start: int) -> Iterator[Any]:
+    with _csv(table, table.wanted) as reader:
+        yield from _without(reader, start)
+
+
+OPENERS = {"parquet": _open_parquet, "arrow": _open_arrow, "csv": _open_csv, "tsv": _open_csv}
+READERS = {"parquet": _read_parquet, "arrow": _read_arrow, "csv": _read_csv, "tsv": _read_csv}
