@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import threading
@@ -58,7 +59,7 @@ def one_process_a_device(make: MakeEncoder, devices: Sequence[str]) -> Engine:
 def _in_flight(pool: ProcessPoolExecutor, parts: Sequence[Part], most: int) -> Iterator[Done]:
     """The parts in ascending order, a few of them handed out: a run may have a million."""
     todo = iter(parts)
-    running = {pool.submit(_part, part) for part, _ in zip(todo, range(most), strict=False)}
+    running = {pool.submit(_part, part) for part in itertools.islice(todo, most)}
     while running:
         done, running = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
