@@ -31,7 +31,7 @@ DEVICE = os.environ.get("S2SENT_TEST_DEVICE") or "cuda"
 ON_CUDA = DEVICE == "cuda"
 TWO = ["cuda:0", "cuda:1"] if ON_CUDA else [DEVICE] * 2
 BATCH = 8
-TEXTS = sentences(20 * BATCH)  # two processes take them in chunks of a batch
+TEXTS = sentences(20 * BATCH)  # five parts
 FLOAT32 = 1e-5  # of the largest magnitude: some tens of float32's steps; TF32 would be off by a hundred times that
 
 pytestmark = pytest.mark.skipif(ON_CUDA and not torch.cuda.is_available(), reason="torch sees no CUDA device")
@@ -128,6 +128,8 @@ def encode(places, tmp_path):
             "--batch-size",
             BATCH,
             "--keep-text",
+            "--part-rows",
+            4 * BATCH,
         )
         run("encode", places / "texts.txt", "--output", tmp_path / name, *options, "--device", *devices)
         table = parquet.read_table(tmp_path / name)

@@ -112,7 +112,7 @@ def test_a_dataset_on_disk(tmp_path):
     assert len(files) == 2
     assert sorted(read_texts(files, id_column="key")) == list(enumerate(TEXTS))
     datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "dictionary")
-    with pytest.raises(ValueError, match="expected one split of the dataset, as .*dictionary/train"):
+    with pytest.raises(ValueError, match=r"expected one split of the dataset, as .*dictionary/train"):
         expand([str(tmp_path / "dictionary")])
 
 
@@ -220,5 +220,5 @@ def test_ids_of_files_have_one_type(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"text": "x", "id": 1}\n')
     paths = [str(tmp_path / name) for name in ("a.jsonl", "b.csv", "c.jsonl")]
     assert make(paths[:2], "id").id_type == pa.string()
-    with pytest.raises(ValueError, match="c.jsonl: ids: expected values of one type, got string before and int64"):
+    with pytest.raises(ValueError, match=r"c.jsonl: ids: expected values of one type, got string before and int64"):
         make(paths, "id")

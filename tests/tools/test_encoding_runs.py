@@ -1,5 +1,5 @@
-"""Runs of `s2sent encode` with an encoder that is no model: parts, resumption, shards, failures, processes, what the outputs hold.
-What a folder promises: nothing lost, nothing twice, nothing half-written."""
+"""Runs of `s2sent encode` with an encoder that is no model: parts, resumption, shards, failures, processes, what the outputs
+hold. What a folder promises: nothing lost, nothing twice, nothing half-written."""
 
 import json
 import multiprocessing
@@ -222,7 +222,7 @@ def test_shards_and_their_finish(tmp_path, path, texts):
     assert finish(folder) == 18
     check(folder, texts)
     parquet.write_table(parquet.read_table(folder / "part-000001.parquet").slice(1), folder / "part-000001.parquet")
-    with pytest.raises(ValueError, match="part-000001.parquet: expected 4 rows, got 3"):
+    with pytest.raises(ValueError, match=r"part-000001.parquet: expected 4 rows, got 3"):
         finish(folder)
     parquet.write_table(pa.table({"id": ["x"] * 4}), folder / "part-000001.parquet")
     with pytest.raises(ValueError, match=r"part-000001.parquet: is of another plan"):

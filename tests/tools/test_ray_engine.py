@@ -93,6 +93,6 @@ def test_the_driver_killed_and_run_again(cluster, tmp_path):
 
 def test_a_worker_that_cannot_be_made(cluster, tmp_path):
     request = write(tmp_path, ["x"])
-    with pytest.raises(RuntimeError, match="Ray: .*no such model") as caught:
+    with pytest.raises(RuntimeError, match=r"Ray: .*no such model") as caught:
         encoding.encode_folder(request, Cluster(fake_encoders.broken, workers=1, gpus=0).engine, tmp_path / "out")
     assert "\n" not in str(caught.value)

@@ -1,0 +1,177 @@
+"""`s2sent encode` into folders of parts: shards, `--finish`, several devices, Ray, links, models around their output, and what is
+refused."""
+
+import json
+import os
+import pickle
+import types
+
+import numpy as np
+import pytest
+import torch
+from builders import save_encoder, sentences
+
+pa = pytest.importorskip("pyarrow")
+pytest.importorskip("sentence_transformers")
+
+from pyarrow import parquet  # noqa: E402
+
+from s2sent_kernels import S2SentSelector  # noqa: E402
+from s2sent_kernels.cli import main  # noqa: E402
+from s2sent_kernels.commands import encode as command  # noqa: E402
+from s2sent_kernels.tools import encoding  # noqa: E402
+from s2sent_kernels.tools.encoding import parts  # noqa: E402
+
+TEXTS = sentences(10)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """An encoder of 2 blocks and 16 features with a selector, as one SentenceTransformer."""
+    root = tmp_path_factory.mktemp("encode")
+    save_encoder(root / "encoder")
+    torch.manual_seed(1)
+    S2SentSelector(16, 2, 4, 4, block_prior=True).save_pretrained(root / "selector", about={"blocks": [0, 1]})
+    command.load(str(root / "encoder"), str(root / "selector")).save(str(root / "whole"))
+    return root / "whole"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("".join(f"{text}\n" for text in TEXTS))
+
+
+def run(model, *arguments, device=("--device", "cpu")):
+    return main(["encode", *map(str, arguments), "--model", str(model), *device])
+
+
+def embeddings(folder):
+    files = [part["file"] for part in json.loads((folder / "manifest.json").read_text())["parts"]]
+    column = parquet.read_table([folder / file for file in files])["embedding"].combine_chunks()
+    return column.flatten().to_numpy().reshape(len(column), -1)
+
+
+def expected(model, rows):
+    """What the model gives for parts of so many rows."""
+    whole = command.load(str(model), None)
+    return np.concatenate([whole.encode(TEXTS[i : i + rows]) for i in range(0, len(TEXTS), rows)])
+
+
+def test_a_folder_by_shards(tmp_path, model, capsys):
+    for number in ("1/2", "0/2"):
+        assert run(model, "a.txt", "--output", "out/", "--part-rows", 4, "--shard", number) == 0
+    assert capsys.readouterr().out == "wrote out/: shard 1 of 2, 4 texts\nwrote out/: shard 0 of 2, 6 texts\n"
+    assert main(["encode", "--finish", "out/"]) == 0
+    assert capsys.readouterr().out == "wrote out/manifest.json: 10 texts\n"
+    np.testing.assert_array_equal(embeddings(tmp_path / "out"), expected(model, 4))
+    assert run(model, "a.txt", "--output", "out/", "--part-rows", 4) == 0  # nothing to do
+    assert run(model, "a.txt", "--output", "out/", "--part-rows", 4, "--normalize") == 2
+    error = capsys.readouterr().err
+    assert "holds parts of another run (normalize false, not true)" in error and error.count("\n") == 1
+
+
+def test_bad_rows_exit_2_without_a_manifest(tmp_path, model, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "a cat"}\n{"text": 7}\n{"text": "a dog"}\n')
+    assert run(model, "a.jsonl", "--output", "out/", "--part-rows", 1) == 2
+    error = capsys.readouterr().err
+    assert "1 of 3 parts could not be encoded: see " in error and error.count("\n") == 1
+    assert json.loads((tmp_path / "out" / "failed.jsonl").read_text())["row"] == 2
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert main(["encode", "--finish", "out"]) == 2
+    assert "1 of 3 parts are missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [("one_process_a_device", ["--device", "cpu", "cpu"]), ("Cluster", ["--engine", "ray", "--workers", "3"])],
+)
+def test_other_engines_get_an_encoder_that_can_be_sent(tmp_path, model, monkeypatch, name, options):
+    """The engines themselves are tested with encoders that load in no time; here none starts a process."""
+    seen = []
+
+    def engine(make, *rest):
+        seen.extend(rest)
+        alone = encoding.in_this_process(pickle.loads(pickle.dumps(make))("cpu"))
+        return types.SimpleNamespace(engine=alone) if name == "Cluster" else alone
+
+    monkeypatch.setattr(encoding, name, engine)
+    assert run(model, "a.txt", "--output", "out/", "--part-rows", 4, device=options) == 0
+    np.testing.assert_array_equal(embeddings(tmp_path / "out"), expected(model, 4))
+    assert seen == ([["cpu", "cpu"]] if name == "one_process_a_device" else [None, 3, None])
+
+
+def test_an_output_within_the_model_goes_on(tmp_path, model, capsys, monkeypatch):
+    """What the command writes there is no part of the model."""
+    folder = tmp_path / "model"
+    command.load(str(model), None).save(str(folder))
+    part = parts.Worker.part
+    for output in ("model/out/", "model/a.parquet"):
+        with monkeypatch.context() as patch:
+            patch.setattr(parts.Worker, "part", lambda self, one: part(self, one) if one.number < 2 else 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                run(folder, "a.txt", "--output", output, "--part-rows", 4)
+        assert run(folder, "a.txt", "--output", output, "--part-rows", 4) == 0
+        assert "going on after 8 texts" in capsys.readouterr().out
+    assert run(folder, "a.txt", "--output", "model/out/", "--part-rows", 4) == 0
+    (folder / "config.json").touch()  # the model itself counts
+    assert run(folder, "a.txt", "--output", "model/out/", "--part-rows", 4) == 2
+
+
+def test_links_are_followed(tmp_path, model):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "0123").write_bytes((tmp_path / "a.txt").read_bytes())
+    (tmp_path / "link.txt").symlink_to("store/0123")  # as in the cache of a hub: the link has the suffix
+    (tmp_path / "store" / "real.npy").write_bytes(b"old")
+    (tmp_path / "out.npy").symlink_to("store/real.npy")
+    (tmp_path / "out").symlink_to("store/parts")
+    (tmp_path / "store" / "parts").mkdir()
+    assert run(model, "link.txt", "--output", "out.npy", "--force") == 0
+    assert (tmp_path / "out.npy").is_symlink() and np.load(tmp_path / "store" / "real.npy").shape == (10, 16)
+    assert run(model, "link.txt", "--output", "out/") == 0
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "store" / "parts" / "manifest.json").exists()
+
+
+def test_a_folder_of_inputs_and_float16(tmp_path, model):
+    (tmp_path / "in").mkdir()
+    parquet.write_table(pa.table({"text": TEXTS[:4]}), tmp_path / "in" / "b.parquet")
+    (tmp_path / "in" / "c.csv").write_text("".join(f"{text}\n" for text in ["text", *TEXTS[4:]]))
+    assert run(model, "in", "--output", "in/out/", "--output-dtype", "float16") == 0
+    found = embeddings(tmp_path / "in" / "out")
+    assert found.dtype == np.float16 and found.shape == (10, 16)
+    assert run(model, "in", "--output", "in/out/", "--output-dtype", "float16") == 0  # the output is no input
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "expected files of texts and --output, or --finish"),
+        (["a.txt"], "expected files of texts and --output, or --finish"),
+        (["a.txt", "--finish", "out/"], "--finish: expected nothing beside the folder, got inputs"),
+        (["--finish", "out/", "--normalize"], "--finish: expected nothing beside the folder, got normalize"),
+        (["--finish", "out/"], "expected a folder of parts, got one without _plan.json"),
+        (["a.txt", "--output", "out/", "--shard", "2/2"], "invalid shard I/N with I from 0 to N - 1 value: '2/2'"),
+        (["a.txt", "--output", "out/", "--shard", "-1/2"], "--shard: expected one argument"),
+        (["a.txt", "--output", "out/", "--shard", "one"], "invalid shard I/N"),
+        (["a.txt", "--output", "o.npy", "--shard", "0/2"], "--shard: expected a folder as --output"),
+        (["a.txt", "--output", "out/", "--shard", "0/2", "--force"], "--shard: expected without --force"),
+        (["-", "--output", "out/", "--shard", "0/2"], "--shard: expected files, which every shard can read"),
+        (["-", "-", "--output", "out/"], "-: expected once"),
+        (["a.txt", "--output", "out/", "--workers", "2"], "--workers: expected with --engine ray"),
+        (["a.txt", "--output", "out/", "--address", "auto"], "--address: expected with --engine ray"),
+        (["a.txt", "--output", "out/", "--gpus-per-worker", "0"], "--gpus-per-worker: expected with --engine ray"),
+        (["a.txt", "--output", "out/", "--engine", "ray", "--device", "cpu"], "--device: expected with --engine local"),
+        (["a.txt", "--output", "out/", "--engine", "ray", "--gpus-per-worker", "1.5"], "invalid number of GPUs"),
+        (
+            ["a.txt", "--output", "out/", "--output-dtype", "float16", "--precision", "binary"],
+            "--output-dtype: expected",
+        ),
+        (["a.txt", "--output", "a.txt/"], "is not a directory that can be written to"),
+        (["a.txt", "--output", "./"], "expected another folder than that of a.txt"),
+    ],
+)
+def test_what_is_refused(tmp_path, capsys, options, message):
+    assert main(["encode", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert os.listdir(tmp_path) == ["a.txt"]
