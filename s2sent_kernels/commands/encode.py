@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import __version__
+from ..files import require
 from ..tools.tables import STDIN
 from . import common
 from .common import UserError, positive
@@ -302,6 +303,8 @@ def _engine(arguments: argparse.Namespace) -> encoding.Engine:
     """Loads the model here in any case: what is wrong with it is told before anything is begun."""
     from ..tools import encoding
 
+    if arguments.engine == "ray":
+        require("ray", "ray", "ray")
     options = EncoderOptions(*(getattr(arguments, name) for name in EncoderOptions._fields[:-2]))
     devices = [str(common.device_of(name)) for name in arguments.device or [None]]
     alone = arguments.engine == "local" and len(devices) == 1

@@ -4,6 +4,7 @@ refused."""
 import json
 import os
 import pickle
+import sys
 import types
 
 import numpy as np
@@ -99,6 +100,12 @@ def test_other_engines_get_an_encoder_that_can_be_sent(tmp_path, model, monkeypa
     assert run(model, "a.txt", "--output", "out/", "--part-rows", 4, device=options) == 0
     np.testing.assert_array_equal(embeddings(tmp_path / "out"), expected(model, 4))
     assert seen == ([["cpu", "cpu"]] if name == "one_process_a_device" else [None, 3, None])
+
+
+def test_ray_may_be_missing(tmp_path, model, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert run(model, "a.txt", "--output", "out/", device=["--engine", "ray"]) == 2
+    assert "pip install 's2sent_kernels[ray]'" in capsys.readouterr().err and os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_an_output_within_the_model_goes_on(tmp_path, model, capsys, monkeypatch):

@@ -301,7 +301,7 @@ def test_two_processes_of_which_one_is_killed(tmp_path, texts):
     texts = [*texts, f"DIE {tmp_path / 'died'}", *texts]
     made = request(write(tmp_path, texts))
     engine = encoding.one_process_a_device(fake_encoders.once, ["cpu", "cpu"])
-    with pytest.raises(RuntimeError, match="a worker process ended"):
+    with pytest.raises(RuntimeError, match="a worker process ended, or"):
         encoding.encode_folder(made, engine, tmp_path / "two")
     encoding.encode_folder(made, engine, tmp_path / "two", Options(say=lambda _: None))
     check(tmp_path / "two", texts)

@@ -44,8 +44,7 @@ class Lines(NamedTuple):
         return Survey(rows, ids.type(), marks)
 
     def blocks(self, start: Mark) -> Iterator[Block]:
-        # Compressed files have no way to a line but past those before it.
-        plain = self.source.compression is None
+        plain = self.source.indexed
         lines = enumerate(self.source.lines(start.offset if plain else 0), start.line if plain else 0)
         rows = ((line + 1, raw) for line, raw in lines if line >= start.line and self._counts(line, raw))
         try:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -49,7 +50,9 @@ def one_process_a_device(make: MakeEncoder, devices: Sequence[str]) -> Engine:
                 progress.advance(done.rows, done.tokens)
                 yield done
         except BrokenProcessPool as error:
-            raise RuntimeError("a worker process ended; the same command goes on where it stopped") from error
+            raise RuntimeError(
+                "a worker process ended, or could not begin; the same command goes on where it stopped"
+            ) from error
         finally:
             _end(pool)
 
@@ -85,6 +88,7 @@ _worker: Worker
 
 
 def _begin(job: Job, make: MakeEncoder, names: Any, count: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     device = names.get()
     if device == "cpu":

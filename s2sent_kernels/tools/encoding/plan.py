@@ -7,7 +7,7 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from .sources import Source, source
 
 with importing(None, "encode"):
     import pyarrow as pa
+    from tqdm import tqdm
 
 PLAN = "_plan.json"
 COPY = "_stdin.txt"  # of standard input
@@ -116,8 +117,8 @@ def state(path: str) -> list[Any]:
     return [os.path.realpath(path), about.st_size, about.st_mtime_ns]
 
 
-def make(request: Request, key: dict[str, Any], folder: Path, each: Callable[[str], None] = lambda path: None) -> Plan:
-    """The plan, after a look at every input; ``each`` is told their names. Standard input was copied to COPY in ``folder``.
+def make(request: Request, key: dict[str, Any], folder: Path) -> Plan:
+    """The plan, after a look at every input. Standard input was copied to COPY in ``folder``.
 
     Raises:
         ValueError: an input cannot be read, is empty, or lacks a column; there is no one type of all ids, or none that can be
@@ -126,8 +127,8 @@ def make(request: Request, key: dict[str, Any], folder: Path, each: Callable[[st
     sources: list[Source] = []
     parts: list[Part] = []
     rows, id_type = 0, None
-    for path in request.inputs:
-        each(path)
+    # Disabled where standard error is no terminal.
+    for path in tqdm(request.inputs, "planning", delay=2, leave=False, unit=" files", disable=None):
         # Absolute: workers may have another working directory.
         place = str(folder.absolute() / COPY) if path == STDIN else os.path.realpath(path)
         # A link's own suffix counts.

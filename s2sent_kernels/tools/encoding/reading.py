@@ -24,7 +24,7 @@ def format_of(source: Source, columns: Columns) -> Format:
 
 
 class Reader:
-    """Rows of files. It goes on where it stopped, because compressed files and CSV have no way to a row but past those before."""
+    """Rows of files. In a file without an index it goes on where it stopped."""
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
@@ -41,7 +41,10 @@ class Reader:
             DataError: a row cannot be read, or is no text.
         """
         where = format_of(source, self.columns)
-        if where != self._format or start.row < self._next:
+        on = where == self._format and (
+            start.row == self._next or (start.row > self._next and not where.source.indexed)
+        )
+        if not on:
             self._format, self._blocks, self._rest, self._next = where, where.blocks(start), Block([], []), start.row
         try:
             self._skip(start.row)

@@ -100,7 +100,7 @@ def encode_folder(request: Request, engine: Engine, folder: Path, options: Optio
     own = "" if shard is None else f"-{shard.number}-of-{shard.total}"
     with _made(folder), locked(folder / f"{LOCK}{own}", wait=False):
         with locked(folder / f"{LOCK}-plan", wait=True):  # shards that begin together wait for the first one's plan
-            others = [name for name in os.listdir(folder) if not is_ours(name)]
+            others = [name for name in os.listdir(folder) if not is_ours(name) and not name.startswith(".")]
             if others and not (folder / PLAN).exists():
                 raise ValueError(f"{folder}: expected an empty folder or one of parts, got one with {min(others)}")
             if options.force and (folder / MANIFEST).exists():

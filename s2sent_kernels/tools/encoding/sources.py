@@ -41,6 +41,11 @@ class Source(NamedTuple):
     kind: str  # a value of KINDS
     compression: str | None  # a value of COMPRESSIONS
 
+    @property
+    def indexed(self) -> bool:
+        """Whether reading can begin at a part; else only past all rows before it."""
+        return self.compression is None and self.kind not in ("csv", "tsv")
+
     def stream(self) -> Any:
         """Its bytes, decompressed, as pyarrow's input stream; not seekable if compressed.
 
