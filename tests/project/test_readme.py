@@ -18,6 +18,7 @@ import torch
 ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").is_file())
 WALKTHROUGH = "docs/walkthrough.md"
 SERVERS = ("LitServe, with OpenAI's route", "Ray Serve")
+OUTPUT_OPTIONS = ("--output", "--output-dir")
 # In the order in which their command lines run: the README's train the folders that later ones name.
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
@@ -200,7 +201,7 @@ def test_every_command_line_runs(tmp_path, monkeypatch):
             continue  # needs a network; test_mteb.py
         device = [] if {"--finish", "--device"} & set(arguments) else ["--device", "cpu"]
         assert main([*arguments, *device]) == 0, arguments
-        written.update(arguments[place + 1] for place, word in enumerate(arguments) if word == "--output")
+        written.update(arguments[place + 1] for place, word in enumerate(arguments) if word in OUTPUT_OPTIONS)
     assert written == {
         "selector",
         "model",

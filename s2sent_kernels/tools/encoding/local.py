@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import multiprocessing
 import os
@@ -13,9 +12,13 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from ...files import importing
 from .parts import Done, Encoder, Job, Worker
 from .plan import Part
 from .progress import Progress
+
+with importing(None, "encode"):
+    from tqdm import tqdm
 
 MakeEncoder = Callable[[str], Encoder]  # from the name of a device; pickled
 # Encodes parts and yields what became of each, in any order.
@@ -53,8 +56,12 @@ def one_process_a_device(make: MakeEncoder, devices: Sequence[str]) -> Engine:
             raise RuntimeError(
                 "a worker process ended, or could not begin; the same command goes on where it stopped"
             ) from error
+        except BaseException:
+            for process in list((pool._processes or {}).values()):  # nobody will ask for the parts that they have begun
+                process.terminate()
+            raise
         finally:
-            _end(pool)
+            pool.shutdown(cancel_futures=True)
 
     return engine
 
@@ -71,17 +78,6 @@ def _in_flight(pool: ProcessPoolExecutor, parts: Sequence[Part], most: int) -> I
             yield future.result()
 
 
-def _end(pool: ProcessPoolExecutor) -> None:
-    """Without waiting for parts that nobody will ask for."""
-    processes: Any = list((pool._processes or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
-        with contextlib.suppress(Exception):  # it has ended
-            process.terminate()
-    for process in processes:
-        process.join()
-
-
 # ---------------------------------------------------------------- in a worker process
 
 _worker: Worker
@@ -89,6 +85,7 @@ _worker: Worker
 
 def _begin(job: Job, make: MakeEncoder, names: Any, count: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent ends its workers
+    tqdm.set_lock(threading.RLock())  # its own is the system's, and would be left behind by a worker that is ended
     threading.Thread(target=_end_with_parent, daemon=True).start()
     device = names.get()
     if device == "cpu":
