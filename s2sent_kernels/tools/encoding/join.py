@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,20 @@ def join(plan: Plan, folder: Path, whole: Path) -> None:
 
 
 def _slices(plan: Plan, folder: Path, columns: list[str] | None = None) -> Iterator[Any]:
-    for part in plan.parts:
-        with parquet.ParquetFile(folder / part.name) as file:
-            for group in range(file.num_row_groups):
-                yield file.read_row_group(group, columns)
+    """The row groups of all parts; one is read while the caller writes another."""
+
+    def read() -> Iterator[Any]:
+        for part in plan.parts:
+            with parquet.ParquetFile(folder / part.name) as file:
+                for group in range(file.num_row_groups):
+                    yield file.read_row_group(group, columns)
+
+    rows = read()
+    with ThreadPoolExecutor(1) as reading:
+        ahead = reading.submit(next, rows, None)
+        while (table := ahead.result()) is not None:
+            ahead = reading.submit(next, rows, None)
+            yield table
 
 
 def _join_array(plan: Plan, folder: Path, whole: Path) -> None:
