@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -145,15 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
     calibration = [arguments.calibration] if arguments.calibration is not None else []
     _check_inputs([*inputs, *calibration], output)
     engine = _engine(arguments)
-    default = encoding.IN_A_FOLDER if as_folder else encoding.IN_A_FILE
-    request = encoding.Request(
-        inputs,
-        encoding.Columns(arguments.column, arguments.id_column),
-        arguments.keep_text,
-        arguments.output_dtype,
-        arguments.part_rows or default,
-        settings(vars(arguments), output),
-    )
+    request = request_of(arguments, inputs, output)
     part = arguments.shard and encoding.Shard(*arguments.shard)
     with _told(arguments.output):
         write = encoding.encode_folder if as_folder else encoding.encode_file
@@ -358,7 +350,22 @@ def load(model: str | None, selector: str | None) -> Any:
 # ---------------------------------------------------------------- what the result depends on
 
 
-def settings(options: Mapping[str, Any], output: Path) -> dict[str, Any]:
+def request_of(arguments: argparse.Namespace, inputs: Sequence[str], output: Path) -> encoding.Request:
+    """What the options ask for. Runs whose requests are equal give the same result."""
+    from ..tools import encoding
+
+    default = encoding.IN_A_FOLDER if arguments.output.endswith("/") else encoding.IN_A_FILE
+    return encoding.Request(
+        inputs,
+        encoding.Columns(arguments.column, arguments.id_column),
+        arguments.keep_text,
+        arguments.output_dtype,
+        arguments.part_rows or default,
+        _settings(vars(arguments), output),
+    )
+
+
+def _settings(options: Mapping[str, Any], output: Path) -> dict[str, Any]:
     """All that the result depends on beside the inputs and how they are divided, as JSON."""
     left_out = IRRELEVANT.union(REQUESTED, FILES)
     chosen = {name: value for name, value in options.items() if name not in left_out}

@@ -1,8 +1,10 @@
 """What the subcommands share: which encoder and which selector are meant, when an interrupted encoding is resumed, and the one
 wording for a missing package."""
 
+import argparse
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,11 +113,20 @@ def options(folders, *more):
     return vars(_parser().parse_args(given))
 
 
+def key(known, stdin=None):
+    """The key of the run's plan, as the plan's file has it."""
+    pytest.importorskip("pyarrow")
+    from s2sent_kernels.tools.encoding import plan
+
+    request = encode.request_of(argparse.Namespace(**known), known["inputs"], Path("out.npy"))
+    found = plan.key_of(request, stdin)
+    assert found == json.loads(json.dumps(found))
+    return found
+
+
 def test_an_unknown_new_option_changes_the_key(folders):
     known = options(folders)
-    key = encode.resumption_key(known)
-    assert json.loads(json.dumps(key))  # encode_texts hashes it as JSON
-    assert encode.resumption_key({**known, "new": None}) != key
+    assert key({**known, "new": None}) != key(known)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +134,11 @@ def test_an_unknown_new_option_changes_the_key(folders):
     [
         (["--device", "cpu"], True),
         (["--force"], True),
-        (["--chunk", "7"], True),  # encode_texts compares it itself
+        (["--workers", "2"], True),
+        (["--engine", "ray"], True),
+        (["--part-rows", "7"], False),
+        (["--keep-text"], False),
+        (["--output-dtype", "float16"], False),
         (["--prompt", "query: "], False),
         (["--normalize"], False),
         (["--truncate-dim", "8"], False),
@@ -135,16 +150,17 @@ def test_an_unknown_new_option_changes_the_key(folders):
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_which_options_are_in_the_key(folders, more, same):
-    assert (encode.resumption_key(options(folders, *more)) == encode.resumption_key(options(folders))) == same
+    assert (key(options(folders, *more)) == key(options(folders))) == same
 
 
-def test_files_are_in_the_key_by_their_content_and_standard_input_has_none(folders):
-    before = encode.resumption_key(options(folders))
+def test_files_are_in_the_key_by_their_sizes_and_times_and_standard_input_by_its_content(folders):
+    before = key(options(folders))
     (folders / "whole" / "config.json").write_text("{} ")
-    changed = encode.resumption_key(options(folders))
+    changed = key(options(folders))
     (folders / "texts.txt").write_text("a dog or two\n")
-    assert before != changed != encode.resumption_key(options(folders))
-    assert encode.resumption_key({**options(folders), "inputs": ["texts.txt", "-"]}) is None
+    assert before != changed != key(options(folders))
+    stdin = {**options(folders), "inputs": ["texts.txt", "-"]}
+    assert key(stdin, "digest") == key(stdin, "digest") != key(stdin, "another")
 
 
 # ---------------------------------------------------------------- packages, defaults, modules
