@@ -269,6 +269,7 @@ class Embedder:
     def _embeddings(self, texts: Iterable[str], options: _Options) -> Iterator[Tensor]:
         """[n, D] of one chunk of texts after another, float32 on the host."""
         encoded = self._encoded(texts, options.prompt)
+        chunks: Iterable[Tokens]
         if isinstance(texts, list) and len(texts) <= INLINE:
             chunks = map(self._texts.convert, encoded)
         else:

@@ -392,3 +392,15 @@ def write_examples(path, rows, columns=("anchor", "positive")):
 
         parquet.write_table(pyarrow.table({name: [row[i] for row in rows] for i, name in enumerate(columns)}), path)
     return path
+
+
+def make_sentence_transformer(encoder, selector):
+    """A SentenceTransformer on the CPU of an encoder's and a selector's folder."""
+    from s2sent_kernels import loading
+    from s2sent_kernels.sentence_transformers import S2SentPooling, SentenceTransformer
+
+    transformer, trained = loading.load_transformer(str(encoder)), loading.read_selector(str(selector))
+    blocks = trained.blocks(transformer.auto_model)
+    pooling = S2SentPooling.behind(transformer, blocks, pooling=trained.pooling, **trained.config["selector"])
+    pooling.selector.load_state_dict(trained.selector.state_dict())
+    return SentenceTransformer(modules=[transformer, pooling], device="cpu").eval()

@@ -20,8 +20,11 @@ from .common import UserError, positive
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..embedder import Embedder
     from ..tools import encoding
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+OVERFLOWS = ("truncate", "error", "windows")
 PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
 # Options that may change between an interrupted run and its resumption: they say how and where, not what. All other options, also
 # new ones, are part of the plan's key.
@@ -75,7 +78,16 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--calibration", type=common.path, metavar="FILE", help="texts whose embeddings' ranges int8 and uint8 divide"
     )
-    command.add_argument("--batch-size", type=positive, default=32, help="default: 32")
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the encoder (default: what the device is good at)"
+    )
+    command.add_argument(
+        "--overflow",
+        choices=OVERFLOWS,
+        default="truncate",
+        help="of texts longer than --max-length: cut, refuse, or average overlapping windows (default: truncate)",
+    )
+    command.add_argument("--batch-tokens", type=positive, metavar="N", help="default: as many as the device runs well")
     command.add_argument(
         "--part-rows",
         "--chunk",
@@ -127,15 +139,11 @@ share.__name__ = "number of GPUs"
 
 
 def run(arguments: argparse.Namespace) -> None:
-    # First: without pyarrow sentence-transformers fails, too, and names itself.
     from ..tools import encoding
 
     if arguments.finish is not None:
         _finish(arguments)
         return
-    # isort: split
-    from .. import sentence_transformers  # noqa: F401  its error names the extra
-
     _check_options(arguments)
     as_folder = arguments.output.endswith("/")
     output = Path(os.path.realpath(arguments.output))  # a link is followed: what it leads to is replaced
@@ -243,9 +251,11 @@ class EncoderOptions(NamedTuple):
 
     model: str | None
     selector: str | None
+    dtype: str
     max_length: int | None
+    overflow: str
     prompt: str | None
-    batch_size: int
+    batch_tokens: int | None
     normalize: bool
     truncate_dim: int | None
     precision: str = "float32"
@@ -258,37 +268,55 @@ def make_encoder(options: EncoderOptions, device: str) -> _Encoder:
     Raises:
         UserError: model and selector cannot be loaded, or do not fit.
     """
-    model = load(options.model, options.selector)
-    if options.max_length is not None:
-        model.max_seq_length = min(options.max_length, model.max_seq_length or options.max_length)
-    if options.truncate_dim is not None and options.truncate_dim > (size := model.get_embedding_dimension()):
+    from ..embedder import Embedder
+
+    common.resolve(options.model, options.selector)  # for errors that name the options
+    name = options.model or options.selector or common.BUNDLED
+    with _told(name):
+        embedder = Embedder.from_pretrained(
+            name,
+            options.selector if options.model is not None else None,
+            options.dtype,
+            device,
+            max_length=options.max_length,
+            overflow=options.overflow,
+        )
+    size = embedder.dimension
+    if options.truncate_dim is not None and options.truncate_dim > size:
         raise UserError(
             f"--truncate-dim: expected at most {size}, as many features as there are, got {options.truncate_dim}"
         )
-    return _Encoder(model.to(device), options)
+    return _Encoder(embedder, options)
 
 
 class _Encoder:
-    """``tools.encoding.Encoder`` of a SentenceTransformer."""
+    """``tools.encoding.Encoder`` of an Embedder."""
 
-    def __init__(self, model: Any, options: EncoderOptions) -> None:
-        self.model, self.options = model, options
+    def __init__(self, embedder: Embedder, options: EncoderOptions) -> None:
+        self.embedder, self.options = embedder, options
+
+    @property
+    def tokens(self) -> int:
+        return self.embedder.statistics.tokens
+
+    @property
+    def cut(self) -> int:
+        return self.embedder.statistics.cut
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        from sentence_transformers.util import quantize_embeddings
-
         options = self.options
-        embeddings = self.model.encode(
+        embeddings = self.embedder.encode(
             texts,
             prompt=options.prompt,
-            batch_size=options.batch_size,
-            normalize_embeddings=options.normalize,
+            batch_tokens=options.batch_tokens,
+            normalize=options.normalize,
             truncate_dim=options.truncate_dim,
-            show_progress_bar=False,
+            progress=False,
         )
         if options.precision == "float32":
             return embeddings
-        return quantize_embeddings(embeddings, precision=options.precision, ranges=options.ranges)  # type: ignore[arg-type, return-value]
+        util = require("sentence_transformers.util", "sentence-transformers", "sentence-transformers")
+        return util.quantize_embeddings(embeddings, precision=options.precision, ranges=options.ranges)
 
 
 def _engine(arguments: argparse.Namespace) -> encoding.Engine:
@@ -306,7 +334,7 @@ def _engine(arguments: argparse.Namespace) -> encoding.Engine:
         ranges = _ranges(encoder, arguments.calibration, arguments.column)
     options = options._replace(precision=arguments.precision, ranges=ranges)
     if alone:
-        return encoding.in_this_process(_Encoder(encoder.model, options))
+        return encoding.in_this_process(_Encoder(encoder.embedder, options))
     make = functools.partial(make_encoder, options)
     if arguments.engine == "ray":
         return encoding.Cluster(make, arguments.address, arguments.workers, arguments.gpus_per_worker).engine
@@ -326,25 +354,6 @@ def _ranges(encoder: _Encoder, calibration: str, column: str) -> np.ndarray:
         count = len(seen)
         raise UserError(f"--calibration {calibration}: expected texts that differ in every feature, got {count}")
     return ranges
-
-
-def load(model: str | None, selector: str | None) -> Any:
-    """A SentenceTransformer on the CPU, from a folder that holds encoder and selector, or from one of each."""
-    from ..sentence_transformers import S2SentPooling, SentenceTransformer
-
-    source = common.resolve(model, selector)
-    if source.model is not None and source.whole:
-        return common.load_whole(source.model)[0]
-    assert source.selector is not None  # resolve required one
-    transformer = common.load_transformer(source.model)
-    trained = common.read_selector(source.selector)
-    blocks = trained.blocks(transformer.auto_model)
-    try:
-        pooling = S2SentPooling.behind(transformer, blocks, pooling=trained.pooling, **trained.config["selector"])
-        pooling.selector.load_state_dict(trained.selector.state_dict())
-    except (ValueError, TypeError) as error:
-        raise UserError(f"selector {source.selector}: {error}") from error
-    return SentenceTransformer(modules=[transformer, pooling], device="cpu").eval()
 
 
 # ---------------------------------------------------------------- what the result depends on

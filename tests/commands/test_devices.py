@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import assert_close, save_encoder, sentences
+from builders import assert_close, make_sentence_transformer, save_encoder, sentences
 
 from s2sent_kernels import S2SentSelector, backends
 from s2sent_kernels.capture import BlockCapture
@@ -125,8 +125,10 @@ def encode(places, tmp_path):
             places / "encoder",
             "--selector",
             places / "selector",
-            "--batch-size",
-            BATCH,
+            "--dtype",
+            "float32",
+            "--batch-tokens",
+            8 * BATCH,
             "--keep-text",
             "--part-rows",
             4 * BATCH,
@@ -154,9 +156,8 @@ def test_encode_on_two_devices(encode):
 @pytest.mark.parametrize("how", ["pool", "devices"])
 def test_a_sentence_transformer_on_two_devices(places, how):
     pytest.importorskip("sentence_transformers")
-    from s2sent_kernels.commands.encode import load
 
-    model = load(str(places / "encoder"), str(places / "selector")).to(TWO[0])
+    model = make_sentence_transformer(places / "encoder", places / "selector").to(TWO[0])
     expected = model.encode(TEXTS, batch_size=BATCH)
     if how == "devices":
         found = model.encode(TEXTS, batch_size=BATCH, chunk_size=2 * BATCH, device=TWO)

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from builders import save_encoder, sentences
+from builders import make_sentence_transformer, save_encoder, sentences
 
 pa = pytest.importorskip("pyarrow")
 pytest.importorskip("sentence_transformers")
@@ -15,7 +15,6 @@ from pyarrow import parquet  # noqa: E402
 
 from s2sent_kernels import S2SentSelector  # noqa: E402
 from s2sent_kernels.cli import main  # noqa: E402
-from s2sent_kernels.commands import encode as command  # noqa: E402
 from s2sent_kernels.tools.encoding import Row, parts, read_texts  # noqa: E402
 
 
@@ -26,7 +25,7 @@ def places(tmp_path_factory):
     save_encoder(root / "encoder")
     torch.manual_seed(1)
     S2SentSelector(16, 2, 4, 4, block_prior=True).save_pretrained(root / "selector", about={"blocks": [0, 1]})
-    command.load(str(root / "encoder"), str(root / "selector")).save(str(root / "whole"))
+    make_sentence_transformer(root / "encoder", root / "selector").save(str(root / "whole"))
     return root
 
 
@@ -114,7 +113,7 @@ def test_the_command_gives_what_the_model_gives(tmp_path, places, capsys):
     path = write(tmp_path / "a.jsonl", texts)
     assert run(places, path, "--output", tmp_path / "a.npy", "--chunk", 4) == 0
     assert capsys.readouterr().out == f"wrote {tmp_path / 'a.npy'}: 11 texts\n"
-    model = command.load(str(places / "encoder"), str(places / "selector"))
+    model = make_sentence_transformer(places / "encoder", places / "selector")
     expected = np.concatenate([model.encode(texts[i : i + 4]) for i in range(0, 11, 4)])
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), expected)
     options = [
@@ -234,3 +233,62 @@ def test_models_that_do_not_fit(tmp_path, places, capsys):
     assert run(places, path, "--output", tmp_path / "a.npy", *options, model="encoder") == 2
     error = capsys.readouterr().err
     assert "selector all-MiniLM-L6-v2: " in error and error.count("\n") == 1
+
+
+# ---------------------------------------------------------------- long texts, and the encoder's dtype
+
+
+@pytest.fixture
+def long_texts(tmp_path):
+    lines = [*sentences(3), " ".join(sentences(4)), " ".join(sentences(6))]
+    (tmp_path / "long.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return tmp_path / "long.txt"
+
+
+def embeddings_of(path):
+    return np.array(parquet.read_table(path)["embedding"].to_pylist())
+
+
+def test_how_many_texts_were_cut_is_said_and_kept(long_texts, places, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["encode", "long.txt", "--model", str(places / "whole"), "--device", "cpu", "--max-length", "12"]
+    assert main([*command, "--output", "out/", "--part-rows", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "2 of 5 texts have more tokens than the model takes"
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["cut"] == 2
+    (tmp_path / "out" / "manifest.json").unlink()
+    (tmp_path / "out" / "part-000000.parquet").unlink()
+    assert main([*command, "--output", "out/", "--part-rows", "2"]) == 0  # also those that an earlier run encoded
+    assert "2 of 5 texts have more tokens" in capsys.readouterr().out
+    assert main([*command, "--output", "a.parquet"]) == 0
+    assert "2 of 5 texts have more tokens" in capsys.readouterr().out
+    assert (
+        main(["encode", "long.txt", "--model", str(places / "whole"), "--device", "cpu", "--output", "b.parquet"]) == 0
+    )
+    assert "tokens" not in capsys.readouterr().out
+
+
+def test_overflow_windows_and_error(long_texts, places, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["encode", "long.txt", "--model", str(places / "whole"), "--device", "cpu", "--max-length", "12"]
+    assert main([*command, "--output", "cut.parquet"]) == 0
+    assert main([*command, "--output", "windows.parquet", "--overflow", "windows"]) == 0
+    cut, windows = embeddings_of("cut.parquet"), embeddings_of("windows.parquet")
+    np.testing.assert_allclose(windows[:3], cut[:3], atol=1e-6)
+    assert (np.abs(windows[3:] - cut[3:]).max(axis=1) > 1e-3).all()
+    capsys.readouterr()
+    assert main([*command, "--output", "none.parquet", "--overflow", "error"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "long.txt: rows 1 to 5: texts: expected at most 12 tokens, got text 3" in error
+    assert not (tmp_path / "none.parquet").exists()
+
+
+def test_the_encoder_computes_in_the_dtype_that_was_asked_for(long_texts, places, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["encode", "long.txt", "--model", str(places / "whole"), "--device", "cpu"]
+    found = {}
+    for dtype in ("auto", "float32", "bfloat16"):
+        assert main([*command, "--output", f"{dtype}.parquet", "--dtype", dtype]) == 0
+        found[dtype] = embeddings_of(f"{dtype}.parquet")
+    assert (found["auto"] == found["float32"]).all()
+    difference = np.abs(found["bfloat16"] - found["float32"]).max()
+    assert 1e-4 < difference < 0.1

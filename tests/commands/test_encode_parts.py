@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from builders import save_encoder, sentences
+from builders import make_sentence_transformer, save_encoder, sentences
 
 pa = pytest.importorskip("pyarrow")
 pytest.importorskip("sentence_transformers")
@@ -19,7 +19,7 @@ from pyarrow import parquet  # noqa: E402
 
 from s2sent_kernels import S2SentSelector  # noqa: E402
 from s2sent_kernels.cli import main  # noqa: E402
-from s2sent_kernels.commands import encode as command  # noqa: E402
+from s2sent_kernels.sentence_transformers import load  # noqa: E402
 from s2sent_kernels.tools import encoding  # noqa: E402
 from s2sent_kernels.tools.encoding import parts  # noqa: E402
 
@@ -33,7 +33,7 @@ def model(tmp_path_factory):
     save_encoder(root / "encoder")
     torch.manual_seed(1)
     S2SentSelector(16, 2, 4, 4, block_prior=True).save_pretrained(root / "selector", about={"blocks": [0, 1]})
-    command.load(str(root / "encoder"), str(root / "selector")).save(str(root / "whole"))
+    make_sentence_transformer(root / "encoder", root / "selector").save(str(root / "whole"))
     return root / "whole"
 
 
@@ -55,7 +55,7 @@ def embeddings(folder):
 
 def expected(model, rows):
     """What the model gives for parts of so many rows."""
-    whole = command.load(str(model), None)
+    whole = load(model)
     return np.concatenate([whole.encode(TEXTS[i : i + rows]) for i in range(0, len(TEXTS), rows)])
 
 
@@ -111,7 +111,7 @@ def test_ray_may_be_missing(tmp_path, model, monkeypatch, capsys):
 def test_an_output_within_the_model_goes_on(tmp_path, model, capsys, monkeypatch):
     """What the command writes there is no part of the model."""
     folder = tmp_path / "model"
-    command.load(str(model), None).save(str(folder))
+    load(model).save(str(folder))
     part = parts.Worker.part
     for output in ("model/out/", "model/a.parquet"):
         with monkeypatch.context() as patch:

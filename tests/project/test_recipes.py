@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import save_encoder, sentences
+from builders import make_sentence_transformer, save_encoder, sentences
 
 ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").is_file())
 RECIPES = {"with_spark.py": "pyspark", "with_daft.py": "daft", "with_nemo_curator.py": "nemo_curator"}
@@ -23,12 +23,11 @@ def test_recipe_runs(tmp_path, name):
     from pyarrow import dataset, parquet, table
 
     from s2sent_kernels import S2SentSelector
-    from s2sent_kernels.commands.encode import load
 
     save_encoder(tmp_path / "encoder")
     torch.manual_seed(1)
     S2SentSelector(16, 2, 4, 4).save_pretrained(tmp_path / "selector", about={"blocks": [0, 1]})
-    model = load(str(tmp_path / "encoder"), str(tmp_path / "selector"))
+    model = make_sentence_transformer(tmp_path / "encoder", tmp_path / "selector")
     model.save(str(tmp_path / "model"))
     (tmp_path / "in").mkdir()
     texts = {f"{part}-{i}": text for part in range(2) for i, text in enumerate(sentences(20, seed=part))}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import importing, write_atomically
-from .parts import DIGEST
+from .parts import CUT, DIGEST
 from .plan import COPY, PLAN, Plan, load
 
 with importing(None, "encode"):
@@ -51,6 +51,7 @@ def finish(folder: Path) -> int:
     manifest = {
         "plan": plan.digest,
         "rows": rows,
+        "cut": count_cut(plan, folder),
         "columns": {field.name: str(field.type) for field in columns},
         "parts": [
             {"file": part.name, "rows": part.rows, "source": plan.sources[part.source].name, "start": part.start.row}
@@ -62,6 +63,12 @@ def finish(folder: Path) -> int:
         if is_ours(name) and not re.fullmatch(f"{PART}|{PLAN}|{MANIFEST}", name):
             (folder / name).unlink(missing_ok=True)
     return rows
+
+
+def count_cut(plan: Plan, folder: Path) -> int:
+    """How many texts were longer than the encoder takes, where it counts them."""
+    about = (parquet.read_metadata(folder / part.name).metadata or {} for part in plan.parts)
+    return sum(int(each.get(CUT, 0)) for each in about)
 
 
 def _check(plan: Plan, folder: Path) -> Any:

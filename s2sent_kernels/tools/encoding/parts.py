@@ -23,12 +23,13 @@ with importing(None, "encode"):
     from pyarrow import parquet
 
 SLICE = 16384  # rows of a call of the encoder and of a row group: what a worker holds, and within which it may sort
-DIGEST = b"s2sent_plan"  # in a part's metadata
+DIGEST, CUT = b"s2sent_plan", b"s2sent_cut"  # in a part's metadata: its plan; how many of its texts were too long
 EMBEDDING = "embedding.list.element"  # Parquet's name of the column of numbers
 
 
 class Encoder(Protocol):
-    """What a worker makes once. If it has an attribute ``tokens``, that counts the tokens that it has encoded."""
+    """What a worker makes once. Of its attributes, if it has them, ``tokens`` counts the tokens that it has encoded, and ``cut``
+    the texts that were longer than it takes."""
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """[rows, D]"""
@@ -99,6 +100,7 @@ class Worker:
         """While a slice is encoded, one thread reads the next slice and another writes the last."""
         rows = self.reader.rows(self.job.sources[part.source], part.start, part.stop, SLICE)
         first, writer, written = part.first, None, _nothing()
+        cut = getattr(self.encoder, "cut", None)
         # The stack closes the writer, so it ends after the threads.
         with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
             ahead = reading.submit(next, rows, None)
@@ -118,6 +120,8 @@ class Worker:
                 written = writing.submit(writer.write_table, table)
                 first += len(texts)
             written.result()
+            if writer is not None and cut is not None:
+                writer.add_key_value_metadata({CUT: str(self.encoder.cut - cut)})  # type: ignore[attr-defined]
         with open(path, "rb") as file:
             os.fsync(file.fileno())
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ...files import locked, missing, remove_empty, sync_folder
 from ..tables import STDIN
-from .finish import LOCK, MANIFEST, finish, is_ours
+from .finish import LOCK, MANIFEST, count_cut, finish, is_ours
 from .join import OUTPUTS, join
 from .local import Engine
 from .parts import Done, Job
@@ -79,6 +79,7 @@ def encode_file(request: Request, engine: Engine, output: Path, options: Options
             if not any(folder.glob("part-*")):
                 shutil.rmtree(folder)
             raise
+        _say_cut(plan, folder, options.say)
         whole = folder / f"whole{output.suffix}"
         join(plan, folder, whole)
         os.replace(whole, output)
@@ -121,6 +122,7 @@ def encode_folder(request: Request, engine: Engine, folder: Path, options: Optio
             raise Failed(f"{folder}: {failures} of {len(parts)} parts could not be encoded: see {note}")
         if shard is None:
             finish(folder)
+            _say_cut(plan, folder, options.say)
     return sum(part.rows for part in parts)
 
 
@@ -178,6 +180,11 @@ def _clear(folder: Path, *, keep: str = "", locks: bool = False) -> None:
     for name in sorted(names, key=lambda name: (name == PLAN, name != MANIFEST)):
         if locks or not name.startswith(LOCK):
             (folder / name).unlink(missing_ok=True)
+
+
+def _say_cut(plan: Plan, folder: Path, say: Say) -> None:
+    if cut := count_cut(plan, folder):
+        say(f"{cut} of {sum(part.rows for part in plan.parts)} texts have more tokens than the model takes")
 
 
 def _encode(plan: Plan, folder: Path, engine: Engine, parts: Sequence[Part], options: Options) -> Iterator[Done]:
