@@ -251,3 +251,23 @@ def memory(results: Results) -> bytes | None:
         _plain(axes, "x")
     _title(figure, f"Peak extra memory, case {case} (its hidden states: {rows[0]['states_mib']:.0f} MiB)")
     return _png(figure)
+
+
+def encoding(results: Results) -> bytes | None:
+    """Texts a second of whole calls, one panel a model."""
+    rows = [row for row in results.of("encode", mode="corpus") if row["status"] == "ok"]
+    groups = {what: [row for row in rows if row["what"] == what] for what in dict.fromkeys(row["what"] for row in rows)}
+    if not groups:
+        return None
+    figure = _figure(10, 1.2 + 0.4 * max(map(len, groups.values())))
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, (what, group) in zip(panels, groups.items(), strict=True):
+        for place, row in enumerate(reversed(group)):
+            mine = row["contestant"].startswith("Embedder")
+            axes.barh(place, row["texts_per_s"], height=0.72, color=POOLED if mine else GRID)
+            axes.text(0, place, f"  {row['texts_per_s']:,.0f}", va="center", color="white" if mine else INK, fontsize=9)
+        axes.set_yticks(range(len(group)), [row["contestant"] for row in reversed(group)])
+        axes.set_xlabel(f"{what}, texts a second", color=INK)
+        _plain(axes, "x")
+    _title(figure, "From texts to embeddings, tokenization included")
+    return _png(figure)

@@ -8,10 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import report_encode
 from caller import COMPILED as REFERENCE_COMPILED
 from caller import on_backend
 from caller_encoder import POOLING, captured, pooled_by
 from contestants import COMPILERS, MEAN_OF_LAST, ONE_PASS, OURS, PROFILES
+from encode import PACKED, PADDED
 from end_to_end import BASE
 from pages import table
 from record import Results, Row, UserError
@@ -33,6 +35,7 @@ def costs(results: Results, quality: Path) -> str:
         _called(results, "eager, host: 64 of them, 3 blocks, forward + backward, training", "B", "training"),
         _beside(results, "eager: BERT-base and embeddings, 64 × 32 tokens", "64x32", "BERT-base", "forward"),
         _beside(results, "eager: `SentenceTransformer.encode`, one sentence", "1", "encode", "forward"),
+        _texts(results, "30,000 Wikipedia sentences to embeddings, MiniLM, tokenization included"),
         _beside(results, "eager: training step of BERT-base, 64 × 32 tokens", "64x32", f"{STEP} BERT-base", "training"),
         _path(results, "sentence embedding, forward", "pooled", "forward"),
         _path(results, "sentence embedding, forward + backward", "pooled", "both"),
@@ -82,6 +85,16 @@ def _beside(results: Results, text: str, case: str, what: str, mode: str) -> tup
 def _fastest(results: Results, what: str, mode: str, names: Iterable[str]) -> Row | None:
     found = [row for name in names if (row := results.find("paths", CASE, what, mode, name))]
     return min(found, key=lambda row: row["device_us"]["median"], default=None)
+
+
+def _texts(results: Results, text: str) -> tuple[str, ...]:
+    """Texts a second of an Embedder, and of SentenceTransformer.encode at its best batch size."""
+    rows = report_encode.of(results, "MiniLM", "corpus")
+    mine = max((row["texts_per_s"] for row in rows if row["contestant"] in (PACKED, PADDED)), default=None)
+    best = report_encode.best_of_library(rows)
+    if mine is None or best is None:
+        return (text, NONE, NONE, NONE, NONE)
+    return (text, f"{mine:,.0f}/s ({mine / best['texts_per_s']:.1f} ×)", NONE, f"{best['texts_per_s']:,.0f}/s", NONE)
 
 
 def _path(results: Results, text: str, what: str, mode: str) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Texts to embeddings: Embedder against SentenceTransformer.encode with mean pooling, tokenization included.
 
-    python bench/encode.py --texts FILE [--limit 3000] [--output FILE.json]
+    python bench/encode.py --texts FILE [--limit 3000] [--output FILE.json]     # merged into bench/results/<device>.json
 
 The same texts (one a line), the same weights and the same dtype (bfloat16 on a GPU, float32 on a CPU). SentenceTransformer is
 measured at several batch sizes, of which the best counts. All contestants of a mode take turns, round by round.
@@ -9,6 +9,9 @@ measured at several batch sizes, of which the best counts. All contestants of a 
     one        one text a call
     tokens     all texts, tokenized beforehand, at several budgets of tokens: the encoder's share
     bfloat16   cosine of the embeddings to those in float32
+    sts        Spearman correlations with both, on the test splits of --sts files; needs the extra evaluate
+    command    `s2sent encode` from a text file into a folder of parts, on one GPU and on all: what each text adds, which leaves
+               out how long a process takes to start. On GPUs alone
 
 "MiniLM" has the bundled weights and the shipped selector. "BERT-base" is random, 12 blocks of 768, with a selector of all of them
 and MiniLM's tokenizer: speed does not depend on weights. Peak memory is that of a call on all texts: on a GPU what PyTorch
@@ -20,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import resource
 import subprocess
 import sys
 import tempfile
@@ -47,11 +51,17 @@ BATCHES = {"cuda": (32, 256, 1024), "cpu": (16, 32, 64)}
 BUDGETS = {"cuda": (8192, 32768, 131072), "cpu": (512, 1024, 4096)}
 ONE_BY_ONE = 100  # texts of the mode "one"
 LIMIT = 256  # tokens of a text
+PAIR = ("sentence1", "sentence2")
+COMMAND_TIMES = (4, 32)  # how often the texts are repeated in the two runs of the mode "command"
+PART_ROWS = 32768  # of its parts, so that two GPUs get as many
 SAME = {torch.float32: 1 - 1e-6, torch.bfloat16: 0.999}  # cosine of packed and padded embeddings
 
 
 def sentence_transformer(batch: int) -> str:
     return f"SentenceTransformer, mean, batch {batch}"
+
+
+LIBRARY = {device: tuple(map(sentence_transformer, batches)) for device, batches in BATCHES.items()}
 
 
 # ---------------------------------------------------------------- contestants
@@ -60,8 +70,9 @@ def sentence_transformer(batch: int) -> str:
 class Folder:
     """An encoder with its tokenizer in a folder, and a selector."""
 
-    def __init__(self, name: str, encoder: str | None, temporary: Path) -> None:
+    def __init__(self, name: str, encoder: str | None, temporary: Path, sts: list[str]) -> None:
         self.name = name
+        self.sts = sts if name == "MiniLM" else []  # random weights have no quality
         bundled, _ = loading.find_model(encoder)
         if name == "MiniLM":
             self.path, self.selector = bundled, loading.BUNDLED
@@ -193,14 +204,14 @@ def cosines(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def corpus(contestants: Contestants, texts: list[str], repeats: int) -> list[record.Row]:
     calls = contestants.corpus()
     cosine = float(cosines(calls[PACKED](texts), calls[PADDED](texts)).min())
-    parity = {"ok": cosine >= SAME[contestants.dtype], "cosine": cosine}
+    agreement = {"ok": cosine >= SAME[contestants.dtype], "cosine": cosine}
     model = contestants.folder.name
     times = in_turn({name: partial(call, texts) for name, call in calls.items()}, repeats)
     rows = rows_of(model, "corpus", len(texts), times, contestants.dtype)
     for row in rows:
         if row["contestant"] in (PACKED, PADDED):
-            row["parity"] = parity
-            if not parity["ok"]:
+            row["agreement"] = agreement
+            if not agreement["ok"]:
                 row["status"] = "parity failed"
         if on_gpu():
             row["peak_mib"] = _allocated(partial(calls[row["contestant"]], texts))
@@ -254,7 +265,77 @@ def bfloat16(contestants: Contestants, texts: list[str], repeats: int) -> list[r
     return [row]
 
 
-MODES = {"corpus": corpus, "one": one, "tokens": tokens, "bfloat16": bfloat16}
+def sts(contestants: Contestants, texts: list[str], repeats: int) -> list[record.Row]:
+    from s2sent_kernels.tools import evaluation, scores
+
+    folder, rows = contestants.folder, []
+    embedders = {kind: folder.embedder(contestants.device, kind) for kind in (torch.float32, torch.bfloat16)}
+    for path in folder.sts:
+        pairs = evaluation.read_sts(path)
+        found = {}
+        for kind, embedder in embedders.items():
+            both = (embedder.encode([getattr(pair, name) for pair in pairs], progress=False) for name in PAIR)
+            similar = cosines(*both).tolist()
+            name = str(kind).removeprefix("torch.")
+            found[name] = scores.correlations(similar, [pair.score for pair in pairs]).spearman
+        rows.append(
+            {
+                "section": SECTION,
+                "case": Path(path).stem,
+                "what": folder.name,
+                "mode": "sts",
+                "contestant": PACKED,
+                "status": "ok",
+                "spearman": found,
+            }
+        )
+    return rows
+
+
+def command(contestants: Contestants, texts: list[str], repeats: int) -> list[record.Row]:
+    """Two runs on each number of GPUs, of which one has more texts: their difference is what those add."""
+    if contestants.device == "cpu":
+        return []
+    rows = []
+    for gpus in sorted({1, torch.cuda.device_count()}):
+        some, more = (_command(contestants.folder, texts, times, gpus) for times in COMMAND_TIMES)
+        count = len(texts) * (COMMAND_TIMES[1] - COMMAND_TIMES[0])
+        wall, cpu, size = (last - first for first, last in zip(some, more, strict=True))
+        rows.append(
+            {
+                "section": SECTION,
+                "case": f"{count} texts",
+                "what": contestants.folder.name,
+                "mode": "command",
+                "contestant": f"s2sent encode, {gpus} GPU{'s' * (gpus > 1)}",
+                "status": "ok",
+                "gpus": gpus,
+                "wall_us": Times.of([wall * 1e6]).as_dict(),
+                "cpu_us": Times.of([cpu * 1e6]).as_dict(),
+                "texts_per_s": count / wall,
+                "bytes_a_text": size / count,
+                "start_s": some[0] - wall * COMMAND_TIMES[0] / (COMMAND_TIMES[1] - COMMAND_TIMES[0]),
+            }
+        )
+    return rows
+
+
+def _command(folder: Folder, texts: list[str], times: int, gpus: int) -> tuple[float, float, int]:
+    """Seconds, seconds of CPU, and bytes written."""
+    with tempfile.TemporaryDirectory() as made:
+        source, target = Path(made, "texts.txt"), Path(made, "out")
+        source.write_text("\n".join(texts * times) + "\n", encoding="utf-8")
+        line = [sys.executable, "-m", "s2sent_kernels.cli", "encode", source, "--output", f"{target}/"]
+        line += ["--model", folder.path, "--selector", folder.selector, "--max-length", LIMIT, "--part-rows", PART_ROWS]
+        line += ["--device", *(f"cuda:{index}" for index in range(gpus))]
+        before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run(list(map(str, line)), check=True, capture_output=True)
+        wall, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return wall, cpu, sum(path.stat().st_size for path in target.glob("part-*"))
+
+
+MODES = {"corpus": corpus, "one": one, "tokens": tokens, "bfloat16": bfloat16, "sts": sts, "command": command}
 
 
 # ---------------------------------------------------------------- memory of a process
@@ -285,11 +366,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", required=True, help="a text file, one text a line")
     parser.add_argument("--limit", type=int, default=3000, help="texts (default: 3000)")
-    parser.add_argument("--output", help="merged with what is there (default: bench/results/encode/<device>.json)")
+    parser.add_argument("--output", help="merged with what is there (default: bench/results/<device>.json)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument("--encoder", help="folder of all-MiniLM-L6-v2 (default: the registry package's)")
+    parser.add_argument("--sts", nargs="*", default=[], help="files for the mode sts, as `s2sent evaluate` takes them")
     parser.add_argument("--no-memory", action="store_true", help="without a process for each contestant's peak memory")
     parser.add_argument("--temporary", help=argparse.SUPPRESS)
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
@@ -301,13 +383,13 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as made:
         temporary = Path(arguments.temporary or made)
         if arguments.peak_of is not None:
-            folder = Folder(arguments.models[0], arguments.encoder, temporary)
+            folder = Folder(arguments.models[0], arguments.encoder, temporary, [])
             report_own_peak(Contestants(folder, device, dtype), arguments.peak_of, texts)
             return 0
-        output = Path(arguments.output or record.RESULTS / "encode" / f"{record.slug()}.json")
+        output = Path(arguments.output or record.RESULTS / f"{record.slug()}.json")
         results = record.Record(output, record.environment(), record.slug())
         for model in arguments.models:
-            contestants = Contestants(Folder(model, arguments.encoder, temporary), device, dtype)
+            contestants = Contestants(Folder(model, arguments.encoder, temporary, arguments.sts), device, dtype)
             for mode in arguments.modes:
                 rows = MODES[mode](contestants, texts, arguments.repeats)
                 if mode == "corpus" and device == "cpu" and not arguments.no_memory:
@@ -320,7 +402,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def line_of(row: record.Row) -> str:
-    if row["mode"] == "bfloat16":
+    if row["mode"] == "sts":
+        value = ", ".join(f"{name} {score:.3f}" for name, score in row["spearman"].items()) + f"  {row['case']}"
+    elif row["mode"] == "bfloat16":
         value = f"cosine {row['cosine']['mean']:.6f}, at least {row['cosine']['least']:.6f}"
     else:
         value = f"{row['texts_per_s']:9.1f} texts/s, {row['cpu_us']['median'] / 1e6:8.3f} s of CPU"

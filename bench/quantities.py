@@ -191,3 +191,29 @@ def overhead(batch: str, names: tuple[str, ...], key: str = "overhead") -> Value
         return min(found) if found else None
 
     return value
+
+
+# ---------------------------------------------------------------- texts to embeddings
+
+
+def texts_over_library(case: str, what: str, mode: str, library: tuple[str, ...], mine: tuple[str, ...]) -> Value:
+    """Texts a second of the faster of ``mine`` over the fastest of ``library``."""
+
+    def value(find: Find) -> float | None:
+        rates = [[find("encode", case, what, mode, name) for name in names] for names in (mine, library)]
+        if not all(any(rows) for rows in rates):
+            return None
+        ours, theirs = (max(row["texts_per_s"] for row in rows if row) for rows in rates)
+        return ours / theirs
+
+    return value
+
+
+def texts_a_second(case: str, what: str, names: tuple[str, ...]) -> Value:
+    """Of the encoder alone, the fastest of ``names``, in thousands."""
+
+    def value(find: Find) -> float | None:
+        rows = [find("encode", case, what, "tokens", name) for name in names]
+        return max((row["texts_per_s"] / 1e3 for row in rows if row), default=None)
+
+    return value

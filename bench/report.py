@@ -16,6 +16,7 @@ import charts
 import costs
 import record
 import report_caller
+import report_encode
 import targets
 from contestants import OURS
 from pages import insert, table
@@ -45,7 +46,12 @@ contestant that fails gets no times. "max-autotune" runs without its own CUDA gr
 measuring ones, and with products by cuBLAS. The formulas, and "published" in end-to-end rows, are the reference's two
 profiles in plain PyTorch, with their bases held as buffers. Like the reference they compute in float32. A module that
 computes in the hidden states' own dtype, as the authors' does, moves fewer bytes and takes less time; it is not among the
-contestants."""
+contestants.
+
+Texts to embeddings (`bench/encode.py`) are whole calls on the same texts, Wikipedia sentences, tokenization included, with
+the same weights in the same dtype. "Library" is `SentenceTransformer.encode` with mean pooling, at the best of three batch
+sizes. Hugging Face's Text Embeddings Inference is not among the contestants: it is a server, measured through its requests,
+with another batching and no selector."""
 
 
 def microseconds(times: dict[str, float] | None) -> str:
@@ -192,7 +198,7 @@ def run_table(results: Results) -> str:
         clock = ", ".join(f"{name} {value}" for name, value in run["clocks"].items()) or "–"
         if run.get("threads"):
             clock = f"{run['threads']} threads"
-        ceiling = ", ".join(f"{name} {value:.3g}" for name, value in run["ceilings_tb_s"].items())
+        ceiling = ", ".join(f"{name} {value:.3g}" for name, value in run.get("ceilings_tb_s", {}).items()) or "–"
         python = f"Python {run['python']}" + (f", CUDA {run['cuda']}" if run.get("cuda") else "")
         lines.append((str(number), run["date"], run["commit"], ceiling, clock, f"{python}, {versions}"))
     return table(("run", "<date", "<commit", "<ceilings TB/s", "<clocks", "<versions"), lines)
@@ -206,6 +212,9 @@ def section(results: Results, pictures: Path) -> str:
         parts.append(f"`{OURS}` runs here on backend " + " and ".join(f"`{name}`" for name in used) + ".")
     for title, body in report_caller.tables(results):
         parts += [f"### {title}", body]
+    for title, body in report_encode.tables(results):
+        drawn = [_picture(results, pictures, *one) for one in PICTURES.get(title, ())]
+        parts += [f"### {title}", *filter(None, drawn), body]
     if results.device in targets.TARGETS:
         head = ("<target", "limit", "measured", "<verdict", "<why")
         parts += ["### Targets", table(head, targets.verdicts(results.find, results.device))]
@@ -227,6 +236,7 @@ def section(results: Results, pictures: Path) -> str:
 
 Draw = Callable[[Results], bytes | None]
 PICTURES: dict[str, tuple[tuple[str, str, Draw], ...]] = {
+    "Texts to embeddings": (("encode", "Texts a second, tokenization included", charts.encoding),),
     "Paths": (
         ("scaling", "Time against tokens and against blocks, with the floors", charts.scaling),
         ("bandwidth", "Achieved bandwidth against the ceiling", charts.bandwidth),
