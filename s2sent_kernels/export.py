@@ -142,7 +142,12 @@ def as_pipeline(model: S2SentModel | SentenceTransformer | Pipeline) -> Pipeline
     if isinstance(model, Pipeline):
         return model
     if isinstance(model, nn.Sequential):
-        return _of_modules(model)
+        pooling: Any = model[1] if len(model) > 1 else None
+        if not getattr(pooling, "include_prompt", True):
+            raise ValueError(
+                "model: expected an S2SentPooling that includes prompts, got one with include_prompt=False"
+            )
+        return of_modules(model)
     from .transformers import S2SentModel
 
     if isinstance(model, S2SentModel):
@@ -165,12 +170,16 @@ class _Behind(nn.Module):
         return features[OUTPUT]
 
 
-def _of_modules(model: Any) -> Pipeline:
-    """The Pipeline of a SentenceTransformer."""
+def of_modules(model: Any) -> Pipeline:
+    """The Pipeline of a SentenceTransformer, whose pooling may leave prompts out.
+
+    Raises:
+        ValueError: its modules are others.
+    """
     from sentence_transformers.base.modules import Dense, Normalize
     from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm
 
-    def is_exported(module: nn.Module) -> bool:
+    def changes_embedding(module: nn.Module) -> bool:
         if isinstance(module, Dense):
             return module.module_input_name == module.module_output_name == OUTPUT
         return isinstance(module, (Normalize, LayerNorm, Dropout))
@@ -179,15 +188,10 @@ def _of_modules(model: Any) -> Pipeline:
     pooling: Any = modules[1] if len(modules) > 1 else None
     behind = modules[2:]
     listener = getattr(pooling, "listener", None)  # an S2SentPooling's, once it is attached
-    if (
-        listener is None
-        or not pooling.include_prompt
-        or not hasattr(modules[0], "auto_model")
-        or not all(map(is_exported, behind))
-    ):
+    if listener is None or not hasattr(modules[0], "auto_model") or not all(map(changes_embedding, behind)):
         raise ValueError(
-            "model: expected a Transformer, an S2SentPooling that is attached to it and includes prompts, and behind it modules "
-            "that change the embedding alone (Normalize, Dense, LayerNorm, Dropout), "
+            "model: expected a Transformer, an S2SentPooling that is attached to it, and behind it modules that change the "
+            "embedding alone (Normalize, Dense, LayerNorm, Dropout), "
             f"got {', '.join(type(module).__name__ for module in modules)}"
         )
     head = _Behind(behind) if behind else None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import export, families
 from .capture import BlockCapture
@@ -164,9 +164,13 @@ def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
 
 def _load_encoder(path: str, name: str, dtype: torch.dtype | str) -> Any:
     """An encoder whose weights are all in its checkpoint. transformers initialises missing weights at random, and its warning is
-    silenced here. A missing pooler or decoder is accepted: neither is used."""
+    silenced here. A missing pooler or decoder is accepted: neither is used. Of an encoder with a decoder, the encoder alone."""
+    transformers = quiet_transformers()
     try:
-        encoder, found = quiet_transformers().AutoModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        config = transformers.AutoConfig.from_pretrained(path)
+        encodes = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING  # T5's AutoModel would have a decoder
+        kind = transformers.AutoModelForTextEncoding if encodes else transformers.AutoModel
+        encoder, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except Exception as error:  # as above
         raise _cannot_load(name, error) from error
     absent = sorted(key for key in found["missing_keys"] if not {"pooler", "decoder"} & set(key.split(".")))
@@ -263,10 +267,14 @@ class Parts(NamedTuple):
 
 
 def load_parts(name: str, selector: str | None) -> Parts:
-    """Encoder, selector, tokenizer and settings: of a folder that ``holds_selector``; of an encoder beside a selector; or of a
-    shipped selector's name."""
-    alone = selector is None and name in pretrained.shipped() and not os.path.isdir(name)
-    source = Source(None if name == BUNDLED else name, name, whole=False) if alone else resolve(name, selector)
+    """Encoder, selector, tokenizer and settings: of a folder that ``holds_selector``; of an encoder beside a selector, where the
+    name of the bundled encoder means that one; or of a shipped selector's name."""
+    local = os.path.isdir(name)
+    encoder_name = None if name == BUNDLED and not local else name
+    if selector is None and name in pretrained.shipped() and not local:
+        source = Source(encoder_name, name, whole=False)
+    else:
+        source = resolve(encoder_name, selector)
     if source.model is not None and source.whole:
         saved = load_saved(source.model)
         if isinstance(saved, nn.Sequential):
@@ -279,38 +287,29 @@ def load_parts(name: str, selector: str | None) -> Parts:
     assert source.selector is not None  # resolve required one
     trained = read_selector(source.selector)
     encoder, tokenizer, _ = load_model(source.model, torch.device("cpu"))
-    folder, _ = find_model(source.model)
-    settings = _read_json(Path(folder) / "sentence_bert_config.json") or {}
-    return Parts(fuse(encoder, trained), tokenizer, settings.get("max_seq_length"))
+    return Parts(fuse(encoder, trained), tokenizer, _max_seq_length(source.model))
 
 
-class _Rest(nn.Module):
-    """The modules behind the pooling of a SentenceTransformer, as a head."""
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(modules)
-
-    def forward(self, embedding: Tensor) -> Tensor:
-        features: dict[str, Any] = {"sentence_embedding": embedding}
-        for part in self.parts:
-            features = part(features)
-        return features["sentence_embedding"]
+def _max_seq_length(model: str | None) -> int | None:
+    """What sentence-transformers saved beside an encoder, in a folder or on the hub."""
+    path, name = find_model(model)
+    try:
+        found = require("transformers.utils", "transformers", "demo").cached_file(
+            path, "sentence_bert_config.json", _raise_exceptions_for_missing_entries=False
+        )
+        return None if found is None else _read_json(Path(found)).get("max_seq_length")
+    except Exception as error:  # the loaders raise errors of many kinds
+        raise _cannot_load(name, error) from error
 
 
 def _parts_of(model: Any, name: str) -> Parts:
     """The parts of a SentenceTransformer: a Transformer, an S2SentPooling, and what follows them."""
-    from .sentence_transformers import S2SentPooling
-
-    modules = list(model)
-    pooling = modules[1] if len(modules) > 1 else None
-    if not isinstance(pooling, S2SentPooling) or pooling.listener is None:
-        names = ", ".join(type(module).__name__ for module in modules)
-        raise LoadError(f"model {name}: expected an S2SentPooling behind the first module, got {names}")
-    head = _Rest(modules[2:]).eval() if modules[2:] else None
-    pipeline = export.Pipeline(pooling.listener.capture, pooling.selector, pooling.pooling, head)
+    try:
+        pipeline = export.of_modules(model)
+    except ValueError as error:
+        raise LoadError(f"model {name}: {str(error).removeprefix('model: ')}") from error
     prompt = (model.prompts or {}).get(model.default_prompt_name or "", "")
-    return Parts(pipeline, model.tokenizer, model.max_seq_length, prompt, pooling.include_prompt)
+    return Parts(pipeline, model.tokenizer, model.max_seq_length, prompt, model[1].include_prompt)
 
 
 def fuse(encoder: Any, trained: Trained) -> export.Pipeline:

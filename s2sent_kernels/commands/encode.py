@@ -271,11 +271,11 @@ def make_encoder(options: EncoderOptions, device: str) -> _Encoder:
     from ..embedder import Embedder
 
     common.resolve(options.model, options.selector)  # for errors that name the options
-    name = options.model or options.selector or common.BUNDLED
+    name = options.model or common.BUNDLED
     with _told(name):
         embedder = Embedder.from_pretrained(
             name,
-            options.selector if options.model is not None else None,
+            options.selector,
             options.dtype,
             device,
             max_length=options.max_length,
