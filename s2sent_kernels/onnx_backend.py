@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .export import INPUTS, OUTPUT, export_onnx
+from .export import INPUTS, OUTPUT, as_pipeline, export_onnx
 from .files import require
 
 FILE = "onnx/model.onnx"  # where sentence-transformers keeps one
@@ -31,7 +31,8 @@ class Graph(nn.Module):
         provider: None takes the first that is available.
 
     Raises:
-        ValueError: the graph has no sentence embeddings among its outputs; names them.
+        ValueError: ONNX Runtime has no such provider here; the graph has no sentence embeddings among its outputs, which the
+            error names.
     """
 
     def __init__(
@@ -39,10 +40,13 @@ class Graph(nn.Module):
     ) -> None:
         super().__init__()
         runtime = require("onnxruntime", "onnxruntime", "onnx")
+        there = runtime.get_available_providers()
+        if provider is not None and provider not in there:  # ONNX Runtime would take another one
+            raise ValueError(f"provider: expected one of {', '.join(there)}, got {provider!r}")
         self.session = runtime.InferenceSession(
             path,
             session_options,
-            providers=[provider or runtime.get_available_providers()[0]],
+            providers=[provider or there[0]],
             provider_options=None if provider_options is None else [provider_options],
         )
         outputs = {output.name: output for output in self.session.get_outputs()}
@@ -77,6 +81,7 @@ def compute_by_runtime(model: Any, folder: Path, options: dict[str, Any]) -> Non
     if options.get("file_name") and not options.get("export") and not file.is_file():
         raise ValueError(f"file_name: expected a file in {folder}, got {options['file_name']!r}")
     rest = [options.get(name) for name in ("provider", "provider_options", "session_options")]
+    as_pipeline(model)  # a Router, say, is refused here
     config = model[0].auto_model.config
     with tempfile.TemporaryDirectory() as temporary:
         if options.get("export") or not file.is_file():

@@ -205,7 +205,7 @@ def test_a_home_and_an_empty_name(fails, encoder, tmp_path, monkeypatch, name):
     "name, package, extra",
     [
         ("encode", "pyarrow", "encode"),
-        ("encode", "sentence_transformers", "sentence-transformers"),
+        ("encode", "transformers", "demo"),
         ("train", "sentence_transformers", "sentence-transformers"),
         ("evaluate", "transformers", "demo"),
     ],

@@ -266,3 +266,5 @@ def test_a_graph_is_exported_where_none_is_or_another_is_asked_for(model, saved,
     onnx.save(graph, saved / "of_tokens.onnx")
     with pytest.raises(ValueError, match="expected a graph with the output sentence_embedding, got last_hidden_state"):
         load(saved, backend="onnx", model_kwargs={"file_name": "of_tokens.onnx"}, device="cpu")
+    with pytest.raises(ValueError, match=r"^provider: expected one of .*CPUExecutionProvider.*, got 'Nope'$"):
+        load(saved, backend="onnx", model_kwargs={"provider": "Nope"}, device="cpu")
