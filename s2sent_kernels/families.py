@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -76,6 +77,16 @@ def first_position(encoder: nn.Module) -> int:
     """The position of a text's first token. RoBERTa, XLM-R and MPNet start after the table's row for padding."""
     table = _position_table(encoder)
     return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
+
+
+def float_parameter(encoder: nn.Module) -> nn.Parameter:
+    """The first of an encoder's parameters that is a floating point one: its dtype is that of the computation."""
+    return next(parameter for parameter in encoder.parameters() if parameter.is_floating_point())
+
+
+def without_cache(encoder: nn.Module) -> dict[str, Any]:
+    """Arguments of a call that keeps no keys and values for a next one, as decoders do where they are not told otherwise."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(encoder.forward).parameters else {}
 
 
 def max_length(encoder: nn.Module, tokenizer: Any, wanted: int) -> int:

@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,25 +68,72 @@ class Layout:
 
 
 _running = _Running()
+_locks: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # by id: a configuration has no hash
+_locks_lock = threading.Lock()
+
+
+def run_lock(encoder: nn.Module) -> Any:
+    """A reentrant lock that whoever runs the encoder holds, packed or padded. Encoders that share a configuration share it,
+    since their attention is the configuration's. It lives as long as someone keeps it."""
+    with _locks_lock:
+        return _locks.setdefault(id(getattr(encoder, "config", None)), threading.RLock())
 
 
 class PackedEncoder:
     """A captured encoder on its device, run on packed batches.
 
-    While it runs, the encoder's attention is another: no other thread may call the same encoder.
+    While it runs, the encoder's attention is another: its caller holds ``run_lock``.
     """
 
     def __init__(self, capture: BlockCapture, device: torch.device) -> None:
         self._capture, self._device = capture, device
         self._first = families.first_position(capture.encoder)
+        self._options = families.without_cache(capture.encoder)
+        self._calls: int | None = None  # attentions of a run, once the trial has counted them
+
+    @classmethod
+    def tried(cls, capture: BlockCapture, device: torch.device) -> PackedEncoder:
+        """The encoder, if its packed hidden states are the padded ones.
+
+        Raises:
+            CannotPack: says why not, whatever went wrong.
+        """
+        found = cls(capture, device)
+        with run_lock(capture.encoder):
+            try:
+                found._calls = _trial(capture, device)
+            except CannotPack:
+                raise
+            except Exception as error:  # an encoder of remote code raises what it likes
+                reason = (str(error).strip() or "no message").splitlines()[0]
+                raise CannotPack(f"a packed batch fails: {type(error).__name__}: {reason}") from error
+        return found
 
     def run(self, batch: Packed, consumer: Consumer, layout: Layout) -> None:
-        """``consumer`` receives each block's hidden state, [T, D]."""
-        positions = batch.position_ids + self._first if self._first else batch.position_ids
+        """``consumer`` receives each block's hidden state, [T, D].
+
+        Raises:
+            RuntimeError: some attention was not the replaced one, so that the hidden states are wrong.
+        """
+        positions = _after_padding(batch, self._first - 1) if self._first else batch.position_ids
         inputs = {"input_ids": batch.input_ids, "position_ids": positions}
         inputs = {name: to_device(tensor, self._device) for name, tensor in inputs.items()}
         with _attention_replaced(self._capture.encoder, layout):
-            self._capture.run(_Flat(consumer), **inputs)
+            self._capture.run(_Flat(consumer), **inputs, **self._options)
+        if self._calls is not None and layout.calls != self._calls:
+            raise RuntimeError(
+                f"{layout.calls} of the encoder's {self._calls} attentions ran packed: "
+                "other code changed the encoder or its attention while an Embedder ran it"
+            )
+
+
+def _after_padding(batch: Packed, padding: int) -> Tensor:
+    """Positions [1, T] of RoBERTa and its kind, where a token that is the padding one has its position and is not counted."""
+    real = batch.input_ids[0] != padding
+    counted = real.cumsum(0)
+    lengths = torch.tensor(batch.lengths)
+    before = (counted - real.long())[batch.cu_seqlens[:-1].long()].repeat_interleave(lengths)
+    return ((counted - before) * real + padding)[None]
 
 
 class _Flat:
@@ -205,17 +253,29 @@ def _mask(length: int, window: tuple[int, int], device: torch.device) -> Tensor 
 
 def refusal(capture: BlockCapture, device: torch.device) -> str | None:
     """Why the captured encoder cannot be run packed on its device, or None if it can."""
+    try:
+        PackedEncoder.tried(capture, device)
+    except CannotPack as error:
+        return str(error)
+    return None
+
+
+def _trial(capture: BlockCapture, device: torch.device) -> int:
+    """How many attentions a packed run computes. Raises CannotPack, or what the encoder raises."""
     encoder = capture.encoder
-    dtype = next(encoder.parameters()).dtype
+    dtype = families.float_parameter(encoder).dtype
     if device.type == "cuda" and dtype not in HALF:
-        return f"attention of variable lengths needs float16 or bfloat16 on a GPU, and it is in {dtype}".replace(
-            "torch.", ""
-        )
+        name = str(dtype).removeprefix("torch.")
+        raise CannotPack(f"attention of variable lengths needs float16 or bfloat16 on a GPU, and it is in {name}")
     config = getattr(encoder, "config", None)
     if not isinstance(getattr(config, "_attn_implementation", None), str):
-        return "it has no attention that transformers can replace"
+        raise CannotPack("it has no attention that transformers can replace")
+    if getattr(config, "attention_chunk_size", None) or "chunked_attention" in (
+        getattr(config, "layer_types", None) or ()
+    ):
+        raise CannotPack("its attention is in chunks, of which an attention function is told nothing")
     if "position_ids" not in inspect.signature(encoder.forward).parameters:
-        return "it takes no position_ids"
+        raise CannotPack("it takes no position_ids")
     tokens = _sample(encoder)
     import numpy as np
 
@@ -223,30 +283,27 @@ def refusal(capture: BlockCapture, device: torch.device) -> str | None:
     with torch.no_grad():
         kept, batch = KeptStates(), packed(tokens, rows)
         layout = Layout(batch, device)
-        try:
-            PackedEncoder(capture, device).run(batch, kept, layout)
-        except CannotPack as error:
-            return str(error)
-        except (TypeError, ValueError, IndexError, NotImplementedError, RuntimeError) as error:
-            return f"a packed batch fails: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        PackedEncoder(capture, device).run(batch, kept, layout)
         if not layout.calls:
-            return "its attention cannot be replaced"
+            raise CannotPack("its attention cannot be replaced")
         together = _padded_states(capture, tokens, rows, device)
         each = [_padded_states(capture, tokens, rows[row : row + 1], device) for row in rows]
         alone = [torch.cat(states) for states in zip(*each, strict=True)]
-    return _difference(kept.hidden_states, together, alone, len(families.find_blocks(encoder)))
+    _compare(kept.hidden_states, together, alone, len(families.find_blocks(encoder)))
+    return layout.calls
 
 
-def _difference(found: list[Tensor], padded_run: list[Tensor], alone: list[Tensor], depth: int) -> str | None:
-    """None if packed states differ from padded ones by rounding. How much that is, two padded runs tell: of all sentences
-    together, and of each alone. They may happen to be equal, so a few roundings a block are allowed in any case."""
+def _compare(found: list[Tensor], padded_run: list[Tensor], alone: list[Tensor], depth: int) -> None:
+    """Raises CannotPack unless packed states differ from padded ones by rounding. How much that is, two padded runs tell: of all
+    sentences together, and of each alone. They may happen to be equal, so a few roundings a block are allowed in any case."""
     unit = torch.finfo(found[0].dtype).eps / 2
     noise = max(_relative(a, b) for a, b in zip(alone, padded_run, strict=True))
     allowed = 8 * max(noise, unit * math.sqrt(depth))
     error = max(_relative(a, b) for a, b in zip(found, padded_run, strict=True))
-    if error <= allowed:
-        return None
-    return f"packed hidden states differ from padded ones by {error:.1e}, more than the {allowed:.1e} of rounding"
+    if not (math.isfinite(error) and error <= allowed):
+        raise CannotPack(
+            f"packed hidden states differ from padded ones by {error:.1e}, more than the {allowed:.1e} of rounding"
+        )
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
@@ -258,11 +315,13 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
 def _padded_states(capture: BlockCapture, tokens: Tokens, rows: Any, device: torch.device) -> list[Tensor]:
     """[T, D] of each block, by an ordinary call."""
     inputs = {name: tensor.to(device) for name, tensor in padded(tokens, rows).items()}
-    return [state[inputs["attention_mask"].bool()] for state in capture.collect(**inputs)]
+    states = capture.collect(**inputs, **families.without_cache(capture.encoder))
+    return [state[inputs["attention_mask"].bool()] for state in states]
 
 
 def _sample(encoder: nn.Module) -> Tokens:
-    """Sentences of fixed token ids, among them one longer than the encoder's window."""
+    """Sentences of fixed token ids, among them one longer than the encoder's window, and one with a padding token inside where
+    that has a position of its own."""
     import numpy as np
 
     config: Any = encoder.config
@@ -274,4 +333,7 @@ def _sample(encoder: nn.Module) -> Tokens:
     vocabulary = int(config.vocab_size)
     special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     usual = np.array([token for token in range(min(vocabulary, 5000)) if token not in special], np.int32)
-    return Tokens([generator.choice(usual, length) for length in lengths], np.arange(len(lengths)), 0)
+    ids = [generator.choice(usual, length) for length in lengths]
+    if first := families.first_position(encoder):
+        ids[2][len(ids[2]) // 2] = first - 1
+    return Tokens(ids, np.arange(len(lengths)), 0)

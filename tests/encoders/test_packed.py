@@ -116,6 +116,38 @@ def test_what_differs_is_refused(monkeypatch, break_it, reason):
     assert found is None if reason is None else reason in found
 
 
+def test_states_that_are_not_finite_are_refused():
+    """The noise of two padded runs is then infinite, and anything would be below it."""
+    encoder = encoder_of("bert")
+    with torch.no_grad():
+        encoder.encoder.layer[N - 1].output.LayerNorm.weight[0] = float("inf")
+    assert "differ" in refusal(BlockCapture(encoder), CPU)
+
+
+def test_attention_in_chunks_is_refused():
+    """A chunk may be longer than any sentence that is tried."""
+    config = tf.Llama4TextConfig(**DECODER, attention_chunk_size=1000, intermediate_size_mlp=48, num_local_experts=1)
+    assert "in chunks" in refusal(BlockCapture(tf.Llama4TextModel(config).eval()), CPU)
+
+
+@pytest.mark.parametrize("error", [KeyError("s2sent_packed"), AttributeError("no shape"), AssertionError()])
+def test_an_encoder_that_fails_packed_is_refused(error):
+    """As one of remote code does that looks its attention up in a table of its own."""
+
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = encoder_of("bert")
+            self.config = self.inner.config
+
+        def forward(self, input_ids, attention_mask=None, position_ids=None):
+            if self.config._attn_implementation == packed.NAME:
+                raise error
+            return self.inner(input_ids, attention_mask)
+
+    assert refusal(BlockCapture(Own().eval()), CPU).startswith(f"a packed batch fails: {type(error).__name__}: ")
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_is_not_refused(kind):
     for name in ("bert", "modernbert", "qwen3"):
