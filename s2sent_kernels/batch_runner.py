@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from . import families
 from .batches import TextTokenizer, Tokens, packed, padded, to_device
 from .consumers import PooledStates
 from .export import Pipeline
-from .packed import Layout, PackedEncoder, refusal
-from .replay import GraphReplay
+from .packed import CannotPack, Layout, PackedEncoder, run_lock
+from .replay import CannotCapture, GraphReplay
 
 if TYPE_CHECKING:
     import numpy as np
 
 
 class BatchRunner:
-    """Runs batches, one at a time; several threads may call it.
+    """Runs batches, one at a time; several threads may call it, and several runners may share an encoder.
 
     Args:
         pipeline: encoder, selector and pooling, in eval mode.
@@ -32,24 +32,61 @@ class BatchRunner:
         padded_because: why batches are not packed, or None.
 
     Raises:
-        ValueError: ``pack=True`` and the encoder cannot be run packed, or ``cuda_graphs=True`` and it is not on a GPU.
+        ValueError: ``pack=True`` and the encoder cannot be run packed, or its tokenizer gives token types; or
+            ``cuda_graphs=True`` and it is not on a GPU.
     """
 
     def __init__(
         self, pipeline: Pipeline, tokenizer: TextTokenizer, pack: bool | None, cuda_graphs: bool | None
     ) -> None:
         self._pipeline, self._tokenizer = pipeline, tokenizer
-        self._lock = threading.Lock()
+        self._modules = list(pipeline.modules())
+        self.check_mode()
+        self._lock = run_lock(pipeline.encoder)
         self.device = next(pipeline.encoder.parameters()).device
-        self.padded_because = "packed=False" if pack is False else refusal(pipeline.capture, self.device)
-        if pack and self.padded_because:
-            raise ValueError(f"packed: {type(pipeline.encoder).__name__} cannot be run packed: {self.padded_because}")
-        self._packed = None if self.padded_because else PackedEncoder(pipeline.capture, self.device)
+        self._packed_wanted = bool(pack)
+        self._packed, self.padded_because = self._find_packed(pack)
+        self._options = families.without_cache(pipeline.encoder)
         if cuda_graphs and self.device.type != "cuda":
             raise ValueError(f"cuda_graphs: expected an encoder on a GPU, got one on {self.device}")
         self._graphs_wanted = bool(cuda_graphs)
         on_gpu = self.device.type == "cuda" and cuda_graphs is not False
-        self._graphs = GraphReplay(self._pool_padded, self.device) if on_gpu else None
+        self._graphs: GraphReplay | None = None
+        if on_gpu:
+            limit = families.positions(pipeline.encoder)
+            self._graphs = GraphReplay(self._pool_padded, self.device, self._modules, limit, tokenizer.pad_id)
+
+    def _find_packed(self, pack: bool | None) -> tuple[PackedEncoder | None, str | None]:
+        """The encoder to run packed batches with, or why there is none."""
+        if pack is False:
+            return None, "packed=False"
+        try:
+            if self._tokenizer.typed:
+                raise CannotPack("its tokenizer gives token types other than 0")
+            return PackedEncoder.tried(self._pipeline.capture, self.device), None
+        except CannotPack as error:
+            if pack:
+                name = type(self._pipeline.encoder).__name__
+                raise ValueError(f"packed: {name} cannot be run packed: {error}") from error
+            return None, str(error)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = run_lock(self._pipeline.encoder)
+
+    def check_mode(self) -> None:
+        """Raises a ValueError where a module is in training mode."""
+        if any(module.training for module in self._modules):
+            raise ValueError("pipeline: expected it in eval mode, got it in training mode")
+
+    def packs(self, tokens: Tokens, skip: int) -> bool:
+        """Whether batches of these tokens are packed. Raises a ValueError where they must be and cannot."""
+        if self._packed_wanted and tokens.types is not None:
+            raise ValueError("packed: expected texts whose token types are all 0, got others")
+        return self._packed is not None and not skip and tokens.types is None
 
     @torch.inference_mode()
     def __call__(self, tokens: Tokens, rows: np.ndarray, skip: int = 0) -> Result:
@@ -67,12 +104,12 @@ class BatchRunner:
         if self._graphs is not None and not skip and self._fits_a_graph(tokens, rows):
             try:
                 return self._graphs(self._padded(tokens, rows))
-            except RuntimeError as error:
+            except CannotCapture as error:
                 if self._graphs_wanted:
                     raise
                 self._graphs = None
                 warnings.warn(str(error), stacklevel=2)
-        if self._packed is not None and not skip:
+        if self._packed is not None and self.packs(tokens, skip):
             batch = packed(tokens, rows)
             layout = Layout(batch, self.device)
             pooled = PooledStates(self._pipeline.selector, None, layout.cu_seqlens, self._pipeline.pooling)
@@ -81,19 +118,20 @@ class BatchRunner:
         inputs = self._padded(tokens, rows)
         counted = inputs["attention_mask"]
         if skip:
-            later = (rows > 0) & (tokens.text[rows] == tokens.text[rows - 1])  # a text's windows after its first
-            counted = counted * (counted.cumsum(1) > skip * torch.from_numpy(~later)[:, None])
+            first = torch.from_numpy(tokens.first_of_text[rows])  # and not a text's later windows
+            counted = counted * (counted.cumsum(1) > skip * first[:, None])
         on_device = {name: to_device(tensor, self.device) for name, tensor in inputs.items()}
         return self._pool_padded(on_device, to_device(counted, self.device) if skip else None)
 
     def _padded(self, tokens: Tokens, rows: np.ndarray) -> dict[str, Tensor]:
-        return padded(tokens, rows, self._tokenizer.pad_id, left=self._tokenizer.pad_left)
+        """On the right, whatever the tokenizer's side: absolute positions of a text must not depend on its neighbours."""
+        return padded(tokens, rows, self._tokenizer.pad_id)
 
     def _pool_padded(self, inputs: dict[str, Tensor], counted: Tensor | None = None) -> Tensor:
         """o [B, D] of the tokens that count, by default those of the attention mask; on the device."""
         mask = inputs["attention_mask"] if counted is None else counted
         pooled = PooledStates(self._pipeline.selector, mask, None, self._pipeline.pooling)
-        self._pipeline.capture.run(pooled, **inputs)
+        self._pipeline.capture.run(pooled, **inputs, **self._options)
         return pooled.result()
 
     @staticmethod

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 OVERFLOWS = ("truncate", "error", "windows")
 OVERLAP = 8  # of two windows of a text: the limit's part 1 / OVERLAP
+LEAVE = 1.0  # seconds that an iterator which is left waits for its thread
 SAMPLES = ("a", "Two words, and a number: 12.", "É 漢字 \u00df …", "")  # a tokenizer's two ways are compared on these
 
 
@@ -42,6 +43,13 @@ class Tokens(NamedTuple):
         import numpy as np
 
         return np.fromiter((len(ids) for ids in self.ids), np.int64, len(self.ids))
+
+    @property
+    def first_of_text(self) -> np.ndarray:
+        """bool [rows]: whether the row is its text's first."""
+        import numpy as np
+
+        return np.diff(self.text, prepend=-1) > 0
 
 
 class Encoded(NamedTuple):
@@ -77,6 +85,8 @@ class TextTokenizer:
         self._tokenizer = tokenizer
         self._left = getattr(tokenizer, "truncation_side", "right") == "left"
         self._before = self._after = 0  # special tokens around a text's others
+        # Whether it gives token types other than 0, which a packed batch has no place for.
+        self.typed = any(any(types) for types in tokenizer(list(SAMPLES)).get("token_type_ids", ()))
         self._fast = self._copy(tokenizer, special)
         if overflow == "windows" and self._fast is None:
             raise ValueError(
@@ -122,7 +132,8 @@ class TextTokenizer:
             first: the number of the first text, for error messages.
 
         Raises:
-            TypeError: not every text is a string. ValueError: a text is too long, and ``overflow`` is "error".
+            TypeError: not every text is a string. ValueError: a text is too long, and ``overflow`` is "error"; or a text has a
+                lone surrogate, which is no character.
         """
         return self.convert(self.encode(texts, first))
 
@@ -131,9 +142,19 @@ class TextTokenizer:
         for number, text in enumerate(texts, first):
             if not isinstance(text, str):
                 raise TypeError(f"texts: expected strings, got {type(text).__name__} as text {number}")
-        if self._fast is None:
-            return Encoded(first, None, self._by_call(texts, first))
-        return Encoded(first, self._fast.encode_batch_fast(list(texts)), None)
+        try:
+            if self._fast is None:
+                return Encoded(first, None, self._by_call(texts, first))
+            return Encoded(first, self._fast.encode_batch_fast(list(texts)), None)
+        except (TypeError, UnicodeError):
+            for number, text in enumerate(texts, first):
+                if lone_surrogate(text):
+                    raise ValueError(f"texts: expected Unicode text, got a lone surrogate in text {number}") from None
+            raise
+
+    def whole(self, text: str) -> list[int]:
+        """A text's tokens, special ones included, however many there are."""
+        return self._tokenizer(text)["input_ids"] if self._fast is None else self._fast.encode(text).ids
 
     def convert(self, encoded: Encoded) -> Tokens:
         """The second half."""
@@ -179,6 +200,11 @@ class TextTokenizer:
     def _too_long(self, number: int) -> None:
         if self.overflow == "error":
             raise ValueError(f"texts: expected at most {self.limit} tokens, got text {number}, which is longer")
+
+
+def lone_surrogate(text: str) -> bool:
+    """Whether a string holds half of a UTF-16 pair, as of a file read with errors="surrogateescape": no tokenizer takes it."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 # ---------------------------------------------------------------- batches
@@ -269,7 +295,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def ahead(items: Iterable[T], depth: int = 1) -> Generator[T]:
     """``items``, made in a thread ahead of the caller by at most ``depth`` beside the one in the making. An error of theirs is
-    raised where its item would have come. The thread ends with the iterator."""
+    raised where its item would have come. The thread ends with the iterator; one that waits for ``items`` ends once they come,
+    and an iterator that is left does not wait for it."""
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
     stop = threading.Event()
 
@@ -293,7 +320,7 @@ def ahead(items: Iterable[T], depth: int = 1) -> Generator[T]:
             if isinstance(items, Generator):  # which may have a thread of its own
                 items.close()
 
-    thread = threading.Thread(target=work, name="s2sent-tokenizer", daemon=True)
+    thread = threading.Thread(target=work, name="s2sent-tokenizer", daemon=True)  # it may wait for an item at exit
     thread.start()
     try:
         while True:
@@ -306,4 +333,4 @@ def ahead(items: Iterable[T], depth: int = 1) -> Generator[T]:
                 raise value
     finally:
         stop.set()
-        thread.join()
+        thread.join(LEAVE)
