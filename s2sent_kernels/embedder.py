@@ -20,24 +20,23 @@ import itertools
 import os
 import sys
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import families, loading, validate
 from .batch_runner import BatchRunner, Result
-from .batches import OVERFLOWS, Encoded, TextTokenizer, Tokens, ahead, cut
+from .batches import OVERFLOWS, Encoded, TextTokenizer, Tokens, ahead, cut, lone_surrogate
+from .chunks import PRECISIONS, Chunk, finished, like, quantized
 from .export import Pipeline
 from .files import require
 
 if TYPE_CHECKING:
     import numpy as np
 
-PRECISIONS = ("float32", "float16", "int8", "uint8", "binary", "ubinary")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Texts that are sorted together. The first chunk is small, so that the encoder starts early.
 FIRST_CHUNK, LARGEST_CHUNK = 2048, 16384
@@ -62,15 +61,8 @@ class _Options(NamedTuple):
     normalize: bool
     truncate_dim: int | None
     prompt: str
+    skip: int  # tokens of a text that are its prompt's and do not count
     precision: str
-
-
-class _Chunk:
-    """Texts that are sorted together, and their rows' embeddings as they arrive."""
-
-    def __init__(self, tokens: Tokens, size: int) -> None:
-        self.tokens, self.left = tokens, int((tokens.lengths > 0).sum())
-        self.embeddings = torch.zeros(len(tokens.ids), size)  # a row without tokens stays 0, as a selector has it
 
 
 class Embedder:
@@ -96,7 +88,8 @@ class Embedder:
         packed: whether batches are packed; ``padded_because`` says why not.
         statistics: how many texts and tokens were encoded, and how many texts were cut.
 
-    Several threads may call one Embedder: their batches take turns. While it runs no one else may call its encoder.
+    Several threads may call one Embedder, or several of one encoder: their batches take turns. While one runs no other code may
+    call its encoder. An Embedder can be copied and pickled with its encoder; CUDA graphs are then captured again.
 
     Raises:
         ValueError, TypeError: an argument is wrong, or ``packed=True`` and the encoder cannot be run so; says why.
@@ -115,9 +108,9 @@ class Embedder:
         include_prompt: bool = True,
     ) -> None:
         validate.option("overflow", overflow, OVERFLOWS)
-        if any(module.training for module in pipeline.modules()):
-            raise ValueError("pipeline: expected it in eval mode, got it in training mode")
-        parameter = next(pipeline.encoder.parameters())
+        if not isinstance(default_prompt, str):
+            raise TypeError(f"default_prompt: expected a string, got {type(default_prompt).__name__}")
+        parameter = families.float_parameter(pipeline.encoder)
         self.device, self.dtype = parameter.device, parameter.dtype
         self.dimension = self._dimension(pipeline)
         self._pipeline, self.encoder, self.tokenizer = pipeline, pipeline.encoder, tokenizer
@@ -133,7 +126,7 @@ class Embedder:
         name_or_folder: str | os.PathLike[str],
         selector: str | os.PathLike[str] | None = None,
         dtype: str | torch.dtype = "auto",
-        device: str | torch.device | None = None,
+        device: str | int | torch.device | None = None,
         **options: Any,
     ) -> Embedder:
         """An Embedder of saved parts, which it owns.
@@ -145,19 +138,20 @@ class Embedder:
             selector: a folder or a shipped name.
             dtype: "float32", "bfloat16" or "float16" of the encoder. "auto": bfloat16 on GPUs with tensor cores for it, else
                 float32.
-            device: by default the GPU, if there is one.
+            device: a number is a GPU's. By default the current GPU, if there is one.
             options: the other arguments of Embedder.
 
         Raises:
             ValueError, TypeError: there is no such model, it cannot be loaded, or an argument is wrong.
         """
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if where.type == "cuda" and where.index is None:
-            where = torch.device("cuda", torch.cuda.current_device())
+        where = _device(device)
         kind = _dtype(dtype, where)
+        if options.get("max_length") is not None:
+            validate.positive_int("max_length", options["max_length"])
         saved = loading.load_parts(os.fspath(name_or_folder), None if selector is None else os.fspath(selector))
         for parameter in saved.pipeline.encoder.parameters():  # not buffers: rotary frequencies stay float32
-            parameter.data = parameter.data.to(kind)
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(kind)
         limits = [limit for limit in (options.pop("max_length", None), saved.max_length) if limit is not None]
         settings: dict[str, Any] = {
             "default_prompt": saved.default_prompt,
@@ -208,18 +202,19 @@ class Embedder:
         single = isinstance(texts, str)
         listed = [texts] if isinstance(texts, str) else list(texts)
         options = self._options(batch_tokens, normalize, truncate_dim, prompt, precision)
-        bar = _bar(len(listed)) if progress and sys.stderr.isatty() else None
+        # stderr is None where a program has no console.
+        bar = _bar(len(listed)) if progress and sys.stderr is not None and sys.stderr.isatty() else None
         found = []
-        try:
-            for values in self._embeddings(listed, options):
+        with (
+            contextlib.closing(self._embeddings(listed, options)) as chunks,
+            contextlib.nullcontext() if bar is None else bar,
+        ):
+            for values in chunks:
                 found.append(values)
                 if bar is not None:
                     bar.update(len(values))
-        finally:
-            if bar is not None:
-                bar.close()
         size = truncate_dim or self.dimension
-        result = _quantized(torch.cat(found) if found else torch.empty(0, size), precision)
+        result = quantized(torch.cat(found) if found else torch.empty(0, size), precision)
         return result[0] if single else result
 
     def stream(
@@ -231,9 +226,10 @@ class Embedder:
         truncate_dim: int | None = None,
         prompt: str | None = None,
         precision: str = "float32",
-    ) -> Iterator[np.ndarray]:
+    ) -> Generator[np.ndarray]:
         """Yields the embedding [D] of each text, in order, as ``encode`` computes it. Reads at most five chunks of
-        ``LARGEST_CHUNK`` texts ahead, in two threads: one runs the tokenizer, one converts what it gives.
+        ``LARGEST_CHUNK`` texts ahead, in two threads: one reads ``texts`` and runs the tokenizer, one converts what it gives.
+        They end with the generator, which ``close`` ends early; while ``texts`` waits for its next one they wait with it.
 
         Raises:
             ValueError, TypeError: as ``encode``; or the precision is int8 or uint8, whose range is that of all embeddings.
@@ -243,13 +239,18 @@ class Embedder:
         if isinstance(texts, str):
             raise TypeError("texts: expected an iterable of strings, got one string")
         options = self._options(batch_tokens, normalize, truncate_dim, prompt, precision)
-        return itertools.chain.from_iterable(
-            _quantized(values, precision) for values in self._embeddings(texts, options)
-        )
+        return self._stream(texts, options)
+
+    def _stream(self, texts: Iterable[str], options: _Options) -> Generator[np.ndarray]:
+        with contextlib.closing(self._embeddings(texts, options)) as chunks:
+            for values in chunks:
+                for embedding in quantized(values, options.precision):
+                    yield embedding.copy()  # one that is kept must not keep its chunk
 
     def _options(
         self, batch_tokens: int | None, normalize: bool, truncate_dim: int | None, prompt: str | None, precision: str
     ) -> _Options:
+        self._run.check_mode()
         validate.option("precision", precision, PRECISIONS)
         if batch_tokens is not None:
             validate.positive_int("batch_tokens", batch_tokens)
@@ -262,30 +263,40 @@ class Embedder:
         if prompt is not None and not isinstance(prompt, str):
             raise TypeError(f"prompt: expected a string or None, got {type(prompt).__name__}")
         text = self.default_prompt if prompt is None else prompt
-        return _Options(batch_tokens or _usual_tokens(self.device), normalize, truncate_dim, text, precision)
+        skip = self._judged(text) if text else 0
+        return _Options(batch_tokens or _usual_tokens(self.device), normalize, truncate_dim, text, skip, precision)
+
+    def _judged(self, prompt: str) -> int:
+        """How many tokens at the start of a text do not count: its prompt's, and the special ones before it."""
+        if lone_surrogate(prompt):
+            raise ValueError("prompt: expected Unicode text, got a lone surrogate")
+        ids, limit = self._texts.whole(prompt), self.max_length
+        most = limit if self._include_prompt else limit - 1  # a token of a text has to count
+        if len(ids) > most and (self._texts.overflow == "error" or not self._include_prompt):
+            raise ValueError(f"prompt: expected at most {most} tokens, where a text has {limit}, got {len(ids)}")
+        if self._include_prompt or not ids:
+            return 0
+        return len(ids) - (ids[-1] in self.tokenizer.all_special_ids)
 
     # ------------------------------------------------------------ from texts to embeddings
 
-    def _embeddings(self, texts: Iterable[str], options: _Options) -> Iterator[Tensor]:
+    def _embeddings(self, texts: Iterable[str], options: _Options) -> Generator[Tensor]:
         """[n, D] of one chunk of texts after another, float32 on the host."""
-        encoded = self._encoded(texts, options.prompt)
-        chunks: Iterable[Tokens]
-        if isinstance(texts, list) and len(texts) <= INLINE:
-            chunks = map(self._texts.convert, encoded)
-        else:
-            chunks = ahead(self._converted(ahead(encoded)))
-        skip = 0 if self._include_prompt or not options.prompt else self._prompt_tokens(options.prompt)
-        open_chunks: deque[_Chunk] = deque()
-        results: deque[tuple[_Chunk, np.ndarray, Result]] = deque()
-        for tokens in chunks:
-            chunk = _Chunk(tokens, self._pipeline.selector.hidden_size)
-            open_chunks.append(chunk)
-            for rows in cut(tokens.lengths, options.batch_tokens, padded=skip > 0 or not self.packed):
-                results.append((chunk, rows, self._run(tokens, rows, skip)))
-                while len(results) > (UNFINISHED if self.device.type == "cuda" else 0):
-                    _keep(*results.popleft())
-                while open_chunks and not open_chunks[0].left:
-                    yield self._finished(open_chunks.popleft(), options)
+        encoded, skip = self._encoded(texts, options.prompt), options.skip
+        few = isinstance(texts, list) and len(texts) <= INLINE
+        open_chunks: deque[Chunk] = deque()
+        results: deque[tuple[Chunk, np.ndarray, Result]] = deque()
+        # Closed here: after an error its threads would else live as long as the traceback.
+        with contextlib.closing(self._converted(encoded) if few else ahead(self._converted(ahead(encoded)))) as parts:
+            for tokens in parts:
+                chunk = Chunk(tokens, self._pipeline.selector.hidden_size, skip)
+                open_chunks.append(chunk)
+                for rows in cut(tokens.lengths, options.batch_tokens, padded=not self._run.packs(tokens, skip)):
+                    results.append((chunk, rows, self._run(tokens, rows, skip)))
+                    while len(results) > (UNFINISHED if self.device.type == "cuda" else 0):
+                        _keep(*results.popleft())
+                    while open_chunks and not open_chunks[0].left:
+                        yield self._finished(open_chunks.popleft(), options)
         for result in results:
             _keep(*result)
         for chunk in open_chunks:
@@ -304,27 +315,12 @@ class Embedder:
             for each in encoded:
                 yield self._texts.convert(each)
 
-    def _prompt_tokens(self, prompt: str) -> int:
-        """How many tokens of a text are its prompt's, the special ones before it included."""
-        ids = self._texts([prompt]).ids[0]
-        return len(ids) - (int(ids[-1]) in self.tokenizer.all_special_ids)
-
-    def _finished(self, chunk: _Chunk, options: _Options) -> Tensor:
-        """[n, D] of the chunk's texts: windows averaged, then the head, truncation and normalization."""
-        tokens, values = chunk.tokens, chunk.embeddings
-        count = int(tokens.text[-1]) + 1
-        self.statistics.texts += count
-        self.statistics.tokens += int(tokens.lengths.sum())
-        self.statistics.cut += tokens.cut
-        if len(values) > count:
-            values = _averaged(values, tokens, count)
-        head = self._pipeline.head
-        if head is not None:
-            with torch.no_grad():
-                values = head(_like(head, values)).float().cpu()
-        if options.truncate_dim is not None:
-            values = values[:, : options.truncate_dim]
-        return F.normalize(values, dim=1) if options.normalize else values
+    def _finished(self, chunk: Chunk, options: _Options) -> Tensor:
+        """[n, D] of the chunk's texts."""
+        self.statistics.texts += chunk.texts
+        self.statistics.tokens += int(chunk.tokens.lengths.sum())
+        self.statistics.cut += chunk.tokens.cut
+        return finished(chunk.result(), self._pipeline.head, options.truncate_dim, options.normalize)
 
     @staticmethod
     def _dimension(pipeline: Pipeline) -> int:
@@ -332,40 +328,11 @@ class Embedder:
         if pipeline.head is None:
             return size
         with torch.no_grad():
-            return pipeline.head(_like(pipeline.head, torch.ones(1, size))).shape[1]
+            return pipeline.head(like(pipeline.head, torch.ones(1, size))).shape[1]
 
 
-def _keep(chunk: _Chunk, rows: np.ndarray, result: Result) -> None:
-    chunk.embeddings[torch.from_numpy(rows)] = result.wait()
-    chunk.left -= len(rows)
-
-
-def _averaged(values: Tensor, tokens: Tokens, count: int) -> Tensor:
-    """[S, D]: the windows of each text, weighted by their tokens. A text of one row keeps its bits."""
-    import numpy as np
-
-    starts = np.searchsorted(tokens.text, np.arange(count + 1))
-    result = values[torch.from_numpy(starts[:-1])]
-    for text in np.flatnonzero(np.diff(starts) > 1):
-        part = slice(int(starts[text]), int(starts[text + 1]))
-        weights = torch.from_numpy(tokens.lengths[part]).float()
-        result[text] = (weights / weights.sum()) @ values[part]
-    return result
-
-
-def _like(head: torch.nn.Module, values: Tensor) -> Tensor:
-    """The values where the head's parameters are, if it has some."""
-    parameter = next(head.parameters(), None)
-    return values if parameter is None else values.to(parameter.device, parameter.dtype)
-
-
-def _quantized(values: Tensor, precision: str) -> np.ndarray:
-    if precision == "float32":
-        return values.numpy()
-    if precision == "float16":
-        return values.half().numpy()
-    util = require("sentence_transformers.util", "sentence-transformers", "sentence-transformers")
-    return util.quantize_embeddings(values.numpy(), precision=precision)
+def _keep(chunk: Chunk, rows: np.ndarray, result: Result) -> None:
+    chunk.keep(rows, result.wait())
 
 
 def _bar(total: int) -> Any:
@@ -386,6 +353,16 @@ def _limit(encoder: torch.nn.Module, tokenizer: Any, wanted: int | None) -> int:
     configured = getattr(encoder.config, "max_position_embeddings", None)  # also of encoders without a table
     usual = configured if isinstance(configured, int) and configured > 0 else 512
     return families.max_length(encoder, tokenizer, usual if wanted is None else wanted)
+
+
+def _device(given: str | int | torch.device | None) -> torch.device:
+    """The device, with its number where it is a GPU."""
+    if given is None:
+        given = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.device("cuda", given) if isinstance(given, int) else torch.device(given)
+    if where.type == "cuda" and where.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return where
 
 
 def _dtype(given: str | torch.dtype, device: torch.device) -> torch.dtype:
