@@ -1,5 +1,7 @@
 """Embedder on a GPU: torch's varlen attention, CUDA graphs, copies that overlap. Tiny random encoders."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,31 @@ def test_a_replayed_graph_gives_what_a_call_gives(dtype):
         found, wanted = model.encode(texts), plain.encode(texts)
         assert cosines(found, wanted).min() > (0.999 if dtype == torch.bfloat16 else 1 - 1e-6)
     assert len(model._run._graphs._graphs) == 4
+
+
+def test_weights_that_moved_are_captured_again():
+    model = make("cuda", torch.float32, cuda_graphs=True)
+    before = model.encode(TEXTS[:1])
+    model.encoder.half()  # the graph's weights are freed
+    assert cosines(model.encode(TEXTS[:1]), before).min() > 0.998
+    assert len(model._run._graphs._graphs) == 1
+
+
+def test_replays_on_streams_of_their_own_take_turns():
+    model = make("cuda", torch.bfloat16, cuda_graphs=True)
+    wanted, wrong = [model.encode(text) for text in TEXTS], []
+
+    def work():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(30):
+                wrong.extend(t for t, each in zip(TEXTS, wanted, strict=True) if (model.encode(t) != each).any())
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than two CUDA devices")
