@@ -99,6 +99,8 @@ class _Ids:
         except ValueError:
             return
         self.number = number
+        if isinstance(value, str):
+            tables.text(f"{self.lines.source.name}: line {number}: {self.lines.columns.id}", value)
         if value is not None:
             self.python.add(type(value))
         if len(self.python) > 1:  # pyarrow would make 1 and 2.5 two floats, but only if they are in one block
@@ -112,7 +114,8 @@ class _Ids:
         if self.values:
             try:
                 kind = pa.array(self.values).type
-            except (pa.ArrowException, OverflowError) as error:  # OverflowError: an integer of more than 64 bits
+            # OverflowError: an integer of more than 64 bits. UnicodeEncodeError: half a character, within a list.
+            except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
                 self.fail(first_line(error))
             self.found = one_type(self.found, kind, f"{self.lines.source.name}: line {self.number}")
             self.values = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -54,6 +55,8 @@ class Tabular(NamedTuple):
             raise DataError(f"{name}: row {number}: {column}: expected a text, got {text!r}", name, number)
         if self.columns.id is None:
             return texts, None
+        if self.columns.id == column and self.source.kind in ("csv", "tsv"):
+            return texts, pa.array(texts)  # the batch has their bytes
         ids = batch.column(self.columns.id)
         return texts, ids.dictionary_decode() if pa.types.is_dictionary(ids.type) else ids
 
@@ -206,14 +209,14 @@ def _read_arrow(table: Tabular, start: int) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _csv(table: Tabular, wanted: list[str] | None) -> Iterator[Any]:
+def _csv(table: Tabular, wanted: list[str] | None, behind: bytes = b"") -> Iterator[Any]:
     """All columns are read as what they are in the file, text: an id 007 stays 007. The texts' bytes are decoded by ``decode``,
-    which names the row of one that is not UTF-8."""
+    which names the row of one that is not UTF-8. ``behind`` is read after the file's end."""
     tabs = table.source.kind == "tsv"  # without quoting, as everywhere in this package
     types = {name: pa.string() for name in table.wanted} | {table.columns.text: pa.binary()}
     with table.source.stream() as stream:
         yield csv.open_csv(
-            stream,
+            pa.PythonFile(_Followed(stream, behind), "r") if behind else stream,
             csv.ReadOptions(block_size=CSV_BLOCK),
             csv.ParseOptions(delimiter="\t", quote_char=False) if tabs else csv.ParseOptions(newlines_in_values=True),
             csv.ConvertOptions(column_types=types, include_columns=wanted, strings_can_be_null=False),
@@ -228,9 +231,40 @@ def _open_csv(table: Tabular) -> tuple[int, Any]:
         if "Empty CSV file" in str(error):
             return 0, pa.schema([(name, pa.string()) for name in table.wanted])
         raise
-    with _csv(table, table.find(names)) as reader:
-        schema = reader.schema
-        return sum(map(len, reader)), schema
+    wanted = table.find(names)
+    place = wanted.index(table.columns.text)
+    schema = pa.schema([(name, pa.string()) for name in wanted])  # of the texts, too, once they are decoded
+    if table.source.kind == "tsv":
+        with _csv(table, wanted) as reader:
+            return sum(map(len, reader)), schema
+    # The parser takes a quote that is never closed for a text up to the file's end. It would swallow this row, too.
+    mark = uuid.uuid4().hex.encode()
+    rows, last = 0, None
+    with _csv(table, wanted, b"\n" + b",".join([mark] * len(names)) + b"\n") as reader:
+        for batch in reader:
+            if len(batch):
+                rows, last = rows + len(batch), batch.column(place)[-1].as_py()
+    if last != mark:
+        raise ValueError(f"{table.source.name}: row {rows}: a quote is opened and not closed before the file's end")
+    return rows - 1, schema
+
+
+class _Followed:
+    """A stream, and a few bytes behind it."""
+
+    closed = False
+
+    def __init__(self, stream: Any, behind: bytes) -> None:
+        self.stream, self.behind = stream, behind
+
+    def read(self, size: int) -> bytes:
+        if piece := self.stream.read(size):
+            return piece
+        rest, self.behind = self.behind, b""
+        return rest
+
+    def close(self) -> None:
+        """The stream is closed by its owner."""
 
 
 def _read_csv(table: Tabular, start: int) -> Iterator[Any]:
