@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import sys
@@ -40,6 +41,11 @@ class Source(NamedTuple):
     path: str  # of the file that is opened
     kind: str  # a value of KINDS
     compression: str | None  # a value of COMPRESSIONS
+
+    @property
+    def unit(self) -> str:
+        """What its rows are called in messages, and counted in."""
+        return "line" if self.kind in ("text", "jsonl") else "row"
 
     @property
     def indexed(self) -> bool:
@@ -97,12 +103,51 @@ def expand(arguments: Sequence[str], output: str | None = None, say: Callable[[s
             found.append(argument)
         elif os.path.isdir(argument):
             found += _folder(argument, output, say)
-        elif matches := sorted(glob.glob(argument, recursive=True)) if glob.has_magic(argument) else []:
-            for path in matches:
-                found += _folder(path, output, say) if os.path.isdir(path) else [path]
+        elif matches := _matches(argument, output) if glob.has_magic(argument) else []:
+            files = (_folder(path, output, say) if os.path.isdir(path) else [path] for path in matches)
+            unique: dict[tuple[str, str], str] = {}
+            for path in itertools.chain(*files):  # links to folders, and folders beside their files, give some twice
+                unique.setdefault(_place(path), path)
+            found += unique.values()
         else:
             raise ValueError(f"{argument}: there is no such file")
     return found
+
+
+def _matches(pattern: str, output: str | None) -> list[str]:
+    """What a glob means, sorted, but for ``output`` and all within it."""
+    found = sorted(set(_glob(pattern)))
+    if output is None:
+        return found
+    own = os.path.join(os.path.realpath(output), "")
+    return [path for path in found if not os.path.join(os.path.realpath(path), "").startswith(own)]
+
+
+def _glob(pattern: str) -> list[str]:
+    """As glob.glob, but ** goes into each folder once: links may make a circle. ** at the end means files."""
+    names = pattern.split(os.sep)
+    if "**" not in names:
+        return glob.glob(pattern)
+    at = names.index("**")
+    head, tail = os.sep.join([*names[:at], ""]), os.sep.join(names[at + 1 :])
+    found: list[str] = []
+    seen: set[str] = set()
+    for top in glob.glob(head) if head else [""]:
+        for place, folders, _ in os.walk(top or os.curdir, followlinks=True):
+            if (real := os.path.realpath(place)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            inside = glob.escape(place)
+            some = [path for path in _glob(os.path.join(inside, tail or "*")) if tail or not os.path.isdir(path)]
+            found += some if top else [path.removeprefix(os.path.join(os.curdir, "")) for path in some]
+    return found
+
+
+def _place(path: str) -> tuple[str, str]:
+    """What tells a file from others: its folder without links, and its name. A link to a file is a file of its own."""
+    return os.path.realpath(os.path.dirname(path)), os.path.basename(path)
 
 
 def _folder(folder: str, output: str | None, say: Callable[[str], None]) -> list[str]:
