@@ -130,7 +130,7 @@ shard.__name__ = "shard I/N with I from 0 to N - 1"  # as argparse quotes it
 def share(text: str) -> float:
     """An argparse type: whole GPUs, or a part of one."""
     value = float(text)
-    if not (0 <= value < 1 or value.is_integer()):
+    if value < 0 or not (value < 1 or value.is_integer()):
         raise ValueError
     return value
 
@@ -215,7 +215,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
 
 
 def _check_output(arguments: argparse.Namespace, output: Path) -> None:
-    from ..tools.encoding import OUTPUTS
+    from ..tools.encoding import OUTPUTS, remove_leftovers
 
     name = arguments.output
     if name.endswith("/"):
@@ -223,6 +223,7 @@ def _check_output(arguments: argparse.Namespace, output: Path) -> None:
         return
     common.check_writable(output.parent)
     if output.exists() and not arguments.force:
+        remove_leftovers(output)
         raise UserError(f"output {name}: it is there already; --force replaces it")
     if output.is_dir():
         raise UserError(f"output {name}: expected a file, got a directory; with a slash at the end it gets parts")
@@ -384,7 +385,7 @@ def _settings(options: Mapping[str, Any], output: Path) -> dict[str, Any]:
 
 def _state(path: str, output: Path) -> Any:
     """Names, sizes and times of the files; the name itself if there are none, as for a hub id. What this command writes is no
-    part of a model: outputs may lie in the model's folder."""
+    part of a model: outputs may lie in the model's folder. Nor is a link that leads nowhere."""
     from ..tools.encoding import OUTPUTS, state
 
     path = os.path.expanduser(path)
@@ -400,4 +401,4 @@ def _state(path: str, output: Path) -> Any:
         for name in sorted(names):
             if not name.startswith(".") and Path(name).suffix not in OUTPUTS:
                 found.append(os.path.join(place, name))
-    return [state(file) for file in found]
+    return [state(file) for file in found if os.path.exists(file)]

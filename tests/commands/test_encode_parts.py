@@ -112,6 +112,7 @@ def test_an_output_within_the_model_goes_on(tmp_path, model, capsys, monkeypatch
     """What the command writes there is no part of the model."""
     folder = tmp_path / "model"
     load(model).save(str(folder))
+    (folder / "LICENSE").symlink_to("nowhere")  # nor is this
     part = parts.Worker.part
     for output in ("model/out/", "model/a.parquet"):
         with monkeypatch.context() as patch:
@@ -123,6 +124,16 @@ def test_an_output_within_the_model_goes_on(tmp_path, model, capsys, monkeypatch
     assert run(folder, "a.txt", "--output", "model/out/", "--part-rows", 4) == 0
     (folder / "config.json").touch()  # the model itself counts
     assert run(folder, "a.txt", "--output", "model/out/", "--part-rows", 4) == 2
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path, model, capsys, monkeypatch):
+    """It was killed when the output was there, and its parts still were."""
+    with monkeypatch.context() as patch:
+        patch.setattr("s2sent_kernels.tools.encoding.run._remove", lambda _: None)
+        assert run(model, "a.txt", "--output", "a.npy") == 0
+    assert (tmp_path / ".a.npy.parts").exists()
+    assert run(model, "a.txt", "--output", "a.npy") == 2
+    assert "it is there already" in capsys.readouterr().err and sorted(os.listdir(tmp_path)) == ["a.npy", "a.txt"]
 
 
 def test_links_are_followed(tmp_path, model):
@@ -169,6 +180,8 @@ def test_a_folder_of_inputs_and_float16(tmp_path, model):
         (["a.txt", "--output", "out/", "--gpus-per-worker", "0"], "--gpus-per-worker: expected with --engine ray"),
         (["a.txt", "--output", "out/", "--engine", "ray", "--device", "cpu"], "--device: expected with --engine local"),
         (["a.txt", "--output", "out/", "--engine", "ray", "--gpus-per-worker", "1.5"], "invalid number of GPUs"),
+        (["a.txt", "--output", "out/", "--engine", "ray", "--gpus-per-worker", "-1"], "invalid number of GPUs"),
+        (["a.txt", "--output", "out/", "--engine", "ray", "--gpus-per-worker", "nan"], "invalid number of GPUs"),
         (
             ["a.txt", "--output", "out/", "--output-dtype", "float16", "--precision", "binary"],
             "--output-dtype: expected",

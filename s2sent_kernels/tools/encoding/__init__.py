@@ -9,7 +9,7 @@ from .plan import IN_A_FILE, IN_A_FOLDER, Request, state
 from .ray_engine import Cluster
 from .reading import Row, read_texts
 from .rows import Columns
-from .run import Failed, Options, Shard, encode_file, encode_folder, hidden
+from .run import Failed, Options, Shard, encode_file, encode_folder, hidden, remove_leftovers
 from .sources import expand
 
 __all__ = [
@@ -34,5 +34,6 @@ __all__ = [
     "in_this_process",
     "one_process_a_device",
     "read_texts",
+    "remove_leftovers",
     "state",
 ]

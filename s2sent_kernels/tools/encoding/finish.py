@@ -9,22 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ...files import importing, write_atomically
-from .parts import CUT, DIGEST
-from .plan import COPY, PLAN, Plan, load
+from .parts import CUT
+from .plan import PLAN, Plan, load
+from .stock import MANIFEST, NOTE, PART, footer, is_ours
 
 with importing(None, "encode"):
-    import pyarrow as pa
     from pyarrow import parquet
-
-MANIFEST, LOCK = "manifest.json", ".lock"
-PART = r"part-\d+\.parquet"
-NOTE = r"failed[\w-]*\.jsonl"
-# What a run writes into a folder; with a dot and more behind it while it is written.
-OURS = re.compile(rf"{PART}|{NOTE}|{PLAN}|{MANIFEST}|{COPY}|{LOCK}.*|whole\.\w+|\.({PART}|{PLAN}|{MANIFEST}|stdin)\..*")
-
-
-def is_ours(name: str) -> bool:
-    return OURS.fullmatch(name) is not None
 
 
 def finish(folder: Path) -> int:
@@ -46,7 +36,7 @@ def finish(folder: Path) -> int:
         raise ValueError(
             f"{folder}: {len(absent)} of {len(plan.parts)} parts are missing, the first {part.name}, {where}{failed}"
         )
-    columns = _check(plan, folder)
+    columns = check(plan, folder)
     rows = sum(part.rows for part in plan.parts)
     manifest = {
         "plan": plan.digest,
@@ -71,19 +61,15 @@ def count_cut(plan: Plan, folder: Path) -> int:
     return sum(int(each.get(CUT, 0)) for each in about)
 
 
-def _check(plan: Plan, folder: Path) -> Any:
-    """The schema of all parts."""
+def check(plan: Plan, folder: Path) -> Any:
+    """The schema of all parts.
+
+    Raises:
+        ValueError: a part cannot be read, or is not the plan's.
+    """
     known: Any = None
     for part in plan.parts:
-        try:
-            about = parquet.read_metadata(folder / part.name)
-        except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{folder / part.name}: cannot be read: {str(error).splitlines()[0]}") from error
-        found = about.schema.to_arrow_schema()
-        if (about.metadata or {}).get(DIGEST) != plan.digest.encode():
-            raise ValueError(f"{folder / part.name}: is of another plan: remove it and run the command again")
-        if about.num_rows != part.rows:
-            raise ValueError(f"{folder / part.name}: expected {part.rows} rows, got {about.num_rows}")
+        found = footer(folder, part, plan.digest).schema.to_arrow_schema()
         if known is not None and found != known:
             raise ValueError(f"{folder / part.name}: expected columns {known.names} as in the other parts, got others")
         known = found

@@ -14,22 +14,23 @@ import numpy as np
 
 from ...files import importing, sync_folder
 from .plan import Part, Plan
-from .reading import Reader
+from .reading import Reader, Rows
 from .rows import Columns, DataError, first_line
 from .sources import Source
+from .stock import DIGEST, is_there
 
 with importing(None, "encode"):
     import pyarrow as pa
     from pyarrow import parquet
 
 SLICE = 16384  # rows of a call of the encoder and of a row group: what a worker holds, and within which it may sort
-DIGEST, CUT = b"s2sent_plan", b"s2sent_cut"  # in a part's metadata: its plan; how many of its texts were too long
+CUT = b"s2sent_cut"  # in a part's metadata: how many of its texts were too long
 EMBEDDING = "embedding.list.element"  # Parquet's name of the column of numbers
 
 
 class Encoder(Protocol):
     """What a worker makes once. Of its attributes, if it has them, ``tokens`` counts the tokens that it has encoded, and ``cut``
-    the texts that were longer than it takes."""
+    the texts that were longer than it takes. A ValueError of one text may have its index as the attribute ``text``."""
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """[rows, D]"""
@@ -63,6 +64,14 @@ class Done(NamedTuple):
     row: int | None = None  # the line or row of which ``failure`` speaks
 
 
+class _Overflow(ValueError):
+    """The embedding of the text with the index ``text``."""
+
+    def __init__(self, message: str, text: int) -> None:
+        super().__init__(message)
+        self.text = text
+
+
 class Worker:
     """Encodes parts, one after the other.
 
@@ -76,13 +85,13 @@ class Worker:
         self.job, self.encoder, self.advance, self.reader = job, encoder, advance, Reader(job.columns)
 
     def part(self, part: Part) -> Done:
-        """Write the part, unless it is there.
+        """Write the part, unless it is there. One that is damaged, or of another plan, is replaced.
 
         Raises:
             OSError: it cannot be written.
         """
         target = Path(self.job.folder) / part.name
-        if target.exists():
+        if is_there(target.parent, part, self.job.digest):
             return Done(part)
         temporary = target.with_name(f".{part.name}.{uuid.uuid4().hex}")  # never that of another worker
         before = getattr(self.encoder, "tokens", None)
@@ -106,19 +115,16 @@ class Worker:
             ahead = reading.submit(next, rows, None)
             while (some := ahead.result()) is not None:
                 ahead = reading.submit(next, rows, None)
-                texts, ids = some
                 try:
-                    embeddings = self._encode(texts)
+                    embeddings = self._encode(some.texts)
                 except ValueError as error:
-                    name, begin = self.job.sources[part.source].name, first - part.first + part.start.row
-                    place = f"{name}: rows {begin + 1} to {begin + len(texts)}"
-                    raise DataError(f"{place}: {first_line(error)}", name) from error
-                table = self._table(first, texts, ids, embeddings)
+                    raise _located(error, self.job.sources[part.source], some) from error
+                table = self._table(first, some.texts, some.ids, embeddings)
                 written.result()  # at most one slice waits to be written
                 if writer is None:
                     writer = stack.enter_context(open_writer(path, table.schema))
                 written = writing.submit(writer.write_table, table)
-                first += len(texts)
+                first += len(some.texts)
             written.result()
             if writer is not None and cut is not None:
                 writer.add_key_value_metadata({CUT: str(self.encoder.cut - cut)})  # type: ignore[attr-defined]
@@ -133,8 +139,11 @@ class Worker:
         if self.job.dtype is not None:
             with np.errstate(over="ignore"):
                 stored = embeddings.astype(self.job.dtype)
-            if not np.isfinite(stored).all() and np.isfinite(embeddings).all():
-                raise RuntimeError(f"an embedding has values beyond {self.job.dtype}: {np.abs(embeddings).max()}")
+            beyond = np.isfinite(embeddings).all(axis=1) & ~np.isfinite(stored).all(axis=1)
+            if beyond.any():
+                text = int(beyond.argmax())
+                largest = np.abs(embeddings[text]).max()
+                raise _Overflow(f"the embedding has values beyond {self.job.dtype}: {largest}", text)
             embeddings = stored
         self.advance(len(texts), None if before is None else self.encoder.tokens - before)  # type: ignore[attr-defined]
         return embeddings
@@ -150,6 +159,18 @@ class Worker:
         if self.job.keep_text:
             columns["text"] = pa.array(texts, pa.string())
         return pa.table(columns).replace_schema_metadata({DIGEST: self.job.digest})
+
+
+def _located(error: ValueError, source: Source, rows: Rows) -> DataError:
+    """The encoder's error, with the text's line or row if the encoder says which text it is, else with those of the call."""
+    text, reason = getattr(error, "text", None), first_line(error)
+    if text is None:
+        place, row = f"{source.unit}s {rows.numbers[0]} to {rows.numbers[-1]}", None
+    else:
+        row = rows.numbers[text]
+        # The index counts from the beginning of the call, which the user does not know.
+        place, reason = f"{source.unit} {row}", reason.replace(f"text {text}", "a text")
+    return DataError(f"{source.name}: {place}: {reason}", source.name, row)
 
 
 def _ids(values: Any, kind: Any) -> Any:

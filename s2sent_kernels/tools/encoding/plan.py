@@ -22,7 +22,7 @@ with importing(None, "encode"):
     from tqdm import tqdm
 
 PLAN = "_plan.json"
-COPY = "_stdin.txt"  # of standard input
+COPY = ".stdin.txt"  # of standard input
 IN_A_FOLDER, IN_A_FILE = 65536, 4096  # rows of a part
 
 
@@ -92,7 +92,7 @@ def load(folder: Path) -> Plan | None:
         schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(content["id_type"])))
         return Plan(
             content["key"],
-            [Source(*one) for one in content["sources"]],
+            [_placed(Source(*one), folder) for one in content["sources"]],
             Columns(*content["columns"]),
             schema.field("id").type,
             content["keep_text"],
@@ -129,10 +129,9 @@ def make(request: Request, key: dict[str, Any], folder: Path) -> Plan:
     rows, id_type = 0, None
     # Disabled where standard error is no terminal.
     for path in tqdm(request.inputs, "planning", delay=2, leave=False, unit=" files", disable=None):
-        # Absolute: workers may have another working directory.
-        place = str(folder.absolute() / COPY) if path == STDIN else os.path.realpath(path)
-        # A link's own suffix counts.
-        found = source(COPY if path == STDIN else path)._replace(name=path, path=place)
+        # A link's own suffix counts. Its path is absolute: workers may have another working directory.
+        found = source(COPY if path == STDIN else path)._replace(name=path, path=os.path.realpath(path))
+        found = _placed(found, folder)
         survey = format_of(found, request.columns).survey(request.part_rows)
         if not survey.rows:
             raise ValueError(f"{path}: expected texts, got an empty file")
@@ -147,10 +146,15 @@ def make(request: Request, key: dict[str, Any], folder: Path) -> Plan:
     return Plan(key, sources, request.columns, kind, request.keep_text, request.dtype, parts)
 
 
+def _placed(source: Source, folder: Path) -> Source:
+    """Standard input is read from its copy in ``folder``, which may have been moved since the plan was made."""
+    return source._replace(path=str(folder.absolute() / COPY)) if source.name == STDIN else source
+
+
 def difference(known: Any, wanted: Any, name: str = "") -> str:
-    """The first value in which two keys differ, in words."""
+    """The first value in which two keys differ, in words: the version and the settings explain more than the inputs."""
     if isinstance(known, dict) and isinstance(wanted, dict):
-        for one in sorted({*known, *wanted}):
+        for one in sorted({*known, *wanted}, key=lambda name: (name not in ("settings", "version"), name)):
             if known.get(one) != wanted.get(one):
                 return difference(known.get(one), wanted.get(one), one)
     if isinstance(known, list | dict) or isinstance(wanted, list | dict):

@@ -18,9 +18,17 @@ class Row(NamedTuple):
     text: str
 
 
+class Rows(NamedTuple):
+    """Consecutive rows."""
+
+    texts: list[str]
+    ids: list[Any] | None  # lists or pyarrow's arrays, one each block; None without an id column
+    numbers: list[int]  # of their lines or rows, counted from 1
+
+
 def format_of(source: Source, columns: Columns) -> Format:
     """Who reads ``source``."""
-    return (Lines if source.kind in ("text", "jsonl") else Tabular)(source, columns)
+    return (Lines if source.unit == "line" else Tabular)(source, columns)
 
 
 class Reader:
@@ -33,9 +41,8 @@ class Reader:
         self._rest = Block([], [])  # read, and not given out
         self._next = 0  # the row that comes next
 
-    def rows(self, source: Source, start: Mark, stop: int, most: int) -> Iterator[tuple[list[str], list[Any] | None]]:
-        """Texts and ids of the rows from ``start`` to ``stop``, at most ``most`` at a time. ``ids`` are a list of lists or of
-        pyarrow's arrays, one each block; None without an id column.
+    def rows(self, source: Source, start: Mark, stop: int, most: int) -> Iterator[Rows]:
+        """The rows from ``start`` to ``stop``, at most ``most`` at a time.
 
         Raises:
             DataError: a row cannot be read, or is no text.
@@ -51,11 +58,13 @@ class Reader:
             while self._next < stop:
                 texts: list[str] = []
                 ids: list[Any] = []
+                numbers: list[int] = []
                 for block in self._take(min(most, stop - self._next)):
                     some, identities = where.decode(block)
                     texts += some
                     ids.append(identities)
-                yield texts, None if self.columns.id is None else ids
+                    numbers += block.numbers
+                yield Rows(texts, None if self.columns.id is None else ids, numbers)
         except BaseException:
             self._format = None  # a broken file is opened anew by the next call
             raise

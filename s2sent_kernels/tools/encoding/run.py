@@ -5,21 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ...files import locked, missing, remove_empty, sync_folder
+from ...files import locked, missing, remove_empty, sync_folder, write_atomically
 from ..tables import STDIN
-from .finish import LOCK, MANIFEST, count_cut, finish, is_ours
+from .finish import check, count_cut, finish
 from .join import OUTPUTS, join
 from .local import Engine
 from .parts import Done, Job
-from .plan import COPY, PLAN, Part, Plan, Request, difference, key_of, load, make
+from .plan import COPY, PLAN, Part, Plan, Request, difference, key_of, load, make, state
 from .progress import Progress
 from .sources import copy_stdin
+from .stock import JOINED, LOCK, MANIFEST, is_ours, is_there, strangers
 
 FAILED = "failed.jsonl"
 Say = Callable[[str], None]
@@ -71,21 +71,33 @@ def encode_file(request: Request, engine: Engine, output: Path, options: Options
     folder = hidden(output)
     with _made(folder), locked(folder / LOCK, wait=False):
         try:
-            plan = _begin(folder, request, True, options.say)
+            plan = _begin(folder, request, options._replace(force=True))
             for done in _encode(plan, folder, engine, plan.parts, options):
                 if done.failure is not None:
                     raise Failed(done.failure)
         except BaseException:
             if not any(folder.glob("part-*")):
-                shutil.rmtree(folder)
+                _remove(folder)
             raise
+        check(plan, folder)
         _say_cut(plan, folder, options.say)
         whole = folder / f"whole{output.suffix}"
         join(plan, folder, whole)
+        write_atomically(folder / JOINED, json.dumps(state(str(whole))[1:]).encode(), sync=True)
         os.replace(whole, output)
         sync_folder(output.parent)
-        shutil.rmtree(folder)
+        _remove(folder)
         return sum(part.rows for part in plan.parts)
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove the parts of a whole ``output``, which a run left that was killed between its last two steps. Parts of which it
+    cannot be told that they became ``output`` are kept."""
+    folder = hidden(output)
+    if (folder / JOINED).exists():
+        with contextlib.suppress(ValueError, FileNotFoundError), locked(folder / LOCK, wait=False):
+            if json.loads((folder / JOINED).read_text(encoding="utf-8")) == state(str(output))[1:]:
+                _remove(folder)
 
 
 def encode_folder(request: Request, engine: Engine, folder: Path, options: Options = DEFAULTS) -> int:
@@ -101,12 +113,7 @@ def encode_folder(request: Request, engine: Engine, folder: Path, options: Optio
     own = "" if shard is None else f"-{shard.number}-of-{shard.total}"
     with _made(folder), locked(folder / f"{LOCK}{own}", wait=False):
         with locked(folder / f"{LOCK}-plan", wait=True):  # shards that begin together wait for the first one's plan
-            others = [name for name in os.listdir(folder) if not is_ours(name) and not name.startswith(".")]
-            if others and not (folder / PLAN).exists():
-                raise ValueError(f"{folder}: expected an empty folder or one of parts, got one with {min(others)}")
-            if options.force and (folder / MANIFEST).exists():
-                _clear(folder)
-            plan = _begin(folder, request, options.force, options.say)
+            plan = _begin(folder, request, options)
         parts = [part for part in plan.parts if shard is None or shard.takes(part)]
         note = folder / FAILED.replace(".", f"{own}.")
         note.unlink(missing_ok=True)
@@ -128,7 +135,9 @@ def encode_folder(request: Request, engine: Engine, folder: Path, options: Optio
 
 @contextlib.contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """The folder, which is emptied and removed again if the run could not begin."""
+    """The folder, which is emptied and removed again if the run could not begin. One of another program gets not even a lock."""
+    if folder.is_dir():
+        _check_owner(folder)
     made = missing(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -140,30 +149,37 @@ def _made(folder: Path) -> Iterator[None]:
         raise
 
 
-def _begin(folder: Path, request: Request, replace: bool, say: Say) -> Plan:
+def _check_owner(folder: Path) -> None:
+    """ValueError if files of other programs are there, which a run would replace."""
+    # The plan is looked for last: another shard may just have written it.
+    if (others := strangers(folder)) and not (folder / PLAN).exists():
+        raise ValueError(f"{folder}: expected an empty folder or one of parts, got one with {others[0]}")
+
+
+def _begin(folder: Path, request: Request, options: Options) -> Plan:
     """The plan of ``request``: the one in ``folder``, or a new one.
 
     Raises:
-        ValueError: another plan is there, and ``replace`` is False; what ``make`` raises.
+        ValueError: another plan is there, and ``force`` is False, or files of other programs; what ``make`` raises.
     """
     copy, digest = folder / f".stdin.{uuid.uuid4().hex}", None
     try:
         if STDIN in request.inputs:
             digest = copy_stdin(copy)
         key = key_of(request, digest)
-        try:
-            known = load(folder)
-        except ValueError:
-            if not replace:
-                raise
-            known = None
-        if known is not None and known.key == key:
+        known = _known(folder, options.force)
+        anew = options.force and (folder / MANIFEST).exists()
+        if known is not None and known.key == key and not anew:
+            if digest is not None:
+                os.replace(copy, folder / COPY)  # it is removed from a folder that is finished
             return known
-        if known is not None and not replace:
+        if known is not None and not options.force:
             why = difference(known.key, key)
             raise ValueError(f"{folder}: holds parts of another run ({why}): another folder, or --force to replace it")
-        if any(folder.glob("part-*")):
-            say(f"{folder}: parts of another run are thrown away")
+        if not options.force and any(folder.glob("part-*")):
+            raise ValueError(f"{folder}: holds parts without {PLAN}: another folder, or --force to replace it")
+        if not anew and any(folder.glob("part-*")):
+            options.say(f"{folder}: parts of another run are thrown away")
         _clear(folder, keep=copy.name)
         if digest is not None:
             os.replace(copy, folder / COPY)
@@ -174,12 +190,44 @@ def _begin(folder: Path, request: Request, replace: bool, say: Say) -> Plan:
         copy.unlink(missing_ok=True)
 
 
+def _known(folder: Path, replace: bool) -> Plan | None:
+    """The plan in ``folder``; None if there is none, or a broken one that may be replaced.
+
+    Raises:
+        ValueError: it is broken; the files there are not those of a run.
+    """
+    try:
+        known = load(folder)
+    except ValueError:
+        if not replace or strangers(folder):
+            raise
+        return None
+    if known is None:
+        _check_owner(folder)
+    return known
+
+
 def _clear(folder: Path, *, keep: str = "", locks: bool = False) -> None:
-    """Removes what a run wrote, the manifest first, the plan last: parts without their plan would have no owner."""
+    """Removes what a run wrote, the manifest first, the plan last: parts without their plan would have no owner. JOINED, which
+    allows to remove the others, stays longer still."""
+    _remove_manifest(folder)
     names = [name for name in os.listdir(folder) if is_ours(name) and name != keep]
-    for name in sorted(names, key=lambda name: (name == PLAN, name != MANIFEST)):
+    for name in sorted(names, key=lambda name: (name == JOINED, name == PLAN)):
         if locks or not name.startswith(LOCK):
             (folder / name).unlink(missing_ok=True)
+
+
+def _remove(folder: Path) -> None:
+    """Removes the hidden folder of an output file."""
+    _clear(folder, locks=True)
+    remove_empty([folder])
+
+
+def _remove_manifest(folder: Path) -> None:
+    """It says that the folder is complete."""
+    if (folder / MANIFEST).exists():
+        (folder / MANIFEST).unlink(missing_ok=True)
+        sync_folder(folder)
 
 
 def _say_cut(plan: Plan, folder: Path, say: Say) -> None:
@@ -190,11 +238,16 @@ def _say_cut(plan: Plan, folder: Path, say: Say) -> None:
 def _encode(plan: Plan, folder: Path, engine: Engine, parts: Sequence[Part], options: Options) -> Iterator[Done]:
     """Yields what became of the parts that are not there yet."""
     names = set(os.listdir(folder))
-    todo = [part for part in parts if part.name not in names]
+    absent = [part for part in parts if part.name not in names]
+    broken = [part for part in parts if part.name in names and not is_there(folder, part, plan.digest)]
+    todo = sorted([*absent, *broken])
     total, left = (sum(part.rows for part in some) for some in (parts, todo))
     if left < total:
         options.say(f"{folder}: going on after {total - left} texts")
+    if broken:
+        options.say(f"{folder}: {len(broken)} parts are damaged, as {broken[0].name}, and are encoded again")
     if todo:
+        _remove_manifest(folder)
         with (
             Progress(total, total - left, bar=options.bar) as progress,
             contextlib.closing(engine(Job.of(plan, folder), todo, progress)) as results,
