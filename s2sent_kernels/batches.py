@@ -52,6 +52,14 @@ class Tokens(NamedTuple):
         return np.diff(self.text, prepend=-1) > 0
 
 
+class TextError(ValueError):
+    """One text cannot be encoded; ``text`` is its number."""
+
+    def __init__(self, text: int, message: str) -> None:
+        super().__init__(message)
+        self.text = text
+
+
 class Encoded(NamedTuple):
     """Texts on their way to Tokens: a fast tokenizer's result, or Tokens already."""
 
@@ -95,7 +103,6 @@ class TextTokenizer:
             )
         # Padding: masked, so that any id will do where a tokenizer has none of its own.
         self.pad_id: int = getattr(tokenizer, "pad_token_id", None) or 0
-        self.pad_left = getattr(tokenizer, "padding_side", "right") == "left"
 
     def _copy(self, tokenizer: Any, special: int) -> Any:
         """The tokenizer's backend, which does not truncate: releases of tokenizers differ in what they tell of a text's rest."""
@@ -149,7 +156,8 @@ class TextTokenizer:
         except (TypeError, UnicodeError):
             for number, text in enumerate(texts, first):
                 if lone_surrogate(text):
-                    raise ValueError(f"texts: expected Unicode text, got a lone surrogate in text {number}") from None
+                    message = f"texts: expected Unicode text, got a lone surrogate in text {number}"
+                    raise TextError(number, message) from None
             raise
 
     def whole(self, text: str) -> list[int]:
@@ -199,7 +207,7 @@ class TextTokenizer:
 
     def _too_long(self, number: int) -> None:
         if self.overflow == "error":
-            raise ValueError(f"texts: expected at most {self.limit} tokens, got text {number}, which is longer")
+            raise TextError(number, f"texts: expected at most {self.limit} tokens, got text {number}, which is longer")
 
 
 def lone_surrogate(text: str) -> bool:
@@ -263,7 +271,7 @@ def packed(tokens: Tokens, rows: Iterable[int]) -> Packed:
     )
 
 
-def padded(tokens: Tokens, rows: Iterable[int], pad_id: int = 0, *, left: bool = False) -> dict[str, Tensor]:
+def padded(tokens: Tokens, rows: Iterable[int], pad_id: int = 0) -> dict[str, Tensor]:
     """input_ids and attention_mask, and token_type_ids where there are some, int64 [B, L] on the host."""
     import numpy as np
 
@@ -273,7 +281,7 @@ def padded(tokens: Tokens, rows: Iterable[int], pad_id: int = 0, *, left: bool =
     arrays = {name: np.full(shape, pad_id if name == "input_ids" else 0, np.int64) for name in names}
     for place, row in enumerate(rows):
         length = len(ids[place])
-        where = slice(shape[1] - length, None) if left else slice(length)
+        where = slice(length)
         arrays["input_ids"][place, where] = ids[place]
         arrays["attention_mask"][place, where] = 1
         if tokens.types is not None:

@@ -365,12 +365,17 @@ def _device(given: str | int | torch.device | None) -> torch.device:
     return where
 
 
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """What "auto" is on a device."""
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if capable else torch.float32
+
+
 def _dtype(given: str | torch.dtype, device: torch.device) -> torch.dtype:
     if isinstance(given, torch.dtype) and given in DTYPES.values():
         return given
     if given == "auto":
-        capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if capable else torch.float32
+        return usual_dtype(device)
     if isinstance(given, str) and given in DTYPES:
         return DTYPES[given]
     raise ValueError(f"dtype: expected 'auto', {', '.join(map(repr, DTYPES))}, got {given!r}")

@@ -43,8 +43,12 @@ __device__ void gather(float (&sums)[W]) {
   if (warp == 0) add_accumulators(sums, shared);
 }
 
+// CTAs of a multiprocessor at least; 0 leaves the registers to the compiler, with which some variants would spill.
+template <int W, bool MEAN, bool OFFICIAL>
+constexpr int kMinCtas = W == 1 ? 0 : OFFICIAL ? 1 : W == 4 ? (MEAN ? 1 : 4) : 0;
+
 template <class T, int W, bool MEAN, bool OFFICIAL>
-__global__ void __launch_bounds__(kThreads, W == 4 && !MEAN && !OFFICIAL ? 4 : 0) sum_tokens_kernel(  // 4: spills on sm_120
+__global__ void __launch_bounds__(kThreads, kMinCtas<W, MEAN, OFFICIAL>) sum_tokens_kernel(
     const __grid_constant__ Squeeze a, const __grid_constant__ Blocks blocks, unsigned tiles) {
   wait_for_previous();
   const unsigned index = blockIdx.x / tiles, num = unsigned(a.num), n = index % num;  // a 64-bit division is slow

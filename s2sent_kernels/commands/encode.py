@@ -9,18 +9,18 @@ import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..files import require
 from ..tools.tables import STDIN
 from . import common
 from .common import UserError, positive
+from .encode_worker import Encoder, EncoderOptions, make_encoder, settled_dtype
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..embedder import Embedder
     from ..tools import encoding
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -31,14 +31,8 @@ PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
 IRRELEVANT = frozenset(
     ("command", "output", "force", "device", "engine", "address", "workers", "gpus_per_worker", "shard", "finish")
 )
-REQUESTED = (
-    "inputs",
-    "column",
-    "id_column",
-    "keep_text",
-    "output_dtype",
-    "part_rows",
-)  # in the key as fields of Request
+# In the key as fields of Request.
+REQUESTED = ("inputs", "column", "id_column", "keep_text", "output_dtype", "part_rows")
 FILES = ("model", "selector", "calibration")  # in the key by the files' sizes and times
 OF_RAY = ("address", "workers", "gpus_per_worker")
 
@@ -152,7 +146,10 @@ def run(arguments: argparse.Namespace) -> None:
         inputs = encoding.expand(arguments.inputs, str(output) if as_folder else None)
     calibration = [arguments.calibration] if arguments.calibration is not None else []
     _check_inputs([*inputs, *calibration], output)
-    engine = _engine(arguments)
+    devices = _devices(arguments)
+    if arguments.dtype == "auto":  # settled here, since it is part of the key
+        arguments.dtype = "bfloat16" if arguments.gpus_per_worker else settled_dtype(devices)
+    engine = _engine(arguments, devices)
     request = request_of(arguments, inputs, output)
     part = arguments.shard and encoding.Shard(*arguments.shard)
     with _told(arguments.output):
@@ -247,87 +244,20 @@ def _check_inputs(paths: list[str], output: Path) -> None:
 # ---------------------------------------------------------------- who encodes
 
 
-class EncoderOptions(NamedTuple):
-    """What a worker makes its encoder from; pickled."""
-
-    model: str | None
-    selector: str | None
-    dtype: str
-    max_length: int | None
-    overflow: str
-    prompt: str | None
-    batch_tokens: int | None
-    normalize: bool
-    truncate_dim: int | None
-    precision: str = "float32"
-    ranges: np.ndarray | None = None  # [2, D], for int8 and uint8
+def _devices(arguments: argparse.Namespace) -> list[str]:
+    """Those of the local engine; for Ray's workers, which may be elsewhere, what they are taken to have."""
+    if arguments.engine == "ray" and arguments.gpus_per_worker == 0:
+        return ["cpu"]
+    return [str(common.device_of(name)) for name in arguments.device or [None]]
 
 
-def make_encoder(options: EncoderOptions, device: str) -> _Encoder:
-    """The one place where an encoder is made: in each worker once, from the options and the name of a device.
-
-    Raises:
-        UserError: model and selector cannot be loaded, or do not fit.
-    """
-    from ..embedder import Embedder
-
-    common.resolve(options.model, options.selector)  # for errors that name the options
-    name = options.model or common.BUNDLED
-    with _told(name):
-        embedder = Embedder.from_pretrained(
-            name,
-            options.selector,
-            options.dtype,
-            device,
-            max_length=options.max_length,
-            overflow=options.overflow,
-        )
-    size = embedder.dimension
-    if options.truncate_dim is not None and options.truncate_dim > size:
-        raise UserError(
-            f"--truncate-dim: expected at most {size}, as many features as there are, got {options.truncate_dim}"
-        )
-    return _Encoder(embedder, options)
-
-
-class _Encoder:
-    """``tools.encoding.Encoder`` of an Embedder."""
-
-    def __init__(self, embedder: Embedder, options: EncoderOptions) -> None:
-        self.embedder, self.options = embedder, options
-
-    @property
-    def tokens(self) -> int:
-        return self.embedder.statistics.tokens
-
-    @property
-    def cut(self) -> int:
-        return self.embedder.statistics.cut
-
-    def encode(self, texts: list[str]) -> np.ndarray:
-        options = self.options
-        embeddings = self.embedder.encode(
-            texts,
-            prompt=options.prompt,
-            batch_tokens=options.batch_tokens,
-            normalize=options.normalize,
-            truncate_dim=options.truncate_dim,
-            progress=False,
-        )
-        if options.precision == "float32":
-            return embeddings
-        util = require("sentence_transformers.util", "sentence-transformers", "sentence-transformers")
-        return util.quantize_embeddings(embeddings, precision=options.precision, ranges=options.ranges)
-
-
-def _engine(arguments: argparse.Namespace) -> encoding.Engine:
+def _engine(arguments: argparse.Namespace, devices: list[str]) -> encoding.Engine:
     """Loads the model here in any case: what is wrong with it is told before anything is begun."""
     from ..tools import encoding
 
     if arguments.engine == "ray":
         require("ray", "ray", "ray")
     options = EncoderOptions(*(getattr(arguments, name) for name in EncoderOptions._fields[:-2]))
-    devices = [str(common.device_of(name)) for name in arguments.device or [None]]
     alone = arguments.engine == "local" and len(devices) == 1
     encoder = make_encoder(options, devices[0] if alone else "cpu")
     ranges = None
@@ -335,14 +265,14 @@ def _engine(arguments: argparse.Namespace) -> encoding.Engine:
         ranges = _ranges(encoder, arguments.calibration, arguments.column)
     options = options._replace(precision=arguments.precision, ranges=ranges)
     if alone:
-        return encoding.in_this_process(_Encoder(encoder.embedder, options))
+        return encoding.in_this_process(Encoder(encoder.embedder, options))
     make = functools.partial(make_encoder, options)
     if arguments.engine == "ray":
         return encoding.Cluster(make, arguments.address, arguments.workers, arguments.gpus_per_worker).engine
     return encoding.one_process_a_device(make, devices)
 
 
-def _ranges(encoder: _Encoder, calibration: str, column: str) -> np.ndarray:
+def _ranges(encoder: Encoder, calibration: str, column: str) -> np.ndarray:
     """Least and greatest of each feature over the embeddings of the calibration texts."""
     import numpy as np
 

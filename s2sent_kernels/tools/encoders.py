@@ -65,7 +65,7 @@ def token_batches(
     def made() -> Iterator[TokenBatch]:
         for rows in batches[skip:]:
             tokens = tokenize([texts[row] for row in rows])
-            inputs = padded(tokens, range(len(rows)), tokenize.pad_id, left=tokenize.pad_left)
+            inputs = padded(tokens, range(len(rows)), tokenize.pad_id)
             yield TokenBatch(list(rows), inputs)
 
     ready: Any = ahead(made(), AHEAD)

@@ -195,3 +195,26 @@ def test_what_is_refused(tmp_path, capsys, options, message):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+# ---------------------------------------------------------------- the encoder's dtype
+
+
+def test_the_dtype_is_settled_before_a_run_and_in_its_key(tmp_path, model, monkeypatch, capsys):
+    """Otherwise a run begun on one kind of device could go on in another dtype on another kind."""
+    from s2sent_kernels import embedder
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    arguments = ["encode", "a.txt", "--model", str(model), "--output", "out/", "--part-rows", "4", "--device", "cpu"]
+    assert main([*arguments, "--shard", "0/2"]) == 0
+    monkeypatch.setattr(embedder, "usual_dtype", lambda device: torch.bfloat16)
+    assert main([*arguments, "--shard", "1/2"]) == 2
+    assert "holds parts of another run" in capsys.readouterr().err
+    assert main([*arguments, "--shard", "1/2", "--dtype", "float32"]) == 0
+    kinds = iter((torch.bfloat16, torch.float32))
+    monkeypatch.setattr(embedder, "usual_dtype", lambda device: next(kinds))
+    assert main([*arguments[:-2], "--force", "--device", "cpu", "cpu"]) == 2
+    assert (
+        "--dtype: expected one for all of cpu, cpu, which are good at bfloat16 and float32" in capsys.readouterr().err
+    )

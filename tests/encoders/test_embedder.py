@@ -340,10 +340,8 @@ def test_batches_are_budgets_of_tokens():
     assert batches.cut(np.zeros(0, np.int64), 30, padded=True) == []
 
 
-def test_rows_are_padded_on_the_tokenizers_side():
+def test_rows_are_padded_on_the_right():
     tokens = batches.Tokens([np.array([5, 6], np.int32), np.array([7], np.int32)], np.arange(2), 0)
-    found = batches.padded(tokens, np.arange(2), 9, left=True)
-    assert found["input_ids"].tolist() == [[5, 6], [9, 7]] and found["attention_mask"].tolist() == [[1, 1], [0, 1]]
     found = batches.padded(tokens, np.arange(2), 9)
     assert found["input_ids"].tolist() == [[5, 6], [7, 9]] and found["attention_mask"].tolist() == [[1, 1], [1, 0]]
 

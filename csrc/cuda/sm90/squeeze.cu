@@ -30,7 +30,7 @@ struct Ring {
   int stages, stage_bytes, shares, barriers, bytes;  // shares and barriers: offsets
 };
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 9
 
 // The next stage of the ring, for the warp that fills it and for those that read it.
 struct Turn {
@@ -134,7 +134,7 @@ __device__ void sum_ring(const Squeeze& a, const Blocks& blocks, const Ring& rin
 template <class T, bool MEAN>
 __global__ void __launch_bounds__(kMaxTiles<T> * kTileThreads + kWarp, 1) stream_kernel(
     const __grid_constant__ Squeeze a, const __grid_constant__ Blocks blocks, const __grid_constant__ Ring ring) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 9
   extern __shared__ __align__(128) unsigned char memory[];
   const int readers = int(blockDim.x) / kWarp - 1;  // warps
   const uint32_t base = shared_address(memory);
