@@ -217,7 +217,13 @@ _H200_DEVICE = (
     Target("BERT-base 256 x 128, block by block", 1.5, "%", overhead("256x128", (FED,))),
     Target("BERT-base 256 x 128, peak memory block by block", 3, "%", overhead("256x128", (FED,), "peak_overhead")),
     Target("A pooled forward, float16 over bfloat16", 1.05, "x", over("A-float16", "A", "pooled")),
-    Target("A token forward, float16 over bfloat16", 1.05, "x", over("A-float16", "A", "token"), "two runs: float16's on Triton"),
+    Target(
+        "A token forward, float16 over bfloat16",
+        1.05,
+        "x",
+        over("A-float16", "A", "token"),
+        "two runs: float16's on Triton",
+    ),
     Target("A pooled forward, float32 over twice bfloat16", 1.15, "x", over("A-float32", "A", "pooled", 2)),
     Target("A token forward, float32 over twice bfloat16", 1.15, "x", over("A-float32", "A", "token", 2)),
 )
