@@ -11,7 +11,7 @@ from typing import Any
 import report_encode
 from caller import COMPILED as REFERENCE_COMPILED
 from caller import on_backend
-from caller_encoder import POOLING, captured, pooled_by
+from caller_encoder import captured
 from contestants import COMPILERS, MEAN_OF_LAST, ONE_PASS, OURS, PROFILES
 from encode import PACKED, PADDED
 from end_to_end import BASE
@@ -34,7 +34,6 @@ def costs(results: Results, quality: Path) -> str:
         _called(results, "eager, host: embedding of one sentence of 32 tokens", "C", "forward"),
         _called(results, "eager, host: 64 of them, 3 blocks, forward + backward, training", "B", "training"),
         _beside(results, "eager: BERT-base and embeddings, 64 × 32 tokens", "64x32", "BERT-base", "forward"),
-        _beside(results, "eager: `SentenceTransformer.encode`, one sentence", "1", "encode", "forward"),
         _texts(results, "30,000 Wikipedia sentences to embeddings, MiniLM, tokenization included"),
         _beside(results, "eager: training step of BERT-base, 64 × 32 tokens", "64x32", f"{STEP} BERT-base", "training"),
         _path(results, "sentence embedding, forward", "pooled", "forward"),
@@ -75,8 +74,7 @@ def _called(results: Results, text: str, case: str, mode: str) -> tuple[str, ...
 
 def _beside(results: Results, text: str, case: str, what: str, mode: str) -> tuple[str, ...]:
     """Wall time of an eager call of what "auto" takes, with what it adds to the baseline."""
-    ours, base = (pooled_by("auto"), POOLING) if what == "encode" else (captured("auto"), BASE)
-    mine, theirs = (results.find("caller", case, what, mode, name) for name in (ours, base))
+    mine, theirs = (results.find("caller", case, what, mode, name) for name in (captured("auto"), BASE))
     added = f" ({100 * mine['overhead']:+.1f} %)" if mine and "overhead" in mine else ""
     times = [f"{row['wall_us']['median'] / 1e3:.2f} ms" if row else NONE for row in (mine, theirs)]
     return (text, times[0] + added, NONE, times[1], NONE)
