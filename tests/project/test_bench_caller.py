@@ -330,18 +330,24 @@ def test_the_reports_first_tables_are_what_a_caller_waits_for(tmp_path):
 def test_the_table_of_costs_begins_with_eager_calls():
     path = called("A", "pooled", "forward", contestants.OURS, device_us=202.0)
     path |= {"section": "paths", "floor_us": 137.0, "shape": [256, 128, 12, 768]}
-    results = record.Results(content([*synthetic(), path]))
+    rates = {"Embedder, packed": 6000.0, "Embedder, padded": 5000.0, "SentenceTransformer, mean, batch 256": 1000.0}
+    texts = [
+        called("30000 texts", "MiniLM", "corpus", name, texts_per_s=rate) | {"section": "encode"}
+        for name, rate in rates.items()
+    ]
+    results = record.Results(content([*synthetic(), path, *texts]))
     lines = costs.costs(results, record.RESULTS / "quality").splitlines()
     rows = [line for line in lines if line.startswith("| ") and "---" not in line][1:]
     assert [row.split(" | ")[0] for row in rows[:5]] == [
         "| eager, host: embedding of one sentence of 32 tokens",
         "| eager, host: 64 of them, 3 blocks, forward + backward, training",
         "| eager: BERT-base and embeddings, 64 × 32 tokens",
-        "| eager: `SentenceTransformer.encode`, one sentence",
+        "| 30,000 Wikipedia sentences to embeddings, MiniLM, tokenization included",
         "| eager: training step of BERT-base, 64 × 32 tokens",
     ]
     assert rows[0].endswith("| 120 µs | – | 100 µs | – |")
     assert rows[2].endswith("| 5.20 ms (+4.0 %) | – | 5.00 ms | – |")
+    assert rows[3].endswith("| 6,000/s (6.0 ×) | – | 1,000/s | – |")
     assert max(map(len, lines)) <= 130
     # What was not measured is left out.
     assert len(costs.costs(record.Results(content([path])), record.RESULTS / "quality").splitlines()) < len(lines)
