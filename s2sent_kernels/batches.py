@@ -281,11 +281,10 @@ def padded(tokens: Tokens, rows: Iterable[int], pad_id: int = 0) -> dict[str, Te
     arrays = {name: np.full(shape, pad_id if name == "input_ids" else 0, np.int64) for name in names}
     for place, row in enumerate(rows):
         length = len(ids[place])
-        where = slice(length)
-        arrays["input_ids"][place, where] = ids[place]
-        arrays["attention_mask"][place, where] = 1
+        arrays["input_ids"][place, :length] = ids[place]
+        arrays["attention_mask"][place, :length] = 1
         if tokens.types is not None:
-            arrays["token_type_ids"][place, where] = tokens.types[row]
+            arrays["token_type_ids"][place, :length] = tokens.types[row]
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 

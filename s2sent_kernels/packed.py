@@ -24,7 +24,7 @@ from . import families
 from .batches import Packed, Tokens, packed, padded, to_device
 from .capture import BlockCapture
 from .consumers import Consumer, KeptStates
-from .files import require
+from .files import first_line, require
 
 NAME = "s2sent_packed"  # of the attention function, in transformers' table
 # Arguments of an attention that this one does not compute: biases of positions, capped scores, sinks.
@@ -105,8 +105,7 @@ class PackedEncoder:
             except CannotPack:
                 raise
             except Exception as error:  # an encoder of remote code raises what it likes
-                reason = (str(error).strip() or "no message").splitlines()[0]
-                raise CannotPack(f"a packed batch fails: {type(error).__name__}: {reason}") from error
+                raise CannotPack(f"a packed batch fails: {type(error).__name__}: {first_line(error)}") from error
         return found
 
     def run(self, batch: Packed, consumer: Consumer, layout: Layout) -> None:

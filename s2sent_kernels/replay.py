@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import pinned
+from .files import first_line
 
 ROWS = (1, 2, 4, 8)
 TOKENS = (16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -119,9 +120,9 @@ class GraphReplay:
             with torch.cuda.graph(graph, pool=self._pool, stream=stream):
                 output = self._run(static)
         except Exception as error:  # PyTorch's, CUDA's, or the encoder's own
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CannotCapture(
-                f"a CUDA graph of {shape[0]} x {shape[1]} tokens cannot be captured: {reason}; cuda_graphs=False goes without"
+                f"a CUDA graph of {shape[0]} x {shape[1]} tokens cannot be captured: {first_line(error)}; "
+                "cuda_graphs=False goes without"
             ) from error
         return _Graph(graph, static, output)
 

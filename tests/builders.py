@@ -394,6 +394,16 @@ def write_examples(path, rows, columns=("anchor", "positive")):
     return path
 
 
+def save_model(root):
+    """An encoder of 2 blocks and 16 features, a selector for it, and both as one SentenceTransformer, in folders of ``root``."""
+    from s2sent_kernels import S2SentSelector
+
+    save_encoder(root / "encoder")
+    torch.manual_seed(1)
+    S2SentSelector(16, 2, 4, 4, block_prior=True).save_pretrained(root / "selector", about={"blocks": [0, 1]})
+    make_sentence_transformer(root / "encoder", root / "selector").save(str(root / "whole"))
+
+
 def make_sentence_transformer(encoder, selector):
     """A SentenceTransformer on the CPU of an encoder's and a selector's folder."""
     from s2sent_kernels import loading

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..batches import OVERFLOWS
+from ..embedder import DTYPES
 from ..files import require
 from ..tools.tables import STDIN
 from . import common
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 
     from ..tools import encoding
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-OVERFLOWS = ("truncate", "error", "windows")
 PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
 # Options that may change between an interrupted run and its resumption: they say how and where, not what. All other options, also
 # new ones, are part of the plan's key.
@@ -73,7 +73,10 @@ def add(commands: Any) -> None:
         "--calibration", type=common.path, metavar="FILE", help="texts whose embeddings' ranges int8 and uint8 divide"
     )
     command.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of the encoder (default: what the device is good at)"
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="of the encoder (default: what the device is good at)",
     )
     command.add_argument(
         "--overflow",

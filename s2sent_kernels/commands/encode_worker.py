@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from .. import embedder
+from ..embedder import Embedder
 from ..files import require
 from . import common
 from .common import UserError
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from ..embedder import Embedder
 
 
 class EncoderOptions(NamedTuple):
@@ -39,21 +39,19 @@ def make_encoder(options: EncoderOptions, device: str) -> Encoder:
     Raises:
         UserError: model and selector cannot be loaded, or do not fit.
     """
-    from ..embedder import Embedder
-
     common.resolve(options.model, options.selector)  # for errors that name the options
     name = options.model or common.BUNDLED
     limits = {"max_length": options.max_length, "overflow": options.overflow}
     try:
-        embedder = Embedder.from_pretrained(name, options.selector, options.dtype, device, **limits)
+        made = Embedder.from_pretrained(name, options.selector, options.dtype, device, **limits)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
-    size = embedder.dimension
+    size = made.dimension
     if options.truncate_dim is not None and options.truncate_dim > size:
         raise UserError(
             f"--truncate-dim: expected at most {size}, as many features as there are, got {options.truncate_dim}"
         )
-    return Encoder(embedder, options)
+    return Encoder(made, options)
 
 
 class Encoder:
@@ -92,9 +90,7 @@ def settled_dtype(devices: Sequence[str]) -> str:
     Raises:
         UserError: they differ.
     """
-    from ..embedder import usual_dtype
-
-    found = {str(usual_dtype(torch.device(device))).removeprefix("torch.") for device in devices}
+    found = {str(embedder.usual_dtype(torch.device(device))).removeprefix("torch.") for device in devices}
     if len(found) > 1:
         raise UserError(
             f"--dtype: expected one for all of {', '.join(devices)}, which are good at {' and '.join(sorted(found))}"

@@ -5,15 +5,13 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from builders import make_sentence_transformer, save_encoder, sentences
+from builders import make_sentence_transformer, save_model, sentences
 
 pa = pytest.importorskip("pyarrow")
 pytest.importorskip("sentence_transformers")
 
 from pyarrow import parquet  # noqa: E402
 
-from s2sent_kernels import S2SentSelector  # noqa: E402
 from s2sent_kernels.cli import main  # noqa: E402
 from s2sent_kernels.tools.encoding import Row, parts, read_texts  # noqa: E402
 
@@ -22,10 +20,7 @@ from s2sent_kernels.tools.encoding import Row, parts, read_texts  # noqa: E402
 def places(tmp_path_factory):
     """An encoder of 2 blocks and 16 features, a selector for it, and both as one SentenceTransformer."""
     root = tmp_path_factory.mktemp("encode")
-    save_encoder(root / "encoder")
-    torch.manual_seed(1)
-    S2SentSelector(16, 2, 4, 4, block_prior=True).save_pretrained(root / "selector", about={"blocks": [0, 1]})
-    make_sentence_transformer(root / "encoder", root / "selector").save(str(root / "whole"))
+    save_model(root)
     return root
 
 
@@ -259,6 +254,11 @@ def test_how_many_texts_were_cut_is_said_and_kept(long_texts, places, tmp_path, 
     (tmp_path / "out" / "part-000000.parquet").unlink()
     assert main([*command, "--output", "out/", "--part-rows", "2"]) == 0  # also those that an earlier run encoded
     assert "2 of 5 texts have more tokens" in capsys.readouterr().out
+    for shard in ("0/2", "1/2"):
+        assert main([*command, "--output", "shards/", "--part-rows", "2", "--shard", shard]) == 0
+    assert "tokens" not in capsys.readouterr().out
+    assert main(["encode", "--finish", "shards/"]) == 0  # which alone knows of all
+    assert "2 of 5 texts have more tokens" in capsys.readouterr().out
     assert main([*command, "--output", "a.parquet"]) == 0
     assert "2 of 5 texts have more tokens" in capsys.readouterr().out
     assert (
@@ -277,8 +277,8 @@ def test_overflow_windows_and_error(long_texts, places, tmp_path, monkeypatch, c
     assert (np.abs(windows[3:] - cut[3:]).max(axis=1) > 1e-3).all()
     capsys.readouterr()
     assert main([*command, "--output", "none.parquet", "--overflow", "error"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and ": texts: expected at most 12 tokens, got " in error and "long.txt: line" in error
+    reason = "texts: expected at most 12 tokens, got a text, which is longer"
+    assert capsys.readouterr().err == f"s2sent: error: long.txt: line 4: {reason}\n"
     assert not (tmp_path / "none.parquet").exists()
 
 

@@ -10,14 +10,13 @@ import types
 import numpy as np
 import pytest
 import torch
-from builders import make_sentence_transformer, save_encoder, sentences
+from builders import save_model, sentences
 
 pa = pytest.importorskip("pyarrow")
 pytest.importorskip("sentence_transformers")
 
 from pyarrow import parquet  # noqa: E402
 
-from s2sent_kernels import S2SentSelector  # noqa: E402
 from s2sent_kernels.cli import main  # noqa: E402
 from s2sent_kernels.sentence_transformers import load  # noqa: E402
 from s2sent_kernels.tools import encoding  # noqa: E402
@@ -30,10 +29,7 @@ TEXTS = sentences(10)
 def model(tmp_path_factory):
     """An encoder of 2 blocks and 16 features with a selector, as one SentenceTransformer."""
     root = tmp_path_factory.mktemp("encode")
-    save_encoder(root / "encoder")
-    torch.manual_seed(1)
-    S2SentSelector(16, 2, 4, 4, block_prior=True).save_pretrained(root / "selector", about={"blocks": [0, 1]})
-    make_sentence_transformer(root / "encoder", root / "selector").save(str(root / "whole"))
+    save_model(root)
     return root / "whole"
 
 

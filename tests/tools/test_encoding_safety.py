@@ -14,6 +14,7 @@ pa = pytest.importorskip("pyarrow")
 
 from pyarrow import parquet  # noqa: E402
 
+from s2sent_kernels.batches import TextError  # noqa: E402
 from s2sent_kernels.tools import encoding  # noqa: E402
 from s2sent_kernels.tools.encoding import Columns, Options, Request, Shard, finish, plan, run  # noqa: E402
 from s2sent_kernels.tools.encoding.sources import expand  # noqa: E402
@@ -259,9 +260,7 @@ class Picky(fake_encoders.Lengths):
     def encode(self, texts):
         for number, text in enumerate(texts):
             if len(text) > 8:
-                error = ValueError(f"texts: expected at most 8 tokens, got text {number}, which is longer\nx")
-                error.text = number
-                raise error
+                raise TextError(number, f"texts: expected at most 8 tokens, got text {number}, which is longer\nx")
         return super().encode(texts)
 
 

@@ -5,20 +5,30 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ...files import importing, write_atomically
+from ...files import write_atomically
 from .parts import CUT
 from .plan import PLAN, Plan, load
 from .stock import MANIFEST, NOTE, PART, footer, is_ours
 
-with importing(None, "encode"):
-    from pyarrow import parquet
+
+class Checked(NamedTuple):
+    """What all parts of a plan are together."""
+
+    schema: Any  # pyarrow's
+    cut: int  # texts that were longer than the encoder takes, where it counts them
+
+    def say(self, plan: Plan, say: Callable[[str], None]) -> None:
+        if self.cut:
+            say(f"{self.cut} of {sum(part.rows for part in plan.parts)} texts have more tokens than the model takes")
 
 
-def finish(folder: Path) -> int:
+def finish(folder: Path, say: Callable[[str], None] = print) -> int:
     """Write ``manifest.json`` and return the number of rows. What only a run needs, as copies and notes of failures, is removed.
+    ``say`` is told how many texts were cut.
 
     Raises:
         ValueError: there is no plan; parts are missing, or are not the plan's.
@@ -36,13 +46,13 @@ def finish(folder: Path) -> int:
         raise ValueError(
             f"{folder}: {len(absent)} of {len(plan.parts)} parts are missing, the first {part.name}, {where}{failed}"
         )
-    columns = check(plan, folder)
+    checked = check(plan, folder)
     rows = sum(part.rows for part in plan.parts)
     manifest = {
         "plan": plan.digest,
         "rows": rows,
-        "cut": count_cut(plan, folder),
-        "columns": {field.name: str(field.type) for field in columns},
+        "cut": checked.cut,
+        "columns": {field.name: str(field.type) for field in checked.schema},
         "parts": [
             {"file": part.name, "rows": part.rows, "source": plan.sources[part.source].name, "start": part.start.row}
             for part in plan.parts
@@ -52,25 +62,23 @@ def finish(folder: Path) -> int:
     for name in names:
         if is_ours(name) and not re.fullmatch(f"{PART}|{PLAN}|{MANIFEST}", name):
             (folder / name).unlink(missing_ok=True)
+    checked.say(plan, say)
     return rows
 
 
-def count_cut(plan: Plan, folder: Path) -> int:
-    """How many texts were longer than the encoder takes, where it counts them."""
-    about = (parquet.read_metadata(folder / part.name).metadata or {} for part in plan.parts)
-    return sum(int(each.get(CUT, 0)) for each in about)
-
-
-def check(plan: Plan, folder: Path) -> Any:
-    """The schema of all parts.
+def check(plan: Plan, folder: Path) -> Checked:
+    """Judge every part.
 
     Raises:
         ValueError: a part cannot be read, or is not the plan's.
     """
     known: Any = None
+    cut = 0
     for part in plan.parts:
-        found = footer(folder, part, plan.digest).schema.to_arrow_schema()
+        about = footer(folder, part, plan.digest)
+        cut += int(about.metadata.get(CUT, 0))
+        found = about.schema.to_arrow_schema()
         if known is not None and found != known:
             raise ValueError(f"{folder / part.name}: expected columns {known.names} as in the other parts, got others")
         known = found
-    return known
+    return Checked(known, cut)

@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ...files import importing
+from ...files import first_line, importing
 from .. import tables
-from .rows import BLOCK, Block, Columns, DataError, Mark, Survey, first_line, one_type, storable
+from .rows import BLOCK, Block, Columns, DataError, Mark, Survey, one_type, storable
 from .sources import Source
 
 with importing(None, "encode"):

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ...files import importing, sync_folder
+from ...batches import TextError
+from ...files import first_line, importing, sync_folder
 from .plan import Part, Plan
 from .reading import Reader, Rows
-from .rows import Columns, DataError, first_line
+from .rows import Columns, DataError
 from .sources import Source
 from .stock import DIGEST, is_there
 
@@ -30,7 +31,7 @@ EMBEDDING = "embedding.list.element"  # Parquet's name of the column of numbers
 
 class Encoder(Protocol):
     """What a worker makes once. Of its attributes, if it has them, ``tokens`` counts the tokens that it has encoded, and ``cut``
-    the texts that were longer than it takes. A ValueError of one text may have its index as the attribute ``text``."""
+    the texts that were longer than it takes. A ValueError of one text is a TextError, which knows its index."""
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """[rows, D]"""
@@ -62,14 +63,6 @@ class Done(NamedTuple):
     tokens: int | None = None  # of them; None if the encoder does not count
     failure: str | None = None  # why its data could not be encoded; then nothing was written
     row: int | None = None  # the line or row of which ``failure`` speaks
-
-
-class _Overflow(ValueError):
-    """The embedding of the text with the index ``text``."""
-
-    def __init__(self, message: str, text: int) -> None:
-        super().__init__(message)
-        self.text = text
 
 
 class Worker:
@@ -143,7 +136,7 @@ class Worker:
             if beyond.any():
                 text = int(beyond.argmax())
                 largest = np.abs(embeddings[text]).max()
-                raise _Overflow(f"the embedding has values beyond {self.job.dtype}: {largest}", text)
+                raise TextError(text, f"the embedding has values beyond {self.job.dtype}: {largest}")
             embeddings = stored
         self.advance(len(texts), None if before is None else self.encoder.tokens - before)  # type: ignore[attr-defined]
         return embeddings
@@ -163,13 +156,13 @@ class Worker:
 
 def _located(error: ValueError, source: Source, rows: Rows) -> DataError:
     """The encoder's error, with the text's line or row if the encoder says which text it is, else with those of the call."""
-    text, reason = getattr(error, "text", None), first_line(error)
-    if text is None:
-        place, row = f"{source.unit}s {rows.numbers[0]} to {rows.numbers[-1]}", None
-    else:
-        row = rows.numbers[text]
+    reason = first_line(error)
+    if isinstance(error, TextError):
+        row = rows.numbers[error.text]
         # The index counts from the beginning of the call, which the user does not know.
-        place, reason = f"{source.unit} {row}", reason.replace(f"text {text}", "a text")
+        place, reason = f"{source.unit} {row}", reason.replace(f"text {error.text}", "a text")
+    else:
+        place, row = f"{source.unit}s {rows.numbers[0]} to {rows.numbers[-1]}", None
     return DataError(f"{source.name}: {place}: {reason}", source.name, row)
 
 

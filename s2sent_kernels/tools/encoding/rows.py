@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from ...files import importing
+from ...files import first_line, importing
 from .sources import Source
 
 with importing(None, "encode"):
@@ -73,10 +73,6 @@ class DataError(ValueError):
     def __init__(self, message: str, file: str, row: int | None = None) -> None:
         super().__init__(message)
         self.file, self.row = file, row  # the row or line, counted from 1; None if it is not known
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def numbered(rows: int, every: int) -> list[Mark]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ...files import locked, missing, remove_empty, sync_folder, write_atomically
 from ..tables import STDIN
-from .finish import check, count_cut, finish
+from .finish import check, finish
 from .join import OUTPUTS, join
 from .local import Engine
 from .parts import Done, Job
@@ -79,8 +79,7 @@ def encode_file(request: Request, engine: Engine, output: Path, options: Options
             if not any(folder.glob("part-*")):
                 _remove(folder)
             raise
-        check(plan, folder)
-        _say_cut(plan, folder, options.say)
+        check(plan, folder).say(plan, options.say)
         whole = folder / f"whole{output.suffix}"
         join(plan, folder, whole)
         write_atomically(folder / JOINED, json.dumps(state(str(whole))[1:]).encode(), sync=True)
@@ -128,8 +127,7 @@ def encode_folder(request: Request, engine: Engine, folder: Path, options: Optio
         if failures:
             raise Failed(f"{folder}: {failures} of {len(parts)} parts could not be encoded: see {note}")
         if shard is None:
-            finish(folder)
-            _say_cut(plan, folder, options.say)
+            finish(folder, options.say)
     return sum(part.rows for part in parts)
 
 
@@ -228,11 +226,6 @@ def _remove_manifest(folder: Path) -> None:
     if (folder / MANIFEST).exists():
         (folder / MANIFEST).unlink(missing_ok=True)
         sync_folder(folder)
-
-
-def _say_cut(plan: Plan, folder: Path, say: Say) -> None:
-    if cut := count_cut(plan, folder):
-        say(f"{cut} of {sum(part.rows for part in plan.parts)} texts have more tokens than the model takes")
 
 
 def _encode(plan: Plan, folder: Path, engine: Engine, parts: Sequence[Part], options: Options) -> Iterator[Done]:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ...files import importing
+from ...files import first_line, importing
 from .plan import COPY, PLAN, Part
 
 with importing(None, "encode"):
@@ -41,7 +41,7 @@ def footer(folder: Path, part: Part, digest: str) -> Any:
     try:
         about = parquet.read_metadata(path)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path}: cannot be read: {str(error).splitlines()[0]}: run the command again") from error
+        raise ValueError(f"{path}: cannot be read: {first_line(error)}: run the command again") from error
     if (about.metadata or {}).get(DIGEST) != digest.encode():
         raise ValueError(f"{path}: is of another plan: run the command again")
     if about.num_rows != part.rows:

@@ -9,9 +9,9 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ...files import importing
+from ...files import first_line, importing
 from .. import tables
-from .rows import BLOCK, Block, Columns, DataError, Mark, Survey, first_line, numbered, storable
+from .rows import BLOCK, Block, Columns, DataError, Mark, Survey, numbered, storable
 from .sources import PIECE, Source
 
 with importing(None, "encode"):
