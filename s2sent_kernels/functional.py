@@ -104,15 +104,16 @@ def gate(
     """Excitation and s-norm: the gates g [B, N, D] from f [B, D].
 
         s = act(W1 f + b1),  z_n = W2_n s + b2_n,  e_n = sigmoid(BN_n(z_n))
-        g[b,n,d] = exp(e_n[b,d] + c_n) / sum_n' exp(e_n'[b,d] + c_n')        (paper)
+        g[b,n,d] = exp(tau e_n[b,d] + c_n) / sum_n' exp(tau e_n'[b,d] + c_n')
 
     Args:
         squeezed: f [B, D], float32 or float64.
-        parameters: the gate's tensors, of any floating dtype.
+        parameters: the gate's tensors, of any floating dtype. Without block prior c = 0, without gate scale tau = 1: the
+            paper's formula.
         num_blocks: N.
         activation: "tanh" or "relu".
         eps: the batch norm's.
-        profile: "official" sums the s-norm over batch and features too, and has no block prior.
+        profile: "official" sums the s-norm over batch and features too, and has neither block prior nor gate scale.
         training: batch statistics instead of the running ones, which are then updated in place with ``momentum``. This
             inside torch.compile or torch.func, and ``profile="official"``, are plain PyTorch on every backend.
 

@@ -32,12 +32,14 @@ class S2SentSelector(nn.Module):
         gate_norm: "batch" (batch norm of every (n, d), eps 1e-6, momentum 0.1) or None.
         block_prior: learn one number per block that is added to the gate's logits (profile "paper"), started at 3 for the
             last block and 0 elsewhere. Off, the formula is exactly the paper's.
+        gate_scale: learn one number that multiplies what the gate saw in its logits (profile "paper"), started here; 4 is a
+            good start. None is the paper's formula, in which a gate favours a block by a factor of e at most.
         activation: of the bottleneck, as in ``functional.gate``.
         backend: "auto", or a name that ``backends()`` lists.
 
     State: ``down`` nn.Linear(D, H), ``up`` nn.Linear(H, N * D) (n major), ``norm`` nn.BatchNorm1d(N * D) or None,
-    ``block_prior`` [N] or None. Where one of the three modules is replaced, hooked, parametrised or wrapped, the gate calls
-    them as modules instead of a fused kernel.
+    ``block_prior`` [N] or None, ``gate_scale`` a scalar or None. Where one of the three modules is replaced, hooked,
+    parametrised or wrapped, the gate calls them as modules instead of a fused kernel.
 
     Raises:
         ValueError, TypeError: an argument is wrong; names it, what was expected and what was passed.
@@ -53,6 +55,7 @@ class S2SentSelector(nn.Module):
         profile: str = "paper",
         gate_norm: str | None = "batch",
         block_prior: bool = False,
+        gate_scale: float | None = None,
         activation: str = "tanh",
         backend: str = "auto",
     ) -> None:
@@ -64,6 +67,10 @@ class S2SentSelector(nn.Module):
         validate.option("backend", backend, ("auto", *BACKENDS))
         if block_prior and profile == "official":
             raise ValueError("block_prior: profile 'official' has none, expected False, got True")
+        if gate_scale is not None:
+            validate.finite_number("gate_scale", gate_scale)
+            if profile == "official":
+                raise ValueError(f"gate_scale: profile 'official' has none, expected None, got {gate_scale}")
         self.hidden_size, self.num_blocks, self.bottleneck = hidden_size, num_blocks, bottleneck
         self.frequencies, self.gate_norm, self.backend = frequencies, gate_norm, backend
         self.profile: Profile = validate.option("profile", profile, PROFILES)
@@ -78,16 +85,25 @@ class S2SentSelector(nn.Module):
                 prior[-1] = PRIOR_OF_LAST_BLOCK
         self.block_prior: nn.Parameter | None
         self.register_parameter("block_prior", prior)
+        self.gate_scale: nn.Parameter | None
+        scale = None if gate_scale is None else nn.Parameter(torch.tensor(float(gate_scale)))
+        self.register_parameter("gate_scale", scale)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and files leave out the plan, which belongs to this selector's tensors."""
         return {name: value for name, value in self.__dict__.items() if name != "_plan"}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Selectors that were pickled before there was a gate scale have none."""
+        super().__setstate__(state)
+        self._parameters.setdefault("gate_scale", None)
+
     def extra_repr(self) -> str:
         return (
             f"hidden_size={self.hidden_size}, num_blocks={self.num_blocks}, bottleneck={self.bottleneck}, "
             f"frequencies={self.frequencies}, profile={self.profile!r}, gate_norm={self.gate_norm!r}, "
-            f"block_prior={self.block_prior is not None}, activation={self.activation!r}, backend={self.backend!r}"
+            f"block_prior={self.block_prior is not None}, gate_scale={self.gate_scale is not None}, "
+            f"activation={self.activation!r}, backend={self.backend!r}"
         )
 
     # ------------------------------------------------------------ what people call
@@ -210,15 +226,16 @@ class S2SentSelector(nn.Module):
             if self.norm is not None:
                 excited = _call(self.norm, excited)
             excited = excited.to(squeezed.dtype).unflatten(1, (self.num_blocks, self.hidden_size))
-            return reference.s_norm(excited, self.block_prior, self.profile)
+            return reference.s_norm(excited, self.block_prior, self.gate_scale, self.profile)
 
     # ------------------------------------------------------------ folders
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``, which is created if missing. ``about`` adds entries to
         the configuration, as "blocks" and "pooling"."""
-        arguments = {name: getattr(self, name) for name in pretrained.ARGUMENTS if name != "block_prior"}
+        arguments = {name: getattr(self, name) for name in pretrained.ARGUMENTS}
         arguments["block_prior"] = self.block_prior is not None
+        arguments["gate_scale"] = None if self.gate_scale is None else self.gate_scale.item()
         pretrained.save(folder, arguments, self.state_dict(), about)
 
     @classmethod
@@ -232,7 +249,9 @@ class S2SentSelector(nn.Module):
         folder = pretrained.find(name_or_folder)
         arguments = pretrained.read_config(folder)["selector"]
         try:
-            selector = cls(**{name: arguments[name] for name in pretrained.ARGUMENTS}, backend=backend)
+            selector = cls(
+                **{name: arguments[name] for name in pretrained.ARGUMENTS if name in arguments}, backend=backend
+            )
         except (ValueError, TypeError) as error:
             raise ValueError(f"{folder / pretrained.CONFIG}: {error}") from error
         state = pretrained.read_weights(folder, selector.state_dict())

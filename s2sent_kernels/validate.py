@@ -63,6 +63,12 @@ def number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
+def finite_number(name: str, value: Any) -> None:
+    number(name, value)
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
 def positive_number(name: str, value: Any) -> None:
     number(name, value)
     if not 0 < value < math.inf:
@@ -265,8 +271,10 @@ def gate(parameters: GateParameters, gating: Gating, num_blocks: int, like: Tens
     """Words and the gate's tensors, for f or hidden states ``like``, which lie on their device and have their D."""
     option("activation", gating.activation, ACTIVATIONS)
     option("profile", gating.profile, PROFILES)
-    if gating.profile == "official" and parameters.block_prior is not None:
-        raise ValueError("block_prior: profile 'official' has none")
+    if gating.profile == "official":
+        for name in ("block_prior", "gate_scale"):
+            if getattr(parameters, name) is not None:
+                raise ValueError(f"{name}: profile 'official' has none")
     gate_parameters(parameters, num_blocks, like.shape[-1], like.device)
 
 

@@ -130,6 +130,7 @@ class GateParameters(NamedTuple):
     running_mean: Tensor | None = None  # [N * D]
     running_var: Tensor | None = None  # [N * D]
     block_prior: Tensor | None = None  # c [N]
+    gate_scale: Tensor | None = None  # tau, a scalar
 
     @staticmethod
     def shapes(num_blocks: int, hidden_size: int, bottleneck: int) -> dict[str, list[int]]:
@@ -145,6 +146,7 @@ class GateParameters(NamedTuple):
             "running_mean": [both],
             "running_var": [both],
             "block_prior": [num_blocks],
+            "gate_scale": [],
         }
 
     @classmethod

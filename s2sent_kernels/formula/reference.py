@@ -3,7 +3,7 @@
     squeeze   f[b,d]   = sum_n sum_l alpha[m(d),n] beta[b,m(d),l] u_n[b,l,d]        frequency selection
               p[b,n,d] = sum_l w[b,l] u_n[b,l,d]                                    pooling of each block
     gate      s = act(W1 f + b1),  z_n = W2_n s + b2_n,  e_n = sigmoid(BN_n(z_n))   excitation
-              g[b,n,d] = exp(e_n + c_n) / sum_n' exp(e_n' + c_n')                   s-norm
+              g[b,n,d] = exp(tau e_n + c_n) / sum_n' exp(tau e_n' + c_n')           s-norm; c = 0 and tau = 1 in the paper
     fuse      v[b,l,d] = sum_n g[b,n,d] u_n[b,l,d]                                  spatial selection
     pool      o[b,d]   = sum_n g[b,n,d] p[b,n,d]
 
@@ -189,14 +189,21 @@ def normalise_in_training(
     return result, BatchStatistics(mean, rstd)
 
 
-def s_norm(excited: Tensor, block_prior: Tensor | None, profile: Profile = "paper") -> Tensor:
-    """Gates from normalised z [B, N, D]: exp(sigmoid(z) + c) over its sum, which runs over the blocks in profile ``paper``
+def s_norm(
+    excited: Tensor, block_prior: Tensor | None, gate_scale: Tensor | None, profile: Profile = "paper"
+) -> Tensor:
+    """Gates from normalised z [B, N, D]: exp(tau sigmoid(z) + c) over its sum, which runs over the blocks in profile ``paper``
     and over blocks, batch and features in ``official``."""
     logits = torch.sigmoid(excited)
+    if gate_scale is not None:
+        logits = logits * gate_scale.to(logits.dtype)
     if block_prior is not None:
         prior = block_prior.to(logits.dtype)
         # c is unbounded. (amax with its dim: the ONNX exporter has no other.)
         logits = logits + (prior - prior.detach().amax(dim=0))[:, None]
+    if gate_scale is not None:
+        # tau is unbounded too, and where it is large no block may reach the bound that max c gives.
+        logits = logits - logits.detach().amax(dim=1, keepdim=True)
     weights = logits.exp()
     if profile == "paper":
         return weights / weights.sum(dim=1, keepdim=True)
@@ -218,7 +225,8 @@ def gate(squeezed: Tensor, parameters: GateParameters, num_blocks: int, gating: 
     with autocast_off(squeezed.device):
         _, excited = _excite(squeezed, parameters, gating)
         excited = normalise(excited, parameters, gating)
-        return s_norm(excited.unflatten(1, (num_blocks, -1)), parameters.block_prior, gating.profile)
+        excited = excited.unflatten(1, (num_blocks, -1))
+        return s_norm(excited, parameters.block_prior, parameters.gate_scale, gating.profile)
 
 
 def gate_in_training(
@@ -229,7 +237,8 @@ def gate_in_training(
     with autocast_off(squeezed.device):
         _, excited = _excite(squeezed, parameters, gating)
         excited, statistics = normalise_in_training(excited, parameters, gating)
-        gates = s_norm(excited.unflatten(1, (-1, squeezed.shape[1])), parameters.block_prior)
+        excited = excited.unflatten(1, (-1, squeezed.shape[1]))
+        gates = s_norm(excited, parameters.block_prior, parameters.gate_scale)
     return gates if pooled is None else pool(gates, pooled, dtype), statistics
 
 
@@ -250,11 +259,13 @@ def gate_backward(
         bottleneck, z = _excite(squeezed, w, gating)
         y = _normalise_again(z, w, gating, statistics).unflatten(1, (num_blocks, -1))
         e = torch.sigmoid(y)
-        g = s_norm(y, w.block_prior)
+        g = s_norm(y, w.block_prior, w.gate_scale)
 
         dlogits = g * (grad_gates - (g * grad_gates).sum(dim=1, keepdim=True))
         dprior = None if w.block_prior is None else dlogits.sum(dim=(0, 2))
-        dy = (dlogits * e * (1 - e)).flatten(1)
+        dscale = None if w.gate_scale is None else (dlogits * e).sum()
+        de = dlogits if w.gate_scale is None else dlogits * w.gate_scale
+        dy = (de * e * (1 - e)).flatten(1)
         dnorm_weight = dnorm_bias = None
         dz = dy
         if w.norm_weight is not None and w.running_mean is not None and w.running_var is not None:
@@ -275,6 +286,7 @@ def gate_backward(
             norm_weight=dnorm_weight,
             norm_bias=dnorm_bias,
             block_prior=dprior,
+            gate_scale=dscale,
         )
         return ddown @ w.down_weight, grads
 
@@ -292,7 +304,7 @@ def gate_pool_backward(
         w = parameters.each(lambda t: t.to(squeezed.dtype))
         _, excited = _excite(squeezed, w, gating)
         excited = _normalise_again(excited, w, gating, statistics).unflatten(1, (pooled.shape[1], -1))
-        gates = s_norm(excited, w.block_prior)
+        gates = s_norm(excited, w.block_prior, w.gate_scale)
     rows = grad_output.to(squeezed.dtype)[:, None]
     return gates * rows, *gate_backward(rows * pooled, squeezed, parameters, gating, statistics)
 

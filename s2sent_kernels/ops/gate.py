@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import validate
 from ..engines.choice import engine_for
 from ..formula.call import Call, GateParameters, Gating
 from . import gate_backward
-from .library import PARAMETERS, Arguments, Gradients, parameters_of, register, split_parameters
+from .library import PARAMETERS, Arguments, Gradients, call, parameters_of, register, split_parameters
 
 SCHEMA = f"(Tensor squeezed, {PARAMETERS}, int num_blocks, str activation, float eps, str backend) -> Tensor"
 
 
 def run(squeezed: Tensor, parameters: GateParameters, num_blocks: int, gating: Gating, backend: str) -> Tensor:
-    return torch.ops.s2sent.gate(squeezed, *parameters, num_blocks, gating.activation, gating.eps, backend)
+    return call("gate", (squeezed,), parameters, (num_blocks, gating.activation, gating.eps, backend))
 
 
 def _validated(squeezed: Tensor, rest: Any) -> tuple[GateParameters, int, Gating, str]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import validate
 from ..engines.choice import engine_for
 from ..formula.call import Call, GateParameters, Gating
-from .library import PARAMETERS, Gradients, in_their_dtypes, register, split_parameters, with_gradient
+from .library import PARAMETERS, Gradients, call, in_their_dtypes, register, split_parameters, with_gradient
 
 SCHEMA = f"(Tensor grad_gates, Tensor squeezed, {PARAMETERS}, str activation, float eps, str backend) -> Tensor[]"
 
@@ -19,9 +18,8 @@ def run(
     grad_gates: Tensor, squeezed: Tensor, parameters: GateParameters, gating: Gating, backend: str
 ) -> tuple[Tensor, Gradients]:
     """df, and the parameters' gradients by name."""
-    grad_squeezed, *grads = torch.ops.s2sent.gate_backward(
-        grad_gates, squeezed, *parameters, gating.activation, gating.eps, backend
-    )
+    options = (gating.activation, gating.eps, backend)
+    grad_squeezed, *grads = call("gate_backward", (grad_gates, squeezed), parameters, options)
     return grad_squeezed, dict(zip(with_gradient(parameters), grads, strict=True))
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import validate
 from ..engines.choice import engine_for
 from ..formula.call import Call, GateParameters, Gating
 from .gate_backward import validate_gate
-from .library import PARAMETERS, Gradients, in_their_dtypes, register, split_parameters, with_gradient
+from .library import PARAMETERS, Gradients, call, in_their_dtypes, register, split_parameters, with_gradient
 
 SCHEMA = (
     f"(Tensor grad_output, Tensor squeezed, Tensor pooled, {PARAMETERS}, str activation, float eps, str backend) "
@@ -23,8 +22,9 @@ def run(
     grad_output: Tensor, squeezed: Tensor, pooled: Tensor, parameters: GateParameters, gating: Gating, backend: str
 ) -> tuple[Tensor, Tensor, Gradients]:
     """dp, df, and the parameters' gradients by name."""
-    grad_pooled, grad_squeezed, *grads = torch.ops.s2sent.gate_pool_backward(
-        grad_output, squeezed, pooled, *parameters, gating.activation, gating.eps, backend
+    options = (gating.activation, gating.eps, backend)
+    grad_pooled, grad_squeezed, *grads = call(
+        "gate_pool_backward", (grad_output, squeezed, pooled), parameters, options
     )
     return grad_pooled, grad_squeezed, dict(zip(with_gradient(parameters), grads, strict=True))
 

@@ -22,6 +22,10 @@ PARAMETERS = ", ".join(
     f"Tensor{'' if name in GateParameters.required() else '?'} {name}" for name in GateParameters._fields
 )
 
+# The gate scale came after the ops' schemas were promised: programs that were saved before call the ops without it. So an op of
+# the gate's tensors has an overload "scaled" that takes it.
+_SCALE = "Tensor? gate_scale, "
+
 _library = torch.library.Library("s2sent", "DEF")
 
 Arguments = dict[str, Any]  # of an op, by the names in its schema
@@ -45,7 +49,34 @@ def register(
         save: ``save(ctx, arguments, output)`` keeps what ``backward`` needs.
         backward: ``backward(ctx, *grad_outputs)`` returns gradients by argument name. Without it, and without ``save``, the op
             is a backward pass itself: differentiating it raises.
+
+    Where the schema has the gate's tensors, it becomes the overload "scaled", and the default one has no gate scale.
     """
+    if _SCALE not in schema:
+        _register(name, schema, implementation, fake, save, backward)
+        return
+    _register(f"{name}.scaled", schema, implementation, fake, save, backward)
+    place = schema[: schema.index(_SCALE)].count(",")
+
+    def unscaled(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: function(*arguments[:place], None, *arguments[place:])
+
+    def save_unscaled(ctx: Any, arguments: Arguments, output: Any) -> None:
+        assert save is not None
+        save(ctx, {**arguments, "gate_scale": None}, output)
+
+    keep = None if save is None else save_unscaled
+    _register(name, schema.replace(_SCALE, ""), unscaled(implementation), unscaled(fake), keep, backward)
+
+
+def _register(
+    name: str,
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    save: Callable[[Any, Arguments, Any], None] | None,
+    backward: Callable[..., Gradients] | None,
+) -> None:
     register_in_place(name, schema, implementation, fake)
     names = tuple(argument.name for argument in torch._C.parse_schema(f"s2sent::{name}{schema}").arguments)
     if save is None or backward is None:
@@ -92,6 +123,14 @@ def split_parameters(rest: Sequence[Any]) -> tuple[GateParameters, Sequence[Any]
 
 def parameters_of(arguments: Arguments) -> GateParameters:
     return GateParameters(*map(arguments.__getitem__, GateParameters._fields))
+
+
+def call(name: str, before: Sequence[Any], parameters: GateParameters, after: Sequence[Any]) -> Any:
+    """An op with the gate's tensors between other arguments."""
+    op = getattr(torch.ops.s2sent, name)
+    if parameters.gate_scale is None:
+        return op.default(*before, *parameters[:-1], *after)
+    return op.scaled(*before, *parameters, *after)
 
 
 def with_gradient(parameters: GateParameters) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import validate
@@ -21,6 +20,7 @@ from .library import (
     Gradients,
     add,
     batch_of,
+    call,
     gradient_wanted,
     is_ordinary,
     parameters_of,
@@ -42,7 +42,7 @@ def run(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gati
             return direct.Select.apply(how, batch.attention_mask, batch.cu_seqlens, *parameters, *batch.hidden_states)
         return engine.select(batch, reading, parameters, gating)[0]
     options = (reading.frequencies, gating.activation, gating.eps, backend)
-    return torch.ops.s2sent.select(*batch, *parameters, *options)[0]
+    return call("select", batch, parameters, options)[0]
 
 
 def _unpacked(

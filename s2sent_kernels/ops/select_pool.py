@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import validate
@@ -22,6 +21,7 @@ from .library import (
     Gradients,
     add,
     batch_of,
+    call,
     gradient_wanted,
     is_ordinary,
     parameters_of,
@@ -48,7 +48,7 @@ def run(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gati
             )
         return engine.select_pool(batch, reading, parameters, gating)[0]
     options = (reading.frequencies, reading.pooling, gating.activation, gating.eps, backend)
-    return torch.ops.s2sent.select_pool(*batch, *parameters, *options)[0]
+    return call("select_pool", batch, parameters, options)[0]
 
 
 def _unpacked(

@@ -75,9 +75,11 @@ def definition_gate(f, parameters, N, activation="tanh", eps=1e-6, profile="pape
             z = (z - mean) / torch.sqrt(variance + eps) * p.norm_weight[part] + p.norm_bias[part]
         gates.append(torch.sigmoid(z))
     e = torch.stack(gates, dim=1)
+    if p.gate_scale is not None:
+        e = e * p.gate_scale
     if p.block_prior is not None:
         e = e + p.block_prior[:, None]
-    powers = torch.exp(e)
+    powers = torch.exp(e - e.max() if p.gate_scale is not None else e)
     return powers / (powers.sum() if profile == "official" else powers.sum(1, keepdim=True))
 
 
