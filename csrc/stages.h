@@ -141,7 +141,8 @@ struct SqueezeBackward {
   X(Optional, norm_bias, N * D) \
   X(Optional, running_mean, N * D) \
   X(Optional, running_var, N * D) \
-  X(Optional, block_prior, N)     /* c */
+  X(Optional, block_prior, N)     /* c */ \
+  X(Optional, gate_scale, )       /* tau, a scalar */
 
 // s, and from it g, or o = sum_n g p, or their gradients.
 struct Gate {
@@ -166,7 +167,8 @@ struct Gate {
   const float* grad_gates;  // dg [B, N, D] or null
   const void* grad_output;  // do [B, D] with p
   float* grad_pooled;       // dp [B, N, D] with p
-  float* grad_logits;       // [B, N, D]: the gradient of e + c; arbitrary without c
+  float* grad_logits;       // [B, N, D]: the gradient of tau e + c; arbitrary without c
+  float* grad_scale;        // [B, D]: sum_n grad_logits e, with tau
   float* grad_normed;       // [B, N, D]: the gradient of the norm's output, or of z without a norm
   float* normed;            // [B, N, D]: (z - mean) / std, with a norm
 };
@@ -193,6 +195,7 @@ struct GateGradients {
   Gate gate;               // up_gradients turns its grad_normed into dz
   const float* grad_down;  // ddown [B, H]; read by down_gradients alone
   float* prior_sums;       // [N, D] sums of grad_logits over the sentences, with c
+  float* scale_sums;       // [D] sums of grad_scale over the sentences, with tau
 #define S2SENT_FIELD(type, name, ...) float* name;  // null if missing; the running statistics have no gradient
   S2SENT_FOR_EACH_GATE_TENSOR(S2SENT_FIELD)
 #undef S2SENT_FIELD
@@ -251,8 +254,8 @@ struct FuseBackward {
   X(excite, Gate)                      /* g, or o */ \
   X(excite_backward, Gate)             /* dp and the gradients inside the gate */ \
   X(batch_statistics, BatchStatistics) /* of z */ \
-  X(up_gradients, GateGradients)       /* dz; dW2, db2 and the norm's; sums for dc */ \
-  X(down_gradients, GateGradients)     /* dW1, db1, dc */ \
+  X(up_gradients, GateGradients)       /* dz; dW2, db2 and the norm's; sums for dc and dtau */ \
+  X(down_gradients, GateGradients)     /* dW1, db1, dc, dtau */ \
   X(fuse, Fuse)                        /* v */ \
   X(fuse_backward, FuseBackward)       /* dg */
 

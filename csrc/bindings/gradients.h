@@ -48,6 +48,8 @@ struct GateBackward {
     scratch.want(gate.grad_normed, B * blocks);
     if (gate.norm_weight) scratch.want(gate.normed, B * blocks);
     if (gate.block_prior) scratch.want(args.prior_sums, blocks);
+    if (gate.gate_scale) scratch.want(gate.grad_scale, B * D);
+    if (gate.gate_scale) scratch.want(args.scale_sums, D);
     scratch.want(to_down.result, B * H);
     scratch.want(partial_, std::max(product_chunks(blocks) * B * H, product_chunks(H) * B * D));
     if (!to_squeezed.result) scratch.want(to_squeezed.result, B * D);

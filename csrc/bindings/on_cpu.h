@@ -129,7 +129,7 @@ inline void share_gate_backward(const GateBackward& back) {
     s2sent::cpu::up_gradients(args, begin, end, scratch);
   });
   share_product(back.to_down);
-  share(H + N, grain_of(B * D), B + D, [&](int64_t begin, int64_t end, float* scratch) {
+  share(H + N + 1, grain_of(B * D), B + D, [&](int64_t begin, int64_t end, float* scratch) {
     s2sent::cpu::down_gradients(args, begin, end, scratch);
   });
   share_product(back.to_squeezed);

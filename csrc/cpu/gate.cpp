@@ -1,4 +1,4 @@
-// gate: s = act(W1 f + b1), z = W2 s + b2, g = s-norm(sigmoid(norm(z))), and o = sum_n g p.
+// gate: s = act(W1 f + b1), z = W2 s + b2, e = sigmoid(norm(z)), g = s-norm(tau e + c), and o = sum_n g p.
 //
 // Order of summation: W1 f in kLanes running sums over features, then these as a tree; W2 s in two running sums, over even
 // and odd h; the s-norm and o over the Transformer blocks ascending. No sum runs over sentences, so that a sentence has the
@@ -155,7 +155,19 @@ S2SENT_INLINE void multiply_exactly(
   for (int64_t j = 0; j < kGateFeatures; ++j) z[j] = float(sum[j]);
 }
 
-// g [N, F] in place of exp(e + c).
+// exp(x - max_n x) in place of x [N, F]: where tau is large, exp(tau e) may underflow for every block.
+S2SENT_INLINE void exponentiate(float* __restrict x, int64_t num_blocks) {
+  float most[kGateFeatures];
+  std::copy_n(x, kGateFeatures, most);
+  for (int64_t n = 1; n < num_blocks; ++n) {
+    for (int64_t j = 0; j < kGateFeatures; ++j) most[j] = x[n * kGateFeatures + j] > most[j] ? x[n * kGateFeatures + j] : most[j];
+  }
+  for (int64_t n = 0; n < num_blocks; ++n) {
+    for (int64_t j = 0; j < kGateFeatures; ++j) x[n * kGateFeatures + j] = exponential(x[n * kGateFeatures + j] - most[j]);
+  }
+}
+
+// g [N, F] in place of exp(tau e + c).
 S2SENT_INLINE void normalise(float* __restrict g, int64_t num_blocks) {
   float total[kGateFeatures] = {};
   for (int64_t n = 0; n < num_blocks; ++n) {
@@ -171,7 +183,7 @@ struct Item {
   int64_t d, count;     // features [d, d + count)
   int64_t first, last;  // sentences
   float* columns;       // [H, F] of W2
-  float* weights;       // [sentences, N, F] exp(e + c)
+  float* weights;       // [sentences, N, F] exp(tau e + c), then g
   float* sigmoids;      // [sentences, N, F] e, backward only
 
   S2SENT_INLINE Item(const Gate& a, int64_t item, float* scratch) {
@@ -190,7 +202,7 @@ S2SENT_INLINE float inverse_std(const Gate& a, int64_t row) {
   return a.inverse_std ? a.inverse_std[row] : 1.0f / std::sqrt(a.running_var[row] + a.eps);
 }
 
-// exp(e + c) of an item; with BACKWARD also e and the normalised z.
+// g of an item; with BACKWARD also e and the normalised z.
 template <bool BACKWARD>
 S2SENT_INLINE void weigh(const Gate& a, const Item& item) {
   const int64_t d = item.d, count = item.count, first = item.first, last = item.last, F = kGateFeatures;
@@ -231,10 +243,19 @@ S2SENT_INLINE void weigh(const Gate& a, const Item& item) {
       }
       for (int64_t j = 0; j < F; ++j) z[j] = sigmoid(z[j]);
       if (BACKWARD) std::copy_n(z, F, item.sigmoids + ((b - first) * a.num_blocks + n) * F);
-      for (int64_t j = 0; j < F; ++j) z[j] = exponential(z[j] + prior);
+      if (a.gate_scale) {
+        const float scale = *a.gate_scale;
+        for (int64_t j = 0; j < F; ++j) z[j] = z[j] * scale + prior;
+      } else {
+        for (int64_t j = 0; j < F; ++j) z[j] = exponential(z[j] + prior);
+      }
     }
   }
-  for (int64_t b = first; b < last; ++b) normalise(item.weights + (b - first) * a.num_blocks * F, a.num_blocks);
+  for (int64_t b = first; b < last; ++b) {
+    float* own = item.weights + (b - first) * a.num_blocks * F;
+    if (a.gate_scale) exponentiate(own, a.num_blocks);
+    normalise(own, a.num_blocks);
+  }
 }
 
 template <class T>
@@ -291,6 +312,7 @@ S2SENT_CLONES void excite_backward(const Gate& a, int64_t begin, int64_t end, fl
     for (int64_t b = item.first; b < item.last; ++b) {
       const int64_t own = (b - item.first) * a.num_blocks * F;
       float mean[kGateFeatures] = {}, output[kGateFeatures];  // sum_n g dg; do
+      float products[kGateFeatures] = {};                     // sum_n grad_logits e
       if (a.pooled) load_gradient(a, b * a.size + item.d, item.count, output);
       for (int64_t n = 0; n < a.num_blocks; ++n) {
         const int64_t place = (b * a.num_blocks + n) * a.size + item.d;
@@ -307,6 +329,7 @@ S2SENT_CLONES void excite_backward(const Gate& a, int64_t begin, int64_t end, fl
           mean[j] += g[j] * grad;
         }
       }
+      const float scale = a.gate_scale ? *a.gate_scale : 1.0f;
       for (int64_t n = 0; n < a.num_blocks; ++n) {
         const int64_t place = (b * a.num_blocks + n) * a.size + item.d;
         const float *g = item.weights + own + n * F, *e = item.sigmoids + own + n * F;
@@ -314,9 +337,11 @@ S2SENT_CLONES void excite_backward(const Gate& a, int64_t begin, int64_t end, fl
         for (int64_t j = 0; j < item.count; ++j) {
           const float logit = g[j] * (a.grad_logits[place + j] - mean[j]);
           a.grad_logits[place + j] = logit;
-          a.grad_normed[place + j] = logit * e[j] * (1.0f - e[j]);
+          a.grad_normed[place + j] = scale * logit * e[j] * (1.0f - e[j]);
+          products[j] += logit * e[j];
         }
       }
+      if (a.gate_scale) std::copy_n(products, item.count, a.grad_scale + b * a.size + item.d);
     }
   }
 }

@@ -5,7 +5,7 @@
 //     dW2 = dz^T s,  db2 = sum_b dz,  dw = sum_b dy z',  db = sum_b dy of the norm,  dW1 = ddown^T f,  db1 = sum_b ddown
 //
 // Order of summation: the sentences ascending; in float64 but for dW2 and dW1, whose sum chunks of kProductRows sentences are
-// those of rows.h and are then added ascending. dc adds the sentences' sums over the features ascending, in float64.
+// those of rows.h and are then added ascending. dc and dtau add the sentences' sums over the features ascending, in float64.
 
 #include <algorithm>
 #include <cmath>
@@ -28,7 +28,7 @@ S2SENT_INLINE void sum_sentences(
   }
 }
 
-// Writes the sums of dy, dy z' and the logits' gradient over the sentences; holds what dz needs beside dy.
+// Writes the sums of dy, dy z', the logits' and the scale's gradient over the sentences; holds what dz needs beside dy.
 struct Columns {
   float scale[kGateFeatures], mean[kGateFeatures] = {}, mean_product[kGateFeatures] = {}, center[kGateFeatures] = {};
 
@@ -43,6 +43,11 @@ struct Columns {
       for (int64_t j = 0; gate.norm_weight && j < count; ++j) products[j] += double(dy[j]) * double(gate.normed[place + j]);
       for (int64_t j = 0; gate.inverse_std && j < count; ++j) centers[j] += double(gate.normed[place + j]);
       for (int64_t j = 0; a.block_prior && j < count; ++j) logits[j] += double(gate.grad_logits[place + j]);
+    }
+    for (int64_t j = 0; gate.gate_scale && j < std::min(count, gate.size - first); ++j) {  // columns of the lowest block
+      double shares = 0.0;
+      for (int64_t b = 0; b < gate.sentences; ++b) shares += double(gate.grad_scale[b * gate.size + first + j]);
+      a.scale_sums[first + j] = float(shares);
     }
     std::fill(scale, scale + kGateFeatures, 1.0f);
     for (int64_t j = 0; a.block_prior && j < count; ++j) a.prior_sums[first + j] = float(logits[j]);
@@ -92,7 +97,7 @@ S2SENT_CLONES void up_gradients(const GateGradients& a, int64_t begin, int64_t e
   }
 }
 
-// Items h, then n: a row of dW1 and its db1; dc_n. Scratch: B + D floats.
+// Items h, then n, then one: a row of dW1 and its db1; dc_n; dtau. Scratch: B + D floats.
 S2SENT_CLONES void down_gradients(const GateGradients& a, int64_t begin, int64_t end, float* scratch) {
   const Gate& gate = a.gate;
   const int64_t B = gate.sentences, D = gate.size;
@@ -100,9 +105,11 @@ S2SENT_CLONES void down_gradients(const GateGradients& a, int64_t begin, int64_t
     double sum = 0.0;
     if (item >= gate.width) {
       const int64_t n = item - gate.width;
-      if (a.block_prior == nullptr) continue;
-      for (int64_t d = 0; d < D; ++d) sum += double(a.prior_sums[n * D + d]);
-      a.block_prior[n] = float(sum);
+      float* const to = n < gate.num_blocks ? a.block_prior : a.gate_scale;
+      if (to == nullptr) continue;
+      const float* const sums = n < gate.num_blocks ? a.prior_sums + n * D : a.scale_sums;
+      for (int64_t d = 0; d < D; ++d) sum += double(sums[d]);
+      to[n % gate.num_blocks] = float(sum);
       continue;
     }
     for (int64_t b = 0; b < B; ++b) {

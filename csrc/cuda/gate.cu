@@ -1,4 +1,4 @@
-// gate: s = act(W1 f + b1), z = W2 s + b2, g = s-norm(sigmoid(norm(z))), and o = sum_n g p.
+// gate: s = act(W1 f + b1), z = W2 s + b2, e = sigmoid(norm(z)), g = s-norm(tau e + c), and o = sum_n g p.
 //
 // Order of summation: W1 f as in order.h, W2 s and the s-norm as in gate.cuh; o over the Transformer blocks ascending.
 
@@ -74,12 +74,13 @@ __global__ void __launch_bounds__(kGateThreads, 3) excite_kernel(const __grid_co
   extern __shared__ __align__(16) float memory[];
   float* weights = memory + Shape::weights_place(a.width);
   const int64_t d0 = int64_t(blockIdx.x % tiles) * F, b0 = int64_t(blockIdx.x / tiles) * S;
-  weigh<Shape, false>(a, b0, d0, memory, weights, nullptr);
+  const Scale scale = weigh<Shape, false>(a, b0, d0, memory, weights, nullptr);
   __syncthreads();
   for (int i = threadIdx.x; i < S * F; i += kGateThreads) {
     const int64_t b = b0 + i / F, d = d0 + i % F;
     if (b >= a.sentences || d >= a.size) continue;
-    const float* own = weights + i;
+    float* own = weights + i;
+    if (scale.large) exponentiate(own, a.num_blocks, S * F);
     float total = 0.0f, sum = 0.0f;
 #pragma unroll 4
     for (int64_t n = 0; n < a.num_blocks; ++n) total += own[n * S * F];

@@ -1,4 +1,4 @@
-// Shared by the gate's forward and backward kernels: exp(e + c) of a tile of features of every Transformer block, for a few
+// Shared by the gate's forward and backward kernels: exp(tau e + c) of a tile of features of every Transformer block, for a few
 // sentences.
 //
 // Order of summation: W2 s in two running sums, over even and odd h, which are then added; the s-norm over the blocks ascending.
@@ -81,6 +81,36 @@ __device__ inline float largest_prior(const Gate& a) {
   return most;
 }
 
+// Where |tau| is at most this, exp(tau e + c) cannot underflow for every block if tau's share of a logit is at most 0.
+constexpr float kPlainScale = 40.0f;
+
+// tau, which is 1 without a gate scale.
+struct Scale {
+  float tau = 1.0f;
+  float bound = 0.0f;  // of tau e, whose e lies between 0 and 1; subtracted like the largest c
+  bool large = false;  // then ``exponentiate`` subtracts the largest logit instead
+
+  Scale() = default;
+  __device__ explicit Scale(const Gate& a) {
+    if (!a.gate_scale) return;
+    tau = *a.gate_scale;
+    large = fabsf(tau) > kPlainScale;
+    bound = large ? 0.0f : fmaxf(tau, 0.0f);
+  }
+  // exp of the logit, or the logit itself.
+  __device__ float weight(float e, float prior) const {
+    const float logit = fmaf(tau, e, prior);
+    return large ? logit : expf(logit);
+  }
+};
+
+// exp of the logits of N blocks, less the largest of them, in place.
+__device__ inline void exponentiate(float* logits, int64_t num_blocks, int64_t stride) {
+  float most = -INFINITY;
+  for (int64_t n = 0; n < num_blocks; ++n) most = fmaxf(most, logits[n * stride]);
+  for (int64_t n = 0; n < num_blocks; ++n) logits[n * stride] = expf(logits[n * stride] - most);
+}
+
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // The parameters that turn W2 s into e at ``row`` of [N, D]. Without a norm they are those of the identity.
@@ -128,10 +158,10 @@ __device__ void prefetch(const Gate& a, int64_t n0, int64_t d0, int64_t h0, floa
   }
 }
 
-// weights [N, S, F] = exp(e + c) of features from d0 on and sentences from b0 on. With BACKWARD also sigmoids [N, S, F] = e, and
-// a.normed. ``memory`` holds tiles of W2 and s, laid out by GateShape. The caller synchronises before it reads weights.
+// weights [N, S, F] = exp(tau e + c) of features from d0 on and sentences from b0 on, or if tau is large their logits. With BACKWARD
+// also sigmoids [N, S, F] = e, and a.normed. ``memory`` holds tiles of W2 and s, laid out by GateShape. The caller synchronises before it reads weights.
 template <class Shape, bool BACKWARD>
-__device__ void weigh(const Gate& a, int64_t b0, int64_t d0, float* memory, float* weights, float* sigmoids) {
+__device__ Scale weigh(const Gate& a, int64_t b0, int64_t d0, float* memory, float* weights, float* sigmoids) {
   constexpr int S = Shape::kSentences, F = Shape::kFeatures, kBuffers = Shape::kBuffers;
   using Tiles = float[kGateWarps][kWarp][kGateStride];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -152,6 +182,7 @@ __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, float* memory, floa
   for (int i = 0; i < kBuffers; ++i) prefetch_tile(i);
   wait_for_previous();  // for bottleneck, which does not write W2. (Not launched if H is 0; then W2 is empty.)
   const float largest = largest_prior(a);
+  const Scale scale(a);
   const auto load = [&](int k, int h) {
     return k < sentences && h < a.width ? a.bottleneck[(b0 + k) * a.width + h] : 0.0f;
   };
@@ -167,7 +198,7 @@ __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, float* memory, floa
     const int64_t row = inside ? n * a.size + d : 0;
     Unit unit(a, int(row));  // loaded ahead of the product
     if (a.inverse_std) unit.variance = a.inverse_std[row];
-    const float prior = a.block_prior && inside ? a.block_prior[n] - largest : 0.0f;
+    const float prior = (a.block_prior && inside ? a.block_prior[n] - largest : 0.0f) - scale.bound;
     float even[S] = {}, odd[S] = {};
     for (int h0 = 0; h0 < columns; h0 += kGateWidth, ++tile) {
       __pipeline_wait_prior(kBuffers - 1);
@@ -199,9 +230,10 @@ __device__ void weigh(const Gate& a, int64_t b0, int64_t d0, float* memory, floa
       const float e = unit.open(z);
       if (n >= a.num_blocks) continue;
       if (BACKWARD) sigmoids[(n * S + k) * F + lane % F] = e;
-      weights[(n * S + k) * F + lane % F] = expf(e + prior);
+      weights[(n * S + k) * F + lane % F] = scale.weight(e, prior);
     }
   }
+  return scale;
 }
 
 }  // namespace s2sent::cuda

@@ -1,6 +1,6 @@
 // gate, backward: the gradients inside the gate from dg, or from do and p, which also gives dp. The gates are recomputed from s.
 //
-// Order of summation: sum_n g dg over the Transformer blocks ascending; W2 s and the s-norm as in gate.cuh.
+// Order of summation: sum_n g dg, and sum_n of the logits' gradient times e, over the Transformer blocks ascending; W2 s and the s-norm as in gate.cuh.
 
 #include "gate.cuh"
 
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kGateThreads, 3) backward_kernel(const __grid_
   float* weights = memory + Shape::weights_place(a.width);
   float* sigmoids = weights + a.num_blocks * S * F;
   const int64_t d0 = int64_t(blockIdx.x % tiles) * F, b0 = int64_t(blockIdx.x / tiles) * S;
-  weigh<Shape, true>(a, b0, d0, memory, weights, sigmoids);
+  const Scale scale = weigh<Shape, true>(a, b0, d0, memory, weights, sigmoids);
   __syncthreads();
   for (int i = threadIdx.x; i < S * F; i += kGateThreads) {
     const int64_t b = b0 + i / F, d = d0 + i % F;
@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kGateThreads, 3) backward_kernel(const __grid_
     const float* e = sigmoids + i;
     const int64_t place = b * a.num_blocks * a.size + d;
     const float output = a.pooled ? output_gradient(a, b * a.size + d) : 0.0f;
-    float total = 0.0f, mean = 0.0f;
+    float total = 0.0f, mean = 0.0f, products = 0.0f;
+    if (scale.large) exponentiate(own, a.num_blocks, S * F);
     for (int64_t n = 0; n < a.num_blocks; ++n) total += own[n * S * F];
     const float inverse = 1.0f / total;
 #pragma unroll 2
@@ -51,8 +52,10 @@ __global__ void __launch_bounds__(kGateThreads, 3) backward_kernel(const __grid_
       const float grad = a.pooled ? output * a.pooled[to] : a.grad_gates[to];
       const float logit = own[n * S * F] * (grad - mean), s = e[n * S * F];
       if (a.block_prior) a.grad_logits[to] = logit;
-      a.grad_normed[to] = logit * s * (1.0f - s);
+      a.grad_normed[to] = scale.tau * logit * s * (1.0f - s);
+      products = fmaf(logit, s, products);
     }
+    if (a.gate_scale) a.grad_scale[b * a.size + d] = products;
   }
 }
 

@@ -9,7 +9,8 @@
 //
 // Order of summation: dW2 and dW1 are chains of fused multiply-adds over sum chunks of kChunkTiles tiles of kTile sentences,
 // ascending, then the chunks ascending. Sums of a column: a warp's sentences of a tile as a tree, its tiles ascending, then the
-// warps as a tree. dc: each of kThreads running sums adds every kThreads-th feature's sum, in float64, then these as a tree.
+// warps as a tree. dc and dtau: each of kThreads running sums adds every kThreads-th feature's sum, in float64, then these as a
+// tree. A feature's sum for dtau: a warp adds every kWarps-th sentence, ascending in float64, then the warps are added as a tree.
 
 #include <cuda_pipeline.h>
 
@@ -221,8 +222,26 @@ struct WrittenColumn {
   __device__ void taken() {}
 };
 
-__global__ void __launch_bounds__(kThreads, 4) up_kernel(const __grid_constant__ GateGradients a, bool wide) {
+// Sums of grad_scale over the sentences, for the kWarp features of the CTA's ``index``-th tile.
+__device__ void sum_scales(const GateGradients& a, int64_t index) {
+  __shared__ double shared[kWarps][kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t d = index * kWarp + lane, D = a.gate.size;
+  double sum = 0.0;
+#pragma unroll 8
+  for (int64_t b = warp; b < a.gate.sentences; b += kWarps) sum += d < D ? double(a.gate.grad_scale[b * D + d]) : 0.0;
+  shared[warp][lane] = sum;
+  __syncthreads();
+  if (warp == 0 && d < D) {
+    a.scale_sums[d] = float((shared[0][lane] + shared[1][lane]) + (shared[2][lane] + shared[3][lane]));
+  }
+}
+
+// The CTAs from ``column_ctas`` on sum the scale's gradient.
+__global__ void __launch_bounds__(kThreads, 4) up_kernel(
+    const __grid_constant__ GateGradients a, unsigned column_ctas, bool wide) {
   wait_for_previous();
+  if (blockIdx.x >= column_ctas) return sum_scales(a, blockIdx.x - column_ctas);
   __shared__ __align__(16) Tiles tiles;
   __shared__ float shared[kWarps][kLeft];
   const Gate& gate = a.gate;
@@ -261,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, 4) up_kernel(const __grid_constant__
   }
 }
 
-// ---------------------------------------------------------------- dW1, dc
+// ---------------------------------------------------------------- dW1, dc, dtau
 
 // A thread's column of ddown.
 struct DownColumn : WrittenColumn {
@@ -270,23 +289,30 @@ struct DownColumn : WrittenColumn {
   __device__ void taken() { sum += tree(values); }
 };
 
-// dc_n
-__device__ void sum_prior(const GateGradients& a, int64_t n) {
+// Of D numbers.
+__device__ void sum_features(const float* from, int64_t size, float* to) {
   __shared__ double shared[kThreads];
   double sum = 0.0;
-  for (int64_t d = threadIdx.x; d < a.gate.size; d += kThreads) sum += double(a.prior_sums[n * a.gate.size + d]);
+  for (int64_t d = threadIdx.x; d < size; d += kThreads) sum += double(from[d]);
   shared[threadIdx.x] = sum;
   for (int half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
   }
-  if (threadIdx.x == 0) a.block_prior[n] = float(shared[0]);
+  if (threadIdx.x == 0) *to = float(shared[0]);
+}
+
+// The CTAs from ``products`` on: dc, then dtau.
+__device__ void sum_vectors(const GateGradients& a, int64_t index) {
+  const int64_t N = a.block_prior ? a.gate.num_blocks : 0, D = a.gate.size;
+  if (index < N) return sum_features(a.prior_sums + index * D, D, a.block_prior + index);
+  sum_features(a.scale_sums, D, a.gate_scale);
 }
 
 __global__ void __launch_bounds__(kThreads, 4) down_kernel(
     const __grid_constant__ GateGradients a, unsigned tiles_right, unsigned products, bool wide) {
   wait_for_previous();
-  if (blockIdx.x >= products) return sum_prior(a, blockIdx.x - products);
+  if (blockIdx.x >= products) return sum_vectors(a, blockIdx.x - products);
   __shared__ __align__(16) Tiles tiles;
   __shared__ float shared[kWarps][kLeft];
   const Gate& gate = a.gate;
@@ -303,15 +329,16 @@ __global__ void __launch_bounds__(kThreads, 4) down_kernel(
 }  // namespace
 
 cudaError_t up_gradients(const GateGradients& args, cudaStream_t stream) {
-  const int64_t grid = pieces(args.gate.num_blocks * args.gate.size, kLeft);
+  const int64_t column_ctas = pieces(args.gate.num_blocks * args.gate.size, kLeft);
+  const int64_t grid = column_ctas + (args.gate_scale ? pieces(args.gate.size, kWarp) : 0);
   if (grid == 0) return cudaSuccess;
   const bool wide = args.gate.width % 4 == 0 && aligned(args.gate.bottleneck);
-  return launch_early(up_kernel, unsigned(grid), kThreads, 0, stream, args, wide);
+  return launch_early(up_kernel, unsigned(grid), kThreads, 0, stream, args, unsigned(column_ctas), wide);
 }
 
 cudaError_t down_gradients(const GateGradients& args, cudaStream_t stream) {
   const int64_t tiles = pieces(args.gate.size, kRight), products = pieces(args.gate.width, kLeft) * tiles;
-  const int64_t grid = products + (args.block_prior ? args.gate.num_blocks : 0);
+  const int64_t grid = products + (args.block_prior ? args.gate.num_blocks : 0) + (args.gate_scale ? 1 : 0);
   if (grid == 0) return cudaSuccess;
   const bool wide = args.gate.size % 4 == 0 && aligned(args.gate.squeezed);
   return launch_early(

@@ -66,6 +66,10 @@ __device__ void select_sentences(const Select& a, const Layout& at, const Cta<SL
     bottleneck(a, at, cta, turn);
     excite(a, at, cta, up, units);
     wait_for_all();
+    if (scale_of(at, cta).large) {
+      if (cta.thread() < SLICE) exponentiate(cta.floats(at.weights) + cta.thread(), a.num_blocks, SLICE);
+      wait_for_all();
+    }
     fuse_sentence<T>(a, at, cta, b, span(), ring, acquire, release);
     if (a.batch.mask && length < int(a.batch.size)) clear_padding<T>(a, cta, b, span());
   }
@@ -99,9 +103,11 @@ __global__ void __launch_bounds__(kAllThreads, 1) select_kernel(
   }
   if (threadIdx.x < kWarp) {
     const float largest = largest_prior(a.gate);
+    const Scale scale(a.gate);
     const int n = int(threadIdx.x);
     const float* prior = a.gate.block_prior;
-    if (n <= kWarps) cta.floats(at.prior)[n] = prior && n < int(a.num_blocks) ? prior[n] - largest : 0.0f;
+    if (n <= kWarps) cta.floats(at.prior)[n] = (prior && n < int(a.num_blocks) ? prior[n] - largest : 0.0f) - scale.bound;
+    if (n == 0) cta.floats(at.prior)[kWarps + 1] = scale.tau;
   }
   for (int i = threadIdx.x; i < kMaxWidth; i += kAllThreads) cta.floats(at.s)[i] = 0.0f;  // beyond H
   for (int i = threadIdx.x; i < kMaxCluster * at.width; i += kAllThreads) cta.floats(at.shares)[i] = 0.0f;

@@ -34,7 +34,7 @@ struct Layout {
   int f;                  // float [slice]
   int parts;              // int [slice / kPiece + 1]: each piece's part m minus the slice's first part; then that first part
   int alpha;              // float [slot_parts, N]
-  int prior;              // float [kWarps + 1], the first N in use
+  int prior;              // float [kWarps + 1] c, the first N in use; then tau
   int spans;              // int [2, 2]: the two numbers of a Span, for this sentence and the next
   int shares;             // float [kMaxCluster, width]: each CTA's partial sums of W1 f
   int s;                  // float [2, kMaxWidth / 2]: even h, then odd h

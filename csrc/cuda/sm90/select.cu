@@ -41,7 +41,7 @@ Layout layout_of(const Select& a, int shared_bytes) {
   to.weights = reserve(blocks * slice);
   to.parts = reserve(slice / kPiece + 1);
   to.alpha = reserve(to.slot_parts * blocks);
-  to.prior = reserve(kWarps + 1);
+  to.prior = reserve(kWarps + 2);
   to.spans = reserve(4);
   to.width = (int(a.gate.width) + 3) / 4 * 4;
   to.shares = reserve(kMaxCluster * to.width);

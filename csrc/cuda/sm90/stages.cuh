@@ -219,7 +219,16 @@ struct Units {
   }
 };
 
-// exp(e + c) of this sentence.
+// tau of all sentences.
+template <int SLICE>
+__device__ Scale scale_of(const Layout& at, const Cta<SLICE>& cta) {
+  Scale scale;
+  scale.tau = cta.floats(at.prior)[kWarps + 1];
+  scale.large = fabsf(scale.tau) > kPlainScale;
+  return scale;
+}
+
+// exp(tau e + c) of this sentence, or if tau is large the logits.
 template <int SLICE, int ROWS, int WIDTH>
 __device__ void excite(
     const Select& a, const Layout& at, const Cta<SLICE>& cta, const Up<SLICE, ROWS, WIDTH>& up,
@@ -245,7 +254,7 @@ __device__ void excite(
   for (int i = 0; i < units.kCount; ++i) {
     const int row = units.row(cta, i);
     const float sum = units.units[i].normed(thread % 2 ? z[2 * i + 1] : z[2 * i], inverse[i]);
-    const float weight = expf(units.units[i].open(sum) + cta.floats(at.prior)[row / SLICE]);
+    const float weight = scale_of(at, cta).weight(units.units[i].open(sum), cta.floats(at.prior)[row / SLICE]);
     if (row < rows) cta.floats(at.weights)[row] = weight;
   }
 }

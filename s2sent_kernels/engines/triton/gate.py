@@ -1,6 +1,7 @@
-"""gate: activation, folded batch norm, sigmoid, block prior and s-norm in one launch; with p, the pooled output.
+"""gate: activation, folded batch norm, sigmoid, block prior, gate scale and s-norm in one launch; with p, the pooled output.
 
-    s = act(W1 f + b1),  z_n = W2_n s + b2_n,  e_n = sigmoid(BN_n(z_n)),  g_n = exp(e_n + c_n) / sum_n' exp(e_n' + c_n')
+    s = act(W1 f + b1),  z_n = W2_n s + b2_n,  e_n = sigmoid(BN_n(z_n))
+    g_n = exp(tau e_n + c_n) / sum_n' exp(tau e_n' + c_n')
     o[b,d] = sum_n g[b,n,d] p[b,n,d]
 
 For inference and for autograd's forward (profile ``paper``); with batch statistics after the launches of ``gate_training``,
@@ -120,6 +121,12 @@ def sum_blocks(values, PIECE: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def max_blocks(values, PIECE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK_B, PIECE * BLOCK_D] -> [BLOCK_B, BLOCK_D]."""
+    return tl.max(tl.reshape(values, [values.shape[0], PIECE, BLOCK_D]), axis=1)
+
+
+@triton.jit
 def over_blocks(values, PIECE: tl.constexpr, BLOCK_D: tl.constexpr):
     """[BLOCK_B, BLOCK_D] -> [BLOCK_B, PIECE * BLOCK_D]."""
     spread = tl.broadcast_to(values[:, None, :], [values.shape[0], PIECE, BLOCK_D])
@@ -138,6 +145,7 @@ def gate_kernel(
     p_running_var,
     p_rstd,  # [N * D] float32 of the batch, or None
     p_prior,  # c [N] or None
+    p_scale,  # tau, one number, or None
     p_pooled,  # p [B, N, D] float32; None if the gates are the output
     p_output,  # o [B, D], or g [B, N, D] float32
     num_sentences,
@@ -177,6 +185,8 @@ def gate_kernel(
         o_n = tl.arange(0, PADDED_N)  # [PADDED_N]
         highest = tl.max(tl.load(p_prior + o_n, mask=o_n < N, other=float("-inf")).to(tl.float32), axis=0)
     prior = (p_prior, highest)
+    if p_scale is not None:
+        scale_of_gate = tl.load(p_scale).to(tl.float32)
     norm = (p_norm_weight, p_norm_bias, p_running_mean, p_running_var)
     up_weights = ()
     folded = ()
@@ -207,7 +217,10 @@ def gate_kernel(
         s = activate(s, ACTIVATION)
     s = tl.where(m_h[None, :], s, 0.0)  # an inf in f times the padding's zeros would be NaN
 
-    weights = ()  # exp(e + c), [BLOCK_B, PIECES[i] * BLOCK_D] each
+    weights = ()  # exp(tau e + c), [BLOCK_B, PIECES[i] * BLOCK_D] each
+    # With tau, which is unbounded, the largest logit of the pieces so far is subtracted from each piece's.
+    highest_logit = tl.full([BLOCK_B, BLOCK_D], float("-inf"), tl.float32)
+    subtracted = ()  # [BLOCK_B, BLOCK_D] each
     total = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     output = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     for i in tl.static_range(len(PIECES)):
@@ -223,10 +236,19 @@ def gate_kernel(
             else:
                 p = load_blocks(p_pooled, o_b, m_b, i_tile, N, D, BLOCK_D, STARTS[i], PIECES[i])
         z = tl.dot(s, w.to(tl.float32), input_precision=PRECISION)  # [BLOCK_B, PIECES[i] * BLOCK_D]
-        e = 1.0 / (1.0 + tl.exp(-(z * scale[None, :] + shift[None, :])))
+        logit = 1.0 / (1.0 + tl.exp(-(z * scale[None, :] + shift[None, :])))
+        if p_scale is not None:
+            logit *= scale_of_gate
         if p_prior is not None:
-            e += c[None, :]
-        weight = tl.exp(e)
+            logit += c[None, :]
+        if p_scale is not None:
+            higher = tl.maximum(highest_logit, max_blocks(logit, PIECES[i], BLOCK_D))
+            total *= tl.exp(highest_logit - higher)
+            output *= tl.exp(highest_logit - higher)
+            highest_logit = higher
+            subtracted = subtracted + (higher,)
+            logit -= over_blocks(higher, PIECES[i], BLOCK_D)
+        weight = tl.exp(logit)
         total += sum_blocks(weight, PIECES[i], BLOCK_D)
         if p_pooled is not None:
             output += sum_blocks(weight * p, PIECES[i], BLOCK_D)
@@ -242,7 +264,10 @@ def gate_kernel(
             o_column = tl.arange(0, PIECES[i] * BLOCK_D)
             d = i_tile * BLOCK_D + o_column % BLOCK_D
             o_bnd = o_b[:, None] * (N * D) + ((STARTS[i] + o_column // BLOCK_D) * D + d)[None, :]
-            g = tl.div_rn(weights[i], over_blocks(total, PIECES[i], BLOCK_D))
+            weight = weights[i]
+            if p_scale is not None:
+                weight *= over_blocks(tl.exp(subtracted[i] - highest_logit), PIECES[i], BLOCK_D)
+            g = tl.div_rn(weight, over_blocks(total, PIECES[i], BLOCK_D))
             tl.store(p_output + o_bnd, g, mask=m_b[:, None] & (d < D)[None, :])
 
 
@@ -291,6 +316,7 @@ def launch_gate(
         p_running_var=w.running_var if rstd is None else None,
         p_rstd=rstd,
         p_prior=w.block_prior,
+        p_scale=w.gate_scale,
         p_pooled=pooled,
         p_output=output,
         num_sentences=num_sentences,

@@ -1,7 +1,8 @@
 """gate_backward: df and every parameter's gradient from dg, or dp too from do and p; the gates are recomputed from f.
 
     dg_n = do p_n,  dp_n = g_n do                                                       the pooled path
-    dlogits_n = g_n (dg_n - sum_n' g_n' dg_n'),  dy_n = dlogits_n e_n (1 - e_n),  dz_n = dy_n w_n / sqrt(var_n + eps)
+    dlogits_n = g_n (dg_n - sum_n' g_n' dg_n'),  dc_n = sum dlogits_n,  dtau = sum dlogits_n e_n
+    dy_n = dlogits_n tau e_n (1 - e_n),  dz_n = dy_n w_n / sqrt(var_n + eps)
     dW2_n = dz_n^T s,  ds = sum_n dz_n W2_n,  ddown = ds act',  dW1 = ddown^T f,  df = ddown W1
 
 Four launches, because ds sums over all features and dW1 over all sentences; the last two are in ``gate_backward_sums``. With
@@ -84,12 +85,14 @@ def gate_backward_kernel(
     p_running_var,
     p_rstd,  # [N * D] of the batch in place of p_running_var, or None
     p_prior,  # c [N] or None
+    p_scale,  # tau, one number, or None
     p_grad_pooled,  # dp [B, N, D] float32, or None
     p_grad_y,  # dy [B, N, D] float32
     p_normed,  # (z - mean) rstd [B, N, D] float32 with p_rstd, or None
     p_grad_bottleneck,  # [TILES, B, H] float32, ds of each tile of features; None with p_rstd, as the next
     p_norm_sums,  # [programs of sentences, N * D] float32, sums of dy (z - mean) / sqrt(var + eps); None without norm
     p_prior_sums,  # [programs, N] float32, sums of dlogits, or None
+    p_scale_sums,  # [programs] float32, sums of dlogits e, or None
     num_sentences,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -160,11 +163,18 @@ def gate_backward_kernel(
         y = z
     e = 1.0 / (1.0 + tl.exp(-y))
     logits = e
+    if p_scale is not None:
+        scale = tl.load(p_scale).to(tl.float32)
+        logits = e * scale
     if p_prior is not None:
         o_n = tl.arange(0, PADDED_N)  # [PADDED_N]
         highest = tl.max(tl.load(p_prior + o_n, mask=o_n < N, other=float("-inf")).to(tl.float32), axis=0)
         prior = tl.load(p_prior + n, mask=n < N, other=0.0).to(tl.float32) - highest
         logits += prior[None, :]
+    if p_scale is not None:  # tau is unbounded
+        of_blocks = tl.reshape(tl.where(m_nd[None, :], logits, float("-inf")), [BLOCK_B, PADDED_N, BLOCK_D])
+        highest_logit = tl.broadcast_to(tl.max(of_blocks, axis=1)[:, None, :], [BLOCK_B, PADDED_N, BLOCK_D])
+        logits -= tl.reshape(highest_logit, [BLOCK_B, COLUMNS])
     weight = tl.where(m_nd[None, :], tl.exp(logits), 0.0)
 
     weight = tl.reshape(weight, [BLOCK_B, PADDED_N, BLOCK_D])
@@ -176,7 +186,10 @@ def gate_backward_kernel(
 
     # A NaN must not leave its sentence and column. Padded ones may hold NaN too, and the sums below include them.
     dlogits = tl.where(m_bnd, tl.reshape(dlogits, [BLOCK_B, COLUMNS]), 0.0)
-    dy = tl.where(m_bnd, dlogits * e * (1.0 - e), 0.0)  # [BLOCK_B, COLUMNS]
+    de = dlogits
+    if p_scale is not None:
+        de = dlogits * scale
+    dy = tl.where(m_bnd, de * e * (1.0 - e), 0.0)  # [BLOCK_B, COLUMNS]
     tl.store(p_grad_y + o_bnd, dy, mask=m_bnd)
     if p_normed is not None:
         tl.store(p_normed + o_bnd, z, mask=m_bnd)
@@ -188,6 +201,9 @@ def gate_backward_kernel(
     if p_prior is not None:
         of_blocks = tl.sum(tl.reshape(tl.sum(dlogits, axis=0), [PADDED_N, BLOCK_D]), axis=1)  # [PADDED_N]
         tl.store(p_prior_sums + index * N + o_n, of_blocks, mask=o_n < N)
+    if p_scale is not None:
+        products = tl.where(m_bnd, dlogits * e, 0.0)
+        tl.store(p_scale_sums + index, tl.sum(tl.sum(products, axis=0), axis=0))
     if p_grad_bottleneck is not None:
         # Loaded again, from the cache: kept until here, W2 would overflow the registers.
         w = tl.load(
@@ -290,12 +306,14 @@ def launch_gates(
         p_running_var=w.running_var if statistics is None else None,
         p_rstd=None if statistics is None else statistics.rstd,
         p_prior=w.block_prior,
+        p_scale=w.gate_scale,
         p_grad_pooled=results.grad_pooled,
         p_grad_y=work.grad_y,
         p_normed=work.normed,
         p_grad_bottleneck=work.grad_bottleneck,
         p_norm_sums=work.norm_sums,
         p_prior_sums=work.prior_sums,
+        p_scale_sums=work.scale_sums,
         num_sentences=num_sentences,
         N=num_blocks,
         D=hidden_size,

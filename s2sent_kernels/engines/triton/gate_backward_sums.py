@@ -29,14 +29,15 @@ class Work(NamedTuple):
     """What one launch of gate_backward leaves in memory for the next: float32, flat, slices of one allocation."""
 
     shape: tuple[int, int, int]  # B, N, D
-    prior_rows: int  # programs of sentences * TILES
+    programs: int  # of sentences * TILES
     s: Tensor  # [B, H]
     grad_y: Tensor  # dy [B, N, D]
     normed: Tensor | None  # (z - mean) rstd [B, N, D], with batch statistics
     grad_bottleneck: Tensor | None  # ds of each feature tile [TILES, B, H], with running statistics
     grad_down: Tensor  # ddown [B, H]
     norm_sums: Tensor | None  # [programs of sentences, N * D], sums of dy (z - mean) / sqrt(var + eps)
-    prior_sums: Tensor | None  # [programs of sentences * TILES, N], sums of dlogits
+    prior_sums: Tensor | None  # [programs, N], sums of dlogits
+    scale_sums: Tensor | None  # [programs], sums of dlogits e
 
     @staticmethod
     def of(shape: tuple[int, int, int], w: GateParameters, like: Tensor, rows: int, tiles: int, running: bool) -> Work:
@@ -51,11 +52,31 @@ class Work(NamedTuple):
             "grad_down": narrow,
             "norm_sums": rows * num_blocks * hidden_size if running and w.norm_weight is not None else 0,
             "prior_sums": 0 if w.block_prior is None else rows * tiles * num_blocks,
+            "scale_sums": 0 if w.gate_scale is None else rows * tiles,
         }
         padded = [cdiv(size, _SLICE) * _SLICE for size in sizes.values()]
         slices = like.new_empty(sum(padded)).split_with_sizes(padded)
         named = {name: part if len(part) else None for name, part in zip(sizes, slices, strict=True)}
         return Work(shape, rows * tiles, **named)  # type: ignore[arg-type]
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether one more program sums the gradient of the prior or of the scale."""
+        return self.prior_sums is not None or self.scale_sums is not None
+
+
+@triton.jit
+def sum_rows(p_from, p_to, rows, N: tl.constexpr, BLOCK_R: tl.constexpr, UNROLL: tl.constexpr):
+    """The sums of [rows, N] over the rows: of B D terms of either sign, or more. float32 would round their running sums by more
+    than the terms' own errors."""
+    PADDED_N: tl.constexpr = triton.next_power_of_2(N)
+    o_n = tl.arange(0, PADDED_N)  # [PADDED_N]
+    sums = tl.zeros([BLOCK_R, PADDED_N], tl.float64)
+    for first in tl.range(0, rows, BLOCK_R, loop_unroll_factor=UNROLL):
+        o_r = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+        m_r = (o_r < rows)[:, None] & (o_n < N)[None, :]
+        sums += tl.load(p_from + o_r[:, None] * N + o_n[None, :], mask=m_r, other=0.0).to(tl.float64)
+    tl.store(p_to + o_n, tl.sum(sums, axis=0).to(p_to.dtype.element_ty), mask=o_n < N)
 
 
 @triton.jit(do_not_specialize=["num_sentences"])
@@ -63,6 +84,7 @@ def gate_backward_up_kernel(
     p_grad_y,  # dy [B, N, D] float32
     p_norm_sums,  # [programs of sentences, N * D] float32, or None
     p_prior_sums,  # [programs of sentences * TILES, N] float32, or None
+    p_scale_sums,  # [programs of sentences * TILES] float32, or None
     p_grad_bottleneck,  # ds [TILES, B, H] float32
     p_bottleneck,  # s [B, H] float32
     p_norm_weight,  # [N * D] or None, with the next
@@ -72,6 +94,7 @@ def gate_backward_up_kernel(
     p_grad_norm_weight,  # [N * D] or None, with the next
     p_grad_norm_bias,
     p_grad_prior,  # dc [N] or None
+    p_grad_scale,  # dtau, one number, or None
     p_grad_down,  # ddown [B, H] float32
     num_sentences,
     N: tl.constexpr,
@@ -89,7 +112,6 @@ def gate_backward_up_kernel(
     STAGES: tl.constexpr,
 ):
     ROW_PROGRAMS: tl.constexpr = (N * D + BLOCK_R - 1) // BLOCK_R
-    PADDED_N: tl.constexpr = triton.next_power_of_2(N)
     index = tl.program_id(0).to(tl.int64)
     sentence_programs = tl.cdiv(num_sentences, BLOCK_B)
     partial_sums = tl.cdiv(num_sentences, SENTENCES)
@@ -137,15 +159,11 @@ def gate_backward_up_kernel(
         s = tl.load(p_bottleneck + o_bh, mask=m_bh, other=0.0)
         act_slope = slope(s, ACTIVATION)
         tl.store(p_grad_down + o_bh, ds * act_slope, mask=m_bh)
-    elif p_prior_sums is not None:
-        o_n = tl.arange(0, PADDED_N)  # [PADDED_N]
-        # B D terms of either sign: float32 would round their running sums by more than the terms' own errors.
-        of_blocks = tl.zeros([BLOCK_R, PADDED_N], tl.float64)
-        for first in tl.range(0, partial_sums * TILES, BLOCK_R):
-            o_t = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-            m_t = (o_t < partial_sums * TILES)[:, None] & (o_n < N)[None, :]
-            of_blocks += tl.load(p_prior_sums + o_t[:, None] * N + o_n[None, :], mask=m_t, other=0.0).to(tl.float64)
-        tl.store(p_grad_prior + o_n, tl.sum(of_blocks, axis=0).to(p_grad_prior.dtype.element_ty), mask=o_n < N)
+    else:
+        if p_prior_sums is not None:
+            sum_rows(p_prior_sums, p_grad_prior, partial_sums * TILES, N, BLOCK_R, 1)
+        if p_scale_sums is not None:
+            sum_rows(p_scale_sums, p_grad_scale, partial_sums * TILES, 1, BLOCK_R, 1)
 
 
 @triton.jit(do_not_specialize=["num_sentences"])
@@ -212,18 +230,19 @@ launch_gate_backward_down = direct(gate_backward_down_kernel)
 
 
 def sum_up(work: Work, w: GateParameters, grads: GateParameters, gating: Gating) -> None:
-    """Writes ddown, and the gradients of W2, b2, the norm and the prior. ``w``: contiguous parameters."""
+    """Writes ddown, and the gradients of W2, b2, the norm, the prior and the scale. ``w``: contiguous parameters."""
     num_sentences, num_blocks, hidden_size = work.shape
     tile = config.gate_backward(num_blocks, w.bottleneck)
     assert tile is not None and work.grad_bottleneck is not None
     t = config.GATE_BACKWARD
     programs = cdiv(num_blocks * hidden_size, t.rows) + cdiv(num_sentences, t.sum_rows)
-    programs += work.prior_sums is not None
+    programs += work.has_vectors
     launch_gate_backward_up(
         programs,
         p_grad_y=work.grad_y,
         p_norm_sums=work.norm_sums,
         p_prior_sums=work.prior_sums,
+        p_scale_sums=work.scale_sums,
         p_grad_bottleneck=work.grad_bottleneck,
         p_bottleneck=work.s,
         p_norm_weight=w.norm_weight,
@@ -233,6 +252,7 @@ def sum_up(work: Work, w: GateParameters, grads: GateParameters, gating: Gating)
         p_grad_norm_weight=grads.norm_weight,
         p_grad_norm_bias=grads.norm_bias,
         p_grad_prior=grads.block_prior,
+        p_grad_scale=grads.gate_scale,
         p_grad_down=work.grad_down,
         num_sentences=num_sentences,
         N=num_blocks,

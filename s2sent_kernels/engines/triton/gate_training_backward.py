@@ -6,7 +6,7 @@
     gate_backward_bottleneck_kernel, gate_backward_kernel    of ``gate_backward``: s; dp, dy, xi
     columns_kernel           a program owns columns j of z, over all sentences, some at a time, twice: the sums of a column, then
                              dz. Writes dW2 and the vectors, and ds as partial sums over the columns
-    sum_kernel               ddown from these, and the prior's gradient
+    sum_kernel               ddown from these, and the gradients of the prior and of the scale
     gate_backward_down_kernel    of ``gate_backward_sums``: dW1, db1, df
 
 Order of summation: over sentences in lanes, each ascending in steps of a tile, then over the
@@ -25,7 +25,7 @@ from . import config
 from .common import allow_next_launch, slope, wait_for_previous
 from .direct import direct
 from .gate_backward import Results, fits, launch_gates
-from .gate_backward_sums import PRECISION, Work, sum_down
+from .gate_backward_sums import PRECISION, Work, sum_down, sum_rows
 from .launch import cdiv, contiguous, launches_overlap
 
 
@@ -106,8 +106,10 @@ def sum_kernel(
     p_grad_bottleneck,  # [TILES, B, H] float32
     p_bottleneck,  # s [B, H] float32
     p_prior_sums,  # [partial_sums, N] float32, or None
+    p_scale_sums,  # [partial_sums] float32, or None
     p_grad_down,  # ddown [B, H] float32
     p_grad_prior,  # dc [N], or None
+    p_grad_scale,  # dtau, one number, or None
     num_sentences,
     partial_sums,
     N: tl.constexpr,
@@ -121,7 +123,6 @@ def sum_kernel(
     UNROLL: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    PADDED_N: tl.constexpr = triton.next_power_of_2(N)
     index = tl.program_id(0).to(tl.int64)
     if OVERLAP:
         wait_for_previous()
@@ -137,15 +138,11 @@ def sum_kernel(
         s = tl.load(p_bottleneck + o_b * H + o_h, mask=m_bh, other=0.0)
         act_slope = slope(s, ACTIVATION)
         tl.store(p_grad_down + o_b * H + o_h, tl.sum(ds, axis=0) * act_slope, mask=m_bh)
-    elif p_prior_sums is not None:
-        o_n = tl.arange(0, PADDED_N)  # [PADDED_N]
-        # Of B D terms of either sign, as in ``gate_backward_up_kernel``.
-        of_blocks = tl.zeros([BLOCK_R, PADDED_N], tl.float64)
-        for first in tl.range(0, partial_sums, BLOCK_R, loop_unroll_factor=UNROLL):
-            o_r = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-            m_r = (o_r < partial_sums)[:, None] & (o_n < N)[None, :]
-            of_blocks += tl.load(p_prior_sums + o_r[:, None] * N + o_n[None, :], mask=m_r, other=0.0).to(tl.float64)
-        tl.store(p_grad_prior + o_n, tl.sum(of_blocks, axis=0).to(p_grad_prior.dtype.element_ty), mask=o_n < N)
+    else:
+        if p_prior_sums is not None:
+            sum_rows(p_prior_sums, p_grad_prior, partial_sums, N, BLOCK_R, UNROLL)
+        if p_scale_sums is not None:
+            sum_rows(p_scale_sums, p_grad_scale, partial_sums, 1, BLOCK_R, UNROLL)
 
 
 # ---------------------------------------------------------------- launchers
@@ -155,7 +152,7 @@ launch_sum = direct(sum_kernel)
 
 
 def _sum_columns(work: Work, rstd: Tensor, w: GateParameters, grads: GateParameters, gating: Gating) -> None:
-    """Writes ddown, and the gradients of W2, b2, the norm and the prior. ``w``: contiguous parameters."""
+    """Writes ddown, and the gradients of W2, b2, the norm, the prior and the scale. ``w``: contiguous parameters."""
     num_sentences, num_blocks, hidden_size = work.shape
     columns, overlap = num_blocks * hidden_size, launches_overlap(work.s.device)
     t, tile = config.GATE_TRAINING, config.gate_training_backward(w.bottleneck)
@@ -183,16 +180,17 @@ def _sum_columns(work: Work, rstd: Tensor, w: GateParameters, grads: GateParamet
         num_warps=tile.num_warps,
         launch_pdl=overlap or None,
     )
-    prior_sums = work.prior_sums
     launch_sum(
-        cdiv(num_sentences, t.sum_rows) + (prior_sums is not None),
+        cdiv(num_sentences, t.sum_rows) + work.has_vectors,
         p_grad_bottleneck=grad_bottleneck,
         p_bottleneck=work.s,
-        p_prior_sums=prior_sums,
+        p_prior_sums=work.prior_sums,
+        p_scale_sums=work.scale_sums,
         p_grad_down=work.grad_down,
         p_grad_prior=grads.block_prior,
+        p_grad_scale=grads.gate_scale,
         num_sentences=num_sentences,
-        partial_sums=work.prior_rows,
+        partial_sums=work.programs,
         N=num_blocks,
         H=w.bottleneck,
         ACTIVATION=gating.activation,
