@@ -53,7 +53,10 @@ for step in "$@"; do
         timeout "${SANITIZE_SECONDS:-300}" compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-name kernel_substring=s2sent \
           "$python" tests/sanitize_cuda.py $options 2>&1 | tee -a "$OUT/sanitize.log" | tail -3 || failed=1
       done ;;
-    suite) pytest tests --ignore tests/engines --durations=8 -o faulthandler_timeout=120 | tee "$OUT/suite.log" | grep -vE '^SKIPPED|^\.|^$' | tail -15 ;;
+    # Without what needs no GPU and takes minutes of compiling. Failures are printed as they happen: a run may be cut short.
+    suite)
+      pytest -v tests --ignore tests/engines --ignore tests/project/test_compile_kernels.py --ignore tests/commands/test_devices.py \
+        --durations=8 -o faulthandler_timeout=120 | tee "$OUT/suite.log" | grep -E ' (FAILED|ERROR) |^(FAILED|ERROR|E  )|^[0-9]+\.[0-9]+s |(passed|failed).* in ' | tail -60 ;;
     devices) pytest tests/commands/test_devices.py --durations=8 -o faulthandler_timeout=120 | tee "$OUT/devices.log" | grep -vE '^SKIPPED|^\.|^$' | tail -15 ;;
     compare)
       base=${BASE:-main}
