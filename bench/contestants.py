@@ -24,6 +24,7 @@ from s2sent_kernels.engines.native import engine as native
 from s2sent_kernels.formula.call import Batch, Call, Reading
 
 OURS, MEAN_OF_LAST = "s2sent_kernels", "mean of last block"
+SCALED = f"{OURS}, gate scale"  # beside OURS, whose gate has none
 NATIVE = f"{OURS}, native"  # on a GPU where "auto" selects another backend
 ONE_PASS = f"{NATIVE}, one pass"  # forced, even where two passes are faster
 SUM = "torch.sum of every state"  # a read of the hidden states and nothing else
@@ -70,13 +71,13 @@ class Missing:
     why: str
 
 
-def make_selector(case: Case, device: str, profile: str = "paper", backend: str = "auto") -> S2SentSelector:
+def make_selector(
+    case: Case, device: str, profile: str = "paper", backend: str = "auto", scale: float | None = None
+) -> S2SentSelector:
     """In eval mode, with parameters and statistics away from 0 and 1."""
     torch.manual_seed(0)
-    prior = profile == "paper"
-    selector = S2SentSelector(
-        case.size, case.blocks, BOTTLENECK, FREQUENCIES, profile=profile, block_prior=prior, backend=backend
-    )
+    options = {"profile": profile, "block_prior": profile == "paper", "gate_scale": scale, "backend": backend}
+    selector = S2SentSelector(case.size, case.blocks, BOTTLENECK, FREQUENCIES, **options)
     with torch.no_grad():
         for tensor in (selector.norm.weight, selector.norm.bias, selector.norm.running_mean):
             tensor.add_(0.1 * torch.randn_like(tensor))
@@ -108,12 +109,19 @@ def differentiated(selector: S2SentSelector, what: str) -> dict[str, Tensor]:
 
 
 def ours(
-    case: Case, what: str, device: str, backend: str | None = None, name: str = OURS, *, training: bool = False
+    case: Case,
+    what: str,
+    device: str,
+    backend: str | None = None,
+    name: str = OURS,
+    *,
+    training: bool = False,
+    scale: float | None = None,
 ) -> Contestant:
     """On a GPU one backend for all paths, so that rows can be compared: what "auto" selects for most N and D."""
     if backend is None:
         backend = choose("auto", Call(torch.device(device), case.dtype)) if device == "cuda" else "auto"
-    selector = make_selector(case, device, backend=backend).train(training)
+    selector = make_selector(case, device, backend=backend, scale=scale).train(training)
     modes = ("training",) if training else ("forward", "backward", "both")
     call, parameters = selector_call(selector, what), differentiated(selector, what)
     return Contestant(name, call, parameters, modes=modes, training=training)
@@ -158,6 +166,8 @@ def mean_of_last(inputs: Inputs) -> Tensor:
 def contestants(case: Case, what: str, device: str, choice: str) -> Iterator[Contestant | Missing]:
     """This package first, on a GPU on native too, then the competitors of ``choice``: none, eager (no compiler) or all."""
     yield ours(case, what, device)
+    if what not in ("squeeze", "fuse") and case.name in MAIN:
+        yield ours(case, what, device, name=SCALED, scale=4.0)
     if device == "cuda" and choose("auto", Call(torch.device(device), case.dtype)) != "native":
         native = _native(case, what, device)
         yield native

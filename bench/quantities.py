@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from caller import on_backend
-from contestants import MEAN_OF_LAST, NATIVE, ONE_PASS, OURS
+from contestants import MEAN_OF_LAST, NATIVE, ONE_PASS, OURS, SCALED
 from record import times_ours
 
 # (section, case, what, mode, contestant) to a row with status "ok", or None
@@ -102,6 +102,18 @@ def training_over_eval(case: str) -> Value:
         if not training or not running:
             return None
         return training["device_us"]["median"] / running["device_us"]["median"]
+
+    return value
+
+
+def scaled_over_plain(case: str, what: str, mode: str) -> Value:
+    """With a gate scale over without one."""
+
+    def value(find: Find) -> float | None:
+        scaled, plain = (find("paths", case, what, mode, name) for name in (SCALED, OURS))
+        if not scaled or not plain:
+            return None
+        return scaled["device_us"]["median"] / plain["device_us"]["median"]
 
     return value
 

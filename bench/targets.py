@@ -32,6 +32,7 @@ from quantities import (
     over_writer,
     overhead,
     ratio,
+    scaled_over_plain,
     slower,
     stage_time,
     texts_a_second,
@@ -126,6 +127,15 @@ _H200_DEVICE = (
             training_over_eval(case),
         )
         for case, limit in (("B", 1.25), ("E", 1.20), ("A", 1.08))
+    ),
+    *(
+        Target(f"{case} {what} {text} with a gate scale over without", 1.01, "x", scaled_over_plain(case, what, mode))
+        for case in ("A", "E")
+        for what, mode, text in (
+            ("pooled", "forward", "forward"),
+            ("pooled", "both", "forward + backward"),
+            ("token", "forward", "forward"),
+        )
     ),
     Target(
         "A squeeze backward over the fastest writer", 1.08, "x", over_writer("A", "squeeze"), "the start of its CTAs"
