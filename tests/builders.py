@@ -24,7 +24,7 @@ NAN = float("nan")
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
-    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return values.to(dtype).to(device)
 
 
@@ -187,6 +187,7 @@ def make_parameters(
     *,
     norm: bool = True,
     prior: bool | Sequence[float] | None = None,
+    scale: float | None = None,
     device: torch.device | str = "cpu",
     requires_grad: bool = False,
 ) -> GateParameters:
@@ -203,6 +204,7 @@ def make_parameters(
     tensors["norm_weight"] += 1
     tensors["running_var"] = tensors["running_var"].exp()
     tensors["block_prior"] *= 2
+    tensors["gate_scale"] = None if scale is None else torch.tensor(scale, device=device)
     if not norm:
         tensors |= dict.fromkeys(("norm_weight", "norm_bias", "running_mean", "running_var"))
     if prior is not True:
@@ -242,7 +244,9 @@ def make_selector(
     """A selector in eval mode none of whose parameters and running statistics is at its initial value."""
     selector = S2SentSelector(D, N, H, M, **options)
     selector.to(device, dtype)
-    parameters = make_parameters(N, D, H, dtype, norm=selector.norm is not None, prior=(0.5, -1.0, 2.0), device=device)
+    parameters = make_parameters(
+        N, D, H, dtype, norm=selector.norm is not None, prior=(0.5, -1.0, 2.0), scale=3.5, device=device
+    )
     with torch.no_grad():
         for name, tensor in selector.named_parameters():
             tensor.copy_(getattr(parameters, name.replace(".", "_")))

@@ -33,6 +33,7 @@ def make_parameters(num_blocks, size, width):
         random(both),
         *statistics,
         random(num_blocks),
+        random(),
     )
 
 

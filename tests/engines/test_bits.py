@@ -37,7 +37,7 @@ ENCODERS = [(12, 768, 4), (6, 384, 4), (24, 1024, 8), (3, 768, 1), (8, 21, 3)]
 
 
 def selector_for(N, M, size=D, **options):
-    return make_selector(N, size, M, H=8, block_prior=True, backend=BACKEND, **options)
+    return make_selector(N, size, M, H=8, block_prior=True, gate_scale=4.0, backend=BACKEND, **options)
 
 
 def equal(one, other):

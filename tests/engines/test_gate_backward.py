@@ -83,6 +83,17 @@ def test_gradients(name, N, H, B, D, norm, prior, activation, dtype, grad_dtype)
 
 
 @pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(
+    "N, B, D, norm, prior", [(3, 5, 40, True, None), (6, 33, 12, False, (0.5, -1.0)), (1, 3, 24, True, (3.0,))]
+)
+@pytest.mark.parametrize("scale", [4.0, -3.0, 0.0, 50.0])
+def test_gradients_with_a_gate_scale(name, N, B, D, norm, prior, scale):
+    parameters = make_parameters(N, D, 5, norm=norm, prior=prior, scale=scale)
+    found = check(name, inputs_of(name, B, N, D, parameters), parameters)
+    assert found["gate_scale"].shape == () and (N == 1 or found["gate_scale"] != 0)
+
+
+@pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("gradient", ["strided", "expanded"])
 def test_gradients_of_any_strides(name, gradient):
     parameters = make_parameters(3, 40, 4, prior=(0.5, -1.0))
@@ -93,8 +104,8 @@ def test_gradients_of_any_strides(name, gradient):
 
 @pytest.mark.parametrize("name", OPS)
 def test_parameters_of_any_strides_and_each_in_a_dtype_of_its_own(name):
-    dtypes = (BF16, F32, F16, torch.float64, F32, F16, torch.float64, F32, BF16)
-    parameters = make_parameters(2, 24, 4, prior=(1.0, -1.0))
+    dtypes = (BF16, F32, F16, torch.float64, F32, F16, torch.float64, F32, BF16, F16)
+    parameters = make_parameters(2, 24, 4, prior=(1.0, -1.0), scale=4.0)
     parameters = GateParameters(*(t.to(dtype) for t, dtype in zip(parameters, dtypes, strict=True)))
     strided = GateParameters(*(torch.stack([t, t * NAN], dim=-1)[..., 0] for t in parameters))
     tensors = inputs_of(name, 3, 2, 24, parameters)
@@ -124,14 +135,14 @@ def test_statistics_far_from_zero(name):
 @pytest.mark.parametrize("N, H", [(2, config.MAX_BOTTLENECK + 1), (40, 4)])
 def test_gates_that_the_kernels_do_not_hold(name, N, H):
     assert config.gate_backward(N, H) is None
-    parameters = make_parameters(N, 8, H, prior=(0.5, -1.0))
+    parameters = make_parameters(N, 8, H, prior=(0.5, -1.0), scale=4.0)
     check(name, inputs_of(name, 3, N, 8, parameters), parameters)
 
 
 @pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("prior", [None, (0.5,)])
-def test_an_empty_batch(name, prior):
-    parameters = make_parameters(2, 24, 4, BF16, prior=prior)
+@pytest.mark.parametrize("prior, scale", [(None, None), ((0.5,), None), (None, 4.0)])
+def test_an_empty_batch(name, prior, scale):
+    parameters = make_parameters(2, 24, 4, BF16, prior=prior, scale=scale)
     tensors = inputs_of(name, 0, 2, 24, parameters)
     found, expected = (call(name, tensors, parameters, backend=backend) for backend in (BACKEND, "reference"))
     for key in expected:

@@ -92,6 +92,15 @@ def test_the_gate_and_its_gradients(N, H, B, D, prior, activation, dtype, grad_d
     check(inputs_of(B, N, D, with_p, grad_dtype), parameters, training(activation))
 
 
+@pytest.mark.parametrize("with_p", [False, True], ids=["g", "o"])
+@pytest.mark.parametrize("N, B, D, prior", [(3, 5, 40, None), (6, 33, 12, (0.5, -1.0))])
+@pytest.mark.parametrize("scale", [4.0, -3.0, 0.0, 50.0])
+def test_with_a_gate_scale(N, B, D, prior, scale, with_p):
+    parameters = make_parameters(N, D, 5, prior=prior, scale=scale)
+    found = check(inputs_of(B, N, D, with_p), parameters, training())
+    assert found["gradient of gate_scale"].shape == ()
+
+
 @pytest.mark.parametrize("momentum", [0.0, 1.0])
 def test_the_running_statistics_at_the_ends(momentum):
     parameters = make_parameters(2, 24, 4)
@@ -138,8 +147,8 @@ def test_tensors_of_any_strides(with_p, gradient):
 
 
 def test_parameters_of_any_strides_and_each_in_a_dtype_of_its_own():
-    dtypes = (BF16, F32, F16, torch.float64, F32, F16, F32, F32, BF16)
-    parameters = make_parameters(2, 24, 4, prior=(1.0, -1.0))
+    dtypes = (BF16, F32, F16, torch.float64, F32, F16, F32, F32, BF16, F16)
+    parameters = make_parameters(2, 24, 4, prior=(1.0, -1.0), scale=4.0)
     parameters = GateParameters(*(t.to(dtype) for t, dtype in zip(parameters, dtypes, strict=True)))
     strided = GateParameters(*(torch.stack([t, t * NAN], dim=-1)[..., 0] for t in parameters))
     inputs = inputs_of(3, 2, 24, True)

@@ -20,12 +20,12 @@ GATING = Gating("tanh", 1e-5, momentum=MOMENTUM)
 class Case:
     """A batch, its gate, and the plan of both."""
 
-    def __init__(self, mask="right", dtype=F32, pooling="mean", norm=True, prior=(0.5, -1.0), sentences=B):
+    def __init__(self, mask="right", dtype=F32, pooling="mean", norm=True, prior=(0.5, -1.0), scale=None, sentences=B):
         made = make_batch(N, sentences, L, D, dtype, mask)
         where = made.where
         self.batch = Batch(made.hidden_states, where.get("attention_mask"), where.get("cu_seqlens"))
         self.reading = Reading(2, pooling=pooling)
-        self.parameters = make_parameters(N, D, H, norm=norm, prior=prior)
+        self.parameters = make_parameters(N, D, H, norm=norm, prior=prior, scale=scale)
         self.prepared = engine.prepare(self.parameters, N, self.reading, GATING)
         self.grad_output = randn(sentences, D, seed=7, dtype=dtype)
         self.grad_fused = randn(*self.batch.shape, seed=8, dtype=dtype)
@@ -113,9 +113,11 @@ def test_training_has_the_engines_bits(dtype, mask, pooling):
     assert_same(case.backward(statistics=BatchStatistics(*statistics)), hidden, grads)
 
 
-@pytest.mark.parametrize("norm, prior", [(False, None), (False, (0.5,)), (True, None)])
-def test_gates_without_a_norm_or_a_prior(norm, prior):
-    case = Case(norm=norm, prior=prior)
+@pytest.mark.parametrize(
+    "norm, prior, scale", [(False, None, None), (False, (0.5,), 4.0), (True, None, None), (True, None, -60.0)]
+)
+def test_gates_of_other_tensors(norm, prior, scale):
+    case = Case(norm=norm, prior=prior, scale=scale)
     _, squeezed, pooled = case.forward()
     grad_pooled, grad, grads = engine.gate_pool_backward(case.grad_output, squeezed, pooled, case.parameters, GATING)
     hidden = engine.squeeze_backward(HiddenGradients(grad, grad_pooled), case.batch.layout, (True,) * N, case.reading)
@@ -155,7 +157,7 @@ def _of_the_norm(parameters):
 
 
 def test_a_frozen_gate_in_training_moves_only_the_running_statistics():
-    case = Case()
+    case = Case(scale=4.0)
     before = case.parameters.each(torch.clone)
     case.in_training()
     for name, one, other in zip(before._fields, before, case.parameters, strict=True):

@@ -72,7 +72,15 @@ def test_bits(monkeypatch, dtype, N, D, H, B, L, kind):
 
 @pytest.mark.parametrize("frequencies", [1, 2, 16])
 @pytest.mark.parametrize(
-    "options", [{"norm": False}, {"prior": (0.5, -1.0, 2.0, 0.0, 1.0, -3.0)}, {"activation": "relu"}], ids=str
+    "options",
+    [
+        {"norm": False},
+        {"prior": (0.5, -1.0, 2.0, 0.0, 1.0, -3.0)},
+        {"prior": (0.5, -1.0, 2.0, 0.0, 1.0, -3.0), "scale": 4.0},
+        {"scale": -70.0},
+        {"activation": "relu"},
+    ],
+    ids=str,
 )
 def test_bits_of_every_gate(monkeypatch, frequencies, options):
     options = dict(options)

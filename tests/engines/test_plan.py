@@ -55,7 +55,7 @@ def assert_current(selector, batch, pooling):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("pooling", POOLED if INTERPRETED else [*POOLINGS, None])
 def test_bits_are_those_of_a_call_without_plan(mask, pooling):
-    selector = make_selector(backend=BACKEND, block_prior=True)
+    selector = make_selector(backend=BACKEND, block_prior=True, gate_scale=4.0)
     hidden_states, where = make_batch(3, 3, 6, 24, mask=mask)
     with torch.no_grad():
         for _ in range(2):
@@ -67,7 +67,7 @@ def test_bits_are_those_of_a_call_without_plan(mask, pooling):
 @pytest.mark.parametrize("pooling", POOLED)
 @pytest.mark.parametrize("mask", ["right"] if INTERPRETED else ["right", "packed"])
 def test_gradients_are_those_of_a_call_without_plan(mask, pooling):
-    selector = make_selector(backend=BACKEND, block_prior=True)
+    selector = make_selector(backend=BACKEND, block_prior=True, gate_scale=4.0)
     hidden_states, where = make_batch(3, 3, 6, 24, mask=mask)
     hidden_states = [u.requires_grad_(n != 1) for n, u in enumerate(hidden_states)]
     leaves = [hidden_states[0], hidden_states[2], *selector.parameters()]
@@ -143,6 +143,8 @@ def edit(selector):
 def edit_data(selector):
     selector.down.weight.data.neg_()
     selector.block_prior.data[0] += 1
+    if selector.gate_scale is not None:
+        selector.gate_scale.data += 1
 
 
 def other_data(selector):

@@ -104,6 +104,16 @@ def test_official_selector(pooling, training):
 
 
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("pooling", [None, "mean", "gates"])
+@pytest.mark.parametrize("prior", [False, True])
+def test_selector_with_a_gate_scale(prior, pooling, training):
+    selector = make_selector(4, 24, 3, block_prior=prior, gate_scale=1.0).train(training)
+    batch = make_batch(4, 6, 5, 24, F16, mask="holes")
+    found = check(selector_of(selector, batch.where, pooling), inputs_of(selector, batch))
+    assert found["gradient of gate_scale"] != 0
+
+
+@pytest.mark.parametrize("training", [False, True])
 def test_gates(training):
     selector = make_selector(4, 24, 3, block_prior=True).train(training)
     batch = make_batch(4, 6, 5, 24, F16, mask="holes")
@@ -168,7 +178,7 @@ def _examples():
     packed, cu_seqlens = [u.flatten(0, 1) for u in hidden], torch.tensor([0, 2, 6], dtype=torch.int32, device=DEVICE)
     f, dg, dp = randn(2, 8, seed=1), randn(2, 2, 8, seed=2), randn(2, 2, 8, seed=3)
     v, shape = randn(2, 3, 8, seed=4), [2, 3, 8]
-    full, bare = make_parameters(2, 8, 3, prior=(1.0, -1.0)), make_parameters(2, 8, 3, norm=False)
+    full, bare = make_parameters(2, 8, 3, prior=(1.0, -1.0), scale=4.0), make_parameters(2, 8, 3, norm=False)[:-1]
     options = (2, "tanh", 1e-6, BACKEND)
     back = (shape, F32, DEVICE, [True, False], mask, None, 2, "paper")
     return {
@@ -223,7 +233,9 @@ def test_opcheck(name, requires_grad):
 
     for arguments in _examples()[name]:
         arguments = tuple(leaf(value, place) for place, value in enumerate(arguments))
-        torch.library.opcheck(getattr(torch.ops.s2sent, name).default, arguments)
+        op = getattr(torch.ops.s2sent, name)
+        of_all = "scaled" in op.overloads() and len(arguments) == len(op.scaled._schema.arguments)
+        torch.library.opcheck(op.scaled if of_all else op.default, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

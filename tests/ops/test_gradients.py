@@ -41,17 +41,18 @@ def test_gradcheck_squeeze(backend, profile, M, pooling):
 
 @pytest.mark.parametrize("training", [False, True])
 @table(
-    "profile, norm, prior",
+    "profile, norm, prior, scale",
     [
-        ("paper", True, False),
-        ("paper", False, True),
-        ("paper", True, True),
-        ("official", True, False),
+        ("paper", True, False, None),
+        ("paper", False, True, 3.0),
+        ("paper", True, True, None),
+        ("paper", True, False, -2.0),
+        ("official", True, False, None),
     ],
 )
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck_gate(backend, activation, profile, norm, prior, training):
-    tensors, rebuild = kept(make_parameters(2, 4, 3, norm=norm, prior=prior, requires_grad=True))
+def test_gradcheck_gate(backend, activation, profile, norm, prior, scale, training):
+    tensors, rebuild = kept(make_parameters(2, 4, 3, norm=norm, prior=prior, scale=scale, requires_grad=True))
     f = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4), requires_grad=True)
 
     def function(f, *tensors):
@@ -79,7 +80,8 @@ def test_gradcheck_fuse(backend):
 @pytest.mark.parametrize("pooling", [None, *POOLINGS])
 def test_gradcheck_select(backend, pooling, profile, training):
     hidden_states, mask = small()
-    tensors, rebuild = kept(make_parameters(2, 4, 3, prior=profile == "paper", requires_grad=True))
+    scale = 2.0 if profile == "paper" else None
+    tensors, rebuild = kept(make_parameters(2, 4, 3, prior=profile == "paper", scale=scale, requires_grad=True))
     options = {"frequencies": 2, "profile": profile, "training": training, "backend": backend}
 
     def function(*inputs):
@@ -96,7 +98,7 @@ def test_gradcheck_select(backend, pooling, profile, training):
 @pytest.mark.parametrize("pooling", [None, "mean", "last"])
 def test_gradcheck_selector(backend, pooling, training, packed):
     torch.manual_seed(0)
-    selector = S2SentSelector(4, 2, 3, 2, block_prior=True, backend=backend).double().train(training)
+    selector = S2SentSelector(4, 2, 3, 2, block_prior=True, gate_scale=3.0, backend=backend).double().train(training)
     hidden_states, mask = small(requires_grad=False)
     where = {"attention_mask": mask}
     if packed:

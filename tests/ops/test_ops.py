@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from s2sent_kernels import ops
 from s2sent_kernels.formula.call import DTYPES, POOLINGS
 
-PUBLIC = ["squeeze", "gate", "fuse", "select", "select_pool"]
+SCALED = ["gate.scaled", "select.scaled", "select_pool.scaled"]  # overloads of gates with a scale
+PUBLIC = ["squeeze", "gate", "fuse", "select", "select_pool", *SCALED]
 N, B, L, D, H, M = 3, 4, 5, 12, 5, 4
 
 
@@ -24,7 +25,10 @@ def arguments(
         mask = None
     hidden_states = [u.requires_grad_(requires_grad) for u in hidden_states]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    parameters = make_parameters(N, D, H, wide, norm=norm, prior=prior, requires_grad=requires_grad)
+    name, _, overload = name.partition(".")
+    scale = 4.0 if overload else None
+    made = make_parameters(N, D, H, wide, norm=norm, prior=prior, scale=scale, requires_grad=requires_grad)
+    parameters = made if overload else made[:-1]
     batch = (hidden_states, mask, cu_seqlens)
     generator = torch.Generator().manual_seed(0)
     f = torch.randn(B, D, dtype=wide, generator=generator).requires_grad_(requires_grad)
@@ -79,7 +83,8 @@ def arguments(
 
 
 def op(name):
-    return getattr(torch.ops.s2sent, name).default
+    name, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.s2sent, name), overload or "default")
 
 
 # ---------------------------------------------------------------- schemas
@@ -100,7 +105,8 @@ def test_schemas_stay():
     wanted = (Path(__file__).parents[1] / "data" / "schemas.txt").read_text(encoding="utf-8").splitlines()
     names = [line.partition("::")[2].partition("(")[0] for line in wanted]
     assert [str(op(name)._schema) for name in names] == wanted
-    assert sorted(names) == sorted(name for name in ops.__all__ if name != "write_once")
+    assert {name.partition(".")[0] for name in names} == {name for name in ops.__all__ if name != "write_once"}
+    assert sorted(names) == registered()
 
 
 @pytest.mark.parametrize("name", registered())
@@ -160,6 +166,9 @@ def check(name, args):
         ("select_pool", "padded", {}),
         ("select_pool", "no mask", {"pooling": "cls"}),
         ("select_pool", "packed", {"pooling": "last", "norm": False, "prior": False}),
+        ("gate.scaled", "padded", {}),
+        ("select.scaled", "packed", {"prior": False}),
+        ("select_pool.scaled", "padded", {"norm": False}),
     ],
     ids=lambda value: None if isinstance(value, str) else str(value or "defaults"),
 )
@@ -186,7 +195,16 @@ def test_opcheck_of_official_squeeze():
 
 
 @pytest.mark.parametrize(
-    "name", ["squeeze_backward", "fuse_backward", "gate_backward", "gate_pool_backward", "squeeze_block"]
+    "name",
+    [
+        "squeeze_backward",
+        "fuse_backward",
+        "gate_backward",
+        "gate_pool_backward",
+        "squeeze_block",
+        "gate_backward.scaled",
+        "gate_pool_backward.scaled",
+    ],
 )
 def test_opcheck_of_the_ops_underneath(name):
     check(name, arguments(name))
@@ -257,8 +275,11 @@ def test_fakes_know_the_strides_of_gradients(kind, mask):
     )
     for name, args in (
         ("fuse_backward", (dv, hidden_states, attention_mask, None, "reference")),
-        ("gate_backward", (dg, f, *make_parameters(N, D, H, torch.float32, prior=True), "tanh", 1e-6, "reference")),
-        ("gate_pool_backward", (df, f, dp, *make_parameters(N, D, H, torch.float32), "tanh", 1e-6, "reference")),
+        (
+            "gate_backward",
+            (dg, f, *make_parameters(N, D, H, torch.float32, prior=True)[:-1], "tanh", 1e-6, "reference"),
+        ),
+        ("gate_pool_backward", (df, f, dp, *make_parameters(N, D, H, torch.float32)[:-1], "tanh", 1e-6, "reference")),
         ("squeeze_backward", (df, None, None, None, *rest)),
         ("squeeze_backward", (None, dp, None, None, *rest)),
         ("squeeze_backward", (None, None, dv, g, *rest)),
@@ -272,7 +293,7 @@ def test_fakes_know_the_strides_of_gradients(kind, mask):
 def test_fakes_validate_too(name):
     """A compiled call with bad shapes fails while tracing, with the message of the eager one."""
     args = list(arguments(name))
-    if name == "gate":
+    if name.startswith("gate"):
         args[0] = args[0][:, :-1]
     else:
         args[0] = [*args[0][:-1], args[0][-1][:, :-1]]

@@ -101,6 +101,8 @@ def test_a_parameter_is_no_tensor(backend):
         ("running_var", [N, D]),
         ("block_prior", [N + 1]),
         ("block_prior", [N, 1]),
+        ("gate_scale", [1]),
+        ("gate_scale", [N]),
     ],
 )
 def test_parameters_of_the_wrong_shape(backend, batch, name, shape):
@@ -114,9 +116,9 @@ def test_parameters_of_the_wrong_shape(backend, batch, name, shape):
             call()
 
 
-@pytest.mark.parametrize("name", ["down_weight", "up_bias", "running_var", "block_prior"])
+@pytest.mark.parametrize("name", ["down_weight", "up_bias", "running_var", "block_prior", "gate_scale"])
 def test_parameters_of_the_wrong_dtype_or_device(backend, name):
-    good = make_parameters(N, D, H, prior=True)
+    good = make_parameters(N, D, H, prior=True, scale=4.0)
     with raises(TypeError, name, "floating", "torch.int64"):
         gate(torch.zeros(B, D), good._replace(**{name: getattr(good, name).long()}), backend)
     with raises(ValueError, name, "cpu", "meta"):
@@ -129,16 +131,25 @@ def test_half_a_norm(backend, name):
         gate(torch.zeros(B, D), make_parameters(N, D)._replace(**{name: None}), backend)
 
 
-def test_official_has_no_prior(backend, batch):
-    parameters = make_parameters(N, D, prior=True)
+@pytest.mark.parametrize("name, option", [("block_prior", True), ("gate_scale", 4.0)])
+def test_official_has_no_prior_and_no_scale(backend, batch, name, option):
+    parameters = make_parameters(N, D, **{name.partition("_")[2]: option})
     for call in (
         lambda: s2.gate(torch.zeros(B, D), parameters, num_blocks=N, profile="official", backend=backend),
         lambda: s2.select(batch.hidden_states, parameters, profile="official", backend=backend),
         lambda: s2.select_pool(batch.hidden_states, parameters, profile="official", backend=backend),
-        lambda: S2SentSelector(D, N, profile="official", block_prior=True),
+        lambda: S2SentSelector(D, N, profile="official", **{name: option}),
     ):
-        with raises(ValueError, "block_prior", "official"):
+        with raises(ValueError, name, "official"):
             call()
+
+
+@pytest.mark.parametrize(
+    "bad, kind", [("4", TypeError), (True, TypeError), (float("nan"), ValueError), (float("inf"), ValueError)]
+)
+def test_where_the_gate_scale_starts(bad, kind):
+    with raises(kind, "gate_scale", "number"):
+        S2SentSelector(D, N, gate_scale=bad)
 
 
 @pytest.mark.parametrize("bad, kind", [(0, ValueError), (-2, ValueError), (2.0, TypeError), ("3", TypeError)])

@@ -93,7 +93,7 @@ def test_another_eps(batch):
 
 def test_a_step_of_an_optimizer(batch):
     torch.manual_seed(0)
-    selector = S2SentSelector(D, N, H, M, block_prior=True).double().train()
+    selector = S2SentSelector(D, N, H, M, block_prior=True, gate_scale=4.0).double().train()
     optimizer = torch.optim.AdamW(selector.parameters(), lr=1e-2)
     target = torch.randn(B, D, dtype=torch.float64)
     losses = []

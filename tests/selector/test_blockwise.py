@@ -22,7 +22,7 @@ def test_blockwise_is_pool(pooling, form, changed, profile):
         with pytest.raises(ValueError, match="cu_seqlens"):
             selector.blockwise(cu_seqlens=cu_seqlens, pooling=pooling).add(0, packed[0])
         return
-    selector = trained(profile=profile, block_prior=profile == "paper")
+    selector = trained(profile=profile, block_prior=profile == "paper", gate_scale=3.0 if profile == "paper" else None)
     if changed:
         selector.up = Adapter(selector.up)
     hidden_states, mask = make_batch(N, B, L, D, mask="none" if form == "none" else "mixed")

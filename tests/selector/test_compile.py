@@ -97,7 +97,7 @@ def test_static(backend, path, training, profile):
 )
 def test_dynamic(backend, path, training, form):
     """One graph for every B and L: the second shape must not recompile."""
-    selector = selector_for(backend, training, block_prior=True)
+    selector = selector_for(backend, training, block_prior=True, gate_scale=4.0)
     compiled = torch.compile(method(selector, path), fullgraph=True, dynamic=True, backend="aot_eager")
     assert_same_steps(compiled, method(selector, path), selector, [batch_for(form)])
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -115,8 +115,8 @@ def test_changed_parts_have_the_same_gradients(change, training, pooling, monkey
         assert_close(a, e, 1e-12)
 
 
-def test_the_prior_stands_beside_changed_parts(batch):
-    selector = trained(block_prior=True)
+def test_prior_and_scale_stand_beside_changed_parts(batch):
+    selector = trained(block_prior=True, gate_scale=4.0)
     expected = outputs(selector, batch)
     selector.up = Adapter(selector.up)
     for a, e in zip(outputs(selector, batch), expected, strict=True):

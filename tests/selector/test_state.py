@@ -26,6 +26,7 @@ SHAPES = {
     "norm.running_var": [N * D],
     "norm.num_batches_tracked": [],
     "block_prior": [N],
+    "gate_scale": [],
 }
 
 
@@ -33,16 +34,18 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("norm", ["batch", None])
-@pytest.mark.parametrize("prior", [False, True])
-def test_state_dict(norm, prior):
-    selector = S2SentSelector(D, N, H, M, gate_norm=norm, block_prior=prior)
-    expected = {*GATE, *(NORM if norm else []), *(["block_prior"] if prior else [])}
+@pytest.mark.parametrize("prior, scale", [(False, None), (True, None), (True, 4.0), (False, -1)])
+def test_state_dict(norm, prior, scale):
+    selector = S2SentSelector(D, N, H, M, gate_norm=norm, block_prior=prior, gate_scale=scale)
+    own = [*(["block_prior"] if prior else []), *(["gate_scale"] if scale else [])]
+    expected = {*GATE, *(NORM if norm else []), *own}
     state = selector.state_dict()
     assert set(state) == expected
     assert {name: list(value.shape) for name, value in state.items()} == {name: SHAPES[name] for name in expected}
     trainable = {name for name, _ in selector.named_parameters()}
     assert trainable == {name for name in expected if "running" not in name and "tracked" not in name}
-    assert (selector.block_prior is None) == (not prior)
+    assert (selector.block_prior is None) == (not prior) and (selector.gate_scale is None) == (scale is None)
+    assert scale is None or selector.gate_scale.item() == scale
 
 
 def test_parts_are_ordinary():
@@ -55,7 +58,8 @@ def test_parts_are_ordinary():
 def test_the_published_defaults():
     selector = S2SentSelector(768, 3)
     assert (selector.bottleneck, selector.frequencies, selector.profile, selector.backend) == (64, 4, "paper", "auto")
-    assert (selector.gate_norm, selector.activation, selector.block_prior) == ("batch", "tanh", None)
+    assert (selector.gate_norm, selector.activation) == ("batch", "tanh")
+    assert selector.block_prior is None and selector.gate_scale is None
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 7])
@@ -72,8 +76,43 @@ def test_a_prior_of_zeros_is_the_papers_formula(batch):
         assert_close(a, b, 1e-14)
 
 
+def test_a_scale_of_one_is_the_papers_formula(batch):
+    plain, scaled = trained(), trained(gate_scale=4.0)
+    assert scaled.gate_scale.item() != 1 and not equal(outputs(plain, batch), outputs(scaled, batch))
+    scaled.load_state_dict({**plain.state_dict(), "gate_scale": torch.ones(())})
+    for a, b in zip(outputs(plain, batch), outputs(scaled, batch), strict=True):
+        assert_close(a, b, 1e-14)
+
+
+def test_a_state_without_the_scale_names_what_is_missing():
+    plain, scaled = S2SentSelector(D, N, H, M), S2SentSelector(D, N, H, M, gate_scale=4.0)
+    with pytest.raises(RuntimeError, match=r"Missing key.*gate_scale"):
+        scaled.load_state_dict(plain.state_dict())
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*gate_scale"):
+        plain.load_state_dict(scaled.state_dict())
+
+
+def test_a_selector_pickled_before_there_was_a_scale(batch):
+    selector = trained(block_prior=True)
+    expected = outputs(selector, batch)
+    state = selector.__getstate__()
+    state["_parameters"] = {name: p for name, p in state["_parameters"].items() if name != "gate_scale"}
+    old = S2SentSelector.__new__(S2SentSelector)
+    old.__setstate__(state)
+    assert old.gate_scale is None and equal(outputs(old, batch), expected)
+
+
+@pytest.mark.parametrize("scale", [None, 2.5, -3.0])
+def test_a_folder_round_trip(scale, tmp_path, batch):
+    selector = trained(block_prior=True, gate_scale=scale)
+    selector.save_pretrained(tmp_path)
+    other = S2SentSelector.from_pretrained(tmp_path)
+    assert repr(other) == repr(selector) and equal(outputs(selector, batch), outputs(other, batch))
+
+
 def test_state_dict_round_trip(batch):
-    selector, other = trained(block_prior=True), S2SentSelector(D, N, H, M, block_prior=True).double().eval()
+    options = {"block_prior": True, "gate_scale": 4.0}
+    selector, other = trained(**options), S2SentSelector(D, N, H, M, **options).double().eval()
     assert not equal(outputs(selector, batch), outputs(other, batch))
     assert not any(other.load_state_dict(selector.state_dict()))
     assert equal(outputs(selector, batch), outputs(other, batch))
@@ -81,11 +120,12 @@ def test_state_dict_round_trip(batch):
 
 def test_the_output_follows_from_the_functions(batch):
     """The module is the functions with its tensors."""
-    selector = trained(block_prior=True, activation="relu")
+    selector = trained(block_prior=True, gate_scale=4.0, activation="relu")
     f, p = s2.squeeze(*batch, frequencies=M, pooling="mean")
     n = selector.norm
     tensors = (selector.down.weight, selector.down.bias, selector.up.weight, selector.up.bias)
-    parameters = s2.GateParameters(*tensors, n.weight, n.bias, n.running_mean, n.running_var, selector.block_prior)
+    norm = (n.weight, n.bias, n.running_mean, n.running_var)
+    parameters = s2.GateParameters(*tensors, *norm, selector.block_prior, selector.gate_scale)
     g = s2.gate(f, parameters, num_blocks=N, activation="relu")
     assert_close(selector.gates(*batch), g, 1e-14)
     assert_close(selector(*batch), s2.fuse(batch.hidden_states, g, batch.attention_mask), 1e-14)
@@ -98,7 +138,7 @@ def test_the_output_follows_from_the_functions(batch):
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 @pytest.mark.parametrize("training", [False, True])
 def test_copies(how, training, batch):
-    selector = trained(block_prior=True, activation="relu", backend="reference").train(training)
+    selector = trained(block_prior=True, gate_scale=4.0, activation="relu", backend="reference").train(training)
 
     def copied():
         if how == "deepcopy":
@@ -145,8 +185,18 @@ def test_conversion(dtype, replaced, batch):
 
 
 def test_repr_tells_the_options():
-    text = repr(S2SentSelector(D, N, H, M, block_prior=True, activation="relu"))
-    for part in (f"hidden_size={D}", f"num_blocks={N}", f"frequencies={M}", "relu", "paper", "down", "up", "norm"):
+    text = repr(S2SentSelector(D, N, H, M, block_prior=True, gate_scale=2.0, activation="relu"))
+    for part in (
+        "gate_scale=True",
+        f"hidden_size={D}",
+        f"num_blocks={N}",
+        f"frequencies={M}",
+        "relu",
+        "paper",
+        "down",
+        "up",
+        "norm",
+    ):
         assert part in text
 
 
