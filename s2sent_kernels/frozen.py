@@ -92,9 +92,9 @@ def info_nce(anchor: Tensor, positive: Tensor, negative: Tensor | None, temperat
 
 def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     named = list(module.named_parameters())
-    priors = [p for name, p in named if name.endswith("block_prior")]
-    matrices = [p for name, p in named if not name.endswith("block_prior") and p.dim() > 1]
-    vectors = [p for name, p in named if not name.endswith("block_prior") and p.dim() == 1]
+    priors = [p for name, p in named if name.endswith(("block_prior", "gate_scale"))]
+    matrices = [p for name, p in named if not name.endswith(("block_prior", "gate_scale")) and p.dim() > 1]
+    vectors = [p for name, p in named if not name.endswith(("block_prior", "gate_scale")) and p.dim() == 1]
     groups = [
         {"params": matrices, "lr": recipe.learning_rate, "weight_decay": recipe.weight_decay},
         {"params": vectors, "lr": recipe.learning_rate, "weight_decay": 0.0},
