@@ -203,6 +203,25 @@ def test_the_best_epoch_is_kept():
     assert not torch.equal(states[3]["up.weight"], module.up.weight)
 
 
+def test_patience_stops_a_training():
+    values = iter([9.0, 1.0, 3.0, 2.0, 2.0, 4.0])
+    recipe = frozen.Recipe(epochs=9, batch_size=16, patience=2)
+    rows = torch.arange(64)
+    history = frozen.train(
+        S2SentSelector(8, 3, 4, 4), _features(), rows[:32], rows[32:], None, recipe, score=lambda _: next(values)
+    )
+    assert (history.kept, len(history.losses)) == (2, 4)
+
+
+def test_prior_and_scale_have_their_own_learning_rate():
+    module = S2SentSelector(8, 3, 4, 4, block_prior=True, gate_scale=4.0, backend="reference")
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    rows, recipe = torch.arange(64), frozen.Recipe(epochs=1, batch_size=32, prior_learning_rate=0.5)
+    frozen.train(module, _features(), rows[:32], rows[32:], None, recipe._replace(learning_rate=1e-6))
+    moved = {name: (tensor.detach() - before[name]).abs().max().item() for name, tensor in module.named_parameters()}
+    assert moved.pop("block_prior") > 0.4 and moved.pop("gate_scale") > 0.4 and max(moved.values()) < 1e-5
+
+
 def test_fit_from_texts(encoder_and_tokenizer, tmp_path):
     pytest.importorskip("scipy")
     encoder, tokenizer = encoder_and_tokenizer
