@@ -11,21 +11,19 @@ No step runs the encoder, so a training takes seconds, and several learning rate
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import frozen, frozen_loop, validate
 from .frozen import Features
 from .frozen_loop import History
+from .tools.problems import CLASSES, LABELS, NUMBERS
+from .tools.problems import Problem as Problem  # public under this name
 
-PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")  # transformers' words
-SCORES = dict(zip(PROBLEMS, ("accuracy", "micro F1", "R2"), strict=True))
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 DROPOUTS = (0.0, 0.2)
 
@@ -44,37 +42,6 @@ class Recipe(NamedTuple):
 
 
 DEFAULT = Recipe()
-
-
-class Problem(NamedTuple):
-    """What a head's outputs mean.
-
-    Targets of "single_label_classification" are classes, int64 [S]; of "multi_label_classification" 0 and 1, float32 [S, K]; of
-    "regression" numbers, float32 [S].
-    """
-
-    kind: str  # one of PROBLEMS
-    outputs: int  # of the head: classes, labels, or 1
-
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """transformers' loss for this problem type, of logits [B, outputs]."""
-        if self.kind == "single_label_classification":
-            return F.cross_entropy(logits, targets)
-        if self.kind == "multi_label_classification":
-            return F.binary_cross_entropy_with_logits(logits, targets)
-        return F.mse_loss(logits[:, 0], targets)
-
-    def score(self, logits: Tensor, targets: Tensor) -> float:
-        """Times 100, higher is better: the accuracy; F1 of all labels at probability 1/2; the part of the targets' variance that
-        is explained. NaN where that is not defined."""
-        if self.kind == "single_label_classification":
-            return 100 * (logits.argmax(dim=1) == targets).double().mean().item()
-        if self.kind == "multi_label_classification":
-            found, wanted = logits > 0, targets > 0
-            both = int(found.sum()) + int(wanted.sum())
-            return 100 * 2 * int((found & wanted).sum()) / both if both else math.nan
-        errors, spread = (logits[:, 0] - targets).square().mean(), targets.var(correction=0)
-        return 100 * (1 - errors / spread).item() if spread > 0 else math.nan
 
 
 class Part(NamedTuple):
@@ -99,8 +66,7 @@ class Trained(NamedTuple):
 class Trial(NamedTuple):
     """One training of a search."""
 
-    learning_rate: float
-    dropout: float
+    recipe: Recipe
     history: History
     seconds: float
 
@@ -136,7 +102,7 @@ def train(
         size = frozen.embed_all(module, part.features.take(torch.zeros(1, dtype=torch.int64))).shape[1]
         head = nn.Linear(size, problem.outputs).to(device)
         targets, shift, scale = part.targets, 0.0, 1.0
-        if problem.kind == "regression":  # the head learns in units of the targets' spread, from their mean
+        if problem.kind == NUMBERS:  # the head learns in units of the targets' spread, from their mean
             shift, scale = targets.mean().item(), targets.std(correction=0).item() or 1.0
             targets = (targets - shift) / scale
         dropout = nn.Dropout(recipe.dropout)
@@ -159,41 +125,45 @@ def train(
     return trained, history
 
 
-def search(
-    make: Callable[[], nn.Module],
-    part: Part,
-    dev: Part,
-    problem: Problem,
+def grid(
     recipe: Recipe = DEFAULT,
-    *,
     learning_rates: Sequence[float] = LEARNING_RATES,
     dropouts: Sequence[float] = DROPOUTS,
+    seeds: Sequence[int] = (0,),
+) -> list[Recipe]:
+    """The recipe with every learning rate, dropout and seed."""
+    every = itertools.product(learning_rates, dropouts, seeds)
+    return [recipe._replace(learning_rate=rate, dropout=dropout, seed=seed) for rate, dropout, seed in every]
+
+
+def search(
+    make: Callable[[], nn.Module], part: Part, dev: Part, problem: Problem, recipes: Sequence[Recipe] | None = None
 ) -> Found:
-    """``train`` with every learning rate and dropout; the best score on ``dev`` decides, and of equal ones the first.
+    """``train`` with every recipe; the best score on ``dev`` decides, and of equal ones the first.
 
     Args:
-        make: a fresh module, called once for each trial under the recipe's seed: all start from the same weights.
+        make: a fresh module, called once for each recipe, under its seed.
+        recipes: by default ``grid()``.
 
     Raises:
-        ValueError, TypeError: as ``train``; or there is nothing to try.
+        ValueError, TypeError: as ``train``; or there is no recipe.
     """
-    if not learning_rates or not dropouts:
-        raise ValueError("learning_rates, dropouts: expected at least one of each, got none")
-    tried = [recipe._replace(learning_rate=r, dropout=d) for r, d in itertools.product(learning_rates, dropouts)]
-    for one in tried:
-        check(problem, one)
+    tried = grid() if recipes is None else list(recipes)
+    if not tried:
+        raise ValueError("recipes: expected at least one, got none")
+    for recipe in tried:
+        check(problem, recipe)
     trials: list[Trial] = []
     best: tuple[Trial, Trained] | None = None
-    for one in tried:
+    for recipe in tried:
         start = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(one.seed)
+            torch.manual_seed(recipe.seed)
             module = make().to(part.features.pooled.device)
-        trained, history = train(module, part, problem, one, dev=dev)
-        trial = Trial(one.learning_rate, one.dropout, history, time.perf_counter() - start)
-        trials.append(trial)
+        trained, history = train(module, part, problem, recipe, dev=dev)
+        trials.append(Trial(recipe, history, time.perf_counter() - start))
         if best is None or frozen_loop.order(history.score) > frozen_loop.order(best[0].history.score):
-            best = trial, trained
+            best = trials[-1], trained
     assert best is not None
     return Found(trials, *best)
 
@@ -204,23 +174,18 @@ def check(problem: Problem, recipe: Recipe) -> None:
     validate.number("dropout", recipe.dropout)
     if not 0 <= recipe.dropout < 1:
         raise ValueError(f"dropout: expected a number from 0 to below 1, got {recipe.dropout}")
-    validate.option("kind", problem.kind, PROBLEMS)
-    validate.positive_int("outputs", problem.outputs)
-    if problem.kind == "single_label_classification" and problem.outputs < 2:
-        raise ValueError(f"outputs: expected two or more classes, got {problem.outputs}")
-    if problem.kind == "regression" and problem.outputs != 1:
-        raise ValueError(f"outputs: expected 1 for a regression, got {problem.outputs}")
+    problem.check()
 
 
 def _check_part(name: str, part: Part, problem: Problem) -> None:
     count, targets = len(part.features.pooled), part.targets
-    several = problem.kind == "multi_label_classification"
+    several = problem.kind == LABELS
     expected = [count, problem.outputs] if several else [count]
     if list(targets.shape) != expected:
         raise ValueError(f"{name}: expected targets {expected} of {count} texts, got {list(targets.shape)}")
     if count < 2:
         raise ValueError(f"{name}: expected two or more texts, got {count}")
-    if problem.kind == "single_label_classification":
+    if problem.kind == CLASSES:
         if targets.dtype != torch.int64:
             raise TypeError(f"{name}: expected classes as torch.int64, got {targets.dtype}")
         if int(targets.min()) < 0 or int(targets.max()) >= problem.outputs:

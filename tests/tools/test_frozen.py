@@ -45,6 +45,24 @@ def test_f_and_p_of_the_cache_are_those_of_the_hidden_states(
     torch.testing.assert_close(made.pooled(num_blocks, rows).double(), p, rtol=1e-5, atol=1e-5)
 
 
+def test_pairs_are_encoded_as_one_input(encoder_and_tokenizer, tmp_path):
+    """With the tokenizer's token types, and cut as the tokenizer cuts a pair."""
+    import tokenizers
+
+    encoder, tokenizer = encoder_and_tokenizer[0], make_encoder_and_tokenizer()[1]
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[3], TEXTS[7]), (TEXTS[7], TEXTS[7]), (TEXTS[1], TEXTS[0])]
+    made = cache.make(encoder, tokenizer, pairs, tmp_path, SETTINGS._replace(max_length=20))
+    one, other = zip(*pairs, strict=True)
+    batch = tokenizer(list(one), list(other), padding=True, truncation=True, max_length=20, return_tensors="pt")
+    assert batch["token_type_ids"].any() and batch["attention_mask"].sum(1).max() == 20
+    with BlockCapture(encoder) as capture, torch.no_grad():
+        f, p = squeeze(capture.collect(**batch), batch["attention_mask"], pooling="mean", backend="reference")
+    torch.testing.assert_close(made.squeezed(4, 4, made.rows(pairs)), f, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(made.pooled(4, made.rows(pairs)), p, rtol=1e-5, atol=1e-5)
+
+
 def test_a_second_pass_opens_the_first(encoder_and_tokenizer, tmp_path, monkeypatch):
     encoder, tokenizer = encoder_and_tokenizer
     first = cache.make(encoder, tokenizer, [*TEXTS, TEXTS[0]], tmp_path, SETTINGS)

@@ -7,9 +7,9 @@ from torch import nn
 
 from s2sent_kernels import S2SentSelector
 from s2sent_kernels.frozen import Features, ScalarMix
-from s2sent_kernels.frozen_tasks import PROBLEMS, Part, Problem, Recipe, search, train
+from s2sent_kernels.frozen_tasks import Part, Recipe, grid, search, train
+from s2sent_kernels.tools.problems import CLASSES, LABELS, NUMBERS, PROBLEMS, Problem
 
-CLASSES, LABELS, NUMBERS = PROBLEMS
 RECIPE = Recipe(epochs=6, batch_size=16, learning_rate=2e-2, prior_learning_rate=0.3)
 
 
@@ -74,23 +74,21 @@ def test_any_module_of_p_can_be_the_pooling(pooling):
 
 
 def test_a_search_lists_all_and_keeps_the_best():
-    problem = Problem(CLASSES, 3)
-    found = search(make, part(0), part(1), problem, RECIPE, learning_rates=(1e-6, 2e-2), dropouts=(0.0, 0.5))
-    assert [(t.learning_rate, t.dropout) for t in found.trials] == [(1e-6, 0), (1e-6, 0.5), (2e-2, 0), (2e-2, 0.5)]
-    scores = [t.history.score for t in found.trials]
-    assert found.best is found.trials[scores.index(max(scores))] and found.best.learning_rate == 2e-2
-    alone, history = train_again(found, problem)
+    problem, recipes = Problem(CLASSES, 3), grid(RECIPE, (1e-6, 2e-2), (0.0, 0.5), (0, 7))
+    assert [(one.learning_rate, one.dropout, one.seed) for one in recipes[:3]] == [
+        (1e-6, 0, 0),
+        (1e-6, 0, 7),
+        (1e-6, 0.5, 0),
+    ]
+    found = search(make, part(0), part(1), problem, recipes)
+    assert [trial.recipe for trial in found.trials] == recipes
+    scores = [trial.history.score for trial in found.trials]
+    assert found.best is found.trials[scores.index(max(scores))] and found.best.recipe.learning_rate == 2e-2
+    torch.manual_seed(found.best.recipe.seed)  # that trial alone has the same bits
+    alone, history = train(make(), part(0), problem, found.best.recipe, dev=part(1))
     assert history == found.best.history
     for a, b in zip(alone.module.state_dict().values(), found.trained.module.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-
-
-def train_again(found, problem):
-    """The best trial alone, under the same seed."""
-    torch.manual_seed(RECIPE.seed)
-    module = make()
-    recipe = RECIPE._replace(learning_rate=found.best.learning_rate, dropout=found.best.dropout)
-    return train(module, part(0), problem, recipe, dev=part(1))
 
 
 def test_patience_stops():
