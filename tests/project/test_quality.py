@@ -50,13 +50,16 @@ def test_pairs_that_dev_shares_with_a_test_set_are_counted_and_set_apart(data_fo
     assert [(pair.sentence1, pair.sentence2) for pair in read.dev_apart] == [("One.", "Two.")]
 
 
-def test_every_claim_is_varied_with_and_without_the_prior_and_trained_once():
+def test_every_claim_is_varied_with_and_without_prior_and_gate_scale_and_trained_once():
     found = quality.claims_configurations()
     assert all(found.count(row) == 1 for row in found)
     gated = [row for row in found if row["gates"] in ("input", "constant")]
-    assert {row["M"] for row in gated} == {1, 2, 4, 8, 16}
-    assert {row["N"] for row in gated} == set(range(1, 7))
-    assert all(row | {"prior": not row["prior"]} in gated for row in gated)
+    for form in (quality.PAPER, quality.PRIOR, quality.SCALED):
+        mine = [row for row in gated if form.items() <= row.items() and ("scale" in form) == ("scale" in row)]
+        assert {row["M"] for row in mine} == {1, 2, 4, 8, 16}
+        assert {row["N"] for row in mine} == set(range(1, 7))
+    for form in (quality.PRIOR, quality.SCALED):
+        assert {row["H"] for row in gated if form.items() <= row.items() and "H" in row} == set(quality.BOTTLENECKS)
     assert [row["N"] for row in found if row["gates"] == "scalar mix"] == list(range(1, 7))
     for row in gated:
         S2SentSelector(quality.HIDDEN, row["N"], 2, row["M"])  # exists
@@ -86,23 +89,57 @@ def content():
             by_epoch = [scores(base), *(scores(base + seed + epoch) for epoch in range(1, train_selector.EPOCHS + 1))]
             runs.append({
                 "pooling": kind, "learning_rate": 1e-3, "seed": seed, "recipe": recipe, "epoch": 2, "by_epoch": by_epoch,
-                "scores": by_epoch[2], "chosen": True, "shipped": seed == 2,
+                "scores": by_epoch[2], "chosen": True, "shipped": seed == 2, "parameters": 10,
+                "bottleneck": 2 if kind == evaluation.S2SENT else None,
             })  # fmt: skip
     runs += [run | {"learning_rate": 3e-3, "chosen": False, "shipped": False} for run in runs[3:]]
     return {
         "environment": ENVIRONMENT, "baselines": {evaluation.MEAN_OF_LAST: scores(50.0)}, "runs": runs, "triplets": 2,
         "dev": 3, "dev_apart": 1, "dev_shared": {"STS12": 2}, "parameters": {"selector": 10, "encoder": 1000},
+        "name": "all-MiniLM-L6-v2", "published": dict.fromkeys(data.TESTS, 51.0), "half": scores(74.25),
     }  # fmt: skip
 
 
 def test_the_tables_of_the_shipped_selector():
     table = train_selector.table(content())
-    assert "| s2sent | 73.00 (72.00–74.00) |" in table
-    assert "| **shipped**, seed 2 | 74.00 |" in table
+    assert "| mean of last, published | – | 51.00 | 51.00 |" in table
+    assert "| s2sent | 27.00 (26.00–28.00) | 73.00 (72.00–74.00) |" in table
+    assert "| 0.001, H = 2 | 10 |" in table
+    assert "| **shipped**, seed 2, half precision | 25.75 | 74.25 |" in table
     rules = train_selector.rules(content())
-    assert "| STS-B dev | 0.001 | 2, 2, 2 | 73.00 (72.00–74.00) | +23.00 |" in rules
-    assert "| STS-B dev without shared pairs | 0.001 | 1, 1, 1 | 72.00 (71.00–73.00) | +22.00 |" in rules
-    assert "| none: the last of 6 epochs | 0.001 | 6, 6, 6 | 77.00 (76.00–78.00) | +27.00 |" in rules
+    assert (
+        "| s2sent | 0.001, H = 2 | STS-B dev without the shared pairs | 1, 1, 1 | 72.00 (71.00–73.00) | +22.00 |"
+        in rules
+    )
+    assert "| s2sent | 0.003, H = 2 | all of STS-B dev | 6, 6, 6 | 77.00 (76.00–78.00) | +27.00 |" in rules
+    assert "| nothing: the last of 6 epochs | 6, 6, 6 | 77.00 (76.00–78.00) | +27.00 |" in rules
+    assert "| mean of last | +23.00 | +23.00 | +23.00 | +23.00 | +23.00 |" in train_selector.verdict(content())
+
+
+def test_settings_are_selected_on_the_pairs_that_no_test_set_has():
+    runs = [run for run in content()["runs"] if run["pooling"] == evaluation.SCALAR_MIX]
+    for pooling in train_selector.SELECTORS:
+        for rate, value in ((1e-3, 20.0), (3e-3, 10.0)):
+            for seed in (0, 1, 2):
+                found = scores(value + seed + (pooling == evaluation.S2SENT))  # lower is better on dev apart
+                runs.append(runs[0] | {"pooling": pooling, "learning_rate": rate, "seed": seed, "scores": found})
+    train_selector.select(runs)
+    chosen = [run for run in runs if run["chosen"] and run["pooling"] in train_selector.SELECTORS]
+    assert {run["learning_rate"] for run in chosen} == {3e-3} and len(chosen) == 6
+    shipped = [(run["pooling"], run["seed"]) for run in runs if run["shipped"]]
+    assert shipped == [(evaluation.SCALAR_MIX, 0), (train_selector.UNSCALED, 0)]
+
+
+def test_every_fusion_starts_as_the_mean_of_the_last_block_or_near_it():
+    pooled = torch.randn(5, 3, 8)
+    torch.testing.assert_close(train_selector.Setting(train_selector.LINEAR, 1e-4).build(3, 8)(pooled), pooled[:, -1])
+    gates = train_selector.Setting(train_selector.CONSTANT, 1e-3).build(3, 8)
+    weights = torch.tensor([0.0, 0.0, 3.0]).softmax(dim=0)
+    torch.testing.assert_close(gates(pooled), torch.einsum("n,bnd->bd", weights, pooled))
+    for pooling in (train_selector.PAPER, *train_selector.SELECTORS):
+        selector = train_selector.Setting(pooling, 1e-3, 2).build(3, 8)
+        assert (selector.block_prior is not None) == (pooling in train_selector.SELECTORS)
+        assert (selector.gate_scale is not None) == (pooling == evaluation.S2SENT)
 
 
 def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkeypatch):
@@ -149,10 +186,13 @@ def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkey
     report.build(results, output, readme)
 
     text = output.read_text(encoding="utf-8")
-    assert "| 1 | on | 41.00 (40.00–42.00) |" in text  # M = 1, the first configuration
+    assert "| 1 | + prior | 59.00 (58.00–60.00) | 41.00 (40.00–42.00) |" in text  # M = 1, the first configuration
     assert "on 1 of 1 parts" in text
     assert "| average of blocks | 92.00 | 92.00 | 92.00 | 92.00 / 5.00 | 92.00 |" in text
-    assert text.index("| s2sent + prior, N = 6 | 3 | 84.10") < text.index("| mean of last | 3 | 80.10")
+    first, last = (
+        f"| {name} | 3 | {100 - value:.2f}" for name, value in (("s2sent + prior, N = 6", 84.1), ("mean of last", 80.1))
+    )
+    assert text.index(first) < text.index(last)
     told = " ".join(readme.read_text(encoding="utf-8").split())
     assert told.startswith("before")
     assert told.endswith("after")
