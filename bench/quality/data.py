@@ -100,6 +100,15 @@ def scores(embeddings: Tensor, texts: Sequence[str], data: Data) -> dict[str, fl
     return {**dev, **found, "mean": sum(found.values()) / len(found)}
 
 
+def averages(pooled: Tensor) -> dict[str, Tensor]:
+    """Embeddings [S, D] without anything learned, from p [S, N, D]."""
+    return {
+        evaluation.MEAN_OF_LAST: pooled[:, -1],
+        evaluation.FIRST_LAST: pooled[:, [0, -1]].mean(dim=1),
+        evaluation.AVERAGE: pooled.mean(dim=1),
+    }
+
+
 class Frozen:
     """The encoder's f and p of the triplets and the STS sets, for any N and M, on ``device``."""
 

@@ -28,7 +28,8 @@ import record
 import torch
 
 from quality import finetune, tasks
-from quality.data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, load_encoder, scores
+from quality.data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, averages, load_encoder, scores, spearman
+from quality.encoders import BUNDLED
 from quality.train_selector import GATE_SCALE
 from s2sent_kernels import S2SentSelector, frozen
 from s2sent_kernels.checkpoints import pretrained
@@ -111,22 +112,21 @@ def claims(options: Any) -> Iterator[Row]:
             yield configuration | {"seed": seed} | run
     if index == 0 and not options.missing:
         _, sts = cached.features(6, 4)
-        means = {
-            evaluation.MEAN_OF_LAST: sts.pooled[:, -1],
-            evaluation.FIRST_LAST: sts.pooled[:, [0, -1]].mean(dim=1),
-            evaluation.AVERAGE: sts.pooled.mean(dim=1),
-        }
-        for name, values in means.items():
+        for name, values in averages(sts.pooled).items():
             yield {"gates": name, "scores": scores(values, cached.sts_texts, data), "parameters": 0}
+
+
+def _shipped(options: Any) -> tuple[S2SentSelector, frozen.ScalarMix]:
+    name = BUNDLED if options.selector is None else options.selector
+    selector = S2SentSelector.from_pretrained(name, backend="reference").to(options.device)
+    weights = pretrained.read_config(pretrained.find(name))["scalar_mix"]
+    return selector, frozen.ScalarMix.of_weights(weights).to(options.device)
 
 
 def _embed_shipped(options: Any) -> evaluation.Embed:
     """A function from texts to their embeddings by the shipped selector and by every other pooling."""
     encoder, tokenizer = load_encoder(options.model, options.device)
-    name = "all-MiniLM-L6-v2" if options.selector is None else options.selector
-    selector = S2SentSelector.from_pretrained(name).to(options.device)
-    about = pretrained.read_config(pretrained.find(name))
-    mix = frozen.ScalarMix.of_weights(about["scalar_mix"]).to(options.device)
+    selector, mix = _shipped(options)
     modules = {evaluation.S2SENT: selector, evaluation.SCALAR_MIX: mix}
 
     def embed(texts: Any) -> dict[str, torch.Tensor]:
@@ -136,16 +136,25 @@ def _embed_shipped(options: Any) -> evaluation.Embed:
 
 
 def subsets(options: Any) -> Iterator[Row]:
-    """Spearman on every subset of the test sets: pairs of one source."""
-    embed = _embed_shipped(options)
-    for name, pairs in Data.read(options.data).tests.items():
+    """Spearman on every subset of the test sets, pairs of one source, from the cache."""
+    cached = Frozen(Data.read(options.data), options.cache, options.model, options.device, options.token_frequencies)
+    selector, mix = _shipped(options)
+    _, sts = cached.features(selector.num_blocks, selector.frequencies)
+    embeddings = averages(sts.pooled)
+    embeddings |= {
+        evaluation.S2SENT: frozen.embed_all(selector, sts),
+        evaluation.SCALAR_MIX: frozen.embed_all(mix, sts),
+    }
+    place = {text: row for row, text in enumerate(cached.sts_texts)}
+    for name, pairs in cached.data.tests.items():
         parts: dict[str, list[evaluation.Pair]] = {}
         for pair in pairs:
             # STS-B gives genre/source/year; only genres have enough pairs.
             parts.setdefault(pair.subset.partition("/")[0], []).append(pair)
         for part, some in parts.items():
-            for pooling, found in evaluation.sts(embed, some).items():
-                yield {"set": name, "subset": part, "pairs": len(some), "pooling": pooling, **found._asdict()}
+            for pooling, values in embeddings.items():
+                found = spearman(values, place, some)
+                yield {"set": name, "subset": part, "pairs": len(some), "pooling": pooling, "spearman": found}
 
 
 def transfer(options: Any) -> Iterator[Row]:

@@ -1,6 +1,6 @@
-"""bench/results/quality/*.json to bench/QUALITY.md, and to the README's paragraph of scores. No number is typed by hand.
+"""bench/results/quality/*.json to bench/QUALITY.md, docs/quality.md and the README's paragraph of scores: no number by hand.
 
-python bench/quality/report.py [--results bench/results/quality] [--output bench/QUALITY.md] [--readme README.md]
+python bench/quality/report.py --readme README.md --guide docs/quality.md
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import argparse
 import json
 import statistics
 import sys
-import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, also where this fi
 import record
 from pages import insert, table
 
+from quality import guide, train_selector
 from quality import tasks as quality_tasks
-from quality import train_selector
 from quality.data import TRANSFER, best_epoch, spread
 from quality.quality import BASE, BOTTLENECK, BOTTLENECKS, PAPER, PRIOR, SCALED, SCALED_ALONE, configuration_of
 from quality.quality import RECIPE as claims_recipe
@@ -293,43 +292,6 @@ def shipped(content: Row) -> str:
     return "\n\n".join([*parts, train_selector.rules(content)])
 
 
-def when(content: Row, claim_rows: Sequence[Row], transfer_rows: Sequence[Row], tuned: Sequence[Row]) -> str:
-    """The README's paragraph on when to use what. Its words hold for whatever figures the results have."""
-    of = {
-        kind: statistics.median(r["scores"]["mean"] for r in content["runs"] if r["pooling"] == kind and r["chosen"])
-        for kind in (evaluation.SCALAR_MIX, evaluation.S2SENT)
-    }
-    last = content["baselines"][evaluation.MEAN_OF_LAST]["mean"]
-    paper = _median(claim_rows, PAPER)
-    words = (
-        "For similarity behind a frozen, contrastively trained encoder, use the selector with block prior and gate scale: on "
-        f"all-MiniLM-L6-v2 its mean Spearman × 100 of four STS sets is {of[evaluation.S2SENT]:.2f}, against {last:.2f} for the "
-        f"mean of the last block and {of[evaluation.SCALAR_MIX]:.2f} for a learned scalar mix"
-    )
-    words += f". The paper's formula, without either, gives {paper:.2f}." if paper is not None else "."
-    accuracy = {
-        pooling: statistics.mean(row["accuracy"] for row in matching(transfer_rows, {"pooling": pooling}))
-        for pooling in dict.fromkeys(row["pooling"] for row in transfer_rows)
-    }
-    if accuracy:
-        best = max(accuracy, key=lambda pooling: accuracy[pooling])
-        words += (
-            f" For classifiers on frozen embeddings the {best} is best, with mean accuracy {accuracy[best]:.2f} "
-            f"(selector {accuracy[evaluation.S2SENT]:.2f}, mean of the last block {accuracy[evaluation.MEAN_OF_LAST]:.2f})."
-        )
-    names = list(dict.fromkeys(map(fusion_name, tuned)))
-    if names:
-        scores = {n: [r["scores"]["mean"] for r in tuned if fusion_name(r) == n] for n in names}
-        order = sorted(names, key=lambda name: -statistics.median(scores[name]))
-        told = ", ".join(f"{name} {spread(scores[name])}" for name in order)
-        seeds = sorted({len(values) for values in scores.values()})
-        words += (
-            f" Where the encoder is fine-tuned too, the order at the same budget is, from the best "
-            f"({' or '.join(map(str, seeds))} seeds each): {told}."
-        )
-    return textwrap.fill(words, 128, break_on_hyphens=False)
-
-
 def at_selected_epoch(row: Row) -> Row:
     """A row of the claims with the scores of the epoch that dev apart selects, whatever selected it when it was measured."""
     return row | {"scores": row["by_epoch"][best_epoch(row)]} if "by_epoch" in row else row
@@ -342,7 +304,7 @@ def read(path: Path) -> Row:
         raise record.UserError(f"{path}: cannot be read: {error}") from error
 
 
-def build(results: Path, output: Path, readme: Path | None, card: bool = True) -> None:
+def build(results: Path, output: Path, readme: Path | None, guidance: Path | None, card: bool = True) -> None:
     content = read(results / "selector.json")
     selectors = [content, *(read(path) for path in sorted(results.glob("selector-*.json")))]
     shared = ", ".join(f"{name} {count}" for name, count in content["dev_shared"].items())
@@ -368,8 +330,11 @@ def build(results: Path, output: Path, readme: Path | None, card: bool = True) -
             if one["name"] in pretrained.shipped():
                 folder = pretrained.find(one["name"])
                 write_atomically(folder / "README.md", train_selector.card(one, folder).encode())
+    measured = guide.Results(selectors, rows["tasks"], rows["transfer"], rows["finetune"])
+    if guidance is not None:
+        write_atomically(guidance, guide.page(measured).encode())
     if readme is not None:
-        insert(readme, START, END, when(content, claim_rows, rows["transfer"], rows["finetune"]))
+        insert(readme, START, END, guide.paragraph(measured))
 
 
 def main() -> int:
@@ -377,9 +342,10 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=record.RESULTS / "quality")
     parser.add_argument("--output", type=Path, default=record.BENCH / "QUALITY.md")
     parser.add_argument("--readme", type=Path, help="also write the figures between this file's markers")
+    parser.add_argument("--guide", type=Path, help="also write the page on when to use what")
     options = parser.parse_args()
     try:
-        build(options.results, options.output, options.readme)
+        build(options.results, options.output, options.readme, options.guide)
     except record.UserError as error:
         print(f"quality/report: error: {error}", file=sys.stderr)
         return 2

@@ -27,7 +27,7 @@ import torch
 from pages import table as markdown
 
 from quality import fusions
-from quality.data import CHOSEN_ON, SEEDS, TESTS, Data, Frozen, arguments, best_epoch, scores, spread
+from quality.data import CHOSEN_ON, SEEDS, TESTS, Data, Frozen, arguments, averages, best_epoch, scores, spread
 from quality.encoders import BUNDLED, ENCODERS, Encoder
 from s2sent_kernels import S2SentSelector, frozen
 from s2sent_kernels.checkpoints import pretrained
@@ -273,15 +273,10 @@ def card(content: Run, folder: Path) -> str:
 def measure(cached: Frozen, encoder: Encoder) -> tuple[Run, dict[tuple[Setting, int], torch.nn.Module]]:
     """Everything trained and scored, and the trained modules."""
     _, sts = cached.features(cached.num_blocks, FREQUENCIES)
-    baselines = {
-        evaluation.MEAN_OF_LAST: sts.pooled[:, -1],
-        evaluation.FIRST_LAST: sts.pooled[:, [0, -1]].mean(dim=1),
-        evaluation.AVERAGE: sts.pooled.mean(dim=1),
-    }
     data = cached.data
     content: Run = {
         "environment": record.environment(), "name": encoder.name, "published": encoder.published,
-        "baselines": {name: scores(values, cached.sts_texts, data) for name, values in baselines.items()},
+        "baselines": {name: scores(values, cached.sts_texts, data) for name, values in averages(sts.pooled).items()},
         "triplets": len(data.triplets), "dev": len(data.dev), "dev_apart": len(data.dev_apart),
         "dev_shared": data.dev_shared,
     }  # fmt: skip

@@ -14,6 +14,7 @@ sys.path.insert(0, str(next(f for f in Path(__file__).parents if (f / "bench/sui
 import pages
 import record
 from quality import data, finetune, quality, report, train_selector
+from quality import tasks as on_tasks
 
 from s2sent_kernels import S2SentSelector
 from s2sent_kernels.tools import evaluation
@@ -169,12 +170,19 @@ def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkey
         for task in data.TRANSFER
         for place, pooling in enumerate((evaluation.MEAN_OF_LAST, evaluation.S2SENT, evaluation.AVERAGE))
     ]
+    tasks = [
+        {"task": task, "pooling": pooling, "seed": seed, "accuracy": value + seed, "features": 8, "parameters": 1, "train": 5,
+         "dev": 1, "test": 1}
+        for task, one in (("MR", 84.0), ("TREC", 82.0))
+        for pooling, value in ((evaluation.MEAN_OF_LAST, 79.0), (on_tasks.ONE_COMPONENT, one), (evaluation.S2SENT, 84.0))
+        for seed in (0, 1, 2)
+    ]  # fmt: skip
     subsets = [
         {"set": "STS12", "subset": "part", "pairs": 9, "pooling": pooling, "spearman": value, "pearson": 0.0}
         for pooling, value in ((evaluation.MEAN_OF_LAST, 10.0), (evaluation.S2SENT, 11.0))
     ]
     for name, rows in (("claims-0-of-2", claims[:9]), ("claims-1-of-2", claims[9:]), ("transfer", transfer),
-                       ("finetune", tuned), ("subsets", subsets)):  # fmt: skip
+                       ("finetune", tuned), ("subsets", subsets), ("tasks", tasks)):  # fmt: skip
         (results / f"{name}.json").write_text(json.dumps({"environment": ENVIRONMENT, "rows": rows}))
     readme, output = tmp_path / "README.md", tmp_path / "QUALITY.md"
     readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
@@ -183,7 +191,8 @@ def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkey
     about = json.loads((card / "config.json").read_text())
     (card / "config.json").write_text(json.dumps(about | {"scalar_mix": [0.5, 0.5]}))
     monkeypatch.setattr(report.pretrained, "find", lambda _: card)
-    report.build(results, output, readme)
+    guide = tmp_path / "guide.md"
+    report.build(results, output, readme, guide)
 
     text = output.read_text(encoding="utf-8")
     assert "| 1 | + prior | 59.00 (58.00–60.00) | 41.00 (40.00–42.00) |" in text  # M = 1, the first configuration
@@ -197,15 +206,22 @@ def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkey
     assert told.startswith("before")
     assert told.endswith("after")
     assert "old" not in told
-    assert "is 73.00, against 50.00 for the mean of the last block and 63.00 for a learned scalar mix" in told
-    assert "the average of blocks is best, with mean accuracy 92.00 (selector 91.00" in told
-    assert "from the best (3 seeds each): s2sent + prior, N = 6 84.10 (84.00–84.20)" in told
+    assert "frozen: s2sent 73.00, scalar mix 63.00, mean of last 50.00." in told
+    assert "accuracy: s2sent 85.00, mean of last 80.00." in told
+    assert "Encoder trained too: s2sent + prior, N = 6 84.10, s2sent, paper, N = 6 83.10" in told
+    cases = guide.read_text(encoding="utf-8")
+    assert "all-MiniLM-L6-v2, Spearman × 100, mean of four STS sets | s2sent | s2sent 73.00, scalar mix 63.00," in cases
+    assert (
+        "mean accuracy of four tasks | average of blocks | average of blocks 92.00, s2sent 91.00, mean of last 90.00 |"
+        in cases
+    )
+    assert "(most on TREC) | M = 4 | MR 85.00 against 85.00, TREC 85.00 against 83.00 |" in cases
     assert "seeds 0, 1, 2" in (card / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_report_without_results_or_markers_says_so(tmp_path):
     with pytest.raises(record.UserError, match=r"selector\.json: cannot be read"):
-        report.build(tmp_path, tmp_path / "QUALITY.md", None)
+        report.build(tmp_path, tmp_path / "QUALITY.md", None, None)
     readme = tmp_path / "README.md"
     readme.write_text("no markers")
     with pytest.raises(record.UserError, match="expected the markers"):
@@ -214,10 +230,13 @@ def test_a_report_without_results_or_markers_says_so(tmp_path):
 
 
 def test_the_committed_report_is_what_the_committed_results_give(tmp_path):
-    committed = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("bench/QUALITY.md", "README.md")}
+    committed = {
+        name: (ROOT / name).read_text(encoding="utf-8") for name in ("bench/QUALITY.md", "README.md", "docs/quality.md")
+    }
     readme = tmp_path / "README.md"
     readme.write_text(committed["README.md"])
-    report.build(RESULTS, tmp_path / "QUALITY.md", readme, card=False)
+    report.build(RESULTS, tmp_path / "QUALITY.md", readme, tmp_path / "quality.md", card=False)
+    assert (tmp_path / "quality.md").read_text(encoding="utf-8") == committed["docs/quality.md"]
     assert (tmp_path / "QUALITY.md").read_text(encoding="utf-8") == committed["bench/QUALITY.md"]
     assert readme.read_text(encoding="utf-8") == committed["README.md"]
 
