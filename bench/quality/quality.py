@@ -28,9 +28,9 @@ import record
 import torch
 
 from quality import finetune, tasks
-from quality.data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, averages, load_encoder, scores, spearman
+from quality.data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, averages, load_encoder, spearman
 from quality.encoders import BUNDLED
-from quality.train_selector import GATE_SCALE
+from quality.train_selector import EPOCHS, GATE_SCALE
 from s2sent_kernels import S2SentSelector, frozen
 from s2sent_kernels.checkpoints import pretrained
 from s2sent_kernels.tools import evaluation
@@ -38,7 +38,7 @@ from s2sent_kernels.tools import evaluation
 Row = dict[str, Any]
 
 HIDDEN, BOTTLENECK = 384, 32
-RECIPE = frozen.Recipe(epochs=6)
+RECIPE = frozen.Recipe(epochs=EPOCHS)
 BASE = {"N": 6, "M": 4, "norm": True, "gates": "input"}  # and H = 32
 # "scale" is where the gate scale starts; a row without one, as a row without H, is of the time before it was varied.
 PAPER: Row = {"prior": False}
@@ -111,9 +111,8 @@ def claims(options: Any) -> Iterator[Row]:
             print(f"{configuration} seed {seed}: mean {run['scores']['mean']:.2f}, {seconds:.1f} s", flush=True)
             yield configuration | {"seed": seed} | run
     if index == 0 and not options.missing:
-        _, sts = cached.features(6, 4)
-        for name, values in averages(sts.pooled).items():
-            yield {"gates": name, "scores": scores(values, cached.sts_texts, data), "parameters": 0}
+        for name, found in cached.averages(6, 4).items():
+            yield {"gates": name, "scores": found, "parameters": 0}
 
 
 def _shipped(options: Any) -> tuple[S2SentSelector, frozen.ScalarMix]:
