@@ -151,7 +151,7 @@ class TextTokenizer:
                 raise TypeError(f"texts: expected strings, got {type(text).__name__} as text {number}")
         try:
             if self._fast is None:
-                return Encoded(first, None, self._by_call(texts, first))
+                return Encoded(first, None, self._by_call([list(texts)], first))
             return Encoded(first, self._fast.encode_batch_fast(list(texts)), None)
         except (TypeError, UnicodeError):
             for number, text in enumerate(texts, first):
@@ -190,17 +190,23 @@ class TextTokenizer:
         last = len(ids) - self._before - self._after - overlap
         return [self._window(ids, self.limit, start) for start in range(0, last, room - overlap)]
 
-    def _by_call(self, texts: Sequence[str], first: int) -> Tokens:
+    def pairs(self, pairs: Sequence[tuple[str, str]]) -> Tokens:
+        """The tokens of pairs of texts, a row each, by the tokenizer's own call. Of a pair that is too long it cuts the longer
+        text, a token at a time."""
+        return self._by_call([[one for one, _ in pairs], [other for _, other in pairs]], 0)
+
+    def _by_call(self, columns: Sequence[list[str]], first: int) -> Tokens:
+        """``columns`` are the arguments of the tokenizer's call: texts, or texts and what each is paired with."""
         import numpy as np
 
-        if not texts:
+        if not columns[0]:
             return Tokens([], np.zeros(0, np.int64), 0)
-        whole = self._tokenizer(list(texts))
+        whole = self._tokenizer(*columns)
         long = [row for row, ids in enumerate(whole["input_ids"]) if len(ids) > self.limit]
         if long:
             self._too_long(first + long[0])
         # Only a call that truncates is told the limit: some tokenizers warn of texts beyond it.
-        kept = self._tokenizer(list(texts), truncation=True, max_length=self.limit) if long else whole
+        kept = self._tokenizer(*columns, truncation=True, max_length=self.limit) if long else whole
         ids, types = ([np.array(each, np.int32) for each in kept.get(n, ())] for n in ("input_ids", "token_type_ids"))
         typed = any(each.any() for each in types)
         return Tokens(ids, np.arange(len(ids)), len(long), types if typed else None)

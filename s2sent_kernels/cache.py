@@ -62,7 +62,7 @@ class BlockCache:
         hidden_size, token_frequencies, pooling: D, Y, and what p is.
     """
 
-    def __init__(self, folder: Path, texts: Sequence[str]) -> None:
+    def __init__(self, folder: Path, texts: Sequence[encoders.Text]) -> None:
         import numpy
 
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
@@ -76,11 +76,11 @@ class BlockCache:
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def row(self, text: str) -> int:
+    def row(self, text: encoders.Text) -> int:
         """A text's row. KeyError if the cache was made without that text."""
         return self._row[text]
 
-    def rows(self, texts: Sequence[str]) -> Tensor:
+    def rows(self, texts: Sequence[encoders.Text]) -> Tensor:
         return torch.tensor([self._row[text] for text in texts], dtype=torch.long)
 
     def _last(self, num_blocks: int) -> list[int]:
@@ -140,7 +140,7 @@ class BlockCache:
 # ---------------------------------------------------------------- making one
 
 
-def unique(texts: Sequence[str]) -> list[str]:
+def unique(texts: Sequence[encoders.Text]) -> list[encoders.Text]:
     """Each text once, in order of first appearance: the rows of a cache."""
     return list(dict.fromkeys(texts))
 
@@ -165,7 +165,7 @@ def fingerprint(encoder: torch.nn.Module, tokenizer: Any) -> str:
 def make(
     encoder: torch.nn.Module,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[encoders.Text],
     folder: str | Path,
     settings: Settings = ...,
     *,
@@ -178,7 +178,7 @@ def make(
 def make(
     encoder: torch.nn.Module,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[encoders.Text],
     folder: str | Path,
     settings: Settings = ...,
     *,
@@ -190,15 +190,15 @@ def make(
 def make(
     encoder: torch.nn.Module,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[encoders.Text],
     folder: str | Path,
     settings: Settings = DEFAULT,
     *,
     shard: tuple[int, int] | None = None,
     progress: bool = False,
 ) -> BlockCache | None:
-    """The cache of ``texts`` in a folder below ``folder``: opened if complete, resumed if a pass was interrupted, else made. A
-    text that appears twice is stored once. The encoder runs in eval mode, on its own device.
+    """The cache of ``texts``, or of pairs of texts, in a folder below ``folder``: opened if complete, resumed if a pass was
+    interrupted, else made. A text that appears twice is stored once. The encoder runs in eval mode, on its own device.
 
     Args:
         shard: (rank, world): ``world`` processes share the work, at once or one after the other, on machines that see the same
@@ -284,7 +284,7 @@ def _fill(
     batches: Sequence[list[int]],
     capture: BlockCapture,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[encoders.Text],
     settings: Settings,
     progress: bool,
 ) -> None:

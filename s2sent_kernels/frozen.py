@@ -6,8 +6,6 @@ every hard negative of its batch. A step reads [3 B, N, D] numbers and runs no e
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import cache, validate
+from . import cache, frozen_loop, validate
 from .cache import BlockCache
 from .formula import dct
+from .frozen_loop import History as History  # public under this name
 from .selector import S2SentSelector
 from .tools.baselines import ScalarMix as ScalarMix  # public under this name
 from .tools.encoders import in_eval_mode
@@ -29,7 +28,7 @@ EMBEDDED_AT_ONCE = 2048  # sentences, without gradients
 
 
 class Recipe(NamedTuple):
-    """The hyperparameters. The block prior has its own learning rate, because it moves much further than a weight."""
+    """The hyperparameters. Block prior and gate scale have their own learning rate: they move much further than a weight."""
 
     epochs: int = 5
     batch_size: int = 256
@@ -37,18 +36,11 @@ class Recipe(NamedTuple):
     learning_rate: float = 3e-3
     prior_learning_rate: float = 1e-2
     weight_decay: float = 0.01  # of matrices; 0 for biases, norms and priors
+    patience: int | None = None  # epochs without a better dev score before training stops
     seed: int = 0
 
 
 DEFAULT = Recipe()
-
-
-class History(NamedTuple):
-    """Mean loss of each epoch; the dev score before the first epoch and after each; the epoch whose state was kept."""
-
-    losses: list[float]
-    scores: list[float]
-    kept: int
 
 
 class Features(NamedTuple):
@@ -90,19 +82,6 @@ def info_nce(anchor: Tensor, positive: Tensor, negative: Tensor | None, temperat
     return F.cross_entropy(scores, torch.arange(len(anchor), device=anchor.device))
 
 
-def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    named = list(module.named_parameters())
-    priors = [p for name, p in named if name.endswith("block_prior")]
-    matrices = [p for name, p in named if not name.endswith("block_prior") and p.dim() > 1]
-    vectors = [p for name, p in named if not name.endswith("block_prior") and p.dim() == 1]
-    groups = [
-        {"params": matrices, "lr": recipe.learning_rate, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "lr": recipe.learning_rate, "weight_decay": 0.0},
-        {"params": priors, "lr": recipe.prior_learning_rate, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]])
-
-
 def train(
     module: nn.Module,
     features: Features,
@@ -124,56 +103,22 @@ def train(
         ValueError: the sizes do not fit, a number of the recipe is out of range, or the training diverged.
     """
     _check(recipe, len(anchor))
-    # A batch of one has no batch statistics and no negatives, so a last batch that is less than half full is dropped.
-    size = min(recipe.batch_size, len(anchor))
-    generator = torch.Generator().manual_seed(recipe.seed)
-    optimizer = _optimizer(module, recipe)
-    losses: list[float] = []
-    scores = [] if score is None else [score(module)]
-    best, kept = None, 0
-    for epoch in range(1, recipe.epochs + 1):
-        module.train()
-        order = torch.randperm(len(anchor), generator=generator)
-        total, batches = torch.zeros((), device=features.pooled.device), 0
-        for chosen in order.split(size):
-            if 2 * len(chosen) < size:
-                continue
-            rows = [anchor[chosen], positive[chosen]]
-            if negative is not None:
-                rows.append(negative[chosen][negative[chosen] >= 0])
-            # One call of the gate for the whole batch: its norm must see one distribution, not anchors apart from the rest.
-            together = embed(module, features.take(torch.cat(rows).to(features.pooled.device)))
-            anchors, positives, negatives = together.split([len(chosen), len(chosen), len(together) - 2 * len(chosen)])
-            loss = info_nce(anchors, positives, negatives, recipe.temperature)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            total += loss.detach()
-            batches += 1
-        losses.append((total / batches).item())
-        module.eval()
-        if score is not None:
-            scores.append(score(module))
-            if best is None or _order(scores[-1]) > _order(scores[kept]):
-                best, kept = copy.deepcopy(module.state_dict()), epoch
-        else:
-            kept = epoch
-    if best is not None:
-        module.load_state_dict(best)
-    validate.finite_state("module", module)
-    return History(losses, scores, kept)
 
+    def loss_of(chosen: Tensor) -> Tensor:
+        rows = [anchor[chosen], positive[chosen]]
+        if negative is not None:
+            rows.append(negative[chosen][negative[chosen] >= 0])
+        # One call of the gate for the whole batch: its norm must see one distribution, not anchors apart from the rest.
+        together = embed(module, features.take(torch.cat(rows).to(features.pooled.device)))
+        anchors, positives, negatives = together.split([len(chosen), len(chosen), len(together) - 2 * len(chosen)])
+        return info_nce(anchors, positives, negatives, recipe.temperature)
 
-def _order(score: float) -> float:
-    """A score for comparison. NaN, the correlation of identical embeddings, ranks below every number."""
-    return -math.inf if math.isnan(score) else score
+    return frozen_loop.run(module, len(anchor), loss_of, recipe, None if score is None else lambda: score(module))
 
 
 def _check(recipe: Recipe, count: int) -> None:
-    for name in ("epochs", "batch_size"):
-        validate.positive_int(name, getattr(recipe, name))
-    for name in ("temperature", "learning_rate", "prior_learning_rate"):
-        validate.positive_number(name, getattr(recipe, name))
+    frozen_loop.check(recipe)
+    validate.positive_number("temperature", recipe.temperature)
     if count < 2:
         raise ValueError(f"anchor: expected at least two, since a batch's others are the negatives, got {count}")
 

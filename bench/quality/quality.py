@@ -4,15 +4,18 @@ one that is trained too, and how the shipped selector does beyond similarity.
     python bench/quality/quality.py claims   --data FOLDER     tables over M, N, prior, norm, gates of the input or constant
     python bench/quality/quality.py subsets  --data FOLDER     the shipped selector on every subset of the STS sets
     python bench/quality/quality.py transfer --data FOLDER     logistic regression on the shipped selector's embeddings
+    python bench/quality/quality.py tasks    --data FOLDER     selectors and other fusions trained on classification
     python bench/quality/quality.py finetune --data FOLDER     encoder and fusion trained together, same budget for all
     python bench/quality/report.py                             bench/results/quality/*.json to bench/QUALITY.md
 
 bench/quality/data.py describes the folder. A GPU is used if there is one. Every configuration is trained from three seeds, and
-nothing is selected on a reported set. --part I/K measures one of K parts, for several processes at once.
+nothing is selected on a reported set. --part I/K measures one of K parts, for several processes at once; --missing leaves out
+the claims that were measured before.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -24,31 +27,55 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, also where this fi
 import record
 import torch
 
-from quality import finetune
-from quality.data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, load_encoder, scores
+from quality import finetune, tasks
+from quality.data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, averages, load_encoder, spearman
+from quality.encoders import BUNDLED
+from quality.train_selector import EPOCHS, GATE_SCALE
 from s2sent_kernels import S2SentSelector, frozen
 from s2sent_kernels.checkpoints import pretrained
 from s2sent_kernels.tools import evaluation
 
-HIDDEN, BOTTLENECK = 384, 32
-RECIPE = frozen.Recipe(epochs=6)
-BASE = {"N": 6, "M": 4, "prior": True, "norm": True, "gates": "input"}
-TOKEN_FREQUENCIES = 6  # M = 16 on 6 blocks needs y up to 5
-
 Row = dict[str, Any]
+
+HIDDEN, BOTTLENECK = 384, 32
+RECIPE = frozen.Recipe(epochs=EPOCHS)
+BASE = {"N": 6, "M": 4, "norm": True, "gates": "input"}  # and H = 32
+# "scale" is where the gate scale starts; a row without one, as a row without H, is of the time before it was varied.
+PAPER: Row = {"prior": False}
+PRIOR: Row = {"prior": True}
+SCALED: Row = {"prior": True, "scale": GATE_SCALE}
+SCALED_ALONE: Row = {"prior": False, "scale": GATE_SCALE}
+TOKEN_FREQUENCIES = 6  # M = 16 on 6 blocks needs y up to 5
+BOTTLENECKS = (8, 16, 64, 128)  # beside the base's
+VARIED = ("N", "M", "H", "norm", "gates", "prior", "scale", "seed")
 
 
 def claims_configurations() -> list[Row]:
-    """Variations of one base, each with and without the prior; a configuration in several tables is trained once."""
+    """Variations of one base, each by the paper's formula, with the prior, and with prior and gate scale; a configuration in
+    several tables is trained once."""
     varied: list[Row] = [{"M": m} for m in (1, 2, 4, 8, 16)] + [{"N": n} for n in range(1, 7)]
-    varied += [{"norm": norm, "gates": gates} for norm in (True, False) for gates in ("input", "constant")]
+    norms: list[Row] = [{"norm": norm, "gates": gates} for norm in (True, False) for gates in ("input", "constant")]
+    wanted = [BASE | change | form for change in varied + norms for form in (PRIOR, PAPER)]
+    wanted += [BASE | change | SCALED for change in [*varied, {"norm": False}]]
+    wanted += [BASE | {"H": bottleneck} | form for bottleneck in BOTTLENECKS for form in (PRIOR, SCALED)]
+    wanted += [BASE | SCALED_ALONE]
     found: list[Row] = []
-    for change in varied:
-        for prior in (True, False):
-            row = BASE | change | {"prior": prior}
-            if row not in found:
-                found.append(row)
+    for row in wanted:
+        if row not in found:
+            found.append(row)
     return found + [{"N": n, "gates": "scalar mix"} for n in range(1, 7)]
+
+
+def measured(folder: Path, section: str) -> list[Row]:
+    """The rows of a section's files."""
+    found = []
+    for path in sorted(folder.glob(f"{section}*.json")):
+        found += json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return found
+
+
+def configuration_of(row: Row) -> Row:
+    return {name: row[name] for name in VARIED if name in row}
 
 
 def claims(options: Any) -> Iterator[Row]:
@@ -57,6 +84,11 @@ def claims(options: Any) -> Iterator[Row]:
     index, parts = options.part
     # Sorted by (N, M), so that the features of each are gathered once.
     configurations = sorted(claims_configurations(), key=lambda row: (row["N"], row.get("M", 4)))
+    if options.missing:
+        there = [configuration_of(row) for row in measured(options.output, "claims")]
+        configurations = [
+            row for row in configurations if any(row | {"seed": seed} not in there for seed in options.seeds)
+        ]
     bounds = [len(configurations) * part // parts for part in (index, index + 1)]
     for configuration in configurations[slice(*bounds)]:
         num_blocks, frequencies = configuration["N"], configuration.get("M", 4)
@@ -68,7 +100,8 @@ def claims(options: Any) -> Iterator[Row]:
                 module = frozen.ScalarMix(num_blocks)
             else:
                 module = S2SentSelector(
-                    HIDDEN, num_blocks, BOTTLENECK, frequencies, block_prior=configuration["prior"],
+                    HIDDEN, num_blocks, configuration.get("H", BOTTLENECK), frequencies,
+                    block_prior=configuration["prior"], gate_scale=configuration.get("scale"),
                     gate_norm="batch" if configuration["norm"] else None, backend="reference",
                 )  # fmt: skip
             run = cached.train(
@@ -77,24 +110,22 @@ def claims(options: Any) -> Iterator[Row]:
             seconds = time.perf_counter() - start
             print(f"{configuration} seed {seed}: mean {run['scores']['mean']:.2f}, {seconds:.1f} s", flush=True)
             yield configuration | {"seed": seed} | run
-    if index == 0:
-        _, sts = cached.features(6, 4)
-        means = {
-            evaluation.MEAN_OF_LAST: sts.pooled[:, -1],
-            evaluation.FIRST_LAST: sts.pooled[:, [0, -1]].mean(dim=1),
-            evaluation.AVERAGE: sts.pooled.mean(dim=1),
-        }
-        for name, values in means.items():
-            yield {"gates": name, "scores": scores(values, cached.sts_texts, data), "parameters": 0}
+    if index == 0 and not options.missing:
+        for name, found in cached.averages(6, 4).items():
+            yield {"gates": name, "scores": found, "parameters": 0}
+
+
+def _shipped(options: Any) -> tuple[S2SentSelector, frozen.ScalarMix]:
+    name = BUNDLED if options.selector is None else options.selector
+    selector = S2SentSelector.from_pretrained(name, backend="reference").to(options.device)
+    weights = pretrained.read_config(pretrained.find(name))["scalar_mix"]
+    return selector, frozen.ScalarMix.of_weights(weights).to(options.device)
 
 
 def _embed_shipped(options: Any) -> evaluation.Embed:
     """A function from texts to their embeddings by the shipped selector and by every other pooling."""
     encoder, tokenizer = load_encoder(options.model, options.device)
-    name = "all-MiniLM-L6-v2" if options.selector is None else options.selector
-    selector = S2SentSelector.from_pretrained(name).to(options.device)
-    about = pretrained.read_config(pretrained.find(name))
-    mix = frozen.ScalarMix.of_weights(about["scalar_mix"]).to(options.device)
+    selector, mix = _shipped(options)
     modules = {evaluation.S2SENT: selector, evaluation.SCALAR_MIX: mix}
 
     def embed(texts: Any) -> dict[str, torch.Tensor]:
@@ -104,16 +135,25 @@ def _embed_shipped(options: Any) -> evaluation.Embed:
 
 
 def subsets(options: Any) -> Iterator[Row]:
-    """Spearman on every subset of the test sets: pairs of one source."""
-    embed = _embed_shipped(options)
-    for name, pairs in Data.read(options.data).tests.items():
+    """Spearman on every subset of the test sets, pairs of one source, from the cache."""
+    cached = Frozen(Data.read(options.data), options.cache, options.model, options.device, options.token_frequencies)
+    selector, mix = _shipped(options)
+    _, sts = cached.features(selector.num_blocks, selector.frequencies)
+    embeddings = averages(sts.pooled)
+    embeddings |= {
+        evaluation.S2SENT: frozen.embed_all(selector, sts),
+        evaluation.SCALAR_MIX: frozen.embed_all(mix, sts),
+    }
+    place = {text: row for row, text in enumerate(cached.sts_texts)}
+    for name, pairs in cached.data.tests.items():
         parts: dict[str, list[evaluation.Pair]] = {}
         for pair in pairs:
             # STS-B gives genre/source/year; only genres have enough pairs.
             parts.setdefault(pair.subset.partition("/")[0], []).append(pair)
         for part, some in parts.items():
-            for pooling, found in evaluation.sts(embed, some).items():
-                yield {"set": name, "subset": part, "pairs": len(some), "pooling": pooling, **found._asdict()}
+            for pooling, values in embeddings.items():
+                found = spearman(values, place, some)
+                yield {"set": name, "subset": part, "pairs": len(some), "pooling": pooling, "spearman": found}
 
 
 def transfer(options: Any) -> Iterator[Row]:
@@ -128,7 +168,9 @@ def transfer(options: Any) -> Iterator[Row]:
             yield row
 
 
-SECTIONS = {"claims": claims, "subsets": subsets, "transfer": transfer, "finetune": finetune.measure}
+SECTIONS = {
+    "claims": claims, "subsets": subsets, "transfer": transfer, "tasks": tasks.measure, "finetune": finetune.measure,
+}  # fmt: skip
 
 
 def main() -> int:
@@ -136,6 +178,8 @@ def main() -> int:
     parser.add_argument("section", choices=SECTIONS)
     parser.add_argument("--part", default="0/1", type=lambda text: tuple(int(part) for part in text.split("/")))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of claims and finetune (default: all)")
+    parser.add_argument("--missing", action="store_true", help="of claims: only what no file of --output has")
+    parser.add_argument("--file", help="name of the results' file without its ending (default: the section's)")
     parser.add_argument("--selector", help="folder of a selector, for transfer (default: the shipped one)")
     parser.add_argument("--epochs", type=int, default=3, help="of finetune (default: 3)")
     parser.add_argument("--limit", type=int, help="triplets at most, to try the scripts")
@@ -147,7 +191,7 @@ def main() -> int:
     name = options.section if parts == 1 else f"{options.section}-{index}-of-{parts}"
     if tuple(options.seeds) != SEEDS:  # a file of their own
         name += "-seeds-" + "-".join(map(str, options.seeds))
-    path = options.output / f"{name}.json"
+    path = options.output / f"{options.file or name}.json"
     content: Row = {"section": options.section, "environment": record.environment(), "rows": []}
     for row in SECTIONS[options.section](options):
         content["rows"].append(row)

@@ -1,6 +1,6 @@
-"""bench/results/quality/*.json to bench/QUALITY.md, and to the README's paragraph of scores. No number is typed by hand.
+"""bench/results/quality/*.json to bench/QUALITY.md, docs/quality.md and the README's paragraph of scores: no number by hand.
 
-python bench/quality/report.py [--results bench/results/quality] [--output bench/QUALITY.md] [--readme README.md]
+python bench/quality/report.py --readme README.md --guide docs/quality.md
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import argparse
 import json
 import statistics
 import sys
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, also where this fi
 import record
 from pages import insert, table
 
-from quality import train_selector
-from quality.data import MODEL_NAME, TESTS, TRANSFER, spread
-from quality.quality import BASE as CLAIMS_BASE
+from quality import guide, train_selector
+from quality import tasks as quality_tasks
+from quality.data import TRANSFER, spread
+from quality.quality import BASE, BOTTLENECK, BOTTLENECKS, PAPER, PRIOR, SCALED, SCALED_ALONE, configuration_of
 from quality.quality import RECIPE as claims_recipe
 from s2sent_kernels.checkpoints import pretrained
 from s2sent_kernels.files import write_atomically
 from s2sent_kernels.tools import evaluation
 
 Row = dict[str, Any]
-COLUMNS = ("dev", *TESTS, "mean")
-TITLES = ("STS-B dev", "STS12", "STS14", "STS16", "STS-B test", "mean of the four")
+COLUMNS, TITLES = train_selector.COLUMNS, train_selector.TITLES
 START, END = "<!-- quality: written by bench/quality/report.py -->", "<!-- quality: end -->"
-BASE = {name: value for name, value in CLAIMS_BASE.items() if name != "prior"}
+FORMS = {"paper's formula": PAPER, "+ prior": PRIOR, "+ prior, gate scale": SCALED, "+ gate scale": SCALED_ALONE}
 
 INTRO = """\
 # Quality
@@ -41,9 +40,10 @@ Written by `bench/quality/report.py` from [results/quality](results/quality), wh
 Spearman × 100 of cosine similarities, each STS set as one; where there are seeds, the median and in parentheses the lowest and
 highest, of three where no other number is given.
 
-Epochs (of 6), and for the shipped selector the learning rate and the seed, are selected on STS-B dev. It shares pairs with STS12,
-STS14 and STS16 ({shared}; of {dev:,}): the shipped selector's section shows what other rules give.
-Training: {triplets:,} NLI triplets without the sentences of the STS sets, InfoNCE with hard negatives, temperature 0.05."""
+Epochs (of {epochs}), and for a shipped selector the learning rate and the seed, are selected by the loss of {held_out:,} held-out
+triplets. What STS-B dev selects stands beside it, in the shipped selector's section: with the pairs that it shares with the
+test sets ({shared}), and without ({apart:,} of {dev:,}). Training: {triplets:,} NLI triplets without the sentences of the STS sets,
+InfoNCE with hard negatives, temperature 0.05."""
 
 
 def load(folder: Path, section: str) -> tuple[list[Row], list[Row]]:
@@ -68,22 +68,28 @@ def baseline_rows(rows: Sequence[Row], *names: str) -> list[list[str]]:
     return [[name, *cells(matching(rows, {"gates": name}))] for name in names if matching(rows, {"gates": name})]
 
 
-def varied(rows: Sequence[Row], name: str, values: Sequence[Any], title: str, said: Callable[[Any], str]) -> str:
-    """One table: the base with each value of ``name``, with and without the prior."""
+def claimed(rows: Iterable[Row], **settings: Any) -> list[Row]:
+    """The rows of exactly these settings, on the base."""
+    wanted = BASE | settings
+    return [row for row in rows if configuration_of(row) | {"seed": None} == wanted | {"seed": None}]
+
+
+def by_form(rows: Sequence[Row], title: str, changes: dict[str, Row]) -> str:
+    """One table: the base with each change, by each form of the gates."""
     lines = []
-    for value in values:
-        for prior in (True, False):
-            found = matching(rows, {**BASE, name: value, "prior": prior})
+    for said, change in changes.items():
+        for form, settings in FORMS.items():
+            found = claimed(rows, **change, **settings)
             if found:
-                lines.append([said(value), "on" if prior else "off", *cells(found)])
-    return table((f"<{title}", "<prior", *TITLES), lines)
+                lines.append([said, form, *cells(found)])
+    return table((f"<{title}", "<gates", *TITLES), lines)
 
 
 def claims(rows: Sequence[Row]) -> str:
     parts = ["## What each part is worth, encoder frozen"]
     parts.append(
-        "Variations of one base: N = 6 blocks, M = 4 components, H = 32, batch norm, gates of the input. Prior off is the\n"
-        f"paper's formula. Learning rate {claims_recipe.learning_rate:g}."
+        f"Variations of one base: N = 6 blocks, M = 4 components, H = {BOTTLENECK}, batch norm, gates of the input; by the\n"
+        f"paper's formula, with the block prior, and with prior and gate scale. Learning rate {claims_recipe.learning_rate:g}."
     )
     parts += ["### For comparison"]
     lines = baseline_rows(rows, evaluation.MEAN_OF_LAST, evaluation.FIRST_LAST, evaluation.AVERAGE)
@@ -93,58 +99,58 @@ def claims(rows: Sequence[Row]) -> str:
         if matching(rows, {"gates": "scalar mix", "N": n})
     ]
     parts.append(table(("<pooling", *TITLES), lines))
-    parts += ["### DCT components", "M = 1 is global average pooling.", varied(rows, "M", (1, 2, 4, 8, 16), "M", str)]
-    parts += [
-        "### Blocks",
-        "N = 1 has one gate, which is 1: the mean of the last block.",
-        varied(rows, "N", range(1, 7), "N", str),
-    ]
-    parts += ["### Norm and gates", "Constant gates: f = 0 for every sentence, so that they cannot depend on it."]
-    lines = []
-    for norm in (True, False):
-        for gates in ("input", "constant"):
-            for prior in (True, False):
-                found = matching(rows, {**BASE, "norm": norm, "gates": gates, "prior": prior})
-                if found:
-                    lines.append(["batch" if norm else "none", gates, "on" if prior else "off", *cells(found)])
-    parts.append(table(("<norm", "<gates", "<prior", *TITLES), lines))
+    parts += ["### DCT components", "M = 1 is global average pooling."]
+    parts.append(by_form(rows, "M", {str(m): {"M": m} for m in (1, 2, 4, 8, 16)}))
+    parts += ["### Blocks", "N = 1 has one gate, which is 1: the mean of the last block."]
+    parts.append(by_form(rows, "N", {str(n): {"N": n} for n in range(1, 7)}))
+    parts += ["### Bottleneck"]
+    parts.append(
+        by_form(rows, "H", {str(h): {} if h == BOTTLENECK else {"H": h} for h in sorted((BOTTLENECK, *BOTTLENECKS))})
+    )
+    parts += ["### Norm and gates", "Constant: f = 0 for every sentence, so that the gates cannot depend on it."]
+    changes = {
+        f"{'batch' if norm else 'none'}, {gates}": {"norm": norm, "gates": gates}
+        for norm in (True, False)
+        for gates in ("input", "constant")
+    }
+    parts.append(by_form(rows, "norm, input", changes))
     parts.append(readings(rows))
     return "\n\n".join(parts)
 
 
-def _median(rows: Sequence[Row], **wanted: Any) -> float | None:
-    found = matching(rows, {**BASE, "prior": True, **wanted})
+def _median(rows: Sequence[Row], form: Row, **change: Any) -> float | None:
+    found = claimed(rows, **change, **form)
     return statistics.median(row["scores"]["mean"] for row in found) if found else None
 
 
 def readings(rows: Sequence[Row]) -> str:
     """The tables' differences: medians of the mean of the four sets, against the base or a baseline."""
-    base, paper = _median(rows), _median(rows, prior=False)
-    if base is None or paper is None:
-        return ""
-    lines = ["Differences of medians, mean of the four sets:", ""]
-
-    def say(text: str, value: float | None, against: float) -> None:
-        if value is not None:
-            lines.append(f"* {text}: {value - against:+.2f}")
-
     mean_of_last = matching(rows, {"gates": evaluation.MEAN_OF_LAST})
-    if mean_of_last:
-        last = mean_of_last[0]["scores"]["mean"]
-        say("selector with prior, over the mean of the last block", base, last)
-        say("selector without prior (the paper's formula), over the mean of the last block", paper, last)
     mix = matching(rows, {"gates": "scalar mix", "N": 6})
+    against = {}
+    if mean_of_last:
+        against["the mean of the last block"] = mean_of_last[0]["scores"]["mean"]
     if mix:
-        say("selector with prior, over the scalar mix", base, statistics.median(row["scores"]["mean"] for row in mix))
-    say("constant gates, over gates of the input, with prior", _median(rows, gates="constant"), base)
-    say("constant gates, over gates of the input, without prior", _median(rows, gates="constant", prior=False), paper)
-    say("no norm, over batch norm, with prior", _median(rows, norm=False), base)
-    say("no norm, over batch norm, without prior", _median(rows, norm=False, prior=False), paper)
-    for m in (1, 2, 8, 16):
-        say(f"M = {m} over M = 4, with prior", _median(rows, M=m), base)
-    for n in (2, 3, 4, 5):
-        say(f"N = {n} over N = 6, with prior", _median(rows, N=n), base)
-    return "\n".join(lines)
+        against["the scalar mix"] = statistics.median(row["scores"]["mean"] for row in mix)
+    changes: dict[str, Row] = {f"M = {m} over M = 4": {"M": m} for m in (1, 2, 8, 16)}
+    changes |= {f"N = {n} over N = 6": {"N": n} for n in (2, 3, 4, 5)}
+    changes |= {f"H = {h} over H = {BOTTLENECK}": {"H": h} for h in BOTTLENECKS}
+    changes |= {
+        "no norm over batch norm": {"norm": False},
+        "constant gates over gates of the input": {"gates": "constant"},
+    }
+    forms = [form for form in FORMS if _median(rows, FORMS[form]) is not None]
+    lines = []
+    for name, value in against.items():
+        lines.append([f"base over {name}", *(_difference(_median(rows, FORMS[form]), value) for form in forms)])
+    for name, change in changes.items():
+        of = [_difference(_median(rows, FORMS[form], **change), _median(rows, FORMS[form])) for form in forms]
+        lines.append([name, *of])
+    return "Differences of medians, mean of the four sets:\n\n" + table(("<difference", *forms), lines)
+
+
+def _difference(value: float | None, against: float | None) -> str:
+    return "–" if value is None or against is None else f"{value - against:+.2f}"
 
 
 def transfer(rows: Sequence[Row]) -> str:
@@ -166,6 +172,57 @@ def transfer(rows: Sequence[Row]) -> str:
         lines.append(line)
     parts.append(table(("<pooling", *TRANSFER, "mean accuracy"), lines))
     return "\n\n".join(parts)
+
+
+def tasks(rows: Sequence[Row]) -> str:
+    """Fusions downwards, tasks to the right: the median accuracy over the seeds; last the mean over the tasks of each seed."""
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    sizes = "; ".join(
+        f"{name} {row['train']:,} / {row['dev']:,} / {row['test']:,}"
+        for name in names
+        for row in matching(rows, {"task": name})[:1]
+    )
+    parts = ["## Trained on a task, encoder frozen"]
+    parts.append(
+        "Fusion and linear head trained together from the cache, accuracy × 100 on the test part. Every fusion had the same\n"
+        "search: learning rate 0.001, 0.003 or 0.01 and dropout 0 or 0.2 with the first seed, then the recipe that is best on\n"
+        f"dev with three seeds; dev selects the epoch, of 8, too. Texts of train / dev / test: {sizes}."
+    )
+    lines = []
+    for pooling in dict.fromkeys(row["pooling"] for row in rows):
+        mine = matching(rows, {"pooling": pooling})
+        line = [pooling, f"{mine[0]['features']:,}", f"{mine[0]['parameters']:,}"]
+        line += [spread([row["accuracy"] for row in matching(mine, {"task": name})]) for name in names]
+        lines.append([*line, spread(_task_means(mine))])
+    parts.append(table(("<fusion", "features", "parameters", *names, "mean"), lines))
+    return "\n\n".join([*parts, tasks_won(rows)])
+
+
+def _task_means(rows: Sequence[Row]) -> list[float]:
+    """Of one fusion: for each seed the mean over the tasks."""
+    return [
+        statistics.mean(row["accuracy"] for row in matching(rows, {"seed": seed}))
+        for seed in dict.fromkeys(row["seed"] for row in rows)
+    ]
+
+
+def tasks_won(rows: Sequence[Row]) -> str:
+    """Which fusion is best on each task and on their mean, and what the DCT components beyond the first add."""
+    names = list(dict.fromkeys(row["pooling"] for row in rows))
+    lines = []
+    for task in (*dict.fromkeys(row["task"] for row in rows), None):
+        of = {}
+        for name in names:
+            mine = matching(rows, {"pooling": name} if task is None else {"pooling": name, "task": task})
+            of[name] = statistics.median(_task_means(mine))
+        best, second = sorted(of, key=lambda name: -of[name])[:2]
+        line = (
+            f"* {task or 'mean of the tasks'}: {best} is best with {of[best]:.2f}, then {second} with {of[second]:.2f}"
+        )
+        if {quality_tasks.ONE_COMPONENT, evaluation.S2SENT} <= set(of):
+            line += f"; M = 4 over M = 1: {of[evaluation.S2SENT] - of[quality_tasks.ONE_COMPONENT]:+.2f}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def subsets(rows: Sequence[Row]) -> str:
@@ -218,86 +275,64 @@ def finetune(rows: Sequence[Row]) -> str:
 def parameters(claim_rows: Sequence[Row], encoder: int) -> str:
     lines = []
     for n in range(1, 7):
-        for prior in (True, False):
-            found = matching(claim_rows, {**BASE, "N": n, "prior": prior})
+        for form, settings in FORMS.items():
+            found = claimed(claim_rows, N=n, **settings)
             if found:
                 count = found[0]["parameters"]
-                lines.append([str(n), "on" if prior else "off", f"{count:,}", f"{100 * count / encoder:.2f} %"])
-    head = ("<N", "<prior", "parameters", f"of the encoder's {encoder:,}")
-    return "\n\n".join(["## Parameters added", "H = 32, batch norm; M adds none.", table(head, lines)])
+                lines.append([str(n), form, f"{count:,}", f"{100 * count / encoder:.2f} %"])
+    head = ("<N", "<gates", "parameters", f"of the encoder's {encoder:,}")
+    return "\n\n".join(["## Parameters added", f"H = {BOTTLENECK}, batch norm; M adds none.", table(head, lines)])
 
 
 def shipped(content: Row) -> str:
-    parts = ["## The shipped selector", train_selector.table(content)]
-    parts += ["The rule that selected the epoch, and what other rules give:", train_selector.rules(content)]
-    return "\n\n".join(parts)
+    name = content["name"]
+    parts = [f"## The selector for {name}"]
+    parts += ["Every fusion had the same search over learning rates and epochs.", train_selector.table(content)]
+    parts += [train_selector.verdict(content), "The rule that selected the epoch, and what other rules give:"]
+    return "\n\n".join([*parts, train_selector.rules(content)])
 
 
-def when(content: Row, claim_rows: Sequence[Row], transfer_rows: Sequence[Row], tuned: Sequence[Row]) -> str:
-    """The README's paragraph on when to use what. Its words hold for whatever figures the results have."""
-    of = {
-        kind: statistics.median(r["scores"]["mean"] for r in content["runs"] if r["pooling"] == kind and r["chosen"])
-        for kind in (evaluation.SCALAR_MIX, evaluation.S2SENT)
-    }
-    last = content["baselines"][evaluation.MEAN_OF_LAST]["mean"]
-    paper = _median(claim_rows, prior=False)
-    words = (
-        "For similarity behind a frozen, contrastively trained encoder, use the selector with its block prior: on "
-        f"all-MiniLM-L6-v2 its mean Spearman × 100 of four STS sets is {of[evaluation.S2SENT]:.2f}, against {last:.2f} for the "
-        f"mean of the last block and {of[evaluation.SCALAR_MIX]:.2f} for a learned scalar mix"
-    )
-    words += f". The paper's formula, without a prior, gives {paper:.2f}." if paper is not None else "."
-    accuracy = {
-        pooling: statistics.mean(row["accuracy"] for row in matching(transfer_rows, {"pooling": pooling}))
-        for pooling in dict.fromkeys(row["pooling"] for row in transfer_rows)
-    }
-    if accuracy:
-        best = max(accuracy, key=lambda pooling: accuracy[pooling])
-        words += (
-            f" For classifiers on frozen embeddings the {best} is best, with mean accuracy {accuracy[best]:.2f} "
-            f"(selector {accuracy[evaluation.S2SENT]:.2f}, mean of the last block {accuracy[evaluation.MEAN_OF_LAST]:.2f})."
-        )
-    names = list(dict.fromkeys(map(fusion_name, tuned)))
-    if names:
-        scores = {n: [r["scores"]["mean"] for r in tuned if fusion_name(r) == n] for n in names}
-        order = sorted(names, key=lambda name: -statistics.median(scores[name]))
-        told = ", ".join(f"{name} {spread(scores[name])}" for name in order)
-        seeds = sorted({len(values) for values in scores.values()})
-        words += (
-            f" Where the encoder is fine-tuned too, the order at the same budget is, from the best "
-            f"({' or '.join(map(str, seeds))} seeds each): {told}."
-        )
-    return textwrap.fill(words, 128, break_on_hyphens=False)
-
-
-def build(results: Path, output: Path, readme: Path | None, card: bool = True) -> None:
-    path = results / "selector.json"
+def read(path: Path) -> Row:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise record.UserError(f"{path}: cannot be read: {error}") from error
+
+
+def build(results: Path, output: Path, readme: Path | None, guidance: Path | None, card: bool = True) -> None:
+    content = read(results / "selector.json")
+    selectors = [content, *(read(path) for path in sorted(results.glob("selector-*.json")))]
     shared = ", ".join(f"{name} {count}" for name, count in content["dev_shared"].items())
-    sections = {"subsets": subsets, "transfer": transfer, "claims": claims, "finetune": finetune}
+    sections = {"subsets": subsets, "transfer": transfer, "claims": claims, "tasks": tasks, "finetune": finetune}
     found = {name: load(results, name) for name in sections}
     rows = {name: rows for name, (rows, _) in found.items()}
     claim_rows = rows["claims"]
-    parts = [INTRO.format(shared=shared, dev=content["dev"], triplets=content["triplets"]), shipped(content)]
+    numbers = {name: content[name] for name in ("dev", "triplets", "held_out")} | {
+        "apart": content["dev_apart"],
+        "shared": shared,
+    }
+    parts = [INTRO.format(**numbers), *(shipped(one) for one in selectors)]
     parts += [section(rows[name]) for name, section in sections.items() if rows[name]]
     if claim_rows:
         parts.append(parameters(claim_rows, content["parameters"]["encoder"]))
     lines = []
-    runs = {"selector": [content["environment"]]} | {name: environments for name, (_, environments) in found.items()}
+    runs = {f"selector, {one['name']}": [one["environment"]] for one in selectors}
+    runs |= {name: environments for name, (_, environments) in found.items()}
     for name, environments in runs.items():
-        if environments:
-            one = environments[0]
+        for one in {(each["device"], each["commit"]): each for each in environments}.values():
             lines.append([name, one["device"], one["date"], one["commit"], f"torch {one['versions']['torch']}"])
     parts += ["## Runs", table(("<results", "<device", "<date", "<commit", "<versions"), lines)]
     write_atomically(output, ("\n\n".join(parts) + "\n").encode())
     if card:
-        folder = pretrained.find(MODEL_NAME)
-        write_atomically(folder / "README.md", train_selector.card(content, folder).encode())
+        for one in selectors:
+            if one["name"] in pretrained.shipped():
+                folder = pretrained.find(one["name"])
+                write_atomically(folder / "README.md", train_selector.card(one, folder).encode())
+    measured = guide.Results(selectors, rows["tasks"], rows["transfer"], rows["finetune"])
+    if guidance is not None:
+        write_atomically(guidance, guide.page(measured).encode())
     if readme is not None:
-        insert(readme, START, END, when(content, claim_rows, rows["transfer"], rows["finetune"]))
+        insert(readme, START, END, guide.paragraph(measured))
 
 
 def main() -> int:
@@ -305,9 +340,10 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=record.RESULTS / "quality")
     parser.add_argument("--output", type=Path, default=record.BENCH / "QUALITY.md")
     parser.add_argument("--readme", type=Path, help="also write the figures between this file's markers")
+    parser.add_argument("--guide", type=Path, help="also write the page on when to use what")
     options = parser.parse_args()
     try:
-        build(options.results, options.output, options.readme)
+        build(options.results, options.output, options.readme, options.guide)
     except record.UserError as error:
         print(f"quality/report: error: {error}", file=sys.stderr)
         return 2

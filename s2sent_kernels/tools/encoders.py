@@ -13,6 +13,7 @@ from ..batches import TextTokenizer, ahead, padded, to_device
 from ..files import require
 
 AHEAD = 4  # batches that are tokenized while one is in work
+Text = str | tuple[str, str]  # or a pair, which the encoder reads as one input
 
 
 class TokenBatch(NamedTuple):
@@ -31,10 +32,11 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
-def longest_first(texts: Sequence[str]) -> list[int]:
+def longest_first(texts: Sequence[Text]) -> list[int]:
     """The rows of ``texts`` by descending length: batches need little padding, and one that is too large for the device fails at
     once."""
-    return sorted(range(len(texts)), key=lambda row: (-len(texts[row]), row))
+    lengths = [len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts]
+    return sorted(range(len(texts)), key=lambda row: (-lengths[row], row))
 
 
 def in_batches(rows: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -44,7 +46,7 @@ def in_batches(rows: Sequence[int], batch_size: int) -> list[list[int]]:
 def token_batches(
     encoder: nn.Module,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     batches: Sequence[Sequence[int]],
     *,
     max_length: int,
@@ -54,6 +56,7 @@ def token_batches(
     """Tokenise ``texts`` batch by batch, in a thread ahead of the caller.
 
     Args:
+        texts: texts, or pairs of texts, but not both.
         batches: the rows of ``texts`` in each batch.
         max_length: texts are truncated to as many tokens, or to fewer where tokenizer or encoder support fewer.
         skip: how many batches to leave out at the beginning; the progress bar counts them.
@@ -64,7 +67,8 @@ def token_batches(
 
     def made() -> Iterator[TokenBatch]:
         for rows in batches[skip:]:
-            tokens = tokenize([texts[row] for row in rows])
+            some: Any = [texts[row] for row in rows]
+            tokens = tokenize(some) if isinstance(some[0], str) else tokenize.pairs(some)
             inputs = padded(tokens, range(len(rows)), tokenize.pad_id)
             yield TokenBatch(list(rows), inputs)
 

@@ -14,6 +14,7 @@ sys.path.insert(0, str(next(f for f in Path(__file__).parents if (f / "bench/sui
 import pages
 import record
 from quality import data, finetune, quality, report, train_selector
+from quality import tasks as on_tasks
 
 from s2sent_kernels import S2SentSelector
 from s2sent_kernels.tools import evaluation
@@ -23,7 +24,13 @@ ENVIRONMENT = {"device": "A CPU", "date": "2026-01-01", "commit": "abc", "versio
 
 
 def scores(value):
-    return {"dev": value, "dev apart": 100 - value, **dict.fromkeys(data.TESTS, value), "mean": value}
+    return {
+        "dev": value,
+        "dev apart": 100 - value,
+        "held out": -value,
+        **dict.fromkeys(data.TESTS, value),
+        "mean": value,
+    }
 
 
 @pytest.fixture
@@ -50,13 +57,16 @@ def test_pairs_that_dev_shares_with_a_test_set_are_counted_and_set_apart(data_fo
     assert [(pair.sentence1, pair.sentence2) for pair in read.dev_apart] == [("One.", "Two.")]
 
 
-def test_every_claim_is_varied_with_and_without_the_prior_and_trained_once():
+def test_every_claim_is_varied_with_and_without_prior_and_gate_scale_and_trained_once():
     found = quality.claims_configurations()
     assert all(found.count(row) == 1 for row in found)
     gated = [row for row in found if row["gates"] in ("input", "constant")]
-    assert {row["M"] for row in gated} == {1, 2, 4, 8, 16}
-    assert {row["N"] for row in gated} == set(range(1, 7))
-    assert all(row | {"prior": not row["prior"]} in gated for row in gated)
+    for form in (quality.PAPER, quality.PRIOR, quality.SCALED):
+        mine = [row for row in gated if form.items() <= row.items() and ("scale" in form) == ("scale" in row)]
+        assert {row["M"] for row in mine} == {1, 2, 4, 8, 16}
+        assert {row["N"] for row in mine} == set(range(1, 7))
+    for form in (quality.PRIOR, quality.SCALED):
+        assert {row["H"] for row in gated if form.items() <= row.items() and "H" in row} == set(quality.BOTTLENECKS)
     assert [row["N"] for row in found if row["gates"] == "scalar mix"] == list(range(1, 7))
     for row in gated:
         S2SentSelector(quality.HIDDEN, row["N"], 2, row["M"])  # exists
@@ -86,23 +96,59 @@ def content():
             by_epoch = [scores(base), *(scores(base + seed + epoch) for epoch in range(1, train_selector.EPOCHS + 1))]
             runs.append({
                 "pooling": kind, "learning_rate": 1e-3, "seed": seed, "recipe": recipe, "epoch": 2, "by_epoch": by_epoch,
-                "scores": by_epoch[2], "chosen": True, "shipped": seed == 2,
+                "scores": by_epoch[2], "chosen": True, "shipped": seed == 2, "parameters": 10,
+                "bottleneck": 2 if kind == evaluation.S2SENT else None,
             })  # fmt: skip
     runs += [run | {"learning_rate": 3e-3, "chosen": False, "shipped": False} for run in runs[3:]]
     return {
         "environment": ENVIRONMENT, "baselines": {evaluation.MEAN_OF_LAST: scores(50.0)}, "runs": runs, "triplets": 2,
-        "dev": 3, "dev_apart": 1, "dev_shared": {"STS12": 2}, "parameters": {"selector": 10, "encoder": 1000},
+        "held_out": 1, "dev": 3, "dev_apart": 1, "dev_shared": {"STS12": 2}, "parameters": {"selector": 10, "encoder": 1000},
+        "name": "all-MiniLM-L6-v2", "published": dict.fromkeys(data.TESTS, 51.0), "half": scores(74.25),
     }  # fmt: skip
 
 
 def test_the_tables_of_the_shipped_selector():
     table = train_selector.table(content())
-    assert "| s2sent | 73.00 (72.00–74.00) |" in table
-    assert "| **shipped**, seed 2 | 74.00 |" in table
+    assert "| mean of last, published | – | 51.00 | 51.00 |" in table
+    assert "| s2sent | 27.00 (26.00–28.00) | 73.00 (72.00–74.00) |" in table
+    assert "| 73.000 | 0.001, H = 2 | 10 |" in table
+    assert "| **shipped**, seed 2, half precision | 25.75 | 74.25 |" in table
     rules = train_selector.rules(content())
-    assert "| STS-B dev | 0.001 | 2, 2, 2 | 73.00 (72.00–74.00) | +23.00 |" in rules
-    assert "| STS-B dev without shared pairs | 0.001 | 1, 1, 1 | 72.00 (71.00–73.00) | +22.00 |" in rules
-    assert "| none: the last of 6 epochs | 0.001 | 6, 6, 6 | 77.00 (76.00–78.00) | +27.00 |" in rules
+    assert (
+        "| s2sent | 0.001, H = 2 | STS-B dev without the shared pairs | 1, 1, 1 | 72.00 (71.00–73.00) | +22.00 |"
+        in rules
+    )
+    assert "| s2sent | 0.003, H = 2 | all of STS-B dev | 5, 5, 5 | 76.00 (75.00–77.00) | +26.00 |" in rules
+    assert "| nothing: the last of 5 epochs | 5, 5, 5 | 76.00 (75.00–77.00) | +26.00 |" in rules
+    assert "| mean of last | +23.00 | +23.00 | +23.00 | +23.00 | +23.00 |" in train_selector.verdict(content())
+
+
+def test_settings_are_selected_by_the_loss_of_held_out_triplets():
+    runs = [run for run in content()["runs"] if run["pooling"] == evaluation.SCALAR_MIX]
+    for pooling in train_selector.SELECTORS:
+        for rate, value in ((1e-3, 20.0), (3e-3, 10.0)):
+            for seed in (0, 1, 2):
+                found = scores(
+                    value + seed + (pooling == evaluation.S2SENT)
+                )  # the lower the better on held-out triplets
+                runs.append(runs[0] | {"pooling": pooling, "learning_rate": rate, "seed": seed, "scores": found})
+    train_selector.select(runs)
+    chosen = [run for run in runs if run["chosen"] and run["pooling"] in train_selector.SELECTORS]
+    assert {run["learning_rate"] for run in chosen} == {3e-3} and len(chosen) == 6
+    shipped = [(run["pooling"], run["seed"]) for run in runs if run["shipped"]]
+    assert shipped == [(evaluation.SCALAR_MIX, 0), (train_selector.UNSCALED, 0)]
+
+
+def test_every_fusion_starts_as_the_mean_of_the_last_block_or_near_it():
+    pooled = torch.randn(5, 3, 8)
+    torch.testing.assert_close(train_selector.Setting(train_selector.LINEAR, 1e-4).build(3, 8)(pooled), pooled[:, -1])
+    gates = train_selector.Setting(train_selector.CONSTANT, 1e-3).build(3, 8)
+    weights = torch.tensor([0.0, 0.0, 3.0]).softmax(dim=0)
+    torch.testing.assert_close(gates(pooled), torch.einsum("n,bnd->bd", weights, pooled))
+    for pooling in (train_selector.PAPER, *train_selector.SELECTORS):
+        selector = train_selector.Setting(pooling, 1e-3, 2).build(3, 8)
+        assert (selector.block_prior is not None) == (pooling in train_selector.SELECTORS)
+        assert (selector.gate_scale is not None) == (pooling == evaluation.S2SENT)
 
 
 def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkeypatch):
@@ -132,12 +178,19 @@ def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkey
         for task in data.TRANSFER
         for place, pooling in enumerate((evaluation.MEAN_OF_LAST, evaluation.S2SENT, evaluation.AVERAGE))
     ]
+    tasks = [
+        {"task": task, "pooling": pooling, "seed": seed, "accuracy": value + seed, "features": 8, "parameters": 1, "train": 5,
+         "dev": 1, "test": 1}
+        for task, one in (("MR", 84.0), ("TREC", 82.0))
+        for pooling, value in ((evaluation.MEAN_OF_LAST, 79.0), (on_tasks.ONE_COMPONENT, one), (evaluation.S2SENT, 84.0))
+        for seed in (0, 1, 2)
+    ]  # fmt: skip
     subsets = [
         {"set": "STS12", "subset": "part", "pairs": 9, "pooling": pooling, "spearman": value, "pearson": 0.0}
         for pooling, value in ((evaluation.MEAN_OF_LAST, 10.0), (evaluation.S2SENT, 11.0))
     ]
     for name, rows in (("claims-0-of-2", claims[:9]), ("claims-1-of-2", claims[9:]), ("transfer", transfer),
-                       ("finetune", tuned), ("subsets", subsets)):  # fmt: skip
+                       ("finetune", tuned), ("subsets", subsets), ("tasks", tasks)):  # fmt: skip
         (results / f"{name}.json").write_text(json.dumps({"environment": ENVIRONMENT, "rows": rows}))
     readme, output = tmp_path / "README.md", tmp_path / "QUALITY.md"
     readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
@@ -146,26 +199,37 @@ def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkey
     about = json.loads((card / "config.json").read_text())
     (card / "config.json").write_text(json.dumps(about | {"scalar_mix": [0.5, 0.5]}))
     monkeypatch.setattr(report.pretrained, "find", lambda _: card)
-    report.build(results, output, readme)
+    guide = tmp_path / "guide.md"
+    report.build(results, output, readme, guide)
 
     text = output.read_text(encoding="utf-8")
-    assert "| 1 | on | 41.00 (40.00–42.00) |" in text  # M = 1, the first configuration
+    assert "| 1 | + prior | 59.00 (58.00–60.00) | 41.00 (40.00–42.00) |" in text  # M = 1, the first configuration
     assert "on 1 of 1 parts" in text
     assert "| average of blocks | 92.00 | 92.00 | 92.00 | 92.00 / 5.00 | 92.00 |" in text
-    assert text.index("| s2sent + prior, N = 6 | 3 | 84.10") < text.index("| mean of last | 3 | 80.10")
+    first, last = (
+        f"| {name} | 3 | {100 - value:.2f}" for name, value in (("s2sent + prior, N = 6", 84.1), ("mean of last", 80.1))
+    )
+    assert text.index(first) < text.index(last)
     told = " ".join(readme.read_text(encoding="utf-8").split())
     assert told.startswith("before")
     assert told.endswith("after")
     assert "old" not in told
-    assert "is 73.00, against 50.00 for the mean of the last block and 63.00 for a learned scalar mix" in told
-    assert "the average of blocks is best, with mean accuracy 92.00 (selector 91.00" in told
-    assert "from the best (3 seeds each): s2sent + prior, N = 6 84.10 (84.00–84.20)" in told
+    assert "frozen: s2sent 73.00, scalar mix 63.00, mean of last 50.00." in told
+    assert "accuracy: s2sent 85.00, mean of last 80.00." in told
+    assert "Encoder trained too: s2sent + prior, N = 6 84.10, s2sent, paper, N = 6 83.10" in told
+    cases = guide.read_text(encoding="utf-8")
+    assert "all-MiniLM-L6-v2, Spearman × 100, mean of four STS sets | s2sent | s2sent 73.00, scalar mix 63.00," in cases
+    assert (
+        "mean accuracy of four tasks | average of blocks | average of blocks 92.00, s2sent 91.00, mean of last 90.00 |"
+        in cases
+    )
+    assert "(most on TREC) | M = 4 | MR 85.00 against 85.00, TREC 85.00 against 83.00 |" in cases
     assert "seeds 0, 1, 2" in (card / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_report_without_results_or_markers_says_so(tmp_path):
     with pytest.raises(record.UserError, match=r"selector\.json: cannot be read"):
-        report.build(tmp_path, tmp_path / "QUALITY.md", None)
+        report.build(tmp_path, tmp_path / "QUALITY.md", None, None)
     readme = tmp_path / "README.md"
     readme.write_text("no markers")
     with pytest.raises(record.UserError, match="expected the markers"):
@@ -174,10 +238,13 @@ def test_a_report_without_results_or_markers_says_so(tmp_path):
 
 
 def test_the_committed_report_is_what_the_committed_results_give(tmp_path):
-    committed = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("bench/QUALITY.md", "README.md")}
+    committed = {
+        name: (ROOT / name).read_text(encoding="utf-8") for name in ("bench/QUALITY.md", "README.md", "docs/quality.md")
+    }
     readme = tmp_path / "README.md"
     readme.write_text(committed["README.md"])
-    report.build(RESULTS, tmp_path / "QUALITY.md", readme, card=False)
+    report.build(RESULTS, tmp_path / "QUALITY.md", readme, tmp_path / "quality.md", card=False)
+    assert (tmp_path / "quality.md").read_text(encoding="utf-8") == committed["docs/quality.md"]
     assert (tmp_path / "QUALITY.md").read_text(encoding="utf-8") == committed["bench/QUALITY.md"]
     assert readme.read_text(encoding="utf-8") == committed["README.md"]
 

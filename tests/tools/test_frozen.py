@@ -45,6 +45,24 @@ def test_f_and_p_of_the_cache_are_those_of_the_hidden_states(
     torch.testing.assert_close(made.pooled(num_blocks, rows).double(), p, rtol=1e-5, atol=1e-5)
 
 
+def test_pairs_are_encoded_as_one_input(encoder_and_tokenizer, tmp_path):
+    """With the tokenizer's token types, and cut as the tokenizer cuts a pair."""
+    import tokenizers
+
+    encoder, tokenizer = encoder_and_tokenizer[0], make_encoder_and_tokenizer()[1]
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[3], TEXTS[7]), (TEXTS[7], TEXTS[7]), (TEXTS[1], TEXTS[0])]
+    made = cache.make(encoder, tokenizer, pairs, tmp_path, SETTINGS._replace(max_length=20))
+    one, other = zip(*pairs, strict=True)
+    batch = tokenizer(list(one), list(other), padding=True, truncation=True, max_length=20, return_tensors="pt")
+    assert batch["token_type_ids"].any() and batch["attention_mask"].sum(1).max() == 20
+    with BlockCapture(encoder) as capture, torch.no_grad():
+        f, p = squeeze(capture.collect(**batch), batch["attention_mask"], pooling="mean", backend="reference")
+    torch.testing.assert_close(made.squeezed(4, 4, made.rows(pairs)), f, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(made.pooled(4, made.rows(pairs)), p, rtol=1e-5, atol=1e-5)
+
+
 def test_a_second_pass_opens_the_first(encoder_and_tokenizer, tmp_path, monkeypatch):
     encoder, tokenizer = encoder_and_tokenizer
     first = cache.make(encoder, tokenizer, [*TEXTS, TEXTS[0]], tmp_path, SETTINGS)
@@ -201,6 +219,25 @@ def test_the_best_epoch_is_kept():
     assert (history.kept, history.scores) == (2, [9.0, 1.0, 3.0, 2.0])
     assert all(torch.equal(states[2][name], tensor) for name, tensor in module.state_dict().items())
     assert not torch.equal(states[3]["up.weight"], module.up.weight)
+
+
+def test_patience_stops_a_training():
+    values = iter([9.0, 1.0, 3.0, 2.0, 2.0, 4.0])
+    recipe = frozen.Recipe(epochs=9, batch_size=16, patience=2)
+    rows = torch.arange(64)
+    history = frozen.train(
+        S2SentSelector(8, 3, 4, 4), _features(), rows[:32], rows[32:], None, recipe, score=lambda _: next(values)
+    )
+    assert (history.kept, len(history.losses)) == (2, 4)
+
+
+def test_prior_and_scale_have_their_own_learning_rate():
+    module = S2SentSelector(8, 3, 4, 4, block_prior=True, gate_scale=4.0, backend="reference")
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    rows, recipe = torch.arange(64), frozen.Recipe(epochs=1, batch_size=32, prior_learning_rate=0.5)
+    frozen.train(module, _features(), rows[:32], rows[32:], None, recipe._replace(learning_rate=1e-6))
+    moved = {name: (tensor.detach() - before[name]).abs().max().item() for name, tensor in module.named_parameters()}
+    assert moved.pop("block_prior") > 0.4 and moved.pop("gate_scale") > 0.4 and max(moved.values()) < 1e-5
 
 
 def test_fit_from_texts(encoder_and_tokenizer, tmp_path):

@@ -1,0 +1,34 @@
+"""What a selector has to beat behind a frozen encoder: fusions that do not look at the sentence before they choose."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+LAST = 3.0  # where the logits of the last block start, as in a selector's block prior
+
+
+class ConstantGates(nn.Module):
+    """A gate for every block and feature, the same for every sentence: a selector without its squeeze."""
+
+    def __init__(self, num_blocks: int, hidden_size: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(num_blocks, hidden_size))
+        with torch.no_grad():
+            self.logits[-1] = LAST
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[B, D] from p [B, N, D]."""
+        return (self.logits.softmax(dim=0) * pooled).sum(dim=1)
+
+
+class LinearMap(nn.Module):
+    """A D x D map of the mean of the last block, from the identity on: as many weights, and one block."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(hidden_size))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[B, D] from p [B, N, D]."""
+        return pooled[:, -1] @ self.weight.T

@@ -1,0 +1,133 @@
+"""When to use what: docs/quality.md and the README's paragraph. Winners and numbers are read off the results of the experiments;
+only the questions are written here."""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pages import table
+
+from quality import tasks as on_tasks
+from quality import train_selector as shipped
+from quality.data import TRANSFER
+from s2sent_kernels.tools import evaluation
+
+Row = dict[str, Any]
+
+
+class Results(NamedTuple):
+    selectors: Sequence[Row]  # selector*.json, the bundled encoder's first
+    tasks: Sequence[Row]
+    transfer: Sequence[Row]
+    finetune: Sequence[Row]
+
+
+Scores = dict[str, float]  # of each fusion, higher is better
+
+
+def frozen(content: Row) -> Scores:
+    """Mean of the four STS sets, medians over the seeds."""
+    found = {name: values["mean"] for name, values in content["baselines"].items()}
+    for pooling in (*shipped.OTHERS, *shipped.SELECTORS):
+        if runs := shipped.chosen_runs(content, pooling):
+            found[pooling] = shipped.median(runs, "mean")
+    return found
+
+
+def on_task(rows: Sequence[Row], task: str | None = None) -> Scores:
+    """Accuracy on a task, or the mean over all of them for each seed; medians over the seeds."""
+    of: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        if task in (None, row["task"]):
+            of.setdefault(row["pooling"], {}).setdefault(row["seed"], []).append(row["accuracy"])
+    return {name: statistics.median(map(statistics.mean, seeds.values())) for name, seeds in of.items()}
+
+
+def transferred(rows: Sequence[Row]) -> Scores:
+    of: dict[str, list[float]] = {}
+    for row in rows:
+        of.setdefault(row["pooling"], []).append(row["accuracy"])
+    return {name: statistics.mean(values) for name, values in of.items() if len(values) == len(TRANSFER)}
+
+
+def tuned(rows: Sequence[Row]) -> Scores:
+    of: dict[str, list[float]] = {}
+    for row in rows:
+        of.setdefault(row["fusion"] + (f", N = {row['N']}" if "N" in row else ""), []).append(row["scores"]["mean"])
+    return {name: statistics.median(values) for name, values in of.items()}
+
+
+def ranked(scores: Mapping[str, float], names: Sequence[str] | None = None) -> str:
+    """The best first: "a 2.00, b 1.00"."""
+    wanted = [name for name in scores if names is None or name in names]
+    return ", ".join(f"{name} {scores[name]:.2f}" for name in sorted(wanted, key=lambda name: -scores[name]))
+
+
+def best(scores: Mapping[str, float]) -> str:
+    return max(scores, key=lambda name: scores[name])
+
+
+def cases(results: Results) -> list[tuple[str, str, str]]:
+    """What you have, what is best there, and the figures. A case that was not measured is left out."""
+    found = []
+    for content in results.selectors:
+        of = frozen(content)
+        case = f"similarity, the encoder frozen: {content['name']}, Spearman × 100, mean of four STS sets"
+        found.append((case, best(of), ranked(of)))
+    if results.tasks:
+        names = ", ".join(dict.fromkeys(row["task"] for row in results.tasks))
+        of = on_task(results.tasks)
+        found.append(
+            (f"a classifier trained on your task, the encoder frozen: mean accuracy of {names}", best(of), ranked(of))
+        )
+        found.append(components(results.tasks))
+    if results.transfer:
+        of = transferred(results.transfer)
+        found.append(
+            ("logistic regression on embeddings made for similarity: mean accuracy of four tasks", best(of), ranked(of))
+        )
+    if results.finetune:
+        of = tuned(results.finetune)
+        found.append(
+            ("encoder and fusion trained together for similarity: mean of four STS sets", best(of), ranked(of))
+        )
+    return found
+
+
+def components(rows: Sequence[Row]) -> tuple[str, str, str]:
+    """What the DCT adds to the average over the tokens, task by task."""
+    gains = {}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of = on_task(rows, task)
+        gains[task] = (of[evaluation.S2SENT], of[on_tasks.ONE_COMPONENT])
+    told = ", ".join(f"{task} {four:.2f} against {one:.2f}" for task, (four, one) in gains.items())
+    most = max(gains, key=lambda task: gains[task][0] - gains[task][1])
+    use = "M = 4" if statistics.mean(four - one for four, one in gains.values()) > 0 else "M = 1"
+    return f"the same classifiers, four DCT components against one (most on {most})", use, told
+
+
+def page(results: Results) -> str:
+    parts = [
+        "# When to use what",
+        "Written by `bench/quality/report.py`: winners and numbers are read off its results.\n"
+        "[bench/QUALITY.md](../bench/QUALITY.md) has every table, with seeds, ranges and parameters. Where there are seeds, a\n"
+        "figure is the median of three.",
+        table(("<your case", "<best", "<figures, best first"), cases(results)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def paragraph(results: Results) -> str:
+    """The README's, in six lines."""
+    of = frozen(results.selectors[0])
+    some = (evaluation.S2SENT, evaluation.SCALAR_MIX, evaluation.MEAN_OF_LAST, shipped.PAPER)
+    words = f"Spearman × 100, mean of four STS sets, all-MiniLM-L6-v2 frozen: {ranked(of, some)}."
+    if results.tasks:
+        some = (evaluation.S2SENT, on_tasks.CONCATENATION, evaluation.SCALAR_MIX, evaluation.MEAN_OF_LAST)
+        words += f" Classifiers trained on a task behind it, accuracy: {ranked(on_task(results.tasks), some)}."
+    if results.finetune:
+        words += f" Encoder trained too: {ranked(tuned(results.finetune))}."
+    return textwrap.fill(words, 128, break_on_hyphens=False)
