@@ -57,6 +57,7 @@ class Contestant:
     modes: tuple[str, ...] = ("forward", "backward", "both")
     note: str = ""
     training: bool = False  # with the batch's statistics
+    scale: float | None = None  # the gate's
 
     def run(self, inputs: Inputs) -> tuple[Tensor, ...]:
         result = self.call(inputs)
@@ -124,7 +125,7 @@ def ours(
     selector = make_selector(case, device, backend=backend, scale=scale).train(training)
     modes = ("training",) if training else ("forward", "backward", "both")
     call, parameters = selector_call(selector, what), differentiated(selector, what)
-    return Contestant(name, call, parameters, modes=modes, training=training)
+    return Contestant(name, call, parameters, modes=modes, training=training, scale=scale)
 
 
 def with_batch_statistics(contestant: Contestant, case: Case, what: str, device: str) -> Contestant | None:

@@ -55,7 +55,7 @@ for step in "$@"; do
       done ;;
     # Without what needs no GPU and takes minutes of compiling. Failures are printed as they happen: a run may be cut short.
     suite)
-      pytest -v tests --ignore tests/engines --ignore tests/project/test_compile_kernels.py --ignore tests/commands/test_devices.py \
+      pytest -vv tests --ignore tests/engines --ignore tests/project/test_compile_kernels.py --ignore tests/commands/test_devices.py \
         --durations=8 -o faulthandler_timeout=120 | tee "$OUT/suite.log" | grep -E ' (FAILED|ERROR) |^(FAILED|ERROR|E  )|^[0-9]+\.[0-9]+s |(passed|failed).* in ' | tail -60 ;;
     devices) pytest tests/commands/test_devices.py --durations=8 -o faulthandler_timeout=120 | tee "$OUT/devices.log" | grep -vE '^SKIPPED|^\.|^$' | tail -15 ;;
     compare)

@@ -18,7 +18,7 @@ def check(
     contestant: Contestant, case: Case, what: str, device: str, profile: str, gradients: bool, draws: int | None = None
 ) -> Outcome:
     """A contestant in training mode is compared with a reference in training mode."""
-    reference = make_selector(case, device, profile, backend="reference").train(contestant.training)
+    reference = make_selector(case, device, profile, "reference", contestant.scale).train(contestant.training)
     double = copy.deepcopy(reference).double()
     sums: dict[str, Sums] = {}
     for seed in range(draws or (3 if device == "cuda" else 2)):
