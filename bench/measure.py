@@ -163,7 +163,8 @@ def _parameters(case: Case, device: str) -> GateParameters:
 
 
 def _of_function(row: Row, parameters: GateParameters, backend: str) -> Work:
-    named = {name: value for name, value in parameters._asdict().items() if value.requires_grad}
+    present = {name: value for name, value in parameters._asdict().items() if value is not None}
+    named = {name: value for name, value in present.items() if value.requires_grad}
 
     def call(inputs: Inputs) -> Any:
         batch = {"cu_seqlens": inputs.cu_seqlens, "backend": backend}
@@ -177,8 +178,8 @@ def _of_function(row: Row, parameters: GateParameters, backend: str) -> Work:
         return function(inputs.blocks, parameters, inputs.mask, frequencies=FREQUENCIES, **batch)
 
     def double() -> Work:
-        other = (value.detach().double().requires_grad_(value.requires_grad) for value in parameters)
-        return _of_function(row, GateParameters(*other), backend)
+        other = parameters.each(lambda value: value.detach().double().requires_grad_(value.requires_grad))
+        return _of_function(row, other, backend)
 
     return Work(call, {} if row.function in ("squeeze", "fuse") else named, double)
 

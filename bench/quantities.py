@@ -113,7 +113,7 @@ def scaled_over_plain(case: str, what: str, mode: str) -> Value:
         scaled, plain = (find("paths", case, what, mode, name) for name in (SCALED, OURS))
         if not scaled or not plain:
             return None
-        return scaled["device_us"]["median"] / plain["device_us"]["median"]
+        return times_ours(scaled, plain)
 
     return value
 
