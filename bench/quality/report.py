@@ -42,8 +42,8 @@ highest, of three where no other number is given.
 
 Epochs (of {epochs}), and for a shipped selector the learning rate and the seed, are selected by the loss of {held_out:,} held-out
 triplets. What STS-B dev selects stands beside it, in the shipped selector's section: with the pairs that it shares with the
-test sets ({shared}), and without ({apart:,} of {dev:,}). Training: {triplets:,} NLI triplets without the sentences of the STS sets,
-InfoNCE with hard negatives, temperature 0.05."""
+test sets ({shared}), and without ({apart:,} of {dev:,}). Training: {triplets:,} NLI triplets without the sentences of the STS
+sets, InfoNCE with hard negatives, temperature 0.05."""
 
 
 def load(folder: Path, section: str) -> tuple[list[Row], list[Row]]:
