@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import frozen, frozen_loop, validate
+from . import frozen, frozen_loop
 from .frozen import Features
 from .frozen_loop import History
-from .tools.problems import CLASSES, LABELS, NUMBERS
+from .tools.problems import CLASSES, LABELS, NUMBERS, check_dropout
 from .tools.problems import Problem as Problem  # public under this name
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
@@ -171,9 +171,7 @@ def search(
 def check(problem: Problem, recipe: Recipe) -> None:
     """ValueError or TypeError where a number of the recipe, or the problem, is out of range."""
     frozen_loop.check(recipe)
-    validate.number("dropout", recipe.dropout)
-    if not 0 <= recipe.dropout < 1:
-        raise ValueError(f"dropout: expected a number from 0 to below 1, got {recipe.dropout}")
+    check_dropout(recipe.dropout)
     problem.check()
 
 

@@ -225,6 +225,27 @@ def load_whole(model: str) -> tuple[Any, Any]:
         raise _cannot_load(model, error) from error
 
 
+def load_classifier(model: str) -> tuple[Any, Any]:
+    """An S2SentForSequenceClassification and its tokenizer from a folder, on the CPU in eval mode."""
+    folder = Path(model).expanduser()
+    transformers = quiet_transformers()
+    try:
+        kinds = (_read_json(folder / "config.json") or {}).get("architectures") or []
+    except Exception as error:  # a file that is not JSON, or of another structure
+        raise _cannot_load(model, error) from error
+    if "S2SentForSequenceClassification" not in kinds:
+        raise LoadError(f"model {model}: expected the folder of a classifier, an S2SentForSequenceClassification")
+    try:
+        kind: Any = importlib.import_module("s2sent_kernels.transformers").S2SentForSequenceClassification
+        whole, found = kind.from_pretrained(folder, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the loaders raise errors of many kinds
+        raise _cannot_load(model, error) from error
+    if found["missing_keys"]:
+        raise LoadError(f"model {model} cannot be loaded: expected weights {min(found['missing_keys'])!r}")
+    return whole.eval(), tokenizer
+
+
 def load_saved(model: str) -> Any:
     """What a folder that ``holds_selector`` was saved from, on the CPU: a SentenceTransformer or an S2SentModel. Needs no
     tokenizer in the latter case."""
