@@ -162,6 +162,8 @@ def _load_encoder(path: str, name: str, dtype: torch.dtype | str) -> Any:
     """An encoder whose weights are all in its checkpoint. transformers initialises missing weights at random, and its warning is
     silenced here. A missing pooler or decoder is accepted: neither is used. Of an encoder with a decoder, the encoder alone."""
     transformers = quiet_transformers()
+    if (_read_json(Path(path) / "config.json") or {}).get("model_type") == "s2sent":
+        raise LoadError(f"model {name}: expected an encoder alone, got one with its selector")
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         encodes = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING  # T5's AutoModel would have a decoder

@@ -17,7 +17,7 @@ import tokenizers
 import transformers
 
 from s2sent_kernels.sentence_transformers import load
-from s2sent_kernels.transformers import S2SentForSequenceClassification
+from s2sent_kernels.transformers import S2SentForSequenceClassification, S2SentModel
 
 CLASSIFICATION = ["train", "--task", "classification", "--device", "cpu", "--bottleneck", 4]
 STS = ["train", "--task", "sts", "--device", "cpu", "--bottleneck", 4, "--batch-size", 16]
@@ -71,6 +71,9 @@ def test_a_classifier_that_a_pipeline_loads(tmp_path, encoder, capsys, frozen):
     assert out.count("dev accuracy") == (7 if frozen else 1)  # six trials and the one that was kept
     model = S2SentForSequenceClassification.from_pretrained("model")
     assert model.config.label2id == {"no": 0, "yes": 1} and model.model.selector.gate_scale is not None
+    assert torch.equal(S2SentModel.from_pretrained("model").selector.up.weight, model.model.selector.up.weight)
+    assert run(*CLASSIFICATION, "--model", "model", "--data", data, "--output", "again", *frozen) == 2
+    assert "model model: expected an encoder alone, got one with its selector" in capsys.readouterr().err
     texts = sentences(5, seed=3)
     pipeline = transformers.pipeline("text-classification", model="model", device="cpu")
     found = pipeline(texts, top_k=None)
@@ -268,6 +271,15 @@ def test_scored_pairs_that_cannot_be(tmp_path, encoder, capsys, frozen, content,
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["data.tsv"]
+
+
+def test_patience_of_a_frozen_training(tmp_path, encoder, capsys):
+    """Nothing moves, so no epoch is better than the first."""
+    data = scored(tmp_path / "pairs.tsv")
+    options = ["--model", encoder, "--data", data, "--dev", data, "--freeze-encoder", "--no-norm", "--patience", 2]
+    options += ["--learning-rate", 1e-30, "--prior-learning-rate", 1e-30, "--epochs", 9, "--output", "selector"]
+    assert run(*STS, *options) == 0
+    assert capsys.readouterr().out.count("epoch ") == 3
 
 
 # ---------------------------------------------------------------- the gate scale
