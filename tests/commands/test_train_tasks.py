@@ -86,13 +86,15 @@ def test_a_classifier_that_a_pipeline_loads(tmp_path, encoder, capsys, frozen):
         assert row["probabilities"] == pytest.approx({one["label"]: one["score"] for one in wanted}, abs=2e-6)
 
 
-def test_frozen_and_saved_has_the_scores_of_the_search(tmp_path, encoder, capsys):
-    """The head, the blocks and the pooling that were trained are those that are saved."""
+@pytest.mark.parametrize("frozen", FROZEN, ids=["tuned", "frozen"])
+def test_what_is_saved_has_the_score_that_was_printed(tmp_path, encoder, capsys, frozen):
+    """The head, the blocks and the pooling that were trained are those that are saved, in the epoch that was best."""
     data, dev = labelled(tmp_path / "data.tsv", 200), labelled(tmp_path / "dev.tsv", 60, seed=9)
     options = ["--blocks", "last:1", "--pooling", "cls", "--learning-rate", 0.05, "--dropout", 0, "--batch-size", 16]
-    options += ["--model", encoder, "--data", data, "--dev", dev, "--freeze-encoder", "--output", "model"]
+    options += ["--model", encoder, "--data", data, "--dev", dev, "--output", "model", *frozen]
+    options += [] if frozen else ["--learning-rate", 1e-3, "--selector-learning-rate", 0.05, "--epochs", 6]
     assert run(*CLASSIFICATION, *options) == 0
-    score = float(capsys.readouterr().out.split("kept: ")[1].split("accuracy ")[1].split()[0])
+    score = float(capsys.readouterr().out.split("accuracy ")[-1].replace(",", " ").split()[0])
     assert run("predict", dev, "--model", "model", "--output", "out.tsv", "--device", "cpu") == 0
     head, *rows = [line.split("\t") for line in (tmp_path / "out.tsv").read_text().splitlines()]
     assert head == ["label", "p(no)", "p(yes)"]
