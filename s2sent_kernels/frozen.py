@@ -65,10 +65,10 @@ class Features(NamedTuple):
 
 
 def embed(module: nn.Module, features: Features) -> Tensor:
-    """o [B, D] of a selector or a scalar mix, from f and p."""
+    """o [B, D] of a selector or a scalar mix, from f and p. Any other module is called with the features."""
     if isinstance(module, S2SentSelector):
         return (module.gate(features.squeezed) * features.pooled).sum(dim=1)
-    return module(features.pooled)
+    return module(features.pooled if isinstance(module, ScalarMix) else features)
 
 
 def embed_all(module: nn.Module, features: Features) -> Tensor:
@@ -112,7 +112,7 @@ def train(
     """Train a selector or a scalar mix in place, on rows of ``features``. The seed fixes the order of the triplets.
 
     Args:
-        module: an S2SentSelector or a ScalarMix, on the device of ``features``.
+        module: an S2SentSelector, a ScalarMix, or a module from Features to embeddings, on the device of ``features``.
         anchor, positive, negative: rows, int64 [T]; ``negative`` may be [T, K], -1 for a missing one, or None for pairs.
         score: called before the first epoch and after each; the state with the highest score is kept. Without it, the last one.
 

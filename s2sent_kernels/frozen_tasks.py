@@ -1,5 +1,5 @@
-"""Training on a task behind a frozen encoder: a selector, or another module that makes an embedding of f and p, and with it a
-dropout and a linear head.
+"""Training on a task behind a frozen encoder: a selector, or another module from Features to embeddings, and with it a dropout
+and a linear head.
 
     problem = Problem("single_label_classification", outputs=6)
     found = search(lambda: S2SentSelector(384, 6, 32, block_prior=True, gate_scale=4.0), train_part, dev_part, problem)
@@ -85,7 +85,8 @@ def train(
     """Train ``module`` in place, and a fresh head behind it. The seed fixes the head's start, the dropout and the order.
 
     Args:
-        module: an S2SentSelector, or a module from p [B, N, D] to embeddings [B, any size]; as ``frozen.embed`` takes it.
+        module: an S2SentSelector, a ScalarMix, or a module from Features to embeddings [B, any size]. Features may have further
+            dimensions after the first, as f [S, 2, D] and p [S, 2, N, D] of two sentences that are encoded apart.
         dev: chooses the epoch. Without it, the last one is kept.
 
     Raises:
