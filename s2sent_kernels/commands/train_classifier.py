@@ -111,7 +111,7 @@ def _fine_tune(task: Task, data: _Data) -> None:
     settings = recipe.DEFAULT._replace(**task.fields(recipe.Recipe), **task.one("learning_rate"), **task.one("seed"))
     torch.manual_seed(settings.seed)
     fusion = classifier.Fusion(task.blocks, task.pooling, task.selector_arguments(encoder.config.hidden_size))
-    dropout = task.one("dropout").get("dropout", classifier.DROPOUT)
+    dropout = task.one("dropout").get("dropout", recipe.DROPOUT)
     model = classifier.make(encoder, fusion, data.problem, data.names, dropout)
     examples, dev = (classifier.Examples(part.texts, data.targets(part)) for part in (data.train, data.dev))
     score = classifier.fine_tune(model, tokenizer, examples, dev, task.output, settings, task.max_length)

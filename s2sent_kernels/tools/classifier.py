@@ -20,10 +20,9 @@ from ..files import importing, missing, remove_empty
 from ..transformers import S2SentForSequenceClassification, S2SentModel, transformers
 from .encoders import Text
 from .problems import NUMBERS, Problem, check_dropout
-from .recipe import DEFAULT, PRECISIONS, PRIORS, Recipe
+from .recipe import DEFAULT, DROPOUT, PRECISIONS, PRIORS, Recipe
 
 CHECKPOINTS = "checkpoints"  # in the output folder, while the trainer runs
-DROPOUT = 0.1  # of the embedding, before the head
 _SCORE = "eval_score"
 
 
