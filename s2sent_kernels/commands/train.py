@@ -128,7 +128,8 @@ def _add_recipe(command: Any) -> None:
         "--dropout",
         type=float,
         nargs="+",
-        help=f"of a classifier's embedding, before the head (default: {recipe.DROPOUT:g}; with --freeze-encoder {dropouts} are tried)",
+        help=f"of a classifier's embedding, before the head (default: {recipe.DROPOUT:g}; with --freeze-encoder {dropouts} "
+        "are tried)",
     )
     rate = recipe.DEFAULT.selector_learning_rate
     command.add_argument("--selector-learning-rate", type=float, help=f"of selector and head (default: {rate:g})")
