@@ -44,7 +44,7 @@ EPOCHS = frozen.DEFAULT.epochs
 UNSCALED, PAPER = "s2sent without gate scale", "s2sent, the paper's formula"
 CONSTANT, LINEAR = "constant gates", "linear map of the last"
 OTHERS = (evaluation.SCALAR_MIX, CONSTANT, LINEAR, PAPER)
-SELECTORS = (UNSCALED, evaluation.S2SENT)  # one of these is shipped
+SELECTORS = (UNSCALED, evaluation.S2SENT)  # the last one is shipped, the held-out loss compares trainings of one form
 RESULTS = record.RESULTS / "quality"
 RESULT = RESULTS / "selector.json"
 BEFORE = RESULTS / "before-gate-scale.json"  # what was shipped for the bundled encoder until then
@@ -102,7 +102,7 @@ def median(runs: list[Run], name: str) -> float:
 
 
 def select(runs: list[Run]) -> None:
-    """Mark each fusion's best setting by its median over the seeds, and of the selectors' the run that is shipped."""
+    """Mark each fusion's best setting by its median over the seeds, and of the selector's the run that is shipped."""
     best: dict[str, list[Run]] = {}
     for pooling in dict.fromkeys(run["pooling"] for run in runs):
         groups: dict[Setting, list[Run]] = {}
@@ -110,8 +110,10 @@ def select(runs: list[Run]) -> None:
             if run["pooling"] == pooling:
                 groups.setdefault(setting_of(run), []).append(run)
         best[pooling] = max(groups.values(), key=lambda group: median(group, CHOSEN_ON))
-    selectors = max((best[name] for name in SELECTORS if name in best), key=lambda group: median(group, CHOSEN_ON))
-    shipped = [selectors, best[evaluation.SCALAR_MIX]]  # the mix's weights are in the selector's configuration
+    shipped = [
+        best[evaluation.S2SENT],
+        best[evaluation.SCALAR_MIX],
+    ]  # the mix's weights are in the selector's configuration
     ship = [max(group, key=lambda run: run["scores"][CHOSEN_ON]) for group in shipped]
     for run in runs:
         run["chosen"] = any(run is one for one in best[run["pooling"]])

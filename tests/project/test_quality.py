@@ -16,7 +16,7 @@ import record
 from quality import data, finetune, quality, report, train_selector
 from quality import tasks as on_tasks
 
-from s2sent_kernels import S2SentSelector
+from s2sent_kernels import S2SentSelector, frozen
 from s2sent_kernels.tools import evaluation
 
 ROOT, RESULTS = record.BENCH.parent, record.RESULTS / "quality"
@@ -136,15 +136,16 @@ def test_settings_are_selected_by_the_loss_of_held_out_triplets():
     chosen = [run for run in runs if run["chosen"] and run["pooling"] in train_selector.SELECTORS]
     assert {run["learning_rate"] for run in chosen} == {3e-3} and len(chosen) == 6
     shipped = [(run["pooling"], run["seed"]) for run in runs if run["shipped"]]
-    assert shipped == [(evaluation.SCALAR_MIX, 0), (train_selector.UNSCALED, 0)]
+    assert shipped == [(evaluation.SCALAR_MIX, 0), (evaluation.S2SENT, 0)]
 
 
 def test_every_fusion_starts_as_the_mean_of_the_last_block_or_near_it():
     pooled = torch.randn(5, 3, 8)
-    torch.testing.assert_close(train_selector.Setting(train_selector.LINEAR, 1e-4).build(3, 8)(pooled), pooled[:, -1])
+    features = frozen.Features(torch.randn(5, 8), pooled)
+    torch.testing.assert_close(train_selector.Setting(train_selector.LINEAR, 1e-4).build(3, 8)(features), pooled[:, -1])
     gates = train_selector.Setting(train_selector.CONSTANT, 1e-3).build(3, 8)
     weights = torch.tensor([0.0, 0.0, 3.0]).softmax(dim=0)
-    torch.testing.assert_close(gates(pooled), torch.einsum("n,bnd->bd", weights, pooled))
+    torch.testing.assert_close(gates(features), torch.einsum("n,bnd->bd", weights, pooled))
     for pooling in (train_selector.PAPER, *train_selector.SELECTORS):
         selector = train_selector.Setting(pooling, 1e-3, 2).build(3, 8)
         assert (selector.block_prior is not None) == (pooling in train_selector.SELECTORS)
