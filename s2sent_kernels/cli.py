@@ -13,14 +13,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from . import __version__
-from .commands import demo, doctor, encode, evaluate, export, inspect, train
+from .commands import demo, doctor, encode, evaluate, export, inspect, predict, train
 from .commands.common import UserError, first_line
 from .files import MissingPackage
 from .loading import LoadError
 from .validate import DEBUG_VARIABLE
 
 COMMANDS = {
-    module.__name__.rpartition(".")[2]: module for module in (demo, doctor, train, evaluate, encode, export, inspect)
+    module.__name__.rpartition(".")[2]: module
+    for module in (demo, doctor, train, predict, evaluate, encode, export, inspect)
 }
 
 

@@ -1,13 +1,15 @@
 """Training a selector behind a frozen encoder: f and p of a sentence are then constants, read from a cache.
 
-The objective is the published one: InfoNCE over cosine similarities at temperature 0.05, each anchor against every positive and
-every hard negative of its batch. A step reads [3 B, N, D] numbers and runs no encoder: an epoch takes seconds in plain PyTorch.
+``train`` has the published objective: InfoNCE over cosine similarities at temperature 0.05, each anchor against every positive
+and every hard negative of its batch. ``train_scored`` learns from scored pairs. A step reads [3 B, N, D] numbers and runs no
+encoder: an epoch takes seconds in plain PyTorch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from .tools.encoders import in_eval_mode
 from .tools.scores import correlations
 
 EMBEDDED_AT_ONCE = 2048  # sentences, without gradients
+LOSSES = ("cosent", "cosine")  # of scored pairs
 
 
 class Recipe(NamedTuple):
@@ -33,6 +36,7 @@ class Recipe(NamedTuple):
     epochs: int = 5
     batch_size: int = 256
     temperature: float = 0.05
+    symmetric: bool = False  # each positive also against every anchor
     learning_rate: float = 3e-3
     prior_learning_rate: float = 1e-2
     weight_decay: float = 0.01  # of matrices; 0 for biases, norms and priors
@@ -61,10 +65,10 @@ class Features(NamedTuple):
 
 
 def embed(module: nn.Module, features: Features) -> Tensor:
-    """o [B, D] of a selector or a scalar mix, from f and p."""
+    """o [B, D] of a selector or a scalar mix, from f and p. Any other module is called with the features."""
     if isinstance(module, S2SentSelector):
         return (module.gate(features.squeezed) * features.pooled).sum(dim=1)
-    return module(features.pooled)
+    return module(features.pooled if isinstance(module, ScalarMix) else features)
 
 
 def embed_all(module: nn.Module, features: Features) -> Tensor:
@@ -75,11 +79,24 @@ def embed_all(module: nn.Module, features: Features) -> Tensor:
         return torch.cat([embed(module, some) for some in slices])
 
 
-def info_nce(anchor: Tensor, positive: Tensor, negative: Tensor | None, temperature: float) -> Tensor:
-    """Each anchor's [B, D] cross entropy over all positives [B, D] and hard negatives [K, D] of the batch."""
+def info_nce(
+    anchor: Tensor, positive: Tensor, negative: Tensor | None, temperature: float, symmetric: bool = False
+) -> Tensor:
+    """Each anchor's [B, D] cross entropy over all positives [B, D] and hard negatives [K, D] of the batch; if ``symmetric``, its
+    mean with each positive's over all anchors."""
     candidates = positive if negative is None else torch.cat([positive, negative])
     scores = F.normalize(anchor, dim=1) @ F.normalize(candidates, dim=1).T / temperature
-    return F.cross_entropy(scores, torch.arange(len(anchor), device=anchor.device))
+    own = torch.arange(len(anchor), device=anchor.device)
+    loss = F.cross_entropy(scores, own)
+    return (loss + F.cross_entropy(scores[:, : len(anchor)].T, own)) / 2 if symmetric else loss
+
+
+def cosent(similarity: Tensor, gold: Tensor, temperature: float) -> Tensor:
+    """CoSENT of cosine similarities [B] and gold scores [B]: the log of 1 plus a sum over pairs of examples in which the lower
+    gold score has the higher similarity, or nearly. The order of the gold scores counts alone."""
+    difference = (similarity[:, None] - similarity[None]) / temperature
+    wrong = torch.where(gold[:, None] < gold[None], difference, -math.inf).flatten()
+    return torch.cat([wrong, wrong.new_zeros(1)]).logsumexp(dim=0)
 
 
 def train(
@@ -95,14 +112,14 @@ def train(
     """Train a selector or a scalar mix in place, on rows of ``features``. The seed fixes the order of the triplets.
 
     Args:
-        module: an S2SentSelector or a ScalarMix, on the device of ``features``.
+        module: an S2SentSelector, a ScalarMix, or a module from Features to embeddings, on the device of ``features``.
         anchor, positive, negative: rows, int64 [T]; ``negative`` may be [T, K], -1 for a missing one, or None for pairs.
         score: called before the first epoch and after each; the state with the highest score is kept. Without it, the last one.
 
     Raises:
         ValueError: the sizes do not fit, a number of the recipe is out of range, or the training diverged.
     """
-    _check(recipe, len(anchor))
+    check(recipe, len(anchor))
 
     def loss_of(chosen: Tensor) -> Tensor:
         rows = [anchor[chosen], positive[chosen]]
@@ -111,12 +128,57 @@ def train(
         # One call of the gate for the whole batch: its norm must see one distribution, not anchors apart from the rest.
         together = embed(module, features.take(torch.cat(rows).to(features.pooled.device)))
         anchors, positives, negatives = together.split([len(chosen), len(chosen), len(together) - 2 * len(chosen)])
-        return info_nce(anchors, positives, negatives, recipe.temperature)
+        return info_nce(anchors, positives, negatives, recipe.temperature, recipe.symmetric)
 
     return frozen_loop.run(module, len(anchor), loss_of, recipe, None if score is None else lambda: score(module))
 
 
-def _check(recipe: Recipe, count: int) -> None:
+def train_scored(
+    module: nn.Module,
+    features: Features,
+    pairs: Tensor,
+    gold: Tensor,
+    recipe: Recipe = DEFAULT,
+    *,
+    loss: str = LOSSES[0],
+    score: Callable[[nn.Module], float] | None = None,
+) -> History:
+    """``train`` on scored pairs.
+
+    Args:
+        pairs: rows of ``features``, int64 [T, 2].
+        gold: float32 [T], higher is more alike.
+        loss: "cosent"; or "cosine", the squared error of the cosine similarity, where the lowest gold score means 0 and the
+            highest 1.
+
+    Raises:
+        ValueError: as ``train``; or a gold score is not finite, or all are equal.
+    """
+    check(recipe, len(pairs))
+    validate.option("loss", loss, LOSSES)
+    gold = unit_scores(gold).to(features.pooled.device)
+
+    def loss_of(chosen: Tensor) -> Tensor:
+        together = embed(module, features.take(pairs[chosen].T.flatten().to(features.pooled.device)))
+        first, second = together.chunk(2)
+        similarity, wanted = F.cosine_similarity(first, second), gold[chosen.to(gold.device)]
+        if loss == "cosine":
+            return F.mse_loss(similarity, wanted)
+        return cosent(similarity, wanted, recipe.temperature)
+
+    return frozen_loop.run(module, len(pairs), loss_of, recipe, None if score is None else lambda: score(module))
+
+
+def unit_scores(gold: Tensor) -> Tensor:
+    """Gold scores on a scale from 0 to 1. ValueError where one is not finite, or all are equal."""
+    low, high = gold.min(), gold.max()
+    if not (torch.isfinite(gold).all() and low < high):
+        raise ValueError(f"gold: expected finite and different scores, got {low} to {high}")
+    return (gold - low) / (high - low)
+
+
+def check(recipe: Recipe, count: int) -> None:
+    """ValueError or TypeError where a number of the recipe is out of range, or there are fewer than two examples."""
     frozen_loop.check(recipe)
     validate.positive_number("temperature", recipe.temperature)
     if count < 2:
@@ -143,6 +205,54 @@ def token_frequencies(selector: S2SentSelector) -> int:
     return 1 + max(y for _, y in dct.frequency_pairs(selector.num_blocks, selector.frequencies))
 
 
+class Prepared(NamedTuple):
+    """What ``prepare`` gives to trainings: f and p on the selector's device, rows int64 [T, K], and the scorer of a dev part."""
+
+    features: Features
+    rows: Tensor  # of the examples' texts, -1 for a missing one
+    score: Dev | None
+
+    def train(self, selector: S2SentSelector, recipe: Recipe = DEFAULT) -> History:
+        """``train`` on (anchor, positive, negatives ...)."""
+        anchor, positive, negative = self.rows[:, 0], self.rows[:, 1], self.rows[:, 2:]
+        return train(selector, self.features, anchor, positive, negative, recipe, score=self.score)
+
+    def train_scored(self, selector: S2SentSelector, gold: Tensor, recipe: Recipe, loss: str = LOSSES[0]) -> History:
+        """``train_scored`` on pairs, with their gold scores [T]."""
+        return train_scored(selector, self.features, self.rows, gold, recipe, loss=loss, score=self.score)
+
+
+def prepare(
+    encoder: nn.Module,
+    tokenizer: Any,
+    selector: S2SentSelector,
+    examples: Sequence[Sequence[str | None]],
+    *,
+    folder: str | Path,
+    dev: Sequence[tuple[str, str, float]] | None = None,
+    settings: cache.Settings = cache.DEFAULT,
+    progress: bool = False,
+) -> Prepared:
+    """Encode once (or open the cache), for any number of trainings. Arguments and errors as ``fit``."""
+    if selector.profile != "paper":
+        raise ValueError(f"selector: expected profile 'paper', got {selector.profile!r}")
+    texts = [text for row in examples for text in row if text]
+    cached = cache.make(encoder, tokenizer, texts, folder, settings, progress=progress)
+    if selector.hidden_size != cached.hidden_size:
+        raise ValueError(f"selector: expected hidden_size = {cached.hidden_size}, got {selector.hidden_size}")
+    device = next(selector.parameters()).device
+    score: Dev | None = None
+    if dev is not None:
+        pairs = [text for one, other, _ in dev for text in (one, other)]
+        cached_dev = cache.make(encoder, tokenizer, pairs, folder, settings, progress=progress)
+        rows = cached_dev.rows(pairs)
+        features = Features.of(cached_dev, selector.num_blocks, selector.frequencies).to(device)
+        score = Dev(features, rows[::2], rows[1::2], [gold for _, _, gold in dev])
+    numbers = [[cached.row(text) if text else -1 for text in row] for row in examples]
+    features = Features.of(cached, selector.num_blocks, selector.frequencies).to(device)
+    return Prepared(features, torch.tensor(numbers, dtype=torch.int64), score)
+
+
 def fit(
     encoder: nn.Module,
     tokenizer: Any,
@@ -166,30 +276,8 @@ def fit(
     Raises:
         ValueError: the selector does not fit the cached blocks, there are fewer than two examples, or a setting is wrong.
     """
-    if selector.profile != "paper":
-        raise ValueError(f"selector: expected profile 'paper', got {selector.profile!r}")
-    _check(recipe, len(examples))  # before encoding, which may take hours
-    cached = cache.make(
-        encoder, tokenizer, [t for row in examples for t in row if t], folder, settings, progress=progress
+    check(recipe, len(examples))  # before encoding, which may take hours
+    prepared = prepare(
+        encoder, tokenizer, selector, examples, folder=folder, dev=dev, settings=settings, progress=progress
     )
-    if selector.hidden_size != cached.hidden_size:
-        raise ValueError(f"selector: expected hidden_size = {cached.hidden_size}, got {selector.hidden_size}")
-    score: Dev | None = None
-    if dev is not None:
-        pairs = [text for one, other, _ in dev for text in (one, other)]
-        cached_dev = cache.make(encoder, tokenizer, pairs, folder, settings, progress=progress)
-        rows = cached_dev.rows(pairs)
-        score = Dev(
-            Features.of(cached_dev, selector.num_blocks, selector.frequencies),
-            rows[::2],
-            rows[1::2],
-            [gold for _, _, gold in dev],
-        )
-    device = next(selector.parameters()).device
-    features = Features.of(cached, selector.num_blocks, selector.frequencies).to(device)
-    if score is not None:
-        score = replace(score, features=score.features.to(device))
-    anchor, positive = cached.rows([row[0] for row in examples]), cached.rows([row[1] for row in examples])
-    negatives = [[cached.row(text) if text else -1 for text in row[2:]] for row in examples]
-    negative = torch.tensor(negatives, dtype=torch.int64)
-    return train(selector, features, anchor, positive, negative, recipe, score=score)
+    return prepared.train(selector, recipe)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import validate
-
-PRIORS = ("block_prior", "gate_scale")  # parameters that move much further than a weight
+from .tools.recipe import PRIORS
 
 
 class Pace(Protocol):

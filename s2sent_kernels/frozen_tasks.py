@@ -1,5 +1,5 @@
-"""Training on a task behind a frozen encoder: a selector, or another module that makes an embedding of f and p, and with it a
-dropout and a linear head.
+"""Training on a task behind a frozen encoder: a selector, or another module from Features to embeddings, and with it a dropout
+and a linear head.
 
     problem = Problem("single_label_classification", outputs=6)
     found = search(lambda: S2SentSelector(384, 6, 32, block_prior=True, gate_scale=4.0), train_part, dev_part, problem)
@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import frozen, frozen_loop, validate
+from . import frozen, frozen_loop
 from .frozen import Features
 from .frozen_loop import History
-from .tools.problems import CLASSES, LABELS, NUMBERS
+from .tools.problems import CLASSES, LABELS, NUMBERS, check_dropout
 from .tools.problems import Problem as Problem  # public under this name
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
@@ -85,7 +85,8 @@ def train(
     """Train ``module`` in place, and a fresh head behind it. The seed fixes the head's start, the dropout and the order.
 
     Args:
-        module: an S2SentSelector, or a module from p [B, N, D] to embeddings [B, any size]; as ``frozen.embed`` takes it.
+        module: an S2SentSelector, a ScalarMix, or a module from Features to embeddings [B, any size]. Features may have further
+            dimensions after the first, as f [S, 2, D] and p [S, 2, N, D] of two sentences that are encoded apart.
         dev: chooses the epoch. Without it, the last one is kept.
 
     Raises:
@@ -171,9 +172,7 @@ def search(
 def check(problem: Problem, recipe: Recipe) -> None:
     """ValueError or TypeError where a number of the recipe, or the problem, is out of range."""
     frozen_loop.check(recipe)
-    validate.number("dropout", recipe.dropout)
-    if not 0 <= recipe.dropout < 1:
-        raise ValueError(f"dropout: expected a number from 0 to below 1, got {recipe.dropout}")
+    check_dropout(recipe.dropout)
     problem.check()
 
 

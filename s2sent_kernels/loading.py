@@ -162,6 +162,8 @@ def _load_encoder(path: str, name: str, dtype: torch.dtype | str) -> Any:
     """An encoder whose weights are all in its checkpoint. transformers initialises missing weights at random, and its warning is
     silenced here. A missing pooler or decoder is accepted: neither is used. Of an encoder with a decoder, the encoder alone."""
     transformers = quiet_transformers()
+    if (_read_json(Path(path) / "config.json") or {}).get("model_type") == "s2sent":
+        raise LoadError(f"model {name}: expected an encoder alone, got one with its selector")
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         encodes = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING  # T5's AutoModel would have a decoder
@@ -223,6 +225,27 @@ def load_whole(model: str) -> tuple[Any, Any]:
         return SentenceTransformer(modules=[module], device="cpu").eval(), module.auto_model.encoder
     except Exception as error:  # the loaders raise errors of many kinds
         raise _cannot_load(model, error) from error
+
+
+def load_classifier(model: str) -> tuple[Any, Any]:
+    """An S2SentForSequenceClassification and its tokenizer from a folder, on the CPU in eval mode."""
+    folder = Path(model).expanduser()
+    transformers = quiet_transformers()
+    try:
+        kinds = (_read_json(folder / "config.json") or {}).get("architectures") or []
+    except Exception as error:  # a file that is not JSON, or of another structure
+        raise _cannot_load(model, error) from error
+    if "S2SentForSequenceClassification" not in kinds:
+        raise LoadError(f"model {model}: expected the folder of a classifier, an S2SentForSequenceClassification")
+    try:
+        kind: Any = importlib.import_module("s2sent_kernels.transformers").S2SentForSequenceClassification
+        whole, found = kind.from_pretrained(folder, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the loaders raise errors of many kinds
+        raise _cannot_load(model, error) from error
+    if found["missing_keys"]:
+        raise LoadError(f"model {model} cannot be loaded: expected weights {min(found['missing_keys'])!r}")
+    return whole.eval(), tokenizer
 
 
 def load_saved(model: str) -> Any:

@@ -78,6 +78,7 @@ class S2SentModel(transformers.PreTrainedModel):
     ``from_pretrained``."""
 
     config_class = S2SentConfig
+    base_model_prefix = "model"  # so that a classifier's folder opens as its model, too
     supports_gradient_checkpointing = (
         True  # the encoder's own; a reentrant one is refused where it would lose gradients
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from s2sent_kernels.frozen import Features
+
 LAST = 3.0  # where the logits of the last block start, as in a selector's block prior
 
 
@@ -17,9 +19,8 @@ class ConstantGates(nn.Module):
         with torch.no_grad():
             self.logits[-1] = LAST
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        """[B, D] from p [B, N, D]."""
-        return (self.logits.softmax(dim=0) * pooled).sum(dim=1)
+    def forward(self, features: Features) -> Tensor:
+        return (self.logits.softmax(dim=0) * features.pooled).sum(dim=1)
 
 
 class LinearMap(nn.Module):
@@ -29,6 +30,5 @@ class LinearMap(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.eye(hidden_size))
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        """[B, D] from p [B, N, D]."""
-        return pooled[:, -1] @ self.weight.T
+    def forward(self, features: Features) -> Tensor:
+        return features.pooled[:, -1] @ self.weight.T

@@ -42,8 +42,8 @@ highest, of three where no other number is given.
 
 Epochs (of {epochs}), and for a shipped selector the learning rate and the seed, are selected by the loss of {held_out:,} held-out
 triplets. What STS-B dev selects stands beside it, in the shipped selector's section: with the pairs that it shares with the
-test sets ({shared}), and without ({apart:,} of {dev:,}). Training: {triplets:,} NLI triplets without the sentences of the STS sets,
-InfoNCE with hard negatives, temperature 0.05."""
+test sets ({shared}), and without ({dev_apart:,} of {dev:,}). Training: {triplets:,} NLI triplets without the sentences of the STS
+sets, InfoNCE with hard negatives, temperature 0.05."""
 
 
 def load(folder: Path, section: str) -> tuple[list[Row], list[Row]]:
@@ -307,10 +307,8 @@ def build(results: Path, output: Path, readme: Path | None, guidance: Path | Non
     found = {name: load(results, name) for name in sections}
     rows = {name: rows for name, (rows, _) in found.items()}
     claim_rows = rows["claims"]
-    numbers = {name: content[name] for name in ("dev", "triplets", "held_out")} | {
-        "apart": content["dev_apart"],
-        "shared": shared,
-    }
+    numbers = {name: content[name] for name in ("dev", "dev_apart", "triplets", "held_out")}
+    numbers |= {"epochs": train_selector.EPOCHS, "shared": shared}
     parts = [INTRO.format(**numbers), *(shipped(one) for one in selectors)]
     parts += [section(rows[name]) for name, section in sections.items() if rows[name]]
     if claim_rows:

@@ -28,18 +28,18 @@ CONCATENATION, ONE_COMPONENT = "concatenation", "s2sent, M = 1"
 
 
 class MeanOfLast(nn.Module):
-    def forward(self, pooled: Tensor) -> Tensor:
-        return pooled[:, -1]
+    def forward(self, features: frozen.Features) -> Tensor:
+        return features.pooled[:, -1]
 
 
 class Average(nn.Module):
-    def forward(self, pooled: Tensor) -> Tensor:
-        return pooled.mean(dim=1)
+    def forward(self, features: frozen.Features) -> Tensor:
+        return features.pooled.mean(dim=1)
 
 
 class Concatenation(nn.Module):
-    def forward(self, pooled: Tensor) -> Tensor:
-        return pooled.flatten(1)
+    def forward(self, features: frozen.Features) -> Tensor:
+        return features.pooled.flatten(1)
 
 
 class Fusion(NamedTuple):

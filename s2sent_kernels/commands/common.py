@@ -101,6 +101,7 @@ read_selector = _told(loading.read_selector)
 load_model = _told(loading.load_model)
 load_transformer = _told(loading.load_transformer)
 load_whole = _told(loading.load_whole)
+load_classifier = _told(loading.load_classifier)
 load_pipeline = _told(loading.load_pipeline)
 fuse = _told(loading.fuse)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,14 @@ class Examples(NamedTuple):
     supervised: bool  # False: each anchor is its own positive
 
 
+class Scored(NamedTuple):
+    """Pairs of sentences, the score of each, and the loss that learns from them: "cosent" or "cosine"."""
+
+    rows: list[tuple[str, str]]
+    scores: list[float]
+    loss: str
+
+
 def read_examples(path: str | Path) -> Examples:
     """From a table the columns ``anchor``, ``positive`` and, in their order in the file, ``negative`` or ``negative_1``,
     ``negative_2``, ...; a negative may be empty in some rows. From a text file its non-empty lines.
@@ -33,22 +41,14 @@ def read_examples(path: str | Path) -> Examples:
             or appears twice; an anchor or a positive is empty; a value is no text.
         ImportError: pyarrow, which reads Parquet, is not installed.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(f"{path}: expected a file of {', '.join(SUFFIXES)}, got suffix {suffix!r}")
-    if suffix == ".txt":
+    if Path(path).suffix.lower() == ".txt":
         texts = [line.strip() for _, line in tables.read_lines(path) if line.strip()]
         if not texts:
             raise ValueError(f"{path}: expected sentences, got an empty file")
         return Examples(("anchor", "positive"), [(text, text) for text in texts], supervised=False)
-    found = list(_READERS[suffix](path))
-    if not found:
-        raise ValueError(f"{path}: expected rows with columns anchor and positive, got none")
+    found = read_rows(path, ("anchor", "positive"), suffixes=SUFFIXES)
     # A JSON object may omit columns, so any row may be the first with a negative.
     names = dict.fromkeys(name for _, row in found for name in row)
-    missing = [name for name in ("anchor", "positive") if name not in names]
-    if missing:
-        raise ValueError(f"{path}: expected a column {', '.join(missing)}, got {', '.join(names) or 'none'}")
     columns = ("anchor", "positive", *(name for name in names if _NEGATIVE.fullmatch(name)))
     rows = []
     for place, row in found:
@@ -61,8 +61,34 @@ def read_examples(path: str | Path) -> Examples:
     return Examples(columns, rows, supervised=True)
 
 
-def _read_tsv(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    return ((f"line {line}", row) for line, row in tables.read_table(path, ("anchor", "positive")))
+def read_rows(
+    path: str | Path, columns: Sequence[str], *choices: Sequence[str], suffixes: Sequence[str] = SUFFIXES[:-1]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Places ("line 2", "row 1") and rows of a table.
+
+    Args:
+        columns: required columns; a row of JSON lines or Parquet may lack a value.
+        choices: alternative sets of columns, of which one is required.
+        suffixes: that the error of a wrong one lists.
+
+    Raises:
+        ValueError: as ``read_examples``, but of values.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix != ".tsv" and suffix not in _READERS:
+        raise ValueError(f"{path}: expected a file of {', '.join(suffixes)}, got suffix {suffix!r}")
+    if suffix == ".tsv":
+        return [(f"line {line}", row) for line, row in tables.read_table(path, columns, *choices)]
+    found = list(_READERS[suffix](path))
+    if not found:
+        raise ValueError(f"{path}: expected rows{' with columns ' * bool(columns)}{' and '.join(columns)}, got none")
+    names = dict.fromkeys(name for _, row in found for name in row)
+    missing = [name for name in columns if name not in names]
+    if choices and not any(set(choice) <= set(names) for choice in choices):
+        missing.append(" or ".join("+".join(choice) for choice in choices))
+    if missing:
+        raise ValueError(f"{path}: expected a column {', '.join(missing)}, got {', '.join(names) or 'none'}")
+    return found
 
 
 def _read_csv(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -104,4 +130,4 @@ def _read_parquet(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"row {number}", row
 
 
-_READERS = {".tsv": _read_tsv, ".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

@@ -16,6 +16,13 @@ CLASSES, LABELS, NUMBERS = PROBLEMS
 SCORES = {CLASSES: "accuracy", LABELS: "micro F1", NUMBERS: "R2"}
 
 
+def check_dropout(dropout: float) -> None:
+    """Of the embedding, before the head. ValueError or TypeError where it is no number from 0 to below 1."""
+    validate.number("dropout", dropout)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a number from 0 to below 1, got {dropout}")
+
+
 class Problem(NamedTuple):
     """What a head's outputs mean.
 

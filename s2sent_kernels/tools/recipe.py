@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 PRECISIONS = ("float32", "bfloat16", "float16")  # the latter two by autocast
+PRIORS = ("block_prior", "gate_scale")  # parameters with the prior's learning rate
+DROPOUT = 0.1  # of a classifier's embedding, before the head
+GATE_SCALE = 4.0  # where the gate scale starts
 
 
 class Recipe(NamedTuple):
@@ -12,7 +15,7 @@ class Recipe(NamedTuple):
     batch_size: int = 64
     learning_rate: float = 3e-5  # of the encoder
     selector_learning_rate: float = 1e-3  # the selector is untrained, the encoder is not
-    prior_learning_rate: float = 1e-2  # of the block prior, which moves much further than a weight
+    prior_learning_rate: float = 1e-2  # of PRIORS, which move much further than a weight
     temperature: float = 0.05
     warmup: float = 0.1  # fraction of all steps
     accumulation: int = 1  # batches a step

@@ -1,5 +1,5 @@
-"""Contrastive fine-tuning of an encoder and its selector, with the trainer and the loss of sentence-transformers. Needs the extra
-train."""
+"""Fine-tuning of an encoder and its selector, contrastive or on scored pairs, with the trainer and the losses of
+sentence-transformers. Needs the extra train."""
 
 from __future__ import annotations
 
@@ -19,15 +19,19 @@ from torch import nn
 from .. import validate
 from ..files import importing, locked, missing, remove_empty, write_atomically
 from ..sentence_transformers import S2SentPooling, SentenceTransformer, load
-from .examples import Examples
-from .recipe import DEFAULT, PRECISIONS, Recipe
+from .examples import Examples, Scored
+from .recipe import DEFAULT, PRECISIONS, PRIORS, Recipe
 
 with importing(None, "train"):
     import accelerate  # noqa: F401  the trainer imports it late, and its error names another extra
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import (
+        CoSENTLoss,
+        CosineSimilarityLoss,
+        MultipleNegativesRankingLoss,
+    )
     from sentence_transformers.sentence_transformer.training_args import BatchSamplers
     from transformers import EarlyStoppingCallback
 
@@ -46,16 +50,16 @@ class _Trainer(SentenceTransformerTrainer):
 
 def fine_tune(
     model: SentenceTransformer,
-    examples: Examples,
+    examples: Examples | Scored,
     output: str | os.PathLike[str],
     recipe: Recipe = DEFAULT,
     *,
     dev: _Dev | None = None,
     resume: bool = False,
 ) -> float | None:
-    """Train ``model`` in place on in-batch negatives and the examples' own, and save it in ``output``. Until then a folder in
-    ``output`` holds the checkpoints, one per epoch. With ``dev`` (sentences, their partners, scores) the best epoch's weights are
-    kept, and 100 times their Spearman correlation is returned.
+    """Train ``model`` in place, on in-batch negatives and the examples' own or on scored pairs, and save it in ``output``. Until
+    then a folder in ``output`` holds the checkpoints, one per epoch. With ``dev`` (sentences, their partners, scores) the best
+    epoch's weights are kept, and 100 times their Spearman correlation is returned.
 
     On several GPUs, start it with torchrun or accelerate; the first process writes. ``resume`` continues from the last complete
     checkpoint in ``output``, with the same result as an uninterrupted training. It refuses checkpoints of another training.
@@ -76,7 +80,12 @@ def fine_tune(
 
 
 def _train(
-    model: SentenceTransformer, examples: Examples, output: Path, recipe: Recipe, dev: _Dev | None, last: str | None
+    model: SentenceTransformer,
+    examples: Examples | Scored,
+    output: Path,
+    recipe: Recipe,
+    dev: _Dev | None,
+    last: str | None,
 ) -> float | None:
     checkpoints = output / CHECKPOINTS
     arguments = SentenceTransformerTrainingArguments(
@@ -91,7 +100,7 @@ def _train(
         warmup_steps=recipe.warmup,
         bf16=recipe.precision == "bfloat16",
         fp16=recipe.precision == "float16",
-        batch_sampler=BatchSamplers.NO_DUPLICATES,
+        batch_sampler=BatchSamplers.BATCH_SAMPLER if isinstance(examples, Scored) else BatchSamplers.NO_DUPLICATES,
         eval_strategy="no" if dev is None else "epoch",
         save_strategy="epoch",
         save_total_limit=2,
@@ -113,10 +122,8 @@ def _train(
     trainer = _Trainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_dict(
-            {name: [row[i] for row in examples.rows] for i, name in enumerate(examples.columns)}
-        ),
-        loss=MultipleNegativesRankingLoss(model, scale=1 / recipe.temperature),
+        train_dataset=Dataset.from_dict(_columns(examples)),
+        loss=_loss(model, examples, recipe),
         evaluator=evaluator,
         callbacks=callbacks,
     )
@@ -131,7 +138,22 @@ def _train(
     return None if dev is None or best is None else 100 * best
 
 
-def _check(model: SentenceTransformer, examples: Examples, recipe: Recipe, dev: Any) -> None:
+def _columns(examples: Examples | Scored) -> dict[str, list[Any]]:
+    if not isinstance(examples, Scored):
+        return {name: [row[i] for row in examples.rows] for i, name in enumerate(examples.columns)}
+    low, high = min(examples.scores), max(examples.scores)
+    # On a scale from 0 to 1, which the cosine loss needs; the order is all that CoSENT reads.
+    scores = [(score - low) / (high - low) for score in examples.scores]
+    return {"sentence1": [a for a, _ in examples.rows], "sentence2": [b for _, b in examples.rows], "score": scores}
+
+
+def _loss(model: SentenceTransformer, examples: Examples | Scored, recipe: Recipe) -> nn.Module:
+    if not isinstance(examples, Scored):
+        return MultipleNegativesRankingLoss(model, scale=1 / recipe.temperature)
+    return CosineSimilarityLoss(model) if examples.loss == "cosine" else CoSENTLoss(model, scale=1 / recipe.temperature)
+
+
+def _check(model: SentenceTransformer, examples: Examples | Scored, recipe: Recipe, dev: Any) -> None:
     for name in ("epochs", "batch_size", "accumulation"):
         validate.positive_int(name, getattr(recipe, name))
     for name in ("temperature", "selector_learning_rate", "prior_learning_rate"):
@@ -146,7 +168,11 @@ def _check(model: SentenceTransformer, examples: Examples, recipe: Recipe, dev: 
         )
     if any(not text for row in examples.rows for text in row):
         raise ValueError("examples: expected every row to have all negatives, got empty ones")
-    if not examples.supervised and not any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)):
+    if isinstance(examples, Scored):
+        validate.option("loss", examples.loss, ("cosent", "cosine"))
+        if not all(map(math.isfinite, examples.scores)) or len(set(examples.scores)) < 2:
+            raise ValueError("examples: expected finite and different scores")
+    elif not examples.supervised and not any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)):
         raise ValueError("examples: expected positives other than their anchors, since the encoder's dropout is 0")
     if recipe.patience is not None and dev is None:
         raise ValueError("patience: expected dev, whose score it waits for")
@@ -154,7 +180,7 @@ def _check(model: SentenceTransformer, examples: Examples, recipe: Recipe, dev: 
         raise ValueError("dev: expected pairs with different scores")
 
 
-def _settings(model: SentenceTransformer, examples: Examples, recipe: Recipe, dev: Any) -> dict[str, Any]:
+def _settings(model: SentenceTransformer, examples: Examples | Scored, recipe: Recipe, dev: Any) -> dict[str, Any]:
     """What identifies a training, apart from its initial weights."""
 
     def digest(content: Any) -> str:
@@ -204,8 +230,8 @@ def _own(checkpoints: Path, settings: dict[str, Any], resume: bool) -> Iterator[
 
 def _learning_rates(model: SentenceTransformer, recipe: Recipe) -> dict[str, float]:
     rates = {r"\.selector\.": recipe.selector_learning_rate}
-    if any(name.endswith(".block_prior") for name, _ in model.named_parameters()):
-        rates[r"\.block_prior$"] = recipe.prior_learning_rate
+    if any(name.rpartition(".")[2] in PRIORS for name, _ in model.named_parameters()):
+        rates[rf"\.({'|'.join(PRIORS)})$"] = recipe.prior_learning_rate
     return rates
 
 

@@ -18,10 +18,9 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
-from s2sent_kernels import frozen
 from s2sent_kernels.commands import train
 from s2sent_kernels.sentence_transformers import S2SentPooling, load
-from s2sent_kernels.tools import recipe, training
+from s2sent_kernels.tools import training
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +132,13 @@ def test_the_command_stops_when_the_sts_file_says_no_more(tmp_path, encoder, cap
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--freeze-encoder", "--patience", "2"], "--patience: not with --freeze-encoder"),
+        (["--freeze-encoder", "--patience", "2"], "patience: expected dev"),
+        (["--freeze-encoder", "--learning-rate", "1e-3", "1e-2"], "--dev: expected a file that chooses among several"),
+        (["--seed", "0", "1"], "--seed: several values only with --freeze-encoder"),
+        (["--dropout", "0.1"], "--dropout: not with --task contrastive"),
+        (["--loss", "cosine"], "--loss: not with --task contrastive"),
+        (["--gate-scale", "inf"], "gate_scale: expected a finite number"),
+        (["--gate-scale", "4", "--no-gate-scale"], "not allowed with argument"),
         (["--freeze-encoder", "--precision", "bfloat16"], "--precision: not with --freeze-encoder"),
         (["--freeze-encoder", "--resume"], "--resume: not with --freeze-encoder"),
         (["--cache", "x"], "--cache: only with --freeze-encoder"),
@@ -182,9 +187,11 @@ def test_frozen_training_needs_pairs(tmp_path, encoder, capsys):
     assert "--freeze-encoder needs pairs" in capsys.readouterr().err
 
 
-def test_defaults_are_the_recipes():
-    assert training.Recipe is recipe.Recipe and set(train._TUNED_ONLY) - {"resume"} <= set(recipe.Recipe._fields)
-    assert set(train._FROZEN_ONLY) - {"cache"} <= set(frozen.Recipe._fields)
+def test_every_option_of_some_trainings_is_an_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in text for name in (*train._ONLY, *train._SEVERAL))
 
 
 def test_frozen_training_takes_several_negatives(tmp_path, encoder):

@@ -16,7 +16,7 @@ import record
 from quality import data, finetune, quality, report, train_selector
 from quality import tasks as on_tasks
 
-from s2sent_kernels import S2SentSelector
+from s2sent_kernels import S2SentSelector, frozen
 from s2sent_kernels.tools import evaluation
 
 ROOT, RESULTS = record.BENCH.parent, record.RESULTS / "quality"
@@ -97,7 +97,7 @@ def content():
             runs.append({
                 "pooling": kind, "learning_rate": 1e-3, "seed": seed, "recipe": recipe, "epoch": 2, "by_epoch": by_epoch,
                 "scores": by_epoch[2], "chosen": True, "shipped": seed == 2, "parameters": 10,
-                "bottleneck": 2 if kind == evaluation.S2SENT else None,
+                "bottleneck": 2 if kind == evaluation.S2SENT else None, "start": 4.0 if kind == evaluation.S2SENT else None,
             })  # fmt: skip
     runs += [run | {"learning_rate": 3e-3, "chosen": False, "shipped": False} for run in runs[3:]]
     return {
@@ -111,14 +111,14 @@ def test_the_tables_of_the_shipped_selector():
     table = train_selector.table(content())
     assert "| mean of last, published | – | 51.00 | 51.00 |" in table
     assert "| s2sent | 27.00 (26.00–28.00) | 73.00 (72.00–74.00) |" in table
-    assert "| 73.000 | 0.001, H = 2 | 10 |" in table
+    assert "| 73.000 | 0.001, scale from 4 | 10 |" in table
     assert "| **shipped**, seed 2, half precision | 25.75 | 74.25 |" in table
     rules = train_selector.rules(content())
     assert (
-        "| s2sent | 0.001, H = 2 | STS-B dev without the shared pairs | 1, 1, 1 | 72.00 (71.00–73.00) | +22.00 |"
+        "| s2sent | 0.001, scale from 4 | STS-B dev without the shared pairs | 1, 1, 1 | 72.00 (71.00–73.00) | +22.00 |"
         in rules
     )
-    assert "| s2sent | 0.003, H = 2 | all of STS-B dev | 5, 5, 5 | 76.00 (75.00–77.00) | +26.00 |" in rules
+    assert "| s2sent | 0.003, scale from 4 | all of STS-B dev | 5, 5, 5 | 76.00 (75.00–77.00) | +26.00 |" in rules
     assert "| nothing: the last of 5 epochs | 5, 5, 5 | 76.00 (75.00–77.00) | +26.00 |" in rules
     assert "| mean of last | +23.00 | +23.00 | +23.00 | +23.00 | +23.00 |" in train_selector.verdict(content())
 
@@ -136,19 +136,21 @@ def test_settings_are_selected_by_the_loss_of_held_out_triplets():
     chosen = [run for run in runs if run["chosen"] and run["pooling"] in train_selector.SELECTORS]
     assert {run["learning_rate"] for run in chosen} == {3e-3} and len(chosen) == 6
     shipped = [(run["pooling"], run["seed"]) for run in runs if run["shipped"]]
-    assert shipped == [(evaluation.SCALAR_MIX, 0), (train_selector.UNSCALED, 0)]
+    assert shipped == [(evaluation.SCALAR_MIX, 0), (evaluation.S2SENT, 0)]
 
 
 def test_every_fusion_starts_as_the_mean_of_the_last_block_or_near_it():
     pooled = torch.randn(5, 3, 8)
-    torch.testing.assert_close(train_selector.Setting(train_selector.LINEAR, 1e-4).build(3, 8)(pooled), pooled[:, -1])
+    features = frozen.Features(torch.randn(5, 8), pooled)
+    torch.testing.assert_close(train_selector.Setting(train_selector.LINEAR, 1e-4).build(3, 8)(features), pooled[:, -1])
     gates = train_selector.Setting(train_selector.CONSTANT, 1e-3).build(3, 8)
     weights = torch.tensor([0.0, 0.0, 3.0]).softmax(dim=0)
-    torch.testing.assert_close(gates(pooled), torch.einsum("n,bnd->bd", weights, pooled))
+    torch.testing.assert_close(gates(features), torch.einsum("n,bnd->bd", weights, pooled))
     for pooling in (train_selector.PAPER, *train_selector.SELECTORS):
         selector = train_selector.Setting(pooling, 1e-3, 2).build(3, 8)
         assert (selector.block_prior is not None) == (pooling in train_selector.SELECTORS)
-        assert (selector.gate_scale is not None) == (pooling == evaluation.S2SENT)
+        assert selector.gate_scale is None
+    assert train_selector.Setting(evaluation.S2SENT, 1e-3, 2, 4.0).build(3, 8).gate_scale == 4.0
 
 
 def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkeypatch):

@@ -152,7 +152,7 @@ def write_inputs(encoder):
         "triplets.tsv": [columns, *rows],
         "pairs.tsv": [
             ("split", "score", "sentence1", "sentence2"),
-            *((split, str(i), row[0], row[i % 3]) for split in ("dev", "test") for i, row in enumerate(rows)),
+            *((split, str(i), row[0], row[i % 3]) for split in ("train", "dev", "test") for i, row in enumerate(rows)),
         ],
         "reviews.tsv": [
             ("split", "label", "text"),
@@ -205,6 +205,9 @@ def test_every_command_line_runs(tmp_path, monkeypatch):
     assert written == {
         "selector",
         "model",
+        "classifier",
+        "labels.tsv",
+        "scored",
         "unsupervised",
         "embeddings.parquet",
         "embeddings.npy",

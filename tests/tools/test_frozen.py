@@ -221,6 +221,34 @@ def test_the_best_epoch_is_kept():
     assert not torch.equal(states[3]["up.weight"], module.up.weight)
 
 
+def test_cosent_against_its_formula():
+    similarity, gold = torch.tensor([0.9, 0.2, 0.5], dtype=torch.float64), torch.tensor([1.0, 3.0, 3.0])
+    # The first pair's score is lower than both others': two terms.
+    expected = torch.log(1 + torch.exp(torch.tensor((0.9 - 0.2) / 0.1)) + torch.exp(torch.tensor((0.9 - 0.5) / 0.1)))
+    torch.testing.assert_close(frozen.cosent(similarity, gold, 0.1), expected.double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("loss", frozen.LOSSES)
+def test_scored_pairs_teach_which_block_says_the_score(loss):
+    features = _features()
+    rows = torch.arange(96).view(48, 2)
+    gold = 5 * F.cosine_similarity(features.pooled[rows[:, 0], 0], features.pooled[rows[:, 1], 0])
+    module = frozen.ScalarMix(3)
+    dev = frozen.Dev(features, rows[:, 0], rows[:, 1], gold.tolist())
+    recipe = frozen.Recipe(epochs=20, batch_size=16, prior_learning_rate=0.3)
+    history = frozen.train_scored(module, features, rows, gold, recipe, loss=loss, score=dev)
+    assert history.score > 90 > history.scores[0] + 20 and module.block_prior.argmax() == 0
+    with pytest.raises(ValueError, match="gold: expected finite and different scores"):
+        frozen.train_scored(module, features, rows, torch.ones(48), recipe, loss=loss)
+
+
+def test_a_symmetric_loss_is_the_mean_of_both_directions():
+    anchor, positive, negative = (torch.randn(n, 6, dtype=torch.float64) for n in (4, 4, 3))
+    one = frozen.info_nce(anchor, positive, negative, 0.05)
+    other = frozen.info_nce(positive, anchor, None, 0.05)
+    torch.testing.assert_close(frozen.info_nce(anchor, positive, negative, 0.05, symmetric=True), (one + other) / 2)
+
+
 def test_patience_stops_a_training():
     values = iter([9.0, 1.0, 3.0, 2.0, 2.0, 4.0])
     recipe = frozen.Recipe(epochs=9, batch_size=16, patience=2)

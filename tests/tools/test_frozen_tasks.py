@@ -62,12 +62,12 @@ def test_scores_by_hand():
 
 
 class Concatenation(nn.Module):
-    def forward(self, pooled):
-        return pooled.flatten(1)
+    def forward(self, features):
+        return features.pooled.flatten(1)
 
 
 @pytest.mark.parametrize("pooling", [lambda: ScalarMix(3), Concatenation], ids=["mix", "concatenation"])
-def test_any_module_of_p_can_be_the_pooling(pooling):
+def test_another_module_can_be_the_pooling(pooling):
     trained, history = train(pooling(), part(0), Problem(CLASSES, 3), RECIPE._replace(epochs=15), dev=part(1))
     assert history.score > 60
     assert trained.head.in_features == (24 if pooling is Concatenation else 8)

@@ -1,0 +1,108 @@
+"""Label texts, or pairs of sentences, by a classifier that `s2sent train --task classification` wrote: for each row of the files,
+in their order, a label and the probability of every label."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import write_atomically
+from ..tools import encoders
+from ..tools.encoders import Text
+from ..tools.labelled import read_texts
+from ..tools.problems import CLASSES, LABELS
+from . import common
+from .common import UserError, positive
+
+SUFFIXES = (".tsv", ".jsonl")
+
+
+def add(commands: Any) -> None:
+    about = "label files of texts by a trained classifier"
+    command = commands.add_parser("predict", help=about, description=__doc__)
+    command.add_argument(
+        "inputs",
+        type=common.path,
+        nargs="+",
+        metavar="FILE",
+        help=".txt (one text a line), or .tsv, .csv, .jsonl or .parquet with the columns that it was trained on: text, or "
+        "sentence1 and sentence2",
+    )
+    command.add_argument("--model", type=common.path, required=True, metavar="FOLDER", help="of the classifier")
+    command.add_argument(
+        "--output",
+        type=common.path,
+        required=True,
+        metavar="FILE",
+        help=".tsv (label, then a column for each label's probability) or .jsonl",
+    )
+    command.add_argument("--batch-size", type=positive, default=common.BATCH, help=f"default: {common.BATCH}")
+    command.add_argument("--force", action="store_true", help="replace an output that is there")
+    common.add_device(command)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    output = Path(arguments.output)
+    if output.suffix not in SUFFIXES:
+        raise UserError(f"--output: expected a file of {', '.join(SUFFIXES)}, got {output}")
+    if output.exists() and not arguments.force:
+        raise UserError(f"output {output}: it is there already; --force replaces it")
+    common.check_writable(output.parent)
+    try:
+        texts = [text for path in arguments.inputs for text in read_texts(path)]
+    except (ValueError, ImportError) as error:
+        raise UserError(str(error)) from error
+    if len({isinstance(text, str) for text in texts}) > 1:
+        raise UserError("expected files of texts or files of pairs of sentences, got both")
+    model, tokenizer = common.load_classifier(arguments.model)
+    logits = _logits(model.to(common.device_of(arguments.device)), tokenizer, texts, arguments.batch_size)
+    rows = _rows(model.config, logits)
+    content = _tsv(rows) if output.suffix == ".tsv" else "".join(json.dumps(row) + "\n" for row in rows)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, content.encode())
+    except OSError as error:
+        raise UserError(f"output {output}: {error.strerror}") from error
+    print(f"wrote {output}: {len(rows)} rows")
+
+
+def _logits(model: Any, tokenizer: Any, texts: list[Text], batch_size: int) -> torch.Tensor:
+    """[S, labels] of all texts, float32 on the CPU."""
+    found = torch.empty(len(texts), model.config.num_labels)
+    batches = encoders.in_batches(encoders.longest_first(texts), batch_size)
+    encoder, limit = model.model.encoder, tokenizer.model_max_length
+    with torch.no_grad():
+        for rows, inputs in encoders.token_batches(encoder, tokenizer, texts, batches, max_length=limit):
+            found[rows] = model(**inputs).logits.float().cpu()
+    return found
+
+
+def _rows(config: Any, logits: torch.Tensor) -> list[dict[str, Any]]:
+    """A label and probabilities for each row; of a regression a number and no probabilities."""
+    names = [config.id2label[number] for number in range(config.num_labels)]
+    if config.problem_type == CLASSES:
+        labels: list[Any] = [names[best] for best in logits.argmax(dim=1)]
+        values = logits.softmax(dim=1)
+    elif config.problem_type == LABELS:
+        labels = [[name for name, logit in zip(names, row, strict=True) if logit > 0] for row in logits.tolist()]
+        values = logits.sigmoid()
+    else:
+        return [{"label": round(value, 6)} for value in logits[:, 0].tolist()]
+    probabilities = [[round(value, 6) for value in row] for row in values.tolist()]
+    return [
+        {"label": label, "probabilities": dict(zip(names, row, strict=True))}
+        for label, row in zip(labels, probabilities, strict=True)
+    ]
+
+
+def _tsv(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0].get("probabilities", {}))
+    lines = ["\t".join(["label", *(f"p({name})" for name in names)])]
+    for row in rows:
+        label = ",".join(row["label"]) if isinstance(row["label"], list) else str(row["label"])
+        lines.append("\t".join([label, *(str(value) for value in row.get("probabilities", {}).values())]))
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,119 @@
+"""`s2sent train --task classification`: a selector and a head for labelled texts or pairs of texts, behind a frozen encoder or
+with it. Both ways write an S2SentForSequenceClassification."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .. import cache, families, frozen, frozen_tasks
+from ..selector import S2SentSelector
+from ..tools import labelled, recipe
+from ..tools.problems import CLASSES, SCORES, Problem
+from . import common
+from .common import UserError
+from .train_task import Task, is_first_process, print_trial
+
+
+class _Data(NamedTuple):
+    """What is trained on, what chooses, and the names of the head's outputs."""
+
+    train: labelled.Labelled
+    dev: labelled.Labelled
+    problem: Problem
+    names: list[str]
+
+    def targets(self, part: labelled.Labelled) -> Any:
+        return labelled.targets(part, self.problem.kind, self.names)
+
+
+def run(task: Task) -> None:
+    data = _read(task)
+    (_train_frozen if task.frozen else _fine_tune)(task, data)
+
+
+def _read(task: Task) -> _Data:
+    kind = task.given.get("problem_type", CLASSES)
+    whole = labelled.read_labelled(task.given["data"], kind, task.given.get("split"))
+    names = labelled.label_names(whole, kind)
+    if "dev" in task.given:
+        part, dev = whole, labelled.read_labelled(task.given["dev"], kind, task.given.get("dev_split"), "dev")
+        if dev.pairs != part.pairs:
+            words = {False: "texts", True: "pairs of sentences"}
+            raise UserError(f"{dev.path}: expected {words[part.pairs]}, as in {part.path}, got {words[dev.pairs]}")
+    elif "dev_split" in task.given:
+        raise UserError("--dev-split: expected --dev, whose split it names")
+    else:
+        part, dev = labelled.hold_out(whole)
+    data = _Data(part, dev, Problem(kind, len(names) or 1), names)
+    data.targets(dev)  # for its error, before anything is encoded
+    if not names:
+        labelled.differ(dev)
+    return data
+
+
+def _train_frozen(task: Task, data: _Data) -> None:
+    from ..tools import classifier
+
+    common.check_writable(Path(task.cache))
+    base = frozen_tasks.DEFAULT._replace(**task.fields(frozen_tasks.Recipe))
+    recipes = frozen_tasks.grid(
+        base,
+        task.several("learning_rate") or frozen_tasks.LEARNING_RATES,
+        task.several("dropout") or frozen_tasks.DROPOUTS,
+        task.several("seed") or (base.seed,),
+    )
+    for one in recipes:
+        frozen_tasks.check(data.problem, one)
+    device = task.device
+    encoder, tokenizer, _ = common.load_model(task.given.get("model"), device)
+    blocks = families.indices(task.blocks, len(families.find_blocks(encoder)))
+    arguments = task.selector_arguments(encoder.config.hidden_size)
+
+    def make() -> S2SentSelector:
+        return S2SentSelector(encoder.config.hidden_size, len(blocks), **arguments)
+
+    settings = cache.DEFAULT._replace(
+        blocks=blocks,
+        pooling=task.pooling,
+        max_length=task.max_length,
+        token_frequencies=frozen.token_frequencies(make()),
+    )
+    # Sorted, so that the cache does not depend on which of them are held out. A file has texts or pairs, never both.
+    texts: Any = sorted({*data.train.texts, *data.dev.texts})
+    cached = cache.make(encoder, tokenizer, texts, task.cache, settings, progress=True)
+
+    def of(part: labelled.Labelled) -> frozen_tasks.Part:
+        features = frozen.Features.of(cached, len(blocks), arguments["frequencies"], cached.rows(part.texts))
+        return frozen_tasks.Part(features.to(device), data.targets(part).to(device))
+
+    found = frozen_tasks.search(make, of(data.train), of(data.dev), data.problem, recipes)
+    varied = ("learning_rate", "dropout", "seed")
+    for trial in found.trials:
+        print_trial(trial.recipe, trial.history, varied, f"dev {SCORES[data.problem.kind]}")
+    print("kept: ", end="")
+    print_trial(found.best.recipe, found.best.history, varied, f"dev {SCORES[data.problem.kind]}")
+    fusion = classifier.Fusion(blocks, task.pooling, arguments)
+    model = classifier.make(encoder, fusion, data.problem, data.names, found.best.recipe.dropout)
+    model.model.selector.load_state_dict(found.trained.module.state_dict())
+    model.classifier.load_state_dict(found.trained.head.state_dict())
+    limit = families.max_length(encoder, tokenizer, task.max_length)
+    classifier.save(model, tokenizer, task.output, limit)
+
+
+def _fine_tune(task: Task, data: _Data) -> None:
+    import torch
+
+    from ..tools import classifier
+
+    device = task.device
+    encoder, tokenizer, _ = common.load_model(task.given.get("model"), device)
+    settings = recipe.DEFAULT._replace(**task.fields(recipe.Recipe), **task.one("learning_rate"), **task.one("seed"))
+    torch.manual_seed(settings.seed)
+    fusion = classifier.Fusion(task.blocks, task.pooling, task.selector_arguments(encoder.config.hidden_size))
+    dropout = task.one("dropout").get("dropout", recipe.DROPOUT)
+    model = classifier.make(encoder, fusion, data.problem, data.names, dropout)
+    examples, dev = (classifier.Examples(part.texts, data.targets(part)) for part in (data.train, data.dev))
+    score = classifier.fine_tune(model, tokenizer, examples, dev, task.output, settings, task.max_length)
+    if is_first_process():
+        print(f"dev {SCORES[data.problem.kind]} {score:.2f}, the best epoch's")

@@ -1,0 +1,137 @@
+"""`s2sent train` on sentences that belong together, or on scored pairs (--task sts): the selector behind a frozen encoder, or
+both as a SentenceTransformer."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import cache, families, frozen, frozen_loop
+from ..selector import S2SentSelector
+from ..tools import labelled, recipe
+from ..tools.examples import Examples, Scored, read_examples
+from . import common
+from .common import UserError
+from .train_task import STS, Task, is_first_process, print_trial
+
+VARIED = ("learning_rate", "seed")  # with --freeze-encoder
+
+
+def run(task: Task) -> None:
+    examples: Examples | Scored
+    if task.kind == STS:
+        found = labelled.read_scored(task.given["data"], task.given.get("split"))
+        examples = Scored(_pairs(found), found.labels, task.given.get("loss", frozen.LOSSES[0]))
+    else:
+        examples = read_examples(task.given["data"])
+    dev = _read_dev(task)
+    if not task.frozen:
+        _fine_tune(task, examples, dev)
+        return
+    if isinstance(examples, Examples) and not examples.supervised:
+        message = "--freeze-encoder needs pairs: without dropout a sentence is its own copy"
+        raise UserError(f"{task.given['data']}: {message}")
+    _train_frozen(task, examples, dev)
+
+
+def _read_dev(task: Task) -> list[tuple[str, str, float]] | None:
+    if "dev" not in task.given:
+        if "dev_split" in task.given:
+            raise UserError("--dev-split: expected --dev, whose split it names")
+        return None
+    found = labelled.read_scored(task.given["dev"], task.given.get("dev_split"), "dev")
+    return [(*pair, score) for pair, score in zip(_pairs(found), found.labels, strict=True)]
+
+
+def _pairs(found: labelled.Labelled) -> list[tuple[str, str]]:
+    return [text for text in found.texts if isinstance(text, tuple)]  # all of them
+
+
+def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, str, float]] | None) -> None:
+    common.check_writable(Path(task.cache))
+    base = frozen.DEFAULT._replace(**task.fields(frozen.Recipe))
+    values = [task.several(name) or [getattr(base, name)] for name in VARIED]
+    recipes = [base._replace(**dict(zip(VARIED, each, strict=True))) for each in itertools.product(*values)]
+    if len(recipes) > 1 and dev is None:
+        raise UserError("--dev: expected a file that chooses among several learning rates and seeds, got none")
+    if base.patience is not None and dev is None:
+        raise UserError("patience: expected dev, whose score it waits for")
+    for one in recipes:
+        frozen.check(one, len(examples.rows))
+    device = task.device
+    encoder, tokenizer, name = common.load_model(task.given.get("model"), device)
+    blocks = families.indices(task.blocks, len(families.find_blocks(encoder)))
+    size = encoder.config.hidden_size
+
+    def make(seed: int) -> S2SentSelector:
+        torch.manual_seed(seed)
+        return S2SentSelector(size, len(blocks), **task.selector_arguments(size)).to(device)
+
+    prepared = frozen.prepare(
+        encoder,
+        tokenizer,
+        make(base.seed),
+        examples.rows,
+        folder=task.cache,
+        dev=dev,
+        settings=cache.DEFAULT._replace(
+            blocks=blocks,
+            pooling=task.pooling,
+            max_length=task.max_length,
+            token_frequencies=frozen.token_frequencies(make(base.seed)),
+        ),
+        progress=True,
+    )
+    best: tuple[S2SentSelector, frozen.Recipe, frozen.History] | None = None
+    for one in recipes:
+        selector = make(one.seed)
+        if isinstance(examples, Scored):
+            gold = torch.tensor(examples.scores)
+            history = prepared.train_scored(selector, gold, one, examples.loss)
+        else:
+            history = prepared.train(selector, one)
+        if len(recipes) > 1:
+            print_trial(one, history, VARIED, "dev")
+        if best is None or frozen_loop.order(history.score) > frozen_loop.order(best[2].score):
+            best = selector, one, history
+    assert best is not None
+    selector, chosen, history = best
+    for epoch, loss in enumerate(history.losses, 1):
+        score = f", dev {history.scores[epoch]:.2f}" if history.scores else ""
+        print(f"epoch {epoch}: loss {loss:.4f}{score}{', kept' if epoch == history.kept else ''}")
+    about: dict[str, Any] = {
+        "encoder": name,
+        "blocks": list(blocks),
+        "pooling": task.pooling,
+        "max_length": task.max_length,
+        "task": task.kind,
+        "recipe": chosen._asdict(),
+        "examples": len(examples.rows),
+        "epoch": history.kept,
+    }
+    selector.save_pretrained(task.output, about=about)
+
+
+def _fine_tune(task: Task, examples: Examples | Scored, dev: list[tuple[str, str, float]] | None) -> None:
+    from ..sentence_transformers import S2SentPooling, SentenceTransformer
+    from ..tools import training
+
+    device = task.device
+    transformer = common.load_transformer(task.given.get("model"), task.max_length)
+    settings = recipe.DEFAULT._replace(**task.fields(recipe.Recipe), **task.one("learning_rate"), **task.one("seed"))
+    torch.manual_seed(settings.seed)
+    pooling = S2SentPooling.behind(
+        transformer,
+        task.blocks,
+        pooling=task.pooling,
+        **task.selector_arguments(transformer.get_embedding_dimension()),
+    )
+    model = SentenceTransformer(modules=[transformer, pooling], device=str(device))
+    columns: Any = None if dev is None else tuple(map(list, zip(*dev, strict=True)))
+    resume = "resume" in task.given
+    score = training.fine_tune(model, examples, task.output, settings, dev=columns, resume=resume)
+    if score is not None and is_first_process():
+        print(f"dev {score:.2f}, the best epoch's")

@@ -1,0 +1,88 @@
+"""What the ways of training share: the options that were given, in one record, and what a search over recipes prints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..frozen_loop import History
+from ..tools.recipe import GATE_SCALE
+from . import common
+
+CONTRASTIVE, STS, CLASSIFICATION = TASKS = ("contrastive", "sts", "classification")
+CACHE = "s2sent_cache"  # the default folder
+
+
+class Task(NamedTuple):
+    """The options of `s2sent train`."""
+
+    kind: str  # one of TASKS
+    given: Mapping[str, Any]  # those that were given, by name
+    output: Path
+
+    @property
+    def frozen(self) -> bool:
+        return self.given["freeze_encoder"]
+
+    @property
+    def pooling(self) -> str:
+        return self.given["pooling"]
+
+    @property
+    def max_length(self) -> int:
+        return self.given["max_length"]
+
+    @property
+    def blocks(self) -> str | None:
+        return self.given.get("blocks")
+
+    @property
+    def cache(self) -> str:
+        return self.given.get("cache", CACHE)
+
+    @property
+    def device(self) -> torch.device:
+        return common.device_of(self.given.get("device"))
+
+    def several(self, name: str) -> list[Any] | None:
+        """The values of an option that takes several, or None where it was not given."""
+        return self.given.get(name)
+
+    def one(self, name: str) -> dict[str, Any]:
+        """Such an option with its one value, or nothing: an argument of a recipe's ``_replace``."""
+        return {name: self.given[name][0]} if name in self.given else {}
+
+    def fields(self, recipe: Any) -> dict[str, Any]:
+        """The given fields of a recipe that take one value."""
+        return {
+            name: self.given[name]
+            for name in recipe._fields
+            if name in self.given and not isinstance(self.given[name], list)
+        }
+
+    def selector_arguments(self, size: int) -> dict[str, Any]:
+        """Those of S2SentSelector, for an encoder of ``size`` features."""
+        prior = not self.given["no_prior"]
+        scale = GATE_SCALE if prior and not self.given["no_gate_scale"] else None
+        return {
+            "bottleneck": self.given.get("bottleneck") or max(1, size // 12),
+            "frequencies": self.given["frequencies"],
+            "gate_norm": None if self.given["no_norm"] else "batch",
+            "block_prior": prior,
+            "gate_scale": self.given.get("gate_scale", scale),
+        }
+
+
+def is_first_process() -> bool:
+    """Of the processes that torchrun started, the one that writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def print_trial(recipe: Any, history: History, names: tuple[str, ...], what: str) -> None:
+    """A line of what a trial varied and of its best epoch."""
+    varied = ", ".join(f"{name.replace('_', ' ')} {getattr(recipe, name):g}" for name in names)
+    print(f"{varied}: {what} {history.score:.2f} (epoch {history.kept} of {len(history.losses)})")

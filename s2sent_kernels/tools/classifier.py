@@ -1,0 +1,237 @@
+"""S2SentForSequenceClassification, from an encoder to a folder that ``pipeline("text-classification")`` loads, with transformers'
+Trainer in between. Needs the extra train for the trainer, else transformers alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import families, validate
+from ..batches import TextTokenizer, Tokens, padded
+from ..files import importing, missing, remove_empty
+from ..transformers import S2SentForSequenceClassification, S2SentModel, transformers
+from .encoders import Text
+from .problems import NUMBERS, Problem, check_dropout
+from .recipe import DEFAULT, DROPOUT, PRECISIONS, PRIORS, Recipe
+
+CHECKPOINTS = "checkpoints"  # in the output folder, while the trainer runs
+_SCORE = "eval_score"
+
+
+class Fusion(NamedTuple):
+    """Which blocks are fused, how tokens are pooled, and the arguments of S2SentSelector."""
+
+    blocks: Sequence[int] | str | None
+    pooling: str
+    selector: dict[str, Any]
+
+
+class Examples(NamedTuple):
+    """Texts, or pairs of texts, and their targets as ``Problem`` takes them."""
+
+    texts: Sequence[Text]
+    targets: Tensor
+
+
+def make(
+    encoder: Any, fusion: Fusion, problem: Problem, names: Sequence[str], dropout: float = DROPOUT
+) -> S2SentForSequenceClassification:
+    """A fresh selector and head behind ``encoder``, which is used, not copied.
+
+    Args:
+        names: of the head's outputs; none for a regression.
+    """
+    problem.check()
+    check_dropout(dropout)
+    model = S2SentModel.from_encoder(encoder, fusion.blocks, pooling=fusion.pooling, **fusion.selector)
+    whole = S2SentForSequenceClassification.from_model(
+        model, num_labels=problem.outputs, problem_type=problem.kind, classifier_dropout=dropout
+    )
+    if names:
+        whole.config.id2label = dict(enumerate(names))
+        whole.config.label2id = {name: number for number, name in enumerate(names)}
+    return whole
+
+
+def save(model: S2SentForSequenceClassification, tokenizer: Any, folder: str | os.PathLike[str], limit: int) -> None:
+    """Model and tokenizer in one folder, new or empty, which appears when it is whole.
+
+    Args:
+        limit: tokens at most, where ``truncation=True`` cuts a text.
+    """
+    target = Path(folder)
+    made = missing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+            whole = Path(temporary) / "model"
+            model.eval().save_pretrained(whole)
+            tokenizer.model_max_length = limit
+            tokenizer.save_pretrained(whole)
+            os.replace(whole, target)  # an empty folder gives way
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+# ---------------------------------------------------------------- transformers' Trainer
+
+
+def fine_tune(
+    model: S2SentForSequenceClassification,
+    tokenizer: Any,
+    examples: Examples,
+    dev: Examples,
+    folder: str | os.PathLike[str],
+    recipe: Recipe = DEFAULT,
+    max_length: int = 256,
+) -> float:
+    """Train encoder, selector and head in place by transformers' Trainer, keep the epoch with the best score on ``dev``, and save
+    it in ``folder``. Returns that score, times 100. On several GPUs, start it with torchrun; the first process writes.
+
+    Raises:
+        ValueError: a number of the recipe is out of range, one process sees several GPUs, or the training diverged.
+        MissingPackage: accelerate is not installed.
+    """
+    with importing(None, "train"):
+        import accelerate  # noqa: F401  the trainer imports it late
+    _check(recipe)
+    problem = _problem_of(model)
+    limit = families.max_length(model.model.encoder, tokenizer, max_length)
+    if problem.kind == NUMBERS:
+        with torch.no_grad():
+            model.classifier.bias.fill_(examples.targets.mean())  # a step moves it by the learning rate alone
+    made, checkpoints = missing(Path(folder)), Path(folder) / CHECKPOINTS
+    try:
+        score = _train(model, tokenizer, (examples, dev), recipe, limit, checkpoints)
+    finally:
+        if _is_first():
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            remove_empty(made)
+    if _is_first():
+        save(model, tokenizer, folder, limit)
+    return score
+
+
+def _train(
+    model: S2SentForSequenceClassification,
+    tokenizer: Any,
+    parts: tuple[Examples, Examples],
+    recipe: Recipe,
+    limit: int,
+    checkpoints: Path,
+) -> float:
+    problem = _problem_of(model)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=min(recipe.batch_size, len(parts[0].texts)),
+        per_device_eval_batch_size=recipe.batch_size,
+        dataloader_drop_last=True,  # a batch of one text has no batch statistics
+        gradient_accumulation_steps=recipe.accumulation,
+        warmup_steps=recipe.warmup,
+        bf16=recipe.precision == "bfloat16",
+        fp16=recipe.precision == "float16",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model=_SCORE,
+        greater_is_better=True,
+        logging_nan_inf_filter=False,  # True would replace a NaN loss in the log by earlier ones
+        remove_unused_columns=False,
+        seed=recipe.seed,
+        report_to="none",
+        use_cpu=model.device.type == "cpu",
+    )
+    if arguments.n_gpu > 1:  # nn.DataParallel would replicate the encoder without the hooks on its blocks
+        raise ValueError(
+            f"device: expected one GPU a process, got {arguments.n_gpu}: start with torchrun, or set CUDA_VISIBLE_DEVICES"
+        )
+
+    def metrics(found: Any) -> dict[str, float]:
+        return {_SCORE: problem.score(torch.tensor(found.predictions), torch.tensor(found.label_ids))}
+
+    tokenize = TextTokenizer(tokenizer, limit)
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=_rows(tokenize, parts[0]),
+        eval_dataset=_rows(tokenize, parts[1]),
+        data_collator=partial(_collate, pad_id=tokenize.pad_id),
+        compute_metrics=metrics,
+        optimizers=(torch.optim.AdamW(_groups(model, recipe), weight_decay=0.0), None),
+        callbacks=[] if recipe.patience is None else [transformers.EarlyStoppingCallback(recipe.patience)],
+    )
+    trainer.train()
+    trainer.accelerator.wait_for_everyone()
+    validate.finite_state("model", model)
+    best = trainer.state.best_metric
+    return float("nan") if best is None else best
+
+
+def _problem_of(model: S2SentForSequenceClassification) -> Problem:
+    return Problem(str(model.config.problem_type), int(model.config.num_labels or 0))
+
+
+class _Trainer(transformers.Trainer):
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """All of the dev part: the base method drops its last batch where training does."""
+        rows: Any = self.eval_dataset
+        loader = torch.utils.data.DataLoader(rows, self.args.eval_batch_size, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
+
+
+class _Row(NamedTuple):
+    ids: Any  # int32 [length]
+    types: Any  # the same, or None
+    target: Tensor
+
+
+def _rows(tokenize: TextTokenizer, part: Examples) -> list[_Row]:
+    """The tokens of each text, not padded yet."""
+    texts: Any = part.texts
+    tokens = tokenize(texts) if isinstance(texts[0], str) else tokenize.pairs(texts)
+    types: Any = [None] * len(tokens.ids) if tokens.types is None else tokens.types
+    return [_Row(*row) for row in zip(tokens.ids, types, part.targets, strict=True)]
+
+
+def _collate(rows: Sequence[_Row], pad_id: int) -> dict[str, Tensor]:
+    types = None if rows[0].types is None else [row.types for row in rows]
+    tokens = Tokens([row.ids for row in rows], None, 0, types)  # type: ignore[arg-type]
+    return padded(tokens, range(len(rows)), pad_id) | {"labels": torch.stack([row.target for row in rows])}
+
+
+def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """The optimizer's groups: encoder; selector and head; block prior and gate scale."""
+    found: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] in PRIORS:
+            rate = recipe.prior_learning_rate
+        else:
+            rate = recipe.learning_rate if name.startswith("model.encoder.") else recipe.selector_learning_rate
+        found.setdefault(rate, []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in found.items()]
+
+
+def _check(recipe: Recipe) -> None:
+    for name in ("epochs", "batch_size", "accumulation"):
+        validate.positive_int(name, getattr(recipe, name))
+    for name in ("selector_learning_rate", "prior_learning_rate"):
+        validate.positive_number(name, getattr(recipe, name))
+    validate.number("learning_rate", recipe.learning_rate)
+    if not 0 <= recipe.learning_rate < float("inf"):
+        raise ValueError(f"learning_rate: expected 0 or more, got {recipe.learning_rate}")
+    validate.option("precision", recipe.precision, PRECISIONS)
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0

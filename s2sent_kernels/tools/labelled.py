@@ -1,0 +1,205 @@
+"""Labelled examples of a task from tables (.tsv, .csv, .jsonl, .parquet): texts or pairs of texts, with classes, several labels
+or numbers. Every error names the file and, if it concerns one, the line or row.
+
+    label and text, or label, sentence1 and sentence2      a classifier's; optionally split
+    score, sentence1 and sentence2                         scored pairs; optionally split
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import tables
+from .encoders import Text
+from .examples import SUFFIXES, read_rows
+from .problems import CLASSES, LABELS, NUMBERS
+
+TEXT, PAIR = ("text",), ("sentence1", "sentence2")
+EVERY = 10  # without a dev part, every tenth example is held out
+LISTED = 10  # labels that a message names
+
+Rows = list[tuple[str, dict[str, Any]]]  # places and columns
+
+
+class Labelled(NamedTuple):
+    """Texts or pairs, all of one kind, each with its label: a class; labels, as a tuple; or a number."""
+
+    path: str
+    texts: list[Text]
+    labels: list[Any]
+    places: list[str]
+
+    @property
+    def pairs(self) -> bool:
+        return isinstance(self.texts[0], tuple)
+
+    def take(self, rows: Sequence[int]) -> Labelled:
+        def of(column: list[Any]) -> list[Any]:
+            return [column[row] for row in rows]
+
+        return Labelled(self.path, of(self.texts), of(self.labels), of(self.places))
+
+
+def read_labelled(path: str | Path, kind: str, split: str | None = None, usual: str = "train") -> Labelled:
+    """The rows of a classifier's table. Labels are texts (in JSON lines and Parquet also integers); of several labels a list, or
+    one text in which commas separate them, and none where it is empty; of a regression numbers.
+
+    Args:
+        kind: the problem type.
+        split: the rows of this split. By default those of ``usual`` where the file has a column split, else all.
+
+    Raises:
+        ValueError: as ``read_rows``; there is no such split; a text is empty or none; a label is missing, NaN or of another kind;
+            fewer than two rows.
+    """
+    return _read(path, kind, "label", (TEXT, PAIR), split, usual)
+
+
+def read_scored(path: str | Path, split: str | None = None, usual: str = "train") -> Labelled:
+    """Scored pairs. Arguments and errors as ``read_labelled``, and ValueError where all scores are equal."""
+    found = _read(path, NUMBERS, "score", (PAIR,), split, usual)
+    differ(found)
+    return found
+
+
+def read_texts(path: str | Path) -> list[Text]:
+    """The texts or pairs of a table, or the non-empty lines of a .txt file. ValueError as ``read_labelled``, but of labels."""
+    if Path(path).suffix.lower() == ".txt":
+        lines: list[Text] = [line for _, line in tables.read_lines(path) if line.strip()]
+        if not lines:
+            raise ValueError(f"{path}: expected texts, got an empty file")
+        return lines
+    return _texts(path, read_rows(path, (), TEXT, PAIR, suffixes=SUFFIXES), (TEXT, PAIR))
+
+
+def _read(
+    path: str | Path, kind: str, column: str, choices: Sequence[Sequence[str]], split: str | None, usual: str
+) -> Labelled:
+    rows = _of_split(path, read_rows(path, (column,), *choices), split, usual)
+    texts = _texts(path, rows, choices)
+    labels = [_label(f"{path}: {place}: {column}", row.get(column), kind) for place, row in rows]
+    if len(texts) < 2:
+        raise ValueError(f"{path}: expected two or more rows, got {len(texts)}")
+    return Labelled(str(path), texts, labels, [place for place, _ in rows])
+
+
+def _texts(path: str | Path, rows: Rows, choices: Sequence[Sequence[str]]) -> list[Text]:
+    """The text of each row, or its pair where no row has a text."""
+    single = TEXT in choices and any("text" in row for _, row in rows)
+    texts: list[Text] = []
+    for place, row in rows:
+        of_row = [tables.text(f"{path}: {place}: {name}", row.get(name)) for name in (TEXT if single else PAIR)]
+        if not all(text.strip() for text in of_row):
+            raise ValueError(f"{path}: {place}: expected a text, got an empty field")
+        texts.append(of_row[0] if single else (of_row[0], of_row[1]))
+    return texts
+
+
+def _of_split(path: str | Path, rows: Rows, split: str | None, usual: str) -> Rows:
+    there = list(dict.fromkeys(str(row["split"]) for _, row in rows if "split" in row))
+    if not there:
+        if split is not None:
+            raise ValueError(f"{path}: expected a column split, whose {split!r} is asked for, and there is none")
+        return rows
+    wanted = usual if split is None else split
+    if wanted not in there:
+        raise ValueError(f"{path}: expected rows of split {wanted!r}, got splits {', '.join(sorted(there))}")
+    return [(place, row) for place, row in rows if str(row.get("split")) == wanted]
+
+
+def _label(place: str, value: Any, kind: str) -> Any:
+    if kind == NUMBERS:
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"{place}: expected a finite number, got {value!r}")
+        return number
+    if kind == LABELS:
+        several = value if isinstance(value, list) else tables.text(place, value).split(",")
+        names = {_name(place, one) for one in several if not isinstance(one, str) or one.strip()}
+        if with_comma := [name for name in names if "," in name]:
+            raise ValueError(f"{place}: expected labels without commas, which separate labels, got {with_comma[0]!r}")
+        return tuple(sorted(names))
+    return _name(place, value)
+
+
+def _name(place: str, value: Any) -> str:
+    name = str(value) if isinstance(value, int) else tables.text(place, value).strip()
+    if not name:
+        raise ValueError(f"{place}: expected a label, got an empty field")
+    if any(character in name for character in "\t\r\n"):  # a table of predictions has the label in a column
+        raise ValueError(f"{place}: expected a label without tabs and line ends, got {name!r}")
+    return name
+
+
+# ---------------------------------------------------------------- labels and targets
+
+
+def label_names(found: Labelled, kind: str) -> list[str]:
+    """The names of a head's outputs, sorted; none for numbers.
+
+    Raises:
+        ValueError: there is one class only, no label at all, or all numbers are equal.
+    """
+    if kind == NUMBERS:
+        differ(found)
+        return []
+    several = [(label,) for label in found.labels] if kind == CLASSES else found.labels
+    names = sorted({name for labels in several for name in labels})
+    if len(names) < (2 if kind == CLASSES else 1):
+        raise ValueError(f"{found.path}: expected at least two labels, got {', '.join(map(repr, names)) or 'none'}")
+    return names
+
+
+def differ(found: Labelled) -> None:
+    """ValueError where all numbers are equal: nothing could be learned, and no score would be defined."""
+    if len(set(found.labels)) < 2:
+        raise ValueError(f"{found.path}: expected different numbers, got {len(found.labels)} times {found.labels[0]:g}")
+
+
+def targets(found: Labelled, kind: str, names: Sequence[str]) -> Tensor:
+    """As ``problems.Problem`` takes them. ValueError where a label is not among ``names``, the training data's."""
+    if kind == NUMBERS:
+        return torch.tensor(found.labels, dtype=torch.float32)
+    number = {name: index for index, name in enumerate(names)}
+    for place, label in zip(found.places, found.labels, strict=True):
+        for name in (label,) if kind == CLASSES else label:
+            if name not in number:
+                some = ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
+                raise ValueError(f"{found.path}: {place}: expected a label of the training data ({some}), got {name!r}")
+    if kind == CLASSES:
+        return torch.tensor([number[label] for label in found.labels])
+    result = torch.zeros(len(found.labels), len(names))
+    for row, label in enumerate(found.labels):
+        result[row, [number[name] for name in label]] = 1
+    return result
+
+
+def hold_out(found: Labelled) -> tuple[Labelled, Labelled]:
+    """All but every tenth example, and these, in the order of the labels: each class, and each range of numbers, gives its share.
+    Equal files give equal parts.
+
+    Raises:
+        ValueError: there are fewer than two to hold out.
+    """
+    if len(found.texts) < 2 * EVERY:
+        raise ValueError(
+            f"{found.path}: expected --dev, or {2 * EVERY} rows to hold a tenth out, got {len(found.texts)}"
+        )
+    drawn = torch.randperm(len(found.texts), generator=torch.Generator().manual_seed(0)).tolist()
+    order = sorted(range(len(found.texts)), key=lambda row: (found.labels[row], drawn[row]))
+    held = set(order[EVERY // 2 :: EVERY])
+    rest = [row for row in range(len(found.texts)) if row not in held]
+    known = {found.labels[row] for row in rest}
+    if isinstance(found.labels[0], str):  # the only example of a class stays
+        held = {row for row in held if found.labels[row] in known}
+    rest = [row for row in range(len(found.texts)) if row not in held]
+    return found.take(rest), found.take(sorted(held))

@@ -1,0 +1,80 @@
+"""Labelled examples: from files to targets, and the part that is held out."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from s2sent_kernels.tools.labelled import Labelled, hold_out, label_names, read_labelled, read_scored, targets
+from s2sent_kernels.tools.problems import CLASSES, LABELS, NUMBERS
+
+
+def write(path, *rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def made(labels):
+    return Labelled("data", [f"text {i}" for i in range(len(labels))], labels, [f"row {i}" for i in range(len(labels))])
+
+
+def test_classes_become_numbers_in_the_order_of_their_names(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl", {"text": "a", "label": 7}, {"text": "b", "label": " no "}, {"text": "c", "label": "7"}
+    )
+    found = read_labelled(path, CLASSES)
+    names = label_names(found, CLASSES)
+    assert found.labels == ["7", "no", "7"] and names == ["7", "no"]
+    assert targets(found, CLASSES, names).tolist() == [0, 1, 0]
+
+
+def test_several_labels_as_a_list_or_with_commas(tmp_path):
+    rows = [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": "y, z"}, {"text": "c", "label": []}]
+    found = read_labelled(write(tmp_path / "a.jsonl", *rows, {"text": "d", "label": ""}), LABELS)
+    names = label_names(found, LABELS)
+    assert names == ["x", "y", "z"]
+    assert targets(found, LABELS, names).tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 0], [0, 0, 0]]
+
+
+def test_numbers_and_scores(tmp_path):
+    rows = [{"sentence1": "a", "sentence2": "b", "score": score, "label": score} for score in (1, "2.5")]
+    path = write(tmp_path / "a.jsonl", *rows)
+    assert read_scored(path).labels == [1, 2.5] and read_scored(path).texts == [("a", "b")] * 2
+    found = read_labelled(path, NUMBERS)
+    assert torch.equal(targets(found, NUMBERS, label_names(found, NUMBERS)), torch.tensor([1, 2.5]))
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "message"),
+    [
+        ({"text": "b"}, CLASSES, "line 2: label: expected a text, got None"),
+        ({"text": "b", "label": 1.5}, CLASSES, "line 2: label: expected a text, got 1.5"),
+        ({"text": 5, "label": "x"}, CLASSES, "line 2: text: expected a text, got 5"),
+        ({"text": "b", "label": "x\ty"}, CLASSES, "line 2: label: expected a label without tabs"),
+        ({"text": "b", "label": ["x,y"]}, LABELS, "line 2: label: expected labels without commas"),
+        ({"text": "b", "label": True}, NUMBERS, "line 2: label: expected a finite number, got True"),
+        ({"text": "b", "label": "1e999"}, NUMBERS, "line 2: label: expected a finite number, got '1e999'"),
+        ({"sentence1": "b", "sentence2": "c", "label": "1"}, CLASSES, "line 2: text: expected a text, got None"),
+    ],
+)
+def test_rows_that_are_none(tmp_path, row, kind, message):
+    path = write(tmp_path / "a.jsonl", {"text": "a", "label": "1"}, row)
+    with pytest.raises(ValueError, match=message):
+        read_labelled(path, kind)
+
+
+def test_a_tenth_of_each_class_is_held_out():
+    labels = ["x"] * 60 + ["y"] * 30 + ["z"]
+    rest, held = hold_out(made(labels))
+    assert Counter(held.labels) == {"x": 6, "y": 3} and set(rest.labels) == {"x", "y", "z"}
+    assert sorted(rest.texts + held.texts) == sorted(made(labels).texts)
+    assert hold_out(made(labels)) == (rest, held)
+
+
+def test_a_class_of_one_stays_and_numbers_are_held_out_over_their_range():
+    labels = [f"{number:02}" for number in range(40)]
+    rest, _held = hold_out(made(["x"] * 20 + labels))
+    assert set(labels) <= set(rest.labels)
+    _, held = hold_out(made([float(number) for number in range(40)]))
+    assert held.labels == [5.0, 15.0, 25.0, 35.0]
