@@ -47,7 +47,9 @@ def make_encoder(family="bert"):
 
 def make_model(family="bert", **selector):
     """A selector whose every tensor matters."""
-    model = S2SentModel.from_encoder(make_encoder(family), None, bottleneck=8, block_prior=True, **selector)
+    model = S2SentModel.from_encoder(
+        make_encoder(family), None, bottleneck=8, block_prior=True, gate_scale=3.0, **selector
+    )
     for tensor in model.selector.state_dict().values():
         if tensor.is_floating_point():
             tensor.uniform_(0.2, 1.5)

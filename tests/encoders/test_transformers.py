@@ -37,7 +37,9 @@ def _batch() -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def test_a_saved_model_comes_back_with_the_same_bits(family, tmp_path):
     encoder = _encoder(family)
-    model = S2SentModel.from_encoder(encoder, "last:2", block_norm=None, bottleneck=4, frequencies=2, block_prior=True)
+    model = S2SentModel.from_encoder(
+        encoder, "last:2", block_norm=None, bottleneck=4, frequencies=2, block_prior=True, gate_scale=3.0
+    )
     model.selector.block_prior[0] = 0.5
     found = model(**_batch()).embedding
     with BlockCapture(encoder, "last:2", block_norm=None) as capture:

@@ -183,7 +183,10 @@ def test_failed_parity_prints_no_speed_and_fails_the_run(tmp_path, monkeypatch, 
     code, rows = run_suite(tmp_path, "--sections", "latency", "--competitors", "none")
     assert code == 1
     failed = [r for r in rows if r["status"] == "parity failed"]
-    assert {(r["what"], r["contestant"]) for r in failed} == {("pooled", contestants.OURS), ("pooled", contestants.SCALED)}
+    assert {(r["what"], r["contestant"]) for r in failed} == {
+        ("pooled", contestants.OURS),
+        ("pooled", contestants.SCALED),
+    }
     assert not any(name.endswith(("_us", "_ms")) and name != "floor_us" for r in failed for name in r)
     printed = [line for line in capsys.readouterr().out.splitlines() if "pooled" in line]
     assert printed
