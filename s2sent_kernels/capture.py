@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
@@ -143,11 +144,12 @@ class BlockCapture:
         if self._removed:
             raise RuntimeError("the capture's hooks were removed: make a new BlockCapture")
         call = _Call(self, consumer)
-        _thread.calls.append(call)
-        try:
+        try:  # an interrupt may come at once
+            _thread.calls.append(call)
             self.encoder(**encoder_inputs)
         finally:
-            _thread.calls.pop()
+            if _thread.calls and _thread.calls[-1] is call:
+                _thread.calls.pop()
         if call.next < len(self.blocks):
             raise call.missing()
 
@@ -273,6 +275,7 @@ class _Call:
         self.capture = capture
         self.called = called  # by other code, and followed by a listener
         self.beside = False  # the call below is the same run, followed by another listener
+        self.frame: FrameType | None = None  # that runs the followed module
         self.key, self.modules, self.blocks = capture._key, capture._hooked, capture.blocks
         self.runs, self.ran = capture._runs, [0] * len(capture._runs)
         self.norm, self.block_norm = capture._norm, capture.block_norm
@@ -338,8 +341,22 @@ def _deliver(key: str, slot: int, module: nn.Module, args: Any, output: Any) -> 
             return
 
 
+def _drop_interrupted(calls: list[_Call]) -> None:
+    """Forget followed calls that have ended without ``_end``: torch runs that hook after an Exception, but not after a
+    KeyboardInterrupt, SystemExit, CancelledError or GeneratorExit."""
+    frame: FrameType | None = sys._getframe()
+    running = set()
+    while frame is not None:
+        running.add(frame)
+        frame = frame.f_back
+    calls[:] = [call for call in calls if call.frame is None or call.frame in running]
+
+
 def _begin(listener: BlockListener, module: nn.Module, args: Any) -> None:
     calls = _thread.calls
+    traced = torch.compiler.is_compiling()  # no frame of Python's runs then
+    if calls and not traced:
+        _drop_interrupted(calls)
     beside = bool(calls) and calls[-1].called is module and all(call.capture is not listener.capture for call in calls)
     if calls and not beside:
         return
@@ -347,6 +364,7 @@ def _begin(listener: BlockListener, module: nn.Module, args: Any) -> None:
     consumer = None if listener._consumer is None else listener._consumer(*args)
     call = _Call(listener.capture, KeptStates() if consumer is None else consumer, module)
     call.beside = beside
+    call.frame = None if traced else sys._getframe(1)
     calls.append(call)
 
 

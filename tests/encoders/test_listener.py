@@ -1,5 +1,6 @@
 """BlockListener: which calls of an encoder it records when other code makes them."""
 
+import asyncio
 import gc
 import threading
 
@@ -51,6 +52,33 @@ def test_a_failed_call_leaves_nothing():
     assert _thread.calls == []
     with pytest.raises(RuntimeError, match=NOTHING):
         listener.take()
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, asyncio.CancelledError, GeneratorExit])
+@pytest.mark.parametrize("place", [0, 2])
+def test_an_interrupted_call_ends_with_the_interrupt(kind, place):
+    """torch runs no hook after these: the next call of this encoder, and of any other, finds the thread as it was."""
+
+    def stop(*_):
+        raise kind
+
+    encoder, other = make_encoder(), make_encoder("bert")
+    wanted, others = expected(encoder, make_inputs(seed=1)), expected(other, make_inputs(seed=2))
+    listener, another = BlockListener(encoder), BlockListener(other)
+    for next_one, ear, seed, states in ((encoder, listener, 1, wanted), (other, another, 2, others)):
+        hook = listener.capture._modules[place].register_forward_pre_hook(stop)
+        with pytest.raises(kind):
+            encoder(**make_inputs())
+        hook.remove()
+        with torch.no_grad():
+            next_one(**make_inputs(seed=seed))
+            assert_same(ear.take(), states)
+    with BlockCapture(encoder) as capture, torch.no_grad():
+        hook = capture._modules[place].register_forward_pre_hook(stop)
+        with pytest.raises(kind):
+            capture.collect(**make_inputs())
+        hook.remove()
+        assert _thread.calls == []
 
 
 def test_threads_hear_their_own_calls():
