@@ -33,7 +33,7 @@ LOSSES = ("cosent", "cosine")  # of scored pairs
 class Recipe(NamedTuple):
     """The hyperparameters. Block prior and gate scale have their own learning rate: they move much further than a weight."""
 
-    epochs: int = 5
+    epochs: int = 3
     batch_size: int = 256
     temperature: float = 0.05
     symmetric: bool = False  # each positive also against every anchor

@@ -34,6 +34,7 @@ _ONLY = {
     "precision": _Only(frozen=False),
     "resume": _Only((CONTRASTIVE, STS), frozen=False),
     "temperature": _Only((CONTRASTIVE, STS)),
+    "symmetric": _Only((CONTRASTIVE,), frozen=True),
     "loss": _Only((STS,)),
     "problem_type": _Only((CLASSIFICATION,)),
     "dropout": _Only((CLASSIFICATION,)),
@@ -77,6 +78,12 @@ def add(commands: Any) -> None:
     command.add_argument("--dev-split", help="its split, where it has a column split (default: dev)")
     command.add_argument(
         "--problem-type", choices=PROBLEMS, help=f"of a classifier, in transformers' words (default: {CLASSES})"
+    )
+    command.add_argument(
+        "--symmetric",
+        action="store_const",
+        const=True,
+        help="contrastive, with --freeze-encoder: each positive also against every anchor",
     )
     command.add_argument("--loss", choices=frozen.LOSSES, help=f"of --task sts (default: {frozen.LOSSES[0]})")
     command.add_argument("--blocks", default=None, metavar="last:N", help="blocks to fuse (default: all)")
