@@ -24,10 +24,10 @@ from .frozen_loop import History as History  # public under this name
 from .selector import S2SentSelector
 from .tools.baselines import ScalarMix as ScalarMix  # public under this name
 from .tools.encoders import in_eval_mode
+from .tools.recipe import LOSSES
 from .tools.scores import correlations
 
 EMBEDDED_AT_ONCE = 2048  # sentences, without gradients
-LOSSES = ("cosent", "cosine")  # of scored pairs
 
 
 class Recipe(NamedTuple):
@@ -36,7 +36,7 @@ class Recipe(NamedTuple):
     epochs: int = 3
     batch_size: int = 256
     temperature: float = 0.05
-    symmetric: bool = False  # each positive also against every anchor
+    symmetric: bool = False  # of ``train``: each positive also against every anchor
     learning_rate: float = 3e-3
     prior_learning_rate: float = 1e-2
     weight_decay: float = 0.01  # of matrices; 0 for biases, norms and priors

@@ -85,7 +85,7 @@ def add(commands: Any) -> None:
         const=True,
         help="contrastive, with --freeze-encoder: each positive also against every anchor",
     )
-    command.add_argument("--loss", choices=frozen.LOSSES, help=f"of --task sts (default: {frozen.LOSSES[0]})")
+    command.add_argument("--loss", choices=recipe.LOSSES, help=f"of --task sts (default: {recipe.LOSSES[0]})")
     command.add_argument("--blocks", default=None, metavar="last:N", help="blocks to fuse (default: all)")
     command.add_argument("--bottleneck", type=positive, help="H (default: D / 12)")
     command.add_argument("--frequencies", type=positive, default=4, help="M (default: 4)")

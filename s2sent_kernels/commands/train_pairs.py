@@ -24,7 +24,7 @@ def run(task: Task) -> None:
     examples: Examples | Scored
     if task.kind == STS:
         found = labelled.read_scored(task.given["data"], task.given.get("split"))
-        examples = Scored(_pairs(found), found.labels, task.given.get("loss", frozen.LOSSES[0]))
+        examples = Scored(_pairs(found), found.labels, task.given.get("loss", recipe.LOSSES[0]))
     else:
         examples = read_examples(task.given["data"])
     dev = _read_dev(task)
