@@ -33,7 +33,7 @@ EMBEDDED_AT_ONCE = 2048  # sentences, without gradients
 class Recipe(NamedTuple):
     """The hyperparameters. Block prior and gate scale have their own learning rate: they move much further than a weight."""
 
-    epochs: int = 3
+    epochs: int = 5
     batch_size: int = 256
     temperature: float = 0.05
     symmetric: bool = False  # of ``train``: each positive also against every anchor
@@ -46,7 +46,7 @@ class Recipe(NamedTuple):
 
 DEFAULT = Recipe()
 # Of scored pairs. CoSENT's sum over all pairs of a batch is at 0.05 little more than its few worst terms.
-SCORED = DEFAULT._replace(temperature=0.2)
+SCORED = DEFAULT._replace(epochs=3, temperature=0.2)
 
 
 class Features(NamedTuple):

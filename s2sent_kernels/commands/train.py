@@ -154,7 +154,7 @@ def _defaults(key: str) -> str:
     """The values of a recipe's field, for the help."""
     tuned, of_pairs, of_scored = (getattr(one, key) for one in (recipe.DEFAULT, frozen.DEFAULT, frozen.SCORED))
     found = [] if of_pairs == tuned else [f"{of_pairs:g}"]
-    found += [] if of_scored == of_pairs else [f"{of_scored:g} of CoSENT"]
+    found += [] if of_scored == of_pairs else [f"{of_scored:g} of scored pairs"]
     of_classifier = getattr(frozen_tasks.DEFAULT, key, of_pairs)
     found += [] if of_classifier == of_pairs else [f"{of_classifier:g} of a classifier"]
     return f"{tuned:g}" + (f"; with --freeze-encoder {', '.join(found)}" if found else "")
