@@ -111,14 +111,16 @@ def test_the_tables_of_the_shipped_selector():
     table = train_selector.table(content())
     assert "| mean of last, published | – | 51.00 | 51.00 |" in table
     assert "| s2sent | 27.00 (26.00–28.00) | 73.00 (72.00–74.00) |" in table
-    assert "| 73.000 | 0.001, scale from 4 | 10 |" in table
+    assert "| 73.000 | 0.001, H = 2, scale from 4 | 10 |" in table
     assert "| **shipped**, seed 2, half precision | 25.75 | 74.25 |" in table
     rules = train_selector.rules(content())
     assert (
-        "| s2sent | 0.001, scale from 4 | STS-B dev without the shared pairs | 1, 1, 1 | 72.00 (71.00–73.00) | +22.00 |"
+        "| s2sent | 0.001, H = 2, scale from 4 | STS-B dev without the shared pairs | 1, 1, 1 | 72.00 (71.00–73.00) | +22.00 |"
         in rules
     )
-    assert "| s2sent | 0.003, scale from 4 | all of STS-B dev | 5, 5, 5 | 76.00 (75.00–77.00) | +26.00 |" in rules
+    assert (
+        "| s2sent | 0.003, H = 2, scale from 4 | all of STS-B dev | 5, 5, 5 | 76.00 (75.00–77.00) | +26.00 |" in rules
+    )
     assert "| nothing: the last of 5 epochs | 5, 5, 5 | 76.00 (75.00–77.00) | +26.00 |" in rules
     assert "| mean of last | +23.00 | +23.00 | +23.00 | +23.00 | +23.00 |" in train_selector.verdict(content())
 
