@@ -61,9 +61,9 @@ def tuned(rows: Sequence[Row]) -> Scores:
 
 
 def ranked(scores: Mapping[str, float], names: Sequence[str] | None = None) -> str:
-    """The best first: "a 2.00, b 1.00"."""
+    """The best first: "a 2.00; b 1.00"."""
     wanted = [name for name in scores if names is None or name in names]
-    return ", ".join(f"{name} {scores[name]:.2f}" for name in sorted(wanted, key=lambda name: -scores[name]))
+    return "; ".join(f"{name} {scores[name]:.2f}" for name in sorted(wanted, key=lambda name: -scores[name]))
 
 
 def best(scores: Mapping[str, float]) -> str:
@@ -124,10 +124,15 @@ def paragraph(results: Results) -> str:
     """The README's, in six lines."""
     of = frozen(results.selectors[0])
     some = (evaluation.S2SENT, evaluation.SCALAR_MIX, evaluation.MEAN_OF_LAST, shipped.PAPER)
-    words = f"Spearman × 100, mean of four STS sets, all-MiniLM-L6-v2 frozen: {ranked(of, some)}."
+    words = f"Best for similarity behind a frozen encoder: {best(of)} ({results.selectors[0]['name']}, mean of four STS sets: "
+    words += f"{ranked(of, some)})."
     if results.tasks:
+        of = on_task(results.tasks)
         some = (evaluation.S2SENT, on_tasks.CONCATENATION, evaluation.SCALAR_MIX, evaluation.MEAN_OF_LAST)
-        words += f" Classifiers trained on a task behind it, accuracy: {ranked(on_task(results.tasks), some)}."
+        words += f" For a classifier trained behind it: {best(of)} (accuracy: {ranked(of, some)})."
     if results.finetune:
-        words += f" Encoder trained too: {ranked(tuned(results.finetune))}."
+        of = tuned(results.finetune)
+        over = of[best(of)] - of[evaluation.MEAN_OF_LAST]
+        words += f" With the encoder trained too: {best(of)}, by {over:.2f} over mean of last."
+    words += " [docs/quality.md](docs/quality.md) has each case."
     return textwrap.fill(words, 128, break_on_hyphens=False)
