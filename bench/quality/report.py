@@ -40,10 +40,12 @@ Written by `bench/quality/report.py` from [results/quality](results/quality), wh
 Spearman × 100 of cosine similarities, each STS set as one; where there are seeds, the median and in parentheses the lowest and
 highest, of three where no other number is given.
 
-Epochs (of {epochs}), and for a shipped selector the learning rate and the seed, are selected by the loss of {held_out:,} held-out
-triplets. What STS-B dev selects stands beside it, in the shipped selector's section: with the pairs that it shares with the
-test sets ({shared}), and without ({dev_apart:,} of {dev:,}). Training: {triplets:,} NLI triplets without the sentences of the STS
-sets, InfoNCE with hard negatives, temperature 0.05."""
+Epochs (of {epochs}), and for a shipped selector the learning rate, the bottleneck, the start of the gate scale and the seed,
+are selected by the loss of {held_out:,} held-out triplets. That loss compares trainings of one fusion; between fusions it has
+another order than the scores. What STS-B dev selects stands beside it, in the shipped selector's section: with the pairs that it
+shares with the test sets ({shared}), and without
+({dev_apart:,} of {dev:,}). Training: {triplets:,} NLI triplets without the sentences of the STS sets, InfoNCE with hard
+negatives, temperature 0.05."""
 
 
 def load(folder: Path, section: str) -> tuple[list[Row], list[Row]]:
