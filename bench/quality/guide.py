@@ -67,7 +67,8 @@ def ranked(scores: Mapping[str, float], names: Sequence[str] | None = None) -> s
 
 
 def best(scores: Mapping[str, float]) -> str:
-    return max(scores, key=lambda name: scores[name])
+    """The first, or those that are equal to two digits."""
+    return " and ".join(name for name in scores if scores[name] > max(scores.values()) - 0.005)
 
 
 def cases(results: Results) -> list[tuple[str, str, str]]:
@@ -132,7 +133,7 @@ def paragraph(results: Results) -> str:
         words += f" For a classifier trained behind it: {best(of)} (accuracy: {ranked(of, some)})."
     if results.finetune:
         of = tuned(results.finetune)
-        over = of[best(of)] - of[evaluation.MEAN_OF_LAST]
+        over = max(of.values()) - of[evaluation.MEAN_OF_LAST]
         words += f" With the encoder trained too: {best(of)}, by {over:.2f} over mean of last."
     words += " [docs/quality.md](docs/quality.md) has each case."
     return textwrap.fill(words, 128, break_on_hyphens=False)

@@ -215,19 +215,14 @@ def _task_means(rows: Sequence[Row]) -> list[float]:
 
 def tasks_won(rows: Sequence[Row]) -> str:
     """Which fusion is best on each task and on their mean, and what the DCT components beyond the first add."""
-    names = list(dict.fromkeys(row["pooling"] for row in rows))
     lines = []
     for task in (*dict.fromkeys(row["task"] for row in rows), None):
-        of = {}
-        for name in names:
-            mine = matching(rows, {"pooling": name} if task is None else {"pooling": name, "task": task})
-            of[name] = statistics.median(_task_means(mine))
-        best, second = sorted(of, key=lambda name: -of[name])[:2]
-        line = (
-            f"* {task or 'mean of the tasks'}: {best} is best with {of[best]:.2f}, then {second} with {of[second]:.2f}"
-        )
+        of = guide.on_task(rows, task)
+        line = f"* {task or 'mean of the tasks'}: best {guide.best(of)}, {max(of.values()):.2f}"
         if {quality_tasks.ONE_COMPONENT, evaluation.S2SENT} <= set(of):
             line += f"; M = 4 over M = 1: {of[evaluation.S2SENT] - of[quality_tasks.ONE_COMPONENT]:+.2f}"
+        if quality_tasks.CONCATENATION in of:
+            line += f"; s2sent over concatenation: {of[evaluation.S2SENT] - of[quality_tasks.CONCATENATION]:+.2f}"
         lines.append(line)
     return "\n".join(lines)
 
