@@ -34,6 +34,7 @@ _ONLY = {
     "precision": _Only(frozen=False),
     "resume": _Only((CONTRASTIVE, STS), frozen=False),
     "temperature": _Only((CONTRASTIVE, STS)),
+    "symmetric": _Only((CONTRASTIVE,), frozen=True),
     "loss": _Only((STS,)),
     "problem_type": _Only((CLASSIFICATION,)),
     "dropout": _Only((CLASSIFICATION,)),
@@ -78,7 +79,13 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--problem-type", choices=PROBLEMS, help=f"of a classifier, in transformers' words (default: {CLASSES})"
     )
-    command.add_argument("--loss", choices=frozen.LOSSES, help=f"of --task sts (default: {frozen.LOSSES[0]})")
+    command.add_argument(
+        "--symmetric",
+        action="store_const",
+        const=True,
+        help="contrastive, with --freeze-encoder: each positive also against every anchor",
+    )
+    command.add_argument("--loss", choices=recipe.LOSSES, help=f"of --task sts (default: {recipe.LOSSES[0]})")
     command.add_argument("--blocks", default=None, metavar="last:N", help="blocks to fuse (default: all)")
     command.add_argument("--bottleneck", type=positive, help="H (default: D / 12)")
     command.add_argument("--frequencies", type=positive, default=4, help="M (default: 4)")
@@ -105,16 +112,10 @@ def _add_recipe(command: Any) -> None:
     for name, kind, what in (
         ("--epochs", positive, "passes over the data"),
         ("--batch-size", positive, "examples a step, on each device"),
-        ("--temperature", float, "of the contrastive loss, and of CoSENT"),
+        ("--temperature", float, "of the contrastive loss and of CoSENT"),
     ):
         key = name[2:].replace("-", "_")
-        tuned, defaults = getattr(recipe.DEFAULT, key), [getattr(frozen.DEFAULT, key)]
-        both = f"{tuned:g}; {defaults[0]:g} with --freeze-encoder"
-        if hasattr(frozen_tasks.DEFAULT, key):
-            both += f", {getattr(frozen_tasks.DEFAULT, key):g} of a classifier"
-        elif tuned == defaults[0]:
-            both = f"{tuned:g}"
-        command.add_argument(name, type=kind, help=f"{what} (default: {both})")
+        command.add_argument(name, type=kind, help=f"{what} (default: {_defaults(key)})")
     rates = ", ".join(f"{rate:g}" for rate in frozen_tasks.LEARNING_RATES)
     command.add_argument(
         "--learning-rate",
@@ -147,6 +148,16 @@ def _add_recipe(command: Any) -> None:
     command.add_argument(
         "--seed", type=common.seed, nargs="+", help="with --freeze-encoder, of several each is tried (default: 0)"
     )
+
+
+def _defaults(key: str) -> str:
+    """The values of a recipe's field, for the help."""
+    tuned, of_pairs, of_scored = (getattr(one, key) for one in (recipe.DEFAULT, frozen.DEFAULT, frozen.SCORED))
+    found = [] if of_pairs == tuned else [f"{of_pairs:g}"]
+    found += [] if of_scored == of_pairs else [f"{of_scored:g} of scored pairs"]
+    of_classifier = getattr(frozen_tasks.DEFAULT, key, of_pairs)
+    found += [] if of_classifier == of_pairs else [f"{of_classifier:g} of a classifier"]
+    return f"{tuned:g}" + (f"; with --freeze-encoder {', '.join(found)}" if found else "")
 
 
 def run(arguments: argparse.Namespace) -> None:

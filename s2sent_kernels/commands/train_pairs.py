@@ -24,7 +24,7 @@ def run(task: Task) -> None:
     examples: Examples | Scored
     if task.kind == STS:
         found = labelled.read_scored(task.given["data"], task.given.get("split"))
-        examples = Scored(_pairs(found), found.labels, task.given.get("loss", frozen.LOSSES[0]))
+        examples = Scored(_pairs(found), found.labels, task.given.get("loss", recipe.LOSSES[0]))
     else:
         examples = read_examples(task.given["data"])
     dev = _read_dev(task)
@@ -52,7 +52,7 @@ def _pairs(found: labelled.Labelled) -> list[tuple[str, str]]:
 
 def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, str, float]] | None) -> None:
     common.check_writable(Path(task.cache))
-    base = frozen.DEFAULT._replace(**task.fields(frozen.Recipe))
+    base = (frozen.SCORED if task.kind == STS else frozen.DEFAULT)._replace(**task.fields(frozen.Recipe))
     values = [task.several(name) or [getattr(base, name)] for name in VARIED]
     recipes = [base._replace(**dict(zip(VARIED, each, strict=True))) for each in itertools.product(*values)]
     if len(recipes) > 1 and dev is None:

@@ -25,7 +25,7 @@ class Examples(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Pairs of sentences, the score of each, and the loss that learns from them: "cosent" or "cosine"."""
+    """Pairs of sentences, the score of each, and the loss that learns from them, one of ``recipe.LOSSES``."""
 
     rows: list[tuple[str, str]]
     scores: list[float]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 PRECISIONS = ("float32", "bfloat16", "float16")  # the latter two by autocast
+LOSSES = ("cosent", "cosine")  # of scored pairs
 PRIORS = ("block_prior", "gate_scale")  # parameters with the prior's learning rate
 DROPOUT = 0.1  # of a classifier's embedding, before the head
 GATE_SCALE = 4.0  # where the gate scale starts

@@ -20,7 +20,7 @@ from .. import validate
 from ..files import importing, locked, missing, remove_empty, write_atomically
 from ..sentence_transformers import S2SentPooling, SentenceTransformer, load
 from .examples import Examples, Scored
-from .recipe import DEFAULT, PRECISIONS, PRIORS, Recipe
+from .recipe import DEFAULT, LOSSES, PRECISIONS, PRIORS, Recipe
 
 with importing(None, "train"):
     import accelerate  # noqa: F401  the trainer imports it late, and its error names another extra
@@ -169,7 +169,7 @@ def _check(model: SentenceTransformer, examples: Examples | Scored, recipe: Reci
     if any(not text for row in examples.rows for text in row):
         raise ValueError("examples: expected every row to have all negatives, got empty ones")
     if isinstance(examples, Scored):
-        validate.option("loss", examples.loss, ("cosent", "cosine"))
+        validate.option("loss", examples.loss, LOSSES)
         if not all(map(math.isfinite, examples.scores)) or len(set(examples.scores)) < 2:
             raise ValueError("examples: expected finite and different scores")
     elif not examples.supervised and not any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)):

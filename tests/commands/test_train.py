@@ -141,6 +141,7 @@ def test_the_command_stops_when_the_sts_file_says_no_more(tmp_path, encoder, cap
         (["--gate-scale", "4", "--no-gate-scale"], "not allowed with argument"),
         (["--freeze-encoder", "--precision", "bfloat16"], "--precision: not with --freeze-encoder"),
         (["--freeze-encoder", "--resume"], "--resume: not with --freeze-encoder"),
+        (["--symmetric"], "--symmetric: only with --freeze-encoder"),
         (["--cache", "x"], "--cache: only with --freeze-encoder"),
         (["--temperature", "0"], "temperature: expected a positive number"),
         (["--learning-rate", "-1"], "learning_rate: expected 0 or more"),
@@ -199,11 +200,12 @@ def test_frozen_training_takes_several_negatives(tmp_path, encoder):
     rows = [(*pair, one, two) for pair, one, two in zip(pairs(8), sentences(8, 1), sentences(8, 2), strict=True)]
     arguments = ["train", "--freeze-encoder", "--model", encoder, "--device", "cpu", "--cache", tmp_path / "cache"]
     arguments += ["--bottleneck", 4, "--epochs", 1, "--batch-size", 8]
-    for name, some in (("both", rows), ("one", [(*row[:3], "") for row in rows])):
+    fewer = [(*row[:3], "") for row in rows]
+    for name, some, options in (("both", rows, []), ("one", fewer, []), ("symmetric", rows, ["--symmetric"])):
         data = write_examples(tmp_path / f"{name}.csv", some, columns)
-        assert main(list(map(str, [*arguments, "--data", data, "--output", tmp_path / name]))) == 0
-    both, one = (S2SentSelector.from_pretrained(tmp_path / name) for name in ("both", "one"))
-    assert not torch.equal(both.up.weight, one.up.weight)
+        assert main(list(map(str, [*arguments, "--data", data, "--output", tmp_path / name, *options]))) == 0
+    both, *others = (S2SentSelector.from_pretrained(tmp_path / name) for name in ("both", "one", "symmetric"))
+    assert not any(torch.equal(both.up.weight, other.up.weight) for other in others)
 
 
 def test_a_missing_extra_is_named(tmp_path, encoder, capsys, monkeypatch):

@@ -228,7 +228,7 @@ def test_cosent_against_its_formula():
     torch.testing.assert_close(frozen.cosent(similarity, gold, 0.1), expected.double(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("loss", frozen.LOSSES)
+@pytest.mark.parametrize("loss", ["cosent", "cosine"])
 def test_scored_pairs_teach_which_block_says_the_score(loss):
     features = _features()
     rows = torch.arange(96).view(48, 2)

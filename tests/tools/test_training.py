@@ -27,10 +27,10 @@ def encoder(tmp_path_factory):
     return folder
 
 
-def make_model(encoder):
+def make_model(encoder, **options):
     transformer = Transformer(str(encoder))
     torch.manual_seed(0)
-    pooling = S2SentPooling.behind(transformer, blocks=None, bottleneck=4, frequencies=4, block_prior=True)
+    pooling = S2SentPooling.behind(transformer, blocks=None, bottleneck=4, frequencies=4, block_prior=True, **options)
     return SentenceTransformer(modules=[transformer, pooling], device="cpu")
 
 
@@ -153,14 +153,15 @@ def test_every_hard_negative_counts(tmp_path, encoder):
 
 
 def test_the_selector_has_its_own_learning_rate(tmp_path, encoder):
-    model = make_model(encoder)
+    model = make_model(encoder, gate_scale=4.0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rates = {"learning_rate": 0.0, "selector_learning_rate": 1e-12, "prior_learning_rate": 1e-2}
     recipe = training.Recipe(epochs=1, batch_size=8, **rates)
     training.fine_tune(model, Examples(("anchor", "positive"), pairs(16), True), tmp_path, recipe)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert "1.selector.block_prior" in changed and all(name.startswith("1.selector.") for name in changed)
-    assert (model.state_dict()["1.selector.block_prior"] - before["1.selector.block_prior"]).abs().max() > 1e-4
+    for prior in ("1.selector.block_prior", "1.selector.gate_scale"):
+        assert (model.state_dict()[prior] - before[prior]).abs().max() > 1e-4
     down = "1.selector.down.weight"
     assert (model.state_dict()[down] - before[down]).abs().max() < 1e-6
 
