@@ -79,7 +79,7 @@ def cases(results: Results) -> list[tuple[str, str, str]]:
         case = f"similarity, the encoder frozen: {content['name']}, Spearman × 100, mean of four STS sets"
         found.append((case, best(of), ranked(of)))
     if results.tasks:
-        names = ", ".join(dict.fromkeys(row["task"] for row in results.tasks))
+        names = _tasks(results.tasks)
         of = on_task(results.tasks)
         found.append(
             (f"a classifier trained on your task, the encoder frozen: mean accuracy of {names}", best(of), ranked(of))
@@ -96,6 +96,10 @@ def cases(results: Results) -> list[tuple[str, str, str]]:
             ("encoder and fusion trained together for similarity: mean of four STS sets", best(of), ranked(of))
         )
     return found
+
+
+def _tasks(rows: Sequence[Row]) -> str:
+    return ", ".join(dict.fromkeys(row["task"] for row in rows))
 
 
 def components(rows: Sequence[Row]) -> tuple[str, str, str]:
@@ -130,7 +134,7 @@ def paragraph(results: Results) -> str:
     if results.tasks:
         of = on_task(results.tasks)
         some = (evaluation.S2SENT, on_tasks.CONCATENATION, evaluation.SCALAR_MIX, evaluation.MEAN_OF_LAST)
-        words += f" For a classifier trained behind it: {best(of)} (accuracy: {ranked(of, some)})."
+        words += f" For a classifier trained behind it: {best(of)} (accuracy on {_tasks(results.tasks)}: {ranked(of, some)})."
     if results.finetune:
         of = tuned(results.finetune)
         over = max(of.values()) - of[evaluation.MEAN_OF_LAST]
