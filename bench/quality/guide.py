@@ -61,13 +61,14 @@ def tuned(rows: Sequence[Row]) -> Scores:
 
 
 def ranked(scores: Mapping[str, float], names: Sequence[str] | None = None) -> str:
-    """The best first: "a 2.00, b 1.00"."""
+    """The best first: "a 2.00; b 1.00"."""
     wanted = [name for name in scores if names is None or name in names]
-    return ", ".join(f"{name} {scores[name]:.2f}" for name in sorted(wanted, key=lambda name: -scores[name]))
+    return "; ".join(f"{name} {scores[name]:.2f}" for name in sorted(wanted, key=lambda name: -scores[name]))
 
 
 def best(scores: Mapping[str, float]) -> str:
-    return max(scores, key=lambda name: scores[name])
+    """The first, or those that are equal to two digits."""
+    return " and ".join(name for name in scores if scores[name] > max(scores.values()) - 0.005)
 
 
 def cases(results: Results) -> list[tuple[str, str, str]]:
@@ -78,7 +79,7 @@ def cases(results: Results) -> list[tuple[str, str, str]]:
         case = f"similarity, the encoder frozen: {content['name']}, Spearman × 100, mean of four STS sets"
         found.append((case, best(of), ranked(of)))
     if results.tasks:
-        names = ", ".join(dict.fromkeys(row["task"] for row in results.tasks))
+        names = _tasks(results.tasks)
         of = on_task(results.tasks)
         found.append(
             (f"a classifier trained on your task, the encoder frozen: mean accuracy of {names}", best(of), ranked(of))
@@ -95,6 +96,10 @@ def cases(results: Results) -> list[tuple[str, str, str]]:
             ("encoder and fusion trained together for similarity: mean of four STS sets", best(of), ranked(of))
         )
     return found
+
+
+def _tasks(rows: Sequence[Row]) -> str:
+    return ", ".join(dict.fromkeys(row["task"] for row in rows))
 
 
 def components(rows: Sequence[Row]) -> tuple[str, str, str]:
@@ -124,10 +129,15 @@ def paragraph(results: Results) -> str:
     """The README's, in six lines."""
     of = frozen(results.selectors[0])
     some = (evaluation.S2SENT, evaluation.SCALAR_MIX, evaluation.MEAN_OF_LAST, shipped.PAPER)
-    words = f"Spearman × 100, mean of four STS sets, all-MiniLM-L6-v2 frozen: {ranked(of, some)}."
+    words = f"Best for similarity behind a frozen encoder: {best(of)} ({results.selectors[0]['name']}, mean of four STS sets: "
+    words += f"{ranked(of, some)})."
     if results.tasks:
+        of = on_task(results.tasks)
         some = (evaluation.S2SENT, on_tasks.CONCATENATION, evaluation.SCALAR_MIX, evaluation.MEAN_OF_LAST)
-        words += f" Classifiers trained on a task behind it, accuracy: {ranked(on_task(results.tasks), some)}."
+        words += f" For a classifier trained behind it: {best(of)} (accuracy on {_tasks(results.tasks)}: {ranked(of, some)})."
     if results.finetune:
-        words += f" Encoder trained too: {ranked(tuned(results.finetune))}."
+        of = tuned(results.finetune)
+        over = max(of.values()) - of[evaluation.MEAN_OF_LAST]
+        words += f" With the encoder trained too: {best(of)}, by {over:.2f} over mean of last."
+    words += " [docs/quality.md](docs/quality.md) has each case."
     return textwrap.fill(words, 128, break_on_hyphens=False)
