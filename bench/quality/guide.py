@@ -133,7 +133,7 @@ def paragraph(results: Results) -> str:
     words += f"{ranked(of, some)})."
     if results.tasks:
         of = on_task(results.tasks)
-        some = (evaluation.S2SENT, on_tasks.CONCATENATION, evaluation.SCALAR_MIX, evaluation.MEAN_OF_LAST)
+        some = (*shipped.SELECTORS, on_tasks.CONCATENATION, evaluation.SCALAR_MIX, evaluation.MEAN_OF_LAST)
         words += f" For a classifier trained behind it: {best(of)} (accuracy on {_tasks(results.tasks)}: {ranked(of, some)})."
     if results.finetune:
         of = tuned(results.finetune)
