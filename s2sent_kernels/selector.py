@@ -241,7 +241,7 @@ class S2SentSelector(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_folder: str | os.PathLike[str], *, backend: str = "auto") -> S2SentSelector:
         """The selector of a folder that ``save_pretrained`` wrote, or one shipped with the package, as
-        "all-MiniLM-L6-v2"; in eval mode.
+        "all-MiniLM-L6-v2"; in eval mode, and in float32 where its file has fewer bits, which are a way to store it.
 
         Raises:
             ValueError: there is no such folder or name (lists the names), or it holds no selector.
@@ -255,7 +255,8 @@ class S2SentSelector(nn.Module):
         except (ValueError, TypeError) as error:
             raise ValueError(f"{folder / pretrained.CONFIG}: {error}") from error
         state = pretrained.read_weights(folder, selector.state_dict())
-        selector.to(state["down.weight"].dtype).load_state_dict(state)
+        dtype = torch.promote_types(state["down.weight"].dtype, torch.float32)
+        selector.to(dtype).load_state_dict(state)
         return selector.eval()
 
     # ------------------------------------------------------------ published checkpoints

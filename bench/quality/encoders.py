@@ -16,12 +16,8 @@ class Encoder:
 ENCODERS = {
     encoder.name: encoder
     for encoder in (
-        Encoder(
-            "all-MiniLM-L6-v2", 256, (32,), {"STS12": 72.37, "STS14": 75.59, "STS16": 78.99, "STS-B": 82.03}
-        ),
-        Encoder(
-            "all-mpnet-base-v2", 384, (64,), {"STS12": 72.63, "STS14": 78.00, "STS16": 80.03, "STS-B": 83.42}
-        ),
+        Encoder("all-MiniLM-L6-v2", 256, (32,), {"STS12": 72.37, "STS14": 75.59, "STS16": 78.99, "STS-B": 82.03}),
+        Encoder("all-mpnet-base-v2", 384, (64,), {"STS12": 72.63, "STS14": 78.00, "STS16": 80.03, "STS-B": 83.42}),
     )
-}  # fmt: skip
+}
 BUNDLED = "all-MiniLM-L6-v2"

@@ -140,4 +140,5 @@ def paragraph(results: Results) -> str:
         over = max(of.values()) - of[evaluation.MEAN_OF_LAST]
         words += f" With the encoder trained too: {best(of)}, by {over:.2f} over mean of last."
     words += " [docs/quality.md](docs/quality.md) has each case."
-    return textwrap.fill(words, 128, break_on_hyphens=False)
+    # In prose the method has its name; "s2sent" at the start of a line would be the command.
+    return textwrap.fill(words.replace("s2sent", "S2Sent"), 128, break_on_hyphens=False)

@@ -117,13 +117,17 @@ def search(
             found = frozen_tasks.search(make, parts["train"], parts["dev"], problem, [recipe])
         module, best = found.trained.module, found.best
         yield {
-            "seed": seed, "learning_rate": best.recipe.learning_rate, "dropout": best.recipe.dropout,
-            "epoch": best.history.kept, "dev": best.history.score, "tried": tried,
+            "seed": seed,
+            "learning_rate": best.recipe.learning_rate,
+            "dropout": best.recipe.dropout,
+            "epoch": best.history.kept,
+            "dev": best.history.score,
+            "tried": tried,
             "accuracy": problem.score(found.trained.logits(parts["test"].features), parts["test"].targets),
             "features": found.trained.head.in_features,
             "parameters": sum(parameter.numel() for parameter in module.parameters()),
             "seconds": sum(trial.seconds for trial in found.trials),
-        }  # fmt: skip
+        }
 
 
 def measure(options: Any) -> Iterator[dict[str, Any]]:

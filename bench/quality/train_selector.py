@@ -63,9 +63,14 @@ class Setting:
     def build(self, num_blocks: int, hidden_size: int) -> torch.nn.Module:
         if self.bottleneck is not None:
             return S2SentSelector(
-                hidden_size, num_blocks, self.bottleneck, FREQUENCIES, block_prior=self.pooling in SELECTORS,
-                gate_scale=self.start, backend="reference",
-            )  # fmt: skip
+                hidden_size,
+                num_blocks,
+                self.bottleneck,
+                FREQUENCIES,
+                block_prior=self.pooling in SELECTORS,
+                gate_scale=self.start,
+                backend="reference",
+            )
         if self.pooling == CONSTANT:
             return fusions.ConstantGates(num_blocks, hidden_size)
         return fusions.LinearMap(hidden_size) if self.pooling == LINEAR else frozen.ScalarMix(num_blocks)
@@ -280,16 +285,29 @@ def card(content: Run, folder: Path) -> str:
     scale = module.gate_scale
     assert module.block_prior is not None
     return CARD.format(
-        **run["recipe"], name=content["name"], blocks=module.num_blocks, bottleneck=module.bottleneck,
-        frequencies=module.frequencies, scale=f", gate scale from {run['start']:g}",
-        parameters=own["selector"], encoder=own["encoder"], percent=100 * own["selector"] / own["encoder"],
-        triplets=content["triplets"], held_out=content["held_out"], dev=content["dev"], apart=content["dev_apart"],
+        **run["recipe"],
+        name=content["name"],
+        blocks=module.num_blocks,
+        bottleneck=module.bottleneck,
+        frequencies=module.frequencies,
+        scale=f", gate scale from {run['start']:g}",
+        parameters=own["selector"],
+        encoder=own["encoder"],
+        percent=100 * own["selector"] / own["encoder"],
+        triplets=content["triplets"],
+        held_out=content["held_out"],
+        dev=content["dev"],
+        apart=content["dev_apart"],
         shared=", ".join(f"{name} {count}" for name, count in content["dev_shared"].items()),
-        command=command(content["name"]), seeds=", ".join(map(str, SEEDS)), table=table(content),
-        verdict=verdict(content), rules=rules(content), mix=", ".join(f"{weight:.3f}" for weight in mix),
+        command=command(content["name"]),
+        seeds=", ".join(map(str, SEEDS)),
+        table=table(content),
+        verdict=verdict(content),
+        rules=rules(content),
+        mix=", ".join(f"{weight:.3f}" for weight in mix),
         prior=", ".join(f"{value:.2f}" for value in module.block_prior.tolist()),
         learned_scale="" if scale is None else f"; its gate scale: {scale.item():.2f}",
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------- the command
@@ -301,11 +319,16 @@ def measure(
     """Everything trained and scored but ``known`` runs, and the modules that are shipped."""
     data = cached.data
     content: Run = {
-        "environment": record.environment(), "name": encoder.name, "published": encoder.published,
+        "environment": record.environment(),
+        "name": encoder.name,
+        "published": encoder.published,
         "baselines": cached.averages(cached.num_blocks, FREQUENCIES),
-        "triplets": len(cached.rows[0]), "held_out": len(cached.held) // 3,
-        "dev": len(data.dev), "dev_apart": len(data.dev_apart), "dev_shared": data.dev_shared,
-    }  # fmt: skip
+        "triplets": len(cached.rows[0]),
+        "held_out": len(cached.held) // 3,
+        "dev": len(data.dev),
+        "dev_apart": len(data.dev_apart),
+        "dev_shared": data.dev_shared,
+    }
     if encoder.name == BUNDLED and BEFORE.exists():
         before = [run for run in json.loads(BEFORE.read_text(encoding="utf-8"))["runs"] if run["chosen"]]
         runs = [run for run in before if run["pooling"] == evaluation.S2SENT]
@@ -339,9 +362,13 @@ def main() -> int:
     output = options.output or data_folder() / encoder.name
     result = options.results or (RESULT if encoder.name == BUNDLED else RESULTS / f"selector-{encoder.name}.json")
     cached = Frozen(
-        Data.read(options.data), options.cache, options.model, options.device, options.token_frequencies,
+        Data.read(options.data),
+        options.cache,
+        options.model,
+        options.device,
+        options.token_frequencies,
         encoder.max_length,
-    )  # fmt: skip
+    )
     known = json.loads(result.read_text(encoding="utf-8"))["runs"] if options.resume else []
     content, modules = measure(cached, encoder, known)
     final = shipped_run(content)
@@ -356,9 +383,12 @@ def main() -> int:
     }
     record.write(result, content)
     about = {
-        "encoder": f"sentence-transformers/{encoder.name}", "blocks": list(range(cached.num_blocks)), "pooling": "mean",
-        "max_length": encoder.max_length, "scalar_mix": mix.block_prior.softmax(dim=0).tolist(),
-    }  # fmt: skip
+        "encoder": f"sentence-transformers/{encoder.name}",
+        "blocks": list(range(cached.num_blocks)),
+        "pooling": "mean",
+        "max_length": encoder.max_length,
+        "scalar_mix": mix.block_prior.softmax(dim=0).tolist(),
+    }
     half.save_pretrained(output, about=about)
     write_atomically(output / "README.md", card(content, output).encode())
     print(f"{table(content)}\n\n{verdict(content)}\n\n{rules(content)}\n\n{output}, {result}")

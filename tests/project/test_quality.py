@@ -87,24 +87,49 @@ def test_every_fusion_gives_embeddings_and_gradients(configuration):
 
 def content():
     recipe = {
-        "epochs": 2, "batch_size": 4, "temperature": 0.05, "learning_rate": 1e-3, "prior_learning_rate": 1e-2,
-        "weight_decay": 0.0, "seed": 0,
-    }  # fmt: skip
+        "epochs": 2,
+        "batch_size": 4,
+        "temperature": 0.05,
+        "learning_rate": 1e-3,
+        "prior_learning_rate": 1e-2,
+        "weight_decay": 0.0,
+        "seed": 0,
+    }
     runs = []
     for kind, base in ((evaluation.SCALAR_MIX, 60.0), (evaluation.S2SENT, 70.0)):
         for seed in (0, 1, 2):
             by_epoch = [scores(base), *(scores(base + seed + epoch) for epoch in range(1, train_selector.EPOCHS + 1))]
-            runs.append({
-                "pooling": kind, "learning_rate": 1e-3, "seed": seed, "recipe": recipe, "epoch": 2, "by_epoch": by_epoch,
-                "scores": by_epoch[2], "chosen": True, "shipped": seed == 2, "parameters": 10,
-                "bottleneck": 2 if kind == evaluation.S2SENT else None, "start": 4.0 if kind == evaluation.S2SENT else None,
-            })  # fmt: skip
+            runs.append(
+                {
+                    "pooling": kind,
+                    "learning_rate": 1e-3,
+                    "seed": seed,
+                    "recipe": recipe,
+                    "epoch": 2,
+                    "by_epoch": by_epoch,
+                    "scores": by_epoch[2],
+                    "chosen": True,
+                    "shipped": seed == 2,
+                    "parameters": 10,
+                    "bottleneck": 2 if kind == evaluation.S2SENT else None,
+                    "start": 4.0 if kind == evaluation.S2SENT else None,
+                }
+            )
     runs += [run | {"learning_rate": 3e-3, "chosen": False, "shipped": False} for run in runs[3:]]
     return {
-        "environment": ENVIRONMENT, "baselines": {evaluation.MEAN_OF_LAST: scores(50.0)}, "runs": runs, "triplets": 2,
-        "held_out": 1, "dev": 3, "dev_apart": 1, "dev_shared": {"STS12": 2}, "parameters": {"selector": 10, "encoder": 1000},
-        "name": "all-MiniLM-L6-v2", "published": dict.fromkeys(data.TESTS, 51.0), "half": scores(74.25),
-    }  # fmt: skip
+        "environment": ENVIRONMENT,
+        "baselines": {evaluation.MEAN_OF_LAST: scores(50.0)},
+        "runs": runs,
+        "triplets": 2,
+        "held_out": 1,
+        "dev": 3,
+        "dev_apart": 1,
+        "dev_shared": {"STS12": 2},
+        "parameters": {"selector": 10, "encoder": 1000},
+        "name": "all-MiniLM-L6-v2",
+        "published": dict.fromkeys(data.TESTS, 51.0),
+        "half": scores(74.25),
+    }
 
 
 def test_the_tables_of_the_shipped_selector():
@@ -183,18 +208,37 @@ def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkey
         for place, pooling in enumerate((evaluation.MEAN_OF_LAST, evaluation.S2SENT, evaluation.AVERAGE))
     ]
     tasks = [
-        {"task": task, "pooling": pooling, "seed": seed, "accuracy": value + seed, "features": 8, "parameters": 1, "train": 5,
-         "dev": 1, "test": 1}
+        {
+            "task": task,
+            "pooling": pooling,
+            "seed": seed,
+            "accuracy": value + seed,
+            "features": 8,
+            "parameters": 1,
+            "train": 5,
+            "dev": 1,
+            "test": 1,
+        }
         for task, one in (("MR", 84.0), ("TREC", 82.0))
-        for pooling, value in ((evaluation.MEAN_OF_LAST, 79.0), (on_tasks.ONE_COMPONENT, one), (evaluation.S2SENT, 84.0))
+        for pooling, value in (
+            (evaluation.MEAN_OF_LAST, 79.0),
+            (on_tasks.ONE_COMPONENT, one),
+            (evaluation.S2SENT, 84.0),
+        )
         for seed in (0, 1, 2)
-    ]  # fmt: skip
+    ]
     subsets = [
         {"set": "STS12", "subset": "part", "pairs": 9, "pooling": pooling, "spearman": value, "pearson": 0.0}
         for pooling, value in ((evaluation.MEAN_OF_LAST, 10.0), (evaluation.S2SENT, 11.0))
     ]
-    for name, rows in (("claims-0-of-2", claims[:9]), ("claims-1-of-2", claims[9:]), ("transfer", transfer),
-                       ("finetune", tuned), ("subsets", subsets), ("tasks", tasks)):  # fmt: skip
+    for name, rows in (
+        ("claims-0-of-2", claims[:9]),
+        ("claims-1-of-2", claims[9:]),
+        ("transfer", transfer),
+        ("finetune", tuned),
+        ("subsets", subsets),
+        ("tasks", tasks),
+    ):
         (results / f"{name}.json").write_text(json.dumps({"environment": ENVIRONMENT, "rows": rows}))
     readme, output = tmp_path / "README.md", tmp_path / "QUALITY.md"
     readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
@@ -219,7 +263,7 @@ def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkey
     assert told.endswith("after")
     assert "old" not in told
     assert (
-        "behind a frozen encoder: s2sent (all-MiniLM-L6-v2, mean of four STS sets: s2sent 73.00; scalar mix 63.00;"
+        "behind a frozen encoder: S2Sent (all-MiniLM-L6-v2, mean of four STS sets: S2Sent 73.00; scalar mix 63.00;"
         in told
     )
     assert "For a classifier trained behind it: s2sent (accuracy on MR, TREC: s2sent 85.00; mean of last 80.00)" in told

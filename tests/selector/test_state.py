@@ -110,6 +110,16 @@ def test_a_folder_round_trip(scale, tmp_path, batch):
     assert repr(other) == repr(selector) and equal(outputs(selector, batch), outputs(other, batch))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_folder_in_few_bits_is_opened_in_float32(dtype, tmp_path):
+    selector = trained(block_prior=True, gate_scale=3.0).to(dtype)
+    selector.save_pretrained(tmp_path)
+    other = S2SentSelector.from_pretrained(tmp_path)
+    assert other.down.weight.dtype == (dtype if dtype == torch.float64 else torch.float32)
+    for name, tensor in selector.state_dict().items():
+        assert torch.equal(tensor.to(other.state_dict()[name].dtype), other.state_dict()[name]), name
+
+
 def test_state_dict_round_trip(batch):
     options = {"block_prior": True, "gate_scale": 4.0}
     selector, other = trained(**options), S2SentSelector(D, N, H, M, **options).double().eval()
