@@ -266,8 +266,8 @@ def test_the_report_is_made_of_the_results_and_fills_the_readme(tmp_path, monkey
         "behind a frozen encoder: S2Sent (all-MiniLM-L6-v2, mean of four STS sets: S2Sent 73.00; scalar mix 63.00;"
         in told
     )
-    assert "For a classifier trained behind it: s2sent (accuracy on MR, TREC: s2sent 85.00; mean of last 80.00)" in told
-    assert "With the encoder trained too: s2sent + prior, N = 6, by 4.00 over mean of last." in told
+    assert "For a classifier trained behind it: S2Sent (accuracy on MR, TREC: S2Sent 85.00; mean of last 80.00)" in told
+    assert "With the encoder trained too: S2Sent + prior, N = 6, by 4.00 over mean of last." in told
     cases = guide.read_text(encoding="utf-8")
     assert "all-MiniLM-L6-v2, Spearman × 100, mean of four STS sets | s2sent | s2sent 73.00; scalar mix 63.00;" in cases
     assert (
