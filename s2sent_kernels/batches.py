@@ -86,6 +86,8 @@ class TextTokenizer:
     """
 
     def __init__(self, tokenizer: Any, limit: int, overflow: str = "truncate") -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        state = None if backend is None else (backend.truncation, backend.padding)
         special = len(tokenizer("", add_special_tokens=True)["input_ids"])
         if limit <= special:
             raise ValueError(f"max_length: expected more than the {special} special tokens of a text, got {limit}")
@@ -96,6 +98,8 @@ class TextTokenizer:
         # Whether it gives token types other than 0, which a packed batch has no place for.
         self.typed = any(any(types) for types in tokenizer(list(SAMPLES)).get("token_type_ids", ()))
         self._fast = self._copy(tokenizer, special)
+        if state is not None:
+            _restore(backend, *state)
         if overflow == "windows" and self._fast is None:
             raise ValueError(
                 "overflow: 'windows' needs a tokenizer of the library tokenizers whose token types are all 0, "
@@ -222,6 +226,18 @@ def lone_surrogate(text: str) -> bool:
 
 
 # ---------------------------------------------------------------- batches
+
+
+def _restore(backend: Any, truncation: dict[str, Any] | None, padding: dict[str, Any] | None) -> None:
+    """The state that a call leaves on a tokenizer is saved with it, and read by programs that call the backend alone."""
+    if truncation is None:
+        backend.no_truncation()
+    else:
+        backend.enable_truncation(**truncation)
+    if padding is None:
+        backend.no_padding()
+    else:
+        backend.enable_padding(**padding)
 
 
 def cut(lengths: np.ndarray, budget: int, *, padded: bool) -> list[np.ndarray]:

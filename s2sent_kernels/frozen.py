@@ -116,7 +116,7 @@ def train(
     Args:
         module: an S2SentSelector, a ScalarMix, or a module from Features to embeddings, on the device of ``features``.
         anchor, positive, negative: rows, int64 [T]; ``negative`` may be [T, K], -1 for a missing one, or None for pairs.
-        score: called before the first epoch and after each; the state with the highest score is kept. Without it, the last one.
+        score: called before the first epoch and after each; the epoch with the highest score is kept. Without it, the last one.
 
     Raises:
         ValueError: the sizes do not fit, a number of the recipe is out of range, or the training diverged.

@@ -74,7 +74,7 @@ def run(
     Args:
         count: of the examples.
         loss_of: the loss of a batch, from the numbers of its examples, int64 [B] on the CPU.
-        score: called before the first epoch and after each; the state with the highest score is kept. Without it, the last one.
+        score: called before the first epoch and after each; the epoch with the highest score is kept. Without it, the last one.
 
     Raises:
         ValueError: the training diverged, or patience is set without ``score``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..files import write_atomically
 from ..tools import encoders
 from ..tools.encoders import Text
 from ..tools.labelled import read_texts
-from ..tools.problems import CLASSES, LABELS
+from ..tools.problems import CLASSES, LABELS, NUMBERS
 from . import common
 from .common import UserError, positive
 
@@ -51,6 +52,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--output: expected a file of {', '.join(SUFFIXES)}, got {output}")
     if output.exists() and not arguments.force:
         raise UserError(f"output {output}: it is there already; --force replaces it")
+    for path in arguments.inputs:
+        if output.exists() and os.path.exists(path) and output.samefile(path):
+            raise UserError(f"output {output}: expected another file than {path}, whose texts would be lost")
     common.check_writable(output.parent)
     try:
         texts = [text for path in arguments.inputs for text in read_texts(path)]
@@ -59,6 +63,9 @@ def run(arguments: argparse.Namespace) -> None:
     if len({isinstance(text, str) for text in texts}) > 1:
         raise UserError("expected files of texts or files of pairs of sentences, got both")
     model, tokenizer = common.load_classifier(arguments.model)
+    pairs, words = getattr(model.config, "pairs", None), {False: "texts", True: "pairs of sentences"}
+    if pairs is not None and pairs == isinstance(texts[0], str):  # absent where no command trained it
+        raise UserError(f"{arguments.inputs[0]}: expected {words[pairs]}, of which {arguments.model} is a classifier")
     logits = _logits(model.to(common.device_of(arguments.device)), tokenizer, texts, arguments.batch_size)
     rows = _rows(model.config, logits)
     content = _tsv(rows) if output.suffix == ".tsv" else "".join(json.dumps(row) + "\n" for row in rows)
@@ -84,10 +91,12 @@ def _logits(model: Any, tokenizer: Any, texts: list[Text], batch_size: int) -> t
 def _rows(config: Any, logits: torch.Tensor) -> list[dict[str, Any]]:
     """A label and probabilities for each row; of a regression a number and no probabilities."""
     names = [config.id2label[number] for number in range(config.num_labels)]
-    if config.problem_type == CLASSES:
+    # transformers takes one that is not named from the labels' number.
+    kind = config.problem_type or (NUMBERS if config.num_labels == 1 else CLASSES)
+    if kind == CLASSES:
         labels: list[Any] = [names[best] for best in logits.argmax(dim=1)]
         values = logits.softmax(dim=1)
-    elif config.problem_type == LABELS:
+    elif kind == LABELS:
         labels = [[name for name, logit in zip(names, row, strict=True) if logit > 0] for row in logits.tolist()]
         values = logits.sigmoid()
     else:

@@ -38,7 +38,6 @@ _ONLY = {
     "loss": _Only((STS,)),
     "problem_type": _Only((CLASSIFICATION,)),
     "dropout": _Only((CLASSIFICATION,)),
-    "split": _Only((STS, CLASSIFICATION)),
 }
 _SEVERAL = ("learning_rate", "seed", "dropout")  # values, with --freeze-encoder
 
@@ -190,6 +189,8 @@ def _check_options(task: Task) -> None:
     for name in _SEVERAL:
         if not task.frozen and len(task.several(name) or ()) > 1:
             raise UserError(f"--{name.replace('_', '-')}: several values only with --freeze-encoder")
+    if "prior_learning_rate" in task.given and task.given["no_prior"] and "gate_scale" not in task.given:
+        raise UserError("--prior-learning-rate: not with --no-prior, unless with --gate-scale")
     if task.given.get("loss") == "cosine" and "temperature" in task.given:
         raise UserError("--temperature: not with --loss cosine")
 
@@ -197,6 +198,10 @@ def _check_options(task: Task) -> None:
 def _check_empty(task: Task) -> None:
     """Nothing in the output folder is overwritten: it may be the encoder."""
     output = task.output
+    if task.frozen:
+        cache, real = Path(task.cache).resolve(), output.resolve()
+        if cache == real or cache in real.parents or real in cache.parents:
+            raise UserError(f"output folder {output}: expected one apart from the cache's, {task.cache}")
     found = list(output.iterdir()) if output.is_dir() else []
     if not found or "resume" in task.given:
         return

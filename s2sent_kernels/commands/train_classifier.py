@@ -48,7 +48,12 @@ def _read(task: Task) -> _Data:
     data = _Data(part, dev, Problem(kind, len(names) or 1), names)
     data.targets(dev)  # for its error, before anything is encoded
     if not names:
-        labelled.differ(dev)
+        try:
+            labelled.differ(dev)
+        except ValueError as error:
+            if "dev" in task.given:
+                raise
+            raise UserError(f"{dev.path}: expected --dev, since the tenth to hold out has equal numbers") from error
     return data
 
 
@@ -95,6 +100,7 @@ def _train_frozen(task: Task, data: _Data) -> None:
     print_trial(found.best.recipe, found.best.history, varied, f"dev {SCORES[data.problem.kind]}")
     fusion = classifier.Fusion(blocks, task.pooling, arguments)
     model = classifier.make(encoder, fusion, data.problem, data.names, found.best.recipe.dropout)
+    model.config.pairs = data.train.pairs
     model.model.selector.load_state_dict(found.trained.module.state_dict())
     model.classifier.load_state_dict(found.trained.head.state_dict())
     limit = families.max_length(encoder, tokenizer, task.max_length)
@@ -113,6 +119,7 @@ def _fine_tune(task: Task, data: _Data) -> None:
     fusion = classifier.Fusion(task.blocks, task.pooling, task.selector_arguments(encoder.config.hidden_size))
     dropout = task.one("dropout").get("dropout", recipe.DROPOUT)
     model = classifier.make(encoder, fusion, data.problem, data.names, dropout)
+    model.config.pairs = data.train.pairs
     examples, dev = (classifier.Examples(part.texts, data.targets(part)) for part in (data.train, data.dev))
     score = classifier.fine_tune(model, tokenizer, examples, dev, task.output, settings, task.max_length)
     if is_first_process():

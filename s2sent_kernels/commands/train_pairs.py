@@ -26,7 +26,7 @@ def run(task: Task) -> None:
         found = labelled.read_scored(task.given["data"], task.given.get("split"))
         examples = Scored(_pairs(found), found.labels, task.given.get("loss", recipe.LOSSES[0]))
     else:
-        examples = read_examples(task.given["data"])
+        examples = read_examples(task.given["data"], task.given.get("split"))
     dev = _read_dev(task)
     if not task.frozen:
         _fine_tune(task, examples, dev)
@@ -99,6 +99,9 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
             best = selector, one, history
     assert best is not None
     selector, chosen, history = best
+    if len(recipes) > 1:
+        print("kept: ", end="")
+        print_trial(chosen, history, VARIED, "dev")
     for epoch, loss in enumerate(history.losses, 1):
         score = f", dev {history.scores[epoch]:.2f}" if history.scores else ""
         print(f"epoch {epoch}: loss {loss:.4f}{score}{', kept' if epoch == history.kept else ''}")

@@ -84,5 +84,8 @@ def is_first_process() -> bool:
 
 def print_trial(recipe: Any, history: History, names: tuple[str, ...], what: str) -> None:
     """A line of what a trial varied and of its best epoch."""
-    varied = ", ".join(f"{name.replace('_', ' ')} {getattr(recipe, name):g}" for name in names)
+    values = {name.replace("_", " "): getattr(recipe, name) for name in names}
+    varied = ", ".join(
+        f"{name} {value if isinstance(value, int) else format(value, 'g')}" for name, value in values.items()
+    )
     print(f"{varied}: {what} {history.score:.2f} (epoch {history.kept} of {len(history.losses)})")

@@ -20,7 +20,7 @@ from ..files import importing, missing, remove_empty
 from ..transformers import S2SentForSequenceClassification, S2SentModel, transformers
 from .encoders import Text
 from .problems import NUMBERS, Problem, check_dropout
-from .recipe import DEFAULT, DROPOUT, PRECISIONS, PRIORS, Recipe
+from .recipe import DEFAULT, DROPOUT, PRECISIONS, PRIORS, Recipe, batch_of_process
 
 CHECKPOINTS = "checkpoints"  # in the output folder, while the trainer runs
 _SCORE = "eval_score"
@@ -62,22 +62,29 @@ def make(
 
 
 def save(model: S2SentForSequenceClassification, tokenizer: Any, folder: str | os.PathLike[str], limit: int) -> None:
-    """Model and tokenizer in one folder, new or empty, which appears when it is whole.
+    """Model and tokenizer in one folder, new or empty. config.json, without which it is no model, comes last.
 
     Args:
         limit: tokens at most, where ``truncation=True`` cuts a text.
     """
     target = Path(folder)
-    made = missing(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    made, moved = missing(target), []
     try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-            whole = Path(temporary) / "model"
-            model.eval().save_pretrained(whole)
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=".") as temporary:
+            model.eval().save_pretrained(temporary)
             tokenizer.model_max_length = limit
-            tokenizer.save_pretrained(whole)
-            os.replace(whole, target)  # an empty folder gives way
+            backend = getattr(tokenizer, "backend_tokenizer", None)
+            if backend is not None:
+                backend.enable_truncation(limit)
+                backend.no_padding()
+            tokenizer.save_pretrained(temporary)
+            for name in sorted(os.listdir(temporary), key="config.json".__eq__):
+                os.replace(Path(temporary) / name, target / name)
+                moved.append(target / name)
     except BaseException:
+        for path in moved:
+            path.unlink()
         remove_empty(made)
         raise
 
@@ -133,7 +140,7 @@ def _train(
     arguments = transformers.TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=min(recipe.batch_size, len(parts[0].texts)),
+        per_device_train_batch_size=batch_of_process(recipe.batch_size, len(parts[0].texts)),
         per_device_eval_batch_size=recipe.batch_size,
         dataloader_drop_last=True,  # a batch of one text has no batch statistics
         gradient_accumulation_steps=recipe.accumulation,

@@ -32,9 +32,12 @@ class Scored(NamedTuple):
     loss: str
 
 
-def read_examples(path: str | Path) -> Examples:
+def read_examples(path: str | Path, split: str | None = None) -> Examples:
     """From a table the columns ``anchor``, ``positive`` and, in their order in the file, ``negative`` or ``negative_1``,
     ``negative_2``, ...; a negative may be empty in some rows. From a text file its non-empty lines.
+
+    Args:
+        split: as ``of_split``'s, whose usual one is "train".
 
     Raises:
         ValueError: the suffix is not one of SUFFIXES; the file cannot be read, is broken, empty or not UTF-8; a column is missing
@@ -42,11 +45,15 @@ def read_examples(path: str | Path) -> Examples:
         ImportError: pyarrow, which reads Parquet, is not installed.
     """
     if Path(path).suffix.lower() == ".txt":
+        if split is not None:
+            raise ValueError(
+                f"{path}: expected a table with a column split, whose {split!r} is asked for, got sentences"
+            )
         texts = [line.strip() for _, line in tables.read_lines(path) if line.strip()]
         if not texts:
             raise ValueError(f"{path}: expected sentences, got an empty file")
         return Examples(("anchor", "positive"), [(text, text) for text in texts], supervised=False)
-    found = read_rows(path, ("anchor", "positive"), suffixes=SUFFIXES)
+    found = of_split(path, read_rows(path, ("anchor", "positive"), suffixes=SUFFIXES), split, "train")
     # A JSON object may omit columns, so any row may be the first with a negative.
     names = dict.fromkeys(name for _, row in found for name in row)
     columns = ("anchor", "positive", *(name for name in names if _NEGATIVE.fullmatch(name)))
@@ -59,6 +66,22 @@ def read_examples(path: str | Path) -> Examples:
             raise ValueError(f"{path}: {place}: expected an anchor and a positive, got an empty field")
         rows.append(tuple(values))
     return Examples(columns, rows, supervised=True)
+
+
+def of_split(
+    path: str | Path, rows: list[tuple[str, dict[str, Any]]], split: str | None, usual: str
+) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of ``split``; by default those of ``usual`` where the file has a column split, else all. ValueError where there is
+    no such split."""
+    there = list(dict.fromkeys(str(row["split"]) for _, row in rows if "split" in row))
+    if not there:
+        if split is not None:
+            raise ValueError(f"{path}: expected a column split, whose {split!r} is asked for, and there is none")
+        return rows
+    wanted = usual if split is None else split
+    if wanted not in there:
+        raise ValueError(f"{path}: expected rows of split {wanted!r}, got splits {', '.join(sorted(there))}")
+    return [(place, row) for place, row in rows if str(row.get("split")) == wanted]
 
 
 def read_rows(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import tables
 from .encoders import Text
-from .examples import SUFFIXES, read_rows
+from .examples import SUFFIXES, of_split, read_rows
 from .problems import CLASSES, LABELS, NUMBERS
 
 TEXT, PAIR = ("text",), ("sentence1", "sentence2")
@@ -69,9 +69,13 @@ def read_scored(path: str | Path, split: str | None = None, usual: str = "train"
 
 
 def read_texts(path: str | Path) -> list[Text]:
-    """The texts or pairs of a table, or the non-empty lines of a .txt file. ValueError as ``read_labelled``, but of labels."""
+    """The texts or pairs of a table, or the lines of a .txt file. ValueError as ``read_labelled``, but of labels."""
     if Path(path).suffix.lower() == ".txt":
-        lines: list[Text] = [line for _, line in tables.read_lines(path) if line.strip()]
+        lines: list[Text] = []
+        for number, line in tables.read_lines(path, keep_empty=True):
+            if not line.strip():
+                raise ValueError(f"{path}: line {number}: expected a text, got an empty line")
+            lines.append(line)
         if not lines:
             raise ValueError(f"{path}: expected texts, got an empty file")
         return lines
@@ -81,7 +85,7 @@ def read_texts(path: str | Path) -> list[Text]:
 def _read(
     path: str | Path, kind: str, column: str, choices: Sequence[Sequence[str]], split: str | None, usual: str
 ) -> Labelled:
-    rows = _of_split(path, read_rows(path, (column,), *choices), split, usual)
+    rows = of_split(path, read_rows(path, (column,), *choices), split, usual)
     texts = _texts(path, rows, choices)
     labels = [_label(f"{path}: {place}: {column}", row.get(column), kind) for place, row in rows]
     if len(texts) < 2:
@@ -101,29 +105,19 @@ def _texts(path: str | Path, rows: Rows, choices: Sequence[Sequence[str]]) -> li
     return texts
 
 
-def _of_split(path: str | Path, rows: Rows, split: str | None, usual: str) -> Rows:
-    there = list(dict.fromkeys(str(row["split"]) for _, row in rows if "split" in row))
-    if not there:
-        if split is not None:
-            raise ValueError(f"{path}: expected a column split, whose {split!r} is asked for, and there is none")
-        return rows
-    wanted = usual if split is None else split
-    if wanted not in there:
-        raise ValueError(f"{path}: expected rows of split {wanted!r}, got splits {', '.join(sorted(there))}")
-    return [(place, row) for place, row in rows if str(row.get("split")) == wanted]
-
-
 def _label(place: str, value: Any, kind: str) -> Any:
     if kind == NUMBERS:
         try:
             number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not math.isfinite(number):
+        if not abs(number) <= torch.finfo(torch.float32).max:  # or NaN; it is trained on in float32
             raise ValueError(f"{place}: expected a finite number, got {value!r}")
         return number
     if kind == LABELS:
-        several = value if isinstance(value, list) else tables.text(place, value).split(",")
+        several = value
+        if not isinstance(value, list):
+            several = [value] if isinstance(value, int) else tables.text(place, value or "").split(",")
         names = {_name(place, one) for one in several if not isinstance(one, str) or one.strip()}
         if with_comma := [name for name in names if "," in name]:
             raise ValueError(f"{place}: expected labels without commas, which separate labels, got {with_comma[0]!r}")
@@ -132,7 +126,8 @@ def _label(place: str, value: Any, kind: str) -> Any:
 
 
 def _name(place: str, value: Any) -> str:
-    name = str(value) if isinstance(value, int) else tables.text(place, value).strip()
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    name = str(value) if is_integer else tables.text(place, value).strip()
     if not name:
         raise ValueError(f"{place}: expected a label, got an empty field")
     if any(character in name for character in "\t\r\n"):  # a table of predictions has the label in a column
@@ -161,7 +156,7 @@ def label_names(found: Labelled, kind: str) -> list[str]:
 
 def differ(found: Labelled) -> None:
     """ValueError where all numbers are equal: nothing could be learned, and no score would be defined."""
-    if len(set(found.labels)) < 2:
+    if len(set(torch.tensor(found.labels, dtype=torch.float32).tolist())) < 2:  # as they are trained on
         raise ValueError(f"{found.path}: expected different numbers, got {len(found.labels)} times {found.labels[0]:g}")
 
 
@@ -201,5 +196,7 @@ def hold_out(found: Labelled) -> tuple[Labelled, Labelled]:
     known = {found.labels[row] for row in rest}
     if isinstance(found.labels[0], str):  # the only example of a class stays
         held = {row for row in held if found.labels[row] in known}
+        if len(held) < 2:
+            raise ValueError(f"{found.path}: expected --dev, since too few labels have a second example to hold out")
     rest = [row for row in range(len(found.texts)) if row not in held]
     return found.take(rest), found.take(sorted(held))

@@ -20,7 +20,7 @@ from .. import validate
 from ..files import importing, locked, missing, remove_empty, write_atomically
 from ..sentence_transformers import S2SentPooling, SentenceTransformer, load
 from .examples import Examples, Scored
-from .recipe import DEFAULT, LOSSES, PRECISIONS, PRIORS, Recipe
+from .recipe import DEFAULT, LOSSES, PRECISIONS, PRIORS, Recipe, batch_of_process
 
 with importing(None, "train"):
     import accelerate  # noqa: F401  the trainer imports it late, and its error names another extra
@@ -91,7 +91,7 @@ def _train(
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=min(recipe.batch_size, len(examples.rows)),
+        per_device_train_batch_size=batch_of_process(recipe.batch_size, len(examples.rows)),
         per_device_eval_batch_size=recipe.batch_size,
         dataloader_drop_last=True,  # a batch of one sentence has no batch statistics
         gradient_accumulation_steps=recipe.accumulation,
@@ -105,6 +105,7 @@ def _train(
         save_strategy="epoch",
         save_total_limit=2,
         load_best_model_at_end=dev is not None,
+        restore_callback_states_from_checkpoint=True,  # what patience has counted
         metric_for_best_model=None if dev is None else f"eval_{_SCORE}",
         greater_is_better=None if dev is None else True,
         logging_nan_inf_filter=False,  # True would replace a NaN loss in the log by earlier ones

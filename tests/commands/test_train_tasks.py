@@ -71,6 +71,8 @@ def test_a_classifier_that_a_pipeline_loads(tmp_path, encoder, capsys, frozen):
     assert out.count("dev accuracy") == (7 if frozen else 1)  # six trials and the one that was kept
     model = S2SentForSequenceClassification.from_pretrained("model")
     assert model.config.label2id == {"no": 0, "yes": 1} and model.model.selector.gate_scale is not None
+    limit = transformers.AutoTokenizer.from_pretrained("model").model_max_length
+    assert json.loads((tmp_path / "model" / "tokenizer.json").read_text())["truncation"]["max_length"] == limit > 9
     assert torch.equal(S2SentModel.from_pretrained("model").selector.up.weight, model.model.selector.up.weight)
     assert run(*CLASSIFICATION, "--model", "model", "--data", data, "--output", "again", *frozen) == 2
     assert "model model: expected an encoder alone, got one with its selector" in capsys.readouterr().err
@@ -147,6 +149,65 @@ def test_the_split_column_and_the_option(tmp_path, encoder, capsys):
     assert "expected rows of split 'none', got splits dev, train" in capsys.readouterr().err
 
 
+@pytest.fixture
+def classifier(encoder):
+    """A random classifier of texts, saved without the commands: it names neither its problem type nor what it reads."""
+    model = S2SentForSequenceClassification.from_encoder(encoder, None, num_labels=3, bottleneck=4)
+    model.eval().save_pretrained("classifier")
+    transformers.AutoTokenizer.from_pretrained(encoder).save_pretrained("classifier")
+    return "classifier"
+
+
+def test_a_classifier_that_names_no_problem_type(tmp_path, classifier):
+    (tmp_path / "a.txt").write_text("a cat\na dog\n")
+    assert run("predict", "a.txt", "--model", classifier, "--device", "cpu", "--output", "a.jsonl") == 0
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert all(row["label"] in row["probabilities"] for row in rows) and len(rows[0]["probabilities"]) == 3
+
+
+def test_predict_loses_no_row_and_no_input(tmp_path, classifier, capsys):
+    (tmp_path / "a.txt").write_text("a cat\n\na dog\n")
+    (tmp_path / "own.tsv").write_text(text := "text\na cat\n")
+    command = ["predict", "--model", classifier, "--device", "cpu", "--output"]
+    assert run(*command, "a.tsv", "a.txt") == 2
+    assert "a.txt: line 2: expected a text, got an empty line" in capsys.readouterr().err
+    assert run(*command, "own.tsv", "own.tsv", "--force") == 2
+    assert "output own.tsv: expected another file than own.tsv" in capsys.readouterr().err
+    assert (tmp_path / "own.tsv").read_text() == text and not (tmp_path / "a.tsv").exists()
+
+
+def test_predict_takes_what_the_classifier_was_trained_on(tmp_path, encoder, capsys):
+    data = labelled(tmp_path / "data.tsv")
+    options = ["--model", encoder, "--freeze-encoder", "--epochs", 1, "--learning-rate", 1e-3, "--dropout", 0]
+    assert run(*CLASSIFICATION, *options, "--data", data, "--output", "model") == 0
+    pairs = scored(tmp_path / "pairs.tsv")
+    assert run("predict", pairs, "--model", "model", "--device", "cpu", "--output", "out.tsv") == 2
+    assert "pairs.tsv: expected texts, of which model is a classifier" in capsys.readouterr().err
+
+
+def test_the_output_may_be_an_empty_folder_but_not_the_caches(tmp_path, encoder, monkeypatch, capsys):
+    data = labelled(tmp_path / "data.tsv")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    options = [
+        *CLASSIFICATION,
+        "--model",
+        encoder,
+        "--data",
+        data,
+        "--epochs",
+        1,
+        "--freeze-encoder",
+        "--learning-rate",
+        1e-3,
+    ]
+    assert run(*options, "--output", "cache/one", "--cache", "cache") == 2
+    assert "expected one apart from the cache's, cache" in capsys.readouterr().err
+    assert run(*options, "--output", "link", "--cache", "cache") == 0
+    assert S2SentForSequenceClassification.from_pretrained("link").config.pairs is False
+    assert [path.name for path in (tmp_path / "empty").iterdir() if path.name.startswith(".")] == []
+
+
 GOOD = "label\ttext\n" + "".join(f"{label}\ta {word}\n" for label in "xy" for word in ("cat", "dog", "mat") * 4)
 SMALL = "label\ttext\nx\ta cat\ny\ta dog\n"
 
@@ -186,6 +247,13 @@ SMALL = "label\ttext\nx\ta cat\ny\ta dog\n"
             "expected different numbers, got 2 times 1",
         ),
         (SMALL, None, [], "expected --dev, or 20 rows to hold a tenth out, got 2"),
+        (
+            "label\ttext\n" + "0\ta\n" * 2 + "3\tb\n" * 16 + "5\tc\n" * 2,
+            None,
+            ["--problem-type", "regression"],
+            "data.tsv: expected --dev, since the tenth to hold out has equal numbers",
+        ),
+        (GOOD, SMALL, ["--no-prior", "--prior-learning-rate", "1"], "--prior-learning-rate: not with --no-prior"),
         (GOOD, SMALL, ["--dropout", "1"], "dropout: expected a number from 0 to below 1"),
         (GOOD, SMALL, ["--temperature", "1"], "--temperature: not with --task classification"),
         (GOOD, SMALL, ["--loss", "cosine"], "--loss: not with --task classification"),
@@ -294,7 +362,8 @@ def test_patience_of_a_frozen_training(tmp_path, encoder, capsys):
 def test_the_gate_scale_is_on_with_the_prior(tmp_path, encoder, options, scale):
     data = scored(tmp_path / "pairs.tsv", 8)
     arguments = ["--model", encoder, "--data", data, "--freeze-encoder", "--epochs", 1, "--output", "selector"]
-    arguments += ["--prior-learning-rate", 1e-9]
+    if options != ["--no-prior"]:  # then nothing has this rate, and it is refused
+        arguments += ["--prior-learning-rate", 1e-9]
     assert run(*STS, *arguments, *options) == 0
     found = S2SentSelector.from_pretrained("selector", backend="reference").gate_scale
     assert found is None if scale is None else torch.isclose(found, torch.tensor(scale))

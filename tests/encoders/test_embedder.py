@@ -310,6 +310,7 @@ def test_a_tokenizer_keeps_its_state_and_a_slow_one_is_called():
     tokenizer(TEXTS, truncation=True, max_length=5, padding="max_length")
     before = tokenizer.backend_tokenizer.to_str()
     fast = batches.TextTokenizer(tokenizer, 12)
+    assert tokenizer.backend_tokenizer.to_str() == before  # which is saved with it
 
     class Slow:  # without a backend
         pad_token_id, padding_side, model_max_length = 0, "right", 512

@@ -30,6 +30,14 @@ def test_any_row_may_be_the_first_with_a_negative(tmp_path):
     assert read_examples(path).rows == [("a", "b", ""), ("c", "d", "e")]
 
 
+def test_the_rows_of_a_split(tmp_path):
+    rows = [("train", "a", "b"), ("test", "c", "d"), ("train", "e", "f")]
+    path = write_examples(tmp_path / "data.tsv", rows, ("split", "anchor", "positive"))
+    assert read_examples(path).rows == [("a", "b"), ("e", "f")] and read_examples(path, "test").rows == [("c", "d")]
+    with pytest.raises(ValueError, match="expected rows of split 'dev', got splits test, train"):
+        read_examples(path, "dev")
+
+
 def test_sentences_are_their_own_positives(tmp_path):
     path = tmp_path / "data.txt"
     path.write_text("One.\n\n Two.\n", encoding="utf-8")

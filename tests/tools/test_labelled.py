@@ -31,10 +31,23 @@ def test_classes_become_numbers_in_the_order_of_their_names(tmp_path):
 
 def test_several_labels_as_a_list_or_with_commas(tmp_path):
     rows = [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": "y, z"}, {"text": "c", "label": []}]
-    found = read_labelled(write(tmp_path / "a.jsonl", *rows, {"text": "d", "label": ""}), LABELS)
+    rows += [{"text": "d", "label": label} for label in ("", None, 5)]
+    found = read_labelled(write(tmp_path / "a.jsonl", *rows), LABELS)
     names = label_names(found, LABELS)
-    assert names == ["x", "y", "z"]
-    assert targets(found, LABELS, names).tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 0], [0, 0, 0]]
+    assert names == ["5", "x", "y", "z"]
+    none = [0, 0, 0, 0]
+    assert targets(found, LABELS, names).tolist() == [[0, 1, 1, 0], [0, 0, 1, 1], none, none, none, [1, 0, 0, 0]]
+
+
+def test_numbers_that_float32_cannot_tell_apart():
+    with pytest.raises(ValueError, match="data: expected different numbers"):
+        label_names(made([1.7e9 + i for i in range(20)]), NUMBERS)
+
+
+@pytest.mark.parametrize("labels", [[f"r{i}" for i in range(25)], [*(f"r{i}" for i in range(22)), "z", "z"]])
+def test_too_few_labels_with_a_second_example(labels):
+    with pytest.raises(ValueError, match="data: expected --dev, since too few labels"):
+        hold_out(made(labels))
 
 
 def test_numbers_and_scores(tmp_path):
@@ -55,6 +68,8 @@ def test_numbers_and_scores(tmp_path):
         ({"text": "b", "label": ["x,y"]}, LABELS, "line 2: label: expected labels without commas"),
         ({"text": "b", "label": True}, NUMBERS, "line 2: label: expected a finite number, got True"),
         ({"text": "b", "label": "1e999"}, NUMBERS, "line 2: label: expected a finite number, got '1e999'"),
+        ({"text": "b", "label": 1e39}, NUMBERS, "line 2: label: expected a finite number, got 1e"),  # beyond float32
+        ({"text": "b", "label": True}, CLASSES, "line 2: label: expected a text, got True"),
         ({"sentence1": "b", "sentence2": "c", "label": "1"}, CLASSES, "line 2: text: expected a text, got None"),
     ],
 )
