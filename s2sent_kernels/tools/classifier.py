@@ -113,9 +113,12 @@ def fine_tune(
     _check(recipe)
     problem = _problem_of(model)
     limit = families.max_length(model.model.encoder, tokenizer, max_length)
-    if problem.kind == NUMBERS:
-        with torch.no_grad():
-            model.classifier.bias.fill_(examples.targets.mean())  # a step moves it by the learning rate alone
+    shift, scale = torch.tensor(0.0), torch.tensor(1.0)
+    if (
+        problem.kind == NUMBERS
+    ):  # in units of their spread, from their mean: a step moves a weight by the learning rate alone
+        scale, shift = torch.std_mean(examples.targets, correction=0)
+        examples, dev = (part._replace(targets=(part.targets - shift) / scale) for part in (examples, dev))
     made, checkpoints = missing(Path(folder)), Path(folder) / CHECKPOINTS
     try:
         score = _train(model, tokenizer, (examples, dev), recipe, limit, checkpoints)
@@ -123,6 +126,9 @@ def fine_tune(
         if _is_first():
             shutil.rmtree(checkpoints, ignore_errors=True)
             remove_empty(made)
+    with torch.no_grad():
+        model.classifier.weight.mul_(scale)
+        model.classifier.bias.mul_(scale).add_(shift)
     if _is_first():
         save(model, tokenizer, folder, limit)
     return score

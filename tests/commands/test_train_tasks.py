@@ -149,6 +149,21 @@ def test_the_split_column_and_the_option(tmp_path, encoder, capsys):
     assert "expected rows of split 'none', got splits dev, train" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("frozen", FROZEN, ids=["tuned", "frozen"])
+def test_a_regression_does_not_depend_on_the_unit(tmp_path, encoder, capsys, frozen):
+    told, heads = [], []
+    for unit in (1, 1024):
+        rows = [(str(unit * (3 + ("moon" in text))), text) for text in sentences(40)]
+        data = write_examples(tmp_path / f"{unit}.tsv", rows, ("label", "text"))
+        options = ["--problem-type", "regression", "--model", encoder, "--data", data, "--dev", data, "--epochs", 2]
+        options += ["--batch-size", 16, "--learning-rate", 1e-3, "--dropout", 0]
+        assert run(*CLASSIFICATION, *options, *frozen, "--output", f"of {unit}") == 0
+        told.append([line for line in capsys.readouterr().out.splitlines() if "R2" in line])
+        heads.append(S2SentForSequenceClassification.from_pretrained(f"of {unit}").classifier)
+    assert told[0] == told[1] and told[0]
+    torch.testing.assert_close(heads[1].weight, 1024 * heads[0].weight)
+
+
 @pytest.fixture
 def classifier(encoder):
     """A random classifier of texts, saved without the commands: it names neither its problem type nor what it reads."""
