@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, step by step. Results and logs go to $OUT; each step ends with a few lines.
 #
-#   OUT=/tmp/results bench/gpu.sh [build|tests|native|sanitize|suite|devices|compare|caller|encode|bench|sweep ...]
+#   OUT=/tmp/results bench/gpu.sh [build|tests|native|sanitize|suite|devices|compare|caller|encode|selector|bench|sweep ...]
 #
 # After a change, in one call: build the extension, test the kernels, compare with a revision, measure the affected rows again:
 #
@@ -18,6 +18,10 @@
 # Texts to embeddings (ENCODE_OPTIONS: --texts FILE, and --encoder FOLDER without the registry package):
 #
 #   OUT=/tmp/results ENCODE_OPTIONS="--texts texts.txt --limit 30000" bench/gpu.sh build encode
+#
+# The selector of an encoder that is not bundled, trained and measured beside other fusions (two minutes for all-mpnet-base-v2):
+#
+#   OUT=/tmp/results SELECTOR_OPTIONS="--data FOLDER --name all-mpnet-base-v2 --encoder FOLDER" bench/gpu.sh selector
 #
 # BENCH_OPTIONS are those of bench/suite.py, COMPARE_OPTIONS of bench/compare.py, SWEEP_OPTIONS of bench/probes/sweep.py; ARCH is
 # the GPU to compile for, PYTHON the interpreter. A run that has to be split writes parts, and bench/record.py merges them:
@@ -79,9 +83,14 @@ for step in "$@"; do
       (exit $code) ;;
     # shellcheck disable=SC2086
     encode) "$python" bench/encode.py --output "$OUT/encode.json" ${ENCODE_OPTIONS:?--texts FILE} 2>"$OUT/encode.err" | tee "$OUT/encode.log" ;;
+    selector)
+      # shellcheck disable=SC2086
+      HF_HUB_OFFLINE=1 S2SENT_BACKEND=reference "$python" bench/quality/train_selector.py --cache "${CACHE:-/tmp/s2sent_cache}" \
+        --results "$OUT/selector.json" --output "$OUT/selector" ${SELECTOR_OPTIONS:?--data FOLDER --name NAME --encoder FOLDER} \
+        2>"$OUT/selector.err" | tee "$OUT/selector.log" | grep '^|' ;;
     # shellcheck disable=SC2086
     sweep) "$python" bench/probes/sweep.py ${SWEEP_OPTIONS:-squeeze A} 2>&1 | tee "$OUT/sweep.log" | tail -40 ;;
-    *) echo "gpu.sh: error: no step '$step': build, tests, native, sanitize, suite, devices, compare, caller, encode, bench or sweep" >&2; exit 2 ;;
+    *) echo "gpu.sh: error: no step '$step': build, tests, native, sanitize, suite, devices, compare, caller, encode, selector, bench or sweep" >&2; exit 2 ;;
   esac || failed=1
   echo "== $step took $((SECONDS - begin)) s"
 done
