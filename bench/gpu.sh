@@ -19,7 +19,7 @@
 #
 #   OUT=/tmp/results ENCODE_OPTIONS="--texts texts.txt --limit 30000" bench/gpu.sh build encode
 #
-# The selector of an encoder that is not bundled, trained and measured beside other fusions (two minutes for all-mpnet-base-v2):
+# The selector of an encoder that is not bundled, trained and measured beside other fusions:
 #
 #   OUT=/tmp/results SELECTOR_OPTIONS="--data FOLDER --name all-mpnet-base-v2 --encoder FOLDER" bench/gpu.sh selector
 #

@@ -225,9 +225,6 @@ def lone_surrogate(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
-# ---------------------------------------------------------------- batches
-
-
 def _restore(backend: Any, truncation: dict[str, Any] | None, padding: dict[str, Any] | None) -> None:
     """The state that a call leaves on a tokenizer is saved with it, and read by programs that call the backend alone."""
     if truncation is None:
@@ -238,6 +235,9 @@ def _restore(backend: Any, truncation: dict[str, Any] | None, padding: dict[str,
         backend.no_padding()
     else:
         backend.enable_padding(**padding)
+
+
+# ---------------------------------------------------------------- batches
 
 
 def cut(lengths: np.ndarray, budget: int, *, padded: bool) -> list[np.ndarray]:

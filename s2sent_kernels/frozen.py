@@ -25,7 +25,7 @@ from .selector import S2SentSelector
 from .tools.baselines import ScalarMix as ScalarMix  # public under this name
 from .tools.encoders import in_eval_mode
 from .tools.recipe import LOSSES
-from .tools.scores import correlations
+from .tools.scores import correlations, unit_scores
 
 EMBEDDED_AT_ONCE = 2048  # sentences, without gradients
 
@@ -169,14 +169,6 @@ def train_scored(
         return cosent(similarity, wanted, recipe.temperature)
 
     return frozen_loop.run(module, len(pairs), loss_of, recipe, None if score is None else lambda: score(module))
-
-
-def unit_scores(gold: Tensor) -> Tensor:
-    """Gold scores on a scale from 0 to 1. ValueError where one is not finite, or all are equal."""
-    low, high = gold.min(), gold.max()
-    if not (torch.isfinite(gold).all() and low < high):
-        raise ValueError(f"gold: expected finite and different scores, got {low} to {high}")
-    return (gold - low) / (high - low)
 
 
 def check(recipe: Recipe, count: int) -> None:

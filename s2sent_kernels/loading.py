@@ -98,6 +98,14 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def _config_of(folder: Path, model: str) -> dict[str, Any]:
+    """config.json of a folder, empty where there is none."""
+    try:
+        return dict(_read_json(folder / "config.json") or {})
+    except Exception as error:  # a file that is not JSON, or of another structure
+        raise _cannot_load(model, error) from error
+
+
 def _cannot_load(model: str, error: BaseException) -> LoadError:
     return LoadError(f"model {model} cannot be loaded: {first_line(error)}")
 
@@ -162,7 +170,7 @@ def _load_encoder(path: str, name: str, dtype: torch.dtype | str) -> Any:
     """An encoder whose weights are all in its checkpoint. transformers initialises missing weights at random, and its warning is
     silenced here. A missing pooler or decoder is accepted: neither is used. Of an encoder with a decoder, the encoder alone."""
     transformers = quiet_transformers()
-    if (_read_json(Path(path) / "config.json") or {}).get("model_type") == "s2sent":
+    if _config_of(Path(path), name).get("model_type") == "s2sent":
         raise LoadError(f"model {name}: expected an encoder alone, got one with its selector")
     try:
         config = transformers.AutoConfig.from_pretrained(path)
@@ -231,11 +239,7 @@ def load_classifier(model: str) -> tuple[Any, Any]:
     """An S2SentForSequenceClassification and its tokenizer from a folder, on the CPU in eval mode."""
     folder = Path(model).expanduser()
     transformers = quiet_transformers()
-    try:
-        kinds = (_read_json(folder / "config.json") or {}).get("architectures") or []
-    except Exception as error:  # a file that is not JSON, or of another structure
-        raise _cannot_load(model, error) from error
-    if "S2SentForSequenceClassification" not in kinds:
+    if "S2SentForSequenceClassification" not in (_config_of(folder, model).get("architectures") or []):
         raise LoadError(f"model {model}: expected the folder of a classifier, an S2SentForSequenceClassification")
     try:
         kind: Any = importlib.import_module("s2sent_kernels.transformers").S2SentForSequenceClassification

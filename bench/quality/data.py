@@ -10,6 +10,7 @@ STS-B dev would select is reported beside it, with and without ("dev apart") the
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,16 @@ TEMPERATURE = frozen.DEFAULT.temperature
 TESTS = {"STS12": ("sts12", "test"), "STS14": ("sts14", "test"), "STS16": ("sts16", "test"), "STS-B": ("stsb", "test")}
 TRANSFER = {"SST-2": "sst2", "MR": "mr", "TREC": "trec", "MRPC": "mrpc"}
 SEEDS = (0, 1, 2)
+
+
+def load(folder: Path, section: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and environments of a section's file, or of its parts."""
+    rows, environments = [], []
+    for path in sorted(folder.glob(f"{section}*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows += content["rows"]
+        environments.append(content["environment"])
+    return rows, environments
 
 
 def _key(pair: Pair) -> frozenset[str]:

@@ -10,6 +10,21 @@ from s2sent_kernels.frozen import Features
 LAST = 3.0  # where the logits of the last block start, as in a selector's block prior
 
 
+class MeanOfLast(nn.Module):
+    def forward(self, features: Features) -> Tensor:
+        return features.pooled[:, -1]
+
+
+class Average(nn.Module):
+    def forward(self, features: Features) -> Tensor:
+        return features.pooled.mean(dim=1)
+
+
+class Concatenation(nn.Module):
+    def forward(self, features: Features) -> Tensor:
+        return features.pooled.flatten(1)
+
+
 class ConstantGates(nn.Module):
     """A gate for every block and feature, the same for every sentence: a selector without its squeeze."""
 

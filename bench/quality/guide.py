@@ -53,10 +53,14 @@ def transferred(rows: Sequence[Row]) -> Scores:
     return {name: statistics.mean(values) for name, values in of.items() if len(values) == len(TRANSFER)}
 
 
+def fusion_name(row: Row) -> str:
+    return row["fusion"] + (f", N = {row['N']}" if "N" in row else "")
+
+
 def tuned(rows: Sequence[Row]) -> Scores:
     of: dict[str, list[float]] = {}
     for row in rows:
-        of.setdefault(row["fusion"] + (f", N = {row['N']}" if "N" in row else ""), []).append(row["scores"]["mean"])
+        of.setdefault(fusion_name(row), []).append(row["scores"]["mean"])
     return {name: statistics.median(values) for name, values in of.items()}
 
 
@@ -119,7 +123,8 @@ def page(results: Results) -> str:
         "# When to use what",
         "Written by `bench/quality/report.py`: winners and numbers are read off its results.\n"
         "[bench/QUALITY.md](../bench/QUALITY.md) has every table, with seeds, ranges and parameters. Where there are seeds, a\n"
-        "figure is the median of three.",
+        "figure is the median of three. The selector of the logistic regression is the one shipped at the commit that the last\n"
+        "table there names.",
         table(("<your case", "<best", "<figures, best first"), cases(results)),
     ]
     return "\n\n".join(parts) + "\n"

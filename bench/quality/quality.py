@@ -15,7 +15,6 @@ the claims that were measured before.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ import record
 import torch
 
 from quality import finetune, tasks
-from quality.data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, averages, load_encoder, spearman
+from quality.data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, averages, load, load_encoder, spearman
 from quality.encoders import BUNDLED
 from quality.train_selector import EPOCHS, GATE_SCALE
 from s2sent_kernels import S2SentSelector, frozen
@@ -66,14 +65,6 @@ def claims_configurations() -> list[Row]:
     return found + [{"N": n, "gates": "scalar mix"} for n in range(1, 7)]
 
 
-def measured(folder: Path, section: str) -> list[Row]:
-    """The rows of a section's files."""
-    found = []
-    for path in sorted(folder.glob(f"{section}*.json")):
-        found += json.loads(path.read_text(encoding="utf-8"))["rows"]
-    return found
-
-
 def configuration_of(row: Row) -> Row:
     return {name: row[name] for name in VARIED if name in row}
 
@@ -85,7 +76,7 @@ def claims(options: Any) -> Iterator[Row]:
     # Sorted by (N, M), so that the features of each are gathered once.
     configurations = sorted(claims_configurations(), key=lambda row: (row["N"], row.get("M", 4)))
     if options.missing:
-        there = [configuration_of(row) for row in measured(options.output, "claims")]
+        there = [configuration_of(row) for row in load(options.output, "claims")[0]]
         configurations = [
             row for row in configurations if any(row | {"seed": seed} not in there for seed in options.seeds)
         ]

@@ -20,7 +20,7 @@ from pages import insert, table
 
 from quality import guide, train_selector
 from quality import tasks as quality_tasks
-from quality.data import CHOSEN_ON, TRANSFER, spread
+from quality.data import CHOSEN_ON, TRANSFER, load, spread
 from quality.quality import BASE, BOTTLENECK, BOTTLENECKS, PAPER, PRIOR, SCALED, SCALED_ALONE, configuration_of
 from quality.quality import RECIPE as claims_recipe
 from s2sent_kernels.checkpoints import pretrained
@@ -46,16 +46,6 @@ another order than the scores. What STS-B dev selects stands beside it, in the s
 shares with the test sets ({shared}), and without
 ({dev_apart:,} of {dev:,}). Training: {triplets:,} NLI triplets without the sentences of the STS sets, InfoNCE with hard
 negatives, temperature 0.05."""
-
-
-def load(folder: Path, section: str) -> tuple[list[Row], list[Row]]:
-    """Rows and environments of a section's file, or of its parts."""
-    rows, environments = [], []
-    for path in sorted(folder.glob(f"{section}*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        rows += content["rows"]
-        environments.append(content["environment"])
-    return rows, environments
 
 
 def matching(rows: Iterable[Row], wanted: Row) -> list[Row]:
@@ -243,10 +233,6 @@ def subsets(rows: Sequence[Row]) -> str:
     return "\n\n".join(["## The shipped selector on every part of the STS sets", said, table(head, lines)])
 
 
-def fusion_name(row: Row) -> str:
-    return row["fusion"] + (f", N = {row['N']}" if "N" in row else "")
-
-
 def finetune(rows: Sequence[Row]) -> str:
     parts = ["## Fine-tuning, encoder and fusion together"]
     first = rows[0]
@@ -255,20 +241,20 @@ def finetune(rows: Sequence[Row]) -> str:
         "AdamW, learning rate 2e-5\n(selector 1e-3, prior and mix 1e-2), linear warm-up and decay, float32 with TF32 products. "
         "Nothing is selected:\nthe last epoch is reported."
     )
-    names = list(dict.fromkeys(map(fusion_name, rows)))
+    names = list(dict.fromkeys(map(guide.fusion_name, rows)))
     order = sorted(
-        names, key=lambda name: -statistics.median(r["scores"]["mean"] for r in rows if fusion_name(r) == name)
+        names, key=lambda name: -statistics.median(r["scores"]["mean"] for r in rows if guide.fusion_name(r) == name)
     )
     lines = []
     for name in order:
-        mine = [row for row in rows if fusion_name(row) == name]
+        mine = [row for row in rows if guide.fusion_name(row) == name]
         lines.append([name, str(len(mine)), *cells(mine)])
     parts.append(table(("<fusion", "seeds", *TITLES), lines))
     parts.append("The mean of the four sets on the way:")
     steps = ["before", *(f"epoch {epoch}" for epoch in range(1, first["epochs"] + 1))]
     lines = []
     for name in order:
-        mine = [row for row in rows if fusion_name(row) == name]
+        mine = [row for row in rows if guide.fusion_name(row) == name]
         lines.append([name, *(spread([row["by_epoch"][step]["mean"] for row in mine]) for step in range(len(steps)))])
     parts.append(table(("<fusion", *steps), lines))
     return "\n\n".join(parts)

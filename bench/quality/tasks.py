@@ -27,21 +27,6 @@ FREQUENCIES, BOTTLENECK = 4, 32
 CONCATENATION, ONE_COMPONENT = "concatenation", "s2sent, M = 1"
 
 
-class MeanOfLast(nn.Module):
-    def forward(self, features: frozen.Features) -> Tensor:
-        return features.pooled[:, -1]
-
-
-class Average(nn.Module):
-    def forward(self, features: frozen.Features) -> Tensor:
-        return features.pooled.mean(dim=1)
-
-
-class Concatenation(nn.Module):
-    def forward(self, features: frozen.Features) -> Tensor:
-        return features.pooled.flatten(1)
-
-
 class Fusion(NamedTuple):
     make: Callable[[int, int], nn.Module]  # of N and D
     frequencies: int = FREQUENCIES  # M of f, which selectors alone read
@@ -57,11 +42,11 @@ def _selector(frequencies: int, scale: float | None) -> Fusion:
 
 
 FUSIONS = {
-    evaluation.MEAN_OF_LAST: Fusion(lambda n, d: MeanOfLast()),
-    evaluation.AVERAGE: Fusion(lambda n, d: Average()),
+    evaluation.MEAN_OF_LAST: Fusion(lambda n, d: fusions.MeanOfLast()),
+    evaluation.AVERAGE: Fusion(lambda n, d: fusions.Average()),
     evaluation.SCALAR_MIX: Fusion(lambda n, d: frozen.ScalarMix(n)),
     CONSTANT: Fusion(fusions.ConstantGates),
-    CONCATENATION: Fusion(lambda n, d: Concatenation()),
+    CONCATENATION: Fusion(lambda n, d: fusions.Concatenation()),
     UNSCALED: _selector(FREQUENCIES, None),
     ONE_COMPONENT: _selector(1, GATE_SCALE),
     evaluation.S2SENT: _selector(FREQUENCIES, GATE_SCALE),

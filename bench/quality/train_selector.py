@@ -127,7 +127,7 @@ def select(runs: list[Run]) -> None:
     shipped = [
         best[evaluation.S2SENT],
         best[evaluation.SCALAR_MIX],
-    ]  # the mix's weights are in the selector's configuration
+    ]  # whose weights are in the selector's configuration
     ship = [max(group, key=lambda run: run["scores"][CHOSEN_ON]) for group in shipped]
     for run in runs:
         run["chosen"] = any(run is one for one in best[run["pooling"]])

@@ -14,7 +14,7 @@ import torch
 from ..files import write_atomically
 from ..tools import encoders
 from ..tools.encoders import Text
-from ..tools.labelled import read_texts
+from ..tools.labelled import read_texts, said
 from ..tools.problems import CLASSES, LABELS, NUMBERS
 from . import common
 from .common import UserError, positive
@@ -63,9 +63,9 @@ def run(arguments: argparse.Namespace) -> None:
     if len({isinstance(text, str) for text in texts}) > 1:
         raise UserError("expected files of texts or files of pairs of sentences, got both")
     model, tokenizer = common.load_classifier(arguments.model)
-    pairs, words = getattr(model.config, "pairs", None), {False: "texts", True: "pairs of sentences"}
-    if pairs is not None and pairs == isinstance(texts[0], str):  # absent where no command trained it
-        raise UserError(f"{arguments.inputs[0]}: expected {words[pairs]}, of which {arguments.model} is a classifier")
+    pairs = getattr(model.config, "pairs", None)  # None where no command trained it
+    if pairs is not None and pairs == isinstance(texts[0], str):
+        raise UserError(f"{arguments.inputs[0]}: expected {said(pairs)}, of which {arguments.model} is a classifier")
     logits = _logits(model.to(common.device_of(arguments.device)), tokenizer, texts, arguments.batch_size)
     rows = _rows(model.config, logits)
     content = _tsv(rows) if output.suffix == ".tsv" else "".join(json.dumps(row) + "\n" for row in rows)

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 from .. import frozen, frozen_tasks
 from ..formula.call import POOLINGS
-from ..tools import recipe
+from ..tools import processes, recipe
 from ..tools.problems import CLASSES, PROBLEMS
 from ..tools.recipe import GATE_SCALE
 from . import common, train_classifier, train_pairs
 from .common import UserError, positive
-from .train_task import CACHE, CLASSIFICATION, CONTRASTIVE, STS, TASKS, Task, is_first_process
+from .train_task import CACHE, CLASSIFICATION, CONTRASTIVE, STS, TASKS, Task
 
 
 class _Only(NamedTuple):
@@ -172,7 +172,7 @@ def run(arguments: argparse.Namespace) -> None:
     except OSError as error:
         place = error.filename or f"output folder {task.output}"
         raise UserError(f"{place}: {error.strerror or error}") from error
-    if is_first_process():
+    if processes.is_first():
         print(f"wrote {task.output}")
 
 

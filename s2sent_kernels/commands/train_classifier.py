@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from .. import cache, families, frozen, frozen_tasks
 from ..selector import S2SentSelector
-from ..tools import labelled, recipe
+from ..tools import labelled, processes, recipe
 from ..tools.problems import CLASSES, SCORES, Problem
 from . import common
 from .common import UserError
-from .train_task import Task, is_first_process, print_trial
+from .train_task import Task, print_trial
 
 
 class _Data(NamedTuple):
@@ -39,8 +39,8 @@ def _read(task: Task) -> _Data:
     if "dev" in task.given:
         part, dev = whole, labelled.read_labelled(task.given["dev"], kind, task.given.get("dev_split"), "dev")
         if dev.pairs != part.pairs:
-            words = {False: "texts", True: "pairs of sentences"}
-            raise UserError(f"{dev.path}: expected {words[part.pairs]}, as in {part.path}, got {words[dev.pairs]}")
+            wanted, got = labelled.said(part.pairs), labelled.said(dev.pairs)
+            raise UserError(f"{dev.path}: expected {wanted}, as in {part.path}, got {got}")
     elif "dev_split" in task.given:
         raise UserError("--dev-split: expected --dev, whose split it names")
     else:
@@ -99,8 +99,9 @@ def _train_frozen(task: Task, data: _Data) -> None:
     print("kept: ", end="")
     print_trial(found.best.recipe, found.best.history, varied, f"dev {SCORES[data.problem.kind]}")
     fusion = classifier.Fusion(blocks, task.pooling, arguments)
-    model = classifier.make(encoder, fusion, data.problem, data.names, found.best.recipe.dropout)
-    model.config.pairs = data.train.pairs
+    model = classifier.make(
+        encoder, fusion, data.problem, data.names, found.best.recipe.dropout, pairs=data.train.pairs
+    )
     model.model.selector.load_state_dict(found.trained.module.state_dict())
     model.classifier.load_state_dict(found.trained.head.state_dict())
     limit = families.max_length(encoder, tokenizer, task.max_length)
@@ -118,9 +119,8 @@ def _fine_tune(task: Task, data: _Data) -> None:
     torch.manual_seed(settings.seed)
     fusion = classifier.Fusion(task.blocks, task.pooling, task.selector_arguments(encoder.config.hidden_size))
     dropout = task.one("dropout").get("dropout", recipe.DROPOUT)
-    model = classifier.make(encoder, fusion, data.problem, data.names, dropout)
-    model.config.pairs = data.train.pairs
+    model = classifier.make(encoder, fusion, data.problem, data.names, dropout, pairs=data.train.pairs)
     examples, dev = (classifier.Examples(part.texts, data.targets(part)) for part in (data.train, data.dev))
     score = classifier.fine_tune(model, tokenizer, examples, dev, task.output, settings, task.max_length)
-    if is_first_process():
+    if processes.is_first():
         print(f"dev {SCORES[data.problem.kind]} {score:.2f}, the best epoch's")

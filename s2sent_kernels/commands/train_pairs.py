@@ -11,11 +11,11 @@ import torch
 
 from .. import cache, families, frozen, frozen_loop
 from ..selector import S2SentSelector
-from ..tools import labelled, recipe
+from ..tools import labelled, processes, recipe
 from ..tools.examples import Examples, Scored, read_examples
 from . import common
 from .common import UserError
-from .train_task import STS, Task, is_first_process, print_trial
+from .train_task import STS, Task, print_trial
 
 VARIED = ("learning_rate", "seed")  # with --freeze-encoder
 
@@ -136,5 +136,5 @@ def _fine_tune(task: Task, examples: Examples | Scored, dev: list[tuple[str, str
     columns: Any = None if dev is None else tuple(map(list, zip(*dev, strict=True)))
     resume = "resume" in task.given
     score = training.fine_tune(model, examples, task.output, settings, dev=columns, resume=resume)
-    if score is not None and is_first_process():
+    if score is not None and processes.is_first():
         print(f"dev {score:.2f}, the best epoch's")

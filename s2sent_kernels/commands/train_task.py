@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,11 +74,6 @@ class Task(NamedTuple):
             "block_prior": prior,
             "gate_scale": self.given.get("gate_scale", scale),
         }
-
-
-def is_first_process() -> bool:
-    """Of the processes that torchrun started, the one that writes and prints."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def print_trial(recipe: Any, history: History, names: tuple[str, ...], what: str) -> None:

@@ -18,9 +18,10 @@ from .. import families, validate
 from ..batches import TextTokenizer, Tokens, padded
 from ..files import importing, missing, remove_empty
 from ..transformers import S2SentForSequenceClassification, S2SentModel, transformers
+from . import processes
 from .encoders import Text
 from .problems import NUMBERS, Problem, check_dropout
-from .recipe import DEFAULT, DROPOUT, PRECISIONS, PRIORS, Recipe, batch_of_process
+from .recipe import DEFAULT, DROPOUT, PRECISIONS, PRIORS, Recipe
 
 CHECKPOINTS = "checkpoints"  # in the output folder, while the trainer runs
 _SCORE = "eval_score"
@@ -42,12 +43,19 @@ class Examples(NamedTuple):
 
 
 def make(
-    encoder: Any, fusion: Fusion, problem: Problem, names: Sequence[str], dropout: float = DROPOUT
+    encoder: Any,
+    fusion: Fusion,
+    problem: Problem,
+    names: Sequence[str],
+    dropout: float = DROPOUT,
+    *,
+    pairs: bool = False,
 ) -> S2SentForSequenceClassification:
     """A fresh selector and head behind ``encoder``, which is used, not copied.
 
     Args:
         names: of the head's outputs; none for a regression.
+        pairs: whether it reads pairs of texts; ``s2sent predict`` takes no others.
     """
     problem.check()
     check_dropout(dropout)
@@ -55,6 +63,7 @@ def make(
     whole = S2SentForSequenceClassification.from_model(
         model, num_labels=problem.outputs, problem_type=problem.kind, classifier_dropout=dropout
     )
+    whole.config.pairs = pairs
     if names:
         whole.config.id2label = dict(enumerate(names))
         whole.config.label2id = {name: number for number, name in enumerate(names)}
@@ -123,13 +132,13 @@ def fine_tune(
     try:
         score = _train(model, tokenizer, (examples, dev), recipe, limit, checkpoints)
     finally:
-        if _is_first():
+        if processes.is_first():
             shutil.rmtree(checkpoints, ignore_errors=True)
             remove_empty(made)
     with torch.no_grad():
         model.classifier.weight.mul_(scale)
         model.classifier.bias.mul_(scale).add_(shift)
-    if _is_first():
+    if processes.is_first():
         save(model, tokenizer, folder, limit)
     return score
 
@@ -145,30 +154,16 @@ def _train(
     problem = _problem_of(model)
     arguments = transformers.TrainingArguments(
         output_dir=str(checkpoints),
-        num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=batch_of_process(recipe.batch_size, len(parts[0].texts)),
-        per_device_eval_batch_size=recipe.batch_size,
-        dataloader_drop_last=True,  # a batch of one text has no batch statistics
-        gradient_accumulation_steps=recipe.accumulation,
-        warmup_steps=recipe.warmup,
-        bf16=recipe.precision == "bfloat16",
-        fp16=recipe.precision == "float16",
+        **processes.arguments_of(recipe, len(parts[0].texts)),
         eval_strategy="epoch",
-        save_strategy="epoch",
         save_total_limit=1,
         load_best_model_at_end=True,
         metric_for_best_model=_SCORE,
         greater_is_better=True,
-        logging_nan_inf_filter=False,  # True would replace a NaN loss in the log by earlier ones
         remove_unused_columns=False,
-        seed=recipe.seed,
-        report_to="none",
         use_cpu=model.device.type == "cpu",
     )
-    if arguments.n_gpu > 1:  # nn.DataParallel would replicate the encoder without the hooks on its blocks
-        raise ValueError(
-            f"device: expected one GPU a process, got {arguments.n_gpu}: start with torchrun, or set CUDA_VISIBLE_DEVICES"
-        )
+    processes.check_one_gpu(arguments)
 
     def metrics(found: Any) -> dict[str, float]:
         return {_SCORE: problem.score(torch.tensor(found.predictions), torch.tensor(found.label_ids))}
@@ -244,7 +239,3 @@ def _check(recipe: Recipe) -> None:
     if not 0 <= recipe.learning_rate < float("inf"):
         raise ValueError(f"learning_rate: expected 0 or more, got {recipe.learning_rate}")
     validate.option("precision", recipe.precision, PRECISIONS)
-
-
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0

@@ -46,6 +46,11 @@ class Labelled(NamedTuple):
         return Labelled(self.path, of(self.texts), of(self.labels), of(self.places))
 
 
+def said(pairs: bool) -> str:
+    """What a file has, in a message."""
+    return "pairs of sentences" if pairs else "texts"
+
+
 def read_labelled(path: str | Path, kind: str, split: str | None = None, usual: str = "train") -> Labelled:
     """The rows of a classifier's table. Labels are texts (in JSON lines and Parquet also integers); of several labels a list, or
     one text in which commas separate them, and none where it is empty; of a regression numbers.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 PRECISIONS = ("float32", "bfloat16", "float16")  # the latter two by autocast
@@ -27,16 +26,3 @@ class Recipe(NamedTuple):
 
 
 DEFAULT = Recipe()
-
-
-def batch_of_process(wanted: int, rows: int) -> int:
-    """The batch of each process that torchrun started: not more than its share of the rows, else it would have no full batch.
-
-    Raises:
-        ValueError: a process would have fewer than two rows.
-    """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    share = rows // processes
-    if processes > 1 and share < 2:
-        raise ValueError(f"data: expected two rows or more for each of {processes} processes, got {rows}")
-    return min(wanted, share)

@@ -14,13 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import validate
 from ..files import importing, locked, missing, remove_empty, write_atomically
 from ..sentence_transformers import S2SentPooling, SentenceTransformer, load
+from . import processes
 from .examples import Examples, Scored
-from .recipe import DEFAULT, LOSSES, PRECISIONS, PRIORS, Recipe, batch_of_process
+from .recipe import DEFAULT, LOSSES, PRECISIONS, PRIORS, Recipe
+from .scores import unit_scores
 
 with importing(None, "train"):
     import accelerate  # noqa: F401  the trainer imports it late, and its error names another extra
@@ -90,34 +93,20 @@ def _train(
     checkpoints = output / CHECKPOINTS
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(checkpoints),
-        num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=batch_of_process(recipe.batch_size, len(examples.rows)),
-        per_device_eval_batch_size=recipe.batch_size,
-        dataloader_drop_last=True,  # a batch of one sentence has no batch statistics
-        gradient_accumulation_steps=recipe.accumulation,
+        **processes.arguments_of(recipe, len(examples.rows)),
         learning_rate=recipe.learning_rate,
         learning_rate_mapping=_learning_rates(model, recipe),
-        warmup_steps=recipe.warmup,
-        bf16=recipe.precision == "bfloat16",
-        fp16=recipe.precision == "float16",
         batch_sampler=BatchSamplers.BATCH_SAMPLER if isinstance(examples, Scored) else BatchSamplers.NO_DUPLICATES,
         eval_strategy="no" if dev is None else "epoch",
-        save_strategy="epoch",
         save_total_limit=2,
         load_best_model_at_end=dev is not None,
         restore_callback_states_from_checkpoint=True,  # what patience has counted
         metric_for_best_model=None if dev is None else f"eval_{_SCORE}",
         greater_is_better=None if dev is None else True,
-        logging_nan_inf_filter=False,  # True would replace a NaN loss in the log by earlier ones
         logging_steps=max(1, math.ceil(len(examples.rows) / recipe.batch_size / 10)),
-        seed=recipe.seed,
-        report_to="none",
         use_cpu=model.device.type == "cpu",
     )
-    if arguments.n_gpu > 1:  # nn.DataParallel would replicate the encoder without the hooks on its blocks
-        raise ValueError(
-            f"device: expected one GPU a process, got {arguments.n_gpu}: start with torchrun, or set CUDA_VISIBLE_DEVICES"
-        )
+    processes.check_one_gpu(arguments)
     evaluator = None if dev is None else EmbeddingSimilarityEvaluator(*dev, name="dev", write_csv=False)
     callbacks: list[Any] = [] if recipe.patience is None else [EarlyStoppingCallback(recipe.patience)]
     trainer = _Trainer(
@@ -142,9 +131,8 @@ def _train(
 def _columns(examples: Examples | Scored) -> dict[str, list[Any]]:
     if not isinstance(examples, Scored):
         return {name: [row[i] for row in examples.rows] for i, name in enumerate(examples.columns)}
-    low, high = min(examples.scores), max(examples.scores)
     # On a scale from 0 to 1, which the cosine loss needs; the order is all that CoSENT reads.
-    scores = [(score - low) / (high - low) for score in examples.scores]
+    scores = unit_scores(torch.tensor(examples.scores, dtype=torch.float64)).tolist()
     return {"sentence1": [a for a, _ in examples.rows], "sentence2": [b for _, b in examples.rows], "score": scores}
 
 
@@ -171,8 +159,7 @@ def _check(model: SentenceTransformer, examples: Examples | Scored, recipe: Reci
         raise ValueError("examples: expected every row to have all negatives, got empty ones")
     if isinstance(examples, Scored):
         validate.option("loss", examples.loss, LOSSES)
-        if not all(map(math.isfinite, examples.scores)) or len(set(examples.scores)) < 2:
-            raise ValueError("examples: expected finite and different scores")
+        unit_scores(torch.tensor(examples.scores, dtype=torch.float64))  # for its error
     elif not examples.supervised and not any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)):
         raise ValueError("examples: expected positives other than their anchors, since the encoder's dropout is 0")
     if recipe.patience is not None and dev is None:
@@ -212,7 +199,7 @@ def _own(checkpoints: Path, settings: dict[str, Any], resume: bool) -> Iterator[
             raise ValueError(
                 f"resume: expected the settings that {checkpoints} was begun with, got other {', '.join(others)}"
             )
-    if int(os.environ.get("RANK", "0")):  # the first process holds the lock
+    if not processes.is_first():  # which holds the lock
         yield
         return
     made = missing(checkpoints)

@@ -123,6 +123,15 @@ def test_a_file_without_its_columns(fails, tmp_path, name):
     assert "expected a tab-separated column" in fails(name)
 
 
+@pytest.mark.parametrize("content", ["{", "[1, 2]"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_model_whose_configuration_is_broken(fails, encoder, tmp_path, name, content):
+    shutil.copytree(encoder, tmp_path / "broken")
+    (tmp_path / "broken" / "config.json").write_text(content)
+    options = ["--selector", "all-MiniLM-L6-v2"] if name in SELECTING else []
+    assert "broken cannot be loaded: " in fails(name, "--model", tmp_path / "broken", *options)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_model_whose_weights_have_other_names(fails, encoder, tmp_path, name):
     """Without this error the library would continue with random weights."""

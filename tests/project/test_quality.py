@@ -325,7 +325,7 @@ def test_the_shipped_selector_is_above_what_it_is_measured_by():
 
 def test_every_claim_was_measured_with_three_seeds():
     """Those with a gate scale and those over H, which came later, all or none."""
-    rows = quality.measured(RESULTS, "claims")
+    rows = data.load(RESULTS, "claims")[0]
     found = [quality.configuration_of(row) for row in rows if "seed" in row]
     later = [row for row in quality.claims_configurations() if "scale" in row or "H" in row]
     first = [row for row in quality.claims_configurations() if row not in later]

@@ -323,7 +323,7 @@ def launch_gates(
         TILE=tile,
         WHOLE=not running and num_sentences <= tile.sentences,
         num_warps=tile.num_warps,
-        # A fused do p - sum_n g do p is not 0 for a single block, whose gate is 1. (Without tau nothing is fused there.)
+        # A fused do p - sum_n g do p is not 0 for a single block, whose gate is 1. Without tau the kernel keeps its bits.
         enable_fp_fusion=w.gate_scale is None,
     )
     return work
