@@ -35,16 +35,16 @@ class Gate(Protocol):
 class _Kind(NamedTuple):
     """What every block of a stream has in common with the first."""
 
-    shape: list[int]
+    shape: tuple[int, ...]  # torch.compile compares tuples, and in some releases no lists
     dtype: torch.dtype
     device: torch.device
 
     @staticmethod
     def of(hidden_state: Tensor) -> _Kind:
-        return _Kind(list(hidden_state.shape), hidden_state.dtype, hidden_state.device)
+        return _Kind(tuple(hidden_state.shape), hidden_state.dtype, hidden_state.device)
 
     def __str__(self) -> str:
-        return f"{self.shape} of {self.dtype} on {self.device}"
+        return f"{list(self.shape)} of {self.dtype} on {self.device}"
 
 
 class BlockwisePool:

@@ -152,6 +152,7 @@ class BlockCapture:
                 _thread.calls.pop()
         if call.next < len(self.blocks):
             raise call.missing()
+        call.finish()
 
     def check(self, selector: S2SentSelector) -> None:
         """Raises a ValueError where the selector's N or D is not the capture's."""
@@ -281,6 +282,9 @@ class _Call:
         self.norm, self.block_norm = capture._norm, capture.block_norm
         self.consumer = consumer
         self.with_gradients = torch.is_grad_enabled()
+        # With gradients kept states are normed at the end. A block under a checkpoint runs again in the backward, hooks and all,
+        # where nothing is delivered: what a norm in the hook had saved would be missing.
+        self.normed_last = consumer if self.with_gradients and isinstance(consumer, KeptStates) else None
         self.next = 0
 
     def take(self, slot: int, module: nn.Module, output: Any) -> None:
@@ -305,7 +309,12 @@ class _Call:
                 f"block {self.blocks[n]}: expected a tensor or a tuple led by one, got {type(output).__name__}"
             )
         self.next += 1
-        self.consumer.add(n, self.normalised(hidden_state))
+        self.consumer.add(n, hidden_state if self.normed_last else self.normalised(hidden_state))
+
+    def finish(self) -> None:
+        """After the last block."""
+        if self.normed_last:
+            self.normed_last.hidden_states = [self.normalised(u) for u in self.normed_last.hidden_states]
 
     def normalised(self, hidden_state: Tensor) -> Tensor:
         if self.norm is not None:
@@ -374,6 +383,7 @@ def _end(listener: BlockListener, module: nn.Module, args: Any, output: Any) -> 
         if call.capture is listener.capture:
             _thread.calls.remove(call)
             if call.next == len(listener.capture.blocks):
+                call.finish()
                 _thread.heard[listener] = call.consumer
             return
         if not call.beside:

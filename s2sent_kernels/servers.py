@@ -123,8 +123,12 @@ def _write_model(pipeline: Pipeline, tokenizer: Any, folder: Path, quantize: str
         for file in folder.iterdir():
             file.rename(whole / file.name)
         quantization = files.require("onnxruntime.quantization", "onnxruntime", "onnx")
+        onnx = files.require("onnx", "onnx", "onnx")
+        graph = onnx.load(whole / path.name)
+        # The shapes that an exporter wrote beside the graph can contradict those that onnx infers, which refuses the model then.
+        del graph.graph.value_info[:]
         quantization.quantize_dynamic(
-            whole / path.name,
+            graph,
             path,
             weight_type=quantization.QuantType.QInt8,
             per_channel=True,

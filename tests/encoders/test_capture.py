@@ -294,6 +294,35 @@ def test_gradient_checkpointing(name):
     assert_same_gradients(gradients(encoder, capture.pool(selector, **inputs)), wanted)
 
 
+@pytest.mark.parametrize("block_norm", [None, "final", "layernorm"])
+def test_checkpoints_around_hooks_and_norms(block_norm):
+    """Other code checkpoints the call of a block with its hooks, as transformers' layers do up to 5.17."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = SimpleNamespace(num_hidden_layers=N, hidden_size=D)
+            linear = (nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, D), nn.LayerNorm(D)) for _ in range(N))
+            self.layers, self.norm = nn.ModuleList(linear), nn.LayerNorm(D)
+            self.checkpointed = False
+
+        def forward(self, hidden_state, attention_mask):
+            for layer in self.layers:
+                if self.checkpointed:
+                    hidden_state = torch.utils.checkpoint.checkpoint(layer, hidden_state, use_reentrant=False)
+                else:
+                    hidden_state = layer(hidden_state)
+            return self.norm(hidden_state)
+
+    encoder, selector = Encoder(), make_selector()
+    inputs = {"hidden_state": torch.randn(3, 7, D), "attention_mask": make_inputs()["attention_mask"]}
+    capture = BlockCapture(encoder, block_norm=block_norm)
+    assert (capture._norm is encoder.norm) == (block_norm == "final")
+    wanted = gradients(encoder, capture.pool(selector, **inputs))
+    encoder.checkpointed = True
+    assert_same_gradients(gradients(encoder, capture.pool(selector, **inputs)), wanted)
+
+
 def test_a_block_that_runs_again_does_not_deliver_again():
     encoder, inputs, selector = make_encoder(), make_inputs(), make_selector()
     capture = BlockCapture(encoder)

@@ -16,6 +16,7 @@ from sentence_transformers.base.modules import Dense, Normalize, Router, Transfo
 from s2sent_kernels.sentence_transformers import S2SentPooling, load  # noqa: E402
 
 SentenceTransformer = sentence_transformers.SentenceTransformer
+RELEASE = int(sentence_transformers.__version__.partition(".")[0])
 SAVED = Path(__file__).parents[1] / "data" / "sentence_transformer"  # by earlier code; 4 blocks of 16 features
 TEXTS = ["the cat sat on the mat", "a dog ran", "moon", "the old moon is bright"]
 
@@ -114,7 +115,10 @@ def test_a_router_with_a_pooling_in_each_route(shared, nested, tmp_path):
     model = SentenceTransformer(modules=[router], device="cpu")
     model.save(str(tmp_path), create_model_card=False)
     for again in (model, copy.deepcopy(model), load(tmp_path, device="cpu"), opened(tmp_path)):
-        assert (again[0].sub_modules["query"][0] is again[0].sub_modules["document"][0]) == shared
+        loaded = again[0].sub_modules
+        # Up to release 5 of sentence-transformers a shared module may be saved once for each route.
+        if RELEASE > 5 or again is model or not shared:
+            assert (loaded["query"][0] is loaded["document"][0]) == shared
         assert type(again[0]) is Router
         for _ in range(2):
             assert equal(again.encode_query(TEXTS), query)
@@ -201,6 +205,7 @@ def test_the_readme_of_a_saved_model_runs(prompts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "moved")
     found = {}
     exec(compile(code["python"], "README.md", "exec"), found)
+    model.to(found["model"].device)  # of the reader's machine
     if prompts:
         assert equal(found["query_embeddings"], model.encode_query(found["queries"]))
         assert equal(found["document_embeddings"], model.encode_document(found["documents"]))

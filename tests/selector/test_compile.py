@@ -49,8 +49,13 @@ def step(function, selector, batch):
         u.grad = None
     out = function(**batch)
     out.backward(make_gradient(out))
-    gradients = [u.grad for u in batch["hidden_states"]] + [p.grad for p in selector.parameters()]
-    return [t.detach().clone() for t in (out, *gradients, *selector.buffers())]
+    found = {
+        "out": out,
+        **{f"u{n}": u.grad for n, u in enumerate(batch["hidden_states"])},
+        **dict(selector.named_buffers()),
+    }
+    found |= {name: parameter.grad for name, parameter in selector.named_parameters()}
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
 def method(selector, path):
@@ -64,9 +69,12 @@ def assert_same_steps(compiled, eager, selector, batches):
         expected = step(eager, selector, batch)
         selector.load_state_dict(state)
         actual = step(compiled, selector, batch)
-        assert len(actual) == len(expected)
-        for a, e in zip(actual, expected, strict=True):
-            assert_close(a, e, CLOSE)
+        assert actual.keys() == expected.keys()
+        for name, e in expected.items():
+            # In front of a batch norm this gradient is 0, and what is left is rounding in sums as large as the weight's.
+            zero = name == "up.bias" and selector.training
+            scale = max(1.0, expected["up.weight"].abs().max().item()) if zero else 1.0
+            assert_close(actual[name], e, CLOSE * scale, name)
 
 
 @table(
