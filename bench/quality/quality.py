@@ -6,18 +6,26 @@ one that is trained too, and how the shipped selector does beyond similarity.
     python bench/quality/quality.py transfer --data FOLDER     logistic regression on the shipped selector's embeddings
     python bench/quality/quality.py tasks    --data FOLDER     selectors and other fusions trained on classification
     python bench/quality/quality.py finetune --data FOLDER     encoder and fusion trained together, same budget for all
+    python bench/quality/quality.py truncated --data FOLDER    the first blocks of the encoder alone, and how fast they are
     python bench/quality/report.py                             bench/results/quality/*.json to bench/QUALITY.md
+
+Behind an encoder that was only pre-trained, which bench/quality/pretrain.py makes, with --encoder FOLDER:
+
+    ... quality.py stand-in-frozen   --data FOLDER             as the shipped selector is trained, beside other fusions
+    ... quality.py stand-in-finetune --data FOLDER             encoder and fusion trained together
+    ... quality.py stand-in-simcse   --data FOLDER --texts FILE    the same without supervision, on sentences
 
 bench/quality/data.py describes the folder. A GPU is used if there is one. Every configuration is trained from three seeds, and
 nothing is selected on a reported set. --part I/K measures one of K parts, for several processes at once; --missing leaves out
-the claims that were measured before.
+the claims and the fine-tuned configurations that were measured before.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +34,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, also where this fi
 import record
 import torch
 
-from quality import finetune, tasks
+from quality import finetune, tasks, train_selector
 from quality.data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, averages, load, load_encoder, spearman
-from quality.encoders import BUNDLED
+from quality.encoders import BUNDLED, STAND_IN, Encoder
 from quality.train_selector import EPOCHS, GATE_SCALE
-from s2sent_kernels import S2SentSelector, frozen
+from s2sent_kernels import Embedder, S2SentSelector, frozen
+from s2sent_kernels.capture import BlockCapture
 from s2sent_kernels.checkpoints import pretrained
+from s2sent_kernels.export import Pipeline
 from s2sent_kernels.tools import evaluation
 
 Row = dict[str, Any]
@@ -159,9 +169,58 @@ def transfer(options: Any) -> Iterator[Row]:
             yield row
 
 
+def _every_fusion(cached: Frozen, encoder: Encoder) -> Iterator[Row]:
+    """The fusions that are not trained, and the runs of the shipped selector's search."""
+    content, _ = train_selector.measure(cached, encoder, [])
+    for name, found in content["baselines"].items():
+        yield {"pooling": name, "scores": found, "parameters": 0, "chosen": True}
+    yield from content["runs"]
+
+
+def stand_in_frozen(options: Any) -> Iterator[Row]:
+    cached = Frozen(Data.read(options.data), options.cache, options.model, options.device, options.token_frequencies)
+    yield from _every_fusion(cached, STAND_IN)
+
+
+def truncated(options: Any) -> Iterator[Row]:
+    """Every fusion behind the first K blocks of the encoder; its other blocks are not computed."""
+    data = Data.read(options.data)
+    index, parts = options.part
+    for blocks in options.blocks[index::parts]:
+        cached = Frozen(data, options.cache, options.model, options.device, options.token_frequencies, blocks=blocks)
+        speed = texts_per_second(cached.sts_texts, options.model, options.device, blocks)
+        print(f"{blocks} blocks: {speed:.0f} texts/s", flush=True)
+        for row in _every_fusion(cached, STAND_IN):
+            yield row | {"blocks": blocks, "texts_per_second": speed}
+
+
+def texts_per_second(texts: Sequence[str], model: str | None, device: str, blocks: int) -> float:
+    """Of the first blocks with a selector of all of them, tokenization included, in the device's own dtype: the median of
+    three rounds."""
+    encoder, tokenizer = load_encoder(model, device, blocks)
+    if device.startswith("cuda"):
+        encoder.to(torch.bfloat16)
+    selector = S2SentSelector(encoder.config.hidden_size, blocks, BOTTLENECK, block_prior=True).to(device)
+    embedder = Embedder(Pipeline(BlockCapture(encoder), selector.eval()).eval(), tokenizer, max_length=MAX_LENGTH)
+    rates = []
+    for _ in range(4):  # the first one warms up
+        start = time.perf_counter()
+        embedder.encode(texts, progress=False)
+        rates.append(len(texts) / (time.perf_counter() - start))
+    return statistics.median(rates[1:])
+
+
 SECTIONS = {
-    "claims": claims, "subsets": subsets, "transfer": transfer, "tasks": tasks.measure, "finetune": finetune.measure,
-}  # fmt: skip
+    "claims": claims,
+    "subsets": subsets,
+    "transfer": transfer,
+    "tasks": tasks.measure,
+    "finetune": finetune.measure,
+    "truncated": truncated,
+    "stand-in-frozen": stand_in_frozen,
+    "stand-in-finetune": finetune.stand_in,
+    "stand-in-simcse": finetune.simcse,
+}
 
 
 def main() -> int:
@@ -169,15 +228,20 @@ def main() -> int:
     parser.add_argument("section", choices=SECTIONS)
     parser.add_argument("--part", default="0/1", type=lambda text: tuple(int(part) for part in text.split("/")))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of claims and finetune (default: all)")
-    parser.add_argument("--missing", action="store_true", help="of claims: only what no file of --output has")
+    parser.add_argument(
+        "--missing", action="store_true", help="of claims and fine-tuning: only what no file of --output has"
+    )
     parser.add_argument("--file", help="name of the results' file without its ending (default: the section's)")
     parser.add_argument("--selector", help="folder of a selector, for transfer (default: the shipped one)")
-    parser.add_argument("--epochs", type=int, default=3, help="of finetune (default: 3)")
-    parser.add_argument("--limit", type=int, help="triplets at most, to try the scripts")
+    parser.add_argument("--epochs", type=int, help="of fine-tuning (default: 3, of the stand-in 1)")
+    parser.add_argument("--blocks", type=int, nargs="+", default=(2, 3, 4, 5, 6), help="of truncated (default: 2 to 6)")
+    parser.add_argument("--texts", type=Path, help="of stand-in-simcse: a file of sentences, one a line")
+    parser.add_argument("--limit", type=int, help="triplets or texts at most, to try the scripts")
     parser.add_argument("--output", type=Path, default=record.RESULTS / "quality")
     options = parser.parse_args()
     # TF32: fine-tuning is bound by matrix products. Training from the cache has next to none.
-    torch.set_float32_matmul_precision("high" if options.section == "finetune" else "highest")
+    fine_tuned = options.section in ("finetune", "stand-in-finetune", "stand-in-simcse")
+    torch.set_float32_matmul_precision("high" if fine_tuned else "highest")
     index, parts = options.part
     name = options.section if parts == 1 else f"{options.section}-{index}-of-{parts}"
     if tuple(options.seeds) != SEEDS:  # a file of their own

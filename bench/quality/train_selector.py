@@ -151,7 +151,7 @@ TITLES = ("STS-B dev, unshared", "STS12", "STS14", "STS16", "STS-B test", "mean 
 def table(content: Run) -> str:
     """Every fusion on every set, at the setting that was selected for it; over seeds the median, the lowest and the highest."""
     rows = []
-    if "published" in content:
+    if content["published"]:
         published = content["published"]
         mean = statistics.mean(published[name] for name in TESTS)
         rows.append(
