@@ -6,7 +6,8 @@ one that is trained too, and how the shipped selector does beyond similarity.
     python bench/quality/quality.py transfer --data FOLDER     logistic regression on the shipped selector's embeddings
     python bench/quality/quality.py tasks    --data FOLDER     selectors and other fusions trained on classification
     python bench/quality/quality.py finetune --data FOLDER     encoder and fusion trained together, same budget for all
-    python bench/quality/quality.py truncated --data FOLDER    the first blocks of the encoder alone, and how fast they are
+    python bench/quality/quality.py truncated --data FOLDER    fusions behind the first blocks of the encoder alone
+    python bench/quality/quality.py speed    --data FOLDER     texts a second of the first blocks; on an idle machine
     python bench/quality/report.py                             bench/results/quality/*.json to bench/QUALITY.md
 
 Behind an encoder that was only pre-trained, which bench/quality/pretrain.py makes, with --encoder FOLDER:
@@ -38,7 +39,7 @@ from quality import finetune, tasks, train_selector
 from quality.data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, averages, load, load_encoder, spearman
 from quality.encoders import BUNDLED, STAND_IN, Encoder
 from quality.train_selector import EPOCHS, GATE_SCALE
-from s2sent_kernels import Embedder, S2SentSelector, frozen
+from s2sent_kernels import Embedder, S2SentSelector, cache, frozen
 from s2sent_kernels.capture import BlockCapture
 from s2sent_kernels.checkpoints import pretrained
 from s2sent_kernels.export import Pipeline
@@ -188,10 +189,21 @@ def truncated(options: Any) -> Iterator[Row]:
     index, parts = options.part
     for blocks in options.blocks[index::parts]:
         cached = Frozen(data, options.cache, options.model, options.device, options.token_frequencies, blocks=blocks)
-        speed = texts_per_second(cached.sts_texts, options.model, options.device, blocks)
-        print(f"{blocks} blocks: {speed:.0f} texts/s", flush=True)
         for row in _every_fusion(cached, STAND_IN):
-            yield row | {"blocks": blocks, "texts_per_second": speed}
+            yield row | {"blocks": blocks, "of": _all_blocks(options)}
+
+
+def _all_blocks(options: Any) -> int:
+    return load_encoder(options.model, "cpu")[0].config.num_hidden_layers
+
+
+def speed(options: Any) -> Iterator[Row]:
+    """Texts of the STS sets a second, by the first K blocks of the encoder with a selector of all of them."""
+    texts = cache.unique(Data.read(options.data).sts_texts())
+    for blocks in options.blocks:
+        rate = texts_per_second(texts, options.model, options.device, blocks)
+        print(f"{blocks} blocks: {rate:.0f} texts/s", flush=True)
+        yield {"blocks": blocks, "of": _all_blocks(options), "texts": len(texts), "texts_per_second": rate}
 
 
 def texts_per_second(texts: Sequence[str], model: str | None, device: str, blocks: int) -> float:
@@ -217,6 +229,7 @@ SECTIONS = {
     "tasks": tasks.measure,
     "finetune": finetune.measure,
     "truncated": truncated,
+    "speed": speed,
     "stand-in-frozen": stand_in_frozen,
     "stand-in-finetune": finetune.stand_in,
     "stand-in-simcse": finetune.simcse,
@@ -234,7 +247,9 @@ def main() -> int:
     parser.add_argument("--file", help="name of the results' file without its ending (default: the section's)")
     parser.add_argument("--selector", help="folder of a selector, for transfer (default: the shipped one)")
     parser.add_argument("--epochs", type=int, help="of fine-tuning (default: 3, of the stand-in 1)")
-    parser.add_argument("--blocks", type=int, nargs="+", default=(2, 3, 4, 5, 6), help="of truncated (default: 2 to 6)")
+    parser.add_argument(
+        "--blocks", type=int, nargs="+", default=(2, 3, 4, 5, 6), help="of truncated, speed (default: 2 to 6)"
+    )
     parser.add_argument("--texts", type=Path, help="of stand-in-simcse: a file of sentences, one a line")
     parser.add_argument("--limit", type=int, help="triplets or texts at most, to try the scripts")
     parser.add_argument("--output", type=Path, default=record.RESULTS / "quality")
