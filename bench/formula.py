@@ -17,7 +17,7 @@ from s2sent_kernels.formula import dct
 
 
 def masked_mean(hidden_state: Tensor, mask: Tensor) -> Tensor:
-    """The usual pooling, [B, L, D] and [B, L] to [B, D], by the operators that Pooling of sentence-transformers 6 calls."""
+    """The usual pooling, [B, L, D] and [B, L] to [B, D], by the operators that Pooling of sentence-transformers 6.2 calls."""
     dtype = hidden_state.dtype
     wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     weight = mask.unsqueeze(-1).to(dtype)

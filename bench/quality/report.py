@@ -21,6 +21,7 @@ from pages import insert, table
 from quality import guide, train_selector
 from quality import tasks as quality_tasks
 from quality.data import CHOSEN_ON, TRANSFER, load, spread
+from quality.encoders import BUNDLED, MPNET
 from quality.quality import BASE, BOTTLENECK, BOTTLENECKS, PAPER, PRIOR, SCALED, SCALED_ALONE, configuration_of
 from quality.quality import RECIPE as claims_recipe
 from s2sent_kernels.checkpoints import pretrained
@@ -29,6 +30,8 @@ from s2sent_kernels.tools import evaluation
 
 Row = dict[str, Any]
 COLUMNS, TITLES = train_selector.COLUMNS, train_selector.TITLES
+# Sections with pages of their own, some of several files.
+APART = ("pretrain", "stand-in-frozen", "stand-in-finetune", "stand-in-simcse", "truncated", "speed")
 START, END = "<!-- quality: written by bench/quality/report.py -->", "<!-- quality: end -->"
 FORMS = {"paper's formula": PAPER, "+ prior": PRIOR, "+ prior, gate scale": SCALED, "+ gate scale": SCALED_ALONE}
 
@@ -234,13 +237,22 @@ def subsets(rows: Sequence[Row]) -> str:
 
 
 def finetune(rows: Sequence[Row]) -> str:
-    parts = ["## Fine-tuning, encoder and fusion together"]
-    first = rows[0]
-    parts.append(
-        f"The same budget for all: {first['epochs']} epochs of {first['triplets']:,} triplets in batches of {first['batch']}, "
-        "AdamW, learning rate 2e-5\n(selector 1e-3, prior and mix 1e-2), linear warm-up and decay, float32 with TF32 products. "
-        "Nothing is selected:\nthe last epoch is reported."
+    parts = ["## Fine-tuning, encoder and fusion together", budget(rows[0], "triplets", 2e-5)]
+    return "\n\n".join([*parts, tuned(rows)])
+
+
+def budget(row: Row, what: str, rate: float) -> str:
+    epochs = "an epoch" if row["epochs"] == 1 else f"{row['epochs']} epochs"
+    return (
+        f"The same budget for all: {epochs} of {row['triplets']:,} {what} in batches of {row['batch']}, AdamW, "
+        f"learning rate {row.get('rate', rate):g}\n(selector 1e-3, prior, mix and gate scale 1e-2), linear warm-up and decay, "
+        "float32 with TF32 products. Nothing is\nselected: the last epoch is reported."
     )
+
+
+def tuned(rows: Sequence[Row]) -> str:
+    """Scores at the end, and the mean of the four on the way; the best first."""
+    parts, first = [], rows[0]
     names = list(dict.fromkeys(map(guide.fusion_name, rows)))
     order = sorted(
         names, key=lambda name: -statistics.median(r["scores"]["mean"] for r in rows if guide.fusion_name(r) == name)
@@ -258,6 +270,52 @@ def finetune(rows: Sequence[Row]) -> str:
         lines.append([name, *(spread([row["by_epoch"][step]["mean"] for row in mine]) for step in range(len(steps)))])
     parts.append(table(("<fusion", *steps), lines))
     return "\n\n".join(parts)
+
+
+def stand_in(frozen: Sequence[Row], tuned_rows: Sequence[Row], simcse: Sequence[Row], pretrained_by: Row) -> str:
+    content = guide.apart(frozen)
+    loss = pretrained_by["losses"][-1]["loss"]
+    parts = ["## Behind an encoder that was only pre-trained"]
+    parts.append(
+        f"A stand-in for BERT, as in the paper: {pretrained_by['steps']:,} steps of masked language modelling from the bundled\n"
+        f"weights on, in batches of {pretrained_by['batch']} of {pretrained_by['texts']:,} Wikipedia sentences, to a loss of "
+        f"{loss:.2f}. Its\nfirst token still knows of the similarity that it was trained for: see cls before fine-tuning."
+    )
+    parts += [
+        "### Frozen",
+        "The shipped selectors' search.",
+        train_selector.table(content),
+        train_selector.verdict(content),
+    ]
+    parts += ["### Fine-tuned on triplets", budget(tuned_rows[0], "triplets", 5e-5), tuned(tuned_rows)]
+    parts += ["### SimCSE without supervision", budget(simcse[0], "sentences", 3e-5), tuned(simcse)]
+    return "\n\n".join(parts)
+
+
+def truncated(rows: Sequence[Row], speed: Sequence[Row]) -> str:
+    """Encoders cut after their first K blocks: blocks x quality x speed."""
+    parts = ["## Fewer blocks"]
+    parts.append(
+        "The encoder's first K blocks alone, frozen, and fusions of all of them by the shipped selectors' search; the mean of\n"
+        "the four. Speed: texts a second of the encoder with a selector, tokenization included."
+    )
+    names = (evaluation.MEAN_OF_LAST, evaluation.SCALAR_MIX, train_selector.LINEAR, evaluation.S2SENT)
+    devices, lines = list(dict.fromkeys(row["device"] for row in speed)), []
+    for of, blocks in sorted({(row["of"], row["blocks"]) for row in rows}):
+        encoder = {6: BUNDLED, 12: MPNET}[of]
+        mine = [row for row in matching(rows, {"of": of, "blocks": blocks}) if row["chosen"]]
+        values = [spread([row["scores"]["mean"] for row in matching(mine, {"pooling": name})]) for name in names]
+        rates = {row["device"]: row["texts_per_second"] for row in matching(speed, {"of": of, "blocks": blocks})}
+        fast = [f"{rates[device]:,.0f}" if device in rates else "–" for device in devices]
+        lines.append([encoder, f"{blocks} of {of}", *values, *fast])
+    head = ("<encoder", "blocks", *names, *(f"texts/s, {device}" for device in devices))
+    return "\n\n".join([*parts, table(head, lines)])
+
+
+def speeds(results: Path) -> list[Row]:
+    """The rows of "speed", each with its device."""
+    contents = [read(path) for path in sorted(results.glob("speed*.json"))]
+    return [row | {"device": content["environment"]["device"]} for content in contents for row in content["rows"]]
 
 
 def parameters(claim_rows: Sequence[Row], encoder: int) -> str:
@@ -292,13 +350,28 @@ def build(results: Path, output: Path, readme: Path | None, guidance: Path | Non
     selectors = [content, *(read(path) for path in sorted(results.glob("selector-*.json")))]
     shared = ", ".join(f"{name} {count}" for name, count in content["dev_shared"].items())
     sections = {"subsets": subsets, "transfer": transfer, "claims": claims, "tasks": tasks, "finetune": finetune}
-    found = {name: load(results, name) for name in sections}
+    found = {name: load(results, name) for name in (*sections, *APART)}
     rows = {name: rows for name, (rows, _) in found.items()}
     claim_rows = rows["claims"]
     numbers = {name: content[name] for name in ("dev", "dev_apart", "triplets", "held_out")}
     numbers |= {"epochs": train_selector.EPOCHS, "shared": shared}
     parts = [INTRO.format(**numbers), *(shipped(one) for one in selectors)]
     parts += [section(rows[name]) for name, section in sections.items() if rows[name]]
+    if all(rows[name] for name in ("stand-in-frozen", "stand-in-finetune", "stand-in-simcse", "pretrain")):
+        parts.append(
+            stand_in(rows["stand-in-frozen"], rows["stand-in-finetune"], rows["stand-in-simcse"], rows["pretrain"][0])
+        )
+    if rows["truncated"]:
+        whole = [
+            row | {"of": 12, "blocks": 12}
+            for one in selectors
+            if one["name"] == MPNET
+            for row in (
+                *({"pooling": name, "scores": found, "chosen": True} for name, found in one["baselines"].items()),
+                *one["runs"],
+            )
+        ]
+        parts.append(truncated([*rows["truncated"], *whole], speeds(results)))
     if claim_rows:
         parts.append(parameters(claim_rows, content["parameters"]["encoder"]))
     lines = []
@@ -314,7 +387,7 @@ def build(results: Path, output: Path, readme: Path | None, guidance: Path | Non
             if one["name"] in pretrained.shipped():
                 folder = pretrained.find(one["name"])
                 write_atomically(folder / "README.md", train_selector.card(one, folder).encode())
-    measured = guide.Results(selectors, rows["tasks"], rows["transfer"], rows["finetune"])
+    measured = guide.Results(selectors, *(rows[name.replace("_", "-")] for name in guide.Results._fields[1:]))
     if guidance is not None:
         write_atomically(guidance, guide.page(measured).encode())
     if readme is not None:

@@ -60,7 +60,8 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--model",
         metavar="FOLDER",
-        help="encoder and selector in one folder, or an encoder with --selector (default: all-MiniLM-L6-v2, bundled)",
+        help="encoder and selector in one folder, a shipped name, or an encoder with --selector "
+        "(default: all-MiniLM-L6-v2, bundled)",
     )
     command.add_argument("--selector", metavar="NAME", help="a folder, or the name of a shipped selector")
     command.add_argument("--max-length", type=positive, help="tokens at most (default: the model's)")

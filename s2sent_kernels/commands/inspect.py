@@ -34,9 +34,9 @@ def add(commands: Any) -> None:
     command.add_argument("--text", nargs="+", action="extend", metavar="TEXT", help="texts (default: three examples)")
     command.add_argument(
         "--model",
-        help="path or hub id of an encoder, or folder of encoder and selector (default: all-MiniLM-L6-v2, bundled)",
+        help="path, hub id or shipped name of an encoder, or folder of encoder and selector (default: all-MiniLM-L6-v2, bundled)",
     )
-    command.add_argument("--selector", help="folder or shipped name (default: the shipped one of the default model)")
+    command.add_argument("--selector", help="folder or shipped name (default: that of the model's shipped name)")
     command.add_argument("--show", action="store_true", help="also open the pictures")
     common.add_device(command)
     command.add_argument(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2sent_kernels import S2SentSelector, files
+from s2sent_kernels import S2SentSelector, files, loading
 from s2sent_kernels.cli import COMMANDS, _parser, main
 from s2sent_kernels.commands import common, encode
 from s2sent_kernels.tools import recipe
@@ -44,11 +44,23 @@ def folders(tmp_path, monkeypatch):
     [
         (None, None, (None, "all-MiniLM-L6-v2", False)),
         (None, "folder", (None, "folder", False)),
+        ("all-MiniLM-L6-v2", None, (None, "all-MiniLM-L6-v2", False)),
+        ("all-mpnet-base-v2", None, ("all-mpnet-base-v2", "all-mpnet-base-v2", False)),
+        ("all-mpnet-base-v2", "folder", ("all-mpnet-base-v2", "folder", False)),
         ("./encoder", "folder", ("./encoder", "folder", False)),
         ("some/encoder-of-the-hub", "folder", ("some/encoder-of-the-hub", "folder", False)),
         ("./whole", None, ("./whole", None, True)),
     ],
-    ids=["neither", "a selector", "both", "a hub id", "a whole folder"],
+    ids=[
+        "neither",
+        "a selector",
+        "the bundled name",
+        "a shipped name",
+        "a shipped name and a selector",
+        "both",
+        "a hub id",
+        "a whole folder",
+    ],
 )
 def test_encoder_and_selector(folders, model, selector, expected):
     assert common.resolve(model, selector) == common.Source(*expected)
@@ -61,14 +73,23 @@ def test_a_folder_of_sentence_transformers_holds_a_selector_if_a_module_is_ours(
         assert common.holds_selector("encoder") == expected
 
 
+def test_a_shipped_name_means_the_encoder_that_its_selector_was_trained_for(folders):
+    assert loading.find_model("all-mpnet-base-v2") == ("sentence-transformers/all-mpnet-base-v2", "all-mpnet-base-v2")
+    (folders / "all-mpnet-base-v2").mkdir()  # a folder of this name comes first
+    assert loading.find_model("all-mpnet-base-v2") == ("all-mpnet-base-v2", "all-mpnet-base-v2")
+
+
 @pytest.mark.parametrize(
     "model, message",
     [
         (
             "./encoder",
-            "--selector: expected a folder or a shipped name beside --model ./encoder, which is an encoder alone",
+            "--selector: expected a folder or a shipped name (all-MiniLM-L6-v2, all-mpnet-base-v2) beside --model ./encoder",
         ),
-        ("some/hub-id", "--selector: expected a folder or a shipped name beside --model some/hub-id"),
+        (
+            "some/hub-id",
+            "--selector: expected a folder or a shipped name (all-MiniLM-L6-v2, all-mpnet-base-v2) beside --model some/hub-id",
+        ),
         ("./empty", "model ./empty: expected a config.json that names a model_type"),
         ("./nowhere", "model ./nowhere: there is no such directory"),
     ],

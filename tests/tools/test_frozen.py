@@ -370,13 +370,17 @@ def test_folders_that_hold_no_selector(tmp_path):
         S2SentSelector.from_pretrained(tmp_path)
 
 
-def test_the_shipped_selector():
+SHIPPED = {"all-MiniLM-L6-v2": (384, 6, 32, 4), "all-mpnet-base-v2": (768, 12, 64, 4)}
+
+
+@pytest.mark.parametrize("name, sizes", SHIPPED.items(), ids=SHIPPED)
+def test_the_shipped_selectors(name, sizes):
     pytest.importorskip("safetensors")
-    assert pretrained.shipped() == ["all-MiniLM-L6-v2"]
-    folder = pretrained.find("all-MiniLM-L6-v2")
-    assert sum(path.stat().st_size for path in Path(folder).iterdir()) < 500_000
-    selector = S2SentSelector.from_pretrained("all-MiniLM-L6-v2")
-    assert (selector.hidden_size, selector.num_blocks, selector.bottleneck, selector.frequencies) == (384, 6, 32, 4)
+    assert pretrained.shipped() == sorted(SHIPPED)
+    folder = pretrained.find(name)
+    assert sum(path.stat().st_size for path in Path(folder).iterdir()) < 1_500_000
+    selector = S2SentSelector.from_pretrained(name)
+    assert (selector.hidden_size, selector.num_blocks, selector.bottleneck, selector.frequencies) == sizes
     assert selector.block_prior is not None
     assert selector.norm is not None
     assert all(tensor.isfinite().all() for tensor in selector.state_dict().values())
@@ -384,5 +388,5 @@ def test_the_shipped_selector():
     assert "SNLI" in card
     assert "mean of last" in card
     about = pretrained.read_config(folder)
-    assert about["blocks"] == [0, 1, 2, 3, 4, 5]
+    assert about["blocks"] == list(range(sizes[1]))
     assert sum(about["scalar_mix"]) == pytest.approx(1)
