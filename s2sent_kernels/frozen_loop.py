@@ -83,6 +83,7 @@ def run(
         raise ValueError("patience: expected dev, whose score it waits for")
     # A batch of one has no batch statistics and no negatives, so a last batch that is less than half full is dropped.
     size = min(pace.batch_size, count)
+    validate.batch_for_norm("batch_size", size, module)
     generator = torch.Generator().manual_seed(pace.seed)
     optimizer = optimizer_of(module, pace)
     losses: list[float] = []

@@ -75,6 +75,14 @@ def positive_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
+def batch_for_norm(name: str, size: int, module: torch.nn.Module) -> None:
+    """Before training: a ValueError where ``module`` has a batch norm and batches are of one example."""
+    if size == 1 and any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+        raise ValueError(
+            f"{name}: expected 2 or more, since the gate's batch norm has no statistics of one example, got 1"
+        )
+
+
 def finite_state(name: str, module: torch.nn.Module) -> None:
     """After training: a ValueError where it diverged, because such a module is of no use."""
     for key, tensor in module.state_dict().items():

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import cache, families, frozen, frozen_tasks
+from .. import cache, families, frozen, frozen_tasks, validate
 from ..selector import S2SentSelector
 from ..tools import labelled, processes, recipe
 from ..tools.problems import CLASSES, SCORES, Problem
@@ -47,13 +47,13 @@ def _read(task: Task) -> _Data:
         part, dev = labelled.hold_out(whole)
     data = _Data(part, dev, Problem(kind, len(names) or 1), names)
     data.targets(dev)  # for its error, before anything is encoded
-    if not names:
-        try:
-            labelled.differ(dev)
-        except ValueError as error:
-            if "dev" in task.given:
-                raise
-            raise UserError(f"{dev.path}: expected --dev, since the tenth to hold out has equal numbers") from error
+    try:
+        labelled.tell_apart(dev, kind)
+    except ValueError as error:
+        if "dev" in task.given:
+            raise
+        what = "no labels" if names else "equal numbers"
+        raise UserError(f"{dev.path}: expected --dev, since the tenth to hold out has {what}") from error
     return data
 
 
@@ -78,6 +78,7 @@ def _train_frozen(task: Task, data: _Data) -> None:
     def make() -> S2SentSelector:
         return S2SentSelector(encoder.config.hidden_size, len(blocks), **arguments)
 
+    validate.batch_for_norm("batch_size", base.batch_size, make())  # before anything is encoded
     settings = cache.DEFAULT._replace(
         blocks=blocks,
         pooling=task.pooling,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import cache, families, frozen, frozen_loop
+from .. import cache, families, frozen, frozen_loop, validate
 from ..selector import S2SentSelector
 from ..tools import labelled, processes, recipe
 from ..tools.examples import Examples, Scored, read_examples
@@ -70,6 +70,7 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
         torch.manual_seed(seed)
         return S2SentSelector(size, len(blocks), **task.selector_arguments(size)).to(device)
 
+    validate.batch_for_norm("batch_size", base.batch_size, make(base.seed))  # before anything is encoded
     prepared = frozen.prepare(
         encoder,
         tokenizer,

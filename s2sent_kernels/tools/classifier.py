@@ -120,6 +120,7 @@ def fine_tune(
     with importing(None, "train"):
         import accelerate  # noqa: F401  the trainer imports it late
     _check(recipe)
+    validate.batch_for_norm("batch_size", recipe.batch_size, model)
     problem = _problem_of(model)
     limit = families.max_length(model.model.encoder, tokenizer, max_length)
     shift, scale = torch.tensor(0.0), torch.tensor(1.0)

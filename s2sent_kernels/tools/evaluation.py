@@ -29,7 +29,7 @@ from ..selector import S2SentSelector
 from . import encoders
 from .baselines import ScalarMix
 from .scores import Correlations, correlations
-from .tables import read_table
+from .tables import number, read_table
 
 STRENGTHS = (0.1, 1.0, 10.0)  # scikit-learn's C, never chosen on the test split
 FOLDS = 10
@@ -88,10 +88,7 @@ def read_sts(path: str | Path, split: str | None = "test") -> list[Pair]:
         splits.add(row["split"])
         if split is not None and row["split"] != split:
             continue
-        try:
-            score = float(row["score"])
-        except ValueError:
-            score = math.nan
+        score = number(row["score"])
         if not math.isfinite(score):
             raise ValueError(f"{path}: line {line}: expected a number as score, got {row['score']!r}")
         found.append(Pair(row["sentence1"], row["sentence2"], score, row.get("subset") or ""))

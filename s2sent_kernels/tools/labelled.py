@@ -7,7 +7,6 @@ or numbers. Every error names the file and, if it concerns one, the line or row.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,10 +111,7 @@ def _texts(path: str | Path, rows: Rows, choices: Sequence[Sequence[str]]) -> li
 
 def _label(place: str, value: Any, kind: str) -> Any:
     if kind == NUMBERS:
-        try:
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
+        number = tables.number(value)
         if not abs(number) <= torch.finfo(torch.float32).max:  # or NaN; it is trained on in float32
             raise ValueError(f"{place}: expected a finite number, got {value!r}")
         return number
@@ -163,6 +159,14 @@ def differ(found: Labelled) -> None:
     """ValueError where all numbers are equal: nothing could be learned, and no score would be defined."""
     if len(set(torch.tensor(found.labels, dtype=torch.float32).tolist())) < 2:  # as they are trained on
         raise ValueError(f"{found.path}: expected different numbers, got {len(found.labels)} times {found.labels[0]:g}")
+
+
+def tell_apart(found: Labelled, kind: str) -> None:
+    """ValueError where a part gives no score: none of its examples has a label, or all numbers are equal."""
+    if kind == NUMBERS:
+        differ(found)
+    if kind == LABELS and not any(found.labels):
+        raise ValueError(f"{found.path}: expected labels, got none in {len(found.labels)} rows")
 
 
 def targets(found: Labelled, kind: str, names: Sequence[str]) -> Tensor:

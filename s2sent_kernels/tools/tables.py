@@ -4,6 +4,7 @@ concerns one, the line."""
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -75,6 +76,16 @@ def parse_json(path: str | Path, number: int, line: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{path}: line {number}: expected an object with columns, got {line[:40]!r}")
     return row
+
+
+def number(value: Any) -> float:
+    """A field's number; NaN where it has none. Python's own notations, as 1_0 for ten, are no numbers of a table."""
+    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def text(place: str, value: Any) -> str:

@@ -147,6 +147,7 @@ def _check(model: SentenceTransformer, examples: Examples | Scored, recipe: Reci
         validate.positive_int(name, getattr(recipe, name))
     for name in ("temperature", "selector_learning_rate", "prior_learning_rate"):
         validate.positive_number(name, getattr(recipe, name))
+    validate.batch_for_norm("batch_size", recipe.batch_size, model)
     validate.number("learning_rate", recipe.learning_rate)
     if not 0 <= recipe.learning_rate < math.inf:
         raise ValueError(f"learning_rate: expected 0 or more, got {recipe.learning_rate}")

@@ -68,6 +68,7 @@ def test_numbers_and_scores(tmp_path):
         ({"text": "b", "label": ["x,y"]}, LABELS, "line 2: label: expected labels without commas"),
         ({"text": "b", "label": True}, NUMBERS, "line 2: label: expected a finite number, got True"),
         ({"text": "b", "label": "1e999"}, NUMBERS, "line 2: label: expected a finite number, got '1e999'"),
+        ({"text": "b", "label": "1_0"}, NUMBERS, "line 2: label: expected a finite number, got '1_0'"),
         ({"text": "b", "label": 1e39}, NUMBERS, "line 2: label: expected a finite number, got 1e"),  # beyond float32
         ({"text": "b", "label": True}, CLASSES, "line 2: label: expected a text, got True"),
         ({"sentence1": "b", "sentence2": "c", "label": "1"}, CLASSES, "line 2: text: expected a text, got None"),
