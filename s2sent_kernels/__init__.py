@@ -10,6 +10,7 @@ from .engines.interface import BackendStatus
 from .formula.call import GateParameters
 from .functional import fuse, gate, select, select_pool, squeeze
 from .selector import S2SentSelector
+from .synchronised import sync_statistics
 
 if TYPE_CHECKING:
     from .embedder import Embedder
@@ -27,6 +28,7 @@ __all__ = [
     "select",
     "select_pool",
     "squeeze",
+    "sync_statistics",
 ]
 
 

@@ -16,6 +16,7 @@ from .engines.choice import BACKENDS
 from .formula import reference
 from .formula.call import ACTIVATIONS, POOLINGS, PROFILES, Activation, Batch, GateParameters, Gating, Profile, Reading
 from .plan import Plan, count_batch, plain_tensors, plan_of
+from .synchronised import Processes, batch_norm
 
 PRIOR_OF_LAST_BLOCK = 3.0  # where a learned block prior starts: encoders are trained to output their last block
 
@@ -44,6 +45,8 @@ class S2SentSelector(nn.Module):
     Raises:
         ValueError, TypeError: an argument is wrong; names it, what was expected and what was passed.
     """
+
+    processes: Processes | None = None  # see synchronised.sync_statistics
 
     def __init__(
         self,
@@ -90,8 +93,9 @@ class S2SentSelector(nn.Module):
         self.register_parameter("gate_scale", scale)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and files leave out the plan, which belongs to this selector's tensors."""
-        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
+        """Copies and files leave out the plan, which belongs to this selector's tensors, and the processes, whose group cannot
+        be copied."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_plan", "processes")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Selectors that were pickled before there was a gate scale have none."""
@@ -173,7 +177,7 @@ class S2SentSelector(nn.Module):
     def _find_plan(self) -> Plan | None:
         # The gate of a subclass, or one set on this instance, is called as it is.
         own = type(self).gate is S2SentSelector.gate and "gate" not in self.__dict__
-        return plan_of(self) if own else None
+        return plan_of(self) if own and self._joined() is None else None
 
     def _batch(self, hidden_states: Sequence[Tensor], mask: Tensor | None, cu_seqlens: Tensor | None) -> Batch:
         batch = validate.types(hidden_states, mask, cu_seqlens, expected_blocks=self.num_blocks)
@@ -206,7 +210,7 @@ class S2SentSelector(nn.Module):
     def gate(self, squeezed: Tensor) -> Tensor:
         """The gates g [B, N, D] from f [B, D] (float32, or float64 for float64 inputs). In training it uses the statistics of
         the batch and updates the running ones."""
-        parameters = plain_tensors(self)
+        parameters = plain_tensors(self) if self._joined() is None else None
         if parameters is None:
             return self._gate_through_parts(squeezed)
         training, momentum = self._uses_batch_statistics(), 0.1
@@ -219,11 +223,21 @@ class S2SentSelector(nn.Module):
         norm = self._modules.get("norm")  # a module's own attribute lookup takes longer than the rest
         return norm is not None and norm.training
 
+    def _joined(self) -> Processes | None:
+        """The processes that share their batch statistics in a call now."""
+        processes = self.__dict__.get("processes")
+        if processes is None or not self._uses_batch_statistics() or type(self.norm) is not nn.BatchNorm1d:
+            return None
+        return processes if processes.are_several else None
+
     def _gate_through_parts(self, squeezed: Tensor) -> Tensor:
         with reference.autocast_off(squeezed.device):
             down = _call(self.down, squeezed)
             excited = _call(self.up, reference.activate(down, self.activation))
-            if self.norm is not None:
+            processes = self._joined()
+            if processes is not None and self.norm is not None:
+                excited = batch_norm(self.norm, excited, processes)
+            elif self.norm is not None:
                 excited = _call(self.norm, excited)
             excited = excited.to(squeezed.dtype).unflatten(1, (self.num_blocks, self.hidden_size))
             return reference.s_norm(excited, self.block_prior, self.gate_scale, self.profile)

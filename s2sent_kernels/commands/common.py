@@ -60,8 +60,13 @@ def add_device(command: Any) -> None:
 
 
 def device_of(name: str | None) -> torch.device:
+    if name is None and torch.cuda.is_available():
+        # Under torchrun each process has a GPU of its own, from the first tensor on.
+        return (
+            torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
+        )
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()

@@ -178,9 +178,15 @@ def _train(
         data_collator=partial(_collate, pad_id=tokenize.pad_id),
         compute_metrics=metrics,
         optimizers=(torch.optim.AdamW(_groups(model, recipe), weight_decay=0.0), None),
-        callbacks=[] if recipe.patience is None else [transformers.EarlyStoppingCallback(recipe.patience)],
+        callbacks=[
+            _OwnDropout(),
+            *([] if recipe.patience is None else [transformers.EarlyStoppingCallback(recipe.patience)]),
+        ],
     )
-    trainer.train()
+    some = _collate(_rows(tokenize, Examples(parts[0].texts[:2], parts[0].targets[:2])), tokenize.pad_id)
+    some = {name: tensor.to(model.device) for name, tensor in some.items() if name != "labels"}
+    with processes.joined(model, lambda: model(**some).logits):
+        trainer.train()
     trainer.accelerator.wait_for_everyone()
     validate.finite_state("model", model)
     best = trainer.state.best_metric
@@ -189,6 +195,11 @@ def _train(
 
 def _problem_of(model: S2SentForSequenceClassification) -> Problem:
     return Problem(str(model.config.problem_type), int(model.config.num_labels or 0))
+
+
+class _OwnDropout(transformers.TrainerCallback):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        processes.seed_dropout(args.seed)
 
 
 class _Trainer(transformers.Trainer):

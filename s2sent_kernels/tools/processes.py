@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from ..selector import S2SentSelector
+from ..synchronised import sync_statistics
+from .encoders import in_eval_mode
 from .recipe import Recipe
+
+
+def count() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
@@ -19,7 +31,7 @@ def arguments_of(recipe: Recipe, rows: int) -> dict[str, Any]:
     Raises:
         ValueError: a process would have fewer than two examples.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = count()
     share = rows // processes
     if processes > 1 and share < 2:
         raise ValueError(f"data: expected two rows or more for each of {processes} processes, got {rows}")
@@ -33,6 +45,7 @@ def arguments_of(recipe: Recipe, rows: int) -> dict[str, Any]:
         "bf16": recipe.precision == "bfloat16",
         "fp16": recipe.precision == "float16",
         "save_strategy": "epoch",
+        "ddp_find_unused_parameters": False,  # they are frozen: see ``joined``
         "logging_nan_inf_filter": False,  # True would replace a NaN loss in the log by earlier ones
         "seed": recipe.seed,
         "report_to": "none",
@@ -46,3 +59,33 @@ def check_one_gpu(arguments: Any) -> None:
         raise ValueError(
             f"device: expected one GPU a process, got {arguments.n_gpu}: start with torchrun, or set CUDA_VISIBLE_DEVICES"
         )
+
+
+@contextlib.contextmanager
+def joined(model: nn.Module, output: Callable[[], Tensor]) -> Iterator[None]:
+    """Train ``model`` in here as one process with all batches would: batch statistics are those of all processes, each of which
+    has its own dropout. Parameters that have no part in ``output``, a sentence's embedding or logits, are frozen meanwhile, since
+    DistributedDataParallel waits for the gradient of every other: poolers, blocks above the highest that is fused."""
+    frozen = _without_gradient(model, output)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    if count() > 1 and any(isinstance(part, S2SentSelector) for part in model.modules()):
+        sync_statistics(model)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def _without_gradient(model: nn.Module, output: Callable[[], Tensor]) -> list[nn.Parameter]:
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with in_eval_mode(model), torch.enable_grad():
+        found = torch.autograd.grad(output().sum(), wanted, allow_unused=True)
+    return [parameter for parameter, gradient in zip(wanted, found, strict=True) if gradient is None]
+
+
+def seed_dropout(seed: int) -> None:
+    """In each process another sequence of random numbers, the first process's as it would be alone."""
+    if not is_first():
+        torch.manual_seed(seed + int(os.environ["RANK"]))

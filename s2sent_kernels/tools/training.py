@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .. import validate
 from ..files import importing, locked, missing, remove_empty, write_atomically
 from ..sentence_transformers import S2SentPooling, SentenceTransformer, load
 from . import processes
+from .contrastive import GatheredNegatives
 from .examples import Examples, Scored
 from .recipe import DEFAULT, LOSSES, PRECISIONS, PRIORS, Recipe
 from .scores import unit_scores
@@ -36,7 +38,8 @@ with importing(None, "train"):
         MultipleNegativesRankingLoss,
     )
     from sentence_transformers.sentence_transformer.training_args import BatchSamplers
-    from transformers import EarlyStoppingCallback
+    from sentence_transformers.util import batch_to_device
+    from transformers import EarlyStoppingCallback, TrainerCallback
 
 CHECKPOINTS = "checkpoints"  # in the output folder, until the model is saved
 _SETTINGS = "settings.json"  # of the training that wrote the checkpoints beside it
@@ -49,6 +52,13 @@ class _Trainer(SentenceTransformerTrainer):
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
         # The base method requires trust_remote_code in older releases.
         self.model.load_state_dict(load(checkpoint_path, device="cpu").state_dict())
+
+
+class _OwnDropout(TrainerCallback):
+    """A resumed training restores the random numbers of each process later."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        processes.seed_dropout(args.seed)
 
 
 def fine_tune(
@@ -108,7 +118,9 @@ def _train(
     )
     processes.check_one_gpu(arguments)
     evaluator = None if dev is None else EmbeddingSimilarityEvaluator(*dev, name="dev", write_csv=False)
-    callbacks: list[Any] = [] if recipe.patience is None else [EarlyStoppingCallback(recipe.patience)]
+    callbacks: list[Any] = [_OwnDropout()]
+    if recipe.patience is not None:
+        callbacks.append(EarlyStoppingCallback(recipe.patience))
     trainer = _Trainer(
         model=model,
         args=arguments,
@@ -119,13 +131,19 @@ def _train(
     )
     if len(next(iter(trainer.get_train_dataloader()), ())) == 0:
         raise ValueError(f"examples: expected {recipe.batch_size} at once without a text that repeats, there are none")
-    trainer.train(resume_from_checkpoint=last)
+    with processes.joined(model, partial(_embed_a_few, model)):
+        trainer.train(resume_from_checkpoint=last)
     trainer.accelerator.wait_for_everyone()  # _save deletes the checkpoints that the others may still read
     validate.finite_state("model", model)
     if trainer.is_world_process_zero():
         _save(model.eval(), output)
     best = trainer.state.best_metric
     return None if dev is None or best is None else 100 * best
+
+
+def _embed_a_few(model: SentenceTransformer) -> torch.Tensor:
+    read = getattr(model, "preprocess", None) or model.tokenize  # the name in earlier releases
+    return model(batch_to_device(read(["a text", "another"]), model.device))["sentence_embedding"]
 
 
 def _columns(examples: Examples | Scored) -> dict[str, list[Any]]:
@@ -138,6 +156,8 @@ def _columns(examples: Examples | Scored) -> dict[str, list[Any]]:
 
 def _loss(model: SentenceTransformer, examples: Examples | Scored, recipe: Recipe) -> nn.Module:
     if not isinstance(examples, Scored):
+        if processes.count() > 1:
+            return GatheredNegatives(model, scale=1 / recipe.temperature)
         return MultipleNegativesRankingLoss(model, scale=1 / recipe.temperature)
     return CosineSimilarityLoss(model) if examples.loss == "cosine" else CoSENTLoss(model, scale=1 / recipe.temperature)
 
@@ -182,6 +202,7 @@ def _settings(model: SentenceTransformer, examples: Examples | Scored, recipe: R
         **recipe._asdict(),
         **pooling,
         "max_seq_length": model.max_seq_length,
+        "processes": processes.count(),
         "examples": digest(examples),
         "dev": digest(dev),
         "parameters": digest([[name, *p.shape] for name, p in model.named_parameters()]),
@@ -195,6 +216,7 @@ def _own(checkpoints: Path, settings: dict[str, Any], resume: bool) -> Iterator[
     note = checkpoints / _SETTINGS
     if resume:
         known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        known = {"processes": 1, **known}  # checkpoints of earlier releases do not say
         others = [name for name in settings if name not in known or known[name] != settings[name]]
         if others:
             raise ValueError(
