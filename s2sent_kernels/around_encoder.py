@@ -81,6 +81,20 @@ class AroundEncoder(transformers.PreTrainedModel):
     )
     accepts_loss_kwargs = False  # else Trainer would leave it to the loss to divide by the steps of accumulation
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own. The encoder's final norm is found once it has its weights.
+
+        Raises:
+            ValueError: as BlockCapture, beside what transformers raises.
+        """
+        found: Any = super().from_pretrained(*args, **kwargs)
+        (found[0] if isinstance(found, tuple) else found)._settle()
+        return found
+
+    def _settle(self) -> None:
+        raise NotImplementedError
+
     def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
         return attn_implementation  # the encoder judges it when it is made
 

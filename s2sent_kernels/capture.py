@@ -14,14 +14,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from . import families, validate
+from . import families, probe, validate
 from .captured_call import CapturedCall, drop_interrupted
 from .consumers import Consumer, KeptStates, PooledStates
 from .formula.call import POOLINGS
 from .selector import S2SentSelector
 
 BLOCK_NORMS = ("final", "layernorm", None)
+
+
+_settling = threading.Lock()  # threads that share a capture may run it first at once
 
 
 class BlockCapture:
@@ -32,15 +36,15 @@ class BlockCapture:
 
     Args:
         encoder: a transformers model, or a module with such a ``config``, whose blocks are an nn.ModuleList of the
-            length that the configuration gives (docs/serving.md lists the tested families). Where blocks are shared
+            length that the configuration gives (docs/encoders.md lists what was tried). Where blocks are shared
             (ALBERT), block i is the i-th run.
         blocks: which blocks, 0 the lowest, negative from the last, or "last:N"; None selects all. Hidden states are
             ordered lowest first in any case.
         block_norm: "final" applies the encoder's final norm to each chosen block where the family has one (pre-norm
             families), so that the last block is what the encoder returns and inner ones have its scale; elsewhere it does
-            nothing. "layernorm" applies a layer norm without parameters to each chosen block of any family. None keeps what
-            the blocks return: block i's output is ``hidden_states[i + 1]`` of ``output_hidden_states=True``, but the last
-            one's before the final norm.
+            nothing. Which norm that is, one run on a few tokens proves. "layernorm" applies a layer norm without
+            parameters to each chosen block of any family. None keeps what the blocks return: block i's output is
+            ``hidden_states[i + 1]`` of ``output_hidden_states=True``, but the last one's before the final norm.
 
     A call's state lives on its own thread until the call ends or fails. So nested calls, and threads that share a
     model, do not mix, and outside of a call (in the encoder's own forward, in a checkpoint's recomputation) the hooks
@@ -56,9 +60,15 @@ class BlockCapture:
     once each. Where single blocks are compiled results are right, but every block counts against the recompilation limit:
     beyond it the hooks run uncompiled, and ``fullgraph=True`` fails.
 
+    An encoder without weights (on the device "meta") is run when the capture first runs. One that does not run on token ids alone
+    is trusted by names: its first list of blocks, and a norm beside it that is called like one.
+
     Raises:
-        ValueError, TypeError: an argument is wrong, or the encoder's blocks cannot be found.
+        ValueError, TypeError: an argument is wrong, or the encoder's blocks cannot be found. With "final" also where what the
+            encoder returns is no norm of its last block's hidden state; at the first run, if it had no weights before.
     """
+
+    _settled = True  # also of captures that were pickled when the norm was found by its name
 
     def __init__(
         self, encoder: nn.Module, blocks: Sequence[int] | str | None = None, *, block_norm: str | None = "final"
@@ -68,7 +78,21 @@ class BlockCapture:
         self.encoder = encoder
         self.blocks = families.indices(blocks, len(found))
         self.block_norm = block_norm
-        self._norm = families.find_final_norm(encoder) if block_norm == "final" else None
+        # Copies of encoder and capture share the key, which is how a copied hook still finds its copied capture.
+        self._key = uuid4().hex
+        self._removed = False  # a flag that torch.compile can trace, unlike the handles
+        self._handles: list[RemovableHandle] = []
+        self._settled = probe.ready(encoder)
+        if self._settled:
+            self._hook(*_asked(encoder, block_norm))
+        else:
+            self._hook(found, _named_norm(encoder, block_norm))
+
+    def _hook(self, found: list[nn.Module], norm: nn.Module | None) -> None:
+        """Follow the chosen of these blocks, in the place of those before."""
+        for handle in self._handles:
+            handle.remove()
+        self._norm = norm
         self._modules = [found[index] for index in self.blocks]
         # Which n each run of a module delivers, -1 for none: one run a module, several where it is shared.
         self._hooked = list(dict.fromkeys(self._modules))
@@ -77,12 +101,23 @@ class BlockCapture:
             tuple(number.get(index, -1) for index, module in enumerate(found) if module is hooked)
             for hooked in self._hooked
         ]
-        # Copies of encoder and capture share the key, which is how a copied hook still finds its copied capture.
-        self._key = uuid4().hex
-        self._removed = False  # a flag that torch.compile can trace, unlike the handles
         self._handles = [
             module.register_forward_hook(partial(_deliver, self._key, slot)) for slot, module in enumerate(self._hooked)
         ]
+
+    def settle(self) -> None:
+        """Ask the encoder for its blocks and its final norm, if it had no weights when the capture was made. Its calls do so
+        themselves, but not while torch.compile traces them.
+
+        Raises:
+            ValueError: as BlockCapture.
+        """
+        if self._settled or not probe.ready(self.encoder):
+            return
+        with _settling:
+            if not self._settled:
+                self._hook(*_asked(self.encoder, self.block_norm))
+                self._settled = True
 
     def __repr__(self) -> str:
         return f"BlockCapture({type(self.encoder).__name__}, blocks={self.blocks}, block_norm={self.block_norm!r})"
@@ -171,6 +206,26 @@ class BlockCapture:
         inputs = (value for value in encoder_inputs.values() if isinstance(value, Tensor))
         tensors = chain(inputs, selector.parameters(), self.encoder.parameters())
         return any(tensor.requires_grad for tensor in tensors)
+
+
+def _named_norm(encoder: nn.Module, block_norm: str | None) -> nn.Module | None:
+    return families.find_final_norm(encoder) if block_norm == "final" else None
+
+
+def _asked(encoder: nn.Module, block_norm: str | None) -> tuple[list[nn.Module], nn.Module | None]:
+    """The encoder's blocks, and the norm to apply to each: as proven, or by their names where the encoder cannot be asked."""
+    try:
+        found = probe.find(encoder)
+    except probe.CannotRun:
+        return families.find_blocks(encoder), _named_norm(encoder, block_norm)
+    except probe.Unproven as error:
+        if block_norm == "final":
+            raise probe.UnknownNorm(
+                f"block_norm: expected None or 'layernorm' for {type(encoder).__name__}, whose final norm is unknown, got "
+                f"'final': {error}"
+            ) from error
+        return families.find_blocks(encoder), None
+    return found.blocks, found.norm if block_norm == "final" else None
 
 
 class BlockListener:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import families
 from .consumers import Consumer, KeptStates
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ class CapturedCall:
     """One run of an encoder: the consumer of its hidden states, and the next block to deliver. Keeps none itself."""
 
     def __init__(self, capture: BlockCapture, consumer: Consumer, called: nn.Module | None = None) -> None:
+        if not capture._settled:
+            capture.settle()
         self.capture = capture
         self.called = called  # by other code, and followed by a listener
         self.beside = False  # the call below is the same run, followed by another listener
@@ -50,8 +53,8 @@ class CapturedCall:
                 f"block {self.blocks[n]} runs under a reentrant checkpoint, where its hidden state has no gradient: "
                 "checkpoint with use_reentrant=False"
             )
-        hidden_state = output[0] if isinstance(output, (tuple, list)) and output else output
-        if not isinstance(hidden_state, Tensor):
+        hidden_state = families.hidden_state(output)
+        if hidden_state is None:
             raise TypeError(
                 f"block {self.blocks[n]}: expected a tensor or a tuple led by one, got {type(output).__name__}"
             )

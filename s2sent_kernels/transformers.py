@@ -97,6 +97,9 @@ class S2SentModel(AroundEncoder):
         self._capture = BlockCapture(self.encoder, config.blocks, block_norm=config.block_norm)
         self.post_init()
 
+    def _settle(self) -> None:
+        self._capture.settle()
+
     @classmethod
     def from_encoder(
         cls,
@@ -280,6 +283,9 @@ class S2SentForSequenceClassification(AroundEncoder):
         self.model = S2SentModel(config)
         self._add_classifier()
         self.post_init()
+
+    def _settle(self) -> None:
+        self.model._settle()
 
     def _add_classifier(self) -> None:
         self.dropout = nn.Dropout(self.config.classifier_dropout)
