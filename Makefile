@@ -3,6 +3,7 @@
 # make test PYTHON=/a/python   the same in an environment that exists; installs nothing but this package
 # make bench                   measures what this machine can (without a GPU under ten minutes): bench/results, bench/REPORT.md
 # make compare BASE=main       this package and a git revision in alternation: did my change help? Options: bench/compare.py
+# make sweep                   every text encoder of transformers, made tiny, against docs/encoders.md: tests marked "slow"
 # make wheel                   builds dist/*.whl, audits its ABI, and loads it in a fresh environment with torch alone beside it
 # make sanitize                the compiled backend's CPU tests under AddressSanitizer and UBSan; needs GCC, minutes
 # make lint                    ruff, mypy and the import contract; PYTHON= as above
@@ -14,7 +15,7 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
-.PHONY: help demo test bench compare wheel sanitize lint clean package
+.PHONY: help demo test sweep bench compare wheel sanitize lint clean package
 
 BOOTSTRAP ?= python3
 WORKERS ?= 2
@@ -129,6 +130,9 @@ wheel: $(WHEEL_READY)
 	cd dist && venv/bin/python -W error::RuntimeWarning -c 'import torch, s2sent_kernels as s; u = [torch.ones(1, 3, 8)]; \
 		assert torch.equal(s.squeeze(u, backend="native")[0], s.squeeze(u, backend="reference")[0]); print(s.backends()["native"])'
 	rm -rf dist/venv
+
+sweep: $(DEV_READY)
+	env -u TRITON_INTERPRET HF_HUB_OFFLINE=1 $(PY) -m pytest -m slow tests/encoders
 
 sanitize: $(DEV_READY)
 	tests/sanitize.sh $(PY)

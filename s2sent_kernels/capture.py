@@ -7,21 +7,25 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from . import families, validate
+from . import families, probe, validate
+from .captured_call import CapturedCall, drop_interrupted
 from .consumers import Consumer, KeptStates, PooledStates
 from .formula.call import POOLINGS
 from .selector import S2SentSelector
 
 BLOCK_NORMS = ("final", "layernorm", None)
+
+
+_settling = threading.Lock()  # threads that share a capture may run it first at once
 
 
 class BlockCapture:
@@ -32,15 +36,15 @@ class BlockCapture:
 
     Args:
         encoder: a transformers model, or a module with such a ``config``, whose blocks are an nn.ModuleList of the
-            length that the configuration gives (docs/serving.md lists the tested families). Where blocks are shared
+            length that the configuration gives (docs/encoders.md lists what was tried). Where blocks are shared
             (ALBERT), block i is the i-th run.
         blocks: which blocks, 0 the lowest, negative from the last, or "last:N"; None selects all. Hidden states are
             ordered lowest first in any case.
         block_norm: "final" applies the encoder's final norm to each chosen block where the family has one (pre-norm
             families), so that the last block is what the encoder returns and inner ones have its scale; elsewhere it does
-            nothing. "layernorm" applies a layer norm without parameters to each chosen block of any family. None keeps what
-            the blocks return: block i's output is ``hidden_states[i + 1]`` of ``output_hidden_states=True``, but the last
-            one's before the final norm.
+            nothing. Which norm that is, one run on a few tokens proves. "layernorm" applies a layer norm without
+            parameters to each chosen block of any family. None keeps what the blocks return: block i's output is
+            ``hidden_states[i + 1]`` of ``output_hidden_states=True``, but the last one's before the final norm.
 
     A call's state lives on its own thread until the call ends or fails. So nested calls, and threads that share a
     model, do not mix, and outside of a call (in the encoder's own forward, in a checkpoint's recomputation) the hooks
@@ -56,9 +60,15 @@ class BlockCapture:
     once each. Where single blocks are compiled results are right, but every block counts against the recompilation limit:
     beyond it the hooks run uncompiled, and ``fullgraph=True`` fails.
 
+    An encoder without weights (on the device "meta") is run when the capture first runs. One that does not run on token ids alone
+    is trusted by names: its first list of blocks, and a norm beside it that is called like one.
+
     Raises:
-        ValueError, TypeError: an argument is wrong, or the encoder's blocks cannot be found.
+        ValueError, TypeError: an argument is wrong, or the encoder's blocks cannot be found. With "final" also where what the
+            encoder returns is no norm of its last block's hidden state; at the first run, if it had no weights before.
     """
+
+    _settled = True  # also of captures that were pickled when the norm was found by its name
 
     def __init__(
         self, encoder: nn.Module, blocks: Sequence[int] | str | None = None, *, block_norm: str | None = "final"
@@ -68,7 +78,21 @@ class BlockCapture:
         self.encoder = encoder
         self.blocks = families.indices(blocks, len(found))
         self.block_norm = block_norm
-        self._norm = families.find_final_norm(encoder) if block_norm == "final" else None
+        # Copies of encoder and capture share the key, which is how a copied hook still finds its copied capture.
+        self._key = uuid4().hex
+        self._removed = False  # a flag that torch.compile can trace, unlike the handles
+        self._handles: list[RemovableHandle] = []
+        self._settled = probe.ready(encoder)
+        if self._settled:
+            self._hook(*_asked(encoder, block_norm))
+        else:
+            self._hook(found, _named_norm(encoder, block_norm))
+
+    def _hook(self, found: list[nn.Module], norm: nn.Module | None) -> None:
+        """Follow the chosen of these blocks, in the place of those before."""
+        for handle in self._handles:
+            handle.remove()
+        self._norm = norm
         self._modules = [found[index] for index in self.blocks]
         # Which n each run of a module delivers, -1 for none: one run a module, several where it is shared.
         self._hooked = list(dict.fromkeys(self._modules))
@@ -77,12 +101,23 @@ class BlockCapture:
             tuple(number.get(index, -1) for index, module in enumerate(found) if module is hooked)
             for hooked in self._hooked
         ]
-        # Copies of encoder and capture share the key, which is how a copied hook still finds its copied capture.
-        self._key = uuid4().hex
-        self._removed = False  # a flag that torch.compile can trace, unlike the handles
         self._handles = [
             module.register_forward_hook(partial(_deliver, self._key, slot)) for slot, module in enumerate(self._hooked)
         ]
+
+    def settle(self) -> None:
+        """Ask the encoder for its blocks and its final norm, if it had no weights when the capture was made. Its calls do so
+        themselves, but not while torch.compile traces them.
+
+        Raises:
+            ValueError: as BlockCapture.
+        """
+        if self._settled or not probe.ready(self.encoder):
+            return
+        with _settling:
+            if not self._settled:
+                self._hook(*_asked(self.encoder, self.block_norm))
+                self._settled = True
 
     def __repr__(self) -> str:
         return f"BlockCapture({type(self.encoder).__name__}, blocks={self.blocks}, block_norm={self.block_norm!r})"
@@ -143,7 +178,7 @@ class BlockCapture:
         in ``collect``."""
         if self._removed:
             raise RuntimeError("the capture's hooks were removed: make a new BlockCapture")
-        call = _Call(self, consumer)
+        call = CapturedCall(self, consumer)
         try:  # an interrupt may come at once
             _thread.calls.append(call)
             self.encoder(**encoder_inputs)
@@ -171,6 +206,26 @@ class BlockCapture:
         inputs = (value for value in encoder_inputs.values() if isinstance(value, Tensor))
         tensors = chain(inputs, selector.parameters(), self.encoder.parameters())
         return any(tensor.requires_grad for tensor in tensors)
+
+
+def _named_norm(encoder: nn.Module, block_norm: str | None) -> nn.Module | None:
+    return families.find_final_norm(encoder) if block_norm == "final" else None
+
+
+def _asked(encoder: nn.Module, block_norm: str | None) -> tuple[list[nn.Module], nn.Module | None]:
+    """The encoder's blocks, and the norm to apply to each: as proven, or by their names where the encoder cannot be asked."""
+    try:
+        found = probe.find(encoder)
+    except probe.CannotRun:
+        return families.find_blocks(encoder), _named_norm(encoder, block_norm)
+    except probe.Unproven as error:
+        if block_norm == "final":
+            raise probe.UnknownNorm(
+                f"block_norm: expected None or 'layernorm' for {type(encoder).__name__}, whose final norm is unknown, got "
+                f"'final': {error}"
+            ) from error
+        return families.find_blocks(encoder), None
+    return found.blocks, found.norm if block_norm == "final" else None
 
 
 class BlockListener:
@@ -269,71 +324,12 @@ class BlockListener:
         return consumer
 
 
-class _Call:
-    """One run of an encoder: the consumer of its hidden states, and the next block to deliver. Keeps none itself."""
-
-    def __init__(self, capture: BlockCapture, consumer: Consumer, called: nn.Module | None = None) -> None:
-        self.capture = capture
-        self.called = called  # by other code, and followed by a listener
-        self.beside = False  # the call below is the same run, followed by another listener
-        self.frame: FrameType | None = None  # that runs the followed module
-        self.key, self.modules, self.blocks = capture._key, capture._hooked, capture.blocks
-        self.runs, self.ran = capture._runs, [0] * len(capture._runs)
-        self.norm, self.block_norm = capture._norm, capture.block_norm
-        self.consumer = consumer
-        self.with_gradients = torch.is_grad_enabled()
-        # With gradients kept states are normed at the end. A block under a checkpoint runs again in the backward, hooks and all,
-        # where nothing is delivered: what a norm in the hook had saved would be missing.
-        self.normed_last = consumer if self.with_gradients and isinstance(consumer, KeptStates) else None
-        self.next = 0
-
-    def take(self, slot: int, module: nn.Module, output: Any) -> None:
-        # A deep copy of the encoder shares the key; its hooks are ignored during a call of this one.
-        if module is not self.modules[slot] or self.ran[slot] == len(self.runs[slot]):
-            return
-        n = self.runs[slot][self.ran[slot]]
-        self.ran[slot] += 1
-        if n < self.next:
-            return
-        if n > self.next:
-            raise self.missing()
-        checkpointed = module.training and getattr(module, "gradient_checkpointing", False)
-        if checkpointed and self.with_gradients and not torch.is_grad_enabled():
-            raise RuntimeError(
-                f"block {self.blocks[n]} runs under a reentrant checkpoint, where its hidden state has no gradient: "
-                "checkpoint with use_reentrant=False"
-            )
-        hidden_state = output[0] if isinstance(output, (tuple, list)) and output else output
-        if not isinstance(hidden_state, Tensor):
-            raise TypeError(
-                f"block {self.blocks[n]}: expected a tensor or a tuple led by one, got {type(output).__name__}"
-            )
-        self.next += 1
-        self.consumer.add(n, hidden_state if self.normed_last else self.normalised(hidden_state))
-
-    def finish(self) -> None:
-        """After the last block."""
-        if self.normed_last:
-            self.normed_last.hidden_states = [self.normalised(u) for u in self.normed_last.hidden_states]
-
-    def normalised(self, hidden_state: Tensor) -> Tensor:
-        if self.norm is not None:
-            return self.norm(hidden_state)
-        if self.block_norm == "layernorm":
-            return F.layer_norm(hidden_state, hidden_state.shape[-1:])
-        return hidden_state
-
-    def missing(self) -> RuntimeError:
-        block = self.blocks[self.next]
-        return RuntimeError(f"block {block} never ran in this forward: skipped (LayerDrop), or replaced once hooked")
-
-
 class _Thread(threading.local):
     """This thread's calls in progress, innermost last: a block that runs belongs to the innermost, and to those beside it. And
     the finished calls of listeners that were not taken yet, each as long as its listener lives."""
 
     def __init__(self) -> None:
-        self.calls: list[_Call] = []
+        self.calls: list[CapturedCall] = []
         self.heard: WeakKeyDictionary[BlockListener, Consumer] = WeakKeyDictionary()
 
 
@@ -350,28 +346,17 @@ def _deliver(key: str, slot: int, module: nn.Module, args: Any, output: Any) -> 
             return
 
 
-def _drop_interrupted(calls: list[_Call]) -> None:
-    """Forget followed calls that have ended without ``_end``: torch runs that hook after an Exception, but not after a
-    KeyboardInterrupt, SystemExit, CancelledError or GeneratorExit."""
-    frame: FrameType | None = sys._getframe()
-    running = set()
-    while frame is not None:
-        running.add(frame)
-        frame = frame.f_back
-    calls[:] = [call for call in calls if call.frame is None or call.frame in running]
-
-
 def _begin(listener: BlockListener, module: nn.Module, args: Any) -> None:
     calls = _thread.calls
     traced = torch.compiler.is_compiling()  # no frame of Python's runs then
     if calls and not traced:
-        _drop_interrupted(calls)
+        drop_interrupted(calls)
     beside = bool(calls) and calls[-1].called is module and all(call.capture is not listener.capture for call in calls)
     if calls and not beside:
         return
     listener.forget()
     consumer = None if listener._consumer is None else listener._consumer(*args)
-    call = _Call(listener.capture, KeptStates() if consumer is None else consumer, module)
+    call = CapturedCall(listener.capture, KeptStates() if consumer is None else consumer, module)
     call.beside = beside
     call.frame = None if traced else sys._getframe(1)
     calls.append(call)

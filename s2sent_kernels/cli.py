@@ -17,6 +17,7 @@ from .commands import demo, doctor, encode, evaluate, export, inspect, predict, 
 from .commands.common import UserError, first_line
 from .files import MissingPackage
 from .loading import LoadError
+from .probe import UnknownNorm
 from .validate import DEBUG_VARIABLE
 
 COMMANDS = {
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _terminated_as_interrupted():
             _run(argv)
         return 0
-    except (UserError, LoadError, MissingPackage) as error:
+    except (UserError, LoadError, MissingPackage, UnknownNorm) as error:
         return _fail(str(error), 2)
     except BrokenPipeError:  # the reader closed the pipe
         # Replace stdout, so that the flush at interpreter shutdown does not raise again.

@@ -1,4 +1,4 @@
-"""Where encoders of different families keep their blocks and their final norm, found by structure and not by class."""
+"""Where encoders of different families keep their blocks and their sizes, found by structure and not by class."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 # Names of the sizes in configurations. The attribute map of transformers resolves the first of each for most families.
 _NUM_BLOCKS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
@@ -28,9 +28,9 @@ def hidden_size(encoder: nn.Module) -> int | None:
     return _first(getattr(encoder, "config", None), _HIDDEN_SIZE)
 
 
-def _find_list(encoder: Any) -> tuple[nn.Module, nn.ModuleList, int]:
-    """The module that runs the blocks, its list of them, and how many blocks run. The list is the first nn.ModuleList as
-    long as the configured number of blocks, or of groups for ALBERT, which runs each group several times."""
+def _find_lists(encoder: Any) -> tuple[list[tuple[nn.Module, nn.ModuleList]], int]:
+    """The modules with an nn.ModuleList as long as the configured number of blocks, or of groups for ALBERT, which runs each
+    group several times; and how many blocks run."""
     if not isinstance(encoder, nn.Module):
         raise TypeError(f"encoder: expected a torch.nn.Module, got {type(encoder).__name__}")
     config, name = getattr(encoder, "config", None), type(encoder).__name__
@@ -38,28 +38,53 @@ def _find_list(encoder: Any) -> tuple[nn.Module, nn.ModuleList, int]:
     if depth is None:
         raise ValueError(f"encoder: expected a config with one of {', '.join(_NUM_BLOCKS)}, got {name} without")
     length = getattr(config, "num_hidden_groups", depth)
-    for parent in encoder.modules():
-        for child in parent.children():
-            if isinstance(child, nn.ModuleList) and len(child) == length:
-                return parent, child, depth
-    raise ValueError(f"encoder: expected an nn.ModuleList of {length} blocks, as the config says, got {name} without")
+    found = [
+        (parent, child)
+        for parent in encoder.modules()
+        for child in parent.children()
+        if isinstance(child, nn.ModuleList) and len(child) == length
+    ]
+    if not found:
+        raise ValueError(
+            f"encoder: expected an nn.ModuleList of {length} blocks, as the config says, got {name} without"
+        )
+    return found, depth
+
+
+def block_lists(encoder: Any) -> list[list[nn.Module]]:
+    """For every list that may be the encoder's blocks, the module that runs as block i, for every i; the same one several times
+    where blocks are shared. The first list is that of almost every family. Others stand beside it in the same module, as XLM's
+    attentions and norms do: a list elsewhere is that of a decoder.
+
+    Raises:
+        TypeError, ValueError: as ``find_blocks``.
+    """
+    found, depth = _find_lists(encoder)
+    beside = [modules for parent, modules in found if parent is found[0][0]]
+    return [[modules[block * len(modules) // depth] for block in range(depth)] for modules in beside]
 
 
 def find_blocks(encoder: Any) -> list[nn.Module]:
-    """The module that runs as block i, for every i; the same one several times where blocks are shared.
+    """The first of ``block_lists``.
 
     Raises:
         TypeError: no nn.Module. ValueError: no configured number of blocks, or no list of that length.
     """
-    _, modules, depth = _find_list(encoder)
-    return [modules[block * len(modules) // depth] for block in range(depth)]
+    return block_lists(encoder)[0]
 
 
 def find_final_norm(encoder: nn.Module) -> nn.Module | None:
-    """The norm that the encoder applies to its last block's output, None in post-norm families."""
-    parent, _, _ = _find_list(encoder)
+    """The norm that the encoder applies to its last block's output by its name, None in post-norm families. A guess, for encoders
+    that cannot be run to ask them (``probe``)."""
+    ((parent, _), *_), _ = _find_lists(encoder)
     norms = (getattr(parent, name, None) for name in _FINAL_NORMS)
     return next((norm for norm in norms if isinstance(norm, nn.Module)), None)
+
+
+def hidden_state(output: Any) -> Tensor | None:
+    """What a block returned: a tensor, or a tuple or list led by one."""
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    return first if isinstance(first, Tensor) else None
 
 
 def _position_table(encoder: nn.Module) -> nn.Embedding | None:

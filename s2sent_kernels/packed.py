@@ -96,13 +96,13 @@ class PackedEncoder:
         """The encoder, if its packed hidden states are the padded ones.
 
         Raises:
-            CannotPack: says why not, whatever went wrong.
+            CannotPack: says why not, whatever went wrong. torch.OutOfMemoryError: there was no memory to try.
         """
         found = cls(capture, device)
         with run_lock(capture.encoder):
             try:
                 found._calls = _trial(capture, device)
-            except CannotPack:
+            except (CannotPack, torch.OutOfMemoryError):  # a full GPU says nothing of the encoder
                 raise
             except Exception as error:  # an encoder of remote code raises what it likes
                 raise CannotPack(f"a packed batch fails: {type(error).__name__}: {first_line(error)}") from error

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import families, functional, validate
+from .around_encoder import AroundEncoder, NamesEncoderInputs
 from .capture import BLOCK_NORMS, BlockCapture
 from .checkpoints import published_model
 from .files import importing
@@ -73,15 +74,11 @@ class _Head(nn.Module):
         return torch.tanh(self.dense(embedding))
 
 
-class S2SentModel(transformers.PreTrainedModel):
+class S2SentModel(AroundEncoder):
     """Sentence embeddings from several blocks of an encoder. Made by ``from_encoder``, ``from_published`` or
     ``from_pretrained``."""
 
     config_class = S2SentConfig
-    base_model_prefix = "model"  # so that a classifier's folder opens as its model, too
-    supports_gradient_checkpointing = (
-        True  # the encoder's own; a reentrant one is refused where it would lose gradients
-    )
 
     def __init__(self, config: S2SentConfig) -> None:
         super().__init__(config)
@@ -90,11 +87,18 @@ class S2SentModel(transformers.PreTrainedModel):
         encoder_class = getattr(transformers, config.encoder_class, None)
         if encoder_class is None:
             raise ValueError(f"encoder_class: expected a model class of transformers, got {config.encoder_class!r}")
-        self.encoder = encoder_class(transformers.AutoConfig.for_model(**config.encoder_config))
+        encoder_config = transformers.AutoConfig.for_model(**config.encoder_config)
+        if config._attn_implementation is not None:
+            encoder_config._attn_implementation = config._attn_implementation
+        self.encoder = encoder_class(encoder_config)
+        config._attn_implementation = self.encoder.config._attn_implementation
         self.selector = S2SentSelector(**config.selector)
         self.head = _Head(self.selector.hidden_size) if config.head else None
         self._capture = BlockCapture(self.encoder, config.blocks, block_norm=config.block_norm)
         self.post_init()
+
+    def _settle(self) -> None:
+        self._capture.settle()
 
     @classmethod
     def from_encoder(
@@ -186,6 +190,7 @@ class S2SentModel(transformers.PreTrainedModel):
         config = S2SentConfig(
             encoder.config.to_dict(), type(encoder).__name__, chosen, block_norm, pooling, arguments, head
         )
+        config._attn_implementation = encoder.config._attn_implementation
         with torch.device("meta"):  # __init__'s own encoder and selector are replaced below
             model = cls(config)
         model.release()
@@ -208,22 +213,38 @@ class S2SentModel(transformers.PreTrainedModel):
     def set_input_embeddings(self, value: Any) -> None:
         self.encoder.set_input_embeddings(value)
 
+    @NamesEncoderInputs
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         output_tokens: bool = False,
         output_gates: bool = False,
         return_dict: bool | None = None,
         **encoder_inputs: Any,
     ) -> S2SentOutput | tuple[Tensor, ...]:
-        """The embedding of each sentence; ``encoder_inputs`` are the encoder's other inputs. A tuple of the present outputs where
-        ``return_dict`` is False."""
-        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        """The embedding of each sentence; ``encoder_inputs`` are the encoder's other inputs, which the signature of a model's own
+        ``forward`` names. A tuple of the present outputs where ``return_dict`` is False; by default as the configuration says.
+
+        Raises:
+            ValueError: ``output_attentions``, ``output_hidden_states`` or ``labels``, of which this model returns nothing.
+        """
+        self._refuse(encoder_inputs)
+        if encoder_inputs.get("labels") is not None:
+            raise ValueError("labels: expected none of an S2SentModel, which has no loss, got some")
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
         encoder_inputs |= {name: tensor for name, tensor in given.items() if tensor is not None}
-        output = self._fuse(encoder_inputs, output_tokens, output_gates)
-        return output if return_dict is not False else output.to_tuple()
+        return self._form(self._fuse(encoder_inputs, output_tokens, output_gates), return_dict)
 
     def _fuse(self, encoder_inputs: dict[str, Any], output_tokens: bool, output_gates: bool) -> S2SentOutput:
         pooling = self.config.pooling
@@ -252,18 +273,19 @@ class S2SentModel(transformers.PreTrainedModel):
         )
 
 
-class S2SentForSequenceClassification(transformers.PreTrainedModel):
+class S2SentForSequenceClassification(AroundEncoder):
     """A dropout and a linear layer behind the embedding; the loss is transformers' own for ``problem_type``."""
 
     config_class = S2SentConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
 
     def __init__(self, config: S2SentConfig) -> None:
         super().__init__(config)
         self.model = S2SentModel(config)
         self._add_classifier()
         self.post_init()
+
+    def _settle(self) -> None:
+        self.model._settle()
 
     def _add_classifier(self) -> None:
         self.dropout = nn.Dropout(self.config.classifier_dropout)
@@ -307,6 +329,7 @@ class S2SentForSequenceClassification(transformers.PreTrainedModel):
         if model.config.num_labels != num_labels:  # names of other labels
             known = {key: value for key, value in known.items() if key not in ("id2label", "label2id")}
         config = S2SentConfig(**known | given)
+        config._attn_implementation = model.config._attn_implementation
         with torch.device("meta"):  # of __init__, only the classifier is wanted
             whole = cls(config)
         whole.model.release()
@@ -315,21 +338,43 @@ class S2SentForSequenceClassification(transformers.PreTrainedModel):
         whole.classifier.to(model.device)
         return whole.eval()
 
+    @NamesEncoderInputs
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
         **encoder_inputs: Any,
     ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
-        """Logits [B, num_labels] and, with ``labels``, the loss."""
-        found = self.model(input_ids, attention_mask, **encoder_inputs)
+        """Logits [B, num_labels] and, with ``labels``, the loss; inputs and ``return_dict`` as S2SentModel's.
+
+        Raises:
+            ValueError: ``output_attentions``, ``output_hidden_states``, ``output_tokens`` or ``output_gates``, of which a
+                classifier returns nothing.
+        """
+        self._refuse(encoder_inputs)
+        for option in ("output_tokens", "output_gates"):
+            if encoder_inputs.pop(option, False):
+                raise ValueError(
+                    f"{option}: expected False of a classifier, got True: call its model with {option}=True"
+                )
+        found = self.model(
+            input_ids,
+            attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **encoder_inputs,
+        )
         logits = self.classifier(self.dropout(found.embedding))
         loss = None if labels is None else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        output = SequenceClassifierOutput(loss=loss, logits=logits)
-        return output if return_dict is not False else output.to_tuple()
+        return self._form(SequenceClassifierOutput(loss=loss, logits=logits), return_dict)
 
 
 transformers.AutoConfig.register("s2sent", S2SentConfig)

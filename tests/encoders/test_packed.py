@@ -130,8 +130,7 @@ def test_attention_in_chunks_is_refused():
     assert "in chunks" in refusal(BlockCapture(tf.Llama4TextModel(config).eval()), CPU)
 
 
-@pytest.mark.parametrize("error", [KeyError("s2sent_packed"), AttributeError("no shape"), AssertionError()])
-def test_an_encoder_that_fails_packed_is_refused(error):
+def encoder_that_fails_packed(error):
     """As one of remote code does that looks its attention up in a table of its own."""
 
     class Own(torch.nn.Module):
@@ -145,7 +144,19 @@ def test_an_encoder_that_fails_packed_is_refused(error):
                 raise error
             return self.inner(input_ids, attention_mask)
 
-    assert refusal(BlockCapture(Own().eval()), CPU).startswith(f"a packed batch fails: {type(error).__name__}: ")
+    return Own().eval()
+
+
+@pytest.mark.parametrize("error", [KeyError("s2sent_packed"), AttributeError("no shape"), AssertionError()])
+def test_an_encoder_that_fails_packed_is_refused(error):
+    reason = refusal(BlockCapture(encoder_that_fails_packed(error)), CPU)
+    assert reason.startswith(f"a packed batch fails: {type(error).__name__}: ")
+
+
+def test_a_full_gpu_says_nothing_of_the_encoder():
+    """An Embedder would keep the refusal for good."""
+    with pytest.raises(torch.OutOfMemoryError):
+        refusal(BlockCapture(encoder_that_fails_packed(torch.OutOfMemoryError("full"))), CPU)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
+from typing import Any
+
+import datasets
 import pytest
 import torch
 import transformers
 
 from s2sent_kernels.capture import BlockCapture
-from s2sent_kernels.transformers import S2SentModel
+from s2sent_kernels.engines.triton.limits import triton_interprets
+from s2sent_kernels.transformers import S2SentForSequenceClassification, S2SentModel
 
 _SIZES = {
     "vocab_size": 50,
@@ -106,3 +113,145 @@ def test_a_path_without_a_model(tmp_path):
 def test_a_pooling_that_does_not_exist():
     with pytest.raises(ValueError, match="pooling"):
         S2SentModel.from_encoder(_encoder("bert"), pooling="max")
+
+
+# ---------------------------------------------------------------- the encoder's own inputs
+
+
+def _distilbert() -> transformers.PreTrainedModel:
+    config = transformers.DistilBertConfig(vocab_size=50, dim=16, n_layers=3, n_heads=2, hidden_dim=32)
+    return transformers.DistilBertModel(config).eval()
+
+
+def _names(model: torch.nn.Module) -> set[str]:
+    """What Trainer reads."""
+    return set(inspect.signature(model.forward).parameters)
+
+
+def _both(encoder: transformers.PreTrainedModel) -> list[Any]:
+    model = S2SentModel.from_encoder(encoder, "last:2", bottleneck=4, frequencies=2)
+    return [model, S2SentForSequenceClassification.from_model(model)]
+
+
+def test_the_signature_names_what_the_encoder_takes(tmp_path):
+    """Of copies, pickles, loaded models and compiled ones too. Each model names its own encoder's inputs."""
+    known = {"input_ids", "attention_mask", "return_dict"}
+    options = {"output_attentions", "output_hidden_states", "return_dict", "args", "kwargs"}
+    for encoder in (_encoder("bert"), _distilbert(), _encoder("t5")):
+        wanted = set(inspect.signature(encoder.forward).parameters) - options
+        for model in _both(encoder):
+            model.save_pretrained(tmp_path)
+            copies = (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), type(model).from_pretrained(tmp_path))
+            for each in (model, *copies):
+                assert _names(each) >= wanted | known
+                own = {"labels"} if "labels" in _names(each) else {"output_tokens", "output_gates"}
+                assert _names(each) - wanted - known - own == {"encoder_inputs"}
+    for model in _both(_encoder("bert")):
+        assert (
+            "token_type_ids" in _names(model) and "token_type_ids" in inspect.signature(type(model).forward).parameters
+        )
+    assert "token_type_ids" not in _names(_both(_distilbert())[1])
+
+
+@torch.no_grad()
+def test_each_input_reaches_the_encoder():
+    batch, encoder = _batch(), _encoder("bert")
+    inputs = {
+        "token_type_ids": torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]),
+        "position_ids": torch.tensor([[4, 3, 2, 1], [3, 2, 1, 0]]),
+    }
+    for model in _both(encoder):
+        plain = model(**batch)[0]
+        for name, value in inputs.items():
+            assert not torch.equal(model(**batch, **{name: value})[0], plain), name
+        embedded = encoder.get_input_embeddings()(batch["input_ids"])
+        assert torch.equal(model(inputs_embeds=embedded, attention_mask=batch["attention_mask"])[0], plain)
+
+
+def test_trainer_hands_on_token_type_ids_and_divides_by_accumulated_steps(tmp_path):
+    rows = [
+        {"input_ids": [5, 6, 7], "attention_mask": [1] * 3, "token_type_ids": [0, 1, 1], "other": 3, "label": i % 2}
+        for i in range(4)
+    ]
+    model, calls = _both(_encoder("bert"))[1], []
+    model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, report_to=[], use_cpu=True
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=datasets.Dataset.from_list(rows))
+    trainer.train()
+    assert len(calls) == 2
+    for call in calls:
+        assert call["token_type_ids"].tolist() == [[0, 1, 1]] * 2 and "other" not in call
+    assert not trainer.model_accepts_loss_kwargs
+
+
+@pytest.mark.parametrize("option", ["output_attentions", "output_hidden_states"])
+def test_outputs_that_are_not_there_are_refused(option):
+    for model in _both(_encoder("bert")):
+        model(**_batch(), **{option: False})
+        with pytest.raises(ValueError, match=f"{option}: expected False, since {type(model).__name__} returns no such"):
+            model(**_batch(), **{option: True})
+        if option == "output_attentions":
+            model.set_attn_implementation("eager")  # transformers lets the configuration ask for them only then
+        setattr(model.config, option, True)
+        with pytest.raises(ValueError, match=f"{option}: expected False"):
+            model(**_batch())
+        model(**_batch(), **{option: False})
+        setattr(model.config, option, False)
+
+
+def test_options_of_the_other_model_are_refused():
+    model, classifier = _both(_encoder("bert"))
+    with pytest.raises(ValueError, match="labels: expected none of an S2SentModel"):
+        model(**_batch(), labels=torch.tensor([0, 1]))
+    for option in ("output_tokens", "output_gates"):
+        classifier(**_batch(), **{option: False})
+        with pytest.raises(ValueError, match=f"{option}: expected False of a classifier, got True"):
+            classifier(**_batch(), **{option: True})
+
+
+@torch.no_grad()
+def test_tuples_where_the_call_or_the_configuration_asks_for_them():
+    for model in _both(_encoder("bert")):
+        wanted = model(**_batch())
+        assert torch.equal(model(**_batch(), return_dict=False)[0], wanted[0])
+        model.config.return_dict = False
+        assert type(model(**_batch())) is tuple
+        assert type(model(**_batch(), return_dict=True)) is type(wanted)
+
+
+@pytest.mark.skipif(triton_interprets(), reason="compiling and interpreting need separate processes")
+@torch.no_grad()
+def test_compiled_into_one_graph():
+    batch = _batch() | {"token_type_ids": torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])}
+    for model in _both(_encoder("bert")):
+        wanted = model(**batch)[0]
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(**batch)[0], wanted)
+        assert "token_type_ids" in _names(model)
+    torch._dynamo.reset()
+
+
+def test_the_attention_is_the_encoders(tmp_path):
+    """The one asked for when a model is loaded, or later, is the encoder's; the model tells which it is."""
+    eager = _encoder("bert")
+    eager.set_attn_implementation("eager")
+    for model in _both(eager):
+        assert model.config._attn_implementation == "eager"
+        model.save_pretrained(tmp_path)
+        for asked, found in (
+            (None, "sdpa"),
+            ("eager", "eager"),
+            ("sdpa", "sdpa"),
+            ("flex_attention", "flex_attention"),
+        ):
+            options = {} if asked is None else {"attn_implementation": asked}
+            loaded = type(model).from_pretrained(tmp_path, **options)
+            encoder = getattr(loaded, "model", loaded).encoder
+            assert encoder.config._attn_implementation == loaded.config._attn_implementation == found
+        loaded.set_attn_implementation("eager")
+        assert encoder.config._attn_implementation == loaded.config._attn_implementation == "eager"
+        with pytest.raises(ValueError, match="not supported"):
+            type(model).from_pretrained(tmp_path, attn_implementation="none")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
@@ -16,11 +19,24 @@ MAXIMUM_BLOCKS = 128  # N on CUDA: kMaxBlocks of csrc
 LIMITS = f"{KERNEL_DTYPE_TEXT}; on CUDA sm_80 or newer and up to {MAXIMUM_BLOCKS} blocks"
 
 _ops = torch.ops.s2sent_native
+_T = TypeVar("_T")
+
+
+def _untraced(question: Callable[[], _T]) -> _T:
+    """The answer of a function that calls the extension's ops, which no tracer can record: torch.jit.trace, torch.onnx.export,
+    torch.export and make_fx each have a state of the thread, and a new thread has none."""
+    with ThreadPoolExecutor(1, "s2sent-native") as thread:
+        return thread.submit(question).result()
 
 
 @functools.cache
 def status() -> BackendStatus:
-    """Loads the extension, which registers torch.ops.s2sent_native.*. Any error while loading becomes the reason."""
+    """Loads the extension, which registers torch.ops.s2sent_native.*. Any error while loading becomes the reason. It is kept,
+    so it must not depend on what happens to trace the first call."""
+    return _untraced(_load)
+
+
+def _load() -> BackendStatus:
     name = "s2sent_kernels._C"
     try:
         if importlib.util.find_spec(name) is None:
@@ -51,13 +67,19 @@ def _check_numbering() -> None:
 
 @functools.cache
 def cuda_refusal(device_index: int | None) -> str | None:
-    """Why the usable extension cannot run on this GPU, or None where it can."""
-    if not _ops.cuda_architectures():
+    """Why the usable extension cannot run on this GPU, or None where it can. The answer is kept.
+
+    Raises:
+        torch.OutOfMemoryError: the GPU is too full to load a kernel, which says nothing of the next call.
+    """
+    if not _untraced(_ops.cuda_architectures):
         return "it was built without its CUDA part (see S2SENT_BUILD in setup.py)"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     index = torch.cuda.current_device() if device_index is None else device_index
-    error = _ops.cuda_error(index)
+    error = _untraced(lambda: _ops.cuda_error(index))
+    if error == "out of memory":  # of cudaErrorMemoryAllocation
+        raise torch.OutOfMemoryError(f"CUDA out of memory: no kernel could be loaded on cuda:{index}")
     return f"its kernels do not run on {torch.cuda.get_device_name(index)}: {error}" if error else None
 
 

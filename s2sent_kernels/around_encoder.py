@@ -1,0 +1,118 @@
+"""What a model of the library transformers that stands around an encoder needs: a ``forward`` whose signature names the encoder's
+inputs, and an encoder that judges what is asked of it.
+
+Callers ask ``inspect.signature(model.forward)`` what a model takes. Trainer drops the columns of a data set that are not named
+there, so that an input of the encoder which is hidden in ``**encoder_inputs`` would be lost without a word.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .files import importing
+
+with importing("transformers", "transformers"):
+    import transformers
+    from transformers.utils import ModelOutput
+
+# What an encoder takes beside its inputs: these ask for more of its output, or for another form.
+OF_THE_OUTPUT = ("output_attentions", "output_hidden_states", "return_dict")
+# Inputs of many encoders, which a forward names itself.
+USUAL = ("token_type_ids", "position_ids", "inputs_embeds")
+
+
+class NamesEncoderInputs:
+    """Decorates ``forward(self, ..., **encoder_inputs)`` of a model whose encoder is its own, or its base model's.
+
+    Nothing is kept on the model, so that its copies, pickles and replicas each name the inputs of their own encoder.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __get__(self, model: Any, owner: type | None = None) -> Callable[..., Any]:
+        if model is None:
+            return self._function
+        if torch.compiler.is_compiling():  # torch.compile traces a partial, but not the making of a method
+            return functools.partial(self._function, model)
+        encoder = getattr(getattr(model, model.base_model_prefix, model), "encoder", None)
+        if not isinstance(encoder, nn.Module):  # while the model is made
+            return MethodType(self._function, model)
+        return MethodType(_naming(self._function, type(encoder).forward), model)
+
+
+@functools.cache
+def _naming(function: Callable[..., Any], encoder_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, with the inputs that the encoder takes in its signature, and no others."""
+
+    @functools.wraps(function)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    signature = inspect.signature(function)
+    theirs = inspect.signature(encoder_forward).parameters
+    own = {name: each for name, each in signature.parameters.items() if name not in USUAL}
+    rest = own.popitem()[1]  # **encoder_inputs
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    inputs = [
+        each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, each in theirs.items()
+        if name not in own and name not in OF_THE_OUTPUT and each.kind not in variadic
+    ]
+    takes_others = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in theirs.values())
+    parameters = [*own.values(), *inputs, *([rest] if takes_others else [])]
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return forward
+
+
+class AroundEncoder(transformers.PreTrainedModel):
+    """What both models have in common: attentions are the encoder's, and outputs those of this package."""
+
+    base_model_prefix = "model"  # so that a classifier's folder opens as its model, too
+    supports_gradient_checkpointing = (
+        True  # the encoder's own; a reentrant one is refused where it would lose gradients
+    )
+    accepts_loss_kwargs = False  # else Trainer would leave it to the loss to divide by the steps of accumulation
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own. The encoder's final norm is found once it has its weights.
+
+        Raises:
+            ValueError: as BlockCapture, beside what transformers raises.
+        """
+        found: Any = super().from_pretrained(*args, **kwargs)
+        (found[0] if isinstance(found, tuple) else found)._settle()
+        return found
+
+    def _settle(self) -> None:
+        raise NotImplementedError
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
+        return attn_implementation  # the encoder judges it when it is made
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    def _refuse(self, given: dict[str, Any]) -> None:
+        """Raises a ValueError where more is asked for than these models return. ``given`` loses what was not asked for."""
+        name = type(self).__name__
+        for option in ("output_attentions", "output_hidden_states"):
+            asked = given.pop(option, None)
+            if asked or (asked is None and getattr(self.config, option)):
+                raise ValueError(
+                    f"{option}: expected False, since {name} returns no such output of its encoder, got True: "
+                    "call the encoder itself"
+                )
+
+    def _form(self, output: ModelOutput, return_dict: bool | None) -> Any:
+        wanted = self.config.return_dict if return_dict is None else return_dict
+        return output if wanted else output.to_tuple()
