@@ -15,7 +15,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from .consumers import KeptStates, PooledStates
 from .files import importing
 from .formula.call import POOLINGS
 from .selector import S2SentSelector
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 with importing("sentence-transformers 6 or newer", "sentence-transformers"):
     from sentence_transformers import SentenceTransformer
@@ -46,6 +49,10 @@ class S2SentPooling(Module):
     Without gradients (grad mode off, or nothing that requires one) large hidden states are pooled as each block finishes, and
     freed. This needs a transformer that is called with the features, as sentence-transformers does. A call of a plain
     transformers model does not tell the length of prompts: the hidden states are kept until this module runs.
+
+    The selector keeps its own dtype beside an encoder in another: float32 if it is fresh, and that of its file if it is loaded.
+    A SentenceTransformer casts each of its modules ``to`` its first one's dtype, which would round the running statistics, so
+    ``to`` moves this module and casts nothing. ``half``, ``bfloat16`` and ``double`` cast, and so does ``to`` of the whole model.
 
     Args:
         selector: the arguments of S2SentSelector.
@@ -181,6 +188,11 @@ class S2SentPooling(Module):
     def get_embedding_dimension(self) -> int:
         return self.selector.hidden_size
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Moves to a device, given as torch.nn.Module.to takes it; a dtype is left out (see above)."""
+        device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        return self if device is None else super().to(device=device, non_blocking=non_blocking)
+
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         self.save_config(output_path)
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
@@ -205,7 +217,10 @@ class S2SentPooling(Module):
         }
         model = cls(**cls.load_config(model_name_or_path, subfolder=subfolder, **hub))
         model.selector.eval()  # like the encoder that transformers loads; trainers and encode set the mode they need
-        return cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=model, **hub)
+        state = cls.load_torch_weights(model_name_or_path, subfolder=subfolder, **hub)
+        # Assigned, and not copied into what is there, each tensor keeps its dtype. Cloned, it no longer maps the file.
+        model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+        return model
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:

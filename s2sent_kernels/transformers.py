@@ -73,11 +73,28 @@ class _Head(nn.Module):
         return torch.tanh(self.dense(embedding))
 
 
-class S2SentModel(transformers.PreTrainedModel):
-    """Sentence embeddings from several blocks of an encoder. Made by ``from_encoder``, ``from_published`` or
-    ``from_pretrained``."""
+class _PreTrained(transformers.PreTrainedModel):
+    """What S2SentModel and the classifier have in common: how they are loaded."""
 
     config_class = S2SentConfig
+    _selector_keys: str  # matches the names of the selector's tensors
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The library asks which tensors are not loaded in the model's dtype. A selector's keep that of their file: rounded to an
+        encoder's 16 bits, its running statistics would give other gates. Early releases of the library do not ask; they load the
+        float32 of ``__init__``."""
+        return {**super()._get_dtype_plan(dtype), self._selector_keys: None}
+
+
+class S2SentModel(_PreTrained):
+    """Sentence embeddings from several blocks of an encoder. Made by ``from_encoder``, ``from_published`` or
+    ``from_pretrained``.
+
+    ``dtype`` of ``from_pretrained`` is that of the encoder and the head. The selector has the dtype that it was saved in; a fresh
+    one has float32. ``model.to(dtype)`` casts all of them.
+    """
+
+    _selector_keys = r"^selector\."
     base_model_prefix = "model"  # so that a classifier's folder opens as its model, too
     supports_gradient_checkpointing = (
         True  # the encoder's own; a reentrant one is refused where it would lose gradients
@@ -91,7 +108,7 @@ class S2SentModel(transformers.PreTrainedModel):
         if encoder_class is None:
             raise ValueError(f"encoder_class: expected a model class of transformers, got {config.encoder_class!r}")
         self.encoder = encoder_class(transformers.AutoConfig.for_model(**config.encoder_config))
-        self.selector = S2SentSelector(**config.selector)
+        self.selector = S2SentSelector(**config.selector).float()  # the default dtype here is the encoder's
         self.head = _Head(self.selector.hidden_size) if config.head else None
         self._capture = BlockCapture(self.encoder, config.blocks, block_norm=config.block_norm)
         self.post_init()
@@ -252,10 +269,11 @@ class S2SentModel(transformers.PreTrainedModel):
         )
 
 
-class S2SentForSequenceClassification(transformers.PreTrainedModel):
-    """A dropout and a linear layer behind the embedding; the loss is transformers' own for ``problem_type``."""
+class S2SentForSequenceClassification(_PreTrained):
+    """A dropout and a linear layer behind the embedding; the loss is transformers' own for ``problem_type``. The layer has the
+    encoder's dtype, the selector its own, as in S2SentModel."""
 
-    config_class = S2SentConfig
+    _selector_keys = r"^model\.selector\."
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
 
@@ -312,7 +330,7 @@ class S2SentForSequenceClassification(transformers.PreTrainedModel):
         whole.model.release()
         whole.model = model
         whole._add_classifier()
-        whole.classifier.to(model.device)
+        whole.classifier.to(model.device, model.dtype)
         return whole.eval()
 
     def forward(
