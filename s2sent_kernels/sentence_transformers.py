@@ -229,7 +229,8 @@ def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:
     SentenceTransformer and mean the same. With ``backend="onnx"`` ONNX Runtime computes the whole model, pooling included.
 
     Raises:
-        ValueError: there is no such folder, or one of its modules is of another package; names it. Or the backend is another.
+        ValueError: there is no such folder, or one of its modules is of another package; names it. Or the backend is another, or
+            cannot follow an option.
     """
     backend = options.pop("backend", "torch")
     if backend not in BACKENDS:
@@ -249,14 +250,18 @@ def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:
             own[name] = SimpleNamespace(load=partial(Router.load, module_classes=own))
         elif package.split(".")[0] != "sentence_transformers" and not options.get("trust_remote_code"):
             raise ValueError(f"{listing}: expected modules of sentence_transformers or {__package__}, got {name!r}")
-    of_runtime = {}
-    if backend == "onnx" and options.get("model_kwargs"):
-        options["model_kwargs"] = dict(options["model_kwargs"])  # the caller's own stays as it is
-        of_runtime = {name: options["model_kwargs"].pop(name, None) for name in onnx_backend.OPTIONS}
+    of_runtime: dict[str, Any] = {}
+    graph = None
+    if backend == "onnx":
+        of_encoder = dict(options.get("model_kwargs") or {})  # the caller's own stays as it is
+        of_runtime = {name: of_encoder.pop(name, None) for name in onnx_backend.OPTIONS}
+        options["model_kwargs"] = of_encoder
+        others = {name: options.get(name) for name in ("model_kwargs", "config_kwargs")}
+        graph = onnx_backend.find(folder, of_runtime, others)
     # The public way to load a class of this package needs trust_remote_code, which would also run code from the folder.
     model = SentenceTransformer._load_with_module_classes(str(folder), own, **options)
     if backend == "onnx":
-        onnx_backend.compute_by_runtime(model, folder, of_runtime)
+        onnx_backend.compute_by_runtime(model, graph, of_runtime)
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +25,18 @@ with importing("transformers", "transformers"):
 
 
 class S2SentConfig(transformers.PreTrainedConfig):
-    """The encoder's configuration and class name, which of its blocks are fused and how, and the selector's arguments."""
+    """The encoder's configuration and class name, which of its blocks are fused and how, and the selector's arguments.
+
+    ``encoder_config`` is a configuration, or its ``to_dict()``. In a model it is the encoder's own ``config``, so that what is
+    changed there is saved.
+    """
 
     model_type = "s2sent"
+    sub_configs = {"encoder_config": transformers.AutoConfig}  # noqa: RUF012  the library passes attn_implementation on
 
     def __init__(
         self,
-        encoder_config: dict[str, Any] | None = None,
+        encoder_config: dict[str, Any] | transformers.PreTrainedConfig | None = None,
         encoder_class: str | None = None,
         blocks: Sequence[int] | None = None,
         block_norm: str | None = "final",
@@ -41,6 +46,8 @@ class S2SentConfig(transformers.PreTrainedConfig):
         classifier_dropout: float = 0.1,
         **kwargs: Any,
     ) -> None:
+        if isinstance(encoder_config, dict):
+            encoder_config = transformers.AutoConfig.for_model(**encoder_config)
         self.encoder_config, self.encoder_class = encoder_config, encoder_class
         self.blocks = None if blocks is None else list(blocks)
         self.block_norm, self.pooling, self.selector = block_norm, pooling, selector
@@ -77,6 +84,8 @@ class _PreTrained(transformers.PreTrainedModel):
     """What S2SentModel and the classifier have in common: how they are loaded."""
 
     config_class = S2SentConfig
+    # The encoder, not this class, decides which implementations of attention it has.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _selector_keys: str  # matches the names of the selector's tensors
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, Any]:
@@ -107,7 +116,8 @@ class S2SentModel(_PreTrained):
         encoder_class = getattr(transformers, config.encoder_class, None)
         if encoder_class is None:
             raise ValueError(f"encoder_class: expected a model class of transformers, got {config.encoder_class!r}")
-        self.encoder = encoder_class(transformers.AutoConfig.for_model(**config.encoder_config))
+        self.encoder = encoder_class(config.encoder_config)
+        config.encoder_config = self.encoder.config
         self.selector = S2SentSelector(**config.selector).float()  # the default dtype here is the encoder's
         self.head = _Head(self.selector.hidden_size) if config.head else None
         self._capture = BlockCapture(self.encoder, config.blocks, block_norm=config.block_norm)
@@ -121,26 +131,35 @@ class S2SentModel(_PreTrained):
         *,
         block_norm: str | None = "final",
         pooling: str = "mean",
+        dtype: str | torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
         **selector: Any,
     ) -> S2SentModel:
         """A fresh selector behind an encoder; ``selector`` goes to S2SentSelector (bottleneck, block_prior, ...).
 
         A model that is given is used, not copied.
 
+        Args:
+            dtype, attn_implementation: of an encoder that is loaded from a path, as AutoModel.from_pretrained takes them.
+            model_kwargs: its other options, as ``revision`` or a value of the encoder's configuration.
+
         Raises:
-            ValueError, TypeError: an argument is wrong, there is no such model, or the encoder's blocks cannot be found.
+            ValueError, TypeError: an argument is wrong, there is no such model, or the encoder's blocks cannot be found; or one
+                of these three is given beside a model.
         """
         validate.option("block_norm", block_norm, BLOCK_NORMS)
         validate.option("pooling", pooling, POOLINGS)
+        options = {"dtype": dtype, "attn_implementation": attn_implementation, "model_kwargs": model_kwargs}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         encoder: Any = path_or_model
         if isinstance(path_or_model, (str, os.PathLike)):
-            try:
-                encoder = transformers.AutoModel.from_pretrained(path_or_model)
-            except OSError as error:
-                reason = " ".join(str(error).split())
-                raise ValueError(
-                    f"path_or_model: expected a folder or a hub's model, got {str(path_or_model)!r}: {reason}"
-                ) from error
+            encoder = _load_encoder(path_or_model, **given)
+        elif given:
+            name, value = next(iter(given.items()))
+            raise ValueError(
+                f"{name}: expected none beside a model, which is used as it is, got {value!r} with {type(encoder).__name__}"
+            )
         chosen = families.indices(blocks, len(families.find_blocks(encoder)))
         arguments = {"hidden_size": families.hidden_size(encoder), "num_blocks": len(chosen), **selector}
         fresh = S2SentSelector(**arguments)  # first, since it judges the arguments
@@ -207,6 +226,7 @@ class S2SentModel(_PreTrained):
             model = cls(config)
         model.release()
         model.encoder, model.selector = encoder, selector.to(encoder.device)
+        model.config.encoder_config = encoder.config
         model._capture = BlockCapture(encoder, chosen, block_norm=block_norm)
         return model.eval()
 
@@ -224,6 +244,10 @@ class S2SentModel(_PreTrained):
 
     def set_input_embeddings(self, value: Any) -> None:
         self.encoder.set_input_embeddings(value)
+
+    def set_attn_implementation(self, *arguments: Any, **options: Any) -> None:
+        """The encoder's, as in the library."""
+        self.encoder.set_attn_implementation(*arguments, **options)
 
     def forward(
         self,
@@ -328,10 +352,14 @@ class S2SentForSequenceClassification(_PreTrained):
         with torch.device("meta"):  # of __init__, only the classifier is wanted
             whole = cls(config)
         whole.model.release()
-        whole.model = model
+        whole.model, config.encoder_config = model, model.encoder.config
         whole._add_classifier()
         whole.classifier.to(model.device, model.dtype)
         return whole.eval()
+
+    def set_attn_implementation(self, *arguments: Any, **options: Any) -> None:
+        """The encoder's, as in the library."""
+        self.model.set_attn_implementation(*arguments, **options)
 
     def forward(
         self,
@@ -348,6 +376,21 @@ class S2SentForSequenceClassification(_PreTrained):
         loss = None if labels is None else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         output = SequenceClassifierOutput(loss=loss, logits=logits)
         return output if return_dict is not False else output.to_tuple()
+
+
+def _load_encoder(
+    path: str | os.PathLike[str], model_kwargs: Mapping[str, Any] | None = None, **options: Any
+) -> transformers.PreTrainedModel:
+    if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
+        raise TypeError(f"model_kwargs: expected a mapping, got {type(model_kwargs).__name__}")
+    for name in options:
+        if name in (model_kwargs or ()):
+            raise ValueError(f"model_kwargs: expected none of the other arguments in it, got {name}, which is one")
+    try:
+        return transformers.AutoModel.from_pretrained(path, **options, **model_kwargs or {})
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"path_or_model: expected a folder or a hub's model, got {str(path)!r}: {reason}") from error
 
 
 transformers.AutoConfig.register("s2sent", S2SentConfig)

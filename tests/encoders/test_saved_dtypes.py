@@ -1,4 +1,4 @@
-"""A saved model comes back with the same bits, whichever dtypes its encoder and its selector have; and ``dtype`` is the encoder's."""
+"""A saved model comes back with the same bits, whichever dtypes encoder and selector have; and ``dtype`` is the encoder's."""
 
 import itertools
 
@@ -164,4 +164,6 @@ def test_to_moves_the_pooling_and_casts_nothing(folder):
     assert pooling.to("meta", torch.float16).selector.down.weight.device.type == "meta"
     with pytest.raises(TypeError):
         pooling.to("cpu", precision=16)
-    assert {p.dtype for p in make_sentences(folder, torch.float32, torch.float32).half().parameters()} == {torch.float16}
+    assert {p.dtype for p in make_sentences(folder, torch.float32, torch.float32).half().parameters()} == {
+        torch.float16
+    }
