@@ -94,6 +94,13 @@ class _PreTrained(transformers.PreTrainedModel):
         float32 of ``__init__``."""
         return {**super()._get_dtype_plan(dtype), self._selector_keys: None}
 
+    def save_pretrained(self, *arguments: Any, **options: Any) -> None:
+        """As in the library. The configuration that is saved describes encoder and selector as they are now."""
+        model: Any = self.base_model
+        self.config.encoder_config = model.encoder.config  # another object where the caller has replaced one
+        self.config.selector = {**self.config.selector, **model.selector.arguments}
+        super().save_pretrained(*arguments, **options)
+
 
 class S2SentModel(_PreTrained):
     """Sentence embeddings from several blocks of an encoder. Made by ``from_encoder``, ``from_published`` or
@@ -245,6 +252,10 @@ class S2SentModel(_PreTrained):
     def set_input_embeddings(self, value: Any) -> None:
         self.encoder.set_input_embeddings(value)
 
+    def resize_token_embeddings(self, *arguments: Any, **options: Any) -> nn.Embedding:
+        """The encoder's, as in the library, so that the encoder's configuration has the new size."""
+        return self.encoder.resize_token_embeddings(*arguments, **options)
+
     def set_attn_implementation(self, *arguments: Any, **options: Any) -> None:
         """The encoder's, as in the library."""
         self.encoder.set_attn_implementation(*arguments, **options)
@@ -356,6 +367,10 @@ class S2SentForSequenceClassification(_PreTrained):
         whole._add_classifier()
         whole.classifier.to(model.device, model.dtype)
         return whole.eval()
+
+    def resize_token_embeddings(self, *arguments: Any, **options: Any) -> nn.Embedding:
+        """The encoder's, as in the library."""
+        return self.model.resize_token_embeddings(*arguments, **options)
 
     def set_attn_implementation(self, *arguments: Any, **options: Any) -> None:
         """The encoder's, as in the library."""
