@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
@@ -54,6 +55,9 @@ class S2SentPooling(Module):
     A SentenceTransformer casts each of its modules ``to`` its first one's dtype, which would round the running statistics, so
     ``to`` moves this module and casts nothing. ``half``, ``bfloat16`` and ``double`` cast, and so does ``to`` of the whole model.
 
+    A copy or a pickle of this module alone is without its transformer, and needs ``attach`` or another model; with its transformer
+    it follows that one's copy. Where a module is forgotten, its hooks leave the transformer.
+
     Args:
         selector: the arguments of S2SentSelector.
         blocks: which blocks, 0 the lowest.
@@ -78,7 +82,7 @@ class S2SentPooling(Module):
         self.selector_arguments, self.blocks = dict(selector_arguments), list(blocks)
         self.block_norm, self.pooling, self.include_prompt = block_norm, pooling, include_prompt
         self.selector = S2SentSelector(**self.selector_arguments)
-        self._listeners: list[BlockListener] = []
+        self._keep([])
 
     @classmethod
     def behind(
@@ -111,7 +115,7 @@ class S2SentPooling(Module):
             ValueError, TypeError: a transformer's blocks cannot be found, or do not fit the selector. Those followed before still
                 are.
         """
-        before, self._listeners = self._listeners, []
+        before, made = self._listeners, []
         try:
             for transformer in transformers:
                 # sentence-transformers' Transformer bypasses its encoder's own hooks, so the Transformer is followed.
@@ -120,16 +124,20 @@ class S2SentPooling(Module):
                     self.blocks,
                     block_norm=self.block_norm,
                     called=transformer,
-                    consumer=self._stream,
+                    consumer=_Follower(self),
                 )
-                self._listeners.append(listener)
+                made.append(listener)
                 listener.capture.check(self.selector)
         except BaseException:
-            before, self._listeners = self._listeners, before
+            _remove(made)
             raise
-        finally:
-            for listener in before:
-                listener.remove()
+        self._keep(made)
+        _remove(before)
+
+    def _keep(self, listeners: list[BlockListener]) -> None:
+        """These are the module's own. Their hooks go when it does, as where a notebook's cell makes another one."""
+        self._listeners = listeners
+        weakref.finalize(self, _remove, listeners).atexit = False
 
     def on_model_ready(self, model: BaseModel) -> None:
         """Follow the transformers before this module in ``model``; sentence-transformers calls it once the model is complete."""
@@ -179,11 +187,19 @@ class S2SentPooling(Module):
             return None
         return _Stream(self, features)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a file of this module alone is without the transformer. One of both has the hooks, which belong to the
+        transformer, and within each the ``_Follower`` that makes the module follow it again."""
+        listeners = [listener for listener in self._listeners if not isinstance(listener._consumer, _Follower)]
+        return {**self.__dict__, "_listeners": listeners}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_listener" in state:  # written when a module followed one transformer
             listener = state.pop("_listener")
             state["_listeners"] = [] if listener is None else [listener]
         super().__setstate__(state)
+        if not self._listeners:  # else written when a module held its listeners, and was held by them
+            self._keep([])
 
     def get_embedding_dimension(self) -> int:
         return self.selector.hidden_size
@@ -340,6 +356,41 @@ class _Counted(NamedTuple):
             return state
         state = state.reshape(-1, state.shape[-1])
         return state if self.kept is None else state[self.kept]
+
+
+class _Follower:
+    """What a listener calls: the module, which it does not keep alive."""
+
+    def __init__(self, module: S2SentPooling) -> None:
+        self._module = weakref.ref(module)
+
+    @property
+    def module(self) -> S2SentPooling | None:
+        return self._module()
+
+    def __call__(self, *args: Any) -> _Stream | None:
+        module = self._module()
+        return None if module is None else module._stream(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        module = self._module()
+        own = [] if module is None else [one for one in module._listeners if one._consumer is self]
+        return {"module": module, "listeners": own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The copied or loaded module follows the copied or loaded transformer."""
+        module = state["module"]
+        if module is None:
+            self._module = lambda: None  # type: ignore[assignment]
+            return
+        self._module = weakref.ref(module)
+        module._listeners += state["listeners"]
+
+
+def _remove(listeners: list[BlockListener]) -> None:
+    """And forget them, so that no transformer is kept alive."""
+    while listeners:
+        listeners.pop().remove()
 
 
 class _Stream:
