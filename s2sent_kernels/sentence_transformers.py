@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 with importing("sentence-transformers 6 or newer", "sentence-transformers"):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.model import BaseModel
-    from sentence_transformers.base.modules import Module, Router
+    from sentence_transformers.base.modules import Router
+    from sentence_transformers.sentence_transformer.modules import Pooling
 
 BACKENDS = ("torch", "onnx")  # of ``load``
 _ROUTERS = (f"{Router.__module__}.Router", "sentence_transformers.models.Router")  # as modules.json names them
 
 
-class S2SentPooling(Module):
+class S2SentPooling(Pooling):
     """Sentence embeddings from the hidden states of the transformer before it in the list of modules.
 
     It follows that transformer's blocks, so it must know the transformer. ``behind`` attaches it, and so does a model that is
@@ -76,7 +77,8 @@ class S2SentPooling(Module):
         pooling: str = "mean",
         include_prompt: bool = True,
     ) -> None:
-        super().__init__()
+        # A Pooling, so that set_pooling_include_prompt and its like find it; but its state is not one's.
+        super(Pooling, self).__init__()
         validate.option("block_norm", block_norm, BLOCK_NORMS)
         validate.option("pooling", pooling, POOLINGS)
         self.selector_arguments, self.blocks = dict(selector_arguments), list(blocks)

@@ -138,6 +138,19 @@ def test_truncation_precision_and_prompts(model):
     assert equal(model.encode(TEXTS, prompt="query: "), model.encode(TEXTS, prompt_name="query"))
 
 
+def test_prompts_can_be_left_out_of_a_model_that_is_there(model, tmp_path):
+    """Each embedding is that of a model made so."""
+    again, other = copy.deepcopy(model), make_model(include_prompt=False)
+    with_prompt, without = (one.encode(TEXTS, prompt_name="query") for one in (model, other))
+    assert not equal(with_prompt, without)
+    again.set_pooling_include_prompt(False)
+    assert not again[1].include_prompt and equal(again.encode(TEXTS, prompt_name="query"), without)
+    again.save(str(tmp_path), create_model_card=False)
+    assert equal(load(tmp_path, device="cpu").encode(TEXTS, prompt_name="query"), without)
+    again.set_pooling_include_prompt(True)
+    assert equal(again.encode(TEXTS, prompt_name="query"), with_prompt)
+
+
 # ---------------------------------------------------------------- one transformer, several times
 
 
