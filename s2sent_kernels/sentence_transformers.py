@@ -56,8 +56,8 @@ class S2SentPooling(Pooling):
     A SentenceTransformer casts each of its modules ``to`` its first one's dtype, which would round the running statistics, so
     ``to`` moves this module and casts nothing. ``half``, ``bfloat16`` and ``double`` cast, and so does ``to`` of the whole model.
 
-    A copy or a pickle of this module alone is without its transformer, and needs ``attach`` or another model; with its transformer
-    it follows that one's copy. Where a module is forgotten, its hooks leave the transformer.
+    A copy or a pickle of this module alone is without its transformer, and needs ``attach`` or another model; beside its
+    transformer's copy it follows that one. Where a module is forgotten, its hooks leave the transformer.
 
     Args:
         selector: the arguments of S2SentSelector.
