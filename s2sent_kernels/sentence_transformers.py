@@ -16,14 +16,15 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import families, model_card, onnx_backend, validate
 from .capture import BLOCK_NORMS, BlockListener
-from .consumers import KeptStates, PooledStates
+from .consumers import KeptStates
+from .features import Counted, Stream
 from .files import importing
 from .formula.call import POOLINGS
 from .selector import S2SentSelector
@@ -163,11 +164,11 @@ class S2SentPooling(Pooling):
             )
         heard = next((listener for listener in self._listeners if listener.heard), self._listeners[0])
         consumer = heard.take_consumer()
-        if isinstance(consumer, _Stream):
+        if isinstance(consumer, Stream):
             features["sentence_embedding"] = consumer.result(features)
             return features
         assert isinstance(consumer, KeptStates)
-        tokens = _Counted.of(features, self.include_prompt)
+        tokens = Counted.of(features, self.include_prompt)
         states = [tokens.select(state) for state in consumer.hidden_states]
         features["sentence_embedding"] = self.selector.pool(
             states, tokens.attention_mask, cu_seqlens=tokens.cu_seqlens, pooling=self.pooling
@@ -179,7 +180,7 @@ class S2SentPooling(Pooling):
         """Follows the transformer's blocks; None until ``attach``, the first of several behind a Router."""
         return self._listeners[0] if self._listeners else None
 
-    def _stream(self, features: Any = None, *args: Any) -> _Stream | None:
+    def _stream(self, features: Any = None, *args: Any) -> Stream | None:
         """The consumer of the hidden states of a call of a transformer with these arguments; None keeps them."""
         captures = []
         for listener in self._listeners:
@@ -187,7 +188,7 @@ class S2SentPooling(Pooling):
             captures.append(listener.capture)
         if not isinstance(features, Mapping) or any(one.needs_gradient(self.selector, features) for one in captures):
             return None
-        return _Stream(self, features)
+        return Stream(self, features)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a file of this module alone is without the transformer. One of both has the hooks, which belong to the
@@ -325,41 +326,6 @@ def _transformers_before(pooling: S2SentPooling, model: nn.Module) -> list[nn.Mo
     return list(dict.fromkeys(found))
 
 
-class _Counted(NamedTuple):
-    """Which tokens of a batch count, in the form that a selector takes."""
-
-    attention_mask: Tensor | None
-    cu_seqlens: Tensor | None = None
-    kept: Tensor | None = None  # [T] bool, of packed tokens, where prompts are left out
-
-    @classmethod
-    def of(cls, features: Mapping[str, Any], include_prompt: bool) -> _Counted:
-        mask, skip = features.get("attention_mask"), 0
-        if not include_prompt and "prompt_length" in features:
-            length = features["prompt_length"]
-            skip = int(length[0].item()) if isinstance(length, Tensor) else int(length)
-        if "cu_seq_lens_q" in features:
-            return cls._packed(features["cu_seq_lens_q"].to(torch.int32), skip)
-        return cls(mask * (mask.cumsum(1) > skip) if skip and mask is not None else mask)
-
-    @classmethod
-    def _packed(cls, cu_seqlens: Tensor, skip: int) -> _Counted:
-        if not skip:
-            return cls(None, cu_seqlens)
-        lengths = cu_seqlens.diff()
-        place = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
-        kept = place - cu_seqlens[:-1].repeat_interleave(lengths) >= skip
-        ends = (lengths - skip).clamp(min=0).cumsum(0)
-        return cls(None, torch.cat([ends.new_zeros(1), ends]).to(torch.int32), kept)
-
-    def select(self, state: Tensor) -> Tensor:
-        """[B, L, D] as it is, or of packed [1, T, D] the tokens that count."""
-        if self.cu_seqlens is None:
-            return state
-        state = state.reshape(-1, state.shape[-1])
-        return state if self.kept is None else state[self.kept]
-
-
 class _Follower:
     """What a listener calls: the module, which it does not keep alive."""
 
@@ -370,7 +336,7 @@ class _Follower:
     def module(self) -> S2SentPooling | None:
         return self._module()
 
-    def __call__(self, *args: Any) -> _Stream | None:
+    def __call__(self, *args: Any) -> Stream | None:
         module = self._module()
         return None if module is None else module._stream(*args)
 
@@ -393,31 +359,3 @@ def _remove(listeners: list[BlockListener]) -> None:
     """And forget them, so that no transformer is kept alive."""
     while listeners:
         listeners.pop().remove()
-
-
-class _Stream:
-    """Pools the hidden states of a call."""
-
-    def __init__(self, module: S2SentPooling, features: Mapping[str, Any]) -> None:
-        self.counted = _counted(features)
-        self.tokens = _Counted.of(features, module.include_prompt)
-        self.selector = module.selector
-        self.pool = PooledStates(module.selector, self.tokens.attention_mask, self.tokens.cu_seqlens, module.pooling)
-
-    def add(self, block: int, hidden_state: Tensor) -> None:
-        self.pool.add(block, self.tokens.select(hidden_state))
-
-    def result(self, features: Mapping[str, Any]) -> Tensor:
-        for name, value in _counted(features).items():
-            if value is not self.counted[name]:
-                raise ValueError(f"features: expected the {name} that the transformer was called with, got another")
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.selector.parameters()):
-            raise RuntimeError(
-                "the transformer ran without gradients, and with it the selector: expected one grad mode for both"
-            )
-        return self.pool.result()
-
-
-def _counted(features: Mapping[str, Any]) -> dict[str, Any]:
-    """The features that decide which tokens count."""
-    return {name: features.get(name) for name in ("attention_mask", "prompt_length", "cu_seq_lens_q")}
