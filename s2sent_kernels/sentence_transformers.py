@@ -56,6 +56,7 @@ class S2SentPooling(Pooling):
     The selector keeps its own dtype beside an encoder in another: float32 if it is fresh, and that of its file if it is loaded.
     A SentenceTransformer casts each of its modules ``to`` its first one's dtype, which would round the running statistics, so
     ``to`` moves this module and casts nothing. ``half``, ``bfloat16`` and ``double`` cast, and so does ``to`` of the whole model.
+    A model with a device map casts every parameter by itself, and rounds the selector's.
 
     A copy or a pickle of this module alone is without its transformer, and needs ``attach`` or another model; beside its
     transformer's copy it follows that one. Where a module is forgotten, its hooks leave the transformer.
@@ -177,7 +178,8 @@ class S2SentPooling(Pooling):
 
     @property
     def listener(self) -> BlockListener | None:
-        """Follows the transformer's blocks; None until ``attach``, the first of several behind a Router."""
+        """Follows the transformer's blocks as long as this module lives; None until ``attach``, the first of several behind a
+        Router."""
         return self._listeners[0] if self._listeners else None
 
     def _stream(self, features: Any = None, *args: Any) -> Stream | None:

