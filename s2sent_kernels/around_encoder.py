@@ -73,7 +73,7 @@ def _naming(function: Callable[..., Any], encoder_forward: Callable[..., Any]) -
 
 
 class AroundEncoder(transformers.PreTrainedModel):
-    """What both models have in common: attentions are the encoder's, and outputs those of this package."""
+    """What both models have in common as they are called: inputs are the encoder's, outputs those of this package."""
 
     base_model_prefix = "model"  # so that a classifier's folder opens as its model, too
     supports_gradient_checkpointing = (
@@ -94,13 +94,6 @@ class AroundEncoder(transformers.PreTrainedModel):
 
     def _settle(self) -> None:
         raise NotImplementedError
-
-    def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
-        return attn_implementation  # the encoder judges it when it is made
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True
 
     def _refuse(self, given: dict[str, Any]) -> None:
         """Raises a ValueError where more is asked for than these models return. ``given`` loses what was not asked for."""

@@ -57,6 +57,8 @@ class Pipeline(nn.Module):
         validate.option("pooling", pooling, POOLINGS)
         self.encoder, self.selector, self.pooling = capture.encoder, selector, pooling
         self.head, self.capture = head, capture
+        # Kept alive, since the capture's hooks go with the module that made it; in a tuple, it is no part of this one.
+        self.owners: tuple[nn.Module, ...] = ()
         self.tokenizer: Any = None
         self.prompts: dict[str, str] = {}
         self.training = capture.encoder.training or selector.training
@@ -196,6 +198,7 @@ def of_modules(model: Any) -> Pipeline:
         )
     head = _Behind(behind) if behind else None
     pipeline = Pipeline(listener.capture, pooling.selector, pooling.pooling, head)
+    pipeline.owners = (pooling,)
     pipeline.tokenizer, pipeline.prompts = model.tokenizer, model.prompts
     return pipeline
 

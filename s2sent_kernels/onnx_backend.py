@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import families
 from .export import INPUTS, OUTPUT, as_pipeline, export_onnx
 from .files import require
 
 FILE = "onnx/model.onnx"  # where sentence-transformers keeps one
 # Those of model_kwargs that tell what ONNX Runtime does; the names are the library's.
 OPTIONS = ("file_name", "export", "provider", "provider_options", "session_options")
+DTYPES = (torch.float32, torch.float16)  # in which ONNX Runtime computes every operator of an encoder
 
 
 class Graph(nn.Module):
@@ -67,24 +70,53 @@ class Graph(nn.Module):
         )
 
 
-def compute_by_runtime(model: Any, folder: Path, options: dict[str, Any]) -> None:
-    """Let ONNX Runtime compute ``model``, a SentenceTransformer that was loaded from ``folder``.
+def find(folder: Path, options: Mapping[str, Any], others: Mapping[str, Mapping[str, Any] | None]) -> Path | None:
+    """The graph that is computed: ``file_name`` (by default FILE) below the folder, if it is there and ``export`` does not ask
+    for another; else None, and one is exported, which takes some seconds.
 
     Args:
-        options: those of OPTIONS. The graph is ``file_name`` (by default FILE) below the folder, if it is there and
-            ``export`` does not ask for another; else it is exported, which takes some seconds.
+        options: those of OPTIONS.
+        others: by the names of load's arguments, the options of the encoder, which a graph that is there does not follow.
 
     Raises:
-        ValueError: ``file_name`` is given and not there; or see ``export_onnx`` and Graph.
+        ValueError: ``file_name`` is given and not there; or the graph is there, and so are others.
     """
     file = folder / (options.get("file_name") or FILE)
-    if options.get("file_name") and not options.get("export") and not file.is_file():
-        raise ValueError(f"file_name: expected a file in {folder}, got {options['file_name']!r}")
+    if options.get("export"):
+        return None
+    if not file.is_file():
+        if options.get("file_name"):
+            raise ValueError(f"file_name: expected a file in {folder}, got {options['file_name']!r}")
+        return None
+    for argument, values in others.items():
+        if values:
+            raise ValueError(
+                f"{argument}: expected none that change the encoder beside the graph {file}, got {', '.join(values)}; with "
+                "model_kwargs={'export': True} another graph is made"
+            )
+    return file
+
+
+def compute_by_runtime(model: Any, file: Path | None, options: Mapping[str, Any]) -> None:
+    """Let ONNX Runtime compute ``model``, a SentenceTransformer.
+
+    Args:
+        file: its graph; None exports one.
+        options: those of OPTIONS.
+
+    Raises:
+        ValueError: ONNX Runtime cannot compute in the encoder's dtype; or see ``export_onnx`` and Graph.
+    """
     rest = [options.get(name) for name in ("provider", "provider_options", "session_options")]
     as_pipeline(model)  # a Router, say, is refused here
     config = model[0].auto_model.config
+    dtype = families.float_parameter(model[0].auto_model).dtype
+    if file is None and dtype not in DTYPES:
+        raise ValueError(
+            f"dtype: expected {' or '.join(map(str, DTYPES))} with backend='onnx', got {dtype}: see model_kwargs"
+        )
     with tempfile.TemporaryDirectory() as temporary:
-        if options.get("export") or not file.is_file():
+        if file is None:
             file = Path(temporary) / "model.onnx"
             export_onnx(model.eval(), file)
         graph = Graph(file, config, *rest)

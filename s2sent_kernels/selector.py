@@ -244,13 +244,18 @@ class S2SentSelector(nn.Module):
 
     # ------------------------------------------------------------ folders
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments, but for the backend, of a selector that takes the state of this one."""
+        found = {name: getattr(self, name) for name in pretrained.ARGUMENTS}
+        found["block_prior"] = self.block_prior is not None
+        found["gate_scale"] = None if self.gate_scale is None else self.gate_scale.item()
+        return found
+
     def save_pretrained(self, folder: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``, which is created if missing. ``about`` adds entries to
         the configuration, as "blocks" and "pooling"."""
-        arguments = {name: getattr(self, name) for name in pretrained.ARGUMENTS}
-        arguments["block_prior"] = self.block_prior is not None
-        arguments["gate_scale"] = None if self.gate_scale is None else self.gate_scale.item()
-        pretrained.save(folder, arguments, self.state_dict(), about)
+        pretrained.save(folder, self.arguments, self.state_dict(), about)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | os.PathLike[str], *, backend: str = "auto") -> S2SentSelector:

@@ -10,33 +10,39 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import families, model_card, onnx_backend, validate
 from .capture import BLOCK_NORMS, BlockListener
-from .consumers import KeptStates, PooledStates
+from .consumers import KeptStates
+from .features import Counted, Stream
 from .files import importing
 from .formula.call import POOLINGS
 from .selector import S2SentSelector
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 with importing("sentence-transformers 6 or newer", "sentence-transformers"):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.model import BaseModel
-    from sentence_transformers.base.modules import Module, Router
+    from sentence_transformers.base.modules import Router
+    from sentence_transformers.sentence_transformer.modules import Pooling
 
 BACKENDS = ("torch", "onnx")  # of ``load``
 _ROUTERS = (f"{Router.__module__}.Router", "sentence_transformers.models.Router")  # as modules.json names them
 
 
-class S2SentPooling(Module):
+class S2SentPooling(Pooling):
     """Sentence embeddings from the hidden states of the transformer before it in the list of modules.
 
     It follows that transformer's blocks, so it must know the transformer. ``behind`` attaches it, and so does a model that is
@@ -46,6 +52,14 @@ class S2SentPooling(Module):
     Without gradients (grad mode off, or nothing that requires one) large hidden states are pooled as each block finishes, and
     freed. This needs a transformer that is called with the features, as sentence-transformers does. A call of a plain
     transformers model does not tell the length of prompts: the hidden states are kept until this module runs.
+
+    The selector keeps its own dtype beside an encoder in another: float32 if it is fresh, and that of its file if it is loaded.
+    A SentenceTransformer casts each of its modules ``to`` its first one's dtype, which would round the running statistics, so
+    ``to`` moves this module and casts nothing. ``half``, ``bfloat16`` and ``double`` cast, and so does ``to`` of the whole model.
+    A model with a device map casts every parameter by itself, and rounds the selector's.
+
+    A copy or a pickle of this module alone is without its transformer, and needs ``attach`` or another model; beside its
+    transformer's copy it follows that one. Where a module is forgotten, its hooks leave the transformer.
 
     Args:
         selector: the arguments of S2SentSelector.
@@ -65,13 +79,14 @@ class S2SentPooling(Module):
         pooling: str = "mean",
         include_prompt: bool = True,
     ) -> None:
-        super().__init__()
+        # A Pooling, so that set_pooling_include_prompt and its like find it; but its state is not one's.
+        super(Pooling, self).__init__()
         validate.option("block_norm", block_norm, BLOCK_NORMS)
         validate.option("pooling", pooling, POOLINGS)
         self.selector_arguments, self.blocks = dict(selector_arguments), list(blocks)
         self.block_norm, self.pooling, self.include_prompt = block_norm, pooling, include_prompt
         self.selector = S2SentSelector(**self.selector_arguments)
-        self._listeners: list[BlockListener] = []
+        self._keep([])
 
     @classmethod
     def behind(
@@ -104,7 +119,7 @@ class S2SentPooling(Module):
             ValueError, TypeError: a transformer's blocks cannot be found, or do not fit the selector. Those followed before still
                 are.
         """
-        before, self._listeners = self._listeners, []
+        before, made = self._listeners, []
         try:
             for transformer in transformers:
                 # sentence-transformers' Transformer bypasses its encoder's own hooks, so the Transformer is followed.
@@ -113,16 +128,20 @@ class S2SentPooling(Module):
                     self.blocks,
                     block_norm=self.block_norm,
                     called=transformer,
-                    consumer=self._stream,
+                    consumer=_Follower(self),
                 )
-                self._listeners.append(listener)
+                made.append(listener)
                 listener.capture.check(self.selector)
         except BaseException:
-            before, self._listeners = self._listeners, before
+            _remove(made)
             raise
-        finally:
-            for listener in before:
-                listener.remove()
+        self._keep(made)
+        _remove(before)
+
+    def _keep(self, listeners: list[BlockListener]) -> None:
+        """These are the module's own. Their hooks go when it does, as where a notebook's cell makes another one."""
+        self._listeners = listeners
+        weakref.finalize(self, _remove, listeners).atexit = False
 
     def on_model_ready(self, model: BaseModel) -> None:
         """Follow the transformers before this module in ``model``; sentence-transformers calls it once the model is complete."""
@@ -146,11 +165,11 @@ class S2SentPooling(Module):
             )
         heard = next((listener for listener in self._listeners if listener.heard), self._listeners[0])
         consumer = heard.take_consumer()
-        if isinstance(consumer, _Stream):
+        if isinstance(consumer, Stream):
             features["sentence_embedding"] = consumer.result(features)
             return features
         assert isinstance(consumer, KeptStates)
-        tokens = _Counted.of(features, self.include_prompt)
+        tokens = Counted.of(features, self.include_prompt)
         states = [tokens.select(state) for state in consumer.hidden_states]
         features["sentence_embedding"] = self.selector.pool(
             states, tokens.attention_mask, cu_seqlens=tokens.cu_seqlens, pooling=self.pooling
@@ -159,10 +178,11 @@ class S2SentPooling(Module):
 
     @property
     def listener(self) -> BlockListener | None:
-        """Follows the transformer's blocks; None until ``attach``, the first of several behind a Router."""
+        """Follows the transformer's blocks as long as this module lives; None until ``attach``, the first of several behind a
+        Router."""
         return self._listeners[0] if self._listeners else None
 
-    def _stream(self, features: Any = None, *args: Any) -> _Stream | None:
+    def _stream(self, features: Any = None, *args: Any) -> Stream | None:
         """The consumer of the hidden states of a call of a transformer with these arguments; None keeps them."""
         captures = []
         for listener in self._listeners:
@@ -170,18 +190,32 @@ class S2SentPooling(Module):
             captures.append(listener.capture)
         if not isinstance(features, Mapping) or any(one.needs_gradient(self.selector, features) for one in captures):
             return None
-        return _Stream(self, features)
+        return Stream(self, features)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a file of this module alone is without the transformer. One of both has the hooks, which belong to the
+        transformer, and within each the ``_Follower`` that makes the module follow it again."""
+        listeners = [listener for listener in self._listeners if not isinstance(listener._consumer, _Follower)]
+        return {**self.__dict__, "_listeners": listeners}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_listener" in state:  # written when a module followed one transformer
             listener = state.pop("_listener")
             state["_listeners"] = [] if listener is None else [listener]
         super().__setstate__(state)
+        if not self._listeners:  # else written when a module held its listeners, and was held by them
+            self._keep([])
 
     def get_embedding_dimension(self) -> int:
         return self.selector.hidden_size
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Moves to a device, given as torch.nn.Module.to takes it; a dtype is left out (see above)."""
+        device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        return self if device is None else super().to(device=device, non_blocking=non_blocking)
+
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        self.selector_arguments |= self.selector.arguments  # as they are now
         self.save_config(output_path)
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
 
@@ -205,7 +239,10 @@ class S2SentPooling(Module):
         }
         model = cls(**cls.load_config(model_name_or_path, subfolder=subfolder, **hub))
         model.selector.eval()  # like the encoder that transformers loads; trainers and encode set the mode they need
-        return cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=model, **hub)
+        state = cls.load_torch_weights(model_name_or_path, subfolder=subfolder, **hub)
+        # Assigned, and not copied into what is there, each tensor keeps its dtype. Cloned, it no longer maps the file.
+        model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+        return model
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:
@@ -214,7 +251,8 @@ def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:
     SentenceTransformer and mean the same. With ``backend="onnx"`` ONNX Runtime computes the whole model, pooling included.
 
     Raises:
-        ValueError: there is no such folder, or one of its modules is of another package; names it. Or the backend is another.
+        ValueError: there is no such folder, or one of its modules is of another package; names it. Or the backend is another, or
+            cannot follow an option.
     """
     backend = options.pop("backend", "torch")
     if backend not in BACKENDS:
@@ -234,14 +272,18 @@ def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:
             own[name] = SimpleNamespace(load=partial(Router.load, module_classes=own))
         elif package.split(".")[0] != "sentence_transformers" and not options.get("trust_remote_code"):
             raise ValueError(f"{listing}: expected modules of sentence_transformers or {__package__}, got {name!r}")
-    of_runtime = {}
-    if backend == "onnx" and options.get("model_kwargs"):
-        options["model_kwargs"] = dict(options["model_kwargs"])  # the caller's own stays as it is
-        of_runtime = {name: options["model_kwargs"].pop(name, None) for name in onnx_backend.OPTIONS}
+    of_runtime: dict[str, Any] = {}
+    graph = None
+    if backend == "onnx":
+        of_encoder = dict(options.get("model_kwargs") or {})  # the caller's own stays as it is
+        of_runtime = {name: of_encoder.pop(name, None) for name in onnx_backend.OPTIONS}
+        options["model_kwargs"] = of_encoder
+        others = {name: options.get(name) for name in ("model_kwargs", "config_kwargs")}
+        graph = onnx_backend.find(folder, of_runtime, others)
     # The public way to load a class of this package needs trust_remote_code, which would also run code from the folder.
     model = SentenceTransformer._load_with_module_classes(str(folder), own, **options)
     if backend == "onnx":
-        onnx_backend.compute_by_runtime(model, folder, of_runtime)
+        onnx_backend.compute_by_runtime(model, graph, of_runtime)
     return model
 
 
@@ -286,64 +328,36 @@ def _transformers_before(pooling: S2SentPooling, model: nn.Module) -> list[nn.Mo
     return list(dict.fromkeys(found))
 
 
-class _Counted(NamedTuple):
-    """Which tokens of a batch count, in the form that a selector takes."""
+class _Follower:
+    """What a listener calls: the module, which it does not keep alive."""
 
-    attention_mask: Tensor | None
-    cu_seqlens: Tensor | None = None
-    kept: Tensor | None = None  # [T] bool, of packed tokens, where prompts are left out
+    def __init__(self, module: S2SentPooling) -> None:
+        self._module = weakref.ref(module)
 
-    @classmethod
-    def of(cls, features: Mapping[str, Any], include_prompt: bool) -> _Counted:
-        mask, skip = features.get("attention_mask"), 0
-        if not include_prompt and "prompt_length" in features:
-            length = features["prompt_length"]
-            skip = int(length[0].item()) if isinstance(length, Tensor) else int(length)
-        if "cu_seq_lens_q" in features:
-            return cls._packed(features["cu_seq_lens_q"].to(torch.int32), skip)
-        return cls(mask * (mask.cumsum(1) > skip) if skip and mask is not None else mask)
+    @property
+    def module(self) -> S2SentPooling | None:
+        return self._module()
 
-    @classmethod
-    def _packed(cls, cu_seqlens: Tensor, skip: int) -> _Counted:
-        if not skip:
-            return cls(None, cu_seqlens)
-        lengths = cu_seqlens.diff()
-        place = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
-        kept = place - cu_seqlens[:-1].repeat_interleave(lengths) >= skip
-        ends = (lengths - skip).clamp(min=0).cumsum(0)
-        return cls(None, torch.cat([ends.new_zeros(1), ends]).to(torch.int32), kept)
+    def __call__(self, *args: Any) -> Stream | None:
+        module = self._module()
+        return None if module is None else module._stream(*args)
 
-    def select(self, state: Tensor) -> Tensor:
-        """[B, L, D] as it is, or of packed [1, T, D] the tokens that count."""
-        if self.cu_seqlens is None:
-            return state
-        state = state.reshape(-1, state.shape[-1])
-        return state if self.kept is None else state[self.kept]
+    def __getstate__(self) -> dict[str, Any]:
+        module = self._module()
+        own = [] if module is None else [one for one in module._listeners if one._consumer is self]
+        return {"module": module, "listeners": own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The copied or loaded module follows the copied or loaded transformer."""
+        module = state["module"]
+        if module is None:
+            self._module = lambda: None  # type: ignore[assignment]
+            return
+        self._module = weakref.ref(module)
+        module._listeners += state["listeners"]
 
 
-class _Stream:
-    """Pools the hidden states of a call."""
-
-    def __init__(self, module: S2SentPooling, features: Mapping[str, Any]) -> None:
-        self.counted = _counted(features)
-        self.tokens = _Counted.of(features, module.include_prompt)
-        self.selector = module.selector
-        self.pool = PooledStates(module.selector, self.tokens.attention_mask, self.tokens.cu_seqlens, module.pooling)
-
-    def add(self, block: int, hidden_state: Tensor) -> None:
-        self.pool.add(block, self.tokens.select(hidden_state))
-
-    def result(self, features: Mapping[str, Any]) -> Tensor:
-        for name, value in _counted(features).items():
-            if value is not self.counted[name]:
-                raise ValueError(f"features: expected the {name} that the transformer was called with, got another")
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.selector.parameters()):
-            raise RuntimeError(
-                "the transformer ran without gradients, and with it the selector: expected one grad mode for both"
-            )
-        return self.pool.result()
-
-
-def _counted(features: Mapping[str, Any]) -> dict[str, Any]:
-    """The features that decide which tokens count."""
-    return {name: features.get(name) for name in ("attention_mask", "prompt_length", "cu_seq_lens_q")}
+def _remove(listeners: list[BlockListener]) -> None:
+    """And forget them, so that no transformer is kept alive."""
+    while listeners:
+        listeners.pop().remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,41 +17,13 @@ from .checkpoints import published_model
 from .files import importing
 from .formula import reference
 from .formula.call import POOLINGS
+from .saved_model import S2SentConfig, SavedModel, load_encoder
 from .selector import S2SentSelector
 
 with importing("transformers", "transformers"):
     import transformers
     from transformers.modeling_outputs import SequenceClassifierOutput
     from transformers.utils import ModelOutput
-
-
-class S2SentConfig(transformers.PreTrainedConfig):
-    """The encoder's configuration and class name, which of its blocks are fused and how, and the selector's arguments."""
-
-    model_type = "s2sent"
-
-    def __init__(
-        self,
-        encoder_config: dict[str, Any] | None = None,
-        encoder_class: str | None = None,
-        blocks: Sequence[int] | None = None,
-        block_norm: str | None = "final",
-        pooling: str = "mean",
-        selector: dict[str, Any] | None = None,
-        head: bool = False,
-        classifier_dropout: float = 0.1,
-        **kwargs: Any,
-    ) -> None:
-        self.encoder_config, self.encoder_class = encoder_config, encoder_class
-        self.blocks = None if blocks is None else list(blocks)
-        self.block_norm, self.pooling, self.selector = block_norm, pooling, selector
-        self.head, self.classifier_dropout = head, classifier_dropout
-        super().__init__(**kwargs)
-
-    @property
-    def hidden_size(self) -> int | None:
-        """D, which is the embedding's size too."""
-        return None if self.selector is None else self.selector["hidden_size"]
 
 
 @dataclass
@@ -74,11 +46,15 @@ class _Head(nn.Module):
         return torch.tanh(self.dense(embedding))
 
 
-class S2SentModel(AroundEncoder):
+class S2SentModel(AroundEncoder, SavedModel):
     """Sentence embeddings from several blocks of an encoder. Made by ``from_encoder``, ``from_published`` or
-    ``from_pretrained``."""
+    ``from_pretrained``.
 
-    config_class = S2SentConfig
+    ``dtype`` of ``from_pretrained`` is that of the encoder and the head. The selector has the dtype that it was saved in; a fresh
+    one has float32. ``model.to(dtype)`` casts all of them.
+    """
+
+    _selector_keys = r"^selector\."
 
     def __init__(self, config: S2SentConfig) -> None:
         super().__init__(config)
@@ -87,12 +63,10 @@ class S2SentModel(AroundEncoder):
         encoder_class = getattr(transformers, config.encoder_class, None)
         if encoder_class is None:
             raise ValueError(f"encoder_class: expected a model class of transformers, got {config.encoder_class!r}")
-        encoder_config = transformers.AutoConfig.for_model(**config.encoder_config)
-        if config._attn_implementation is not None:
-            encoder_config._attn_implementation = config._attn_implementation
-        self.encoder = encoder_class(encoder_config)
+        self.encoder = encoder_class(config.encoder_config)
+        config.encoder_config = self.encoder.config
         config._attn_implementation = self.encoder.config._attn_implementation
-        self.selector = S2SentSelector(**config.selector)
+        self.selector = S2SentSelector(**config.selector).float()  # the default dtype here is the encoder's
         self.head = _Head(self.selector.hidden_size) if config.head else None
         self._capture = BlockCapture(self.encoder, config.blocks, block_norm=config.block_norm)
         self.post_init()
@@ -108,26 +82,35 @@ class S2SentModel(AroundEncoder):
         *,
         block_norm: str | None = "final",
         pooling: str = "mean",
+        dtype: str | torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
         **selector: Any,
     ) -> S2SentModel:
         """A fresh selector behind an encoder; ``selector`` goes to S2SentSelector (bottleneck, block_prior, ...).
 
         A model that is given is used, not copied.
 
+        Args:
+            dtype, attn_implementation: of an encoder that is loaded from a path, as AutoModel.from_pretrained takes them.
+            model_kwargs: its other options, as ``revision`` or a value of the encoder's configuration.
+
         Raises:
-            ValueError, TypeError: an argument is wrong, there is no such model, or the encoder's blocks cannot be found.
+            ValueError, TypeError: an argument is wrong, there is no such model, or the encoder's blocks cannot be found; or one
+                of these three is given beside a model.
         """
         validate.option("block_norm", block_norm, BLOCK_NORMS)
         validate.option("pooling", pooling, POOLINGS)
+        options = {"dtype": dtype, "attn_implementation": attn_implementation, "model_kwargs": model_kwargs}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         encoder: Any = path_or_model
         if isinstance(path_or_model, (str, os.PathLike)):
-            try:
-                encoder = transformers.AutoModel.from_pretrained(path_or_model)
-            except OSError as error:
-                reason = " ".join(str(error).split())
-                raise ValueError(
-                    f"path_or_model: expected a folder or a hub's model, got {str(path_or_model)!r}: {reason}"
-                ) from error
+            encoder = load_encoder(path_or_model, **given)
+        elif given:
+            name, value = next(iter(given.items()))
+            raise ValueError(
+                f"{name}: expected none beside a model, which is used as it is, got {value!r} with {type(encoder).__name__}"
+            )
         chosen = families.indices(blocks, len(families.find_blocks(encoder)))
         arguments = {"hidden_size": families.hidden_size(encoder), "num_blocks": len(chosen), **selector}
         fresh = S2SentSelector(**arguments)  # first, since it judges the arguments
@@ -195,6 +178,7 @@ class S2SentModel(AroundEncoder):
             model = cls(config)
         model.release()
         model.encoder, model.selector = encoder, selector.to(encoder.device)
+        model.config.encoder_config = encoder.config
         model._capture = BlockCapture(encoder, chosen, block_norm=block_norm)
         return model.eval()
 
@@ -212,6 +196,15 @@ class S2SentModel(AroundEncoder):
 
     def set_input_embeddings(self, value: Any) -> None:
         self.encoder.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *arguments: Any, **options: Any) -> nn.Embedding:
+        """The encoder's, as in the library, so that the encoder's configuration has the new size."""
+        return self.encoder.resize_token_embeddings(*arguments, **options)
+
+    def set_attn_implementation(self, *arguments: Any, **options: Any) -> None:
+        """The encoder's, as in the library."""
+        self.encoder.set_attn_implementation(*arguments, **options)
+        self.config._attn_implementation = self.encoder.config._attn_implementation
 
     @NamesEncoderInputs
     def forward(
@@ -273,10 +266,11 @@ class S2SentModel(AroundEncoder):
         )
 
 
-class S2SentForSequenceClassification(AroundEncoder):
-    """A dropout and a linear layer behind the embedding; the loss is transformers' own for ``problem_type``."""
+class S2SentForSequenceClassification(AroundEncoder, SavedModel):
+    """A dropout and a linear layer behind the embedding; the loss is transformers' own for ``problem_type``. The layer has the
+    encoder's dtype, the selector its own, as in S2SentModel."""
 
-    config_class = S2SentConfig
+    _selector_keys = r"^model\.selector\."
 
     def __init__(self, config: S2SentConfig) -> None:
         super().__init__(config)
@@ -333,10 +327,19 @@ class S2SentForSequenceClassification(AroundEncoder):
         with torch.device("meta"):  # of __init__, only the classifier is wanted
             whole = cls(config)
         whole.model.release()
-        whole.model = model
+        whole.model, config.encoder_config = model, model.encoder.config
         whole._add_classifier()
-        whole.classifier.to(model.device)
+        whole.classifier.to(model.device, model.dtype)
         return whole.eval()
+
+    def resize_token_embeddings(self, *arguments: Any, **options: Any) -> nn.Embedding:
+        """The encoder's, as in the library."""
+        return self.model.resize_token_embeddings(*arguments, **options)
+
+    def set_attn_implementation(self, *arguments: Any, **options: Any) -> None:
+        """The encoder's, as in the library."""
+        self.model.set_attn_implementation(*arguments, **options)
+        self.config._attn_implementation = self.model.config._attn_implementation
 
     @NamesEncoderInputs
     def forward(

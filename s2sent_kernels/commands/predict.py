@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ..files import write_atomically
-from ..tools import encoders
+from ..tools import columns, encoders
 from ..tools.encoders import Text
-from ..tools.labelled import read_texts, said
+from ..tools.labelled import PAIR, TEXT, read_texts, said
 from ..tools.problems import CLASSES, LABELS, NUMBERS
 from . import common
 from .common import UserError, positive
@@ -32,6 +32,9 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help=".txt (one text a line), or .tsv, .csv, .jsonl or .parquet with the columns that it was trained on: text, or "
         "sentence1 and sentence2",
+    )
+    command.add_argument(
+        "--columns", metavar="WHAT=COLUMN,...", help="other names that the files have for these columns: text=review"
     )
     command.add_argument("--model", type=common.path, required=True, metavar="FOLDER", help="of the classifier")
     command.add_argument(
@@ -57,7 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise UserError(f"output {output}: expected another file than {path}, whose texts would be lost")
     common.check_writable(output.parent)
     try:
-        texts = [text for path in arguments.inputs for text in read_texts(path)]
+        named = {} if arguments.columns is None else columns.parse(arguments.columns, (*TEXT, *PAIR))
+        texts = [text for path in arguments.inputs for text in read_texts(path, columns.Columns(named))]
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
     if len({isinstance(text, str) for text in texts}) > 1:

@@ -54,8 +54,18 @@ def add(commands: Any) -> None:
         required=True,
         metavar="FILE",
         help=".tsv, .csv, .jsonl or .parquet with columns anchor, positive and, optionally, negative or negative_1, "
-        "negative_2, ...; sts: score, sentence1, sentence2; classification: label and text, or sentence1 and sentence2; or "
-        "sentences, one a line, as .txt: each its own positive under dropout",
+        "negative_2, ..., or a list negatives; sts: score, sentence1, sentence2; classification: label and text, or sentence1 "
+        "and sentence2; or sentences, one a line, as .txt: each its own positive under dropout",
+    )
+    command.add_argument(
+        "--columns",
+        metavar="WHAT=COLUMN,...",
+        help="other names that --data has for these columns: anchor=query,positive=doc",
+    )
+    command.add_argument(
+        "--ignore-columns",
+        metavar="COLUMN,...",
+        help="columns of --data to leave out, though they look like training data",
     )
     command.add_argument("--split", help="of --data, where it has a column split (default: train)")
     command.add_argument(

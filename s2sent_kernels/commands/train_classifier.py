@@ -34,10 +34,13 @@ def run(task: Task) -> None:
 
 def _read(task: Task) -> _Data:
     kind = task.given.get("problem_type", CLASSES)
-    whole = labelled.read_labelled(task.given["data"], kind, task.given.get("split"))
+    whole = labelled.read_labelled(task.given["data"], kind, task.given.get("split"), columns=task.columns)
     names = labelled.label_names(whole, kind)
     if "dev" in task.given:
-        part, dev = whole, labelled.read_labelled(task.given["dev"], kind, task.given.get("dev_split"), "dev")
+        part, dev = (
+            whole,
+            labelled.read_labelled(task.given["dev"], kind, task.given.get("dev_split"), "dev", task.dev_columns),
+        )
         if dev.pairs != part.pairs:
             wanted, got = labelled.said(part.pairs), labelled.said(dev.pairs)
             raise UserError(f"{dev.path}: expected {wanted}, as in {part.path}, got {got}")

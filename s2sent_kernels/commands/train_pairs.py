@@ -23,10 +23,10 @@ VARIED = ("learning_rate", "seed")  # with --freeze-encoder
 def run(task: Task) -> None:
     examples: Examples | Scored
     if task.kind == STS:
-        found = labelled.read_scored(task.given["data"], task.given.get("split"))
+        found = labelled.read_scored(task.given["data"], task.given.get("split"), columns=task.columns)
         examples = Scored(_pairs(found), found.labels, task.given.get("loss", recipe.LOSSES[0]))
     else:
-        examples = read_examples(task.given["data"], task.given.get("split"))
+        examples = read_examples(task.given["data"], task.given.get("split"), task.columns)
     dev = _read_dev(task)
     if not task.frozen:
         _fine_tune(task, examples, dev)
@@ -42,7 +42,7 @@ def _read_dev(task: Task) -> list[tuple[str, str, float]] | None:
         if "dev_split" in task.given:
             raise UserError("--dev-split: expected --dev, whose split it names")
         return None
-    found = labelled.read_scored(task.given["dev"], task.given.get("dev_split"), "dev")
+    found = labelled.read_scored(task.given["dev"], task.given.get("dev_split"), "dev", task.dev_columns)
     return [(*pair, score) for pair, score in zip(_pairs(found), found.labels, strict=True)]
 
 

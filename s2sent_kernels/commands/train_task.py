@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..frozen_loop import History
+from ..tools import columns, examples, labelled, processes
+from ..tools.columns import Columns
 from ..tools.recipe import GATE_SCALE
 from . import common
 
@@ -44,6 +47,22 @@ class Task(NamedTuple):
         return self.given.get("cache", CACHE)
 
     @property
+    def columns(self) -> Columns:
+        """What the options say of the columns of ``--data``. ValueError where they are broken."""
+        known = {CONTRASTIVE: examples.COLUMNS, STS: labelled.SCORED, CLASSIFICATION: labelled.LABELLED}[self.kind]
+        named, ignored = self.given.get("columns"), self.given.get("ignore_columns")
+        return Columns(
+            {} if named is None else columns.parse(named, known, "negative" if self.kind == CONTRASTIVE else None),
+            [] if ignored is None else columns.names(ignored),
+            _say if processes.is_first() else None,
+        )
+
+    @property
+    def dev_columns(self) -> Columns:
+        """The same of ``--dev``, a table like ``--data``; but of scored pairs where that has none."""
+        return Columns({} if self.kind == CONTRASTIVE else self.columns.named, judged=False)
+
+    @property
     def device(self) -> torch.device:
         return common.device_of(self.given.get("device"))
 
@@ -74,6 +93,10 @@ class Task(NamedTuple):
             "block_prior": prior,
             "gate_scale": self.given.get("gate_scale", scale),
         }
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def print_trial(recipe: Any, history: History, names: tuple[str, ...], what: str) -> None:

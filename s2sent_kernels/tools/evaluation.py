@@ -103,10 +103,12 @@ def read_transfer(path: str | Path) -> dict[str, list[Labelled]]:
     """The texts of each split. Splits are "train", "test" and optionally "dev"; or "all", for cross-validation.
 
     Raises:
-        ValueError: as ``read_table``; other splits, or fewer than two labels to train on.
+        ValueError: as ``read_table``; texts beside pairs; other splits, or fewer than two labels to train on.
     """
     found: dict[str, list[Labelled]] = {}
     for _, row in read_table(path, ("split", "label"), ("text",), ("sentence1", "sentence2")):
+        if {"text", "sentence1", "sentence2"} <= row.keys():
+            raise ValueError(f"{path}: expected a column text, or sentence1 and sentence2, got all three")
         texts = (row["text"],) if "text" in row else (row["sentence1"], row["sentence2"])
         found.setdefault(row["split"], []).append(Labelled(texts, row["label"]))
     if set(found) != {"all"} and not {"train", "test"} <= set(found) <= {"train", "dev", "test"}:

@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 
 from ..files import importing
 from . import tables
+from .columns import SPLIT, Columns
+from .tables import Rows
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet", ".txt")
+COLUMNS = ("anchor", "positive", "negative", "negatives", SPLIT)  # and negative_1, negative_2, ...
 _NEGATIVE = re.compile(r"negative(_\d+)?")
 
 
@@ -32,16 +35,20 @@ class Scored(NamedTuple):
     loss: str
 
 
-def read_examples(path: str | Path, split: str | None = None) -> Examples:
+def read_examples(path: str | Path, split: str | None = None, columns: Columns | None = None) -> Examples:
     """From a table the columns ``anchor``, ``positive`` and, in their order in the file, ``negative`` or ``negative_1``,
-    ``negative_2``, ...; a negative may be empty in some rows. From a text file its non-empty lines.
+    ``negative_2``, ...; a negative may be empty in some rows. The lists of texts of a column ``negatives`` (.jsonl, .parquet)
+    become columns ``negatives_1``, ``negatives_2``, ..., the last of which are empty where a list is shorter. From a text file
+    its non-empty lines.
 
     Args:
         split: as ``of_split``'s, whose usual one is "train".
+        columns: other names in the table.
 
     Raises:
         ValueError: the suffix is not one of SUFFIXES; the file cannot be read, is broken, empty or not UTF-8; a column is missing
-            or appears twice; an anchor or a positive is empty; a value is no text.
+            or appears twice, or looks like training data and is none of these; an anchor or a positive is empty; a value is no
+            text.
         ImportError: pyarrow, which reads Parquet, is not installed.
     """
     if Path(path).suffix.lower() == ".txt":
@@ -49,54 +56,81 @@ def read_examples(path: str | Path, split: str | None = None) -> Examples:
             raise ValueError(
                 f"{path}: expected a table with a column split, whose {split!r} is asked for, got sentences"
             )
+        if columns is not None and (columns.named or columns.ignored):
+            raise ValueError(f"{path}: expected a table, whose columns are named, got sentences")
         texts = [line.strip() for _, line in tables.read_lines(path) if line.strip()]
         if not texts:
             raise ValueError(f"{path}: expected sentences, got an empty file")
         return Examples(("anchor", "positive"), [(text, text) for text in texts], supervised=False)
-    found = of_split(path, read_rows(path, ("anchor", "positive"), suffixes=SUFFIXES), split, "train")
+    columns = columns or Columns()
+    whole = read_rows(path, ("anchor", "positive"), suffixes=SUFFIXES, columns=columns)
     # A JSON object may omit columns, so any row may be the first with a negative.
-    names = dict.fromkeys(name for _, row in found for name in row)
-    columns = ("anchor", "positive", *(name for name in names if _NEGATIVE.fullmatch(name)))
+    names = list(dict.fromkeys(name for _, row in whole for name in row))
+    single = [name for name in names if _NEGATIVE.fullmatch(name)]
+    columns.check(path, whole, ("anchor", "positive", *(single or ["negative"]), "negatives"))
+    found = of_split(path, whole, split, "train")
+    lists = [_negatives(f"{path}: {place}: negatives", row.get("negatives")) for place, row in found]
+    longest = max(map(len, lists), default=0)
+    used = ("anchor", "positive", *single)
     rows = []
-    for place, row in found:
-        values = ["" if row.get(name) is None else row[name] for name in columns]
-        for name, value in zip(columns, values, strict=True):
+    for (place, row), several in zip(found, lists, strict=True):
+        values = ["" if row.get(name) is None else row[name] for name in used]
+        for name, value in zip(used, values, strict=True):
             tables.text(f"{path}: {place}: {name}", value)
         if not values[0].strip() or not values[1].strip():
             raise ValueError(f"{path}: {place}: expected an anchor and a positive, got an empty field")
-        rows.append(tuple(values))
-    return Examples(columns, rows, supervised=True)
+        rows.append((*values, *several, *[""] * (longest - len(several))))
+    return Examples((*used, *(f"negatives_{n + 1}" for n in range(longest))), rows, supervised=True)
 
 
-def of_split(
-    path: str | Path, rows: list[tuple[str, dict[str, Any]]], split: str | None, usual: str
-) -> list[tuple[str, dict[str, Any]]]:
+def _negatives(place: str, value: Any) -> list[str]:
+    """A row's list of negatives, empty where it has none."""
+    if value is not None and not isinstance(value, list):
+        raise ValueError(f"{place}: expected a list of texts, as .jsonl and .parquet have, got {value!r}")
+    return [tables.text(place, text) for text in value or ()]
+
+
+def of_split(path: str | Path, rows: Rows, split: str | None, usual: str) -> Rows:
     """The rows of ``split``; by default those of ``usual`` where the file has a column split, else all. ValueError where there is
-    no such split."""
-    there = list(dict.fromkeys(str(row["split"]) for _, row in rows if "split" in row))
+    no such split, or a row of such a file is of none."""
+    there = list(dict.fromkeys(str(row[SPLIT]) for _, row in rows if row.get(SPLIT) is not None))
     if not there:
         if split is not None:
             raise ValueError(f"{path}: expected a column split, whose {split!r} is asked for, and there is none")
         return rows
+    without = [place for place, row in rows if row.get(SPLIT) is None]
+    if without:
+        raise ValueError(f"{path}: {without[0]}: expected a split, as other rows have, got none")
     wanted = usual if split is None else split
     if wanted not in there:
         raise ValueError(f"{path}: expected rows of split {wanted!r}, got splits {', '.join(sorted(there))}")
-    return [(place, row) for place, row in rows if str(row.get("split")) == wanted]
+    return [(place, row) for place, row in rows if str(row[SPLIT]) == wanted]
 
 
 def read_rows(
-    path: str | Path, columns: Sequence[str], *choices: Sequence[str], suffixes: Sequence[str] = SUFFIXES[:-1]
-) -> list[tuple[str, dict[str, Any]]]:
+    path: str | Path,
+    required: Sequence[str],
+    *choices: Sequence[str],
+    suffixes: Sequence[str] = SUFFIXES[:-1],
+    columns: Columns | None = None,
+) -> Rows:
     """Places ("line 2", "row 1") and rows of a table.
 
     Args:
-        columns: required columns; a row of JSON lines or Parquet may lack a value.
+        required: columns; a row of JSON lines or Parquet may lack a value.
         choices: alternative sets of columns, of which one is required.
         suffixes: that the error of a wrong one lists.
+        columns: other names in the table; the rows have the expected ones.
 
     Raises:
         ValueError: as ``read_examples``, but of values.
     """
+    columns = columns or Columns()
+    found = _read(path, columns.of(required), [columns.of(choice) for choice in choices], suffixes)
+    return columns.rename(path, found)
+
+
+def _read(path: str | Path, columns: Sequence[str], choices: Sequence[Sequence[str]], suffixes: Sequence[str]) -> Rows:
     suffix = Path(path).suffix.lower()
     if suffix != ".tsv" and suffix not in _READERS:
         raise ValueError(f"{path}: expected a file of {', '.join(suffixes)}, got suffix {suffix!r}")

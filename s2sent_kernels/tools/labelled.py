@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from . import tables
+from .columns import SPLIT, Columns
 from .encoders import Text
 from .examples import SUFFIXES, of_split, read_rows
 from .problems import CLASSES, LABELS, NUMBERS
+from .tables import Rows
 
 TEXT, PAIR = ("text",), ("sentence1", "sentence2")
 EVERY = 10  # without a dev part, every tenth example is held out
 LISTED = 10  # labels that a message names
-
-Rows = list[tuple[str, dict[str, Any]]]  # places and columns
+LABELLED, SCORED = ("label", *TEXT, *PAIR, SPLIT), ("score", *PAIR, SPLIT)  # columns
 
 
 class Labelled(NamedTuple):
@@ -50,31 +51,39 @@ def said(pairs: bool) -> str:
     return "pairs of sentences" if pairs else "texts"
 
 
-def read_labelled(path: str | Path, kind: str, split: str | None = None, usual: str = "train") -> Labelled:
+def read_labelled(
+    path: str | Path, kind: str, split: str | None = None, usual: str = "train", columns: Columns | None = None
+) -> Labelled:
     """The rows of a classifier's table. Labels are texts (in JSON lines and Parquet also integers); of several labels a list, or
     one text in which commas separate them, and none where it is empty; of a regression numbers.
 
     Args:
         kind: the problem type.
         split: the rows of this split. By default those of ``usual`` where the file has a column split, else all.
+        columns: other names in the table.
 
     Raises:
-        ValueError: as ``read_rows``; there is no such split; a text is empty or none; a label is missing, NaN or of another kind;
-            fewer than two rows.
+        ValueError: as ``read_rows``; there is no such split; a column looks like training data and is none of these, as a text
+            beside a pair; a text is empty or none; a label is missing, NaN or of another kind; fewer than two rows.
     """
-    return _read(path, kind, "label", (TEXT, PAIR), split, usual)
+    return _read(path, kind, "label", (TEXT, PAIR), split, usual, columns or Columns())
 
 
-def read_scored(path: str | Path, split: str | None = None, usual: str = "train") -> Labelled:
+def read_scored(
+    path: str | Path, split: str | None = None, usual: str = "train", columns: Columns | None = None
+) -> Labelled:
     """Scored pairs. Arguments and errors as ``read_labelled``, and ValueError where all scores are equal."""
-    found = _read(path, NUMBERS, "score", (PAIR,), split, usual)
+    found = _read(path, NUMBERS, "score", (PAIR,), split, usual, columns or Columns())
     differ(found)
     return found
 
 
-def read_texts(path: str | Path) -> list[Text]:
-    """The texts or pairs of a table, or the lines of a .txt file. ValueError as ``read_labelled``, but of labels."""
+def read_texts(path: str | Path, columns: Columns | None = None) -> list[Text]:
+    """The texts or pairs of a table, or the lines of a .txt file. ValueError as ``read_labelled``, but of labels; other columns
+    are passed over."""
     if Path(path).suffix.lower() == ".txt":
+        if columns is not None and columns.named:
+            raise ValueError(f"{path}: expected a table, whose columns are named, got texts")
         lines: list[Text] = []
         for number, line in tables.read_lines(path, keep_empty=True):
             if not line.strip():
@@ -83,13 +92,23 @@ def read_texts(path: str | Path) -> list[Text]:
         if not lines:
             raise ValueError(f"{path}: expected texts, got an empty file")
         return lines
-    return _texts(path, read_rows(path, (), TEXT, PAIR, suffixes=SUFFIXES), (TEXT, PAIR))
+    return _texts(path, read_rows(path, (), TEXT, PAIR, suffixes=SUFFIXES, columns=columns), (TEXT, PAIR))
 
 
 def _read(
-    path: str | Path, kind: str, column: str, choices: Sequence[Sequence[str]], split: str | None, usual: str
+    path: str | Path,
+    kind: str,
+    column: str,
+    choices: Sequence[Sequence[str]],
+    split: str | None,
+    usual: str,
+    columns: Columns,
 ) -> Labelled:
-    rows = of_split(path, read_rows(path, (column,), *choices), split, usual)
+    whole = read_rows(path, (column,), *choices, columns=columns)
+    names = {name for _, row in whole for name in row}
+    texts_of = next(choice for choice in choices if names.issuperset(choice))
+    columns.check(path, whole, (column, *texts_of), other_tasks=("label", "score"))
+    rows = of_split(path, whole, split, usual)
     texts = _texts(path, rows, choices)
     labels = [_label(f"{path}: {place}: {column}", row.get(column), kind) for place, row in rows]
     if len(texts) < 2:
@@ -99,7 +118,10 @@ def _read(
 
 def _texts(path: str | Path, rows: Rows, choices: Sequence[Sequence[str]]) -> list[Text]:
     """The text of each row, or its pair where no row has a text."""
-    single = TEXT in choices and any("text" in row for _, row in rows)
+    names = {name for _, row in rows for name in row}
+    single = TEXT in choices and "text" in names
+    if single and names.issuperset(PAIR):
+        raise ValueError(f"{path}: expected a column text, or {' and '.join(PAIR)}, got all three")
     texts: list[Text] = []
     for place, row in rows:
         of_row = [tables.text(f"{path}: {place}: {name}", row.get(name)) for name in (TEXT if single else PAIR)]

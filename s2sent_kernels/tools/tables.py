@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 STDIN = "-"
+Rows = list[tuple[str, dict[str, Any]]]  # places ("line 2", "row 1"), and values by their columns' names
 
 
 def read_table(

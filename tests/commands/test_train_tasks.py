@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from builders import save_encoder, sentences, write_examples
+from builders import pairs, save_encoder, sentences, write_examples
 
 from s2sent_kernels import S2SentSelector
 from s2sent_kernels.cli import main
@@ -395,3 +395,72 @@ def test_the_gate_scale_is_on_with_the_prior(tmp_path, encoder, options, scale):
     assert run(*STS, *arguments, *options) == 0
     found = S2SentSelector.from_pretrained("selector", backend="reference").gate_scale
     assert found is None if scale is None else torch.isclose(found, torch.tensor(scale))
+
+
+# ---------------------------------------------------------------- columns of other names
+
+
+def renamed(path, names):
+    """A table of tab-separated columns with other names, and a column of no use."""
+    header, *lines = path.read_text().splitlines()
+    header = "\t".join(names[name] for name in header.split("\t"))
+    path.write_text("\n".join(["genre\t" + header, *(f"news\t{line}" for line in lines)]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("frozen", FROZEN, ids=["tuned", "frozen"])
+@pytest.mark.parametrize("task", ["contrastive", "sts", "classification"])
+def test_columns_of_other_names(tmp_path, encoder, capsys, task, frozen):
+    """The result is that of a table with the expected ones."""
+    tables = {
+        "contrastive": lambda path: write_examples(path, pairs(8)),
+        "sts": scored,
+        "classification": labelled,
+    }
+    names = {"anchor": "query", "positive": "doc", "score": "gold", "sentence1": "a", "sentence2": "b"}
+    names |= {"label": "class", "text": "review"}
+    own, other = tables[task](tmp_path / "own.tsv"), renamed(tables[task](tmp_path / "other.tsv"), names)
+    options = [
+        "train",
+        "--task",
+        task,
+        "--model",
+        encoder,
+        "--epochs",
+        1,
+        "--batch-size",
+        4,
+        "--device",
+        "cpu",
+        *frozen,
+    ]
+    dev = [] if task == "contrastive" else ["--dev", other]
+    header = other.read_text().splitlines()[0].split("\t")
+    asked = ["--columns", ",".join(f"{what}={name}" for what, name in names.items() if name in header)]
+    assert run(*options, "--data", own, "--output", "one", *(["--dev", own] if dev else [])) == 0
+    assert "not read" not in capsys.readouterr().err
+    assert run(*options, "--data", other, "--output", "two", *dev, *asked) == 0
+    assert f"{other}: not read: genre\n" in capsys.readouterr().err
+    weights = [sorted((tmp_path / folder).rglob("model.safetensors")) for folder in ("one", "two")]
+    assert [path.read_bytes() for path in weights[0]] == [path.read_bytes() for path in weights[1]]
+    assert run(*options, "--data", other, "--output", "three", *dev) == 2
+    assert "expected a" in (error := capsys.readouterr().err) and error.count("\n") == 1
+    if task == "classification" and frozen:
+        for file, columns in ((own, []), (other, ["--columns", "text=review"])):
+            assert run("predict", file, "--model", "two", "--device", "cpu", "--output", f"{file}.tsv", *columns) == 0
+        assert (tmp_path / "own.tsv.tsv").read_text() == (tmp_path / "other.tsv.tsv").read_text()
+
+
+@pytest.mark.parametrize("frozen", FROZEN, ids=["tuned", "frozen"])
+def test_a_list_of_negatives_is_trained_on(tmp_path, encoder, frozen):
+    rows = [(*pair, *others) for pair, *others in zip(pairs(8), sentences(8, 5), sentences(8, 6), strict=True)]
+    one = write_examples(tmp_path / "one.jsonl", rows, ("anchor", "positive", "negative_1", "negative_2"))
+    lists = [(a, b, [c, d]) for a, b, c, d in rows]
+    two = write_examples(tmp_path / "two.jsonl", lists, ("anchor", "positive", "negatives"))
+    without = write_examples(tmp_path / "none.jsonl", pairs(8))
+    options = ["train", "--model", encoder, "--epochs", 1, "--batch-size", 4, "--device", "cpu", *frozen]
+    found = []
+    for data in (one, two, without):
+        assert run(*options, "--data", data, "--output", data.stem) == 0
+        found.append([path.read_bytes() for path in sorted((tmp_path / data.stem).rglob("model.safetensors"))])
+    assert found[0] == found[1] != found[2]

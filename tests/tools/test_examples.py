@@ -1,9 +1,13 @@
 """Training examples from files, and what is wrong with a file."""
 
+import re
+
 import pytest
 from builders import write_examples
 
 from s2sent_kernels.cli import main
+from s2sent_kernels.tools.columns import Columns, names, parse
+from s2sent_kernels.tools.examples import COLUMNS as KNOWN
 from s2sent_kernels.tools.examples import Examples, read_examples
 
 pytest.importorskip("pyarrow")
@@ -19,9 +23,105 @@ def test_every_format_gives_the_same_examples(tmp_path, suffix):
 
 
 def test_several_negatives_and_other_columns(tmp_path):
-    columns = ("id", "negative_2", "positive", "anchor", "negative_1", "negatives")
+    columns = ("id", "negative_2", "positive", "anchor", "negative_1", "source")
     examples = read_examples(write_examples(tmp_path / "data.jsonl", [("1", "n2", "p", "a", "n1", "x")], columns))
     assert examples == Examples(("anchor", "positive", "negative_2", "negative_1"), [("a", "p", "n2", "n1")], True)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_list_of_negatives(tmp_path, suffix):
+    rows = [("a", "b", ["c", "d"]), ("e", "f", ["g"]), ("h", "i", []), ("j", "k", None)]
+    path = write_examples(tmp_path / f"data{suffix}", rows, ("anchor", "positive", "negatives"))
+    found = read_examples(path)
+    assert found.columns == ("anchor", "positive", "negatives_1", "negatives_2")
+    assert found.rows == [("a", "b", "c", "d"), ("e", "f", "g", ""), ("h", "i", "", ""), ("j", "k", "", "")]
+
+
+NAMES = [
+    "neg",
+    "hard_negative",
+    "Negative",
+    "negative_passages",
+    "neg1",
+    "score",
+    "label",
+    "Anchor",
+    "query",
+    "doc2",
+    "text",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_column_that_looks_like_training_data_is_named_renamed_or_left_out(tmp_path, capsys, name):
+    path = write_examples(tmp_path / "data.tsv", [("a", "b", "c")], ("anchor", "positive", name))
+    message = (
+        f"expected columns anchor, positive, negative, negatives, got {name} too: say what they are with --columns"
+    )
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {message}")):
+        read_examples(path)
+    assert main(["train", "--data", str(path), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert read_examples(path, columns=Columns(ignored=[name])).rows == [("a", "b")]
+    named = read_examples(path, columns=Columns({"negative": name}))
+    assert named == Examples(("anchor", "positive", "negative"), [("a", "b", "c")], True)
+
+
+def test_columns_of_other_names(tmp_path):
+    rows = [("q", "d", "h", "n", "fr")]
+    path = write_examples(tmp_path / "data.csv", rows, ("query", "doc", "hard_neg", "negative", "language"))
+    told = []
+    columns = Columns({"anchor": "query", "positive": "doc", "negative_1": "hard_neg"}, ["negative"], told.append)
+    assert read_examples(path, columns=columns) == Examples(
+        ("anchor", "positive", "negative_1"), [("q", "d", "h")], True
+    )
+    assert told == [f"{path}: not read: language"]
+    swapped = read_examples(path, columns=Columns({"anchor": "doc", "positive": "query"}, ["hard_neg"]))
+    assert swapped.rows == [("d", "q", "n")]
+    with pytest.raises(ValueError, match="expected a column other, got query, doc"):
+        read_examples(path, columns=Columns({"anchor": "query", "positive": "other"}))
+    with pytest.raises(ValueError, match="expected the column Neg, which --columns names, got query, doc"):
+        read_examples(path, columns=Columns({"anchor": "query", "positive": "doc", "negative_1": "Neg"}))
+    with pytest.raises(ValueError, match="expected the column genre, which --ignore-columns names, got query, doc"):
+        read_examples(path, columns=Columns({"anchor": "query", "positive": "doc"}, ["genre"]))
+    with pytest.raises(ValueError, match="expected one column for negative, got negative and hard_neg: see --ignore"):
+        read_examples(path, columns=Columns({"anchor": "query", "positive": "doc", "negative": "hard_neg"}))
+    (tmp_path / "data.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match="expected a table, whose columns are named, got sentences"):
+        read_examples(tmp_path / "data.txt", columns=Columns({"anchor": "query"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("anchor", "expected WHAT=COLUMN,WHAT=COLUMN, got 'anchor'"),
+        ("anchor=", "expected WHAT=COLUMN,WHAT=COLUMN, got 'anchor='"),
+        ("anker=a", "expected one of anchor, positive, negative, negatives, split before the =, got 'anker'"),
+        ("negative_x=a", "expected one of anchor, positive, negative, negatives, split before the =, got 'negative_x'"),
+        ("anchor=a,positive=a", "expected each once, got positive=a beside another"),
+        ("anchor=a,anchor=b", "expected each once, got anchor=b beside another"),
+    ],
+)
+def test_broken_names_of_columns(tmp_path, capsys, text, message):
+    path = write_examples(tmp_path / "data.tsv", [("a", "b")])
+    assert main(["train", "--data", str(path), "--columns", text, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"--columns: {message}" in error and error.count("\n") == 1
+
+
+def test_names_of_columns():
+    assert parse("anchor = my query,negative_12=n=1", KNOWN, "negative") == {"anchor": "my query", "negative_12": "n=1"}
+    assert names("genre, year") == ["genre", "year"]
+    with pytest.raises(ValueError, match="--ignore-columns: expected COLUMN,COLUMN, got 'a,'"):
+        names("a,")
+
+
+def test_a_row_without_a_split_beside_others(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"anchor": "a", "positive": "b", "split": "train"}\n{"anchor": "c", "positive": "d"}\n')
+    with pytest.raises(ValueError, match="line 2: expected a split, as other rows have, got none"):
+        read_examples(path)
 
 
 def test_any_row_may_be_the_first_with_a_negative(tmp_path):
@@ -66,6 +166,16 @@ def test_sentences_are_their_own_positives(tmp_path):
             "data.jsonl",
             b'{"anchor": "a", "positive": "\\ud83d"}',
             "line 1: positive: expected a text, got half a character",
+        ),
+        (
+            "data.jsonl",
+            b'{"anchor": "a", "positive": "b", "negatives": "c"}\n',
+            "line 1: negatives: expected a list of texts, as .jsonl and .parquet have, got 'c'",
+        ),
+        (
+            "data.jsonl",
+            b'{"anchor": "a", "positive": "b", "negatives": ["c", 1]}\n',
+            "line 1: negatives: expected a text, got 1",
         ),
         ("data.tsv", b"anchor\tpositive\tanchor\na\tb\tc\n", "expected each column once, got anchor twice"),
         ("data.csv", b"anchor,positive,anchor\na,b,c\n", "expected each column once, got anchor twice"),

@@ -6,7 +6,16 @@ from collections import Counter
 import pytest
 import torch
 
-from s2sent_kernels.tools.labelled import Labelled, hold_out, label_names, read_labelled, read_scored, targets
+from s2sent_kernels.tools.columns import Columns
+from s2sent_kernels.tools.labelled import (
+    Labelled,
+    hold_out,
+    label_names,
+    read_labelled,
+    read_scored,
+    read_texts,
+    targets,
+)
 from s2sent_kernels.tools.problems import CLASSES, LABELS, NUMBERS
 
 
@@ -58,6 +67,26 @@ def test_numbers_and_scores(tmp_path):
     assert torch.equal(targets(found, NUMBERS, label_names(found, NUMBERS)), torch.tensor([1, 2.5]))
 
 
+def test_other_columns_and_other_names(tmp_path):
+    rows = [{"a": "x", "b": "y", "gold": score, "genre": "news", "text": "z"} for score in (1, 2)]
+    path, told = write(tmp_path / "a.jsonl", *rows), []
+    names = {"sentence1": "a", "sentence2": "b", "score": "gold", "label": "gold"}
+    pairs = {what: names[what] for what in ("sentence1", "sentence2", "score")}
+    with pytest.raises(ValueError, match="expected columns score, sentence1, sentence2, got text too"):
+        read_scored(path, columns=Columns(pairs))
+    found = read_scored(path, columns=Columns(pairs, ["text"], told.append))
+    assert found.texts == [("x", "y")] * 2 and found.labels == [1, 2] and told == [f"{path}: not read: genre"]
+    assert read_scored(path, columns=Columns(pairs, judged=False)).texts == found.texts
+    texts = read_labelled(path, NUMBERS, columns=Columns({"text": "a", "label": "gold"}, ["text"]))
+    assert texts.texts == ["x", "x"] and texts.labels == [1, 2]
+
+
+def test_texts_beside_pairs_are_not_read_for_either(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"text": "a", "sentence1": "b", "sentence2": "c", "id": 1})
+    with pytest.raises(ValueError, match="expected a column text, or sentence1 and sentence2, got all three"):
+        read_texts(path)
+
+
 @pytest.mark.parametrize(
     ("row", "kind", "message"),
     [
@@ -71,7 +100,14 @@ def test_numbers_and_scores(tmp_path):
         ({"text": "b", "label": "1_0"}, NUMBERS, "line 2: label: expected a finite number, got '1_0'"),
         ({"text": "b", "label": 1e39}, NUMBERS, "line 2: label: expected a finite number, got 1e"),  # beyond float32
         ({"text": "b", "label": True}, CLASSES, "line 2: label: expected a text, got True"),
-        ({"sentence1": "b", "sentence2": "c", "label": "1"}, CLASSES, "line 2: text: expected a text, got None"),
+        (
+            {"sentence1": "b", "sentence2": "c", "label": "1"},
+            CLASSES,
+            "expected columns label, text, got sentence1, sentence2 too",
+        ),
+        ({"text": "b", "text_pair": "c", "label": "1"}, CLASSES, "expected columns label, text, got text_pair too"),
+        ({"text": "b", "sentence2": "c", "label": "1"}, CLASSES, "expected columns label, text, got sentence2 too"),
+        ({"text": "b", "weight": 2, "label": "1"}, CLASSES, "expected columns label, text, got weight too"),
     ],
 )
 def test_rows_that_are_none(tmp_path, row, kind, message):

@@ -1,0 +1,87 @@
+"""What a folder of S2SentModel or its classifier says of them, and how both are saved and loaded: S2SentConfig, SavedModel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .files import importing
+
+with importing("transformers", "transformers"):
+    import transformers
+
+
+class S2SentConfig(transformers.PreTrainedConfig):
+    """The encoder's configuration and class name, which of its blocks are fused and how, and the selector's arguments.
+
+    ``encoder_config`` is a configuration, or its ``to_dict()``. In a model it is the encoder's own ``config``, so that what is
+    changed there is saved.
+    """
+
+    model_type = "s2sent"
+    sub_configs = {"encoder_config": transformers.AutoConfig}  # noqa: RUF012  the library passes attn_implementation on
+
+    def __init__(
+        self,
+        encoder_config: dict[str, Any] | transformers.PreTrainedConfig | None = None,
+        encoder_class: str | None = None,
+        blocks: Sequence[int] | None = None,
+        block_norm: str | None = "final",
+        pooling: str = "mean",
+        selector: dict[str, Any] | None = None,
+        head: bool = False,
+        classifier_dropout: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(encoder_config, dict):
+            encoder_config = transformers.AutoConfig.for_model(**encoder_config)
+        self.encoder_config, self.encoder_class = encoder_config, encoder_class
+        self.blocks = None if blocks is None else list(blocks)
+        self.block_norm, self.pooling, self.selector = block_norm, pooling, selector
+        self.head, self.classifier_dropout = head, classifier_dropout
+        super().__init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int | None:
+        """D, which is the embedding's size too."""
+        return None if self.selector is None else self.selector["hidden_size"]
+
+
+class SavedModel(transformers.PreTrainedModel):
+    """What S2SentModel and the classifier have in common: how they are saved and loaded."""
+
+    config_class = S2SentConfig
+    # The encoder, not this class, decides which implementations of attention it has.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    _selector_keys: str  # matches the names of the selector's tensors
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The library asks which tensors are not loaded in the model's dtype. A selector's keep that of their file: rounded to an
+        encoder's 16 bits, its running statistics would give other gates. Early releases of the library do not ask; they load the
+        float32 of ``__init__``."""
+        return {**super()._get_dtype_plan(dtype), self._selector_keys: None}
+
+    def save_pretrained(self, *arguments: Any, **options: Any) -> None:
+        """As in the library. The configuration that is saved describes encoder and selector as they are now."""
+        model: Any = self.base_model
+        self.config.encoder_config = model.encoder.config  # another object where the caller has replaced one
+        self.config.selector = {**self.config.selector, **model.selector.arguments}
+        super().save_pretrained(*arguments, **options)
+
+
+def load_encoder(
+    path: str | os.PathLike[str], model_kwargs: Mapping[str, Any] | None = None, **options: Any
+) -> transformers.PreTrainedModel:
+    if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
+        raise TypeError(f"model_kwargs: expected a mapping, got {type(model_kwargs).__name__}")
+    for name in options:
+        if name in (model_kwargs or ()):
+            raise ValueError(f"model_kwargs: expected none of the other arguments in it, got {name}, which is one")
+    try:
+        return transformers.AutoModel.from_pretrained(path, **options, **model_kwargs or {})
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"path_or_model: expected a folder or a hub's model, got {str(path)!r}: {reason}") from error
