@@ -6,7 +6,6 @@ python bench/quality/report.py --readme README.md --guide docs/quality.md
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -21,9 +20,9 @@ from pages import insert, table
 from quality import guide, train_selector
 from quality import tasks as quality_tasks
 from quality.data import CHOSEN_ON, TRANSFER, load, spread
-from quality.encoders import BUNDLED, MPNET
 from quality.quality import BASE, BOTTLENECK, BOTTLENECKS, PAPER, PRIOR, SCALED, SCALED_ALONE, configuration_of
 from quality.quality import RECIPE as claims_recipe
+from quality.report_encoders import cells, finetune, matching, read, speeds, stand_in, truncated, uncut
 from s2sent_kernels.checkpoints import pretrained
 from s2sent_kernels.files import write_atomically
 from s2sent_kernels.tools import evaluation
@@ -49,14 +48,6 @@ another order than the scores. What STS-B dev selects stands beside it, in the s
 shares with the test sets ({shared}), and without
 ({dev_apart:,} of {dev:,}). Training: {triplets:,} NLI triplets without the sentences of the STS sets, InfoNCE with hard
 negatives, temperature 0.05."""
-
-
-def matching(rows: Iterable[Row], wanted: Row) -> list[Row]:
-    return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
-
-
-def cells(rows: Sequence[Row]) -> list[str]:
-    return [spread([row["scores"][column] for row in rows]) if rows else "–" for column in COLUMNS]
 
 
 def baseline_rows(rows: Sequence[Row], *names: str) -> list[list[str]]:
@@ -236,88 +227,6 @@ def subsets(rows: Sequence[Row]) -> str:
     return "\n\n".join(["## The shipped selector on every part of the STS sets", said, table(head, lines)])
 
 
-def finetune(rows: Sequence[Row]) -> str:
-    parts = ["## Fine-tuning, encoder and fusion together", budget(rows[0], "triplets", 2e-5)]
-    return "\n\n".join([*parts, tuned(rows)])
-
-
-def budget(row: Row, what: str, rate: float) -> str:
-    epochs = "an epoch" if row["epochs"] == 1 else f"{row['epochs']} epochs"
-    return (
-        f"The same budget for all: {epochs} of {row['triplets']:,} {what} in batches of {row['batch']}, AdamW, "
-        f"learning rate {row.get('rate', rate):g}\n(selector 1e-3, prior, mix and gate scale 1e-2), linear warm-up and decay, "
-        "float32 with TF32 products. Nothing is\nselected: the last epoch is reported."
-    )
-
-
-def tuned(rows: Sequence[Row]) -> str:
-    """Scores at the end, and the mean of the four on the way; the best first."""
-    parts, first = [], rows[0]
-    names = list(dict.fromkeys(map(guide.fusion_name, rows)))
-    order = sorted(
-        names, key=lambda name: -statistics.median(r["scores"]["mean"] for r in rows if guide.fusion_name(r) == name)
-    )
-    lines = []
-    for name in order:
-        mine = [row for row in rows if guide.fusion_name(row) == name]
-        lines.append([name, str(len(mine)), *cells(mine)])
-    parts.append(table(("<fusion", "seeds", *TITLES), lines))
-    parts.append("The mean of the four sets on the way:")
-    steps = ["before", *(f"epoch {epoch}" for epoch in range(1, first["epochs"] + 1))]
-    lines = []
-    for name in order:
-        mine = [row for row in rows if guide.fusion_name(row) == name]
-        lines.append([name, *(spread([row["by_epoch"][step]["mean"] for row in mine]) for step in range(len(steps)))])
-    parts.append(table(("<fusion", *steps), lines))
-    return "\n\n".join(parts)
-
-
-def stand_in(frozen: Sequence[Row], tuned_rows: Sequence[Row], simcse: Sequence[Row], pretrained_by: Row) -> str:
-    content = guide.apart(frozen)
-    loss = pretrained_by["losses"][-1]["loss"]
-    parts = ["## Behind an encoder that was only pre-trained"]
-    parts.append(
-        f"A stand-in for BERT, as in the paper: {pretrained_by['steps']:,} steps of masked language modelling from the bundled\n"
-        f"weights on, in batches of {pretrained_by['batch']} of {pretrained_by['texts']:,} Wikipedia sentences, to a loss of "
-        f"{loss:.2f}. Its\nfirst token still knows of the similarity that it was trained for: see cls before fine-tuning."
-    )
-    parts += [
-        "### Frozen",
-        "The shipped selectors' search.",
-        train_selector.table(content),
-        train_selector.verdict(content),
-    ]
-    parts += ["### Fine-tuned on triplets", budget(tuned_rows[0], "triplets", 5e-5), tuned(tuned_rows)]
-    parts += ["### SimCSE without supervision", budget(simcse[0], "sentences", 3e-5), tuned(simcse)]
-    return "\n\n".join(parts)
-
-
-def truncated(rows: Sequence[Row], speed: Sequence[Row]) -> str:
-    """Encoders cut after their first K blocks: blocks x quality x speed."""
-    parts = ["## Fewer blocks"]
-    parts.append(
-        "The encoder's first K blocks alone, frozen, and fusions of all of them by the shipped selectors' search; the mean of\n"
-        "the four. Speed: texts a second of the encoder with a selector, tokenization included."
-    )
-    names = (evaluation.MEAN_OF_LAST, evaluation.SCALAR_MIX, train_selector.LINEAR, evaluation.S2SENT)
-    devices, lines = list(dict.fromkeys(row["device"] for row in speed)), []
-    for of, blocks in sorted({(row["of"], row["blocks"]) for row in rows}):
-        encoder = {6: BUNDLED, 12: MPNET}[of]
-        mine = [row for row in matching(rows, {"of": of, "blocks": blocks}) if row["chosen"]]
-        values = [spread([row["scores"]["mean"] for row in matching(mine, {"pooling": name})]) for name in names]
-        rates = {row["device"]: row["texts_per_second"] for row in matching(speed, {"of": of, "blocks": blocks})}
-        fast = [f"{rates[device]:,.0f}" if device in rates else "–" for device in devices]
-        lines.append([encoder, f"{blocks} of {of}", *values, *fast])
-    head = ("<encoder", "blocks", *names, *(f"texts/s, {device}" for device in devices))
-    return "\n\n".join([*parts, table(head, lines)])
-
-
-def speeds(results: Path) -> list[Row]:
-    """The rows of "speed", each with its device."""
-    contents = [read(path) for path in sorted(results.glob("speed*.json"))]
-    return [row | {"device": content["environment"]["device"]} for content in contents for row in content["rows"]]
-
-
 def parameters(claim_rows: Sequence[Row], encoder: int) -> str:
     lines = []
     for n in range(1, 7):
@@ -338,13 +247,6 @@ def shipped(content: Row) -> str:
     return "\n\n".join([*parts, train_selector.rules(content)])
 
 
-def read(path: Path) -> Row:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise record.UserError(f"{path}: cannot be read: {error}") from error
-
-
 def build(results: Path, output: Path, readme: Path | None, guidance: Path | None, card: bool = True) -> None:
     content = read(results / "selector.json")
     selectors = [content, *(read(path) for path in sorted(results.glob("selector-*.json")))]
@@ -362,16 +264,7 @@ def build(results: Path, output: Path, readme: Path | None, guidance: Path | Non
             stand_in(rows["stand-in-frozen"], rows["stand-in-finetune"], rows["stand-in-simcse"], rows["pretrain"][0])
         )
     if rows["truncated"]:
-        whole = [
-            row | {"of": 12, "blocks": 12}
-            for one in selectors
-            if one["name"] == MPNET
-            for row in (
-                *({"pooling": name, "scores": found, "chosen": True} for name, found in one["baselines"].items()),
-                *one["runs"],
-            )
-        ]
-        parts.append(truncated([*rows["truncated"], *whole], speeds(results)))
+        parts.append(truncated([*rows["truncated"], *uncut(selectors)], speeds(results)))
     if claim_rows:
         parts.append(parameters(claim_rows, content["parameters"]["encoder"]))
     lines = []
