@@ -29,7 +29,8 @@ class S2SentSelector(nn.Module):
         bottleneck: H, width of the gate's bottleneck.
         frequencies: M, DCT components; divides D, and N blocks must have as many.
         profile: "paper", or "official" for the published code's arithmetic and checkpoints.
-        gate_norm: "batch" (batch norm of every (n, d), eps 1e-6, momentum 0.1) or None.
+        gate_norm: "batch" (batch norm of every (n, d), eps 1e-6, momentum 0.1) or None. With "batch" a training step needs two
+            sentences or more, as in nn.BatchNorm1d: drop a last batch of one.
         block_prior: learn one number per block that is added to the gate's logits (profile "paper"), started at 3 for the
             last block and 0 elsewhere. Off, the formula is exactly the paper's.
         gate_scale: learn one number that multiplies what the gate saw in its logits (profile "paper"), started here; 4 is a
@@ -205,7 +206,14 @@ class S2SentSelector(nn.Module):
 
     def gate(self, squeezed: Tensor) -> Tensor:
         """The gates g [B, N, D] from f [B, D] (float32, or float64 for float64 inputs). In training it uses the statistics of
-        the batch and updates the running ones."""
+        the batch and updates the running ones.
+
+        Raises:
+            ValueError: it would use the batch's statistics, and the batch is one sentence.
+        """
+        norm = self._modules.get("norm")
+        if isinstance(norm, nn.BatchNorm1d) and (norm.training or norm.running_mean is None):
+            validate.batch_statistics(squeezed.shape[0])  # before the batch is counted
         parameters = plain_tensors(self)
         if parameters is None:
             return self._gate_through_parts(squeezed)
