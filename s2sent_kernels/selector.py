@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from .engines.choice import BACKENDS
 from .formula import reference
 from .formula.call import ACTIVATIONS, POOLINGS, PROFILES, Activation, Batch, GateParameters, Gating, Profile, Reading
 from .plan import Plan, count_batch, plain_tensors, plan_of
+from .recomputed import in_backward, uncounted
 
 PRIOR_OF_LAST_BLOCK = 3.0  # where a learned block prior starts: encoders are trained to output their last block
 
@@ -206,7 +208,7 @@ class S2SentSelector(nn.Module):
 
     def gate(self, squeezed: Tensor) -> Tensor:
         """The gates g [B, N, D] from f [B, D] (float32, or float64 for float64 inputs). In training it uses the statistics of
-        the batch and updates the running ones.
+        the batch and updates the running ones, unless a forward is recomputed within a backward pass.
 
         Raises:
             ValueError: it would use the batch's statistics, and the batch is one sentence.
@@ -232,7 +234,8 @@ class S2SentSelector(nn.Module):
             down = _call(self.down, squeezed)
             excited = _call(self.up, reference.activate(down, self.activation))
             if self.norm is not None:
-                excited = _call(self.norm, excited)
+                with uncounted(self.norm) if in_backward() else contextlib.nullcontext():
+                    excited = _call(self.norm, excited)
             excited = excited.to(squeezed.dtype).unflatten(1, (self.num_blocks, self.hidden_size))
             return reference.s_norm(excited, self.block_prior, self.gate_scale, self.profile)
 

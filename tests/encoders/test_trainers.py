@@ -9,6 +9,7 @@ sentence_transformers = pytest.importorskip("sentence_transformers")
 pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
 from sentence_transformers.base.modules import Transformer  # noqa: E402
+from sentence_transformers.sentence_transformer import losses  # noqa: E402
 
 from s2sent_kernels.sentence_transformers import S2SentPooling, SentenceTransformer  # noqa: E402
 from s2sent_kernels.transformers import S2SentForSequenceClassification  # noqa: E402
@@ -95,3 +96,60 @@ class _Apart(torch.nn.Module):
     def forward(self, sentence_features, labels):
         one, other = (self.model(features)["sentence_embedding"] for features in sentence_features)
         return (torch.cosine_similarity(one, other) - labels).square().mean()
+
+
+# ---------------------------------------------------------------- losses that cache gradients, and run the model twice
+
+
+def guide():
+    return SentenceTransformer(str(package.get_model_path()), device="cpu")
+
+
+CACHED = {
+    "ranking": lambda model, **options: losses.CachedMultipleNegativesRankingLoss(model, **options),
+    "symmetric": lambda model, **options: losses.CachedMultipleNegativesSymmetricRankingLoss(model, **options),
+    "gist": lambda model, **options: losses.CachedGISTEmbedLoss(model, guide(), **options),
+    "margin": lambda model, **options: losses.MegaBatchMarginLoss(model, **options),
+}
+
+
+def columns(model):
+    return [model.preprocess(TEXTS[:4]), model.preprocess(TEXTS[1:])]
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_a_mini_batch_of_a_cached_loss_counts_once(name):
+    model = make_model().train()
+    CACHED[name](model, mini_batch_size=2)(columns(model), None).backward()
+    found = {key: buffer.clone() for key, buffer in model[1].selector.norm.named_buffers()}
+    assert found["num_batches_tracked"] == 4  # mini-batches, two of each column
+
+    expected = make_model().train()
+    norm = expected[1].selector.norm
+    for texts in (TEXTS[:2], TEXTS[2:4], TEXTS[1:3], TEXTS[3:]):
+        expected(expected.preprocess(texts))
+    for key, buffer in norm.named_buffers():
+        torch.testing.assert_close(found[key], buffer, rtol=1e-4, atol=1e-6)
+
+
+def test_a_cached_loss_has_the_gradients_of_the_loss():
+    """One mini-batch a column, so that both have the same statistics."""
+    model, expected = make_model().train(), make_model().train()
+    CACHED["ranking"](model, mini_batch_size=4)(columns(model), None).backward()
+    one, other = (expected(features)["sentence_embedding"] for features in columns(expected))
+    scores = 20 * torch.nn.functional.normalize(one) @ torch.nn.functional.normalize(other).T
+    torch.nn.functional.cross_entropy(scores, torch.arange(4)).backward()
+    for (key, found), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
+        if wanted.grad is not None:
+            torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.enable_grad])
+def test_statistics_are_estimated_again_without_gradients(grad_mode):
+    """As nn.BatchNorm1d, and torch.optim.swa_utils.update_bn relies on it: grad mode decides nothing."""
+    model = make_model().train()
+    with grad_mode():
+        model(model.preprocess(TEXTS))
+    assert model[1].selector.norm.num_batches_tracked == 1 and model[1].selector.norm.running_mean.any()
+    torch.optim.swa_utils.update_bn([model.preprocess(TEXTS), model.preprocess(TEXTS[:3])], model)
+    assert model[1].selector.norm.num_batches_tracked == 2 and model[1].selector.norm.running_mean.any()

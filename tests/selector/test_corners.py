@@ -20,6 +20,7 @@ from corners import (
     profiles,
     selector_for,
 )
+from torch.utils.checkpoint import checkpoint
 
 import s2sent_kernels as s2
 
@@ -308,6 +309,33 @@ def test_one_sentence_in_the_functions(place):
             function(hidden_states, parameters, **options)
         bare = parameters._replace(norm_weight=None, norm_bias=None, running_mean=None, running_var=None)
         assert function(hidden_states, bare, **options).isfinite().all()
+
+
+# ---------------------------------------------------------------- a forward that is recomputed in the backward pass
+
+
+@paths
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_recomputed_forward_counts_once(place, path, use_reentrant, hooked):
+    """The running statistics and gradients are those without a checkpoint. A hook lets the norm be called as a module."""
+    found = []
+    for checkpointed in (False, True):
+        selector = selector_for(place).train()
+        if hooked:
+            selector.norm.register_forward_hook(lambda module, args, output: None)
+        hidden_states, mask = batch_for(place)
+        leaf = hidden_states[0].requires_grad_()
+
+        def run(first, selector=selector, rest=hidden_states[1:], mask=mask):
+            return call(selector, [first, *rest], mask, path)
+
+        out = checkpoint(run, leaf, use_reentrant=use_reentrant) if checkpointed else run(leaf)
+        out.backward(make_gradient(out))
+        found.append([leaf.grad, *(p.grad for p in selector.parameters()), *selector.buffers()])
+        assert selector.norm.num_batches_tracked == 1 and selector.norm.momentum == 0.1
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 # ---------------------------------------------------------------- alone and in a batch
