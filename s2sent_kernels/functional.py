@@ -132,6 +132,8 @@ def gate_squeezed(
     squeezed: Tensor, parameters: GateParameters, num_blocks: int, gating: Gating, backend: str
 ) -> Tensor:
     """``gate`` of records whose types are right."""
+    if gating.training and parameters.running_mean is not None:
+        validate.batch_statistics(squeezed.shape[0])
     # While a graph is traced N may be symbolic, and the choice takes constants alone.
     known_blocks = None if torch.compiler.is_compiling() else num_blocks
     chosen = choose(backend, Call(squeezed.device, squeezed.dtype, num_blocks=known_blocks))

@@ -34,6 +34,7 @@ from .formula.call import (
 )
 from .ops.direct import How, Select, SelectPool, select_pool
 from .ops.library import dispatcher_is_idle
+from .recomputed import in_backward
 
 _TENSORS = ({Tensor}, {Tensor, nn.Parameter}, {nn.Parameter})
 
@@ -231,7 +232,10 @@ def plain_tensors(selector: Planned) -> GateParameters | None:
 
 
 def count_batch(norm: nn.BatchNorm1d) -> float:
-    """As nn.BatchNorm1d before it normalises in training: count the batch, and return its weight."""
+    """As nn.BatchNorm1d before it normalises in training: count the batch, and return its weight. A recomputed forward has
+    counted already."""
+    if in_backward():
+        return 0.0
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:  # cumulative average

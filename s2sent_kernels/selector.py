@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,12 +17,13 @@ from .engines.choice import BACKENDS
 from .formula import reference
 from .formula.call import ACTIVATIONS, POOLINGS, PROFILES, Activation, Batch, GateParameters, Gating, Profile, Reading
 from .plan import Plan, count_batch, plain_tensors, plan_of
-from .synchronised import Processes, batch_norm
+from .recomputed import in_backward, uncounted
+from .synchronised import Joinable, Processes, batch_norm
 
 PRIOR_OF_LAST_BLOCK = 3.0  # where a learned block prior starts: encoders are trained to output their last block
 
 
-class S2SentSelector(nn.Module):
+class S2SentSelector(Joinable):
     """Fuses the hidden states of N Transformer blocks by frequency and spatial selection (arXiv 2508.18164).
 
     Args:
@@ -30,7 +32,8 @@ class S2SentSelector(nn.Module):
         bottleneck: H, width of the gate's bottleneck.
         frequencies: M, DCT components; divides D, and N blocks must have as many.
         profile: "paper", or "official" for the published code's arithmetic and checkpoints.
-        gate_norm: "batch" (batch norm of every (n, d), eps 1e-6, momentum 0.1) or None.
+        gate_norm: "batch" (batch norm of every (n, d), eps 1e-6, momentum 0.1) or None. With "batch" a training step needs two
+            sentences or more, as in nn.BatchNorm1d: drop a last batch of one.
         block_prior: learn one number per block that is added to the gate's logits (profile "paper"), started at 3 for the
             last block and 0 elsewhere. Off, the formula is exactly the paper's.
         gate_scale: learn one number that multiplies what the gate saw in its logits (profile "paper"), started here; 4 is a
@@ -45,8 +48,6 @@ class S2SentSelector(nn.Module):
     Raises:
         ValueError, TypeError: an argument is wrong; names it, what was expected and what was passed.
     """
-
-    processes: Processes | None = None  # see synchronised.sync_statistics
 
     def __init__(
         self,
@@ -209,8 +210,17 @@ class S2SentSelector(nn.Module):
 
     def gate(self, squeezed: Tensor) -> Tensor:
         """The gates g [B, N, D] from f [B, D] (float32, or float64 for float64 inputs). In training it uses the statistics of
-        the batch and updates the running ones."""
-        parameters = plain_tensors(self) if self._joined() is None else None
+        the batch and updates the running ones, unless a forward is recomputed within a backward pass.
+
+        Raises:
+            ValueError: it would use the batch's statistics, and the batch is one sentence.
+        """
+        norm = self._modules.get("norm")
+        if self._joined() is not None:
+            return self._gate_through_parts(squeezed)
+        if isinstance(norm, nn.BatchNorm1d) and (norm.training or norm.running_mean is None):
+            validate.batch_statistics(squeezed.shape[0])  # before the batch is counted
+        parameters = plain_tensors(self)
         if parameters is None:
             return self._gate_through_parts(squeezed)
         training, momentum = self._uses_batch_statistics(), 0.1
@@ -238,7 +248,8 @@ class S2SentSelector(nn.Module):
             if processes is not None and self.norm is not None:
                 excited = batch_norm(self.norm, excited, processes)
             elif self.norm is not None:
-                excited = _call(self.norm, excited)
+                with uncounted(self.norm) if in_backward() else contextlib.nullcontext():
+                    excited = _call(self.norm, excited)
             excited = excited.to(squeezed.dtype).unflatten(1, (self.num_blocks, self.hidden_size))
             return reference.s_norm(excited, self.block_prior, self.gate_scale, self.profile)
 

@@ -26,6 +26,12 @@ class Processes(NamedTuple):
         return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1
 
 
+class Joinable(nn.Module):
+    """A module whose batch statistics can be those of several processes: S2SentSelector."""
+
+    processes: Processes | None = None
+
+
 def sync_statistics(module: nn.Module, process_group: Any = None) -> nn.Module:
     """Let every S2SentSelector in ``module`` take its gate's batch statistics over all processes of a group. In training each of
     them must then call it as often as the others, with any number of sentences, none included. Gradients are those of the sum
@@ -44,9 +50,7 @@ def sync_statistics(module: nn.Module, process_group: Any = None) -> nn.Module:
     Raises:
         ValueError: there is no selector in ``module``.
     """
-    from .selector import S2SentSelector
-
-    selectors = [part for part in module.modules() if isinstance(part, S2SentSelector)]
+    selectors = [part for part in module.modules() if isinstance(part, Joinable)]
     if not selectors:
         raise ValueError(f"module: expected a selector somewhere in it, got {type(module).__name__} without")
     for selector in selectors:

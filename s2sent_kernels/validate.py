@@ -83,6 +83,16 @@ def batch_for_norm(name: str, size: int, module: torch.nn.Module) -> None:
         )
 
 
+def batch_statistics(num_sentences: int) -> None:
+    """A ValueError where a batch norm that uses the batch's own statistics gets one sentence. An empty batch changes nothing."""
+    if num_sentences == 1:
+        raise ValueError(
+            "gate_norm: expected 2 or more sentences in a batch, since in training the batch norm has no statistics of one, got "
+            "1. Leave out such a last batch (dataloader_drop_last=True of a trainer, drop_last=True of a DataLoader), or train "
+            "with gate_norm=None, or with the running statistics: selector.norm.eval() after train()"
+        )
+
+
 def finite_state(name: str, module: torch.nn.Module) -> None:
     """After training: a ValueError where it diverged, because such a module is of no use."""
     for key, tensor in module.state_dict().items():

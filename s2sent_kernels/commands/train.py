@@ -148,7 +148,9 @@ def _add_recipe(command: Any) -> None:
         type=float,
         help=f"of block prior and gate scale (default: {frozen.DEFAULT.prior_learning_rate:g})",
     )
-    command.add_argument("--accumulation", type=positive, help="batches whose gradients are one step; no more negatives (default: 1)")
+    command.add_argument(
+        "--accumulation", type=positive, help="batches whose gradients are one step; no more negatives (default: 1)"
+    )
     command.add_argument("--precision", choices=recipe.PRECISIONS, help="autocast (default: float32)")
     command.add_argument("--patience", type=positive, help="stop after so many epochs without a better score on --dev")
     command.add_argument(

@@ -20,6 +20,7 @@ from corners import (
     profiles,
     selector_for,
 )
+from torch.utils.checkpoint import checkpoint
 
 import s2sent_kernels as s2
 
@@ -262,6 +263,8 @@ def test_an_empty_packed_batch(place, path, training):
 
 # ---------------------------------------------------------------- B = 1 in training
 
+ONE_SENTENCE = r"gate_norm: expected 2 or more sentences in a batch, .* got 1\. .* \(dataloader_drop_last=True"
+
 
 @paths
 @profiles
@@ -269,17 +272,70 @@ def test_one_sentence_has_no_batch_statistics(place, path, profile):
     selector = selector_for(place, profile).train()
     before = {name: value.clone() for name, value in selector.named_buffers()}
     hidden_states = [torch.randn(1, L, D, device=place.device) for _ in range(N)]
-    with pytest.raises(ValueError, match="more than 1 value"):
+    with pytest.raises(ValueError, match=ONE_SENTENCE):
         call(selector, hidden_states, path=path)
-    with pytest.raises(ValueError, match="more than 1 value"):
+    with pytest.raises(ValueError, match=ONE_SENTENCE):
         selector.gates(hidden_states)
-    for name, value in selector.named_buffers():  # the count goes up before the error, as in nn.BatchNorm1d
-        assert name == "norm.num_batches_tracked" or torch.equal(value, before[name]), name
+    for name, value in selector.named_buffers():  # the count too
+        assert torch.equal(value, before[name]), name
     frozen = selector_for(place, profile).train()
     frozen.norm.eval()
     assert call(frozen, hidden_states, path=path).isfinite().all()
     without = selector_for(place, profile, gate_norm=None).train()
     assert call(without, hidden_states, path=path).isfinite().all()
+
+
+@paths
+@pytest.mark.parametrize("kind", ["hooked", "without running statistics"])
+def test_one_sentence_under_a_norm_that_is_called_as_a_module(place, path, kind):
+    selector = selector_for(place).train()
+    if kind == "hooked":
+        selector.norm.register_forward_hook(lambda module, args, output: None)
+    else:
+        selector.norm = torch.nn.BatchNorm1d(N * D, track_running_stats=False).to(place.device).eval()
+    hidden_states = [torch.randn(1, L, D, device=place.device) for _ in range(N)]
+    with pytest.raises(ValueError, match=ONE_SENTENCE):
+        call(selector, hidden_states, path=path)
+    assert all(not tracked for name, tracked in selector.named_buffers() if name == "norm.num_batches_tracked")
+
+
+def test_one_sentence_in_the_functions(place):
+    selector = selector_for(place)
+    parameters = selector.gate_parameters()
+    hidden_states = [torch.randn(1, L, D, device=place.device) for _ in range(N)]
+    options = {"frequencies": selector.frequencies, "backend": place.backend, "training": True}
+    for function in (s2.select, s2.select_pool):
+        with pytest.raises(ValueError, match=ONE_SENTENCE):
+            function(hidden_states, parameters, **options)
+        bare = parameters._replace(norm_weight=None, norm_bias=None, running_mean=None, running_var=None)
+        assert function(hidden_states, bare, **options).isfinite().all()
+
+
+# ---------------------------------------------------------------- a forward that is recomputed in the backward pass
+
+
+@paths
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_recomputed_forward_counts_once(place, path, use_reentrant, hooked):
+    """The running statistics and gradients are those without a checkpoint. A hook lets the norm be called as a module."""
+    found = []
+    for checkpointed in (False, True):
+        selector = selector_for(place).train()
+        if hooked:
+            selector.norm.register_forward_hook(lambda module, args, output: None)
+        hidden_states, mask = batch_for(place)
+        leaf = hidden_states[0].requires_grad_()
+
+        def run(first, selector=selector, rest=hidden_states[1:], mask=mask):
+            return call(selector, [first, *rest], mask, path)
+
+        out = checkpoint(run, leaf, use_reentrant=use_reentrant) if checkpointed else run(leaf)
+        out.backward(make_gradient(out))
+        found.append([leaf.grad, *(p.grad for p in selector.parameters()), *selector.buffers()])
+        assert selector.norm.num_batches_tracked == 1 and selector.norm.momentum == 0.1
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 # ---------------------------------------------------------------- alone and in a batch
