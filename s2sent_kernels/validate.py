@@ -75,6 +75,26 @@ def positive_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
+def device(name: str, value: Any) -> torch.device | None:
+    """The device that ``value`` means; None means torch's default."""
+    if value is None:
+        return None
+    try:
+        return torch.device(value)
+    except TypeError as error:
+        raise TypeError(f"{name}: expected a torch.device, its name or None, got {type(value).__name__}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{name}: expected a torch.device, its name or None, got {value!r}") from error
+
+
+def dtype(name: str, value: Any) -> torch.dtype | None:
+    """``value``, where it is a floating dtype; None means torch's default."""
+    if value is not None and (not isinstance(value, torch.dtype) or not value.is_floating_point):
+        got = value if isinstance(value, torch.dtype) else type(value).__name__
+        raise TypeError(f"{name}: expected a floating dtype or None, got {got}")
+    return value
+
+
 def batch_for_norm(name: str, size: int, module: torch.nn.Module) -> None:
     """Before training: a ValueError where ``module`` has a batch norm and batches are of one example."""
     if size == 1 and any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in module.modules()):
