@@ -60,6 +60,7 @@ class BlockwisePool:
 
     Raises:
         RuntimeError: from ``add`` where a hidden state requires a gradient; from ``result`` where a block is missing.
+        NotImplementedError: on forward-mode derivatives; in plain PyTorch they are right.
         ValueError: a block is repeated, out of order, or of another shape than the first.
     """
 
@@ -90,6 +91,8 @@ class BlockwisePool:
             kind = _Kind.of(hidden_state)
             if kind != self._first:
                 raise ValueError(f"hidden_state: expected {self._first} as block 0, got {kind}")
+        if self._engine is not plain:
+            validate.forward_mode((hidden_state,))
         place = Place(block, num_blocks)
         # Plain PyTorch also serves devices for which no op is registered.
         if self._engine is plain or without_dispatcher((hidden_state,)):
@@ -107,6 +110,8 @@ class BlockwisePool:
         parameters, dtype = self._gate.gate_parameters(), self._first.dtype
         with torch.no_grad():
             if parameters is not None:
+                if self._engine is not plain:
+                    validate.forward_mode(parameters)
                 frequencies, gating = self._reading.frequencies, self._gate.gating()
                 return self._engine.gate_pool(self._sums, parameters, frequencies, gating, dtype)[0]
             gates = self._gate.gate(plain.sum_groups(self._sums.squeezed_groups))

@@ -47,6 +47,14 @@ def _validate_plain(batch: Batch, reading: Reading) -> None:
         validate.cu_seqlens_values(batch)
 
 
+def _choose(backend: str, batch: Batch) -> str:
+    """``choose`` for a batch. Where not plain PyTorch computes, forward-mode derivatives are refused."""
+    chosen = choose(backend, Call.of(batch))
+    if chosen != "reference":
+        validate.forward_mode(batch.hidden_states)
+    return chosen
+
+
 def squeeze(
     hidden_states: Sequence[Tensor],
     attention_mask: Tensor | None = None,
@@ -82,7 +90,7 @@ def squeeze(
 
 def squeeze_batch(batch: Batch, reading: Reading, backend: str) -> tuple[Tensor, Tensor | None]:
     """``squeeze`` of records whose types are right."""
-    chosen = choose(backend, Call.of(batch))
+    chosen = _choose(backend, batch)
     if chosen == "reference":
         _validate_plain(batch, reading)
         return reference.squeeze(batch, reading)
@@ -172,7 +180,7 @@ def fuse(
     batch = validate.types(hidden_states, attention_mask, cu_seqlens)
     if not isinstance(gates, Tensor):
         raise TypeError(f"gates: expected a tensor, got {type(gates).__name__}")
-    chosen = choose(backend, Call.of(batch))
+    chosen = _choose(backend, batch)
     if chosen == "reference":
         _validate_plain(batch, Reading(frequencies=1))
         validate.gates(gates, batch)
@@ -182,7 +190,7 @@ def fuse(
 
 def select_with(gate_function: GateFunction, batch: Batch, reading: Reading, backend: str) -> Tensor:
     """v with any differentiable gate between squeeze and fuse; each hidden state's gradient is written once."""
-    chosen = choose(backend, Call.of(batch))
+    chosen = _choose(backend, batch)
     if chosen == "reference":
         _validate_plain(batch, reading)
         squeezed, _ = reference.squeeze(batch, reading)
@@ -206,7 +214,7 @@ def select_pool_in_training(
     batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, backend: str
 ) -> Tensor:
     """o with batch statistics."""
-    chosen = choose(backend, Call.of(batch))
+    chosen = _choose(backend, batch)
     if chosen == "reference" or not _trains_in_kernels(batch.hidden_states, parameters, batch.num_sentences):
         return select_pool_with(_gate_function(batch, parameters, gating, backend), batch, reading, backend)
     validate.select(batch, reading, parameters, gating)
@@ -245,7 +253,7 @@ def select(
 
 def select_fused(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, backend: str) -> Tensor:
     """v for profile "paper" with running statistics: one op."""
-    chosen = choose(backend, Call.of(batch))
+    chosen = _choose(backend, batch)
     if chosen != "reference":
         return ops.select.run(batch, reading, parameters, gating, chosen)
     return select_with(_gate_function(batch, parameters, gating, chosen), batch, reading, chosen)
@@ -285,7 +293,7 @@ def select_pool_fused(
     batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, backend: str
 ) -> Tensor:
     """o for profile "paper" with running statistics: one op."""
-    chosen = choose(backend, Call.of(batch))
+    chosen = _choose(backend, batch)
     if chosen != "reference":
         return ops.select_pool.run(batch, reading, parameters, gating, chosen)
     return select_pool_with(_gate_function(batch, parameters, gating, chosen), batch, reading, chosen)

@@ -40,6 +40,7 @@ class S2SentSelector(Joinable):
             good start. None is the paper's formula, in which a gate favours a block by a factor of e at most.
         activation: of the bottleneck, as in ``functional.gate``.
         backend: "auto", or a name that ``backends()`` lists.
+        device, dtype: of the parameters and buffers, as in torch's own modules; by default torch's.
 
     State: ``down`` nn.Linear(D, H), ``up`` nn.Linear(H, N * D) (n major), ``norm`` nn.BatchNorm1d(N * D) or None,
     ``block_prior`` [N] or None, ``gate_scale`` a scalar or None. Where one of the three modules is replaced, hooked,
@@ -62,6 +63,8 @@ class S2SentSelector(Joinable):
         gate_scale: float | None = None,
         activation: str = "tanh",
         backend: str = "auto",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("hidden_size", hidden_size), ("num_blocks", num_blocks), ("bottleneck", bottleneck)):
@@ -79,19 +82,37 @@ class S2SentSelector(Joinable):
         self.frequencies, self.gate_norm, self.backend = frequencies, gate_norm, backend
         self.profile: Profile = validate.option("profile", profile, PROFILES)
         self.activation: Activation = validate.option("activation", activation, ACTIVATIONS)
-        self.down = nn.Linear(hidden_size, bottleneck)
-        self.up = nn.Linear(bottleneck, num_blocks * hidden_size)
-        self.norm = nn.BatchNorm1d(num_blocks * hidden_size, eps=1e-6, momentum=0.1) if gate_norm == "batch" else None
-        prior = None
-        if block_prior:
-            prior = nn.Parameter(torch.zeros(num_blocks))
-            with torch.no_grad():
-                prior[-1] = PRIOR_OF_LAST_BLOCK
+        where: dict[str, Any] = {"device": validate.device("device", device), "dtype": validate.dtype("dtype", dtype)}
+        both = num_blocks * hidden_size
+        self.down = nn.Linear(hidden_size, bottleneck, **where)
+        self.up = nn.Linear(bottleneck, both, **where)
+        self.norm = nn.BatchNorm1d(both, eps=1e-6, momentum=0.1, **where) if gate_norm == "batch" else None
         self.block_prior: nn.Parameter | None
+        prior = nn.Parameter(torch.empty(num_blocks, **where)) if block_prior else None
         self.register_parameter("block_prior", prior)
         self.gate_scale: nn.Parameter | None
-        scale = None if gate_scale is None else nn.Parameter(torch.tensor(float(gate_scale)))
+        scale = None if gate_scale is None else nn.Parameter(torch.empty((), **where))
         self.register_parameter("gate_scale", scale)
+        self._first_gate_scale = 1.0 if gate_scale is None else float(gate_scale)
+        self._reset_own()
+
+    def reset_parameters(self) -> None:
+        """Start anew: draw the gate's weights, and set all else to where it starts. What was made on the meta device needs it
+        after ``to_empty``."""
+        for part in self.children():
+            for module in part.modules():
+                if callable(reset := getattr(module, "reset_parameters", None)):
+                    reset()
+        self._reset_own()
+
+    @torch.no_grad()
+    def _reset_own(self) -> None:
+        """The parameters that no part holds."""
+        if self.block_prior is not None:
+            self.block_prior.zero_()
+            self.block_prior[-1] = PRIOR_OF_LAST_BLOCK
+        if self.gate_scale is not None:
+            self.gate_scale.fill_(self._first_gate_scale)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and files leave out the plan, which belongs to this selector's tensors, and the processes, whose group cannot
@@ -99,9 +120,10 @@ class S2SentSelector(Joinable):
         return {name: value for name, value in self.__dict__.items() if name not in ("_plan", "processes")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Selectors that were pickled before there was a gate scale have none."""
+        """Selectors that were pickled before there was a gate scale have none; later ones did not note where theirs started."""
         super().__setstate__(state)
         self._parameters.setdefault("gate_scale", None)
+        self.__dict__.setdefault("_first_gate_scale", 1.0)
 
     def extra_repr(self) -> str:
         return (

@@ -3,7 +3,8 @@
 What is checked where, once in a call:
 
     where                       what                                                                by
-    functional, S2SentSelector  Python types; a word that is no string; forward mode                ``types``, ``word``
+    functional, S2SentSelector  Python types; a word that is no string                              ``types``, ``word``
+    functional, engine chosen   forward mode of the hidden states, unless plain PyTorch computes    ``forward_mode``
     an op, also its fake        words; shapes, dtypes and devices of tensors; N, D and M            ``batch``, ``gate``
       (and functional, where plain PyTorch computes and no op does)
     an op alone                 forward mode: plain PyTorch has it, also for the gate's parameters  ``forward_mode``
@@ -73,6 +74,26 @@ def positive_number(name: str, value: Any) -> None:
     number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
+def device(name: str, value: Any) -> torch.device | None:
+    """The device that ``value`` means; None means torch's default."""
+    if value is None:
+        return None
+    try:
+        return torch.device(value)
+    except TypeError as error:
+        raise TypeError(f"{name}: expected a torch.device, its name or None, got {type(value).__name__}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{name}: expected a torch.device, its name or None, got {value!r}") from error
+
+
+def dtype(name: str, value: Any) -> torch.dtype | None:
+    """``value``, where it is a floating dtype; None means torch's default."""
+    if value is not None and (not isinstance(value, torch.dtype) or not value.is_floating_point):
+        got = value if isinstance(value, torch.dtype) else type(value).__name__
+        raise TypeError(f"{name}: expected a floating dtype or None, got {got}")
+    return value
 
 
 def batch_for_norm(name: str, size: int, module: torch.nn.Module) -> None:
@@ -149,7 +170,6 @@ def types(hidden_states: Any, attention_mask: Any, cu_seqlens: Any, expected_blo
     for name, value in (("attention_mask", attention_mask), ("cu_seqlens", cu_seqlens)):
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a tensor or None, got {type(value).__name__}")
-    forward_mode(hidden_states)
     if expected_blocks is not None and len(hidden_states) != expected_blocks:
         raise ValueError(
             f"hidden_states: expected {expected_blocks} tensors, one for each block, got {len(hidden_states)}"

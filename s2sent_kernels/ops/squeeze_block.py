@@ -40,6 +40,7 @@ def _implementation(
     validate.words(reading)
     validate.tensors(batch, profile)
     validate.components(num_blocks, batch.hidden_size, frequencies, profile)
+    validate.forward_mode(batch.hidden_states)
     validate.cu_seqlens_values(batch)
     if not 0 <= block < num_blocks:
         raise ValueError(f"block: expected 0 to {num_blocks - 1}, got {block}")

@@ -3,9 +3,11 @@ positive. Every error names the file and, if it concerns one, the line or row.""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import re
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,7 +150,23 @@ def _read(path: str | Path, columns: Sequence[str], choices: Sequence[Sequence[s
     return found
 
 
-def _read_csv(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+_LONGEST = 2**31 - 1  # characters, what fits a C long on every platform
+_limit_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _long_fields() -> Iterator[None]:
+    """Within it csv takes texts of any length. Its limit, 131,072 characters, belongs to the whole process, where others may
+    rely on it, and is put back."""
+    with _limit_lock:
+        before = csv.field_size_limit(_LONGEST)
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
+
+
+def _read_csv(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     place = "line 1"
 
     def lines() -> Iterator[str]:
@@ -157,15 +175,17 @@ def _read_csv(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             place = f"line {number}"
             yield line + "\n"
 
-    reader = csv.DictReader(lines(), strict=True)
+    reader, rows = csv.DictReader(lines(), strict=True), []
     try:
-        tables.unique(path, list(reader.fieldnames or ()))
-        for row in reader:
-            if None in row or None in row.values():
-                raise ValueError(f"{path}: {place}: expected {len(reader.fieldnames or ())} comma-separated fields")
-            yield place, row
+        with _long_fields():
+            tables.unique(path, list(reader.fieldnames or ()))
+            for row in reader:
+                if None in row or None in row.values():
+                    raise ValueError(f"{path}: {place}: expected {len(reader.fieldnames or ())} comma-separated fields")
+                rows.append((place, row))
     except csv.Error as error:
         raise ValueError(f"{path}: {place} is broken: {error}") from error
+    return rows
 
 
 def _read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -187,4 +207,8 @@ def _read_parquet(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"row {number}", row
 
 
-_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+_READERS: dict[str, Callable[[str | Path], Iterable[tuple[str, dict[str, Any]]]]] = {
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}

@@ -1,9 +1,11 @@
 """Second derivatives and forward mode, on every backend (see corners.py): an op raises; where plain PyTorch computes, its
 derivatives of every order are there and must be right. A derivative is never silently zero."""
 
+import copy
+
 import pytest
 import torch
-from builders import kept, make_parameters
+from builders import assert_close, kept, make_parameters
 from corners import B, D, H, M, N, batch_for, call, modes, paths, profiles, selector_for
 
 import s2sent_kernels as s2
@@ -175,7 +177,9 @@ def test_forward_mode_of_functions(place, name, training, forward):
         expected = (ahead - behind) / (2 * step)
         error = (actual[0] - expected).abs().max()
         assert error <= 1e-2 * expected.abs().max() + 1e-9, f"tangent of input {index}"
-    if place.name != "reference" and not training:
+    if place.name == "reference":
+        assert count == 0
+    elif not training:
         assert count == len(inputs)
 
 
@@ -183,9 +187,69 @@ def test_forward_mode_of_functions(place, name, training, forward):
 @profiles
 @modes
 @forwards
-def test_the_selector_refuses_forward_mode(place, path, profile, training, forward):
+def test_forward_mode_of_the_selector(place, path, profile, training, forward):
+    """Plain PyTorch has the derivative, which the one of reverse mode has to agree with; all else refuses."""
     selector = selector_for(place, profile).train(training)
-    hidden_states, mask = batch_for(place)
+    plain = place.name == "reference"
+    hidden_states, mask = batch_for(place, dtype=torch.float64 if plain else torch.float32)
+
+    def function(*inputs):
+        return call(copy.deepcopy(selector), inputs, mask, path)  # in training each call moves the running statistics
+
     for tangents in one_tangent_each(hidden_states):
-        with refused():
-            forward(lambda *u: call(selector, u, mask, path), hidden_states, tangents)
+        if not plain:
+            with refused():
+                forward(function, hidden_states, tangents)
+            continue
+        (actual,) = forward(function, hidden_states, tangents)
+        _, expected = torch.autograd.functional.jvp(function, tuple(hidden_states), tuple(tangents))
+        assert expected.abs().max() > 0
+        assert_close(actual, expected, 1e-10)
+
+
+@modes
+@forwards
+def test_forward_mode_by_the_parameters(place, training, forward):
+    """The gate's own tensors may be dual too, as under torch.func.functional_call."""
+    if place.name != "reference":
+        pytest.skip("ops refuse, above")
+    selector = selector_for(place, block_prior=True, gate_scale=4.0).double().train(training)
+    hidden_states, mask = batch_for(place, dtype=torch.float64)
+    names = [name for name, _ in selector.named_parameters()]
+    values = [parameter.detach().clone() for parameter in selector.parameters()]
+    tangents = [torch.randn_like(value) for value in values]
+
+    def function(*parameters):
+        state = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(copy.deepcopy(selector), state, (hidden_states, mask))
+
+    (actual,) = forward(function, values, tangents)
+    _, expected = torch.autograd.functional.jvp(function, tuple(values), tuple(tangents))
+    assert expected.abs().max() > 0
+    assert_close(actual, expected, 1e-10)
+
+
+@forwards
+def test_forward_mode_of_blockwise_pooling(place, forward):
+    """It keeps no graph for reverse mode, and must not lose a tangent silently."""
+    selector = selector_for(place)
+    plain = place.computes_float64  # it runs no op where plain PyTorch is the engine
+    hidden_states, mask = batch_for(place, dtype=torch.float64 if plain else torch.float32)
+
+    def function(*inputs):
+        stream = selector.blockwise(mask)
+        for block, hidden_state in enumerate(inputs):
+            stream.add(block, hidden_state)
+        return stream.result()
+
+    for tangents in one_tangent_each(hidden_states):
+        if not plain:
+            with refused():
+                forward(function, hidden_states, tangents)
+            continue
+        (actual,) = forward(function, hidden_states, tangents)
+        steps = [
+            function(*(u + step * tangent for u, tangent in zip(hidden_states, tangents, strict=True)))
+            for step in (1e-4, -1e-4)
+        ]
+        assert_close(actual, (steps[0] - steps[1]) / 2e-4, 1e-7)

@@ -50,6 +50,13 @@ def write(path, texts=TEXTS):
     return str(path)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_texts(tmp_path, kind):
+    """Longer than the 131,072 characters that Python's csv module takes."""
+    texts = ["a" * 300_000, "b " * 200_000, "c"]
+    assert [row.text for row in read_texts([write(tmp_path / f"a.{kind}", texts)])] == texts
+
+
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reader_begins_at_any_part(tmp_path, kind, ending):

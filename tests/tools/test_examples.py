@@ -1,5 +1,6 @@
 """Training examples from files, and what is wrong with a file."""
 
+import csv
 import re
 
 import pytest
@@ -20,6 +21,22 @@ ROWS = [("a b", 'b, "c"', "d"), ("é", "f", "")]
 def test_every_format_gives_the_same_examples(tmp_path, suffix):
     examples = read_examples(write_examples(tmp_path / f"data{suffix}", ROWS, COLUMNS))
     assert examples == Examples(COLUMNS, ROWS, supervised=True)
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".parquet"])
+def test_long_texts(tmp_path, suffix):
+    """csv's own limit is 131,072 characters; others may rely on it."""
+    rows, before = [("a" * 300_000, 'b, "' * 50_000, "d")], csv.field_size_limit()
+    assert read_examples(write_examples(tmp_path / f"data{suffix}", rows, COLUMNS)).rows == rows
+    assert csv.field_size_limit() == before
+
+
+def test_the_limit_of_csv_is_put_back_after_an_error(tmp_path):
+    before, path = csv.field_size_limit(), tmp_path / "data.csv"
+    path.write_text('anchor,positive\n"a"x,b\n')
+    with pytest.raises(ValueError, match="line 2 is broken"):
+        read_examples(path)
+    assert csv.field_size_limit() == before
 
 
 def test_several_negatives_and_other_columns(tmp_path):
