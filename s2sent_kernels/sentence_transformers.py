@@ -61,6 +61,8 @@ class S2SentPooling(Pooling):
     A copy or a pickle of this module alone is without its transformer, and needs ``attach`` or another model; beside its
     transformer's copy it follows that one. Where a module is forgotten, its hooks leave the transformer.
 
+    Losses that train the layers one by one (AdaptiveLayerLoss, Matryoshka2dLoss) are refused at their first step.
+
     Args:
         selector: the arguments of S2SentSelector.
         blocks: which blocks, 0 the lowest.
@@ -186,6 +188,7 @@ class S2SentPooling(Pooling):
         """The consumer of the hidden states of a call of a transformer with these arguments; None keeps them."""
         captures = []
         for listener in self._listeners:
+            _refuse_layers_apart(listener.called)
             listener.forget()  # what another route's transformer did and nobody took
             captures.append(listener.capture)
         if not isinstance(features, Mapping) or any(one.needs_gradient(self.selector, features) for one in captures):
@@ -326,6 +329,16 @@ def _transformers_before(pooling: S2SentPooling, model: nn.Module) -> list[nn.Mo
 
     run(model, [])
     return list(dict.fromkeys(found))
+
+
+def _refuse_layers_apart(transformer: nn.Module | None) -> None:
+    """A ValueError inside a loss that replaces the transformer by its layers, one after another, for a pooling of one layer."""
+    if type(vars(transformer).get("forward")).__name__ == "TransformerDecorator":
+        raise ValueError(
+            "loss: expected one that runs the whole transformer, got AdaptiveLayerLoss or Matryoshka2dLoss. They train a pooling "
+            "of one layer at each depth, for models that are cut there, and S2SentPooling needs all of its blocks. "
+            "MatryoshkaLoss works; for a shorter model choose lower blocks"
+        )
 
 
 class _Follower:

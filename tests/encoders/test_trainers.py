@@ -153,3 +153,38 @@ def test_statistics_are_estimated_again_without_gradients(grad_mode):
     assert model[1].selector.norm.num_batches_tracked == 1 and model[1].selector.norm.running_mean.any()
     torch.optim.swa_utils.update_bn([model.preprocess(TEXTS), model.preprocess(TEXTS[:3])], model)
     assert model[1].selector.norm.num_batches_tracked == 2 and model[1].selector.norm.running_mean.any()
+
+
+# ---------------------------------------------------------------- losses that wrap another
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model, loss: losses.AdaptiveLayerLoss(model, loss),
+        lambda model, loss: losses.Matryoshka2dLoss(model, loss, [384, 64]),
+    ],
+    ids=["AdaptiveLayerLoss", "Matryoshka2dLoss"],
+)
+def test_a_loss_for_each_layer_is_refused_at_the_first_step(make):
+    model = make_model().train()
+    features = model.preprocess(TEXTS)
+    loss = make(model, losses.MultipleNegativesRankingLoss(model))
+    with pytest.raises(
+        ValueError, match="loss: expected one that runs the whole transformer, got AdaptiveLayerLoss or"
+    ):
+        loss(columns(model), None)
+    assert model[1].selector.norm.num_batches_tracked == 0
+    assert model(features)["sentence_embedding"].shape == (5, 384)  # nothing is left behind
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_matryoshka_runs_the_model_once(cached):
+    model, expected = make_model().train(), make_model().train()
+    make = CACHED["ranking"] if cached else losses.MultipleNegativesRankingLoss
+    options = {"mini_batch_size": 4} if cached else {}
+    for one, dims in ((model, [384, 64]), (expected, [384])):
+        losses.MatryoshkaLoss(one, make(one, **options), dims)(columns(one), None).backward()
+    for found, wanted in zip(model[1].selector.norm.buffers(), expected[1].selector.norm.buffers(), strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert model[1].selector.norm.num_batches_tracked > 0
