@@ -26,7 +26,10 @@ PARAMETERS = ", ".join(
 # the gate's tensors has an overload "scaled" that takes it.
 _SCALE = "Tensor? gate_scale, "
 
-_library = torch.library.Library("s2sent", "DEF")
+# A process can define an op once. importlib.reload keeps a module's globals, so that what is defined already is known, and the
+# ops that are there stay.
+_library: torch.library.Library = globals().get("_library") or torch.library.Library("s2sent", "DEF")
+_defined: set[str] = globals().get("_defined") or set()
 
 Arguments = dict[str, Any]  # of an op, by the names in its schema
 Gradients = dict[str, Any]  # of those that have one; the rest have none
@@ -77,6 +80,8 @@ def _register(
     save: Callable[[Any, Arguments, Any], None] | None,
     backward: Callable[..., Gradients] | None,
 ) -> None:
+    if name in _defined:
+        return
     register_in_place(name, schema, implementation, fake)
     names = tuple(argument.name for argument in torch._C.parse_schema(f"s2sent::{name}{schema}").arguments)
     if save is None or backward is None:
@@ -101,7 +106,10 @@ def refuse(ctx: Any, *grads: Any) -> None:
 
 
 def register_in_place(name: str, schema: str, implementation: Callable[..., None], fake: Callable[..., None]) -> None:
-    """Define an op without derivatives, as one that writes into its arguments."""
+    """Define an op without derivatives, as one that writes into its arguments. Nothing happens where it is defined."""
+    if name in _defined:
+        return
+    _defined.add(name)
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         _library.impl(name, implementation, key)

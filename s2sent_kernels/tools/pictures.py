@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..files import require
 from ..formula import dct
+from . import fonts
 
 
 def _figure(width: float, height: float) -> Any:
@@ -26,7 +28,10 @@ def _png(figure: Any) -> bytes:
     texts = [text for legend in legends if legend for text in legend.get_texts()]
     for text in (*texts, *(axes.title for axes in figure.axes)):
         text.set_parse_math(False)  # a dollar sign in a user's text is no formula; numbers at an axis may be
-    figure.savefig(buffer, format="png", dpi=150)
+    fonts.complete(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing")  # a warning per character and text: all were said in one
+        figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
 
 

@@ -1,11 +1,12 @@
 """Pictures of scores, energies and gates."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
 
-from s2sent_kernels.tools import pictures
+from s2sent_kernels.tools import fonts, pictures
 
 PNG = b"\x89PNG\r\n\x1a\n"
 POOLINGS = ["mean of last", "first-last average", "average of blocks", "cls", "s2sent", "scalar mix"]
@@ -60,3 +61,38 @@ def test_pictures_of_scores_and_energies():
     assert pictures.energy_picture(torch.rand(2, 3), [(0, 0), (0, 1), (1, 0)], formulas).startswith(PNG)
     assert pictures.gates_by_text_picture(torch.rand(2, 3, 4), formulas).startswith(PNG)
     assert pictures.scores_picture({formulas[0]: {"a": 70.0}, formulas[1]: {"a": 60.0}}, formulas[1]).startswith(PNG)
+
+
+def draw_each(text):
+    """The text in every place where a picture has one of a user's."""
+    pictures.energy_picture(torch.rand(2, 3) + 0.1, [(0, 0), (0, 1), (1, 0)], [text, "plain"])
+    pictures.gates_by_text_picture(torch.rand(2, 3, 4), [text, "plain"])
+    pictures.scores_picture({text: {text: 70.0}}, text)
+
+
+def test_characters_of_an_installed_font_are_drawn_without_a_warning():
+    pytest.importorskip("matplotlib")
+    own, other = (fonts._characters(fonts._families()[name]) for name in ("DejaVu Sans", "STIXGeneral"))
+    letter = chr(min(code for code in other - own if chr(code).isprintable()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_each(f"a {letter} b\nc")
+
+
+@pytest.mark.parametrize(
+    "text", ["\u4e2d\u6587\u53e5\u5b50", "\u0939\u093f\u0928\u094d\u0926\u0940", "ok \U0001f600\U0001f389"]
+)
+def test_one_warning_of_the_characters_that_no_font_has(text, monkeypatch):
+    pytest.importorskip("matplotlib")
+    some = {"DejaVu Serif": fonts._families()["DejaVu Serif"], "gone": "/gone.ttf"}
+    monkeypatch.setattr(fonts, "_families", lambda: some)
+    for picture in (
+        lambda: pictures.energy_picture(torch.rand(2, 1) + 0.1, [(0, 0)], [text, text + "!"]),
+        lambda: pictures.gates_by_text_picture(torch.rand(2, 3, 4), [text, text]),
+        lambda: pictures.scores_picture({text: {text: 70.0}}, text),
+    ):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert picture().startswith(PNG)
+        (warning,) = said
+        assert "are drawn as boxes" in str(warning.message) and text[-1] in str(warning.message)
