@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..selector import S2SentSelector
 from ..synchronised import sync_statistics
 from .encoders import in_eval_mode
 from .recipe import Recipe
@@ -63,14 +62,16 @@ def check_one_gpu(arguments: Any) -> None:
 
 @contextlib.contextmanager
 def joined(model: nn.Module, output: Callable[[], Tensor]) -> Iterator[None]:
-    """Train ``model`` in here as one process with all batches would: batch statistics are those of all processes, each of which
-    has its own dropout. Parameters that have no part in ``output``, a sentence's embedding or logits, are frozen meanwhile, since
+    """Several processes train ``model`` in here as one with all of their batches would: batch statistics are those of all.
+    Parameters that have no part in ``output``, a sentence's embedding or logits, are frozen meanwhile, since
     DistributedDataParallel waits for the gradient of every other: poolers, blocks above the highest that is fused."""
+    if count() < 2:
+        yield
+        return
     frozen = _without_gradient(model, output)
     for parameter in frozen:
         parameter.requires_grad_(False)
-    if count() > 1 and any(isinstance(part, S2SentSelector) for part in model.modules()):
-        sync_statistics(model)
+    sync_statistics(model)
     try:
         yield
     finally:

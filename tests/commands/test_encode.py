@@ -221,7 +221,7 @@ def test_an_input_is_not_replaced(tmp_path, places, capsys):
 def test_models_that_do_not_fit(tmp_path, places, capsys):
     path = write(tmp_path / "a.txt", ["x"])
     assert run(places, path, "--output", tmp_path / "a.npy", model="encoder") == 2
-    assert "--selector: expected a folder or a shipped name beside --model" in capsys.readouterr().err
+    assert "--selector: expected a folder or a shipped name (all-MiniLM-L6-v2, " in capsys.readouterr().err
     assert run(places, path, "--output", tmp_path / "a.npy", model="none") == 2
     assert "there is no such directory" in capsys.readouterr().err
     options = ["--selector", "all-MiniLM-L6-v2"]

@@ -232,7 +232,10 @@ def test_a_whole_model_that_cannot_be_loaded(missing, message, whole, places, tm
             "expected an encoder with blocks [0, 1, 2, 3, 4, 5] of 384 features, got BertModel with 4 of 16",
         ),
         (["inspect", "--text", " "], "expected texts, got an empty one"),
-        (["inspect", "--model", "{model}", "--text", "a"], "expected a folder or a shipped name beside --model"),
+        (
+            ["inspect", "--model", "{model}", "--text", "a"],
+            "expected a folder or a shipped name (all-MiniLM-L6-v2, all-mpnet-base-v2) beside",
+        ),
         (["inspect", "--model", "{model}", "--selector", "all-MiniLM-L6-v2"], "got BertModel with 4 of 16"),
     ],
 )

@@ -382,7 +382,10 @@ def test_folders(tmp_path):
     close(saved.encode(texts), whole.encode(texts))  # with the prompt, whose tokens do not count
     with pytest.raises(ValueError, match=r"^selector: expected none beside model .*, which has its own"):
         Embedder.from_pretrained(tmp_path / "model", "all-MiniLM-L6-v2")
-    with pytest.raises(ValueError, match=r"^selector: expected a folder or a shipped name beside model "):
+    with pytest.raises(
+        ValueError,
+        match=r"^selector: expected a folder or a shipped name \(all-MiniLM-L6-v2, all-mpnet-base-v2\) beside model ",
+    ):
         Embedder.from_pretrained(tmp_path / "encoder")
     with pytest.raises(ValueError, match="there is no such directory"):
         Embedder.from_pretrained("./nowhere")

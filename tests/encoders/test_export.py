@@ -352,7 +352,8 @@ def test_models_that_are_not_there(tmp_path, fails):
     make_encoder().save_pretrained(tmp_path / "encoder")
     error = fails("--model", tmp_path / "encoder")
     assert error == (
-        f"--selector: expected a folder or a shipped name beside --model {tmp_path / 'encoder'}, which is an encoder alone, "
+        "--selector: expected a folder or a shipped name (all-MiniLM-L6-v2, all-mpnet-base-v2) beside "
+        f"--model {tmp_path / 'encoder'}, which is an encoder alone, "
         "got none"
     )
     assert "got 'nobody'" in fails("--selector", "nobody")

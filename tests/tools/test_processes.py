@@ -101,7 +101,9 @@ def test_each_process_has_its_own_dropout(trained):
     assert first.startswith("dropout") and first != second
 
 
-def test_what_has_no_gradient_is_frozen_meanwhile():
+def test_what_has_no_gradient_is_frozen_meanwhile(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "sync_statistics", lambda module: module)
     encoder = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.Linear(2, 2), nn.Linear(2, 2)).train()
     encoder[0].bias.requires_grad_(False)
     with processes.joined(encoder, lambda: encoder[2](encoder[1](encoder[0](torch.ones(1, 2))))):
