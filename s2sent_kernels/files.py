@@ -1,4 +1,5 @@
-"""Locks, clean-up and atomic writes for output folders; the package's data; imports of optional packages; errors in a line."""
+"""Locks, clean-up and atomic writes for output folders; the package's data; imports of optional packages; errors in a line;
+whether somebody watches."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import contextlib
 import fcntl
 import importlib
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from importlib import resources
@@ -49,6 +51,11 @@ def importing(package: str | None, extra: str | None) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """An error in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def on_terminal() -> bool:
+    """Whether somebody watches standard error: only there is a bar of progress one, and not a line without end."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def data_folder() -> Path:

@@ -30,7 +30,9 @@ def _png(figure: Any) -> bytes:
         text.set_parse_math(False)  # a dollar sign in a user's text is no formula; numbers at an axis may be
     fonts.complete(figure)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing")  # a warning per character and text: all were said in one
+        warnings.filterwarnings(
+            "ignore", r"Glyph \d+ .*missing"
+        )  # a warning per character and text: all were said in one
         figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from ..files import on_terminal
 from .recipe import Recipe
 
 
@@ -36,6 +37,7 @@ def arguments_of(recipe: Recipe, rows: int) -> dict[str, Any]:
         "logging_nan_inf_filter": False,  # True would replace a NaN loss in the log by earlier ones
         "seed": recipe.seed,
         "report_to": "none",
+        "disable_tqdm": not on_terminal(),  # elsewhere the trainers print a line for each record of their log
     }
 
 
