@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import importlib
 import os
+import stat
 import sys
 import uuid
 from collections.abc import Iterator
@@ -110,6 +111,19 @@ def write_atomically(path: Path, content: bytes, *, sync: bool = False) -> None:
         raise
     if sync:
         sync_folder(path.parent)
+
+
+def open_to_umask(folder: Path) -> None:
+    """Give the files in ``folder``, just written, the mode that the umask leaves: safetensors writes for the owner alone."""
+    probe = folder / f".{uuid.uuid4().hex}"
+    probe.touch()  # the umask itself could only be asked by changing it, for every thread
+    try:
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def sync_folder(folder: Path) -> None:
