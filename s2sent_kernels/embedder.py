@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from .batch_runner import BatchRunner, Result
 from .batches import OVERFLOWS, Encoded, TextTokenizer, Tokens, ahead, cut, lone_surrogate
 from .chunks import PRECISIONS, Chunk, finished, like, quantized
 from .export import Pipeline
-from .files import require
+from .files import on_terminal, require
 
 if TYPE_CHECKING:
     import numpy as np
@@ -203,7 +202,7 @@ class Embedder:
         listed = [texts] if isinstance(texts, str) else list(texts)
         options = self._options(batch_tokens, normalize, truncate_dim, prompt, precision)
         # stderr is None where a program has no console.
-        bar = _bar(len(listed)) if progress and sys.stderr is not None and sys.stderr.isatty() else None
+        bar = _bar(len(listed)) if progress and on_terminal() else None
         found = []
         with (
             contextlib.closing(self._embeddings(listed, options)) as chunks,
@@ -336,7 +335,7 @@ def _keep(chunk: Chunk, rows: np.ndarray, result: Result) -> None:
 
 
 def _bar(total: int) -> Any:
-    return require("tqdm.auto", "tqdm", "encode").tqdm(total=total, desc="encode", unit="text")
+    return require("tqdm.auto", "tqdm", "encode").tqdm(total=total, desc="encode", unit="text", disable=False)
 
 
 def _usual_tokens(device: torch.device) -> int:

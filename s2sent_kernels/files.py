@@ -1,4 +1,5 @@
-"""Locks, clean-up and atomic writes for output folders; the package's data; imports of optional packages; errors in a line."""
+"""Locks, clean-up and atomic writes for output folders; the package's data; imports of optional packages; errors in a line;
+whether somebody watches."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import contextlib
 import fcntl
 import importlib
 import os
+import stat
+import sys
 import uuid
 from collections.abc import Iterator
 from importlib import resources
@@ -49,6 +52,11 @@ def importing(package: str | None, extra: str | None) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """An error in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def on_terminal() -> bool:
+    """Whether somebody watches standard error: only there is a bar of progress one, and not a line without end."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def data_folder() -> Path:
@@ -103,6 +111,19 @@ def write_atomically(path: Path, content: bytes, *, sync: bool = False) -> None:
         raise
     if sync:
         sync_folder(path.parent)
+
+
+def open_to_umask(folder: Path) -> None:
+    """Give the files in ``folder``, just written, the mode that the umask leaves: safetensors writes for the owner alone."""
+    probe = folder / f".{uuid.uuid4().hex}"
+    probe.touch()  # the umask itself could only be asked by changing it, for every thread
+    try:
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def sync_folder(folder: Path) -> None:

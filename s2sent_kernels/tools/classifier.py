@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import families, validate
 from ..batches import TextTokenizer, Tokens, padded
-from ..files import importing, missing, remove_empty
+from ..files import importing, missing, open_to_umask, remove_empty
 from ..transformers import S2SentForSequenceClassification, S2SentModel, transformers
 from . import processes
 from .encoders import Text
@@ -88,6 +88,7 @@ def save(model: S2SentForSequenceClassification, tokenizer: Any, folder: str | o
                 backend.enable_truncation(limit)
                 backend.no_padding()
             tokenizer.save_pretrained(temporary)
+            open_to_umask(Path(temporary))
             for name in sorted(os.listdir(temporary), key="config.json".__eq__):
                 os.replace(Path(temporary) / name, target / name)
                 moved.append(target / name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +12,9 @@ from torch import Tensor, nn
 
 from .. import families
 from ..batches import TextTokenizer, ahead, padded, to_device
-from ..files import require
+from ..files import on_terminal, require
 
+EVERY = 30.0  # seconds between two lines of progress
 AHEAD = 4  # batches that are tokenized while one is in work
 Text = str | tuple[str, str]  # or a pair, which the encoder reads as one input
 
@@ -60,7 +63,7 @@ def token_batches(
         batches: the rows of ``texts`` in each batch.
         max_length: texts are truncated to as many tokens, or to fewer where tokenizer or encoder support fewer.
         skip: how many batches to leave out at the beginning; the progress bar counts them.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr, or where that is no terminal a line every half minute.
     """
     tokenize = TextTokenizer(tokenizer, families.max_length(encoder, tokenizer, max_length))
     device = next(encoder.parameters()).device
@@ -74,8 +77,22 @@ def token_batches(
 
     ready: Any = ahead(made(), AHEAD)
     if progress:
-        ready = require("tqdm.auto", "tqdm", "evaluate").tqdm(
-            ready, desc="encode", unit="batch", total=len(batches), initial=skip
-        )
+        ready = _shown(ready, skip, len(batches))
     for rows, inputs in ready:
         yield TokenBatch(rows, {name: to_device(tensor, device) for name, tensor in inputs.items()})
+
+
+def _shown(batches: Iterator[TokenBatch], done: int, total: int) -> Iterator[TokenBatch]:
+    """``batches``, of which each that is taken is told on stderr: a bar would fill a log's line without end."""
+    if on_terminal():
+        yield from require("tqdm.auto", "tqdm", "evaluate").tqdm(
+            batches, desc="encode", unit="batch", total=total, initial=done, disable=False
+        )
+        return
+    said = time.monotonic()
+    for number, batch in enumerate(batches, done):
+        now = time.monotonic()
+        if now - said >= EVERY and sys.stderr is not None:
+            said = now
+            print(f"encode: {number:,} of {total:,} batches", file=sys.stderr, flush=True)
+        yield batch

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import on_terminal
 from ..synchronised import sync_statistics
 from .encoders import in_eval_mode
 from .recipe import Recipe
@@ -48,6 +49,7 @@ def arguments_of(recipe: Recipe, rows: int) -> dict[str, Any]:
         "logging_nan_inf_filter": False,  # True would replace a NaN loss in the log by earlier ones
         "seed": recipe.seed,
         "report_to": "none",
+        "disable_tqdm": not on_terminal(),  # elsewhere the trainers print a line for each record of their log
     }
 
 

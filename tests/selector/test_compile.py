@@ -142,6 +142,27 @@ def test_without_gradients(backend, grad):
         assert_close(gates(**batch), selector.gates(**batch), CLOSE)
 
 
+@table(
+    "path, training, form, mode",
+    [
+        ("forward", False, "mask", "plain"),
+        ("forward", False, "packed", "no_grad"),
+        ("forward", True, "none", "inference_mode"),
+        ("pool", False, "mask", "no_grad"),
+        ("pool", True, "packed", "inference_mode"),
+        ("pool", False, "none", "plain"),
+    ],
+)
+def test_dynamic_without_gradients(backend, path, training, form, mode):
+    """ "plain": nothing requires a gradient."""
+    selector = selector_for(backend, training).requires_grad_(mode != "plain")
+    compiled = torch.compile(method(selector, path), fullgraph=True, dynamic=True, backend="aot_eager")
+    with {"plain": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[mode]():
+        for B, L in ((4, 6), (7, 9)):
+            batch = batch_for(form, B=B, L=L, requires_grad=False)
+            assert_close(compiled(**batch), method(selector, path)(**batch), CLOSE)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_changed_parts(backend, path):
     """The gate through its parts as modules."""

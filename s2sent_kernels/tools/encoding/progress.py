@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from ...files import importing
+from ...files import importing, on_terminal
 
 with importing(None, "encode"):
     from tqdm import tqdm
@@ -27,10 +27,12 @@ class Progress:
     def __init__(self, total: int, done: int = 0, *, bar: bool | None = None) -> None:
         self.total, self.before, self.texts, self.tokens = total, done, 0, 0
         self.start = self.said = time.monotonic()
-        shown = sys.stderr is not None and sys.stderr.isatty() if bar is None else bar
+        shown = on_terminal() if bar is None else bar
         form = "{n_fmt} of {total_fmt} texts {bar} {rate_fmt}{postfix}, {remaining} left"
         self.bar: Any = (
-            tqdm(total=total, initial=done, unit=" texts", bar_format=form, file=sys.stderr) if shown else None
+            tqdm(total=total, initial=done, unit=" texts", bar_format=form, file=sys.stderr, disable=False)
+            if shown
+            else None
         )
 
     def advance(self, texts: int, tokens: int | None) -> None:
