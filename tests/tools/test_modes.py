@@ -106,12 +106,11 @@ def test_exports(quantize, place, mask):
     for name in ("onnx", "onnxruntime", "onnxscript", "sentence_transformers"):
         pytest.importorskip(name)
     from s2sent_kernels import servers
-    from s2sent_kernels.export import export_aot, export_onnx
+    from s2sent_kernels.export import export_onnx
     from s2sent_kernels.sentence_transformers import load
 
     model = load(SAVED).eval()
     servers.export_folder(model, place / "new" / "folder", quantize=quantize)
     if quantize is None:
         export_onnx(model, place / "new" / "model.onnx")
-        export_aot(model, place / "new" / "model.pt2")
     assert_modes(place, mask)
