@@ -113,15 +113,19 @@ def write_atomically(path: Path, content: bytes, *, sync: bool = False) -> None:
         sync_folder(path.parent)
 
 
-def open_to_umask(folder: Path) -> None:
-    """Give the files in ``folder``, just written, the mode that the umask leaves: safetensors writes for the owner alone."""
+WEIGHTS = "*.safetensors"
+
+
+def open_to_umask(folder: Path, pattern: str = "*") -> None:
+    """Give the files in ``folder`` of this pattern, just written, the mode that the umask leaves: safetensors writes them for
+    their owner alone."""
     probe = folder / f".{uuid.uuid4().hex}"
     probe.touch()  # the umask itself could only be asked by changing it, for every thread
     try:
         mode = stat.S_IMODE(probe.stat().st_mode)
     finally:
         probe.unlink()
-    for path in folder.rglob("*"):
+    for path in folder.rglob(pattern):
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .files import importing
+from .files import WEIGHTS, importing, open_to_umask
 
 with importing("transformers", "transformers"):
     import transformers
@@ -64,12 +65,13 @@ class SavedModel(transformers.PreTrainedModel):
         float32 of ``__init__``."""
         return {**super()._get_dtype_plan(dtype), self._selector_keys: None}
 
-    def save_pretrained(self, *arguments: Any, **options: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
         """As in the library. The configuration that is saved describes encoder and selector as they are now."""
         model: Any = self.base_model
         self.config.encoder_config = model.encoder.config  # another object where the caller has replaced one
         self.config.selector = {**self.config.selector, **model.selector.arguments}
-        super().save_pretrained(*arguments, **options)
+        super().save_pretrained(save_directory, *arguments, **options)
+        open_to_umask(Path(save_directory), WEIGHTS)
 
 
 def load_encoder(

@@ -25,7 +25,7 @@ from . import families, model_card, onnx_backend, validate
 from .capture import BLOCK_NORMS, BlockListener
 from .consumers import KeptStates
 from .features import Counted, Stream
-from .files import importing
+from .files import WEIGHTS, importing, open_to_umask
 from .formula.call import POOLINGS
 from .selector import S2SentSelector
 
@@ -221,6 +221,7 @@ class S2SentPooling(Pooling):
         self.selector_arguments |= self.selector.arguments  # as they are now
         self.save_config(output_path)
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
+        open_to_umask(Path(output_path), WEIGHTS)
 
     @classmethod
     def load(

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .. import validate
-from ..files import importing, locked, missing, remove_empty, write_atomically
+from ..files import importing, locked, missing, open_to_umask, remove_empty, write_atomically
 from ..sentence_transformers import S2SentPooling, SentenceTransformer, load
 from . import processes
 from .contrastive import GatheredNegatives
@@ -259,6 +259,7 @@ def _save(model: SentenceTransformer, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder / CHECKPOINTS) as temporary:
         whole = Path(temporary) / "model"
         model.save(str(whole))
+        open_to_umask(whole)
         shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(_LISTING), dirs_exist_ok=True)
         os.replace(whole / _LISTING, folder / _LISTING)
     shutil.rmtree(folder / CHECKPOINTS)

@@ -93,6 +93,29 @@ def test_classifiers(place, mask):
     assert_modes(place, mask)
 
 
+def test_models(place, mask):
+    from s2sent_kernels.transformers import S2SentModel
+
+    model = S2SentModel.from_encoder(make_encoder_and_tokenizer()[0], bottleneck=4, frequencies=2)
+    model.save_pretrained(place / "model")
+    pytest.importorskip("sentence_transformers")
+    from s2sent_kernels.sentence_transformers import load
+
+    (place / "pooling").mkdir()
+    load(SAVED, device="cpu")[1].save(str(place / "pooling"))
+    assert_modes(place, mask)
+
+
+def test_other_files_of_a_folder_keep_their_mode(place, mask):
+    from s2sent_kernels.transformers import S2SentModel
+
+    (place / "model").mkdir()
+    (place / "model/notes.txt").touch(mode=0o600)
+    model = S2SentModel.from_encoder(make_encoder_and_tokenizer()[0], bottleneck=4, frequencies=2)
+    model.save_pretrained(place / "model")
+    assert stat.S_IMODE((place / "model/notes.txt").stat().st_mode) == 0o600
+
+
 def test_what_a_library_wrote(place, mask):
     (place / "inner").mkdir()
     for name in ("a", "inner/b"):
