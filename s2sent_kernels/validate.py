@@ -13,6 +13,7 @@ What is checked where, once in a call:
     BlockwisePool               at the first block what the op ``squeeze_block`` checks; later      ``tensors``, ...
                                 only that a block is like the first
     S2SentSelector              its options when it is made; N and D of a call                      ``components``, ``option``
+    the gate                    in training two sentences or more, before they are counted              ``batch_statistics``
     a selector's plan           nothing: a call that is not as expected takes the way above
     an engine                   its limits, before the choice falls on it                           ``refuses``
     csrc/bindings               memory safety: sizes, strides and ranges that kernels rely on
