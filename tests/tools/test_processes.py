@@ -47,8 +47,8 @@ def dev():
 
 
 def train(folder, batch):
-    """Until patience ends it; every process asks for 5 epochs."""
-    recipe = training.Recipe(epochs=5, batch_size=batch, learning_rate=1e-3, patience=1)
+    """Until patience ends it; every process asks for 3 epochs."""
+    recipe = training.Recipe(epochs=3, batch_size=batch, learning_rate=1e-3, patience=1)
     training.fine_tune(without_dropout(folder / "encoder"), examples(), folder / f"batch{batch}", recipe, dev=dev())
 
 
