@@ -89,11 +89,20 @@ class AroundEncoder(transformers.PreTrainedModel):
             ValueError: as BlockCapture, beside what transformers raises.
         """
         found: Any = super().from_pretrained(*args, **kwargs)
-        (found[0] if isinstance(found, tuple) else found)._settle()
+        (found[0] if isinstance(found, tuple) else found).base_model.capture.settle()
         return found
 
-    def _settle(self) -> None:
-        raise NotImplementedError
+    def resize_token_embeddings(self, *arguments: Any, **options: Any) -> nn.Embedding:
+        """The encoder's, as in the library, so that the encoder's configuration has the new size."""
+        base: Any = self.base_model
+        return base.encoder.resize_token_embeddings(*arguments, **options)
+
+    def set_attn_implementation(self, *arguments: Any, **options: Any) -> None:
+        """The encoder's, as in the library."""
+        base: Any = self.base_model
+        base.encoder.set_attn_implementation(*arguments, **options)
+        for model in (self, base):
+            model.config._attn_implementation = base.encoder.config._attn_implementation
 
     def _refuse(self, given: dict[str, Any]) -> None:
         """Raises a ValueError where more is asked for than these models return. ``given`` loses what was not asked for."""

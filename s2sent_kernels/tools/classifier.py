@@ -19,6 +19,7 @@ from ..batches import TextTokenizer, Tokens, padded
 from ..files import importing, missing, open_to_umask, remove_empty
 from ..transformers import S2SentForSequenceClassification, S2SentModel, transformers
 from . import processes
+from .callbacks import callbacks_of
 from .encoders import Text
 from .problems import NUMBERS, Problem, check_dropout
 from .recipe import DEFAULT, DROPOUT, PRECISIONS, PRIORS, Recipe
@@ -179,10 +180,7 @@ def _train(
         data_collator=partial(_collate, pad_id=tokenize.pad_id),
         compute_metrics=metrics,
         optimizers=(torch.optim.AdamW(_groups(model, recipe), weight_decay=0.0), None),
-        callbacks=[
-            _OwnDropout(),
-            *([] if recipe.patience is None else [transformers.EarlyStoppingCallback(recipe.patience)]),
-        ],
+        callbacks=callbacks_of(recipe),
     )
     some = _collate(_rows(tokenize, Examples(parts[0].texts[:2], parts[0].targets[:2])), tokenize.pad_id)
     some = {name: tensor.to(model.device) for name, tensor in some.items() if name != "labels"}
@@ -196,11 +194,6 @@ def _train(
 
 def _problem_of(model: S2SentForSequenceClassification) -> Problem:
     return Problem(str(model.config.problem_type), int(model.config.num_labels or 0))
-
-
-class _OwnDropout(transformers.TrainerCallback):
-    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        processes.seed_dropout(args.seed)
 
 
 class _Trainer(transformers.Trainer):

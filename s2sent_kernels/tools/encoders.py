@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from .. import families
 from ..batches import TextTokenizer, ahead, padded, to_device
-from ..files import on_terminal, require
+from ..files import PROGRESS_EVERY, on_terminal, require
 
-EVERY = 30.0  # seconds between two lines of progress
 AHEAD = 4  # batches that are tokenized while one is in work
 Text = str | tuple[str, str]  # or a pair, which the encoder reads as one input
 
@@ -92,7 +91,7 @@ def _shown(batches: Iterator[TokenBatch], done: int, total: int) -> Iterator[Tok
     said = time.monotonic()
     for number, batch in enumerate(batches, done):
         now = time.monotonic()
-        if now - said >= EVERY and sys.stderr is not None:
+        if now - said >= PROGRESS_EVERY and sys.stderr is not None:
             said = now
             print(f"encode: {number:,} of {total:,} batches", file=sys.stderr, flush=True)
         yield batch

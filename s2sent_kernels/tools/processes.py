@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import on_terminal
-from ..synchronised import sync_statistics
+from ..synchronised import Joinable, sync_statistics
 from .encoders import in_eval_mode
 from .recipe import Recipe
 
@@ -73,10 +73,13 @@ def joined(model: nn.Module, output: Callable[[], Tensor]) -> Iterator[None]:
     frozen = _without_gradient(model, output)
     for parameter in frozen:
         parameter.requires_grad_(False)
+    before = [(part, part.processes) for part in model.modules() if isinstance(part, Joinable)]
     sync_statistics(model)
     try:
         yield
     finally:
+        for part, processes in before:
+            part.processes = processes
         for parameter in frozen:
             parameter.requires_grad_(True)
 

@@ -22,6 +22,7 @@ from .. import validate
 from ..files import importing, locked, missing, open_to_umask, remove_empty, write_atomically
 from ..sentence_transformers import S2SentPooling, SentenceTransformer, load
 from . import processes
+from .callbacks import callbacks_of
 from .contrastive import GatheredNegatives
 from .examples import Examples, Scored
 from .recipe import DEFAULT, LOSSES, PRECISIONS, PRIORS, Recipe
@@ -39,7 +40,6 @@ with importing(None, "train"):
     )
     from sentence_transformers.sentence_transformer.training_args import BatchSamplers
     from sentence_transformers.util import batch_to_device
-    from transformers import EarlyStoppingCallback, TrainerCallback
 
 CHECKPOINTS = "checkpoints"  # in the output folder, until the model is saved
 _SETTINGS = "settings.json"  # of the training that wrote the checkpoints beside it
@@ -52,13 +52,6 @@ class _Trainer(SentenceTransformerTrainer):
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
         # The base method requires trust_remote_code in older releases.
         self.model.load_state_dict(load(checkpoint_path, device="cpu").state_dict())
-
-
-class _OwnDropout(TrainerCallback):
-    """A resumed training restores the random numbers of each process later."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        processes.seed_dropout(args.seed)
 
 
 def fine_tune(
@@ -118,16 +111,13 @@ def _train(
     )
     processes.check_one_gpu(arguments)
     evaluator = None if dev is None else EmbeddingSimilarityEvaluator(*dev, name="dev", write_csv=False)
-    callbacks: list[Any] = [_OwnDropout()]
-    if recipe.patience is not None:
-        callbacks.append(EarlyStoppingCallback(recipe.patience))
     trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_dict(_columns(examples)),
         loss=_loss(model, examples, recipe),
         evaluator=evaluator,
-        callbacks=callbacks,
+        callbacks=callbacks_of(recipe),
     )
     if len(next(iter(trainer.get_train_dataloader()), ())) == 0:
         raise ValueError(f"examples: expected {recipe.batch_size} at once without a text that repeats, there are none")

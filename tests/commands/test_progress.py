@@ -21,7 +21,7 @@ class Terminal(io.StringIO):
 
 def encode(monkeypatch, stderr, every):
     monkeypatch.setattr(sys, "stderr", stderr)
-    monkeypatch.setattr(encoders, "EVERY", every)
+    monkeypatch.setattr(encoders, "PROGRESS_EVERY", every)
     encoder, tokenizer = make_encoder_and_tokenizer()
     rows = encoders.in_batches(range(len(TEXTS)), 2)
     batches = encoders.token_batches(encoder, tokenizer, TEXTS, rows, max_length=32, skip=1, progress=True)

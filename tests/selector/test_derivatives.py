@@ -183,6 +183,13 @@ def test_forward_mode_of_functions(place, name, training, forward):
         assert count == len(inputs)
 
 
+def assert_as_in_reverse(forward, function, inputs, tangents):
+    (actual,) = forward(function, inputs, tangents)
+    _, expected = torch.autograd.functional.jvp(function, tuple(inputs), tuple(tangents))
+    assert expected.abs().max() > 0
+    assert_close(actual, expected, 1e-10)
+
+
 @paths
 @profiles
 @modes
@@ -201,10 +208,7 @@ def test_forward_mode_of_the_selector(place, path, profile, training, forward):
             with refused():
                 forward(function, hidden_states, tangents)
             continue
-        (actual,) = forward(function, hidden_states, tangents)
-        _, expected = torch.autograd.functional.jvp(function, tuple(hidden_states), tuple(tangents))
-        assert expected.abs().max() > 0
-        assert_close(actual, expected, 1e-10)
+        assert_as_in_reverse(forward, function, hidden_states, tangents)
 
 
 @modes
@@ -223,10 +227,7 @@ def test_forward_mode_by_the_parameters(place, training, forward):
         state = dict(zip(names, parameters, strict=True))
         return torch.func.functional_call(copy.deepcopy(selector), state, (hidden_states, mask))
 
-    (actual,) = forward(function, values, tangents)
-    _, expected = torch.autograd.functional.jvp(function, tuple(values), tuple(tangents))
-    assert expected.abs().max() > 0
-    assert_close(actual, expected, 1e-10)
+    assert_as_in_reverse(forward, function, values, tangents)
 
 
 @forwards

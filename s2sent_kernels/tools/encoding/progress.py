@@ -7,12 +7,10 @@ import time
 from types import TracebackType
 from typing import Any
 
-from ...files import importing, on_terminal
+from ...files import PROGRESS_EVERY, importing, on_terminal
 
 with importing(None, "encode"):
     from tqdm import tqdm
-
-EVERY = 30.0  # seconds between two lines
 
 
 class Progress:
@@ -44,7 +42,7 @@ class Progress:
             if self.tokens:
                 self.bar.set_postfix_str(self._rate(self.tokens, now, "tokens"), refresh=False)
             self.bar.update(texts)
-        elif now - self.said >= EVERY and sys.stderr is not None:
+        elif now - self.said >= PROGRESS_EVERY and sys.stderr is not None:
             self.said = now
             print(self._line(now), file=sys.stderr, flush=True)
 
