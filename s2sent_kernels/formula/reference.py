@@ -42,8 +42,9 @@ from .tokens import Tokens
 
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
     """Autocast would compute the gate's float32 products in float16 or bfloat16. Entered only where it is on, because an
-    exported graph would otherwise contain the region. Devices without autocast, as meta, cannot even be asked."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    exported graph would otherwise contain the region. Of the meta device torch cannot even be asked. (torch.amp's
+    is_autocast_available could be, but torch 2.11 cannot trace it.)"""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

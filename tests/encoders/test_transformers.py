@@ -7,7 +7,6 @@ import inspect
 import pickle
 from typing import Any
 
-import datasets
 import pytest
 import torch
 import transformers
@@ -169,6 +168,7 @@ def test_each_input_reaches_the_encoder():
 
 
 def test_trainer_hands_on_token_type_ids_and_divides_by_accumulated_steps(tmp_path):
+    datasets = pytest.importorskip("datasets")
     rows = [
         {"input_ids": [5, 6, 7], "attention_mask": [1] * 3, "token_type_ids": [0, 1, 1], "other": 3, "label": i % 2}
         for i in range(4)

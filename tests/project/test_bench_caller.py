@@ -57,9 +57,8 @@ def settings():
 
 
 def test_the_mean_is_that_of_sentence_transformers():
-    pytest.importorskip(
-        "sentence_transformers", "6"
-    )  # whose operators these are: earlier ones round 16-bit sums otherwise
+    # Its operators: earlier ones round 16-bit sums otherwise.
+    pytest.importorskip("sentence_transformers", "6.2")
     modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
     states, mask = torch.randn(3, 5, 16), torch.tensor([[1, 1, 1, 0, 0], [1] * 5, [0] * 5])
     for dtype in (torch.float32, torch.bfloat16):
