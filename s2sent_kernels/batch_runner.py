@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import families
-from .batches import TextTokenizer, Tokens, packed, padded, to_device
+from .batches import TextTokenizer, Tokens, to_device
 from .consumers import PooledStates
+from .encoder_runner import EncoderRunner
 from .export import Pipeline
-from .packed import CannotPack, Layout, PackedEncoder, run_lock
 from .replay import CannotCapture, GraphReplay
 
 if TYPE_CHECKING:
@@ -29,24 +29,21 @@ class BatchRunner:
         pack, cuda_graphs: as Embedder's ``packed`` and ``cuda_graphs``.
 
     Attributes:
+        device: the encoder's.
         padded_because: why batches are not packed, or None.
 
     Raises:
-        ValueError: ``pack=True`` and the encoder cannot be run packed, or its tokenizer gives token types; or
-            ``cuda_graphs=True`` and it is not on a GPU.
+        ValueError: as EncoderRunner; or ``cuda_graphs=True`` and the encoder is not on a GPU.
     """
 
     def __init__(
         self, pipeline: Pipeline, tokenizer: TextTokenizer, pack: bool | None, cuda_graphs: bool | None
     ) -> None:
-        self._pipeline, self._tokenizer = pipeline, tokenizer
+        self._pipeline = pipeline
         self._modules = list(pipeline.modules())
         self.check_mode()
-        self._lock = run_lock(pipeline.encoder)
-        self.device = next(pipeline.encoder.parameters()).device
-        self._packed_wanted = bool(pack)
-        self._packed, self.padded_because = self._find_packed(pack)
-        self._options = families.without_cache(pipeline.encoder)
+        self._encoder = EncoderRunner(pipeline.capture, tokenizer, pack)
+        self.device = self._encoder.device
         if cuda_graphs and self.device.type != "cuda":
             raise ValueError(f"cuda_graphs: expected an encoder on a GPU, got one on {self.device}")
         self._graphs_wanted = bool(cuda_graphs)
@@ -56,26 +53,9 @@ class BatchRunner:
             limit = families.positions(pipeline.encoder)
             self._graphs = GraphReplay(self._pool_padded, self.device, self._modules, limit, tokenizer.pad_id)
 
-    def _find_packed(self, pack: bool | None) -> tuple[PackedEncoder | None, str | None]:
-        """The encoder to run packed batches with, or why there is none."""
-        if pack is False:
-            return None, "packed=False"
-        try:
-            if self._tokenizer.typed:
-                raise CannotPack("its tokenizer gives token types other than 0")
-            return PackedEncoder.tried(self._pipeline.capture, self.device), None
-        except CannotPack as error:
-            if pack:
-                name = type(self._pipeline.encoder).__name__
-                raise ValueError(f"packed: {name} cannot be run packed: {error}") from error
-            return None, str(error)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = run_lock(self._pipeline.encoder)
+    @property
+    def padded_because(self) -> str | None:
+        return self._encoder.padded_because
 
     def check_mode(self) -> None:
         """Raises a ValueError where a module is in training mode."""
@@ -84,9 +64,7 @@ class BatchRunner:
 
     def packs(self, tokens: Tokens, skip: int) -> bool:
         """Whether batches of these tokens are packed. Raises a ValueError where they must be and cannot."""
-        if self._packed_wanted and tokens.types is not None:
-            raise ValueError("packed: expected texts whose token types are all 0, got others")
-        return self._packed is not None and not skip and tokens.types is None
+        return self._encoder.packs(tokens) and not skip
 
     @torch.inference_mode()
     def __call__(self, tokens: Tokens, rows: np.ndarray, skip: int = 0) -> Result:
@@ -97,25 +75,21 @@ class BatchRunner:
         """
         # Streams and events are those of the current device.
         here = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
-        with self._lock, here:
+        with self._encoder.lock, here:
             return Result(self._run(tokens, rows, skip))
 
     def _run(self, tokens: Tokens, rows: np.ndarray, skip: int) -> Tensor:
         if self._graphs is not None and not skip and self._fits_a_graph(tokens, rows):
             try:
-                return self._graphs(self._padded(tokens, rows))
+                return self._graphs(self._encoder.padded(tokens, rows))
             except CannotCapture as error:
                 if self._graphs_wanted:
                     raise
                 self._graphs = None
                 warnings.warn(str(error), stacklevel=2)
-        if self._packed is not None and self.packs(tokens, skip):
-            batch = packed(tokens, rows)
-            layout = Layout(batch, self.device)
-            pooled = PooledStates(self._pipeline.selector, None, layout.cu_seqlens, self._pipeline.pooling)
-            self._packed.run(batch, pooled, layout)
-            return pooled.result()
-        inputs = self._padded(tokens, rows)
+        if self.packs(tokens, skip):
+            return self._encoder.run_packed(lambda cu_seqlens: self._pooled(None, cu_seqlens), tokens, rows).result()
+        inputs = self._encoder.padded(tokens, rows)
         counted = inputs["attention_mask"]
         if skip:
             first = torch.from_numpy(tokens.first_of_text[rows])  # and not a text's later windows
@@ -123,16 +97,13 @@ class BatchRunner:
         on_device = {name: to_device(tensor, self.device) for name, tensor in inputs.items()}
         return self._pool_padded(on_device, to_device(counted, self.device) if skip else None)
 
-    def _padded(self, tokens: Tokens, rows: np.ndarray) -> dict[str, Tensor]:
-        """On the right, whatever the tokenizer's side: absolute positions of a text must not depend on its neighbours."""
-        return padded(tokens, rows, self._tokenizer.pad_id)
-
     def _pool_padded(self, inputs: dict[str, Tensor], counted: Tensor | None = None) -> Tensor:
         """o [B, D] of the tokens that count, by default those of the attention mask; on the device."""
         mask = inputs["attention_mask"] if counted is None else counted
-        pooled = PooledStates(self._pipeline.selector, mask, None, self._pipeline.pooling)
-        self._pipeline.capture.run(pooled, **inputs, **self._options)
-        return pooled.result()
+        return self._encoder.run_padded(self._pooled(mask, None), inputs).result()
+
+    def _pooled(self, mask: Tensor | None, cu_seqlens: Tensor | None) -> PooledStates:
+        return PooledStates(self._pipeline.selector, mask, cu_seqlens, self._pipeline.pooling)
 
     @staticmethod
     def _fits_a_graph(tokens: Tokens, rows: np.ndarray) -> bool:

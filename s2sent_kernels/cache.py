@@ -34,7 +34,7 @@ from .formula.call import POOLINGS, Batch
 from .formula.tokens import Tokens
 from .tools import encoders
 
-FORMAT = 1
+FORMAT = 2  # 2: encoders run packed, which rounds otherwise
 RECORD_EVERY = 32  # batches between two records of progress
 ROWS_AT_ONCE = 4096  # read from the files and turned into f and p
 
@@ -290,14 +290,14 @@ def _fill(
 ) -> None:
     """Compute and write the rank's share of the batches, from its last record of progress on."""
     mine, done = unfinished.share(batches, rank), unfinished.done(rank)
-    todo = encoders.token_batches(
-        capture.encoder, tokenizer, texts, mine, max_length=settings.max_length, skip=done, progress=progress
+    todo = encoders.state_batches(
+        capture, tokenizer, texts, mine, max_length=settings.max_length, skip=done, progress=progress
     )
     try:
         with unfinished.arrays(len(texts)) as arrays:
-            for rows, inputs in todo:
+            for rows, states, mask in todo:
                 with torch.no_grad():
-                    result = _summaries(capture.collect(**inputs), inputs["attention_mask"], settings)
+                    result = _summaries(states, mask, settings)
                 arrays.write(rows, {key: tensor.cpu().numpy() for key, tensor in result.items()})
                 done += 1
                 if done % RECORD_EVERY == 0 or done == len(mine):

@@ -6,21 +6,30 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from .. import families
-from ..batches import TextTokenizer, ahead, padded, to_device
+from ..batches import TextTokenizer, Tokens, ahead, padded, to_device
+from ..capture import BlockCapture
+from ..encoder_runner import EncoderRunner
 from ..files import PROGRESS_EVERY, on_terminal, require
 
 AHEAD = 4  # batches that are tokenized while one is in work
+T = TypeVar("T")
 Text = str | tuple[str, str]  # or a pair, which the encoder reads as one input
 
 
 class TokenBatch(NamedTuple):
     rows: list[int]  # the texts' positions in the sequence they were taken from
     inputs: dict[str, Tensor]  # the encoder's arguments, on its device
+
+
+class StateBatch(NamedTuple):
+    rows: list[int]
+    hidden_states: list[Tensor]  # [B, L, D] of each captured block
+    attention_mask: Tensor  # [B, L]
 
 
 @contextlib.contextmanager
@@ -55,7 +64,7 @@ def token_batches(
     skip: int = 0,
     progress: bool = False,
 ) -> Iterator[TokenBatch]:
-    """Tokenise ``texts`` batch by batch, in a thread ahead of the caller.
+    """The inputs of an encoder, batch by batch, tokenized in a thread ahead of the caller.
 
     Args:
         texts: texts, or pairs of texts, but not both.
@@ -66,22 +75,45 @@ def token_batches(
     """
     tokenize = TextTokenizer(tokenizer, families.max_length(encoder, tokenizer, max_length))
     device = next(encoder.parameters()).device
-
-    def made() -> Iterator[TokenBatch]:
-        for rows in batches[skip:]:
-            some: Any = [texts[row] for row in rows]
-            tokens = tokenize(some) if isinstance(some[0], str) else tokenize.pairs(some)
-            inputs = padded(tokens, range(len(rows)), tokenize.pad_id)
-            yield TokenBatch(list(rows), inputs)
-
-    ready: Any = ahead(made(), AHEAD)
-    if progress:
-        ready = _shown(ready, skip, len(batches))
-    for rows, inputs in ready:
+    for rows, tokens in _tokenized(tokenize, texts, batches, skip, progress):
+        inputs = padded(tokens, range(len(rows)), tokenize.pad_id)
         yield TokenBatch(rows, {name: to_device(tensor, device) for name, tensor in inputs.items()})
 
 
-def _shown(batches: Iterator[TokenBatch], done: int, total: int) -> Iterator[TokenBatch]:
+def state_batches(
+    capture: BlockCapture,
+    tokenizer: Any,
+    texts: Sequence[Text],
+    batches: Sequence[Sequence[int]],
+    *,
+    max_length: int,
+    skip: int = 0,
+    progress: bool = False,
+) -> Iterator[StateBatch]:
+    """The captured blocks' hidden states, batch by batch, without gradients. The encoder is in eval mode, and run packed where
+    it can be. Arguments as of ``token_batches``."""
+    import numpy as np
+
+    tokenize = TextTokenizer(tokenizer, families.max_length(capture.encoder, tokenizer, max_length))
+    runner = EncoderRunner(capture, tokenize)
+    for rows, tokens in _tokenized(tokenize, texts, batches, skip, progress):
+        order = np.argsort(-tokens.lengths, kind="stable")  # neighbours of one length share a call of a packed attention
+        yield StateBatch([rows[place] for place in order], *runner.states(tokens, order))
+
+
+def _tokenized(
+    tokenize: TextTokenizer, texts: Sequence[Text], batches: Sequence[Sequence[int]], skip: int, progress: bool
+) -> Iterator[tuple[list[int], Tokens]]:
+    def made() -> Iterator[tuple[list[int], Tokens]]:
+        for rows in batches[skip:]:
+            some: Any = [texts[row] for row in rows]
+            yield list(rows), tokenize(some) if isinstance(some[0], str) else tokenize.pairs(some)
+
+    ready: Iterator[tuple[list[int], Tokens]] = ahead(made(), AHEAD)
+    return _shown(ready, skip, len(batches)) if progress else ready
+
+
+def _shown(batches: Iterator[T], done: int, total: int) -> Iterator[T]:
     """``batches``, of which each that is taken is told on stderr: a bar would fill a log's line without end."""
     if on_terminal():
         yield from require("tqdm.auto", "tqdm", "evaluate").tqdm(

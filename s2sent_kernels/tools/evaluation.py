@@ -144,11 +144,10 @@ def side_by_side(
     with encoders.in_eval_mode(encoder), BlockCapture(encoder) as capture, torch.no_grad():
         readers = _readers(modules or {}, len(capture.blocks), families.hidden_size(encoder))
         batches = encoders.in_batches(encoders.longest_first(kept), batch_size)
-        for rows, inputs in encoders.token_batches(
-            encoder, tokenizer, kept, batches, max_length=max_length, progress=progress
+        for rows, states, mask in encoders.state_batches(
+            capture, tokenizer, kept, batches, max_length=max_length, progress=progress
         ):
-            states = capture.collect(**inputs)
-            for name, values in _pooled(states, inputs["attention_mask"], readers, pooling).items():
+            for name, values in _pooled(states, mask, readers, pooling).items():
                 if name not in found:
                     found[name] = torch.empty(len(kept), values.shape[1])
                 found[name][rows] = values.float().cpu()

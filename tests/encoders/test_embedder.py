@@ -239,13 +239,13 @@ def _in_training():
 
 
 def test_an_encoder_that_cannot_be_packed(monkeypatch):
-    from s2sent_kernels import batch_runner
+    from s2sent_kernels import encoder_runner
     from s2sent_kernels.packed import CannotPack
 
     def tried(capture, device):
         raise CannotPack("its attention is its own")
 
-    monkeypatch.setattr(batch_runner.PackedEncoder, "tried", tried)
+    monkeypatch.setattr(encoder_runner.PackedEncoder, "tried", tried)
     with pytest.raises(ValueError, match=r"^packed: BertModel cannot be run packed: its attention is its own$"):
         make(packed=True)
     model = make()

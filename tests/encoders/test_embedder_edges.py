@@ -179,7 +179,7 @@ def test_threads_end_with_an_error_that_is_kept(monkeypatch):
     def run(*args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(model._run._packed, "run", run)
+    monkeypatch.setattr(model._run._encoder._packed, "run", run)
 
     def lines():
         while True:
@@ -208,8 +208,8 @@ def test_encoders_of_one_configuration_take_turns():
     before = config._attn_implementation
     one, tokenizer = tf.BertModel(config), make_pipeline()[1]
     models = [Embedder(pipeline_of(encoder), tokenizer) for encoder in (one, one, tf.BertModel(config))]
-    assert len({id(model._run._lock) for model in models}) == 1
-    assert make()._run._lock is not models[0]._run._lock
+    assert len({id(model._run._encoder.lock) for model in models}) == 1
+    assert make()._run._encoder.lock is not models[0]._run._encoder.lock
     texts = sentences(60)
     wanted, wrong = [model.encode(texts) for model in models], []
 
@@ -261,7 +261,7 @@ def test_copies():
     model = make()
     wanted = model.encode(TEXTS)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.encoder is not model.encoder and other._run._lock is not model._run._lock
+        assert other.encoder is not model.encoder and other._run._encoder.lock is not model._run._encoder.lock
         assert (other.encode(TEXTS) == wanted).all()
 
 

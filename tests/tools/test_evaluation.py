@@ -4,7 +4,8 @@ import pytest
 import torch
 from builders import TEXTS, make_encoder_and_tokenizer
 
-from s2sent_kernels import S2SentSelector, frozen
+from s2sent_kernels import S2SentSelector, cache, frozen
+from s2sent_kernels.packed import PackedEncoder
 from s2sent_kernels.tools import evaluation, tables
 
 stats = pytest.importorskip("scipy.stats")
@@ -38,6 +39,25 @@ def test_every_pooling_is_what_its_name_says():
             torch.testing.assert_close(found[name][row], values, rtol=1e-4, atol=1e-5, msg=f"{name}, {text}")
     with pytest.raises(TypeError, match="modules: expected selectors and scalar mixes, got Linear"):
         evaluation.side_by_side(encoder, tokenizer, texts, {"other": torch.nn.Linear(2, 2)})
+
+
+def test_texts_are_encoded_packed(monkeypatch, tmp_path):
+    encoder, tokenizer = make_encoder_and_tokenizer()
+    calls = []
+    monkeypatch.setattr(PackedEncoder, "run", recorded(PackedEncoder.run, calls))
+    evaluation.side_by_side(encoder, tokenizer, TEXTS, batch_size=3)
+    assert len(calls) == 1 + -(-len(TEXTS) // 3)  # with the trial
+    calls.clear()
+    texts = cache.make(encoder, tokenizer, TEXTS, tmp_path)
+    assert len(calls) == 2 and len(texts) == len(TEXTS)
+
+
+def recorded(function, calls):
+    def run(*args):
+        calls.append(args)
+        return function(*args)
+
+    return run
 
 
 def test_correlations_are_scipys_times_100():
