@@ -92,8 +92,7 @@ class BatchRunner:
         inputs = self._encoder.padded(tokens, rows)
         counted = inputs["attention_mask"]
         if skip:
-            first = torch.from_numpy(tokens.first_of_text[rows])  # and not a text's later windows
-            counted = counted * (counted.cumsum(1) > skip * first[:, None])
+            counted = counted * (counted.cumsum(1) > torch.from_numpy(tokens.uncounted(skip)[rows])[:, None])
         on_device = {name: to_device(tensor, self.device) for name, tensor in inputs.items()}
         return self._pool_padded(on_device, to_device(counted, self.device) if skip else None)
 

@@ -36,6 +36,9 @@ class Tokens(NamedTuple):
     text: np.ndarray  # int64 [rows], ascending: the row's text
     cut: int  # texts that were longer than the limit
     types: list[np.ndarray] | None = None  # token types, where some are not 0
+    dropped: np.ndarray | None = (
+        None  # int64 [rows]: the text's tokens before the row's, special ones left out; None for 0
+    )
 
     @property
     def lengths(self) -> np.ndarray:
@@ -44,12 +47,14 @@ class Tokens(NamedTuple):
 
         return np.fromiter((len(ids) for ids in self.ids), np.int64, len(self.ids))
 
-    @property
-    def first_of_text(self) -> np.ndarray:
-        """bool [rows]: whether the row is its text's first."""
+    def uncounted(self, skip: int) -> np.ndarray:
+        """int64 [rows]: how many tokens at the start of a row do not count, of the ``skip`` at the start of its text. A later
+        window, or a text that was cut on the left, has fewer of them or none."""
         import numpy as np
 
-        return np.diff(self.text, prepend=-1) > 0
+        if self.dropped is None:
+            return np.full(len(self.ids), skip, np.int64)
+        return np.maximum(skip - self.dropped, 0)
 
 
 class TextError(ValueError):
@@ -128,7 +133,11 @@ class TextTokenizer:
 
     def _start(self, ids: list[int], limit: int) -> list[int]:
         """At most ``limit`` of a text's tokens, the special ones among them, as its tokenizer truncates."""
-        return ids if len(ids) <= limit else self._window(ids, limit, len(ids) - limit if self._left else 0)
+        return ids if len(ids) <= limit else self._window(ids, limit, self._kept_from(len(ids), limit))
+
+    def _kept_from(self, length: int, limit: int) -> int:
+        """Where what is kept of a long text starts."""
+        return length - limit if self._left else 0
 
     def _window(self, ids: list[int], limit: int, start: int) -> list[int]:
         """Special tokens around ``limit`` or fewer of a long text's tokens, from ``start`` on of the others."""
@@ -176,23 +185,29 @@ class TextTokenizer:
             return encoded.tokens
         rows: list[np.ndarray] = []
         text: list[int] = []
+        dropped: list[int] = []
         cut, first = 0, encoded.first
         for number, found in enumerate(encoded.found):
             ids = found.ids
-            own = [ids]
-            if len(ids) > self.limit:
+            if len(ids) <= self.limit:
+                starts, own = [0], [ids]
+            else:
                 self._too_long(first + number)
                 cut += 1
-                own = self._windows(ids) if self.overflow == "windows" else [self._start(ids, self.limit)]
+                starts = (
+                    self._windows(len(ids)) if self.overflow == "windows" else [self._kept_from(len(ids), self.limit)]
+                )
+                own = [self._window(ids, self.limit, start) for start in starts]
             rows += [np.array(each, np.int32) for each in own]
             text += [number] * len(own)
-        return Tokens(rows, np.array(text, np.int64), cut)
+            dropped += starts
+        return Tokens(rows, np.array(text, np.int64), cut, None, np.array(dropped, np.int64) if any(dropped) else None)
 
-    def _windows(self, ids: list[int]) -> list[list[int]]:
+    def _windows(self, length: int) -> list[int]:
+        """Where the windows of a text of so many tokens start."""
         room = self.limit - self._before - self._after  # for tokens that are not special
         overlap = min(self.limit // OVERLAP, room - 1)
-        last = len(ids) - self._before - self._after - overlap
-        return [self._window(ids, self.limit, start) for start in range(0, last, room - overlap)]
+        return list(range(0, length - self._before - self._after - overlap, room - overlap))
 
     def pairs(self, pairs: Sequence[tuple[str, str]]) -> Tokens:
         """The tokens of pairs of texts, a row each, by the tokenizer's own call. Of a pair that is too long it cuts the longer
@@ -213,7 +228,10 @@ class TextTokenizer:
         kept = self._tokenizer(*columns, truncation=True, max_length=self.limit) if long else whole
         ids, types = ([np.array(each, np.int32) for each in kept.get(n, ())] for n in ("input_ids", "token_type_ids"))
         typed = any(each.any() for each in types)
-        return Tokens(ids, np.arange(len(ids)), len(long), types if typed else None)
+        dropped = None
+        if long and self._left:
+            dropped = np.array([len(all_) - len(some) for all_, some in zip(whole["input_ids"], ids, strict=True)])
+        return Tokens(ids, np.arange(len(ids)), len(long), types if typed else None, dropped)
 
     def _too_long(self, number: int) -> None:
         if self.overflow == "error":

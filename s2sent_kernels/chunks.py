@@ -46,7 +46,7 @@ class Chunk:
         values, tokens = self._embeddings, self.tokens
         if len(values) == self.texts:
             return values
-        counted = np.maximum(tokens.lengths - self._skip * tokens.first_of_text, 0)
+        counted = np.maximum(tokens.lengths - tokens.uncounted(self._skip), 0)
         starts = np.searchsorted(tokens.text, np.arange(self.texts + 1))
         result = values[torch.from_numpy(starts[:-1])]
         for text in np.flatnonzero(np.diff(starts) > 1):

@@ -109,8 +109,7 @@ class Embedder:
         validate.option("overflow", overflow, OVERFLOWS)
         if not isinstance(default_prompt, str):
             raise TypeError(f"default_prompt: expected a string, got {type(default_prompt).__name__}")
-        parameter = families.float_parameter(pipeline.encoder)
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device = families.float_parameter(pipeline.encoder).device
         self.dimension = self._dimension(pipeline)
         self._pipeline, self.encoder, self.tokenizer = pipeline, pipeline.encoder, tokenizer
         self.max_length = _limit(pipeline.encoder, tokenizer, max_length)
@@ -162,6 +161,10 @@ class Embedder:
         kind = "packed" if self.packed else f"padded: {self.padded_because}"
         name = type(self._pipeline.encoder).__name__
         return f"Embedder({name}, {self.dtype}, {self.device}, max_length={self.max_length}, {kind})"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return families.float_parameter(self.encoder).dtype  # which its owner may change
 
     @property
     def packed(self) -> bool:

@@ -64,6 +64,16 @@ class Graph(nn.Module):
         (found,) = self.session.run([OUTPUT], {name: tensor.cpu().numpy() for name, tensor in given})
         return {OUTPUT: torch.from_numpy(found).to(input_ids.device)}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graph:
+        """With the same session, which does not change and may be run by several threads."""
+        other = type(self).__new__(type(self))
+        nn.Module.__init__(other)
+        other.session, other.config = self.session, copy.deepcopy(self.config, memo)
+        return other.train(self.training)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a model that ONNX Runtime computes cannot be pickled: load it in each process")
+
     def save_pretrained(self, *_: Any, **__: Any) -> None:
         raise ValueError(
             "model: expected one of PyTorch to save, got one of ONNX Runtime: see export_onnx and export_folder"

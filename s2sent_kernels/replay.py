@@ -117,7 +117,8 @@ class GraphReplay:
                     self._run(static)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            # What other threads do meanwhile, on streams of their own, spoils no capture.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 output = self._run(static)
         except Exception as error:  # PyTorch's, CUDA's, or the encoder's own
             raise CannotCapture(

@@ -97,7 +97,9 @@ def state_batches(
     tokenize = TextTokenizer(tokenizer, families.max_length(capture.encoder, tokenizer, max_length))
     runner = EncoderRunner(capture, tokenize)
     for rows, tokens in _tokenized(tokenize, texts, batches, skip, progress):
-        order = np.argsort(-tokens.lengths, kind="stable")  # neighbours of one length share a call of a packed attention
+        order = np.argsort(
+            -tokens.lengths, kind="stable"
+        )  # neighbours of one length share a call of a packed attention
         yield StateBatch([rows[place] for place in order], *runner.states(tokens, order))
 
 

@@ -135,6 +135,50 @@ def test_windows_are_weighted_by_the_tokens_that_count():
     close(model.encode(TEXTS[0], prompt=PROMPT), np.average(each, axis=0, weights=counted))
 
 
+def test_a_prompt_that_reaches_into_the_second_window_counts_in_none():
+    pipeline, tokenizer = make_pipeline()
+    model = Embedder(pipeline, tokenizer, max_length=24, overflow="windows", include_prompt=False)
+    prompt, text = 4 * PROMPT, " ".join(["moon"] * 30)  # 20 tokens; windows of 22 start 19 tokens apart
+    ids = tokenizer(prompt + text)["input_ids"]
+    parts, weights = [], []
+    for start in (0, 19, 38):
+        row = [ids[0], *ids[1:-1][start : start + 22], ids[-1]]
+        own = max(0, 21 - start)  # [CLS] and the prompt's
+        mask = torch.tensor([[0] * own + [1] * (len(row) - own)])
+        with torch.no_grad():
+            states = pipeline.capture.collect(input_ids=torch.tensor([row]), attention_mask=torch.ones_like(mask))
+            parts.append(pipeline.selector.pool(states, mask)[0].numpy())
+        weights.append(int(mask.sum()))
+    assert weights == [3, 22, 14]
+    close(model.encode(text, prompt=prompt), np.average(parts, axis=0, weights=weights))
+
+
+class Slow:
+    """A tokenizer without a backend."""
+
+    def __init__(self, fast):
+        self._fast, self.pad_token_id, self.model_max_length = fast, fast.pad_token_id, fast.model_max_length
+        self.truncation_side, self.all_special_ids = fast.truncation_side, fast.all_special_ids
+
+    def __call__(self, *args, **kwargs):
+        return self._fast(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [lambda tokenizer: tokenizer, Slow])
+def test_a_text_cut_on_the_left_has_lost_its_prompt(kind):
+    pipeline, tokenizer = make_pipeline()
+    tokenizer.truncation_side = "left"
+    model = Embedder(pipeline, kind(tokenizer), max_length=12, include_prompt=False)
+    long = " ".join(["moon"] * 12)
+    close(model.encode(long, prompt=PROMPT), Embedder(pipeline, tokenizer, max_length=12).encode(long))
+
+
+def test_the_dtype_is_the_encoders():
+    model = make()
+    model.encoder.bfloat16()
+    assert model.dtype == torch.bfloat16
+
+
 def test_a_prompt_that_does_not_fit_is_named():
     for overflow in ("truncate", "error", "windows"):
         model = make(max_length=7, overflow=overflow, include_prompt=False)

@@ -3,6 +3,7 @@ and it has what Text Embeddings Inference and Triton look for, and nothing that 
 
 import copy
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -239,6 +240,9 @@ def test_a_model_that_onnx_runtime_computes(model, saved):
         embeddings = torch.as_tensor(found.encode(TEXTS, prompt_name=prompt))
         torch.testing.assert_close(embeddings, expected, rtol=1e-5, atol=1e-5)
     assert found.similarity(embeddings, embeddings).shape == (5, 5)
+    assert (copy.deepcopy(found).encode(TEXTS, prompt_name="query") == embeddings.numpy()).all()
+    with pytest.raises(TypeError, match="a model that ONNX Runtime computes cannot be pickled"):
+        pickle.dumps(found)
     with pytest.raises(ValueError, match="model: expected one of PyTorch to save, got one of ONNX Runtime"):
         found[0].save("nowhere")
 
