@@ -37,6 +37,9 @@ class Recipe(NamedTuple):
     batch_size: int = 256
     temperature: float = 0.05
     symmetric: bool = False  # of ``train``: each positive also against every anchor
+    widths: tuple[
+        int, ...
+    ] = ()  # of ``train``: the loss is the mean over these numbers of first features, and over all
     learning_rate: float = 3e-3
     prior_learning_rate: float = 1e-2
     weight_decay: float = 0.01  # of matrices; 0 for biases, norms and priors
@@ -121,7 +124,7 @@ def train(
     Raises:
         ValueError: the sizes do not fit, a number of the recipe is out of range, or the training diverged.
     """
-    check(recipe, len(anchor))
+    check(recipe, len(anchor), features.pooled.shape[-1])
 
     def loss_of(chosen: Tensor) -> Tensor:
         rows = [anchor[chosen], positive[chosen]]
@@ -130,7 +133,12 @@ def train(
         # One call of the gate for the whole batch: its norm must see one distribution, not anchors apart from the rest.
         together = embed(module, features.take(torch.cat(rows).to(features.pooled.device)))
         anchors, positives, negatives = together.split([len(chosen), len(chosen), len(together) - 2 * len(chosen)])
-        return info_nce(anchors, positives, negatives, recipe.temperature, recipe.symmetric)
+
+        def of_first(width: int | None) -> Tensor:
+            parts = (anchors[:, :width], positives[:, :width], negatives[:, :width])
+            return info_nce(*parts, recipe.temperature, recipe.symmetric)
+
+        return torch.stack([of_first(width) for width in (*recipe.widths, None)]).mean()
 
     return frozen_loop.run(module, len(anchor), loss_of, recipe, None if score is None else lambda: score(module))
 
@@ -156,7 +164,7 @@ def train_scored(
     Raises:
         ValueError: as ``train``; or a gold score is not finite, or all are equal.
     """
-    check(recipe, len(pairs))
+    check(recipe, len(pairs), features.pooled.shape[-1])
     validate.option("loss", loss, LOSSES)
     gold = unit_scores(gold).to(features.pooled.device)
 
@@ -171,9 +179,13 @@ def train_scored(
     return frozen_loop.run(module, len(pairs), loss_of, recipe, None if score is None else lambda: score(module))
 
 
-def check(recipe: Recipe, count: int) -> None:
+def check(recipe: Recipe, count: int, hidden_size: int) -> None:
     """ValueError or TypeError where a number of the recipe is out of range, or there are fewer than two examples."""
     frozen_loop.check(recipe)
+    for width in recipe.widths:
+        validate.positive_int("widths", width)
+        if width >= hidden_size:
+            raise ValueError(f"widths: expected fewer than all {hidden_size} features, got {width}")
     validate.positive_number("temperature", recipe.temperature)
     if count < 2:
         raise ValueError(f"anchor: expected at least two, since a batch's others are the negatives, got {count}")
@@ -270,7 +282,7 @@ def fit(
     Raises:
         ValueError: the selector does not fit the cached blocks, there are fewer than two examples, or a setting is wrong.
     """
-    check(recipe, len(examples))  # before encoding, which may take hours
+    check(recipe, len(examples), selector.hidden_size)  # before encoding, which may take hours
     prepared = prepare(
         encoder, tokenizer, selector, examples, folder=folder, dev=dev, settings=settings, progress=progress
     )

@@ -157,7 +157,7 @@ def page(results: Results) -> str:
 def paragraph(results: Results) -> str:
     """The README's, in six lines."""
     of = frozen(results.selectors[0])
-    some = (evaluation.S2SENT, evaluation.SCALAR_MIX, evaluation.MEAN_OF_LAST, shipped.PAPER)
+    some = (shipped.WIDE, evaluation.S2SENT, evaluation.SCALAR_MIX, evaluation.MEAN_OF_LAST, shipped.PAPER)
     words = f"Best for similarity behind a frozen encoder: {best(of)} ({results.selectors[0]['name']}, mean of four STS sets: "
     words += f"{ranked(of, some)})."
     if results.tasks:

@@ -7,6 +7,7 @@ one that is trained too, and how the shipped selector does beyond similarity.
     python bench/quality/quality.py tasks    --data FOLDER     selectors and other fusions trained on classification
     python bench/quality/quality.py finetune --data FOLDER     encoder and fusion trained together, same budget for all
     python bench/quality/quality.py truncated --data FOLDER    fusions behind the first blocks of the encoder alone
+    python bench/quality/quality.py distil   --data FOLDER --teacher FOLDER --texts FILE    from all-mpnet-base-v2's similarities
     python bench/quality/quality.py speed    --data FOLDER     texts a second of the first blocks; on an idle machine
     python bench/quality/report.py                             bench/results/quality/*.json to bench/QUALITY.md
 
@@ -35,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, also where this fi
 import record
 import torch
 
-from quality import finetune, tasks, train_selector
+from quality import distil, finetune, tasks, train_selector
 from quality.data import MAX_LENGTH, SEEDS, TRANSFER, Data, Frozen, arguments, averages, load, load_encoder, spearman
 from quality.encoders import BUNDLED, STAND_IN, Encoder
 from quality.train_selector import EPOCHS, GATE_SCALE
@@ -230,6 +231,7 @@ SECTIONS = {
     "finetune": finetune.measure,
     "truncated": truncated,
     "speed": speed,
+    "distil": distil.measure,
     "stand-in-frozen": stand_in_frozen,
     "stand-in-finetune": finetune.stand_in,
     "stand-in-simcse": finetune.simcse,
@@ -250,7 +252,8 @@ def main() -> int:
     parser.add_argument(
         "--blocks", type=int, nargs="+", default=(2, 3, 4, 5, 6), help="of truncated, speed (default: 2 to 6)"
     )
-    parser.add_argument("--texts", type=Path, help="of stand-in-simcse: a file of sentences, one a line")
+    parser.add_argument("--texts", type=Path, help="of stand-in-simcse and distil: a file of sentences, one a line")
+    parser.add_argument("--teacher", help="of distil: the folder of all-mpnet-base-v2")
     parser.add_argument("--limit", type=int, help="triplets or texts at most, to try the scripts")
     parser.add_argument("--output", type=Path, default=record.RESULTS / "quality")
     options = parser.parse_args()

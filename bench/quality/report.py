@@ -22,7 +22,7 @@ from quality import tasks as quality_tasks
 from quality.data import TRANSFER, load, spread
 from quality.quality import BASE, BOTTLENECK, BOTTLENECKS, PAPER, PRIOR, SCALED, SCALED_ALONE, configuration_of
 from quality.quality import RECIPE as claims_recipe
-from quality.report_encoders import cells, finetune, matching, read, speeds, stand_in, truncated, uncut
+from quality.report_encoders import cells, distilled, finetune, matching, read, speeds, stand_in, truncated, uncut
 from s2sent_kernels.checkpoints import pretrained
 from s2sent_kernels.files import write_atomically
 from s2sent_kernels.tools import evaluation
@@ -30,7 +30,7 @@ from s2sent_kernels.tools import evaluation
 Row = dict[str, Any]
 COLUMNS, TITLES = train_selector.COLUMNS, train_selector.TITLES
 # Sections with pages of their own, some of several files.
-APART = ("pretrain", "stand-in-frozen", "stand-in-finetune", "stand-in-simcse", "truncated", "speed")
+APART = ("pretrain", "stand-in-frozen", "stand-in-finetune", "stand-in-simcse", "truncated", "speed", "distil")
 START, END = "<!-- quality: written by bench/quality/report.py -->", "<!-- quality: end -->"
 FORMS = {"paper's formula": PAPER, "+ prior": PRIOR, "+ prior, gate scale": SCALED, "+ gate scale": SCALED_ALONE}
 
@@ -239,7 +239,11 @@ def shipped(content: Row) -> str:
     name = content["name"]
     parts = [f"## The selector for {name}"]
     parts += ["Every fusion had the same search over learning rates and epochs.", train_selector.table(content)]
-    parts += [train_selector.verdict(content), "The rule that selected the epoch, and what other rules give:"]
+    parts += [
+        train_selector.verdict(content),
+        *filter(None, [train_selector.widths(content)]),
+        "The rule that selected the epoch, and what other rules give:",
+    ]
     return "\n\n".join([*parts, train_selector.rules(content)])
 
 
@@ -261,6 +265,8 @@ def build(results: Path, output: Path, readme: Path | None, guidance: Path | Non
         )
     if rows["truncated"]:
         parts.append(truncated([*rows["truncated"], *uncut(selectors)], speeds(results)))
+    if rows["distil"]:
+        parts.append(distilled(rows["distil"]))
     if claim_rows:
         parts.append(parameters(claim_rows, content["parameters"]["encoder"]))
     lines = []

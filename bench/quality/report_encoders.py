@@ -11,7 +11,7 @@ from typing import Any
 import record
 from pages import table
 
-from quality import guide, train_selector
+from quality import distil, guide, train_selector
 from quality.data import spread
 from quality.encoders import BUNDLED, MPNET
 from s2sent_kernels.tools import evaluation
@@ -111,6 +111,42 @@ def truncated(rows: Sequence[Row], speed: Sequence[Row]) -> str:
         lines.append([encoder, f"{blocks} of {of}", *values, *fast])
     head = ("<encoder", "blocks", *names, *(f"texts/s, {device}" for device in devices))
     return "\n\n".join([*parts, table(head, lines)])
+
+
+def distilled(rows: Sequence[Row]) -> str:
+    """The larger model's similarities as an objective, and embeddings trained to be cut."""
+    parts = ["## Learning from the larger model"]
+    (teacher, *_) = matching(rows, {"form": "teacher"})
+    parts.append(
+        f"The similarities of {MPNET} with a selector (mean of the four {teacher['scores']['mean']:.2f}) as an objective\n"
+        "of the bundled encoder's selector: so much of the loss is the divergence of the student's distribution over a\n"
+        "batch's texts from the teacher's, and the rest InfoNCE. The divergence on held-out triplets selects epoch, learning\n"
+        "rate and start of the gate scale. Sentences are of Wikipedia, without labels."
+    )
+    lines = []
+    for form, weight, temperature in dict.fromkeys(
+        (row["form"], row["weight"], row["temperature"]) for row in rows if "weight" in row
+    ):
+        mine = matching(rows, {"form": form, "weight": weight, "temperature": temperature})
+        groups = [
+            matching(mine, {"rate": r, "start": s}) for r, s in dict.fromkeys((m["rate"], m["start"]) for m in mine)
+        ]
+        best = max(groups, key=lambda group: statistics.median(row["scores"][distil.DIVERGENCE] for row in group))
+        told = f"{best[0]['rate']:g}, scale from {best[0]['start']:g}"
+        left = f"{-statistics.median(row['scores'][distil.DIVERGENCE] for row in best):.3f}"
+        lines.append([f"{form}, {weight:.0%}", f"{temperature:g}", told, left, *cells(best)])
+    head = ("<trained on, divergence's share", "temperature", "learning rate", "held-out divergence", *TITLES)
+    parts += [table(head, lines), "### Embeddings that are cut"]
+    parts.append(
+        "The mean of the four by the first features alone. Several widths: the loss is the mean over these, one: over the\n"
+        "last. Learning rate and start of the gate scale are the same for both."
+    )
+    widths = [row for row in rows if "widths" in row]
+    names, lines = list(widths[0]["widths"]), []
+    for form in dict.fromkeys(row["form"] for row in widths):
+        mine = matching(widths, {"form": form})
+        lines.append([form, *(spread([row["widths"][name] for row in mine]) for name in names)])
+    return "\n\n".join([*parts, table(("<trained for", *names), lines)])
 
 
 def speeds(results: Path) -> list[Row]:

@@ -29,6 +29,7 @@ import torch
 from pages import table as markdown
 
 from quality import fusions
+from quality.card import CARD, command
 from quality.data import CHOSEN_ON, SEEDS, TESTS, Data, Frozen, arguments, best_epoch, scores, spread
 from quality.encoders import BUNDLED, ENCODERS, Encoder
 from s2sent_kernels import S2SentSelector, frozen
@@ -42,10 +43,15 @@ STARTS = (2.0, GATE_SCALE)  # of the gate scale
 LEARNING_RATES = (1e-3, 3e-3)
 MAP_RATES = (1e-5, 1e-4)  # a map that starts as the identity is lost at the selector's
 EPOCHS = 5
-UNSCALED, PAPER = "s2sent without gate scale", "s2sent, the paper's formula"
+UNSCALED, PAPER, WIDE = "s2sent without gate scale", "s2sent, the paper's formula", "s2sent, several widths"
 CONSTANT, LINEAR = "constant gates", "linear map of the last"
 OTHERS = (evaluation.SCALAR_MIX, CONSTANT, LINEAR, PAPER)
-SELECTORS = (UNSCALED, evaluation.S2SENT)  # the last one is shipped, the held-out loss compares trainings of one form
+SELECTORS = (
+    UNSCALED,
+    evaluation.S2SENT,
+    WIDE,
+)  # the last one is shipped, the held-out loss compares trainings of one form
+WIDTHS = (64, 128, 256, 512)  # numbers of first features, beside all
 RESULTS = record.RESULTS / "quality"
 RESULT = RESULTS / "selector.json"
 BEFORE = RESULTS / "before-gate-scale.json"  # what was shipped for the bundled encoder until then
@@ -83,8 +89,9 @@ class Setting:
 
 def settings(encoder: Encoder) -> Iterator[Setting]:
     for bottleneck in encoder.bottlenecks:
-        for start in STARTS:
-            yield from (Setting(evaluation.S2SENT, rate, bottleneck, start) for rate in LEARNING_RATES)
+        for form in (evaluation.S2SENT, WIDE)[: 2 if encoder.published else 1]:
+            for start in STARTS:
+                yield from (Setting(form, rate, bottleneck, start) for rate in LEARNING_RATES)
         yield from (Setting(UNSCALED, rate, bottleneck) for rate in LEARNING_RATES)
     yield from (Setting(PAPER, rate, encoder.bottlenecks[0]) for rate in LEARNING_RATES)
     # The scalar mix is a prior alone, and the prior's learning rate does not vary.
@@ -93,11 +100,16 @@ def settings(encoder: Encoder) -> Iterator[Setting]:
     yield from (Setting(LINEAR, rate) for rate in MAP_RATES)
 
 
+def widths_of(cached: Frozen) -> tuple[int, ...]:
+    return tuple(width for width in WIDTHS if width < cached.hidden_size)
+
+
 def trained(cached: Frozen, setting: Setting, seed: int) -> tuple[torch.nn.Module, Run]:
     start = time.perf_counter()
     torch.manual_seed(seed)
     module = setting.build(cached.num_blocks, cached.hidden_size)
-    recipe = frozen.Recipe(epochs=EPOCHS, learning_rate=setting.learning_rate, seed=seed)
+    widths = widths_of(cached) if setting.pooling == WIDE else ()
+    recipe = frozen.Recipe(epochs=EPOCHS, learning_rate=setting.learning_rate, seed=seed, widths=widths)
     run = cached.train(module, recipe, cached.num_blocks, FREQUENCIES)
     run |= asdict(setting) | {"seed": seed, "recipe": recipe._asdict()}
     scale = getattr(module, "gate_scale", None)
@@ -124,10 +136,9 @@ def select(runs: list[Run]) -> None:
             if run["pooling"] == pooling:
                 groups.setdefault(setting_of(run), []).append(run)
         best[pooling] = max(groups.values(), key=lambda group: median(group, CHOSEN_ON))
-    shipped = [
-        best[evaluation.S2SENT],
-        best[evaluation.SCALAR_MIX],
-    ]  # whose weights are in the selector's configuration
+    # The forms that differ in their loss alone are compared. The scalar mix's weights are in the selector's configuration.
+    forms = [best[form] for form in (evaluation.S2SENT, WIDE) if form in best]
+    shipped = [max(forms, key=lambda group: median(group, CHOSEN_ON)), best[evaluation.SCALAR_MIX]]
     ship = [max(group, key=lambda run: run["scores"][CHOSEN_ON]) for group in shipped]
     for run in runs:
         run["chosen"] = any(run is one for one in best[run["pooling"]])
@@ -140,6 +151,14 @@ def shipped_run(content: Run) -> Run:
 
 def chosen_runs(content: Run, pooling: str) -> list[Run]:
     return [run for run in content["runs"] if run["pooling"] == pooling and run["chosen"]]
+
+
+def cut(embeddings: torch.Tensor, cached: Frozen) -> dict[str, float]:
+    """The mean of the four sets by the first features alone, for each of the widths and all."""
+    return {
+        str(width): scores(embeddings[:, :width], cached.sts_texts, cached.data)["mean"]
+        for width in (*widths_of(cached), cached.hidden_size)
+    }
 
 
 # ---------------------------------------------------------------- pages
@@ -204,12 +223,23 @@ def rules(content: Run) -> str:
     return markdown(head, rows)
 
 
+def widths(content: Run) -> str:
+    """The shipped selector's embeddings and the mean of the last block, cut to their first features; of a selector that was
+    trained for that."""
+    if not shipped_run(content)["recipe"].get("widths"):
+        return ""
+    names = list(content["cut"]["shipped"])
+    rows = [[name, *(f"{values[width]:.2f}" for width in names)] for name, values in content["cut"].items()]
+    table = markdown(("<mean of the four, first features", *names), rows)
+    return f"Embeddings may be cut to their first features:\n\n{table}"
+
+
 def verdict(content: Run) -> str:
     """By how much the selected selector's medians are above the other fusions', on each set."""
     pooling = shipped_run(content)["pooling"]
     mine = {name: median(chosen_runs(content, pooling), name) for name in (*TESTS, "mean")}
     against = {evaluation.MEAN_OF_LAST: content["baselines"][evaluation.MEAN_OF_LAST]}
-    for other in (evaluation.SCALAR_MIX, CONSTANT, LINEAR, UNSCALED):
+    for other in (evaluation.SCALAR_MIX, CONSTANT, LINEAR, *SELECTORS):
         runs = chosen_runs(content, other)
         if runs and other != pooling:
             against[other] = {name: median(runs, name) for name in mine}
@@ -219,74 +249,17 @@ def verdict(content: Run) -> str:
     return markdown((f"<{pooling}, over", *TITLES[1:]), rows)
 
 
-CARD = """\
----
-license: apache-2.0
-base_model: sentence-transformers/{name}
-tags: [sentence-embeddings, s2sent]
----
-
-# S2Sent selector for {name}
-
-Written by `bench/quality/train_selector.py`; no number is typed by hand.
-`S2SentSelector.from_pretrained("{name}")` returns it.
-
-It reads all {blocks} blocks of [{name}](https://huggingface.co/sentence-transformers/{name}) (Apache-2.0; not
-part of this package, its attribution stays with it) and replaces the mean of its last block as the sentence embedding.
-Bottleneck {bottleneck}, {frequencies} DCT components, batch norm, block prior{scale}; {parameters:,} parameters,
-{percent:.2f} % of the encoder's {encoder:,}, in half precision.
-
-## Training
-
-The encoder's weights are frozen. InfoNCE with hard negatives, temperature {temperature}, batches of {batch_size},
-AdamW, learning rate {learning_rate:g} (prior and gate scale {prior_learning_rate:g}), at most {epochs} epochs, on {triplets:,}
-triplets (anchor, entailed, contradicted) from SNLI (CC BY-SA 4.0), MultiNLI and counterfactual NLI (Apache-2.0), from which the
-sentences of the STS and SICK sets were removed.
-
-Learning rate, bottleneck, start of the gate scale, epoch and seed were selected by the loss of {held_out:,} more triplets that
-trained nothing; no set of similarities selected anything. That rule is not blind: STS-B dev selected first, and was given up
-after its test scores were known; a gate scale from 2 was tried after one from 4. The {dev:,} pairs of STS-B dev share some with
-the test sets, by unordered, case-folded texts ({shared}); {apart:,} are in none.
-What either of them selects is shown below.
-
-To repeat it, where FOLDER has the data that `bench/quality/data.py` describes:
-
-```
-{command}
-```
-
-## Scores
-
-Spearman × 100 of cosine similarities, each set as one; seeds {seeds}: median (lowest–highest). Every fusion had the same
-search over learning rates and epochs.
-
-{table}
-
-{verdict}
-
-What other ways to select the epoch give:
-
-{rules}
-
-`config.json` also has the weights of the scalar mix that `s2sent evaluate` compares with; block by block:
-{mix}. The selector's prior: {prior}{learned_scale}.
-The project's `bench/QUALITY.md` has more: what each part is worth, and transfer to classification.
-"""
-
-
-def command(name: str) -> str:
-    line = "python bench/quality/train_selector.py --data FOLDER"
-    return line if name == BUNDLED else f"{line} --name {name} --encoder ENCODER"
-
-
 def card(content: Run, folder: Path) -> str:
     """The model card of the selector in ``folder``."""
     module, mix = S2SentSelector.from_pretrained(folder), pretrained.read_config(folder)["scalar_mix"]
     run, own = shipped_run(content), content["parameters"]
     scale = module.gate_scale
     assert module.block_prior is not None
+    several = ", ".join(map(str, run["recipe"].get("widths", ())))
     return CARD.format(
-        **run["recipe"],
+        **{name: value for name, value in run["recipe"].items() if name != "widths"},
+        over=f"the mean over the first {several} and all features,\n" if several else "",
+        widths="\n\n".join(filter(None, [widths(content), ""])),
         name=content["name"],
         blocks=module.num_blocks,
         bottleneck=module.bottleneck,
@@ -378,8 +351,13 @@ def main() -> int:
     assert isinstance(selector, S2SentSelector) and isinstance(mix, frozen.ScalarMix)
     half = copy.deepcopy(selector).half()
     _, sts = cached.features(cached.num_blocks, FREQUENCIES)
+    embeddings = frozen.embed_all(half, sts)
     content |= {
-        "half": scores(frozen.embed_all(half, sts), cached.sts_texts, cached.data),
+        "half": scores(embeddings, cached.sts_texts, cached.data),
+        "cut": {
+            evaluation.MEAN_OF_LAST: cut(sts.pooled[:, -1], cached),
+            "shipped": cut(embeddings, cached),
+        },
         "parameters": {"selector": final["parameters"], "encoder": cached.encoder_parameters},
     }
     record.write(result, content)

@@ -35,6 +35,7 @@ _ONLY = {
     "resume": _Only((CONTRASTIVE, STS), frozen=False),
     "temperature": _Only((CONTRASTIVE, STS)),
     "symmetric": _Only((CONTRASTIVE,), frozen=True),
+    "widths": _Only((CONTRASTIVE,), frozen=True),
     "loss": _Only((STS,)),
     "problem_type": _Only((CLASSIFICATION,)),
     "dropout": _Only((CLASSIFICATION,)),
@@ -93,6 +94,14 @@ def add(commands: Any) -> None:
         action="store_const",
         const=True,
         help="contrastive, with --freeze-encoder: each positive also against every anchor",
+    )
+    command.add_argument(
+        "--widths",
+        type=positive,
+        nargs="+",
+        metavar="FEATURES",
+        help="contrastive, with --freeze-encoder: numbers of first features that embeddings may be cut to, as by encode's "
+        "--truncate-dim; the loss is the mean over these and all",
     )
     command.add_argument("--loss", choices=recipe.LOSSES, help=f"of --task sts (default: {recipe.LOSSES[0]})")
     command.add_argument("--blocks", default=None, metavar="last:N", help="blocks to fuse (default: all)")

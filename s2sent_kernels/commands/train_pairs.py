@@ -59,12 +59,16 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
         raise UserError("--dev: expected a file that chooses among several learning rates and seeds, got none")
     if base.patience is not None and dev is None:
         raise UserError("patience: expected dev, whose score it waits for")
+    if "widths" in task.given:
+        recipes = [one._replace(widths=tuple(task.given["widths"])) for one in recipes]
     for one in recipes:
-        frozen.check(one, len(examples.rows))
+        frozen_loop.check(one)  # before the encoder is loaded
     device = task.device
     encoder, tokenizer, name = common.load_model(task.given.get("model"), device)
     blocks = families.indices(task.blocks, len(families.find_blocks(encoder)))
     size = encoder.config.hidden_size
+    for one in recipes:
+        frozen.check(one, len(examples.rows), size)
 
     def make(seed: int) -> S2SentSelector:
         torch.manual_seed(seed)

@@ -142,6 +142,8 @@ def test_the_command_stops_when_the_sts_file_says_no_more(tmp_path, encoder, cap
         (["--freeze-encoder", "--precision", "bfloat16"], "--precision: not with --freeze-encoder"),
         (["--freeze-encoder", "--resume"], "--resume: not with --freeze-encoder"),
         (["--symmetric"], "--symmetric: only with --freeze-encoder"),
+        (["--widths", "4"], "--widths: only with --freeze-encoder"),
+        (["--freeze-encoder", "--widths", "4", "16"], "widths: expected fewer than all 16 features, got 16"),
         (["--cache", "x"], "--cache: only with --freeze-encoder"),
         (["--temperature", "0"], "temperature: expected a positive number"),
         (["--learning-rate", "-1"], "learning_rate: expected 0 or more"),
@@ -201,10 +203,15 @@ def test_frozen_training_takes_several_negatives(tmp_path, encoder):
     arguments = ["train", "--freeze-encoder", "--model", encoder, "--device", "cpu", "--cache", tmp_path / "cache"]
     arguments += ["--bottleneck", 4, "--epochs", 1, "--batch-size", 8]
     fewer = [(*row[:3], "") for row in rows]
-    for name, some, options in (("both", rows, []), ("one", fewer, []), ("symmetric", rows, ["--symmetric"])):
+    for name, some, options in (
+        ("both", rows, []),
+        ("one", fewer, []),
+        ("symmetric", rows, ["--symmetric"]),
+        ("widths", rows, ["--widths", "4", "8"]),
+    ):
         data = write_examples(tmp_path / f"{name}.csv", some, columns)
         assert main(list(map(str, [*arguments, "--data", data, "--output", tmp_path / name, *options]))) == 0
-    both, *others = (S2SentSelector.from_pretrained(tmp_path / name) for name in ("both", "one", "symmetric"))
+    both, *others = (S2SentSelector.from_pretrained(tmp_path / name) for name in ("both", "one", "symmetric", "widths"))
     assert not any(torch.equal(both.up.weight, other.up.weight) for other in others)
 
 

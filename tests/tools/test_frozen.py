@@ -249,6 +249,25 @@ def test_a_symmetric_loss_is_the_mean_of_both_directions():
     torch.testing.assert_close(frozen.info_nce(anchor, positive, negative, 0.05, symmetric=True), (one + other) / 2)
 
 
+def test_a_loss_of_several_widths_is_their_mean(monkeypatch):
+    features, seen = _features(), []
+
+    def info_nce(*parts_and_options):
+        seen.append(tuple(part.shape[1] for part in parts_and_options[:2]))
+        return (0.0 * parts_and_options[0].sum()) + len(seen)
+
+    monkeypatch.setattr(frozen, "info_nce", info_nce)
+    rows = torch.arange(64)
+    recipe = frozen.Recipe(epochs=1, batch_size=32, widths=(2, 5))
+    history = frozen.train(S2SentSelector(8, 3, 4, 4), features, rows[:32], rows[32:], None, recipe)
+    assert seen == [(2, 2), (5, 5), (8, 8)] and history.losses == [2.0]
+    for widths, message in (((8,), "widths: expected fewer than all 8 features, got 8"), ((0,), "widths: expected")):
+        with pytest.raises(ValueError, match=message):
+            frozen.train(
+                S2SentSelector(8, 3, 4, 4), features, rows[:32], rows[32:], None, recipe._replace(widths=widths)
+            )
+
+
 def test_patience_stops_a_training():
     values = iter([9.0, 1.0, 3.0, 2.0, 2.0, 4.0])
     recipe = frozen.Recipe(epochs=9, batch_size=16, patience=2)
