@@ -9,7 +9,7 @@ What is checked where, once in a call:
       (and functional, where plain PyTorch computes and no op does)
     an op alone                 forward mode: plain PyTorch has it, also for the gate's parameters  ``forward_mode``
     an op, with values at hand  what ``cu_seqlens`` holds                                           ``cu_seqlens_values``
-    a backward op               words, and the shapes of the gradients that it receives             ``hidden_gradients``, ...
+    a backward op               words, the batch's layout, the shapes of the gradients it receives  ``layout``, ...
     BlockwisePool               at the first block what the op ``squeeze_block`` checks; later      ``tensors``, ...
                                 only that a block is like the first
     S2SentSelector              its options when it is made; N and D of a call                      ``components``, ``option``
@@ -234,12 +234,31 @@ def tensors(batch: Batch, profile: Profile) -> None:
     tokens(batch)
 
 
-def tokens(batch: Batch) -> None:
+def tokens(batch: Batch | Layout) -> None:
     """Mask or ``cu_seqlens``, where the hidden states are right."""
     if batch.attention_mask is not None:
-        _mask(batch.attention_mask, batch.hidden_states[0])
+        _mask(batch.attention_mask, batch.shape, batch.device)
     if batch.cu_seqlens is not None:
-        _cu_seqlens(batch.cu_seqlens, batch.hidden_states[0])
+        _cu_seqlens(batch.cu_seqlens, batch.device)
+
+
+def layout(layout: Layout, num_blocks: int, reading: Reading) -> None:
+    """A batch without its hidden states, of which a backward op is told the shape alone."""
+    words(reading)
+    if layout.packed and layout.attention_mask is not None:
+        raise ValueError("attention_mask: expected None beside cu_seqlens (packed tokens are all real), got both")
+    if layout.packed and reading.profile == "official":
+        raise ValueError("cu_seqlens: profile 'official' pools the padded plane and has no packed form")
+    shape = list(layout.shape)
+    if len(shape) != (2 if layout.packed else 3) or min(shape) < 0:
+        raise ValueError(f"shape: expected {'[T, D]' if layout.packed else '[B, L, D]'}, got {shape}")
+    if layout.dtype not in DTYPES:
+        raise TypeError(f"dtype: expected a floating dtype, got {layout.dtype}")
+    positive_int("the hidden size (last dimension of shape)", shape[-1])
+    if num_blocks == 0:
+        raise ValueError("needed: expected an entry for each hidden state, got none")
+    tokens(layout)
+    components(num_blocks, shape[-1], reading.frequencies, reading.profile)
 
 
 def _disagreement(index: int, other: Tensor, first: Tensor) -> None:
@@ -251,25 +270,25 @@ def _disagreement(index: int, other: Tensor, first: Tensor) -> None:
             raise ValueError(f"hidden_states[{index}]: expected {what} {expected} as hidden_states[0], got {found}")
 
 
-def _mask(mask: Tensor, first: Tensor) -> None:
-    if mask.shape != first.shape[:2]:
-        raise ValueError(f"attention_mask: expected shape [B, L] = {list(first.shape[:2])}, got {list(mask.shape)}")
+def _mask(mask: Tensor, shape: Sequence[int], device: torch.device) -> None:
+    if list(mask.shape) != list(shape[:2]):
+        raise ValueError(f"attention_mask: expected shape [B, L] = {list(shape[:2])}, got {list(mask.shape)}")
     if mask.dtype.is_complex:
         raise TypeError(f"attention_mask: expected bool, integer or float 0/1, got {mask.dtype}")
-    if mask.device != first.device:
-        raise ValueError(f"attention_mask: expected device {first.device} as hidden_states[0], got {mask.device}")
+    if mask.device != device:
+        raise ValueError(f"attention_mask: expected device {device} as hidden_states[0], got {mask.device}")
 
 
-def _cu_seqlens(cu_seqlens: Tensor, first: Tensor) -> None:
+def _cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens: expected shape [B + 1], got {list(cu_seqlens.shape)}")
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens: expected torch.int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.device != first.device:
-        raise ValueError(f"cu_seqlens: expected device {first.device} as hidden_states[0], got {cu_seqlens.device}")
+    if cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens: expected device {device} as hidden_states[0], got {cu_seqlens.device}")
 
 
-def cu_seqlens_values(batch: Batch) -> None:
+def cu_seqlens_values(batch: Batch | Layout) -> None:
     """What ``cu_seqlens`` holds: starts at 0, never decreases, ends at T. Reading a CUDA tensor waits for the GPU, so there it
     is done only under S2SENT_DEBUG=1."""
     cu_seqlens, num_tokens = batch.cu_seqlens, batch.shape[0]

@@ -16,6 +16,7 @@ CFLAGS=$flags CXXFLAGS=$flags LDFLAGS="-fsanitize=address,undefined" S2SENT_BUIL
 nm -D s2sent_kernels/_C*.so | grep __asan_report >/dev/null || { echo "sanitize: the build is not instrumented" >&2; exit 1; }
 
 # The interpreter is not instrumented, so the runtimes are preloaded, with the libstdc++ that torch needs. It leaks by design.
-LD_PRELOAD=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so):$(g++ -print-file-name=libstdc++.so.6) \
-  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$copy S2SENT_TEST_BACKEND=native \
-  "$python" -m pytest -k "not nvcc" -q -p no:cacheprovider tests/engines tests/ops/test_native.py tests/ops/test_choice.py tests/project/test_build.py
+export LD_PRELOAD=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so):$(g++ -print-file-name=libstdc++.so.6)
+export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$copy S2SENT_TEST_BACKEND=native
+"$python" -m pytest -k "not nvcc" -q -p no:cacheprovider tests/engines tests/ops/test_native.py tests/ops/test_choice.py tests/ops/test_private_ops.py tests/project/test_build.py
+"$python" tests/ops/malformed.py "${CALLS:-10000}" | tail -c 100

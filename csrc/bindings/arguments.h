@@ -17,6 +17,9 @@ struct Sentences {
   Sentences(const Tensor& first, const Ints& shape, const Optional& attention_mask, const Optional& cu_seqlens)
       : check(first), shape(shape), packed(cu_seqlens.has_value()) {
     require(shape.size() == (packed ? 2 : 3), "hidden states have a wrong rank");
+    require(shape.back() > 0, "hidden states have no features");
+    require(are_sizes({shape[0], packed ? 1 : shape[1], shape.back()}), "a hidden state is too large");
+    require(!packed || cu_seqlens->numel() > 0, "cu_seqlens is empty");
     count = packed ? cu_seqlens->numel() - 1 : shape[0];
     if (packed) {
       check.dense(*cu_seqlens, {count + 1}, ScalarType::Int, "cu_seqlens");
@@ -118,8 +121,11 @@ SqueezeBackward squeeze_backward_arguments(
 inline Gate gate_inputs(
     const Tensor& squeezed, S2SENT_GATE_PARAMETERS int64_t num_blocks, int64_t activation, double eps) {
   require(
-      squeezed.dim() == 2 && down_weight.dim() == 2 && num_blocks > 0,
+      squeezed.dim() == 2 && squeezed.size(1) > 0 && down_weight.dim() == 2 && num_blocks > 0,
       "the gate's arguments do not fit");
+  require(
+      are_sizes({squeezed.size(0), num_blocks, squeezed.size(1), down_weight.size(0)}),
+      "the gate's tensors are too large");
   require(
       !norm_weight || (norm_bias && running_mean && running_var), "expected all of the norm's tensors");
   const Checks check(squeezed);

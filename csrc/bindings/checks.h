@@ -4,6 +4,8 @@
 
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <initializer_list>
+
 #include "../stages.h"
 #include "error.h"
 #include "ops.h"
@@ -11,6 +13,19 @@
 namespace s2sent::ops {
 
 using torch::headeronly::ScalarType;
+
+// No array of a call has more numbers, so that products of checked sizes fit int64.
+constexpr int64_t kLargest = int64_t(1) << 56;
+
+// Sizes come from callers that may be wrong. Those that are not 0 have a product of at most ``kLargest``.
+inline bool are_sizes(std::initializer_list<int64_t> sizes) {
+  int64_t all = 1;
+  for (const int64_t size : sizes) {
+    if (size < 0 || (size > 0 && size > kLargest / all)) return false;
+    all *= size > 0 ? size : 1;
+  }
+  return true;
+}
 
 // Checks tensors against the device of an op's first tensor.
 struct Checks {
@@ -116,8 +131,15 @@ inline Activation activation_of(int64_t number) {
 // ``count`` hidden states from ``first_block`` on, out of N, whose features form ``parts`` parts.
 inline void check_blocks(int64_t first_block, int64_t count, int64_t num_blocks, int64_t parts, int64_t size) {
   require(
-      first_block >= 0 && first_block + count <= num_blocks && parts > 0 && size % parts == 0,
+      first_block >= 0 && count > 0 && count <= num_blocks && first_block <= num_blocks - count && parts > 0 &&
+          size % parts == 0,
       "blocks or parts do not fit");
+}
+
+// The token frequency of each part.
+inline void check_frequencies(const Ints& y, int64_t parts) {
+  require(int64_t(y.size()) == parts, "expected a frequency for every part");
+  for (const int64_t each : y) require(each >= 0, "expected frequencies from 0 on, got ", each);
 }
 
 }  // namespace s2sent::ops

@@ -1,4 +1,7 @@
-// The ops on CPU tensors.
+// The ops on CPU tensors. All tensors are checked before memory is allocated for a batch's sentences: one that is written has as
+// many, so that a wrong shape costs nothing.
+
+#include <algorithm>
 
 #include "on_cpu.h"
 
@@ -11,11 +14,11 @@ void squeeze(
     const Optional& cu_seqlens, const Tensor& alpha, const Ints& y, const Optional& beta, int64_t pooling,
     const Tensor& squeezed, const Optional& pooled) {
   const Sentences sentences = sentences_of(hidden_states, mask, cu_seqlens);
-  const RealBatch real(sentences);
   const std::vector<Rows> hidden = sentences.rows(hidden_states);
   Squeeze args = squeeze_arguments<Squeeze>(
       sentences, dtype_of(hidden_states[0]), hidden, first_block, num_blocks, alpha, beta.has_value(), pooling,
       squeezed, pooled);
+  const RealBatch real(sentences);
   args.batch = real.batch;
   share_squeeze(sentences, args, factors_of(sentences, real.batch, num_blocks, args.parts, y, beta));
 }
@@ -26,10 +29,11 @@ void squeeze_backward(
     const Optional& beta, int64_t pooling, const Tensors& grads) {
   require(!grads.empty(), "gradients do not fit");
   const Sentences sentences(grads[0], shape, mask, cu_seqlens);
-  const RealBatch real(sentences);
   const std::vector<void*> into = gradients_into(sentences.check, grads, shape);
+  if (std::all_of(into.begin(), into.end(), [](void* each) { return each == nullptr; })) return;
   SqueezeBackward args = squeeze_backward_arguments<SqueezeBackward>(
       sentences, grads, into, alpha, beta.has_value(), pooling, grad_squeezed, grad_pooled, grad_fused, gates);
+  const RealBatch real(sentences);
   args.batch = real.batch;
   share_squeeze_backward(sentences, args, factors_of(sentences, real.batch, args.num_blocks, args.parts, y, beta));
 }
@@ -86,9 +90,9 @@ void fuse(
     const Tensors& hidden_states, const Tensor& gates, const Optional& mask, const Optional& cu_seqlens,
     const Tensor& fused) {
   const Sentences sentences = sentences_of(hidden_states, mask, cu_seqlens);
-  const RealBatch real(sentences);
   const std::vector<Rows> hidden = sentences.rows(hidden_states);
   Fuse args = fuse_arguments<Fuse>(sentences, hidden_states[0], hidden, gates, fused);
+  const RealBatch real(sentences);
   args.batch = real.batch;
   share_fuse(sentences, args);
 }
@@ -97,10 +101,10 @@ void fuse_backward(
     const Tensor& grad_fused, const Tensors& hidden_states, const Optional& mask, const Optional& cu_seqlens,
     const Tensor& grad_gates) {
   const Sentences sentences = sentences_of(hidden_states, mask, cu_seqlens);
-  const RealBatch real(sentences);
   const std::vector<Rows> hidden = sentences.rows(hidden_states);
   FuseBackward args = fuse_backward_arguments<FuseBackward>(
       sentences, hidden_states[0], hidden, grad_fused, grad_gates);
+  const RealBatch real(sentences);
   args.batch = real.batch;
   share_fuse_backward(sentences, args);
 }

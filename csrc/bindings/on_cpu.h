@@ -48,7 +48,7 @@ inline TokenFactors factors_of(
     const Sentences& sentences, const Batch& batch, int64_t num_blocks, int64_t parts, const Ints& y,
     const Optional& official) {
   if (official) return {batch, sentences.check.floats(official, {parts, batch.size}, "beta")};
-  require(int64_t(y.size()) == parts, "expected a frequency for every part");
+  check_frequencies(y, parts);
   return {batch, num_blocks, y};
 }
 

@@ -98,9 +98,8 @@ struct RealBatch {
       factors = {sentences.check.floats(from.official, {from.parts, batch.size}, "beta"), 0, batch.size};
       return;
     }
-    require(
-        int64_t(from.y.size()) == from.parts && from.parts <= kMaxParts,
-        "expected a frequency for every part");
+    check_frequencies(from.y, from.parts);
+    require(from.parts <= kMaxParts, "too many parts for the CUDA kernels");
     const bool shared = !batch.packed && !batch.mask;
     const int64_t tokens = shared ? batch.size : batch.tokens;
     finder_.num_blocks = from.num_blocks;

@@ -56,9 +56,7 @@ bool spans(const Checks& check, const Tensor& cu_seqlens, int64_t tokens) {
 bool is_ordinary(
     const Checks& check, ScalarType dtype, const Ints& shape, const Optional& mask, const Optional& cu_seqlens) {
   if (shape.size() != (cu_seqlens ? 2 : 3) || shape.back() == 0 || !is_known(dtype)) return false;
-  for (const int64_t size : shape) {
-    if (size < 0) return false;
-  }
+  if (!are_sizes({shape[0], cu_seqlens ? 1 : shape[1], shape.back()})) return false;
   if (mask) return !cu_seqlens && known_mask_type(*mask) && is_dense(check, *mask, {shape[0], shape[1]}, mask->scalar_type());
   if (!cu_seqlens) return true;
   return cu_seqlens->dim() == 1 && cu_seqlens->numel() > 0 &&

@@ -37,6 +37,7 @@ int64_t plan(S2SENT_GATE_PARAMETERS const Tensor& alpha, const Ints& y, int64_t 
           alpha.size(1) > 0 &&
           norm_weight.has_value() == (norm_bias && running_mean && running_var),
       "the plan's tensors do not fit");
+  s2sent::ops::check_frequencies(y, alpha.size(0));
   return s2sent::ops::keep(std::make_shared<s2sent::ops::Plan>(s2sent::ops::Plan{
       S2SENT_GATE_ARGUMENTS alpha, y, s2sent::ops::activation_of(activation), eps}));
 }
