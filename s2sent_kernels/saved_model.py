@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .files import WEIGHTS, importing, open_to_umask
+from .selector import S2SentSelector
 
 with importing("transformers", "transformers"):
     import transformers
@@ -64,6 +66,23 @@ class SavedModel(transformers.PreTrainedModel):
         encoder's 16 bits, its running statistics would give other gates. Early releases of the library do not ask; they load the
         float32 of ``__init__``."""
         return {**super()._get_dtype_plan(dtype), self._selector_keys: None}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As in the library; what a selector lacks starts as in its constructor, of which the library knows nothing."""
+        if not isinstance(module, S2SentSelector):
+            super()._init_weights(module)
+            return
+        # The library marks each tensor that it has read. What a selector's parts lack it has initialised as an encoder's.
+        unread = {
+            name: tensor
+            for name, tensor in module.state_dict(keep_vars=True).items()
+            if not getattr(tensor, "_is_hf_initialized", False)
+        }
+        if unread:
+            fresh = S2SentSelector(**self.config.selector).state_dict()
+            for name, tensor in unread.items():
+                tensor.copy_(fresh[name])
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
         """As in the library. The configuration that is saved describes encoder and selector as they are now."""

@@ -88,6 +88,12 @@ def read_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
         state: dict[str, Tensor] = tensors.load_file(path)
     except Exception as error:  # a missing file, or an error class of safetensors itself
         raise ValueError(f"{path}: cannot be read: {error}") from error
+    check_state(path, state, expected)
+    return state
+
+
+def check_state(path: str | os.PathLike[str], state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """ValueError unless ``state``, read from the file ``path``, has the names and shapes of ``expected``, a selector's."""
     for name, tensor in expected.items():
         if name not in state:
             raise ValueError(f"{path}: expected a tensor {name!r}, and it is not there")
@@ -96,7 +102,6 @@ def read_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
     extra = sorted(set(state) - set(expected))
     if extra:
         raise ValueError(f"{path}: expected no tensors but the selector's, got {', '.join(extra)}")
-    return state
 
 
 def save(
