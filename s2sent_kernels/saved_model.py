@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checkpoints import pretrained
 from .files import WEIGHTS, importing, open_to_umask
 from .selector import S2SentSelector
 
@@ -85,8 +86,14 @@ class SavedModel(transformers.PreTrainedModel):
                 tensor.copy_(fresh[name])
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
-        """As in the library. The configuration that is saved describes encoder and selector as they are now."""
+        """As in the library. The configuration that is saved describes encoder and selector as they are now.
+
+        Raises:
+            ValueError: a tensor of the selector is quantised or sharded, and ``state_dict`` does not give what to save; names it.
+        """
         model: Any = self.base_model
+        if options.get("state_dict") is None:
+            pretrained.check_savable(model.selector.state_dict())
         self.config.encoder_config = model.encoder.config  # another object where the caller has replaced one
         self.config.selector = {**self.config.selector, **model.selector.arguments}
         super().save_pretrained(save_directory, *arguments, **options)

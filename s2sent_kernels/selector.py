@@ -287,7 +287,11 @@ class S2SentSelector(Joinable):
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``, which is created if missing. ``about`` adds entries to
-        the configuration, as "blocks" and "pooling"."""
+        the configuration, as "blocks" and "pooling".
+
+        Raises:
+            ValueError: a tensor is quantised or sharded; names it.
+        """
         pretrained.save(folder, self.arguments, self.state_dict(), about)
 
     @classmethod

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..files import data_folder, require, write_atomically
 
@@ -104,6 +105,16 @@ def check_state(path: str | os.PathLike[str], state: Mapping[str, Tensor], expec
         raise ValueError(f"{path}: expected no tensors but the selector's, got {', '.join(extra)}")
 
 
+def check_savable(state: Mapping[str, Tensor]) -> None:
+    """ValueError unless every tensor of ``state``, a selector's, has memory of its own that a file can hold."""
+    for name, tensor in state.items():
+        if is_traceable_wrapper_subclass(tensor):
+            raise ValueError(
+                f"{name}: expected an ordinary tensor to save, got {type(tensor).__name__}: save the selector before it is "
+                "quantised, and quantise what is loaded; of a sharded one, save the full state"
+            )
+
+
 def save(
     folder: str | os.PathLike[str],
     arguments: Mapping[str, Any],
@@ -117,7 +128,11 @@ def save(
         arguments: of S2SentSelector, one for each of ARGUMENTS.
         state: its state_dict.
         about: further entries of config.json.
+
+    Raises:
+        ValueError: as ``check_savable``; nothing is written.
     """
+    check_savable(state)
     tensors = require("safetensors.torch", "safetensors", None)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
