@@ -57,6 +57,7 @@ def test_each_way_to_use_the_package_has_an_example():
         "docs/serving.md, A folder of sentence-transformers",
         "docs/serving.md, One file: ONNX and AOTInductor",
         "docs/training.md, Behind a frozen encoder",
+        "docs/training.md, FSDP2",
     ]
     blocks = sum(text.count("```python") for page, text in PAGES.items() if page != WALKTHROUGH)
     assert len(EXAMPLES) + len(SERVERS) == blocks
