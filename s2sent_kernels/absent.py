@@ -50,14 +50,18 @@ def check(
 def unread(encoder: Any) -> list[str]:
     """The parameters of a model of transformers, as ``from_pretrained`` returned it, that no file held. For where somebody else
     called it, without asking for what it found."""
+    if not isinstance(encoder, nn.Module):  # one that another runtime computes
+        return []
     if getattr(encoder, "hf_quantizer", None) is not None:  # which makes its own of what was read
         return []
-    ignored = [re.compile(pattern) for pattern in encoder._keys_to_ignore_on_load_missing or ()]
-    # The mark by which the library itself decides what is left to initialise.
+    ignored = [re.compile(pattern) for pattern in getattr(encoder, "_keys_to_ignore_on_load_missing", None) or ()]
     return [
         name
         for name, parameter in encoder.named_parameters()
-        if not getattr(parameter, "_is_hf_initialized", False) and not any(one.search(name) for one in ignored)
+        # The mark by which the library itself decides what is left to initialise. What a device map has put aside, on the meta
+        # device, has lost it.
+        if not (getattr(parameter, "_is_hf_initialized", False) or parameter.is_meta)
+        and not any(one.search(name) for one in ignored)
     ]
 
 

@@ -20,10 +20,10 @@ class Recipe(NamedTuple):
     temperature: float = 0.05
     warmup: float = 0.1  # fraction of all steps
     accumulation: int = 1  # batches a step
-    mini_batch: int | None = None  # examples that the encoder runs on at once, of a contrastive batch; None: the batch
     precision: str = "float32"  # one of PRECISIONS
     patience: int | None = None  # epochs without a better dev score before training stops
     seed: int = 0
+    mini_batch: int | None = None  # examples that the encoder runs on at once, of a contrastive batch; None: the batch
 
 
 DEFAULT = Recipe()

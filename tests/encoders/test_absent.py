@@ -4,6 +4,7 @@ names them where embeddings are asked for."""
 import shutil
 from pathlib import Path
 
+import architectures
 import pytest
 import torch
 from builders import save_model
@@ -139,6 +140,35 @@ def test_an_encoder_without_a_weight_that_could_be_read(damaged):
     save_file({f"other.{key}": t for key, t in tensors.items()}, f"{folder}/model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"expected weights 'embeddings\..* and 34 others in .*, and they are not"):
         load(folder)
+
+
+@pytest.mark.slow
+def test_of_no_encoder_is_a_weight_missed_that_is_there(tmp_path):
+    """``unread`` rests on a mark of transformers' own: for every family it says what the library reports."""
+    tried = 0
+    for kind in architectures.classes():
+        try:
+            model = architectures.make(kind)
+        except Exception:  # the sweep of docs/encoders.md says which cannot be made tiny, and why
+            continue
+        if sum(parameter.numel() for parameter in model.parameters()) < architectures.LARGEST:
+            folder = tmp_path / kind.__name__
+            model.save_pretrained(folder)
+            loaded, info = kind.from_pretrained(folder, output_loading_info=True)
+            assert set(absent.unread(loaded)) == set(info["missing_keys"]) == set(), kind
+            shutil.rmtree(folder)
+            tried += 1
+    assert tried > 150
+
+
+@pytest.mark.parametrize(
+    "options", [{"device_map": "cpu"}, {"dtype": "bfloat16"}, {"attn_implementation": "eager"}], ids=str
+)
+def test_options_of_the_encoder_take_no_weight_away(saved, damaged, options):
+    pytest.importorskip("accelerate")
+    assert load(saved / "whole", model_kwargs=options, device="cpu")
+    with pytest.raises(ValueError, match="expected weights"):
+        load(damaged("whole", "model.safetensors", [BLOCK]), model_kwargs=options, device="cpu")
 
 
 def test_the_folder_of_a_classifier_is_that_of_its_model_too(saved):
