@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
@@ -80,17 +80,28 @@ class AroundEncoder(transformers.PreTrainedModel):
         True  # the encoder's own; a reentrant one is refused where it would lose gradients
     )
     accepts_loss_kwargs = False  # else Trainer would leave it to the loss to divide by the steps of accumulation
+    # Names of weights that ``from_pretrained`` did not find, and of those that it found and does not know.
+    missing_weights: Sequence[str] = ()
+    unexpected_weights: Sequence[str] = ()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own. The encoder's final norm is found once it has its weights.
+        """As transformers' own. The encoder's final norm is found once it has its weights. Weights that the file lacks are
+        drawn anew and reported, as of any model of transformers; ``missing_weights`` and ``unexpected_weights`` name what does
+        not fit.
 
         Raises:
             ValueError: as BlockCapture, beside what transformers raises.
         """
-        found: Any = super().from_pretrained(*args, **kwargs)
-        (found[0] if isinstance(found, tuple) else found).base_model.capture.settle()
-        return found
+        wanted = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, found = loaded
+        model.missing_weights, model.unexpected_weights = (
+            sorted(found["missing_keys"]),
+            sorted(found["unexpected_keys"]),
+        )
+        model.base_model.capture.settle()
+        return loaded if wanted else model
 
     def resize_token_embeddings(self, *arguments: Any, **options: Any) -> nn.Embedding:
         """The encoder's, as in the library, so that the encoder's configuration has the new size."""

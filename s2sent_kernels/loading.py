@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import export, families
+from . import absent, export, families
 from .capture import BlockCapture
 from .checkpoints import pretrained
 from .files import first_line, require
@@ -178,8 +178,7 @@ def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
 
 
 def _load_encoder(path: str, name: str, dtype: torch.dtype | str) -> Any:
-    """An encoder whose weights are all in its checkpoint. transformers initialises missing weights at random, and its warning is
-    silenced here. A missing pooler or decoder is accepted: neither is used. Of an encoder with a decoder, the encoder alone."""
+    """An encoder whose weights are all in its checkpoint. Of an encoder with a decoder, the encoder alone."""
     transformers = quiet_transformers()
     if _config_of(Path(path), name).get("model_type") == "s2sent":
         raise LoadError(f"model {name}: expected an encoder alone, got one with its selector")
@@ -188,15 +187,16 @@ def _load_encoder(path: str, name: str, dtype: torch.dtype | str) -> Any:
         encodes = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING  # T5's AutoModel would have a decoder
         kind = transformers.AutoModelForTextEncoding if encodes else transformers.AutoModel
         encoder, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        absent.check(path, encoder, found["missing_keys"])
     except Exception as error:  # as above
         raise _cannot_load(name, error) from error
-    absent = sorted(key for key in found["missing_keys"] if not {"pooler", "decoder"} & set(key.split(".")))
-    if absent:
-        others = f", nor are {len(absent) - 1} others" if len(absent) > 1 else ""
-        raise LoadError(
-            f"model {name} cannot be loaded: expected weights {absent[0]!r}, and they are not there{others}"
-        )
     return encoder
+
+
+def _complete(model: Any, folder: Path) -> Any:
+    """An S2SentModel or a classifier as it was loaded from a folder, once it is sure that it has its own weights."""
+    absent.check(folder, model.base_model.encoder, model.missing_weights, model.unexpected_weights)
+    return model
 
 
 def load_transformer(model: str | None, max_length: int | None = None) -> Any:
@@ -241,7 +241,8 @@ def load_whole(model: str) -> tuple[Any, Any]:
             modality_config={"text": {"method": "forward", "method_output_name": "embedding"}},
             module_output_name="sentence_embedding",
         )
-        return SentenceTransformer(modules=[module], device="cpu").eval(), module.auto_model.encoder
+        encoder = _complete(module.auto_model, folder).encoder
+        return SentenceTransformer(modules=[module], device="cpu").eval(), encoder
     except Exception as error:  # the loaders raise errors of many kinds
         raise _cannot_load(model, error) from error
 
@@ -254,12 +255,10 @@ def load_classifier(model: str) -> tuple[Any, Any]:
         raise LoadError(f"model {model}: expected the folder of a classifier, an S2SentForSequenceClassification")
     try:
         kind: Any = importlib.import_module("s2sent_kernels.transformers").S2SentForSequenceClassification
-        whole, found = kind.from_pretrained(folder, output_loading_info=True)
+        whole = _complete(kind.from_pretrained(folder), folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the loaders raise errors of many kinds
         raise _cannot_load(model, error) from error
-    if found["missing_keys"]:
-        raise LoadError(f"model {model} cannot be loaded: expected weights {min(found['missing_keys'])!r}")
     return whole.eval(), tokenizer
 
 
@@ -275,7 +274,7 @@ def load_saved(model: str) -> Any:
             return load(folder, device="cpu")
         from .transformers import S2SentModel
 
-        return S2SentModel.from_pretrained(folder)
+        return _complete(S2SentModel.from_pretrained(folder), folder)
     except Exception as error:  # as above
         raise _cannot_load(model, error) from error
 

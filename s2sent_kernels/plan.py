@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import validate
 from .engines.choice import BACKEND_VARIABLE, choose, engine_of
@@ -248,8 +247,9 @@ def _is_ordinary(tensor: object) -> bool:
 
 
 def _is_ordinary_while_traced(tensor: object) -> bool:
-    """Every tensor may then be represented by a subclass; those to avoid are wrappers that trace."""
-    return isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(tensor)
+    """Every tensor may then be represented by a subclass; those to avoid are wrappers that trace. The class is asked: an instance
+    that torch.compile traces denies having the methods by which torch knows a wrapper."""
+    return isinstance(tensor, Tensor) and not hasattr(type(tensor), "__tensor_flatten__")
 
 
 def plan_of(selector: Planned) -> Plan | None:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from .checkpoints import pretrained
 from .files import WEIGHTS, importing, open_to_umask
+from .selector import S2SentSelector
 
 with importing("transformers", "transformers"):
     import transformers
@@ -65,9 +68,32 @@ class SavedModel(transformers.PreTrainedModel):
         float32 of ``__init__``."""
         return {**super()._get_dtype_plan(dtype), self._selector_keys: None}
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As in the library; what a selector lacks starts as in its constructor, of which the library knows nothing."""
+        if not isinstance(module, S2SentSelector):
+            super()._init_weights(module)
+            return
+        # The library marks each tensor that it has read. What a selector's parts lack it has initialised as an encoder's.
+        unread = {
+            name: tensor
+            for name, tensor in module.state_dict(keep_vars=True).items()
+            if not getattr(tensor, "_is_hf_initialized", False)
+        }
+        if unread:
+            fresh = S2SentSelector(**self.config.selector).state_dict()
+            for name, tensor in unread.items():
+                tensor.copy_(fresh[name])
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
-        """As in the library. The configuration that is saved describes encoder and selector as they are now."""
+        """As in the library. The configuration that is saved describes encoder and selector as they are now.
+
+        Raises:
+            ValueError: a tensor of the selector is quantised or sharded, and ``state_dict`` does not give what to save; names it.
+        """
         model: Any = self.base_model
+        if options.get("state_dict") is None:
+            pretrained.check_savable(model.selector.state_dict())
         self.config.encoder_config = model.encoder.config  # another object where the caller has replaced one
         self.config.selector = {**self.config.selector, **model.selector.arguments}
         super().save_pretrained(save_directory, *arguments, **options)

@@ -18,7 +18,7 @@ from .formula import reference
 from .formula.call import ACTIVATIONS, POOLINGS, PROFILES, Activation, Batch, GateParameters, Gating, Profile, Reading
 from .plan import Plan, count_batch, plain_tensors, plan_of
 from .recomputed import in_backward, uncounted
-from .synchronised import Joinable, Processes, batch_norm
+from .synchronised import Joinable, Processes, batch_norm, gathers, refuse_shard
 
 PRIOR_OF_LAST_BLOCK = 3.0  # where a learned block prior starts: encoders are trained to output their last block
 
@@ -235,8 +235,11 @@ class S2SentSelector(Joinable):
         the batch and updates the running ones, unless a forward is recomputed within a backward pass.
 
         Raises:
-            ValueError: it would use the batch's statistics, and the batch is one sentence.
+            ValueError: it would use the batch's statistics, and the batch is one sentence; or its parameters are sharded and not
+                gathered.
         """
+        if gathers(self, "gate"):
+            return self.gate(squeezed)
         norm = self._modules.get("norm")
         if self._joined() is not None:
             return self._gate_through_parts(squeezed)
@@ -263,6 +266,7 @@ class S2SentSelector(Joinable):
         return processes if processes.are_several else None
 
     def _gate_through_parts(self, squeezed: Tensor) -> Tensor:
+        refuse_shard("down", self.down)
         with reference.autocast_off(squeezed.device):
             down = _call(self.down, squeezed)
             excited = _call(self.up, reference.activate(down, self.activation))
@@ -287,7 +291,11 @@ class S2SentSelector(Joinable):
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``, which is created if missing. ``about`` adds entries to
-        the configuration, as "blocks" and "pooling"."""
+        the configuration, as "blocks" and "pooling".
+
+        Raises:
+            ValueError: a tensor is quantised or sharded; names it.
+        """
         pretrained.save(folder, self.arguments, self.state_dict(), about)
 
     @classmethod

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import families, model_card, onnx_backend, validate
+from . import absent, families, model_card, onnx_backend, validate
 from .capture import BLOCK_NORMS, BlockListener
+from .checkpoints import pretrained
 from .consumers import KeptStates
 from .features import Counted, Stream
 from .files import WEIGHTS, importing, open_to_umask
@@ -71,6 +72,7 @@ class S2SentPooling(Pooling):
         include_prompt: whether a prompt's tokens count.
     """
 
+    _is_loaded = False  # until its model is complete
     config_keys = ["selector_arguments", "blocks", "block_norm", "pooling", "include_prompt"]  # noqa: RUF012
 
     def __init__(
@@ -146,8 +148,17 @@ class S2SentPooling(Pooling):
         weakref.finalize(self, _remove, listeners).atexit = False
 
     def on_model_ready(self, model: BaseModel) -> None:
-        """Follow the transformers before this module in ``model``; sentence-transformers calls it once the model is complete."""
+        """Follow the transformers before this module in ``model``; sentence-transformers calls it once the model is complete.
+
+        Raises:
+            ValueError: this module was loaded, and a transformer beside it without all of its weights; names them.
+        """
         found = _transformers_before(self, model)
+        if self._is_loaded:  # transformers that were loaded by others may be there to be trained
+            self._is_loaded = False
+            for transformer in found:
+                encoder: Any = _encoder_of(transformer)
+                absent.check(encoder.config.name_or_path, encoder, absent.unread(encoder))
         if found and found != [listener.called for listener in self._listeners]:
             self.attach(*found)
         model_card.describe(model)
@@ -218,6 +229,8 @@ class S2SentPooling(Pooling):
         return self if device is None else super().to(device=device, non_blocking=non_blocking)
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """As in the library. ValueError where a tensor is quantised or sharded; names it."""
+        pretrained.check_savable(self.state_dict())
         self.selector_arguments |= self.selector.arguments  # as they are now
         self.save_config(output_path)
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
@@ -244,8 +257,10 @@ class S2SentPooling(Pooling):
         model = cls(**cls.load_config(model_name_or_path, subfolder=subfolder, **hub))
         model.selector.eval()  # like the encoder that transformers loads; trainers and encode set the mode they need
         state = cls.load_torch_weights(model_name_or_path, subfolder=subfolder, **hub)
+        pretrained.check_state(absent.file_of(Path(model_name_or_path, subfolder)), state, model.state_dict())
         # Assigned, and not copied into what is there, each tensor keeps its dtype. Cloned, it no longer maps the file.
         model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+        model._is_loaded = True
         return model
 
 

@@ -1,12 +1,13 @@
-"""Batch statistics over several processes: in training the gate normalises by the sentences of all of them, as one process with
-the whole batch would.
+"""A selector in several processes: batch statistics, and parameters that FSDP2 has sharded.
 
+In training the gate normalises by the sentences of all processes, as one process with the whole batch would.
 torch's own norms are local, and so is a selector until ``sync_statistics`` marks it: a collective in one process alone would
 wait for ever. The norm stays an nn.BatchNorm1d, so that in eval mode nothing changes and the fused kernels run.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,31 @@ def sync_statistics(module: nn.Module, process_group: Any = None) -> nn.Module:
     for selector in selectors:
         selector.processes = Processes(process_group)
     return module
+
+
+def gathers(module: nn.Module, method: str) -> bool:
+    """Whether FSDP2 gathers the parameters of ``module`` around a method from now on, as it does around ``forward``: it has
+    sharded the module as a unit of its own, and nobody has registered the method yet. The caller then calls it again."""
+    if torch.compiler.is_compiling():
+        return False
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is sharded before it is imported
+    if fsdp is None or method in module.__dict__ or not isinstance(module, fsdp.FSDPModule):
+        return False
+    fsdp.register_fsdp_forward_method(module, method)
+    return True
+
+
+def refuse_shard(name: str, part: nn.Module) -> None:
+    """ValueError where a part's weight is one process's share: outside of the forward of the module that FSDP2 has sharded."""
+    if torch.compiler.is_compiling():
+        return
+    tensor = sys.modules.get("torch.distributed.tensor")
+    # Whoever shards a part's computation (tensor parallelism) converts what goes in and out by hooks on the part.
+    if tensor is not None and isinstance(getattr(part, "weight", None), tensor.DTensor) and not part._forward_pre_hooks:
+        raise ValueError(
+            f"{name}: expected parameters that FSDP2 has gathered, got a shard of them: call the selector within the forward of "
+            "the module that was given to fully_shard, or give it the selector, too"
+        )
 
 
 def batch_norm(norm: nn.BatchNorm1d, values: Tensor, processes: Processes) -> Tensor:

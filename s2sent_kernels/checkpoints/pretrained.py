@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..files import data_folder, require, write_atomically
 
@@ -88,6 +89,12 @@ def read_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
         state: dict[str, Tensor] = tensors.load_file(path)
     except Exception as error:  # a missing file, or an error class of safetensors itself
         raise ValueError(f"{path}: cannot be read: {error}") from error
+    check_state(path, state, expected)
+    return state
+
+
+def check_state(path: str | os.PathLike[str], state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """ValueError unless ``state``, read from the file ``path``, has the names and shapes of ``expected``, a selector's."""
     for name, tensor in expected.items():
         if name not in state:
             raise ValueError(f"{path}: expected a tensor {name!r}, and it is not there")
@@ -96,7 +103,16 @@ def read_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
     extra = sorted(set(state) - set(expected))
     if extra:
         raise ValueError(f"{path}: expected no tensors but the selector's, got {', '.join(extra)}")
-    return state
+
+
+def check_savable(state: Mapping[str, Tensor]) -> None:
+    """ValueError unless every tensor of ``state``, a selector's, has memory of its own that a file can hold."""
+    for name, tensor in state.items():
+        if is_traceable_wrapper_subclass(tensor):
+            raise ValueError(
+                f"{name}: expected an ordinary tensor to save, got {type(tensor).__name__}: save the selector before it is "
+                "quantised, and quantise what is loaded; of a sharded one, save the full state"
+            )
 
 
 def save(
@@ -112,7 +128,11 @@ def save(
         arguments: of S2SentSelector, one for each of ARGUMENTS.
         state: its state_dict.
         about: further entries of config.json.
+
+    Raises:
+        ValueError: as ``check_savable``; nothing is written.
     """
+    check_savable(state)
     tensors = require("safetensors.torch", "safetensors", None)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)

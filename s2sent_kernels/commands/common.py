@@ -60,13 +60,15 @@ def add_device(command: Any) -> None:
 
 
 def device_of(name: str | None) -> torch.device:
+    rank = os.environ.get("LOCAL_RANK")  # under torchrun each process has a GPU of its own, from the first tensor on
     if name is None and not torch.cuda.is_available():
         return torch.device("cpu")
-    if name is None:  # under torchrun each process has a GPU of its own, from the first tensor on
-        rank = os.environ.get("LOCAL_RANK")
+    if name is None:
         return torch.device("cuda" if rank is None else f"cuda:{rank}")
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None and rank is not None:
+            device = torch.device(f"cuda:{rank}")
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise UserError(f"device {name!r} cannot be used: {first_line(error)}") from error

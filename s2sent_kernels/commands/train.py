@@ -31,6 +31,7 @@ _ONLY = {
     "cache": _Only(frozen=True),
     "selector_learning_rate": _Only(frozen=False),
     "accumulation": _Only(frozen=False),
+    "mini_batch": _Only((CONTRASTIVE,), frozen=False),
     "precision": _Only(frozen=False),
     "resume": _Only((CONTRASTIVE, STS), frozen=False),
     "temperature": _Only((CONTRASTIVE, STS)),
@@ -158,7 +159,15 @@ def _add_recipe(command: Any) -> None:
         help=f"of block prior and gate scale (default: {frozen.DEFAULT.prior_learning_rate:g})",
     )
     command.add_argument(
-        "--accumulation", type=positive, help="batches whose gradients are one step; no more negatives (default: 1)"
+        "--accumulation",
+        type=positive,
+        help="batches whose gradients are one step; an anchor has the negatives of its own batch alone (default: 1)",
+    )
+    command.add_argument(
+        "--mini-batch",
+        type=positive,
+        help="contrastive: examples that the encoder runs on at once, twice each: less memory for a --batch-size with the same "
+        "negatives and gradients; needs --no-norm (default: the batch)",
     )
     command.add_argument("--precision", choices=recipe.PRECISIONS, help="autocast (default: float32)")
     command.add_argument("--patience", type=positive, help="stop after so many epochs without a better score on --dev")
@@ -210,6 +219,10 @@ def _check_options(task: Task) -> None:
     for name in _SEVERAL:
         if not task.frozen and len(task.several(name) or ()) > 1:
             raise UserError(f"--{name.replace('_', '-')}: several values only with --freeze-encoder")
+    if "mini_batch" in task.given and not task.given["no_norm"]:
+        raise UserError(
+            "--mini-batch: expected --no-norm beside it: batch norm would normalise each mini-batch by its own"
+        )
     if "prior_learning_rate" in task.given and task.given["no_prior"] and "gate_scale" not in task.given:
         raise UserError("--prior-learning-rate: not with --no-prior, unless with --gate-scale")
     if task.given.get("loss") == "cosine" and "temperature" in task.given:

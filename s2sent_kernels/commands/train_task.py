@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..tools import columns, examples, labelled, processes
 from ..tools.columns import Columns
 from ..tools.recipe import GATE_SCALE
 from . import common
+from .common import UserError
 
 CONTRASTIVE, STS, CLASSIFICATION = TASKS = ("contrastive", "sts", "classification")
 CACHE = "s2sent_cache"  # the default folder
@@ -64,7 +66,12 @@ class Task(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        return common.device_of(self.given.get("device"))
+        name, rank = self.given.get("device"), os.environ.get("LOCAL_RANK")
+        if processes.count() > 1 and name is not None and name.startswith("cuda:") and name != f"cuda:{rank}":
+            raise UserError(
+                f"--device: expected cuda, of which process {rank} of this machine takes its own, got {name}"
+            )
+        return common.device_of(name)
 
     def several(self, name: str) -> list[Any] | None:
         """The values of an option that takes several, or None where it was not given."""

@@ -245,3 +245,5 @@ def _check(recipe: Recipe) -> None:
     if not 0 <= recipe.learning_rate < float("inf"):
         raise ValueError(f"learning_rate: expected 0 or more, got {recipe.learning_rate}")
     validate.option("precision", recipe.precision, PRECISIONS)
+    if recipe.mini_batch is not None:
+        raise ValueError(f"mini_batch: expected None for a classifier, which has no negatives, got {recipe.mini_batch}")

@@ -23,6 +23,7 @@ class Recipe(NamedTuple):
     precision: str = "float32"  # one of PRECISIONS
     patience: int | None = None  # epochs without a better dev score before training stops
     seed: int = 0
+    mini_batch: int | None = None  # examples that the encoder runs on at once, of a contrastive batch; None: the batch
 
 
 DEFAULT = Recipe()

@@ -23,7 +23,7 @@ from ..files import importing, locked, missing, open_to_umask, remove_empty, wri
 from ..sentence_transformers import S2SentPooling, SentenceTransformer, load
 from . import processes
 from .callbacks import callbacks_of
-from .contrastive import GatheredNegatives
+from .contrastive import CachedGatheredNegatives, GatheredNegatives
 from .examples import Examples, Scored
 from .recipe import DEFAULT, LOSSES, PRECISIONS, PRIORS, Recipe
 from .scores import unit_scores
@@ -34,6 +34,7 @@ with importing(None, "train"):
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
     from sentence_transformers.sentence_transformer.losses import (
+        CachedMultipleNegativesRankingLoss,
         CoSENTLoss,
         CosineSimilarityLoss,
         MultipleNegativesRankingLoss,
@@ -72,9 +73,9 @@ def fine_tune(
 
     Raises:
         ValueError: a number of the recipe is out of range; patience is set without ``dev``; there are fewer than two examples, or
-            no batch without repeated texts; only some examples have a negative; anchors are their own positives and the encoder
-            has no dropout; one process sees several GPUs; there is no checkpoint to resume from, or it was made with other
-            settings; another process is writing to ``output``; the training diverged.
+            no batch without repeated texts; a mini-batch is given beside a batch norm; only some examples have a negative;
+            anchors are their own positives and the encoder has no dropout; one process sees several GPUs; there is no checkpoint
+            to resume from, or it was made with other settings; another process is writing to ``output``; the training diverged.
     """
     _check(model, examples, recipe, dev)
     checkpoints = Path(output) / CHECKPOINTS
@@ -120,7 +121,11 @@ def _train(
         callbacks=callbacks_of(recipe),
     )
     if len(next(iter(trainer.get_train_dataloader()), ())) == 0:
-        raise ValueError(f"examples: expected {recipe.batch_size} at once without a text that repeats, there are none")
+        share = "" if processes.count() == 1 else f" for each of {processes.count()} processes"
+        raise ValueError(
+            f"examples: expected {arguments.per_device_train_batch_size} at once{share} without a text that repeats, got "
+            f"{len(examples.rows)} of which too many share a text"
+        )
     with processes.joined(model, partial(_embed_a_few, model)):
         trainer.train(resume_from_checkpoint=last)
     trainer.accelerator.wait_for_everyone()  # _save deletes the checkpoints that the others may still read
@@ -146,9 +151,11 @@ def _columns(examples: Examples | Scored) -> dict[str, list[Any]]:
 
 def _loss(model: SentenceTransformer, examples: Examples | Scored, recipe: Recipe) -> nn.Module:
     if not isinstance(examples, Scored):
-        if processes.count() > 1:
-            return GatheredNegatives(model, scale=1 / recipe.temperature)
-        return MultipleNegativesRankingLoss(model, scale=1 / recipe.temperature)
+        several, scale, mini_batch = processes.count() > 1, 1 / recipe.temperature, recipe.mini_batch
+        if mini_batch is None:
+            return (GatheredNegatives if several else MultipleNegativesRankingLoss)(model, scale=scale)
+        cached = CachedGatheredNegatives if several else CachedMultipleNegativesRankingLoss
+        return cached(model, scale=scale, mini_batch_size=mini_batch)
     return CosineSimilarityLoss(model) if examples.loss == "cosine" else CoSENTLoss(model, scale=1 / recipe.temperature)
 
 
@@ -173,10 +180,23 @@ def _check(model: SentenceTransformer, examples: Examples | Scored, recipe: Reci
         unit_scores(torch.tensor(examples.scores, dtype=torch.float64))  # for its error
     elif not examples.supervised and not any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)):
         raise ValueError("examples: expected positives other than their anchors, since the encoder's dropout is 0")
+    if recipe.mini_batch is not None:
+        _check_mini_batch(recipe.mini_batch, model, examples)
     if recipe.patience is not None and dev is None:
         raise ValueError("patience: expected dev, whose score it waits for")
     if dev is not None and len(set(dev[2])) < 2:
         raise ValueError("dev: expected pairs with different scores")
+
+
+def _check_mini_batch(mini_batch: int, model: SentenceTransformer, examples: Examples | Scored) -> None:
+    validate.positive_int("mini_batch", mini_batch)
+    if isinstance(examples, Scored):
+        raise ValueError(f"mini_batch: expected None with scored pairs, which are no negatives, got {mini_batch}")
+    if any(isinstance(part, nn.BatchNorm1d) for part in model.modules()):
+        raise ValueError(
+            f"mini_batch: expected None beside the gate's batch norm, got {mini_batch}: each mini-batch would be normalised by "
+            "its own statistics, and counted as a batch of the running ones; leave out the norm (--no-norm, gate_norm=None)"
+        )
 
 
 def _settings(model: SentenceTransformer, examples: Examples | Scored, recipe: Recipe, dev: Any) -> dict[str, Any]:
@@ -206,7 +226,7 @@ def _own(checkpoints: Path, settings: dict[str, Any], resume: bool) -> Iterator[
     note = checkpoints / _SETTINGS
     if resume:
         known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-        known = {"processes": 1, **known}  # checkpoints of earlier releases do not say
+        known = {"processes": 1, "mini_batch": None, **known}  # checkpoints of earlier releases do not say
         others = [name for name in settings if name not in known or known[name] != settings[name]]
         if others:
             raise ValueError(

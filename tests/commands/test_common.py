@@ -11,7 +11,7 @@ import torch
 
 from s2sent_kernels import S2SentSelector, files, loading
 from s2sent_kernels.cli import COMMANDS, _parser, main
-from s2sent_kernels.commands import common, encode
+from s2sent_kernels.commands import common, encode, train_task
 from s2sent_kernels.tools import recipe
 
 OUTPUTS = {
@@ -184,6 +184,32 @@ def test_files_are_in_the_key_by_their_sizes_and_times_and_standard_input_by_its
     assert before != changed != key(options(folders))
     stdin = {**options(folders), "inputs": ["texts.txt", "-"]}
     assert key(stdin, "digest") == key(stdin, "digest") != key(stdin, "another")
+
+
+# ---------------------------------------------------------------- devices of several processes
+
+
+@pytest.mark.parametrize("name", [None, "cuda"])
+def test_no_process_touches_the_gpu_of_another(monkeypatch, name):
+    touched = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: touched.append(str(device)) or torch.ones(1))
+    assert common.device_of(name) == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert common.device_of(name) == torch.device("cuda:3")
+    assert common.device_of("cuda:1") == torch.device("cuda:1")  # as `s2sent encode` may name several
+    assert touched == (["cuda:1"] if name is None else ["cuda", "cuda:3", "cuda:1"])
+
+
+def test_training_on_several_processes_takes_no_one_gpu(monkeypatch):
+    """The trainer would take another one than the option says."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(common, "device_of", torch.device)
+    task = train_task.Task("contrastive", {"device": "cuda:0"}, Path("out"))
+    with pytest.raises(common.UserError, match=r"^--device: expected cuda, .* process 1 .* got cuda:0$"):
+        _ = task.device
+    assert task._replace(given={"device": "cuda:1"}).device == torch.device("cuda:1")
 
 
 # ---------------------------------------------------------------- packages, defaults, modules

@@ -57,6 +57,8 @@ def test_each_way_to_use_the_package_has_an_example():
         "docs/serving.md, A folder of sentence-transformers",
         "docs/serving.md, One file: ONNX and AOTInductor",
         "docs/training.md, Behind a frozen encoder",
+        "docs/training.md, FSDP2",
+        "docs/training.md, LoRA",
     ]
     blocks = sum(text.count("```python") for page, text in PAGES.items() if page != WALKTHROUGH)
     assert len(EXAMPLES) + len(SERVERS) == blocks
@@ -72,6 +74,8 @@ def test_example_runs(tmp_path, monkeypatch, example):
         pytest.importorskip("transformers")
     if "sentence_transformers" in code:
         pytest.importorskip("sentence_transformers")
+    if "peft" in code:
+        pytest.importorskip("peft")
     if "onnx" in code:
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")

@@ -52,8 +52,29 @@ def train(folder, batch):
     training.fine_tune(without_dropout(folder / "encoder"), examples(), folder / f"batch{batch}", recipe, dev=dev())
 
 
+def train_in_parts(folder, batch, mini_batch):
+    """One epoch without batch norm, the encoder on ``mini_batch`` examples at once."""
+    recipe = training.Recipe(epochs=1, batch_size=batch, learning_rate=1e-3, mini_batch=mini_batch)
+    model = without_dropout(folder / "encoder", gate_norm=None)
+    training.fine_tune(model, examples(), folder / f"parts{batch}", recipe)
+
+
+def refuse_too_few(folder):
+    """What is said where there are rows enough, but no batch without a text that repeats."""
+    rows = [(anchor, "the cat") for anchor, _ in pairs(8)]
+    try:
+        recipe = training.Recipe(epochs=1, batch_size=4)
+        training.fine_tune(
+            without_dropout(folder / "encoder"), Examples(("anchor", "positive"), rows, True), folder / "few", recipe
+        )
+    except ValueError as error:
+        print("few", error)
+
+
 def in_a_process(folder):
     torch.set_num_threads(1)
+    train_in_parts(Path(folder), BATCH // 2, 3)
+    refuse_too_few(Path(folder))
     train(Path(folder), BATCH // 2)
     print("dropout", torch.rand(1).item())
 
@@ -64,6 +85,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     save_encoder(folder / "encoder")
     train(folder, BATCH)
+    train_in_parts(folder, BATCH, None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -94,6 +116,18 @@ def test_two_processes_train_what_one_trains(trained):
     assert any(not torch.equal(one[name].double(), before[name]) for name in one)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_mini_batches_in_two_processes_are_one_batch(trained):
+    folder, _ = trained
+    one, two = (load(folder / f"parts{size}", device="cpu").state_dict() for size in (BATCH, BATCH // 2))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_too_few_for_two_processes(trained):
+    for told in trained[1]:
+        assert "few examples: expected 4 at once for each of 2 processes without a text that repeats, got 8 of" in told
 
 
 def test_each_process_has_its_own_dropout(trained):

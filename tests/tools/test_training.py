@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import pairs, save_encoder, sentences
 
-from s2sent_kernels.tools.examples import Examples
+from s2sent_kernels.tools.examples import Examples, Scored
 
 pytest.importorskip("pyarrow")
 transformers = pytest.importorskip("transformers")
@@ -170,12 +170,17 @@ def test_the_selector_has_its_own_learning_rate(tmp_path, encoder):
     "change, message",
     [
         ({"rows": [("a", "b", "c")]}, "expected two or more"),
-        ({"rows": [("a", "b", "c"), ("d", "e", "c")]}, "expected 64 at once without a text that repeats"),
+        (
+            {"rows": [("a", "b", "c"), ("d", "e", "c")]},
+            "expected 2 at once without a text that repeats, got 2 of which",
+        ),
         ({"rows": [("a", "b", "c"), ("d", "e", "")]}, "expected every row to have all negatives"),
         ({"recipe": training.Recipe(patience=2)}, "patience: expected dev"),
         ({"resume": True}, "resume: expected a checkpoint in"),
         ({"recipe": training.Recipe(precision="int4")}, "precision: expected one of"),
         ({"recipe": training.Recipe(epochs=0)}, "epochs: expected a positive"),
+        ({"recipe": training.Recipe(mini_batch=0)}, "mini_batch: expected a positive"),
+        ({"recipe": training.Recipe(mini_batch=2)}, "mini_batch: expected None beside the gate's batch norm, got 2"),
         ({"dev": (["a", "b"], ["c", "d"], [1.0, 1.0])}, "dev: expected pairs with different scores"),
         ({"recipe": training.Recipe(temperature=float("nan"))}, "temperature: expected a positive number"),
         ({"recipe": training.Recipe(learning_rate=float("inf"))}, "learning_rate: expected 0 or more"),
@@ -189,6 +194,43 @@ def test_what_it_refuses(tmp_path, encoder, change, message):
         training.fine_tune(make_model(encoder), examples, tmp_path / "deep" / "out", **change)
     left = {path.name for path in (tmp_path / "deep" / "out").glob("*")}
     assert left == {training.CHECKPOINTS} if "diverged" in message else not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("mini_batch", [3, 8])
+def test_mini_batches_train_what_the_batch_trains(tmp_path, encoder, mini_batch):
+    """The same negatives and gradients; in float64, without dropout, so that nothing but rounding differs."""
+    columns = ("anchor", "positive", "negative")
+    rows = [(*pair, other) for pair, other in zip(pairs(16), sentences(16, 1), strict=True)]
+    found = []
+    for name, size in (("whole", None), ("parts", mini_batch)):
+        model = make_model(encoder, gate_norm=None).double()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        recipe = training.Recipe(epochs=2, batch_size=8, learning_rate=1e-3, mini_batch=size)
+        training.fine_tune(model, Examples(columns, rows, True), tmp_path / name, recipe)
+        found.append(model.state_dict())
+    changed = make_model(encoder, gate_norm=None).double().state_dict()
+    assert any(not torch.equal(found[0][name], changed[name]) for name in changed)
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_checkpoints_that_name_no_mini_batch_have_none(tmp_path):
+    """Those of earlier releases."""
+    tmp_path.joinpath(training._SETTINGS).write_text('{"epochs": 2}')
+    with training._own(tmp_path, {"epochs": 2, "processes": 1, "mini_batch": None}, resume=True):
+        pass
+    for name, value in (("mini_batch", 4), ("processes", 2)):
+        settings = {"epochs": 2, "processes": 1, "mini_batch": None, name: value}
+        with pytest.raises(ValueError, match=f"got other {name}"), training._own(tmp_path, settings, resume=True):
+            pass
+
+
+def test_mini_batches_are_of_negatives(tmp_path, encoder):
+    scored = Scored([("a", "b"), ("c", "d")], [0.0, 1.0], "cosent")
+    with pytest.raises(ValueError, match="mini_batch: expected None with scored pairs"):
+        training.fine_tune(make_model(encoder, gate_norm=None), scored, tmp_path, training.Recipe(mini_batch=2))
 
 
 def test_sentences_alone_need_dropout(tmp_path, encoder):
