@@ -24,6 +24,11 @@ class Counted(NamedTuple):
     @classmethod
     def of(cls, features: Mapping[str, Any], include_prompt: bool) -> Counted:
         mask, skip = features.get("attention_mask"), 0
+        if mask is not None and "cu_seq_lens_q" not in features and mask.dim() != 2:
+            raise ValueError(
+                f"features: expected an attention_mask [B, L] to pool by, got shape {list(mask.shape)}: BlockCapture.pool and "
+                "S2SentModel take a pooling_mask beside one of another form"
+            )
         if not include_prompt and "prompt_length" in features:
             length = features["prompt_length"]
             skip = int(length[0].item()) if isinstance(length, Tensor) else int(length)
