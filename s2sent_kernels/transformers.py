@@ -243,21 +243,11 @@ class S2SentModel(AroundEncoder, SavedModel):
         # One set of gates for all outputs: in training each gate counts as a batch of the running statistics.
         mask = input_tokens.mask_of(encoder_inputs, mask)
         states = self._capture.collect(**encoder_inputs)
-        selector = self.selector
-        squeezed, pooled = functional.squeeze(
-            states,
-            mask,
-            frequencies=selector.frequencies,
-            profile=selector.profile,
-            pooling=pooling,
-            backend=selector.backend,
-        )
-        assert pooled is not None  # with a pooling
-        gates = selector.gate(squeezed)
+        gates, pooled = self.selector.gates_and_pooled(states, mask, pooling=pooling)
         embedding = reference.pool(gates, pooled, states[0].dtype)
         return S2SentOutput(
             embedding=embedding if self.head is None else self.head(embedding),
-            tokens=functional.fuse(states, gates, mask, backend=selector.backend) if output_tokens else None,
+            tokens=functional.fuse(states, gates, mask, backend=self.selector.backend) if output_tokens else None,
             gates=gates if output_gates else None,
         )
 
