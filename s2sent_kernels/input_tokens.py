@@ -38,20 +38,29 @@ def mask_of(inputs: Mapping[str, Any], given: Any = None) -> Tensor | None:
         ValueError, TypeError: ``given`` is no such mask; or none is given and the encoder's is another.
     """
     expected = shape(inputs)
-    wanted = "[B, L]" if expected is None else f"[B, L] = {list(expected)}"
     if given is not None:
         if not isinstance(given, Tensor):
             raise TypeError(f"pooling_mask: expected a tensor or None, got {type(given).__name__}")
-        if given.dim() != 2 or expected not in (None, given.shape):
-            raise ValueError(f"pooling_mask: expected shape {wanted}, got {list(given.shape)}")
+        if not _fits(given, expected):
+            raise ValueError(f"pooling_mask: expected shape {_worded(expected)}, got {list(given.shape)}")
         return given
     mask = inputs.get("attention_mask")
     if mask is None:
         return None
-    if isinstance(mask, Tensor) and mask.dim() == 2 and expected in (None, mask.shape):
+    if isinstance(mask, Tensor) and _fits(mask, expected):
         return mask
+    wanted = _worded(expected)
     got = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
     raise ValueError(
         f"attention_mask: expected shape {wanted} to pool by, got {got}: pass pooling_mask beside it, {wanted} and nonzero at "
         "the tokens that count"
     )
+
+
+def _fits(mask: Tensor, expected: tuple[int, int] | None) -> bool:
+    return mask.dim() == 2 and (expected is None or tuple(mask.shape) == expected)
+
+
+def _worded(expected: tuple[int, int] | None) -> str:
+    # Only in errors: a string of a size makes it a constant of what is traced.
+    return "[B, L]" if expected is None else f"[B, L] = {list(expected)}"
