@@ -91,7 +91,8 @@ class _Counted:
         else:
             real = self.tokens.real.int()
             place = real.shape[1] - 1 - real.flip(1).argmax(dim=1) if last else real.argmax(dim=1)
-            picked = hidden_state[torch.arange(len(place), device=place.device), place]
+            # A gather, since a graph that is traced would hold the number of sentences as a constant.
+            picked = hidden_state.gather(1, place[:, None, None].expand(-1, 1, hidden_state.shape[2]))[:, 0]
         return torch.where(self.lengths() > 0, picked.to(self._dtype), 0)
 
     def _weighted_mean(self, hidden_state: Tensor) -> Tensor:

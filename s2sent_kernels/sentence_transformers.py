@@ -199,6 +199,8 @@ class S2SentPooling(Pooling):
             captures.append(listener.capture)
         if not isinstance(features, Mapping) or not streams(self.pooling):
             return None
+        if torch.compiler.is_exporting():  # as in BlockCapture.pool
+            return None
         if any(one.needs_gradient(self.selector, features) for one in captures):
             return None
         return Stream(self, features)
