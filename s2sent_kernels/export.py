@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import validate
+from . import pooling_modes, validate
 from .capture import BlockCapture
 from .files import require
 from .formula.call import POOLINGS
@@ -197,7 +197,12 @@ def of_modules(model: Any) -> Pipeline:
             f"got {', '.join(type(module).__name__ for module in modules)}"
         )
     head = _Behind(behind) if behind else None
-    pipeline = Pipeline(listener.capture, pooling.selector, pooling.pooling, head)
+    single = pooling_modes.single(pooling_modes.parse(pooling.pooling))
+    if single is None:
+        raise ValueError(
+            f"model: expected an S2SentPooling whose pooling is one of {POOLINGS}, got {pooling.pooling!r}"
+        )
+    pipeline = Pipeline(listener.capture, pooling.selector, single, head)
     pipeline.owners = (pooling,)
     pipeline.tokenizer, pipeline.prompts = model.tokenizer, model.prompts
     return pipeline

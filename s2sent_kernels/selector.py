@@ -185,6 +185,21 @@ class S2SentSelector(Joinable):
         squeezed, _ = functional.squeeze_batch(batch, self.reading(None), self.backend)
         return self.gate(squeezed)
 
+    def gates_and_pooled(
+        self,
+        hidden_states: Sequence[Tensor],
+        attention_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        pooling: str = "mean",
+    ) -> tuple[Tensor, Tensor]:
+        """g and p, both [B, N, D] and of the gates' dtype, in one read: o is the sum of their product over n."""
+        batch = self._batch(hidden_states, attention_mask, cu_seqlens)
+        validate.word("pooling", pooling, POOLINGS)  # None is for squeeze alone
+        squeezed, pooled = functional.squeeze_batch(batch, self.reading(pooling), self.backend)
+        assert pooled is not None  # with a pooling
+        return self.gate(squeezed), pooled
+
     def blockwise(
         self,
         attention_mask: Tensor | None = None,

@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import absent, families, model_card, onnx_backend, validate
+from . import absent, families, model_card, onnx_backend, pooling_modes, validate
 from .capture import BLOCK_NORMS, BlockListener
 from .checkpoints import pretrained
 from .consumers import KeptStates
-from .features import Counted, Stream
+from .features import Stream, pool, streams
 from .files import WEIGHTS, importing, open_to_umask
-from .formula.call import POOLINGS
 from .selector import S2SentSelector
 
 if TYPE_CHECKING:
@@ -68,7 +67,9 @@ class S2SentPooling(Pooling):
         selector: the arguments of S2SentSelector.
         blocks: which blocks, 0 the lowest.
         block_norm: as BlockCapture's.
-        pooling: as in S2SentSelector.pool.
+        pooling: "mean", "cls", "last" (or "lasttoken"), "mean_sqrt_len_tokens", "weightedmean" or "max" as in Pooling, or
+            several of them side by side, each with D features. All are of one squeeze and one gate, and all but "max" pool the
+            blocks in the place of the fused tokens; for "max" the tokens are fused, and the hidden states of all blocks kept.
         include_prompt: whether a prompt's tokens count.
     """
 
@@ -80,15 +81,16 @@ class S2SentPooling(Pooling):
         selector_arguments: dict[str, Any],
         blocks: Sequence[int],
         block_norm: str | None = "final",
-        pooling: str = "mean",
+        pooling: str | Sequence[str] = "mean",
         include_prompt: bool = True,
     ) -> None:
         # A Pooling, so that set_pooling_include_prompt and its like find it; but its state is not one's.
         super(Pooling, self).__init__()
         validate.option("block_norm", block_norm, BLOCK_NORMS)
-        validate.option("pooling", pooling, POOLINGS)
+        pooling_modes.parse(pooling)
         self.selector_arguments, self.blocks = dict(selector_arguments), list(blocks)
-        self.block_norm, self.pooling, self.include_prompt = block_norm, pooling, include_prompt
+        self.block_norm, self.include_prompt = block_norm, include_prompt
+        self.pooling = pooling if isinstance(pooling, str) else list(pooling)
         self.selector = S2SentSelector(**self.selector_arguments)
         self._keep([])
 
@@ -99,7 +101,7 @@ class S2SentPooling(Pooling):
         blocks: Sequence[int] | str | None = "last:3",
         *,
         block_norm: str | None = "final",
-        pooling: str = "mean",
+        pooling: str | Sequence[str] = "mean",
         include_prompt: bool = True,
         **selector: Any,
     ) -> S2SentPooling:
@@ -169,8 +171,14 @@ class S2SentPooling(Pooling):
         Raises:
             RuntimeError: no transformer is attached or it did not run; or it ran without gradients, and the selector's are
                 wanted now.
-            ValueError: the features that decide which tokens count were replaced since the transformer ran.
+            ValueError: the features that decide which tokens count were replaced since the transformer ran, or a module in
+                between has weighted its tokens, which does not reach the blocks' hidden states.
         """
+        if "token_weights_sum" in features:
+            raise ValueError(
+                "features: expected no module between the transformer and S2SentPooling that weights tokens (WordWeights), since "
+                "the hidden states of the blocks are pooled, got token_weights_sum"
+            )
         if not self._listeners:
             raise RuntimeError(
                 "S2SentPooling does not know its transformer: expected one before it in the modules of a SentenceTransformer, "
@@ -182,10 +190,8 @@ class S2SentPooling(Pooling):
             features["sentence_embedding"] = consumer.result(features)
             return features
         assert isinstance(consumer, KeptStates)
-        tokens = Counted.of(features, self.include_prompt)
-        states = [tokens.select(state) for state in consumer.hidden_states]
-        features["sentence_embedding"] = self.selector.pool(
-            states, tokens.attention_mask, cu_seqlens=tokens.cu_seqlens, pooling=self.pooling
+        features["sentence_embedding"] = pool(
+            self.selector, self.pooling, features, self.include_prompt, consumer.hidden_states
         )
         return features
 
@@ -202,7 +208,11 @@ class S2SentPooling(Pooling):
             _refuse_layers_apart(listener.called)
             listener.forget()  # what another route's transformer did and nobody took
             captures.append(listener.capture)
-        if not isinstance(features, Mapping) or any(one.needs_gradient(self.selector, features) for one in captures):
+        if not isinstance(features, Mapping) or not streams(self.pooling):
+            return None
+        if torch.compiler.is_exporting():  # as in BlockCapture.pool
+            return None
+        if any(one.needs_gradient(self.selector, features) for one in captures):
             return None
         return Stream(self, features)
 
@@ -221,7 +231,7 @@ class S2SentPooling(Pooling):
             self._keep([])
 
     def get_embedding_dimension(self) -> int:
-        return self.selector.hidden_size
+        return self.selector.hidden_size * len(pooling_modes.parse(self.pooling))
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Moves to a device, given as torch.nn.Module.to takes it; a dtype is left out (see above)."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import families, functional, validate
+from . import families, functional, input_tokens, validate
 from .around_encoder import AroundEncoder, NamesEncoderInputs
 from .capture import BLOCK_NORMS, BlockCapture
 from .checkpoints import published_model
@@ -203,6 +203,7 @@ class S2SentModel(AroundEncoder, SavedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        pooling_mask: Tensor | None = None,
         output_tokens: bool = False,
         output_gates: bool = False,
         return_dict: bool | None = None,
@@ -211,8 +212,13 @@ class S2SentModel(AroundEncoder, SavedModel):
         """The embedding of each sentence; ``encoder_inputs`` are the encoder's other inputs, which the signature of a model's own
         ``forward`` names. A tuple of the present outputs where ``return_dict`` is False; by default as the configuration says.
 
+        Args:
+            pooling_mask: [B, L], nonzero at the tokens that count; by default ``attention_mask``. One is needed beside an
+                attention mask of another form, as one of pairs of tokens [B, 1, L, L].
+
         Raises:
-            ValueError: ``output_attentions``, ``output_hidden_states`` or ``labels``, of which this model returns nothing.
+            ValueError: ``output_attentions``, ``output_hidden_states`` or ``labels``, of which this model returns nothing; or the
+                attention mask is no [B, L], and there is no ``pooling_mask``.
         """
         self._refuse(encoder_inputs)
         if encoder_inputs.get("labels") is not None:
@@ -225,31 +231,23 @@ class S2SentModel(AroundEncoder, SavedModel):
             "inputs_embeds": inputs_embeds,
         }
         encoder_inputs |= {name: tensor for name, tensor in given.items() if tensor is not None}
-        return self._form(self._fuse(encoder_inputs, output_tokens, output_gates), return_dict)
+        return self._form(self._fuse(encoder_inputs, pooling_mask, output_tokens, output_gates), return_dict)
 
-    def _fuse(self, encoder_inputs: dict[str, Any], output_tokens: bool, output_gates: bool) -> S2SentOutput:
+    def _fuse(
+        self, encoder_inputs: dict[str, Any], mask: Tensor | None, output_tokens: bool, output_gates: bool
+    ) -> S2SentOutput:
         pooling = self.config.pooling
         if not (output_tokens or output_gates):
-            embedding = self._capture.pool(self.selector, pooling=pooling, **encoder_inputs)
+            embedding = self._capture.pool(self.selector, pooling=pooling, pooling_mask=mask, **encoder_inputs)
             return S2SentOutput(embedding=embedding if self.head is None else self.head(embedding))
         # One set of gates for all outputs: in training each gate counts as a batch of the running statistics.
-        mask = encoder_inputs.get("attention_mask")
+        mask = input_tokens.mask_of(encoder_inputs, mask)
         states = self._capture.collect(**encoder_inputs)
-        selector = self.selector
-        squeezed, pooled = functional.squeeze(
-            states,
-            mask,
-            frequencies=selector.frequencies,
-            profile=selector.profile,
-            pooling=pooling,
-            backend=selector.backend,
-        )
-        assert pooled is not None  # with a pooling
-        gates = selector.gate(squeezed)
+        gates, pooled = self.selector.gates_and_pooled(states, mask, pooling=pooling)
         embedding = reference.pool(gates, pooled, states[0].dtype)
         return S2SentOutput(
             embedding=embedding if self.head is None else self.head(embedding),
-            tokens=functional.fuse(states, gates, mask, backend=selector.backend) if output_tokens else None,
+            tokens=functional.fuse(states, gates, mask, backend=self.selector.backend) if output_tokens else None,
             gates=gates if output_gates else None,
         )
 
@@ -326,6 +324,7 @@ class S2SentForSequenceClassification(AroundEncoder, SavedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        pooling_mask: Tensor | None = None,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
         **encoder_inputs: Any,
@@ -348,6 +347,7 @@ class S2SentForSequenceClassification(AroundEncoder, SavedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            pooling_mask=pooling_mask,
             return_dict=True,
             **encoder_inputs,
         )

@@ -134,7 +134,7 @@ def _both(encoder: transformers.PreTrainedModel) -> list[Any]:
 
 def test_the_signature_names_what_the_encoder_takes(tmp_path):
     """Of copies, pickles, loaded models and compiled ones too. Each model names its own encoder's inputs."""
-    known = {"input_ids", "attention_mask", "return_dict"}
+    known = {"input_ids", "attention_mask", "pooling_mask", "return_dict"}
     options = {"output_attentions", "output_hidden_states", "return_dict", "args", "kwargs"}
     for encoder in (_encoder("bert"), _distilbert(), _encoder("t5")):
         wanted = set(inspect.signature(encoder.forward).parameters) - options
