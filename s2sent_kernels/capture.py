@@ -188,21 +188,22 @@ class BlockCapture:
     ) -> None:
         self.remove()
 
-    def run(self, consumer: Consumer, **encoder_inputs: Any) -> None:
-        """Run the encoder on its inputs; ``consumer`` receives each chosen block's hidden state as the block finishes. Errors as
-        in ``collect``."""
+    def run(self, consumer: Consumer, **encoder_inputs: Any) -> Any:
+        """Run the encoder on its inputs, and return its output; ``consumer`` receives each chosen block's hidden state as the
+        block finishes. Errors as in ``collect``."""
         if self._removed:
             raise RuntimeError("the capture's hooks were removed: make a new BlockCapture")
         call = CapturedCall(self, consumer, input_tokens.length_of_call((), encoder_inputs))
         try:  # an interrupt may come at once
             _thread.calls.append(call)
-            self.encoder(**encoder_inputs)
+            output = self.encoder(**encoder_inputs)
         finally:
             if _thread.calls and _thread.calls[-1] is call:
                 _thread.calls.pop()
         if call.next < len(self.blocks):
             raise call.missing()
         call.finish()
+        return output
 
     def check(self, selector: S2SentSelector) -> None:
         """Raises a ValueError where the selector's N or D is not the capture's."""

@@ -258,12 +258,8 @@ class S2SentPooling(Pooling):
         init_defaults: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> S2SentPooling:
-        hub: dict[str, Any] = {
-            "token": token,
-            "cache_folder": cache_folder,
-            "revision": revision,
-            "local_files_only": local_files_only,
-        }
+        hub: dict[str, Any] = {"token": token, "cache_folder": cache_folder, "revision": revision}
+        hub["local_files_only"] = local_files_only
         model = cls(**cls.load_config(model_name_or_path, subfolder=subfolder, **hub))
         model.selector.eval()  # like the encoder that transformers loads; trainers and encode set the mode they need
         state = cls.load_torch_weights(model_name_or_path, subfolder=subfolder, **hub)
