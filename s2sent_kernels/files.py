@@ -4,6 +4,7 @@ whether somebody watches."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import importlib
 import os
@@ -70,17 +71,43 @@ def data_folder() -> Path:
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[None]:
     """Hold an exclusive lock on the file ``path``, which is created if missing. The operating system releases the lock when the
-    process ends, even if it is killed.
+    process ends, even if it is killed. Whoever holds the lock may remove the file.
 
     Raises:
-        ValueError: another process holds the lock and ``wait`` is False; names the folder.
+        ValueError: another process holds the lock and ``wait`` is False; names the folder. ``path`` is a link.
     """
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise ValueError(f"{path.parent}: another process is writing there") from error
+    file = _lock(path, wait)
+    while not _is_at(file, path):  # it was removed while this process waited, and locks nothing any more
+        os.close(file)
+        file = _lock(path, wait)
+    try:
         yield
+    finally:
+        os.close(file)
+
+
+def _lock(path: Path, wait: bool) -> int:
+    try:
+        # Not truncated, and no link followed: the file may be anybody's.
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path}: expected a file to lock, got a symbolic link: remove it") from error
+        raise
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException as error:
+        os.close(file)
+        if isinstance(error, BlockingIOError):
+            raise ValueError(f"{path.parent}: another process is writing there") from error
+        raise
+    return file
+
+
+def _is_at(file: int, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file), os.stat(path, follow_symlinks=False))
+    return False
 
 
 def missing(folder: Path) -> list[Path]:
