@@ -1,24 +1,33 @@
-"""What there is of a run in its folder. A part is known by its footer, not by its name: other programs give such names, too, and
-a disk may return half a file."""
+"""What there is of a run in its folder. A part is known by its content, not by its name: other programs give such names, too, and
+a disk may return half a file, or another one."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...files import first_line, importing
-from .plan import COPY, PLAN, Part
+from .plan import COPY, PLAN, Part, Plan
 
 with importing(None, "encode"):
     import pyarrow as pa
     from pyarrow import parquet
 
-DIGEST = b"s2sent_plan"  # in a part's metadata: its plan
+# In a part's metadata: its plan, its number in it, how many of its texts were too long, and its seal.
+DIGEST, NUMBER, CUT, SEAL = b"s2sent_plan", b"s2sent_part", b"s2sent_cut", b"s2sent_seal"
 MANIFEST, LOCK = "manifest.json", ".lock"
 JOINED = ".joined.json"  # size and time of the whole file that the parts became
 PART = r"part-(\d{6}|[1-9]\d{6,})\.parquet"
 NOTE = r"failed(-\d+-of-\d+)?\.jsonl"
+TAIL = 8  # bytes after a Parquet file's footer
+PIECE = 1 << 20  # bytes read at once
+READERS, AT_ONCE = 4, 256  # threads, and parts handed to them
 SHARD_OR_PLAN = r"(-plan|-\d+-of-\d+)?"
 # What a run writes into a folder; with a dot and more behind it while it is written.
 OURS = re.compile(
@@ -31,31 +40,101 @@ def is_ours(name: str) -> bool:
     return OURS.fullmatch(name) is not None
 
 
-def footer(folder: Path, part: Part, digest: str) -> Any:
-    """The part's metadata, as pyarrow's FileMetaData.
+def seal(data: Any, digest: str, number: int, rows: int, cut: int | None) -> str:
+    """What shows that a part is whole and which one it is. ``data``: hashlib's SHA-256 of all bytes before the footer."""
+    about = json.dumps([digest, number, rows, cut])
+    return hashlib.sha256(data.digest() + about.encode()).hexdigest()
+
+
+class Found(NamedTuple):
+    """A part that was read from its first byte to its last."""
+
+    about: Any  # pyarrow's FileMetaData
+    sha256: str  # of the file
+
+    @property
+    def cut(self) -> int:
+        return int(self.about.metadata.get(CUT, 0))
+
+
+def read(folder: Path, part: Part, digest: str) -> Found:
+    """The part, of which every byte is checked.
 
     Raises:
-        ValueError: it cannot be read, or is not the part of the plan ``digest``.
+        ValueError: it cannot be read, is damaged, or is not this part of the plan ``digest``.
     """
     path = folder / part.name
     try:
         about = parquet.read_metadata(path)
+        data, whole = _sums(path, path.stat().st_size - TAIL - about.serialized_size)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path}: cannot be read: {first_line(error)}: run the command again") from error
-    if (about.metadata or {}).get(DIGEST) != digest.encode():
+    known = about.metadata or {}
+    if known.get(DIGEST) != digest.encode():
         raise ValueError(f"{path}: is of another plan: run the command again")
+    if known.get(NUMBER) != str(part.number).encode():
+        number = known.get(NUMBER, b"none").decode(errors="replace")
+        raise ValueError(f"{path}: expected part {part.number}, got {number}: run the command again")
     if about.num_rows != part.rows:
         raise ValueError(f"{path}: expected {part.rows} rows, got {about.num_rows}: run the command again")
-    return about
+    cut = known.get(CUT)
+    expected = seal(data, digest, part.number, part.rows, None if cut is None else _int(cut))
+    if known.get(SEAL) != expected.encode():
+        raise ValueError(f"{path}: is damaged, its checksum is that of another content: run the command again")
+    return Found(about, whole)
+
+
+def _int(value: bytes) -> int:
+    return int(value) if value.isdigit() else -1
+
+
+def _sums(path: Path, length: int) -> tuple[Any, str]:
+    """hashlib's SHA-256 of the first ``length`` bytes, and that of the file."""
+    data = hashlib.sha256()
+    with open(path, "rb") as file:
+        while length > 0 and (piece := file.read(min(length, PIECE))):
+            data.update(piece)
+            length -= len(piece)
+        whole = data.copy()
+        whole.update(file.read())
+    return data, whole.hexdigest()
 
 
 def is_there(folder: Path, part: Part, digest: str) -> bool:
     """Whether the part need not be encoded."""
     try:
-        footer(folder, part, digest)
+        read(folder, part, digest)
     except ValueError:
         return False
     return True
+
+
+def each(function: Any, parts: Sequence[Part]) -> Iterator[Any]:
+    """``function`` of each of the parts, in order; of a few at once, since reading waits for a disk."""
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(parts), AT_ONCE):  # a run may have a million
+            yield from pool.map(function, parts[start : start + AT_ONCE])
+
+
+def check_extra(folder: Path, plan: Plan) -> None:
+    """ValueError if there is a part that is not the plan's: whoever reads all parts would take it for one."""
+    planned = {part.name for part in plan.parts}
+    extra = [path.name for path in folder.iterdir() if re.fullmatch(PART, path.name) and path.name not in planned]
+    if extra:
+        raise ValueError(
+            f"{folder / min(extra)}: expected {len(planned)} parts, of which this is none: remove it, or --force"
+        )
+
+
+def of_plan(folder: Path, digest: str) -> list[str]:
+    """The files that call themselves parts of the plan ``digest``."""
+    found = []
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError, pa.ArrowException):
+            if re.fullmatch(PART, path.name):
+                known = parquet.read_metadata(path).metadata or {}
+                found += [path.name] if known.get(DIGEST) == digest.encode() else []
+    return found
 
 
 def strangers(folder: Path) -> list[str]:
