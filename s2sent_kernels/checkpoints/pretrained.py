@@ -6,6 +6,7 @@ that the selector reads; "pooling", for which it was trained; "scalar_mix", the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files import data_folder, require, write_atomically
+from ..files import data_folder, new_folder, require, write_atomically
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = 1
@@ -105,7 +106,8 @@ def save(
     state: Mapping[str, Tensor],
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write config.json and model.safetensors, each atomically.
+    """Write config.json and model.safetensors: a folder that is new or empty is there whole or not at all; in any other, each
+    of the two is.
 
     Args:
         folder: created if missing.
@@ -115,8 +117,13 @@ def save(
     """
     tensors = require("safetensors.torch", "safetensors", None)
     path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
     config = {"format": FORMAT, "selector": dict(arguments), **(about or {})}
     saved = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    write_atomically(path / WEIGHTS, tensors.save(saved, metadata={"format": "pt"}))
-    write_atomically(path / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+    content = {
+        WEIGHTS: tensors.save(saved, metadata={"format": "pt"}),
+        CONFIG: (json.dumps(config, indent=1) + "\n").encode(),
+    }
+    filled = path.is_dir() and any(path.iterdir())
+    with contextlib.nullcontext(path) if filled else new_folder(path) as place:
+        for name, data in content.items():
+            write_atomically(place / name, data)
