@@ -8,7 +8,8 @@ import sys
 import time
 import traceback
 
-CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "os.link", "os.symlink")
+# Events of audit hooks, and which of their arguments is the open folder that a name is relative to.
+CHANGES = {"os.rename": 2, "os.remove": 1, "os.mkdir": 2, "os.rmdir": 1, "os.truncate": None, "os.chmod": 2}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 POINTS = int(os.environ.get("S2SENT_KILL_POINTS", "10"))
 KILLED, SECONDS = 99, 120
@@ -57,15 +58,19 @@ def _watch(root, step):
         if count[0] == step:
             os._exit(KILLED)
 
-    def mine(path):
+    def mine(path, folder=-1):
+        if isinstance(path, int):
+            return True
         try:
-            return isinstance(path, int) or os.path.realpath(os.fsdecode(path)).startswith(root)
-        except TypeError:
+            within = os.readlink(f"/proc/self/fd/{folder}") if folder not in (-1, None) else ""
+            return os.path.realpath(os.path.join(within, os.fsdecode(path))).startswith(root)
+        except (TypeError, OSError):
             return False
 
     def hook(event, args):
         if event in CHANGES:
-            if mine(args[0]):
+            at = CHANGES[event]
+            if mine(args[0], -1 if at is None else args[at]):
                 one()
         elif event == "open" and args[2] & WRITING and not isinstance(args[0], int) and mine(args[0]):
             one()

@@ -125,6 +125,8 @@ def _fine_tune(task: Task, data: _Data) -> None:
     dropout = task.one("dropout").get("dropout", recipe.DROPOUT)
     model = classifier.make(encoder, fusion, data.problem, data.names, dropout, pairs=data.train.pairs)
     examples, dev = (classifier.Examples(part.texts, data.targets(part)) for part in (data.train, data.dev))
-    score = classifier.fine_tune(model, tokenizer, examples, dev, task.output, settings, task.max_length)
+    score = classifier.fine_tune(
+        model, tokenizer, examples, dev, task.output, settings, task.max_length, resume="resume" in task.given
+    )
     if processes.is_first():
         print(f"dev {SCORES[data.problem.kind]} {score:.2f}, the best epoch's")
