@@ -29,6 +29,7 @@ class _Only(NamedTuple):
 
 _ONLY = {
     "cache": _Only(frozen=True),
+    "verify_cache": _Only(frozen=True),
     "selector_learning_rate": _Only(frozen=False),
     "accumulation": _Only(frozen=False),
     "precision": _Only(frozen=False),
@@ -113,6 +114,12 @@ def add(commands: Any) -> None:
     command.add_argument("--max-length", type=positive, default=256, help="tokens at most (default: 256)")
     command.add_argument(
         "--cache", type=common.path, metavar="FOLDER", help=f"of f and p, with --freeze-encoder (default: ./{CACHE})"
+    )
+    command.add_argument(
+        "--verify-cache",
+        action="store_const",
+        const=True,
+        help="compare a cache that is there with its checksums, with --freeze-encoder; reads all of it",
     )
     common.add_device(command)
 

@@ -15,7 +15,7 @@ PUBLIC = {
     "functional.py": {"squeeze", "gate", "fuse", "select", "select_pool"},
     "selector.py": {"S2SentSelector.__init__"},
     "transformers.py": {"S2SentConfig.__init__"},
-    "frozen.py": {"fit"},
+    "frozen.py": {"fit", "prepare"},
 }
 # Where a signature is given from outside: an op's schema, a kernel's pointers and strides.
 EXEMPT = ("ops", "engines/triton")

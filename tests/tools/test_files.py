@@ -1,11 +1,13 @@
-"""Locks: whose file they may touch, and what they lock after the file was removed."""
+"""Locks: whose file they may touch, and what they lock after the file was removed. Folders that appear whole."""
 
 import os
+import shutil
 import threading
 
+import killing
 import pytest
 
-from s2sent_kernels.files import locked
+from s2sent_kernels.files import locked, new_folder
 
 
 @pytest.mark.parametrize("target", ["notes.txt", "not there", "."])
@@ -47,3 +49,65 @@ def test_a_lock_that_is_removed_while_another_waits(tmp_path):
         pass
     done.set()
     thread.join()
+
+
+def fill(target):
+    with new_folder(target) as folder:
+        for name in ("a", "b"):
+            (folder / name).write_text(name)
+        (folder / "sub").mkdir()
+        (folder / "sub" / "c").write_text("c")
+
+
+def entries(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_appears_whole(tmp_path, there):
+    """Killed at each operation, and once more: what was left half-written is gone."""
+    target = tmp_path / "deep" / "out"
+    if there:
+        target.mkdir(parents=True)
+        target.chmod(0o750)
+    count = killing.operations(tmp_path, lambda: fill(target))
+    assert entries(target) == ["a", "b", "sub", "sub/c"] and os.listdir(target.parent) == ["out"]
+    assert not there or target.stat().st_mode & 0o777 == 0o750
+    for step in range(1, count + 1):
+        shutil.rmtree(tmp_path / "deep")
+        if there:
+            target.mkdir(parents=True)
+        assert killing.killed_at(step, tmp_path, lambda: fill(target))
+        assert not target.exists() or entries(target) in ([], ["a", "b", "sub", "sub/c"]), step
+        if target.exists() and entries(target):
+            continue
+        fill(target)
+        assert entries(target) == ["a", "b", "sub", "sub/c"] and os.listdir(target.parent) == ["out"], step
+
+
+def test_a_folder_that_a_living_process_fills_is_left_alone(tmp_path):
+    (tmp_path / ".out.notes.new").mkdir()
+    with new_folder(tmp_path / "out") as first:
+        (first / "a").write_text("first")
+        fill(tmp_path / "other")
+        with pytest.raises(RuntimeError), new_folder(tmp_path / "out") as second:
+            assert first.exists() and first != second
+            raise RuntimeError
+        assert not second.exists()
+    assert (tmp_path / "out" / "a").read_text() == "first"
+    assert sorted(os.listdir(tmp_path)) == [".out.notes.new", "other", "out"]
+
+
+def test_a_folder_in_one_that_cannot_be_written_to(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    target.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: os.fspath(path) != os.fspath(tmp_path))
+    fill(target)
+    assert entries(target) == ["a", "b", "sub", "sub/c"] and os.listdir(tmp_path) == ["out"]
+
+
+def test_an_error_leaves_no_folder(tmp_path):
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "a" / "b" / "c") as folder:
+        (folder / "x").write_text("x")
+        raise RuntimeError
+    assert not os.listdir(tmp_path)
