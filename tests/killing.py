@@ -30,6 +30,11 @@ def operations(root, function):
         return int(file.read())
 
 
+def finished(function):
+    """Call ``function`` in a forked process, whose memory and limits are its own."""
+    assert _child(function) == 0
+
+
 def points(count, most=POINTS):
     """``most`` of the steps 1 to ``count``, apart from one another as far as can be; the first and the last are among them."""
     most = min(most, count)

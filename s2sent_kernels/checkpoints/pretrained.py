@@ -15,10 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files import data_folder, new_folder, require, write_atomically
+from ..files import data_folder, first_line, new_folder, require, write_atomically
+from . import tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = 1
+REMEDY = "save or download the selector again"
 ARGUMENTS = (
     "hidden_size",
     "num_blocks",
@@ -67,36 +69,35 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ValueError(f"{path}: cannot be read: {reason}: {REMEDY}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT or not isinstance(config.get("selector"), dict):
-        raise ValueError(f"{path}: expected the configuration of a selector, format {FORMAT}")
+        raise ValueError(f"{path}: expected the configuration of a selector, format {FORMAT}: {REMEDY}")
     for name in ARGUMENTS:
         if name not in config["selector"] and name not in LATER:
-            raise ValueError(f"{path}: expected {name!r} under 'selector', and it is not there")
+            raise ValueError(f"{path}: expected {name!r} under 'selector', and it is not there: {REMEDY}")
     return config
 
 
 def read_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of model.safetensors, which must have the names and shapes of ``expected``; in the dtypes they were saved in.
+    The file's header is compared with ``expected`` before anything is read, which may be on the meta device.
 
     Raises:
-        ValueError: the file cannot be read, or a tensor is missing, unknown or of another shape; names it.
+        ValueError: the file cannot be read, or a tensor is missing, unknown, of another shape or kind of numbers, or not finite;
+            names it.
     """
-    tensors = require("safetensors.torch", "safetensors", None)
+    library = require("safetensors.torch", "safetensors", None)
     path = folder / WEIGHTS
+    tensors.check(path, expected, REMEDY)
     try:
-        state: dict[str, Tensor] = tensors.load_file(path)
-    except Exception as error:  # a missing file, or an error class of safetensors itself
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    for name, tensor in expected.items():
-        if name not in state:
-            raise ValueError(f"{path}: expected a tensor {name!r}, and it is not there")
-        if state[name].shape != tensor.shape:
-            raise ValueError(f"{path}: {name}: expected shape {list(tensor.shape)}, got {list(state[name].shape)}")
-    extra = sorted(set(state) - set(expected))
-    if extra:
-        raise ValueError(f"{path}: expected no tensors but the selector's, got {', '.join(extra)}")
+        state: dict[str, Tensor] = library.load_file(path)
+    except Exception as error:  # an error class of safetensors itself
+        raise ValueError(f"{path}: cannot be read: {first_line(error)}: {REMEDY}") from error
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name}: expected finite numbers, got others: {REMEDY}")
     return state
 
 
@@ -115,12 +116,12 @@ def save(
         state: its state_dict.
         about: further entries of config.json.
     """
-    tensors = require("safetensors.torch", "safetensors", None)
+    library = require("safetensors.torch", "safetensors", None)
     path = Path(folder)
     config = {"format": FORMAT, "selector": dict(arguments), **(about or {})}
     saved = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     content = {
-        WEIGHTS: tensors.save(saved, metadata={"format": "pt"}),
+        WEIGHTS: library.save(saved, metadata={"format": "pt"}),
         CONFIG: (json.dumps(config, indent=1) + "\n").encode(),
     }
     filled = path.is_dir() and any(path.iterdir())

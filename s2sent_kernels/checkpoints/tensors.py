@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 LARGEST = 100_000_000  # bytes of a header, as in the library
 BITS = {
@@ -17,6 +20,7 @@ BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
+FLOATING, INTEGER = ("F64", "F32", "BF16", "F16"), ("I64", "I32")
 
 
 class Entry(NamedTuple):
@@ -62,3 +66,26 @@ def _entry(about: Any) -> tuple[Entry, int]:
     if (stop - start) * 8 != math.prod(shape) * BITS[about["dtype"]]:
         raise ValueError
     return Entry(about["dtype"], shape), stop
+
+
+def check(path: Path, expected: Mapping[str, Tensor], remedy: str) -> None:
+    """Compare a file's header with the tensors that a module has, by names, shapes and kinds of numbers.
+
+    Raises:
+        ValueError: they differ, or the file cannot be read; names it, and ends with ``remedy``.
+    """
+    try:
+        found = entries(path)
+        for name, tensor in expected.items():
+            if name not in found:
+                raise ValueError(f"{path}: expected a tensor {name!r}, and it is not there")
+            dtype, shape = found[name]
+            if shape != list(tensor.shape):
+                raise ValueError(f"{path}: {name}: expected shape {list(tensor.shape)}, got {shape}")
+            kinds = FLOATING if tensor.is_floating_point() else INTEGER
+            if dtype not in kinds:
+                raise ValueError(f"{path}: {name}: expected numbers of type {' or '.join(kinds)}, got {dtype}")
+        if extra := sorted(set(found) - set(expected)):
+            raise ValueError(f"{path}: expected no tensors but the selector's, got {', '.join(extra)}")
+    except ValueError as error:
+        raise ValueError(f"{error}: {remedy}") from error
