@@ -23,6 +23,7 @@ from torch import nn
 
 from . import families, model_card, onnx_backend, validate
 from .capture import BLOCK_NORMS, BlockListener
+from .checkpoints import folders
 from .consumers import KeptStates
 from .features import Counted, Stream
 from .files import WEIGHTS, importing, open_to_umask
@@ -241,7 +242,9 @@ class S2SentPooling(Pooling):
             "revision": revision,
             "local_files_only": local_files_only,
         }
-        model = cls(**cls.load_config(model_name_or_path, subfolder=subfolder, **hub))
+        config = cls.load_config(model_name_or_path, subfolder=subfolder, **hub)
+        folders.check_shapes(Path(model_name_or_path, subfolder), lambda: cls(**config))
+        model = cls(**config)
         model.selector.eval()  # like the encoder that transformers loads; trainers and encode set the mode they need
         state = cls.load_torch_weights(model_name_or_path, subfolder=subfolder, **hub)
         # Assigned, and not copied into what is there, each tensor keeps its dtype. Cloned, it no longer maps the file.
