@@ -261,3 +261,25 @@ def test_the_manifest_has_checksums(tmp_path, made):
     encoding.encode_folder(made, ALONE, tmp_path / "out")
     for part in json.loads((tmp_path / "out" / "manifest.json").read_text())["parts"]:
         assert part["sha256"] == hashlib.sha256((tmp_path / "out" / part["file"]).read_bytes()).hexdigest()
+
+
+def test_every_length_and_many_bits_of_a_part(tmp_path, made):
+    """A part that is changed in any byte is not there."""
+    folder = tmp_path / "out"
+    encoding.encode_folder(made, ALONE, folder)
+    known = plan.load(folder)
+    part, path = known.parts[3], folder / known.parts[3].name
+    content = path.read_bytes()
+    for length in [*range(0, len(content), 9), len(content) - 1]:
+        path.write_bytes(content[:length])
+        assert not stock.is_there(folder, part, known.digest), length
+        with pytest.raises(ValueError, match=r"part-000003.parquet: .*: run the command again") as caught:
+            finish(folder)
+        assert "\n" not in str(caught.value)
+    for place in range(0, len(content), 3):
+        data = bytearray(content)
+        data[place] ^= 1 << (place % 8)
+        path.write_bytes(data)
+        assert not stock.is_there(folder, part, known.digest), place
+    path.write_bytes(content)
+    assert stock.is_there(folder, part, known.digest)

@@ -19,7 +19,7 @@ from .plan import Part, Plan
 from .reading import Reader, Rows
 from .rows import Columns, DataError
 from .sources import Source
-from .stock import CUT, DIGEST, NUMBER, SEAL, is_there, seal
+from .stock import CUT, DIGEST, NUMBER, SEAL, footer_length, is_there
 
 with importing(None, "encode"):
     import pyarrow as pa
@@ -104,7 +104,7 @@ class Worker:
         first, writer, written = part.first, None, _nothing()
         cut = getattr(self.encoder, "cut", None)
         with open(path, "wb") as target:
-            file = _Summed(target)
+            file = _Sealed(target)
             # The stack closes the writer, so it ends after the threads.
             with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
                 ahead = reading.submit(next, rows, None)
@@ -121,13 +121,10 @@ class Worker:
                     written = writing.submit(writer.write_table, table)
                     first += len(some.texts)
                 written.result()
-                if writer is not None:
-                    if cut is not None:
-                        cut = self.encoder.cut - cut  # type: ignore[attr-defined]
-                        writer.add_key_value_metadata({CUT: str(cut)})
-                    # All row groups are written, and the footer, which follows, holds the seal.
-                    of_all = seal(file.sum, self.job.digest, part.number, first - part.first, cut)
-                    writer.add_key_value_metadata({SEAL: of_all})
+                if writer is not None and cut is not None:
+                    writer.add_key_value_metadata({CUT: str(self.encoder.cut - cut)})  # type: ignore[attr-defined]
+                file.hold()  # all row groups are written: the footer comes
+            file.seal()
             target.flush()
             os.fsync(target.fileno())
 
@@ -183,17 +180,39 @@ def _nothing() -> Future[None]:
     return done
 
 
-class _Summed:
-    """A file that is written from its beginning to its end, as pyarrow writes, with the SHA-256 of what has been written."""
+class _Sealed:
+    """A Parquet file that is written from its beginning to its end, as pyarrow writes, and gets its seal before its footer. The
+    footer finds the data by places counted from the beginning, and is itself found from the end."""
 
     closed = False
 
     def __init__(self, file: Any) -> None:
-        self._file, self.sum, self.flush, self.tell = file, hashlib.sha256(), file.flush, file.tell
+        self._file, self.flush = file, file.flush
+        self._sum, self._place = hashlib.sha256(), 0
+        self._held: list[bytes] | None = None
+
+    def tell(self) -> int:
+        return self._place
 
     def write(self, data: Any) -> int:
-        self.sum.update(data)
-        return self._file.write(data)
+        piece = bytes(data) if self._held is not None else data
+        if self._held is not None:
+            self._held.append(piece)
+        else:
+            self._sum.update(piece)
+            self._file.write(piece)
+        self._place += len(piece)
+        return len(piece)
+
+    def hold(self) -> None:
+        """Keep what is written from now on until ``seal``."""
+        self._held = []
+
+    def seal(self) -> None:
+        end = b"".join(self._held or [])
+        start = len(end) - footer_length(end)  # indices of the pages are before it
+        self._sum.update(end)
+        self._file.write(end[:start] + SEAL + self._sum.digest() + end[start:])
 
 
 @contextlib.contextmanager

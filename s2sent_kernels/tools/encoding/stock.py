@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +19,9 @@ with importing(None, "encode"):
     import pyarrow as pa
     from pyarrow import parquet
 
-# In a part's metadata: its plan, its number in it, how many of its texts were too long, and its seal.
-DIGEST, NUMBER, CUT, SEAL = b"s2sent_plan", b"s2sent_part", b"s2sent_cut", b"s2sent_seal"
+# In a part's metadata: its plan, its number in it, and how many of its texts were too long.
+DIGEST, NUMBER, CUT = b"s2sent_plan", b"s2sent_part", b"s2sent_cut"
+SEAL = b"s2sent seal"  # and the SHA-256 of all other bytes: between the data and the footer, where no reader of Parquet looks
 MANIFEST, LOCK = "manifest.json", ".lock"
 JOINED = ".joined.json"  # size and time of the whole file that the parts became
 PART = r"part-(\d{6}|[1-9]\d{6,})\.parquet"
@@ -38,12 +39,6 @@ OURS = re.compile(
 
 def is_ours(name: str) -> bool:
     return OURS.fullmatch(name) is not None
-
-
-def seal(data: Any, digest: str, number: int, rows: int, cut: int | None) -> str:
-    """What shows that a part is whole and which one it is. ``data``: hashlib's SHA-256 of all bytes before the footer."""
-    about = json.dumps([digest, number, rows, cut])
-    return hashlib.sha256(data.digest() + about.encode()).hexdigest()
 
 
 class Found(NamedTuple):
@@ -65,8 +60,8 @@ def read(folder: Path, part: Part, digest: str) -> Found:
     """
     path = folder / part.name
     try:
+        whole = _checked(path)
         about = parquet.read_metadata(path)
-        data, whole = _sums(path, path.stat().st_size - TAIL - about.serialized_size)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path}: cannot be read: {first_line(error)}: run the command again") from error
     known = about.metadata or {}
@@ -77,27 +72,32 @@ def read(folder: Path, part: Part, digest: str) -> Found:
         raise ValueError(f"{path}: expected part {part.number}, got {number}: run the command again")
     if about.num_rows != part.rows:
         raise ValueError(f"{path}: expected {part.rows} rows, got {about.num_rows}: run the command again")
-    cut = known.get(CUT)
-    expected = seal(data, digest, part.number, part.rows, None if cut is None else _int(cut))
-    if known.get(SEAL) != expected.encode():
-        raise ValueError(f"{path}: is damaged, its checksum is that of another content: run the command again")
     return Found(about, whole)
 
 
-def _int(value: bytes) -> int:
-    return int(value) if value.isdigit() else -1
+def footer_length(end: bytes) -> int:
+    """Of a Parquet file that ends in ``end``: the bytes from the footer to the file's end."""
+    return int.from_bytes(end[-TAIL:-4], "little") + TAIL
 
 
-def _sums(path: Path, length: int) -> tuple[Any, str]:
-    """hashlib's SHA-256 of the first ``length`` bytes, and that of the file."""
-    data = hashlib.sha256()
+def _checked(path: Path) -> str:
+    """The SHA-256 of a file whose bytes are those that were sealed. OSError, ValueError where they are not."""
+    total = hashlib.sha256()
     with open(path, "rb") as file:
-        while length > 0 and (piece := file.read(min(length, PIECE))):
-            data.update(piece)
-            length -= len(piece)
-        whole = data.copy()
-        whole.update(file.read())
-    return data, whole.hexdigest()
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TAIL))
+        left = size - footer_length(file.read()) - len(SEAL) - total.digest_size
+        file.seek(0)
+        while left > 0 and (piece := file.read(min(left, PIECE))):
+            total.update(piece)
+            left -= len(piece)
+        whole = total.copy()
+        sealed, footer = (file.read(len(SEAL) + total.digest_size), file.read()) if left == 0 else (b"", b"")
+    total.update(footer)
+    whole.update(sealed + footer)
+    if sealed != SEAL + total.digest():
+        raise ValueError(f"{path}: is damaged, its checksum is that of other bytes: run the command again")
+    return whole.hexdigest()
 
 
 def is_there(folder: Path, part: Part, digest: str) -> bool:
