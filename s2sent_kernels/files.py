@@ -137,9 +137,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     made = missing(place)
     place.mkdir(parents=True, exist_ok=True)
     try:
-        sweep(place, target.name)
-        whole, lock = _locked_folder(place, target.name)
-        try:
+        with scratch(place, target.name) as whole:
             yield whole
             sync_files(path for path in (*whole.rglob("*"), whole) if not path.is_symlink())
             if beside:
@@ -150,12 +148,22 @@ def new_folder(target: Path) -> Iterator[Path]:
                 for name in os.listdir(whole):
                     os.rename(whole / name, target / name)
             sync_folder(place)
-        finally:
-            shutil.rmtree(whole, ignore_errors=True)
-            os.close(lock)
     except BaseException:
         remove_empty(made)
         raise
+
+
+@contextlib.contextmanager
+def scratch(place: Path, name: str) -> Iterator[Path]:
+    """A hidden folder in ``place`` for what is to become ``place / name``, removed when the ``with`` block ends, or by the next
+    call if the process is killed in it."""
+    sweep(place, name)
+    folder, lock = _locked_folder(place, name)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 UNFINISHED = r"\.{}\.[0-9a-f]{{32}}\.new"  # of a folder's name

@@ -188,7 +188,8 @@ def run(arguments: argparse.Namespace) -> None:
     common.check_writable(task.output)
     try:
         if "resume" in task.given and _is_finished(task):
-            print(f"{task.output}: the model is finished")
+            if processes.is_first():
+                print(f"{task.output}: the model is finished")
             return
         _check_empty(task)
         (train_classifier if task.kind == CLASSIFICATION else train_pairs).run(task)

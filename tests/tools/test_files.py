@@ -7,7 +7,7 @@ import threading
 import killing
 import pytest
 
-from s2sent_kernels.files import locked, new_folder
+from s2sent_kernels.files import locked, new_folder, scratch
 
 
 @pytest.mark.parametrize("target", ["notes.txt", "not there", "."])
@@ -111,3 +111,14 @@ def test_an_error_leaves_no_folder(tmp_path):
         (folder / "x").write_text("x")
         raise RuntimeError
     assert not os.listdir(tmp_path)
+
+
+def test_what_a_killed_process_left_beside_a_file_is_removed(tmp_path):
+    def write():
+        with scratch(tmp_path, "a.onnx") as folder:
+            (folder / "a.onnx").write_text("x")
+            os.replace(folder / "a.onnx", tmp_path / "a.onnx")
+
+    assert killing.killed_at(3, tmp_path, write) and len(os.listdir(tmp_path)) == 1
+    write()
+    assert os.listdir(tmp_path) == ["a.onnx"]
