@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,17 +129,30 @@ class Unfinished:
     def _record(self, rank: int) -> Path:
         return self.folder / ("progress.json" if self.world is None else f"progress-{rank}.json")
 
-    def done(self, batches: Sequence[list[int]], rank: int) -> Progress:
-        """How many of the rank's batches are on the disk, as they were written: those before the first that is not."""
+    def recorded(self, rank: int) -> Progress:
+        """How many of the rank's batches were written, by its own word."""
         record = self._record(rank)
         try:
             known = json.loads(record.read_text(encoding="utf-8"))
-            names, pieces = list(known["arrays"]), [(int(stop), str(found)) for stop, found in known["sha256"]]
-            arrays = [opened(self.folder / f"{name}.npy") for name in names]
+            pieces = [(int(stop), str(found)) for stop, found in known["sha256"]]
+            return Progress(max((stop for stop, _ in pieces), default=0), pieces, list(known["arrays"]))
         except FileNotFoundError:
             return Progress()
         except (OSError, ValueError, KeyError, TypeError) as error:
             warnings.warn(f"{record}: the batches that it tells of are encoded again: {error}", stacklevel=2)
+            return Progress()
+
+    def done(self, batches: Sequence[list[int]], rank: int) -> Progress:
+        """How many of the rank's batches are on the disk, as they were written: those before the first that is not."""
+        _, pieces, names = self.recorded(rank)
+        try:
+            arrays = [opened(self.folder / f"{name}.npy") for name in names]
+            if any(len(array) != sum(map(len, batches)) for array in arrays):
+                raise ValueError("the arrays have another number of rows")
+        except ValueError as error:
+            warnings.warn(
+                f"{self._record(rank)}: the batches that it tells of are encoded again: {error}", stacklevel=2
+            )
             return Progress()
         mine, done = self.share(batches, rank), Progress(arrays=names)
         for stop, wanted in pieces:
@@ -161,10 +174,14 @@ class Unfinished:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def missing(self, batches: Sequence[list[int]]) -> list[str]:
-        """What ranks have still to do, in words."""
+        """What ranks have still to do, in words. Everything is read only if all say that they are done."""
+        by_word = self._missing(batches, lambda rank: self.recorded(rank).batches)
+        return by_word or self._missing(batches, lambda rank: self.done(batches, rank).batches)
+
+    def _missing(self, batches: Sequence[list[int]], of: Callable[[int], int]) -> list[str]:
         found = []
         for rank in range(self.world or 1):
-            done, all_of_it = self.done(batches, rank).batches, len(self.share(batches, rank))
+            done, all_of_it = of(rank), len(self.share(batches, rank))
             if done < all_of_it:
                 found.append(f"rank {rank} ({done} of {all_of_it} batches)")
         return found

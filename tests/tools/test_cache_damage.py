@@ -160,6 +160,12 @@ def test_an_array_that_is_gone_is_not_zeros(tmp_path, model, whole, part, monkey
     assert contents(make(model, tmp_path).folder) == contents(whole) and len(calls) == 8
 
 
+@pytest.mark.filterwarnings("ignore:.*are encoded again")
+def test_an_array_of_fewer_rows_is_not_taken(tmp_path, model, whole, part):
+    numpy.save(part / "lengths.npy", numpy.zeros(3, numpy.int64))
+    assert contents(make(model, tmp_path).folder) == contents(whole)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"batches": 4}', b'{"batches": 9, "sha256": 3, "arrays": []}'])
 def test_a_record_of_progress_that_is_none(tmp_path, model, whole, part, content):
     (part / "progress.json").write_bytes(content)
