@@ -235,7 +235,9 @@ def _check_empty(task: Task) -> None:
 
         found = [path for path in found if path.name != resuming.CHECKPOINTS]
         if (output / resuming.CHECKPOINTS).is_dir():
-            if "resume" in task.given or (not found and not resuming.begun(output)):
+            if "resume" in task.given and (not found or resuming.is_training(output)):
+                return
+            if not found and not resuming.begun(output):
                 return  # before the first checkpoint nothing is lost
             found, advice = found or [output], "; --resume goes on from a checkpoint in it"
     if found:

@@ -38,10 +38,15 @@ def begun(output: Path) -> bool:
     return _newest(output / CHECKPOINTS)[0] is not None
 
 
+def is_training(output: Path) -> bool:
+    """Whether the checkpoints in ``output`` are of a training, which says so in its first file."""
+    return (output / CHECKPOINTS / _SETTINGS).exists()
+
+
 def finished(output: Path, last: str) -> bool:
     """Whether ``output`` holds a model of this package, of which ``last`` was written last."""
     with contextlib.suppress(OSError, ValueError):
-        return "s2sent" in (output / last).read_text(encoding="utf-8")
+        return '"s2sent' in (output / last).read_text(encoding="utf-8")
     return False
 
 
