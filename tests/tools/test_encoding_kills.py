@@ -82,7 +82,7 @@ def test_killed_at_each_file_operation(tmp_path, made, name, what):
     fresh()
     count = killing.operations(place, lambda: write(made, ALONE, place / name, options))
     assert count >= 15
-    for step in killing.points(count, 2 * killing.POINTS):
+    for step in killing.points(count):
         for force in (False, True):
             fresh()
             assert killing.killed_at(step, place, lambda: write(made, ALONE, place / name, options))
