@@ -8,7 +8,6 @@ batch and length.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from . import pooling_modes, validate
 from .capture import BlockCapture
-from .files import require
+from .files import require, scratch
 from .formula.call import POOLINGS
 from .selector import S2SentSelector
 
@@ -233,7 +232,7 @@ def _root(error: BaseException) -> BaseException:
 def _written_whole(path: Path, name: str) -> Iterator[str]:
     """A temporary path that ends in ``name``. At the end the file is moved to ``path``, after the ".data" it refers to."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with scratch(path.parent, path.name) as folder:
         file = os.path.join(folder, name)
         yield file
         if os.path.exists(f"{file}.data"):

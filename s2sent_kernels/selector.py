@@ -14,6 +14,7 @@ from . import functional, validate
 from .blockwise import BlockwisePool
 from .checkpoints import pretrained, published
 from .engines.choice import BACKENDS
+from .files import first_line
 from .formula import reference
 from .formula.call import ACTIVATIONS, POOLINGS, PROFILES, Activation, Batch, GateParameters, Gating, Profile, Reading
 from .plan import Plan, count_batch, plain_tensors, plan_of
@@ -322,14 +323,15 @@ class S2SentSelector(Joinable):
             ValueError: there is no such folder or name (lists the names), or it holds no selector.
         """
         folder = pretrained.find(name_or_folder)
-        arguments = pretrained.read_config(folder)["selector"]
+        config = pretrained.read_config(folder)["selector"]
+        arguments = {name: config[name] for name in pretrained.ARGUMENTS if name in config}
         try:
-            selector = cls(
-                **{name: arguments[name] for name in pretrained.ARGUMENTS if name in arguments}, backend=backend
-            )
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{folder / pretrained.CONFIG}: {error}") from error
-        state = pretrained.read_weights(folder, selector.state_dict())
+            # Without memory: a number in the file may be absurd.
+            shapes = cls(**arguments, backend=backend, device="meta").state_dict()
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"{folder / pretrained.CONFIG}: {first_line(error)}: {pretrained.REMEDY}") from error
+        state = pretrained.read_weights(folder, shapes)
+        selector = cls(**arguments, backend=backend)
         dtype = torch.promote_types(state["down.weight"].dtype, torch.float32)
         selector.to(dtype).load_state_dict(state)
         return selector.eval()

@@ -23,7 +23,7 @@ from torch import nn
 
 from . import absent, families, model_card, onnx_backend, pooling_modes, validate
 from .capture import BLOCK_NORMS, BlockListener
-from .checkpoints import pretrained
+from .checkpoints import folders, pretrained
 from .consumers import KeptStates
 from .features import Stream, pool, streams
 from .files import WEIGHTS, importing, open_to_umask
@@ -260,7 +260,9 @@ class S2SentPooling(Pooling):
     ) -> S2SentPooling:
         hub: dict[str, Any] = {"token": token, "cache_folder": cache_folder, "revision": revision}
         hub["local_files_only"] = local_files_only
-        model = cls(**cls.load_config(model_name_or_path, subfolder=subfolder, **hub))
+        config = cls.load_config(model_name_or_path, subfolder=subfolder, **hub)
+        folders.check_shapes(Path(model_name_or_path, subfolder), lambda: cls(**config))
+        model = cls(**config)
         model.selector.eval()  # like the encoder that transformers loads; trainers and encode set the mode they need
         state = cls.load_torch_weights(model_name_or_path, subfolder=subfolder, **hub)
         pretrained.check_state(absent.file_of(Path(model_name_or_path, subfolder)), state, model.state_dict())
