@@ -53,6 +53,13 @@ def parse(pooling: Any) -> tuple[str, ...]:
     return tuple(_SAME.get(name, name) for name in names)
 
 
+def by_the_library(pooling: Any) -> str | tuple[str, ...]:
+    """``pooling`` as the library's ``pooling_mode`` has it, whose last token is "lasttoken"."""
+    theirs = {ours: name for name, ours in _SAME.items()}
+    names = tuple(theirs.get(mode, mode) for mode in parse(pooling))
+    return names[0] if len(names) == 1 else names
+
+
 def of_squeeze(modes: Sequence[str]) -> Pooling:
     """The pooling that squeeze computes beside f: the mean, where one is wanted."""
     if any(mode in _OF_MEAN for mode in modes):

@@ -87,10 +87,9 @@ class S2SentPooling(Pooling):
         # A Pooling, so that set_pooling_include_prompt and its like find it; but its state is not one's.
         super(Pooling, self).__init__()
         validate.option("block_norm", block_norm, BLOCK_NORMS)
-        pooling_modes.parse(pooling)
+        self._set_pooling(pooling)
         self.selector_arguments, self.blocks = dict(selector_arguments), list(blocks)
         self.block_norm, self.include_prompt = block_norm, include_prompt
-        self.pooling = pooling if isinstance(pooling, str) else list(pooling)
         self.selector = S2SentSelector(**self.selector_arguments)
         self._keep([])
 
@@ -232,6 +231,17 @@ class S2SentPooling(Pooling):
 
     def get_embedding_dimension(self) -> int:
         return self.selector.hidden_size * len(pooling_modes.parse(self.pooling))
+
+    # What others read of a Pooling that they have found among a model's modules. ``pooling_mode`` they also set.
+    pooling_output_dimension = property(get_embedding_dimension)
+    embedding_dimension = property(lambda self: self.selector.hidden_size)
+    pooling_mode = property(
+        lambda self: pooling_modes.by_the_library(self.pooling), lambda self, value: self._set_pooling(value)
+    )
+
+    def _set_pooling(self, pooling: str | Sequence[str]) -> None:
+        pooling_modes.parse(pooling)
+        self.pooling = pooling if isinstance(pooling, str) else list(pooling)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Moves to a device, given as torch.nn.Module.to takes it; a dtype is left out (see above)."""

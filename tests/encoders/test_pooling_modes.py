@@ -180,6 +180,20 @@ def test_embeddings_of_several_are_those_of_each():
         torch.testing.assert_close(together[:, column * 384 : (column + 1) * 384], alone)
 
 
+def test_the_attributes_of_a_pooling():
+    """Code that looks for a Pooling among a model's modules reads them, and sets the mode."""
+    model = make_model(pooling=["mean", "last"])
+    theirs = Pooling(384, ("mean", "lasttoken"))
+    for name in ("pooling_mode", "embedding_dimension", "pooling_output_dimension"):
+        assert getattr(model[1], name) == getattr(theirs, name)
+    assert make_model(pooling="last")[1].pooling_mode == "lasttoken"
+    model[1].pooling_mode = "cls"
+    assert model[1].pooling == "cls" and equal(model.encode(TEXTS), make_model(pooling="cls").encode(TEXTS))
+    with pytest.raises(ValueError, match="got 'median'"):
+        model[1].pooling_mode = "median"
+    assert model[1].pooling == "cls"
+
+
 def test_other_names_are_refused():
     arguments = {"hidden_size": D, "num_blocks": N}
     for pooling, error, message in (
