@@ -8,10 +8,9 @@ Everything else (encode, prompts, similarity, losses, the trainer, quantisation,
 
 from __future__ import annotations
 
-import json
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import absent, families, model_card, onnx_backend, pooling_modes, validate
+from . import absent, families, model_card, onnx_backend, pooling_modes, saved_modules, validate
 from .capture import BLOCK_NORMS, BlockListener
 from .checkpoints import folders, pretrained
 from .consumers import KeptStates
@@ -301,7 +300,7 @@ def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:
             f"path: expected the folder of a saved SentenceTransformer, with a modules.json, got {str(path)!r}"
         )
     own: dict[str, Any] = {}
-    for name in _classes_in(folder):
+    for name in saved_modules.classes_in(folder):
         package, _, kind = name.rpartition(".")
         if package.split(".")[0] == __package__:
             own[name] = getattr(import_module(package), kind)
@@ -322,22 +321,6 @@ def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:
     if backend == "onnx":
         onnx_backend.compute_by_runtime(model, graph, of_runtime)
     return model
-
-
-def _classes_in(folder: Path) -> Iterator[str]:
-    """The full names of the classes that a saved model's modules have, those within Routers included."""
-    for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
-        yield entry["type"]
-        yield from _classes_within(folder / entry["path"])
-
-
-def _classes_within(module: Path) -> Iterator[str]:
-    """Those of a saved Router; none for other modules."""
-    listing = module / Router.config_file_name
-    if listing.is_file():
-        for name, kind in json.loads(listing.read_text(encoding="utf-8"))["types"].items():
-            yield kind
-            yield from _classes_within(module / name)
 
 
 def _encoder_of(transformer: nn.Module) -> nn.Module:
