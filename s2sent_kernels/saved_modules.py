@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .files import importing
 
-with importing("sentence_transformers", "sentence-transformers"):
+with importing("sentence-transformers 6 or newer", "sentence-transformers"):
     from sentence_transformers.base.modules import Router
 
 
