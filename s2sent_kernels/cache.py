@@ -35,7 +35,7 @@ from .formula.call import POOLINGS, Batch
 from .formula.tokens import Tokens
 from .tools import encoders
 
-FORMAT = 2  # 2: encoders run packed, which rounds otherwise
+FORMAT = 1
 RECORD_EVERY = 32  # batches between two records of progress
 ROWS_AT_ONCE = 4096  # read from the files and turned into f and p
 

@@ -270,12 +270,18 @@ def _disagreement(index: int, other: Tensor, first: Tensor) -> None:
             raise ValueError(f"hidden_states[{index}]: expected {what} {expected} as hidden_states[0], got {found}")
 
 
+def _is_on(tensor: Tensor, device: torch.device) -> bool:
+    """Whether a tensor is on a device, which may be "cuda" without a number where a backward op is told one."""
+    found = tensor.device
+    return found.type == device.type and (found.index == device.index or device.index is None)
+
+
 def _mask(mask: Tensor, shape: Sequence[int], device: torch.device) -> None:
     if list(mask.shape) != list(shape[:2]):
         raise ValueError(f"attention_mask: expected shape [B, L] = {list(shape[:2])}, got {list(mask.shape)}")
     if mask.dtype.is_complex:
         raise TypeError(f"attention_mask: expected bool, integer or float 0/1, got {mask.dtype}")
-    if mask.device != device:
+    if not _is_on(mask, device):
         raise ValueError(f"attention_mask: expected device {device} as hidden_states[0], got {mask.device}")
 
 
@@ -284,7 +290,7 @@ def _cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
         raise ValueError(f"cu_seqlens: expected shape [B + 1], got {list(cu_seqlens.shape)}")
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens: expected torch.int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.device != device:
+    if not _is_on(cu_seqlens, device):
         raise ValueError(f"cu_seqlens: expected device {device} as hidden_states[0], got {cu_seqlens.device}")
 
 

@@ -5,12 +5,15 @@ import shutil
 
 import killing
 import pytest
+import torch
 from builders import pairs, save_encoder, sentences, write_examples
 
 from s2sent_kernels.cli import main
 
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
+if torch.cuda.is_available():
+    pytest.skip("autograd has threads for GPUs, with which a process cannot be forked", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """FSDP2 by the recipe of docs/training.md: two processes on gloo compute and train what one does with the whole batch."""
 
+import os
 import re
 import subprocess
 import sys
@@ -120,7 +121,8 @@ def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}"
     code += "; import test_fsdp as t; t.in_a_process(int(sys.argv[1]), sys.argv[2])"
-    running = [subprocess.Popen([sys.executable, "-c", code, str(rank), str(folder)]) for rank in (0, 1)]
+    on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # else FSDP2 takes the one GPU for both
+    running = [subprocess.Popen([sys.executable, "-c", code, str(rank), str(folder)], env=on_cpu) for rank in (0, 1)]
     try:
         assert [process.wait(timeout=300) for process in running] == [0, 0]
     finally:

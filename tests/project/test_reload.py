@@ -21,8 +21,9 @@ for _ in range(2):
 for backend in s2sent_kernels.backends():
     if not s2sent_kernels.backends()[backend].usable:
         continue
-    selector = s2sent_kernels.S2SentSelector(16, 3, 5, backend=backend).eval()
-    states = [torch.randn(2, 4, 16, requires_grad=True) for _ in range(3)]
+    device = "cuda" if backend == "triton" else "cpu"
+    selector = s2sent_kernels.S2SentSelector(16, 3, 5, backend=backend).eval().to(device)
+    states = [torch.randn(2, 4, 16, requires_grad=True, device=device) for _ in range(3)]
     for call in (selector, selector.pool, torch.compile(selector, backend="aot_eager", fullgraph=True)):
         call(states).sum().backward()
     assert all(state.grad.any() for state in states)
