@@ -24,6 +24,8 @@ with importing("transformers", "transformers"):
 
 # What an encoder takes beside its inputs: these ask for more of its output, or for another form.
 OF_THE_OUTPUT = ("output_attentions", "output_hidden_states", "return_dict")
+# Options of a call that ask for an encoder's outputs, and what these are called.
+OUTPUTS = {"output_attentions": "attentions", "output_hidden_states": "hidden_states"}
 # Inputs of many encoders, which a forward names itself.
 USUAL = ("token_type_ids", "position_ids", "inputs_embeds")
 
@@ -103,6 +105,10 @@ class AroundEncoder(transformers.PreTrainedModel):
         model.base_model.capture.settle()
         return loaded if wanted else model
 
+    @property
+    def vocab_size(self) -> int | None:
+        return self.config.vocab_size
+
     def resize_token_embeddings(self, *arguments: Any, **options: Any) -> nn.Embedding:
         """The encoder's, as in the library, so that the encoder's configuration has the new size."""
         base: Any = self.base_model
@@ -115,16 +121,15 @@ class AroundEncoder(transformers.PreTrainedModel):
         for model in (self, base):
             model.config._attn_implementation = base.encoder.config._attn_implementation
 
-    def _refuse(self, given: dict[str, Any]) -> None:
-        """Raises a ValueError where more is asked for than these models return. ``given`` loses what was not asked for."""
-        name = type(self).__name__
-        for option in ("output_attentions", "output_hidden_states"):
-            asked = given.pop(option, None)
-            if asked or (asked is None and getattr(self.config, option)):
-                raise ValueError(
-                    f"{option}: expected False, since {name} returns no such output of its encoder, got True: "
-                    "call the encoder itself"
-                )
+    def _asked(self, given: dict[str, Any]) -> dict[str, bool]:
+        """Which of the encoder's outputs are asked for, by the call or the configuration. ``given`` loses these options."""
+        options = {name: given.pop(name, None) for name in OUTPUTS}
+        return {name: True for name, one in options.items() if one or (one is None and getattr(self.config, name))}
+
+    @staticmethod
+    def _outputs(found: Any, asked: dict[str, bool]) -> dict[str, Any]:
+        """Those of the encoder's outputs that were asked for, as it returns them: its attention may give no weights."""
+        return {OUTPUTS[name]: getattr(found, OUTPUTS[name], None) for name in asked}
 
     def _form(self, output: ModelOutput, return_dict: bool | None) -> Any:
         wanted = self.config.return_dict if return_dict is None else return_dict

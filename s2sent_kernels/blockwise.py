@@ -102,10 +102,19 @@ class BlockwisePool:
             ops.squeeze_block.run(batch, place, self._sums, self._reading, self._gate.backend)
         self._next += 1
 
-    def result(self) -> Tensor:
-        """Sentence embeddings o [B, D]."""
+    def squeezed_and_pooled(self) -> tuple[Tensor, Tensor]:
+        """f [B, D] and p [B, N, D], as ``functional.squeeze`` returns them."""
+        self._require_all()
+        assert self._sums.pooled is not None
+        return plain.sum_groups(self._sums.squeezed_groups), self._sums.pooled
+
+    def _require_all(self) -> None:
         if self._next != self._gate.num_blocks:
             raise RuntimeError(f"expected {self._gate.num_blocks} blocks, got {self._next}")
+
+    def result(self) -> Tensor:
+        """Sentence embeddings o [B, D]."""
+        self._require_all()
         assert self._first is not None and self._sums.pooled is not None
         parameters, dtype = self._gate.gate_parameters(), self._first.dtype
         with torch.no_grad():

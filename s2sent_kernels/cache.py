@@ -10,14 +10,14 @@ whose components have y < Y:
 
 The arrays are numpy files, mapped into memory. A cache's folder is named by a digest of the encoder's weights, the tokenizer, the
 blocks, the texts and the settings. It is written under a temporary name and renamed once complete. An interrupted pass resumes at
-its last record of progress. Several processes can share the work (``shard``).
+its last record of progress. Several processes can share the work (``shard``). Checksums are compared when a pass resumes, and of
+a complete cache on request (``verify``). A file that is damaged is a DamagedCache.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from . import validate
-from .cache_files import Unfinished
+from .cache_files import ABOUT, Unfinished, check_rows, opened, sweep
+from .cache_files import DamagedCache as DamagedCache  # public under this name
 from .capture import BLOCK_NORMS, BlockCapture
 from .files import locked
 from .formula import dct
@@ -60,18 +61,42 @@ class BlockCache:
     Attributes:
         blocks: the encoder's cached blocks, ascending.
         hidden_size, token_frequencies, pooling: D, Y, and what p is.
+
+    Raises:
+        DamagedCache: a file is missing, or is not what was written, as far as its size and type tell. ``verify`` tells more.
     """
 
     def __init__(self, folder: Path, texts: Sequence[encoders.Text]) -> None:
-        import numpy
-
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        about = _read_about(folder)
         self.folder, self.blocks, self.pooling = folder, tuple(about["blocks"]), about["pooling"]
-        self._kept = numpy.load(folder / "frequencies.npy", mmap_mode="r")
-        self._ends = None if self.pooling == "mean" else numpy.load(folder / "pooled.npy", mmap_mode="r")
-        self._lengths = torch.from_numpy(numpy.load(folder / "lengths.npy"))
+        names = ("frequencies", "lengths", *(() if self.pooling == "mean" else ("pooled",)))
+        self._about = about.get("arrays")  # caches of earlier releases do not say
+        try:
+            known = {name: None if self._about is None else self._about[name] for name in names}
+            arrays = {name: opened(folder / f"{name}.npy", known[name]) for name in names}
+        except (KeyError, TypeError) as error:
+            raise DamagedCache(folder / ABOUT, f"says nothing of the array {error}") from error
+        self._kept, self._ends = arrays["frequencies"], arrays.get("pooled")
+        wanted = (len(texts), len(self.blocks), about["token_frequencies"])
+        if self._kept.ndim != 4 or self._kept.shape[:3] != wanted or len(arrays["lengths"]) != len(texts):
+            raise DamagedCache(folder / "frequencies.npy", f"expected {list(wanted)}, got {list(self._kept.shape)}")
+        self._lengths = torch.from_numpy(arrays["lengths"].copy())
         _, _, self.token_frequencies, self.hidden_size = self._kept.shape
         self._row = {text: row for row, text in enumerate(texts)}
+
+    def verify(self) -> None:
+        """Compare every number with its checksum, which reads all files.
+
+        Raises:
+            DamagedCache: some are not what was written.
+            ValueError: an earlier release made the cache, without checksums.
+        """
+        if self._about is None:
+            raise ValueError(
+                f"{self.folder}: an earlier release made it, without checksums: remove it to have it made again"
+            )
+        for name, known in self._about.items():
+            check_rows(self.folder / f"{name}.npy", known)
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -137,6 +162,27 @@ class BlockCache:
         return result
 
 
+def _read_about(folder: Path) -> dict[str, Any]:
+    """about.json, whose content names the folder.
+
+    Raises:
+        DamagedCache: it cannot be read, or holds something else.
+    """
+    path = folder / ABOUT
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        name = _name({key: value for key, value in about.items() if key != "arrays"})
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise DamagedCache(path, f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if name != folder.name:
+        raise DamagedCache(path, f"holds what a folder {name} would")
+    return about
+
+
+def _name(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
+
+
 # ---------------------------------------------------------------- making one
 
 
@@ -171,6 +217,7 @@ def make(
     *,
     shard: None = None,
     progress: bool = ...,
+    verify: bool = ...,
 ) -> BlockCache: ...
 
 
@@ -184,6 +231,7 @@ def make(
     *,
     shard: tuple[int, int],
     progress: bool = ...,
+    verify: bool = ...,
 ) -> BlockCache | None: ...
 
 
@@ -196,6 +244,7 @@ def make(
     *,
     shard: tuple[int, int] | None = None,
     progress: bool = False,
+    verify: bool = False,
 ) -> BlockCache | None:
     """The cache of ``texts``, or of pairs of texts, in a folder below ``folder``: opened if complete, resumed if a pass was
     interrupted, else made. A text that appears twice is stored once. The encoder runs in eval mode, on its own device.
@@ -205,8 +254,10 @@ def make(
             ``folder``. Each computes its share of the batches of one process, into the same files: on equal processors the bits
             are one process's. The rank that ends last completes the cache. Ranks that end before get None, and open the cache
             by a later call.
+        verify: compare a cache that is complete already with its checksums.
 
     Raises:
+        DamagedCache: a file is not what was written; the message names it, and what to remove.
         ValueError, TypeError: a setting or the shard is wrong, or ``texts`` is empty. Another process is at work on this shard.
             Without ``shard``: ranks have begun, and not all of them are done; names those.
     """
@@ -229,7 +280,7 @@ def make(
             **settings._asdict(),
             "blocks": list(capture.blocks),
         }
-        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
+        name = _name(about)
         parent = Path(folder)
         parent.mkdir(parents=True, exist_ok=True)
         target, lock, unfinished = parent / name, parent / f".{name}.lock", Unfinished(parent, name, world)
@@ -238,9 +289,12 @@ def make(
             with encoders.in_eval_mode(encoder):
                 _fill(unfinished, rank, batches, capture, tokenizer, texts, settings, progress)
 
+        found = target.exists()
         if world is None:
             with locked(lock, wait=True):  # a second process then finds the cache complete
-                if not target.exists():
+                if target.exists():
+                    sweep(target)
+                else:
                     if by_ranks := Unfinished.begun_by_ranks(parent, name):
                         unfinished = _done_by_all(by_ranks, batches)
                     else:
@@ -254,7 +308,12 @@ def make(
                     unfinished.finish(about, target)
     finally:
         capture.remove()
-    return BlockCache(target, texts) if target.exists() else None
+    if not target.exists():
+        return None
+    made = BlockCache(target, texts)
+    if verify and found:
+        made.verify()
+    return made
 
 
 def _rank_and_world(shard: Any) -> tuple[int, int]:
@@ -289,10 +348,13 @@ def _fill(
     progress: bool,
 ) -> None:
     """Compute and write the rank's share of the batches, from its last record of progress on."""
-    mine, done = unfinished.share(batches, rank), unfinished.done(rank)
+    mine, known = unfinished.share(batches, rank), unfinished.done(batches, rank)
+    done = known.batches
     todo = encoders.state_batches(
         capture, tokenizer, texts, mine, max_length=settings.max_length, skip=done, progress=progress
     )
+    if unfinished.world is None and not done:
+        unfinished.remove()  # nothing of it is known to be what was written
     try:
         with unfinished.arrays(len(texts)) as arrays:
             for rows, states, mask in todo:
@@ -302,10 +364,11 @@ def _fill(
                 done += 1
                 if done % RECORD_EVERY == 0 or done == len(mine):
                     arrays.flush()
-                    unfinished.note(rank, done)
+                    known = known.after(done, arrays)
+                    unfinished.note(rank, known)
     except BaseException:
-        if unfinished.world is None and not unfinished.done(rank):  # no progress to resume from
-            shutil.rmtree(unfinished.folder, ignore_errors=True)
+        if unfinished.world is None and not known.batches:  # no progress to resume from
+            unfinished.remove()
         raise
 
 

@@ -1,4 +1,6 @@
 """The files of a cache that is being filled, by one process or by the ranks of several: arrays, and how far each rank has come.
+Checksums say whether they hold what was written: while the cache is filled, of the batches between two records of progress; once
+it is complete, of so many rows each.
 
 Ranks write rows of the same files at the same time, possibly from several machines. The files are therefore written and not
 mapped into memory: a mapped file is written back in whole pages, which on a network file system would overwrite rows that another
@@ -7,14 +9,90 @@ machine has written meanwhile.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .files import locked, write_atomically
+from .files import first_line, locked, sync_folder, write_atomically
+
+ABOUT = "about.json"
+ROWS_OF_A_SUM = 4096
+# What a killed process leaves in the folder of a complete cache: records of progress, and files before they got their names.
+_LEFTOVER = r"progress(-\d+)?\.json|\..+\.[0-9a-f]{32}|\w+\.npy\.new"
+
+
+class DamagedCache(ValueError):
+    """A file of a cache is not what was written. The message names the file and says what to do."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(f"{path}: {why}: remove {path.parent}, and the cache is made again")
+
+
+def opened(path: Path, expected: Any = None) -> Any:
+    """A numpy file, mapped into memory.
+
+    Args:
+        expected: its {"dtype": ..., "shape": ...}, if they are known.
+
+    Raises:
+        DamagedCache: it cannot be opened, or is another array.
+    """
+    import numpy
+
+    try:
+        array = numpy.load(path, mmap_mode="r")
+        if not isinstance(array, numpy.memmap):
+            raise ValueError("is no array of numpy's")
+    except Exception as error:  # numpy raises errors of many kinds for what is no array
+        raise DamagedCache(path, f"cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from error
+    size = array.offset + array.nbytes
+    if path.stat().st_size != size:
+        raise DamagedCache(path, f"expected {size} bytes, got {path.stat().st_size}")
+    if expected is not None and (str(array.dtype), list(array.shape)) != (expected["dtype"], expected["shape"]):
+        wanted = f"{expected['dtype']} {expected['shape']}"
+        raise DamagedCache(path, f"expected an array of {wanted}, got {array.dtype} {list(array.shape)}")
+    return array
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """What a complete cache says of one of its arrays."""
+    array = opened(path)
+    return {"dtype": str(array.dtype), "shape": list(array.shape), "sha256": sums(path, array)}
+
+
+def sums(path: Path, array: Any) -> list[str]:
+    """SHA-256 of each ROWS_OF_A_SUM rows, with the file's header before the first."""
+    with open(path, "rb") as file:
+        before = file.read(array.offset)
+    found = []
+    for start in range(0, len(array), ROWS_OF_A_SUM):
+        found.append(hashlib.sha256(before + array[start : start + ROWS_OF_A_SUM].tobytes()).hexdigest())
+        before = b""
+    return found
+
+
+def check_rows(path: Path, expected: Mapping[str, Any]) -> None:
+    """Raises DamagedCache where the array holds other numbers than its ``summary``."""
+    array, wanted = opened(path, expected), expected.get("sha256")
+    found = sums(path, array)
+    for number, one in enumerate(found):
+        if not isinstance(wanted, list) or len(wanted) != len(found) or one != wanted[number]:
+            first = number * ROWS_OF_A_SUM
+            raise DamagedCache(path, f"rows {first} to {min(first + ROWS_OF_A_SUM, len(array)) - 1} are damaged")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed left in a complete cache."""
+    for path in folder.iterdir():
+        if re.fullmatch(_LEFTOVER, path.name):
+            path.unlink(missing_ok=True)
 
 
 class Unfinished:
@@ -51,28 +129,71 @@ class Unfinished:
     def _record(self, rank: int) -> Path:
         return self.folder / ("progress.json" if self.world is None else f"progress-{rank}.json")
 
-    def done(self, rank: int) -> int:
-        """How many of the rank's batches are on the disk."""
+    def recorded(self, rank: int) -> Progress:
+        """How many of the rank's batches were written, by its own word."""
         record = self._record(rank)
-        return json.loads(record.read_text(encoding="utf-8"))["batches"] if record.exists() else 0
+        try:
+            known = json.loads(record.read_text(encoding="utf-8"))
+            pieces = [(int(stop), str(found)) for stop, found in known["sha256"]]
+            return Progress(max((stop for stop, _ in pieces), default=0), pieces, list(known["arrays"]))
+        except FileNotFoundError:
+            return Progress()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            warnings.warn(f"{record}: the batches that it tells of are encoded again: {error}", stacklevel=2)
+            return Progress()
 
-    def note(self, rank: int, done: int) -> None:
-        write_atomically(self._record(rank), json.dumps({"batches": done}).encode())
+    def done(self, batches: Sequence[list[int]], rank: int) -> Progress:
+        """How many of the rank's batches are on the disk, as they were written: those before the first that is not."""
+        _, pieces, names = self.recorded(rank)
+        try:
+            arrays = [opened(self.folder / f"{name}.npy") for name in names]
+            if any(len(array) != sum(map(len, batches)) for array in arrays):
+                raise ValueError("the arrays have another number of rows")
+        except ValueError as error:
+            warnings.warn(
+                f"{self._record(rank)}: the batches that it tells of are encoded again: {error}", stacklevel=2
+            )
+            return Progress()
+        mine, done = self.share(batches, rank), Progress(arrays=names)
+        for stop, wanted in pieces:
+            total = hashlib.sha256()
+            for rows in mine[done.batches : stop]:
+                for array in arrays:
+                    total.update(array[rows].tobytes())
+            if total.hexdigest() != wanted:
+                what = f"batches {done.batches} to {stop - 1} of rank {rank} are damaged"
+                warnings.warn(f"{self.folder}: {what}: they and those after them are encoded again", stacklevel=2)
+                break
+            done = Progress(stop, [*done.sha256, (stop, wanted)], names)
+        return done
+
+    def note(self, rank: int, done: Progress) -> None:
+        write_atomically(self._record(rank), json.dumps(done._asdict()).encode(), sync=True)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def missing(self, batches: Sequence[list[int]]) -> list[str]:
-        """What ranks have still to do, in words."""
+        """What ranks have still to do, in words. Everything is read only if all say that they are done."""
+        by_word = self._missing(batches, lambda rank: self.recorded(rank).batches)
+        return by_word or self._missing(batches, lambda rank: self.done(batches, rank).batches)
+
+    def _missing(self, batches: Sequence[list[int]], of: Callable[[int], int]) -> list[str]:
         found = []
         for rank in range(self.world or 1):
-            done, all_of_it = self.done(rank), len(self.share(batches, rank))
+            done, all_of_it = of(rank), len(self.share(batches, rank))
             if done < all_of_it:
                 found.append(f"rank {rank} ({done} of {all_of_it} batches)")
         return found
 
     def finish(self, about: Mapping[str, Any], target: Path) -> None:
-        write_atomically(self.folder / "about.json", (json.dumps(about, indent=1) + "\n").encode())
+        arrays = {path.stem: summary(path) for path in sorted(self.folder.glob("*.npy"))}
+        write_atomically(
+            self.folder / ABOUT, (json.dumps({**about, "arrays": arrays}, indent=1) + "\n").encode(), sync=True
+        )
         os.replace(self.folder, target)
-        for record in target.glob("progress*.json"):
-            record.unlink()
+        sync_folder(target.parent)
+        sweep(target)
 
     @contextmanager
     def arrays(self, rows: int) -> Iterator[Arrays]:
@@ -84,19 +205,41 @@ class Unfinished:
             arrays.close()
 
 
+class Progress(NamedTuple):
+    """What of a rank's share is on the disk."""
+
+    batches: int = 0
+    sha256: Sequence[tuple[int, str]] = ()  # of the batches before each record, since the one before
+    arrays: Sequence[str] = ()
+
+    def after(self, batches: int, arrays: Arrays) -> Progress:
+        """When all that was written into ``arrays`` is on the disk."""
+        return Progress(batches, [*self.sha256, (batches, arrays.taken_sum())], arrays.names)
+
+
 class Arrays:
     """Numpy files of ``rows`` rows in a folder, each created by whoever first has something to write to it."""
 
     def __init__(self, folder: Path, lock: Path, rows: int) -> None:
         self._folder, self._lock, self._rows = folder, lock, rows
         self._files: dict[str, tuple[Any, int, int]] = {}  # the open file, where its rows begin, bytes a row
+        self._sum = hashlib.sha256()
+        self.names: list[str] = []
+
+    def taken_sum(self) -> str:
+        """SHA-256 of all rows that were written since the last call, batch by batch."""
+        found, self._sum = self._sum.hexdigest(), hashlib.sha256()
+        return found
 
     def write(self, rows: Sequence[int], values: Mapping[str, Any]) -> None:
         """Rows of each array [B, ...]."""
-        for name, array in values.items():
+        self.names = sorted(values)
+        for name in self.names:
+            array = values[name]
             if name not in self._files:
                 self._files[name] = self._opened(name, array)
             file, start, size = self._files[name]
+            self._sum.update(array.tobytes())
             for row, value in zip(rows, array, strict=True):
                 file.seek(start + row * size)
                 file.write(value.tobytes())
@@ -120,7 +263,8 @@ class Arrays:
                 open_memmap(new, "w+", like.dtype, (self._rows, *like.shape[1:]))
                 _allocate(new)
                 os.replace(new, path)
-        found = open_memmap(path, "r")
+                sync_folder(self._folder)
+        found = opened(path, {"dtype": str(like.dtype), "shape": [self._rows, *like.shape[1:]]})
         return open(path, "r+b"), found.offset, found.strides[0]
 
 

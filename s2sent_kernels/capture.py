@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import families, probe, validate
+from . import families, input_tokens, probe, validate
 from .captured_call import CapturedCall, drop_interrupted
 from .consumers import Consumer, KeptStates, PooledStates
 from .formula.call import POOLINGS
@@ -60,6 +60,9 @@ class BlockCapture:
     once each. Where single blocks are compiled results are right, but every block counts against the recompilation limit:
     beyond it the hooks run uncompiled, and ``fullgraph=True`` fails.
 
+    Hidden states are those of the input's tokens. Padding that the encoder adds (Longformer, BigBird, LED) and tokens that it
+    puts in front (prompt tuning, CPM-Ant) are left out; which these are, a run on token ids proves.
+
     An encoder without weights (on the device "meta") is run when the capture first runs. One that does not run on token ids alone
     is trusted by names: its first list of blocks, and a norm beside it that is called like one.
 
@@ -69,6 +72,8 @@ class BlockCapture:
     """
 
     _settled = True  # also of captures that were pickled when the norm was found by its name
+    _front: int | None = None  # tokens that the encoder puts in front, None where it was not seen to add any
+    _adds_none = False  # it was asked where hidden states were longer than an input, and did not add them of itself
 
     def __init__(
         self, encoder: nn.Module, blocks: Sequence[int] | str | None = None, *, block_norm: str | None = "final"
@@ -88,11 +93,11 @@ class BlockCapture:
         else:
             self._hook(found, _named_norm(encoder, block_norm))
 
-    def _hook(self, found: list[nn.Module], norm: nn.Module | None) -> None:
+    def _hook(self, found: list[nn.Module], norm: nn.Module | None, front: int | None = None) -> None:
         """Follow the chosen of these blocks, in the place of those before."""
         for handle in self._handles:
             handle.remove()
-        self._norm = norm
+        self._norm, self._front = norm, front
         self._modules = [found[index] for index in self.blocks]
         # Which n each run of a module delivers, -1 for none: one run a module, several where it is shared.
         self._hooked = list(dict.fromkeys(self._modules))
@@ -133,20 +138,29 @@ class BlockCapture:
         self.run(kept, **encoder_inputs)
         return kept.hidden_states
 
-    def pool(self, selector: S2SentSelector, *, pooling: str = "mean", **encoder_inputs: Any) -> Tensor:
-        """Sentence embeddings o [B, D]: ``selector.pool`` of the blocks under the inputs' ``attention_mask`` [B, L].
+    def pool(
+        self,
+        selector: S2SentSelector,
+        *,
+        pooling: str = "mean",
+        pooling_mask: Tensor | None = None,
+        **encoder_inputs: Any,
+    ) -> Tensor:
+        """Sentence embeddings o [B, D]: ``selector.pool`` of the blocks. The tokens that count are those of ``pooling_mask``
+        [B, L], or of the inputs' ``attention_mask``, where that is [B, L].
 
         Without gradients (grad mode off, or nothing that requires one) large hidden states are not kept: each block is then
         squeezed and pooled as it finishes and its hidden state freed, so that peak memory is the encoder's own. Hidden states
         that are small for their device (``consumers.KEPT_SHARE``) are kept, which costs the host less.
 
         Raises:
-            ValueError: the selector's N or D is not the capture's, before the encoder runs; the mask has another shape.
+            ValueError: before the encoder runs: the selector's N or D is not the capture's, or the mask has another shape, as
+                those of pairs of tokens have; then ``pooling_mask`` is needed.
             RuntimeError: as ``collect``.
         """
         self.check(selector)
         validate.option("pooling", pooling, POOLINGS)
-        mask = encoder_inputs.get("attention_mask")
+        mask = input_tokens.mask_of(encoder_inputs, pooling_mask)
         # An exported graph keeps the selector as one public op, independent of an engine's kernels.
         if self.needs_gradient(selector, encoder_inputs) or torch.compiler.is_exporting():
             return selector.pool(self.collect(**encoder_inputs), mask, pooling=pooling)
@@ -154,10 +168,11 @@ class BlockCapture:
         self.run(pooled, **encoder_inputs)
         return pooled.result()
 
-    def fuse(self, selector: S2SentSelector, **encoder_inputs: Any) -> Tensor:
-        """Fused tokens v [B, L, D], 0 at padding: ``selector`` of the blocks. Errors as in ``pool``."""
+    def fuse(self, selector: S2SentSelector, *, pooling_mask: Tensor | None = None, **encoder_inputs: Any) -> Tensor:
+        """Fused tokens v [B, L, D], 0 at padding: ``selector`` of the blocks. Mask and errors as in ``pool``."""
         self.check(selector)
-        return selector(self.collect(**encoder_inputs), encoder_inputs.get("attention_mask"))
+        mask = input_tokens.mask_of(encoder_inputs, pooling_mask)
+        return selector(self.collect(**encoder_inputs), mask)
 
     def remove(self) -> None:
         """Remove the hooks; again is harmless."""
@@ -173,21 +188,22 @@ class BlockCapture:
     ) -> None:
         self.remove()
 
-    def run(self, consumer: Consumer, **encoder_inputs: Any) -> None:
-        """Run the encoder on its inputs; ``consumer`` receives each chosen block's hidden state as the block finishes. Errors as
-        in ``collect``."""
+    def run(self, consumer: Consumer, **encoder_inputs: Any) -> Any:
+        """Run the encoder on its inputs, and return its output; ``consumer`` receives each chosen block's hidden state as the
+        block finishes. Errors as in ``collect``."""
         if self._removed:
             raise RuntimeError("the capture's hooks were removed: make a new BlockCapture")
-        call = CapturedCall(self, consumer)
+        call = CapturedCall(self, consumer, input_tokens.length_of_call((), encoder_inputs))
         try:  # an interrupt may come at once
             _thread.calls.append(call)
-            self.encoder(**encoder_inputs)
+            output = self.encoder(**encoder_inputs)
         finally:
             if _thread.calls and _thread.calls[-1] is call:
                 _thread.calls.pop()
         if call.next < len(self.blocks):
             raise call.missing()
         call.finish()
+        return output
 
     def check(self, selector: S2SentSelector) -> None:
         """Raises a ValueError where the selector's N or D is not the capture's."""
@@ -212,20 +228,21 @@ def _named_norm(encoder: nn.Module, block_norm: str | None) -> nn.Module | None:
     return families.find_final_norm(encoder) if block_norm == "final" else None
 
 
-def _asked(encoder: nn.Module, block_norm: str | None) -> tuple[list[nn.Module], nn.Module | None]:
-    """The encoder's blocks, and the norm to apply to each: as proven, or by their names where the encoder cannot be asked."""
+def _asked(encoder: nn.Module, block_norm: str | None) -> probe.Found:
+    """The encoder's blocks, the norm to apply to each, and the tokens in front: as proven, or by their names where the encoder
+    cannot be asked."""
     try:
         found = probe.find(encoder)
     except probe.CannotRun:
-        return families.find_blocks(encoder), _named_norm(encoder, block_norm)
+        return probe.Found(families.find_blocks(encoder), _named_norm(encoder, block_norm))
     except probe.Unproven as error:
         if block_norm == "final":
             raise probe.UnknownNorm(
                 f"block_norm: expected None or 'layernorm' for {type(encoder).__name__}, whose final norm is unknown, got "
                 f"'final': {error}"
             ) from error
-        return families.find_blocks(encoder), None
-    return found.blocks, found.norm if block_norm == "final" else None
+        return probe.Found(families.find_blocks(encoder), None)
+    return found if block_norm == "final" else found._replace(norm=None)
 
 
 class BlockListener:
@@ -261,7 +278,7 @@ class BlockListener:
         self._consumer = consumer
         self.called: nn.Module | None = encoder if called is None else called
         self._handles = [
-            self.called.register_forward_pre_hook(partial(_begin, self)),
+            self.called.register_forward_pre_hook(partial(_begin, self), with_kwargs=True),
             self.called.register_forward_hook(partial(_end, self), always_call=True),
         ]
 
@@ -346,7 +363,8 @@ def _deliver(key: str, slot: int, module: nn.Module, args: Any, output: Any) -> 
             return
 
 
-def _begin(listener: BlockListener, module: nn.Module, args: Any) -> None:
+def _begin(listener: BlockListener, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+    """Hooks that were pickled before ``kwargs`` were wanted are called without."""
     calls = _thread.calls
     traced = torch.compiler.is_compiling()  # no frame of Python's runs then
     if calls and not traced:
@@ -356,7 +374,8 @@ def _begin(listener: BlockListener, module: nn.Module, args: Any) -> None:
         return
     listener.forget()
     consumer = None if listener._consumer is None else listener._consumer(*args)
-    call = CapturedCall(listener.capture, KeptStates() if consumer is None else consumer, module)
+    length = input_tokens.length_of_call(args, kwargs or {})
+    call = CapturedCall(listener.capture, KeptStates() if consumer is None else consumer, length, module)
     call.beside = beside
     call.frame = None if traced else sys._getframe(1)
     calls.append(call)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import families
+from . import families, probe
 from .consumers import Consumer, KeptStates
 
 if TYPE_CHECKING:
@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 class CapturedCall:
     """One run of an encoder: the consumer of its hidden states, and the next block to deliver. Keeps none itself."""
 
-    def __init__(self, capture: BlockCapture, consumer: Consumer, called: nn.Module | None = None) -> None:
+    def __init__(
+        self, capture: BlockCapture, consumer: Consumer, length: int | None, called: nn.Module | None = None
+    ) -> None:
         if not capture._settled:
             capture.settle()
         self.capture = capture
+        self.length = length  # L of the input, None where the call does not tell
         self.called = called  # by other code, and followed by a listener
         self.beside = False  # the call below is the same run, followed by another listener
         self.frame: FrameType | None = None  # that runs the followed module
@@ -58,6 +61,7 @@ class CapturedCall:
             raise TypeError(
                 f"block {self.blocks[n]}: expected a tensor or a tuple led by one, got {type(output).__name__}"
             )
+        hidden_state = self.of_input(hidden_state)
         self.next += 1
         self.consumer.add(n, hidden_state if self.normed_last else self.normalised(hidden_state))
 
@@ -65,6 +69,21 @@ class CapturedCall:
         """After the last block."""
         if self.normed_last:
             self.normed_last.hidden_states = [self.normalised(u) for u in self.normed_last.hidden_states]
+
+    def of_input(self, hidden_state: Tensor) -> Tensor:
+        """A hidden state without the tokens that the encoder has added to the input."""
+        capture, length = self.capture, self.length
+        if length is None or capture._adds_none or hidden_state.dim() != 3 or hidden_state.shape[1] <= length:
+            return hidden_state
+        if capture._front is None:  # BigBird pads long inputs alone
+            if not probe.ready(capture.encoder):
+                raise RuntimeError(
+                    f"the encoder makes hidden states of {hidden_state.shape[1]} tokens of an input of {length}: expected one "
+                    "run of such an input before it is traced or compiled"
+                )
+            capture._front = probe.front(capture.encoder, length, hidden_state.shape[1])
+            capture._adds_none = capture._front is None
+        return probe.of_input(hidden_state, capture._front, length)
 
     def normalised(self, hidden_state: Tensor) -> Tensor:
         if self.norm is not None:

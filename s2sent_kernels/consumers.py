@@ -54,14 +54,23 @@ class PooledStates:
         if self._stream is None:
             self._kept.append(hidden_state)
         else:
-            self._stream.add(block, hidden_state)
+            self._add_to(self._stream, block, hidden_state)
 
     def result(self) -> Tensor:
         """Sentence embeddings o [B, D]."""
         if self._stream is not None:
-            return self._stream.result()
+            return self._result_of(self._stream)
         with torch.no_grad():
-            return self._selector.pool(self._kept, self._mask, cu_seqlens=self._cu_seqlens, pooling=self._pooling)
+            return self._of_kept(self._kept)
+
+    def _add_to(self, stream: BlockwisePool, block: int, hidden_state: Tensor) -> None:
+        stream.add(block, hidden_state)
+
+    def _result_of(self, stream: BlockwisePool) -> Tensor:
+        return stream.result()
+
+    def _of_kept(self, hidden_states: list[Tensor]) -> Tensor:
+        return self._selector.pool(hidden_states, self._mask, cu_seqlens=self._cu_seqlens, pooling=self._pooling)
 
 
 def _is_small(hidden_state: Tensor, num_blocks: int) -> bool:

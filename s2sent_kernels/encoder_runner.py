@@ -96,19 +96,28 @@ class EncoderRunner:
 
     @torch.no_grad()
     def states(self, tokens: Tokens, rows: Iterable[int]) -> BlockStates:
-        """Hidden states of all captured blocks, for whoever reads them in several ways."""
-        inputs = self.padded(tokens, rows)
+        """Hidden states of all captured blocks in the order of ``rows``, for whoever reads them in several ways."""
+        import numpy as np
+
+        chosen = np.fromiter(rows, np.int64)
+        inputs = self.padded(tokens, chosen)
         with self.lock:
             mask = to_device(inputs["attention_mask"], self.device)
             if not self.packs(tokens):
                 on_device = {name: to_device(tensor, self.device) for name, tensor in inputs.items()}
                 return BlockStates(self.run_padded(KeptStates(), on_device).hidden_states, mask)
-            kept = self.run_packed(lambda cu_seqlens: KeptStates(), tokens, rows)
-            return BlockStates([_unpacked(u, mask) for u in kept.hidden_states], mask)
+            lengths = tokens.lengths[chosen]
+            order = np.argsort(-lengths, kind="stable")  # neighbours of one length share a call of the attention
+            kept = self.run_packed(lambda cu_seqlens: KeptStates(), tokens, chosen[order])
+            ends = lengths[order].cumsum()
+            # Of each token: its place among B L, from its sentence's row and its own place in the sentence.
+            place = np.repeat(order * mask.shape[1] - (ends - lengths[order]), lengths[order]) + np.arange(ends[-1])
+            where = to_device(torch.from_numpy(place), self.device)
+            return BlockStates([_unpacked(u, where, mask) for u in kept.hidden_states], mask)
 
 
-def _unpacked(hidden_state: Tensor, mask: Tensor) -> Tensor:
-    """[T, D] of all sentences to [B, L, D]."""
-    result = hidden_state.new_zeros(*mask.shape, hidden_state.shape[-1])
-    result[mask.bool()] = hidden_state
-    return result
+def _unpacked(hidden_state: Tensor, where: Tensor, mask: Tensor) -> Tensor:
+    """[T, D] of all sentences to [B, L, D], each token to its place among B L."""
+    result = hidden_state.new_zeros(mask.numel(), hidden_state.shape[-1])
+    result[where] = hidden_state
+    return result.unflatten(0, mask.shape)

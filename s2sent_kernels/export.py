@@ -8,7 +8,6 @@ batch and length.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import validate
+from . import pooling_modes, validate
 from .capture import BlockCapture
-from .files import require
+from .files import require, scratch
 from .formula.call import POOLINGS
 from .selector import S2SentSelector
 
@@ -197,7 +196,12 @@ def of_modules(model: Any) -> Pipeline:
             f"got {', '.join(type(module).__name__ for module in modules)}"
         )
     head = _Behind(behind) if behind else None
-    pipeline = Pipeline(listener.capture, pooling.selector, pooling.pooling, head)
+    single = pooling_modes.single(pooling_modes.parse(pooling.pooling))
+    if single is None:
+        raise ValueError(
+            f"model: expected an S2SentPooling whose pooling is one of {POOLINGS}, got {pooling.pooling!r}"
+        )
+    pipeline = Pipeline(listener.capture, pooling.selector, single, head)
     pipeline.owners = (pooling,)
     pipeline.tokenizer, pipeline.prompts = model.tokenizer, model.prompts
     return pipeline
@@ -228,7 +232,7 @@ def _root(error: BaseException) -> BaseException:
 def _written_whole(path: Path, name: str) -> Iterator[str]:
     """A temporary path that ends in ``name``. At the end the file is moved to ``path``, after the ".data" it refers to."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with scratch(path.parent, path.name) as folder:
         file = os.path.join(folder, name)
         yield file
         if os.path.exists(f"{file}.data"):

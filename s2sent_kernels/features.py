@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import pooling_modes
 from .consumers import PooledStates
+from .pooling_modes import ModePool, PooledByModes
+from .selector import S2SentSelector
 
 if TYPE_CHECKING:
     from .sentence_transformers import S2SentPooling
@@ -20,26 +23,43 @@ class Counted(NamedTuple):
     attention_mask: Tensor | None
     cu_seqlens: Tensor | None = None
     kept: Tensor | None = None  # [T] bool, of packed tokens, where prompts are left out
+    places: Tensor | None = (
+        None  # [B, L], or [T] of packed tokens that count: each one's in its text, from 1, prompt included
+    )
 
     @classmethod
-    def of(cls, features: Mapping[str, Any], include_prompt: bool) -> Counted:
+    def of(cls, features: Mapping[str, Any], include_prompt: bool, with_places: bool = False) -> Counted:
         mask, skip = features.get("attention_mask"), 0
+        if mask is not None and "cu_seq_lens_q" not in features and mask.dim() != 2:
+            raise ValueError(
+                f"features: expected an attention_mask [B, L] to pool by, got shape {list(mask.shape)}: BlockCapture.pool and "
+                "S2SentModel take a pooling_mask beside one of another form"
+            )
         if not include_prompt and "prompt_length" in features:
             length = features["prompt_length"]
             skip = int(length[0].item()) if isinstance(length, Tensor) else int(length)
         if "cu_seq_lens_q" in features:
-            return cls._packed(features["cu_seq_lens_q"].to(torch.int32), skip)
-        return cls(mask * (mask.cumsum(1) > skip) if skip and mask is not None else mask)
+            return cls._packed(features["cu_seq_lens_q"].to(torch.int32), skip, with_places)
+        if mask is None:
+            return cls(None)
+        counted = mask * (mask.cumsum(1) > skip) if skip else mask
+        if not with_places or not mask.shape[1]:
+            return cls(counted)
+        index = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        return cls(counted, places=index - (mask != 0).int().argmax(dim=1, keepdim=True))
 
     @classmethod
-    def _packed(cls, cu_seqlens: Tensor, skip: int) -> Counted:
-        if not skip:
+    def _packed(cls, cu_seqlens: Tensor, skip: int, with_places: bool) -> Counted:
+        if not skip and not with_places:
             return cls(None, cu_seqlens)
         lengths = cu_seqlens.diff()
-        place = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
-        kept = place - cu_seqlens[:-1].repeat_interleave(lengths) >= skip
+        index = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
+        places = index - cu_seqlens[:-1].repeat_interleave(lengths) + 1
+        if not skip:
+            return cls(None, cu_seqlens, places=places)
+        kept = places > skip
         ends = (lengths - skip).clamp(min=0).cumsum(0)
-        return cls(None, torch.cat([ends.new_zeros(1), ends]).to(torch.int32), kept)
+        return cls(None, torch.cat([ends.new_zeros(1), ends]).to(torch.int32), kept, places[kept])
 
     def select(self, state: Tensor) -> Tensor:
         """[B, L, D] as it is, or of packed [1, T, D] the tokens that count."""
@@ -49,14 +69,43 @@ class Counted(NamedTuple):
         return state if self.kept is None else state[self.kept]
 
 
+def pool(
+    selector: S2SentSelector, pooling: Any, features: Mapping[str, Any], include_prompt: bool, states: Sequence[Tensor]
+) -> Tensor:
+    """Sentence embeddings of a call's hidden states, which were kept."""
+    modes = pooling_modes.parse(pooling)
+    tokens = Counted.of(features, include_prompt, "weightedmean" in modes)
+    states, single = [tokens.select(state) for state in states], pooling_modes.single(modes)
+    if single is not None:
+        return selector.pool(states, tokens.attention_mask, cu_seqlens=tokens.cu_seqlens, pooling=single)
+    return _mode_pool(selector, modes, tokens).of(states)
+
+
+def streams(pooling: Any) -> bool:
+    """Whether hidden states can be pooled one by one."""
+    return "max" not in pooling_modes.parse(pooling)
+
+
+def _pool(selector: S2SentSelector, modes: Sequence[str], tokens: Counted) -> PooledStates:
+    single = pooling_modes.single(modes)
+    if single is not None:
+        return PooledStates(selector, tokens.attention_mask, tokens.cu_seqlens, single)
+    return PooledByModes(_mode_pool(selector, modes, tokens))
+
+
+def _mode_pool(selector: S2SentSelector, modes: Sequence[str], tokens: Counted) -> ModePool:
+    return ModePool(selector, modes, tokens.attention_mask, tokens.cu_seqlens, tokens.places)
+
+
 class Stream:
     """Pools the hidden states of a call."""
 
     def __init__(self, module: S2SentPooling, features: Mapping[str, Any]) -> None:
         self.counted = _counted(features)
-        self.tokens = Counted.of(features, module.include_prompt)
+        modes = pooling_modes.parse(module.pooling)
+        self.tokens = Counted.of(features, module.include_prompt, "weightedmean" in modes)
         self.selector = module.selector
-        self.pool = PooledStates(module.selector, self.tokens.attention_mask, self.tokens.cu_seqlens, module.pooling)
+        self.pool = _pool(module.selector, modes, self.tokens)
 
     def add(self, block: int, hidden_state: Tensor) -> None:
         self.pool.add(block, self.tokens.select(hidden_state))

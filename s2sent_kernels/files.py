@@ -1,16 +1,19 @@
-"""Locks, clean-up and atomic writes for output folders; the package's data; imports of optional packages; errors in a line;
-whether somebody watches."""
+"""Locks, clean-up and atomic writes for output files and folders; the package's data; imports of optional packages; errors in a
+line; whether somebody watches."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import importlib
 import os
+import re
+import shutil
 import stat
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -70,17 +73,43 @@ def data_folder() -> Path:
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[None]:
     """Hold an exclusive lock on the file ``path``, which is created if missing. The operating system releases the lock when the
-    process ends, even if it is killed.
+    process ends, even if it is killed. Whoever holds the lock may remove the file.
 
     Raises:
-        ValueError: another process holds the lock and ``wait`` is False; names the folder.
+        ValueError: another process holds the lock and ``wait`` is False; names the folder. ``path`` is a link.
     """
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise ValueError(f"{path.parent}: another process is writing there") from error
+    file = _lock(path, wait)
+    while not _is_at(file, path):  # it was removed while this process waited, and locks nothing any more
+        os.close(file)
+        file = _lock(path, wait)
+    try:
         yield
+    finally:
+        os.close(file)
+
+
+def _lock(path: Path, wait: bool) -> int:
+    try:
+        # Not truncated, and no link followed: the file may be anybody's.
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path}: expected a file to lock, got a symbolic link: remove it") from error
+        raise
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException as error:
+        os.close(file)
+        if isinstance(error, BlockingIOError):
+            raise ValueError(f"{path.parent}: another process is writing there") from error
+        raise
+    return file
+
+
+def _is_at(file: int, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file), os.stat(path, follow_symlinks=False))
+    return False
 
 
 def missing(folder: Path) -> list[Path]:
@@ -93,6 +122,77 @@ def remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder that becomes ``target``, which is new or empty, when the ``with`` block ends: it is there whole or not at
+    all, also if the process is killed. What killed processes left beside it is removed.
+
+    A folder whose parent cannot be written to, or that another disk is mounted on, cannot be replaced: it is filled file by file.
+    """
+    target = Path(os.path.realpath(target))
+    beside = not os.path.ismount(target) and (not target.is_dir() or os.access(target.parent, os.W_OK | os.X_OK))
+    place = target.parent if beside else target
+    made = missing(place)
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        with scratch(place, target.name) as whole:
+            yield whole
+            sync_files(path for path in (*whole.rglob("*"), whole) if not path.is_symlink())
+            if beside:
+                if target.is_dir():
+                    whole.chmod(stat.S_IMODE(target.stat().st_mode))
+                os.rename(whole, target)
+            else:
+                for name in os.listdir(whole):
+                    os.rename(whole / name, target / name)
+            sync_folder(place)
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+@contextlib.contextmanager
+def scratch(place: Path, name: str) -> Iterator[Path]:
+    """A hidden folder in ``place`` for what is to become ``place / name``, removed when the ``with`` block ends, or by the next
+    call if the process is killed in it."""
+    sweep(place, name)
+    folder, lock = _locked_folder(place, name)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+UNFINISHED = r"\.{}\.[0-9a-f]{{32}}\.new"  # of a folder's name
+
+
+def sweep(place: Path, name: str) -> None:
+    """Remove the folders that killed processes were to rename to ``place / name``: nobody holds their locks."""
+    for path in place.iterdir():
+        if re.fullmatch(UNFINISHED.format(re.escape(name)), path.name) and path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(OSError):  # the lock is held, or this kind of disk knows none
+                lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path)
+                finally:
+                    os.close(lock)
+
+
+def _locked_folder(place: Path, name: str) -> tuple[Path, int]:
+    """A fresh folder, on which a lock is held until the handle is closed."""
+    while True:
+        path = place / f".{name}.{uuid.uuid4().hex}.new"
+        path.mkdir()
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # as above
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(lock, path):
+            return path, lock
+        os.close(lock)  # it was taken for a killed process's before it had its lock
 
 
 def write_atomically(path: Path, content: bytes, *, sync: bool = False) -> None:
@@ -131,6 +231,12 @@ def open_to_umask(folder: Path, pattern: str = "*") -> None:
     for path in folder.rglob(pattern):
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)
+
+
+def sync_files(paths: Iterable[Path]) -> None:
+    """Wait until the content of these files, and the entries of these folders, are on the disk."""
+    for path in paths:
+        sync_folder(path)
 
 
 def sync_folder(folder: Path) -> None:

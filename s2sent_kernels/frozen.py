@@ -238,19 +238,20 @@ def prepare(
     dev: Sequence[tuple[str, str, float]] | None = None,
     settings: cache.Settings = cache.DEFAULT,
     progress: bool = False,
+    verify: bool = False,
 ) -> Prepared:
     """Encode once (or open the cache), for any number of trainings. Arguments and errors as ``fit``."""
     if selector.profile != "paper":
         raise ValueError(f"selector: expected profile 'paper', got {selector.profile!r}")
     texts = [text for row in examples for text in row if text]
-    cached = cache.make(encoder, tokenizer, texts, folder, settings, progress=progress)
+    cached = cache.make(encoder, tokenizer, texts, folder, settings, progress=progress, verify=verify)
     if selector.hidden_size != cached.hidden_size:
         raise ValueError(f"selector: expected hidden_size = {cached.hidden_size}, got {selector.hidden_size}")
     device = next(selector.parameters()).device
     score: Dev | None = None
     if dev is not None:
         pairs = [text for one, other, _ in dev for text in (one, other)]
-        cached_dev = cache.make(encoder, tokenizer, pairs, folder, settings, progress=progress)
+        cached_dev = cache.make(encoder, tokenizer, pairs, folder, settings, progress=progress, verify=verify)
         rows = cached_dev.rows(pairs)
         features = Features.of(cached_dev, selector.num_blocks, selector.frequencies).to(device)
         score = Dev(features, rows[::2], rows[1::2], [gold for _, _, gold in dev])
@@ -270,6 +271,7 @@ def fit(
     recipe: Recipe = DEFAULT,
     settings: cache.Settings = cache.DEFAULT,
     progress: bool = False,
+    verify: bool = False,
 ) -> History:
     """Encode once (or open the cache), and train ``selector`` in place from it.
 
@@ -278,12 +280,21 @@ def fit(
         folder: of the caches.
         dev: (sentence, sentence, score); chooses the epoch.
         settings: of the cache. The selector reads the last N of its blocks.
+        verify: compare a cache that is opened with its checksums.
 
     Raises:
         ValueError: the selector does not fit the cached blocks, there are fewer than two examples, or a setting is wrong.
     """
     check(recipe, len(examples), selector.hidden_size)  # before encoding, which may take hours
     prepared = prepare(
-        encoder, tokenizer, selector, examples, folder=folder, dev=dev, settings=settings, progress=progress
+        encoder,
+        tokenizer,
+        selector,
+        examples,
+        folder=folder,
+        dev=dev,
+        settings=settings,
+        progress=progress,
+        verify=verify,
     )
     return prepared.train(selector, recipe)

@@ -18,7 +18,7 @@ from torch import nn
 
 from . import absent, export, families
 from .capture import BlockCapture
-from .checkpoints import pretrained
+from .checkpoints import folders, pretrained
 from .files import first_line, require
 from .selector import S2SentSelector
 
@@ -118,7 +118,10 @@ def _config_of(folder: Path, model: str) -> dict[str, Any]:
 
 
 def _cannot_load(model: str, error: BaseException) -> LoadError:
-    return LoadError(f"model {model} cannot be loaded: {first_line(error)}")
+    """The libraries' errors seldom name the file that cannot be read."""
+    folder = Path(model).expanduser()
+    reason = folders.broken(folder) if folder.is_dir() else None
+    return LoadError(f"model {model} cannot be loaded: {reason or first_line(error)}")
 
 
 # ---------------------------------------------------------------- loading
@@ -186,6 +189,7 @@ def _load_encoder(path: str, name: str, dtype: torch.dtype | str) -> Any:
         config = transformers.AutoConfig.from_pretrained(path)
         encodes = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING  # T5's AutoModel would have a decoder
         kind = transformers.AutoModelForTextEncoding if encodes else transformers.AutoModel
+        folders.check_shapes(Path(path), lambda: kind.from_config(config))
         encoder, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
         absent.check(path, encoder, found["missing_keys"])
     except Exception as error:  # as above
@@ -233,7 +237,7 @@ def load_whole(model: str) -> tuple[Any, Any]:
             return sentences, sentences[0].auto_model
         from .sentence_transformers import SentenceTransformer  # first: its ImportError names the extra
 
-        importlib.import_module("s2sent_kernels.transformers")  # registers S2SentModel
+        _check_shapes(folder)  # also registers S2SentModel
         from sentence_transformers.base.modules import Transformer
 
         module = Transformer(
@@ -255,6 +259,7 @@ def load_classifier(model: str) -> tuple[Any, Any]:
         raise LoadError(f"model {model}: expected the folder of a classifier, an S2SentForSequenceClassification")
     try:
         kind: Any = importlib.import_module("s2sent_kernels.transformers").S2SentForSequenceClassification
+        _check_shapes(folder, kind)
         whole = _complete(kind.from_pretrained(folder), folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the loaders raise errors of many kinds
@@ -274,9 +279,17 @@ def load_saved(model: str) -> Any:
             return load(folder, device="cpu")
         from .transformers import S2SentModel
 
+        _check_shapes(folder)
         return _complete(S2SentModel.from_pretrained(folder), folder)
     except Exception as error:  # as above
         raise _cannot_load(model, error) from error
+
+
+def _check_shapes(folder: Path, kind: Any = None) -> None:
+    """``folders.check_shapes`` of a folder that S2SentModel wrote, or another ``kind``."""
+    module: Any = importlib.import_module("s2sent_kernels.transformers")
+    kind = kind or module.S2SentModel
+    folders.check_shapes(folder, lambda: kind(kind.config_class.from_pretrained(folder)))
 
 
 def load_pipeline(source: Source) -> export.Pipeline:

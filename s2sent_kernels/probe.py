@@ -12,7 +12,7 @@ import functools
 import inspect
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -37,10 +37,12 @@ _HOOKS = (
 
 
 class Found(NamedTuple):
-    """The module that runs as block i, for every i; the norm behind the last one, None where there is none."""
+    """The module that runs as block i, for every i; the norm behind the last one, None where there is none; and, of an encoder
+    that adds tokens of its own to the probe's, how many it puts in front."""
 
     blocks: list[nn.Module]
     norm: nn.Module | None
+    front: int | None = None
 
 
 class Unproven(Exception):
@@ -67,14 +69,26 @@ class _Run(NamedTuple):
     """One run of the twins, which are known by the ids of the encoder's modules."""
 
     twins: dict[int, nn.Module]
+    length: int  # L, of the token ids
+    entering: dict[int, Tensor]  # what the first block of each list is given
     states: dict[int, list[Tensor | None]]  # of each run of each block
     calls: list[_Call]
-    targets: list[Tensor]  # what the encoder returns: [B, L, D]
+    targets: list[Tensor]  # what the encoder returns: [B, L, D], or longer
 
     def state(self, block: nn.Module, blocks: list[nn.Module]) -> Tensor | None:
         """A block's hidden state: of the last run that BlockCapture keeps, which is one for each time that it is listed."""
         runs, listed = self.states.get(id(block), []), sum(each is block for each in blocks)
         return runs[listed - 1] if len(runs) >= listed else None
+
+    def front(self, blocks: list[nn.Module]) -> int | None:
+        """How many tokens the encoder puts in front of the given ones; None where it adds none, there or at the end. Two
+        sentences that differ at every token enter the first block: what the encoder has added is the same in both."""
+        state, entering = self.state(blocks[-1], blocks), self.entering.get(id(blocks[0]))
+        if state is None or state.dim() != 3 or state.shape[1] <= self.length or entering is None:
+            return None
+        places = (entering[0] != entering[1]).any(dim=-1).nonzero().flatten().tolist()
+        first = places[0] if places else 0
+        return first if places == list(range(first, first + self.length)) else None
 
 
 def ready(encoder: nn.Module) -> bool:
@@ -101,6 +115,32 @@ def find(encoder: nn.Module) -> Found:
     if isinstance(found, str):
         raise Unproven(found)
     return found
+
+
+def front(encoder: nn.Module, length: int, total: int) -> int | None:
+    """How many tokens the encoder puts in front of ``length`` token ids where its hidden states have ``total`` tokens. None where
+    it makes no such states of token ids alone.
+
+    Raises:
+        torch.OutOfMemoryError: there was no memory to run it.
+    """
+    encoder = getattr(encoder, "_orig_mod", encoder)
+    lists = families.block_lists(encoder)
+    try:
+        run = _run(encoder, lists, (length,))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # as in ``find``
+        return None
+    state = run.state(lists[0][-1], lists[0])
+    return run.front(lists[0]) if state is not None and run.length == length and state.shape[1] == total else None
+
+
+def of_input(state: Tensor, front: int | None, length: int) -> Tensor:
+    """A hidden state without the tokens that the encoder has added, ``front`` of them before the input's."""
+    if front is None or state.dim() != 3 or state.shape[1] <= length:
+        return state
+    return state[:, front : front + length]
 
 
 # ---------------------------------------------------------------- running
@@ -138,45 +178,54 @@ def _bound_to(twins: dict[int, nn.Module], value: Any) -> Any:
     return None
 
 
-def _listen(
-    twins: dict[int, nn.Module], blocks: set[int], states: dict[int, list[Tensor | None]], calls: list[_Call]
-) -> None:
-    """Keep the hidden state of each block, and the calls of the modules outside of them."""
+def _listen(run: _Run, lists: list[list[nn.Module]]) -> None:
+    """Keep the hidden state of each block, what the first ones are given, and the calls of the modules outside of them."""
+    blocks = {id(block) for each in lists for block in each}
+
+    def keep_entering(block: int, args: Any, kwargs: Any) -> None:
+        given = (each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.is_floating_point())
+        state = next((each for each in given if each.dim() == 3 and len(each) == 2), None)
+        if state is not None:
+            run.entering.setdefault(block, state.clone())
 
     def keep_state(block: int, output: Any) -> None:
         state = families.hidden_state(output)
-        states.setdefault(block, []).append(None if state is None else state.clone())
+        run.states.setdefault(block, []).append(None if state is None else state.clone())
 
     def keep_call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         given = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
         if given is not None and isinstance(output, Tensor) and given.shape == output.shape:
-            calls.append(_Call(module, given.clone(), output.clone()))
+            run.calls.append(_Call(module, given.clone(), output.clone()))
 
-    for each, twin in twins.items():
+    for first in {id(each[0]) for each in lists}:
+        run.twins[first].register_forward_pre_hook(
+            lambda module, args, kwargs, block=first: keep_entering(block, args, kwargs), with_kwargs=True
+        )
+    for each, twin in run.twins.items():
         if each in blocks:
             twin.register_forward_hook(lambda module, args, output, block=each: keep_state(block, output))
         if not any(parameter.dim() > 1 for parameter in twin.parameters()):
             twin.register_forward_hook(keep_call, with_kwargs=True)
 
 
-def _run(encoder: nn.Module, lists: list[list[nn.Module]]) -> _Run:
+def _run(encoder: nn.Module, lists: list[list[nn.Module]], lengths: Sequence[int] = LENGTHS) -> _Run:
     """A run of the first length that the encoder takes. Raises what it raises at the last one."""
-    for length in LENGTHS:
-        twins = _twins(encoder)
-        run = _Run(twins, {}, [], [])
-        _listen(twins, {id(block) for each in lists for block in each}, run.states, run.calls)
+    for length in lengths:
+        inputs = _inputs(encoder, length)
+        run = _Run(_twins(encoder), inputs["input_ids"].shape[1], {}, {}, [], [])
+        _listen(run, lists)
         try:
             with torch.no_grad(), _random_state_kept(encoder):
-                output = twins[id(encoder)](**_inputs(encoder, length))
+                output = run.twins[id(encoder)](**inputs)
         except torch.OutOfMemoryError:
             raise
         except Exception:
-            if length == LENGTHS[-1]:
+            if length == lengths[-1]:
                 raise
             continue
         run.targets.extend(_targets(output))
         return run
-    raise AssertionError("LENGTHS is empty")
+    raise AssertionError("lengths is empty")
 
 
 def _inputs(encoder: nn.Module, length: int) -> dict[str, Any]:
@@ -190,7 +239,8 @@ def _inputs(encoder: nn.Module, length: int) -> dict[str, Any]:
     special = {getattr(config, name, None) for name in SPECIAL}
     usual = [token for token in range(min(vocabulary, 1000)) if token not in special]
     length = min(length, families.positions(encoder) or length)
-    ids = torch.tensor([usual[(7 * place + 1) % len(usual)] for place in range(2 * length)]).view(2, length)
+    # The two sentences differ at every place, by which ``_Run.front`` knows the encoder's own tokens.
+    ids = torch.tensor([[usual[(7 * place + row) % len(usual)] for place in range(length)] for row in (1, 2)])
     ids = ids.to(families.float_parameter(encoder).device)
     inputs: dict[str, Any] = {"input_ids": ids, **families.without_cache(encoder)}
     if "attention_mask" in taken or passes_on:
@@ -239,20 +289,23 @@ def _compare(encoder: nn.Module, lists: list[list[nn.Module]], run: _Run) -> Fou
     named = families.find_final_norm(encoder)
     likely = None if named is None else run.twins[id(named)]  # where several norms compute the same
     for blocks in lists:
-        states = [run.state(block, blocks) for block in blocks]
+        front = run.front(blocks)
+        found = (run.state(block, blocks) for block in blocks)
+        states = [None if state is None else of_input(state, front, run.length) for state in found]
         last = states[-1]
-        for target in run.targets:
+        targets = [of_input(target, front, run.length) for target in run.targets]
+        for target in targets:
             # Of a list beside the first one, as of attentions and norms, all members must look like blocks.
             if last is None or (
                 blocks is not lists[0] and any(each is None or each.shape != target.shape for each in states)
             ):
                 continue
             if _same(last, target):
-                return Found(blocks, None)
-            norms = _norms_between(run.calls, last, target)
+                return Found(blocks, None, front)
+            norms = _norms_between(run, front, last, target)
             if norms:
                 norm = likely if likely in norms else norms[-1]
-                return Found(blocks, next(each for each in encoder.modules() if run.twins[id(each)] is norm))
+                return Found(blocks, next(each for each in encoder.modules() if run.twins[id(each)] is norm), front)
     return _reason(run.state(lists[0][-1], lists[0]), run.targets[0])
 
 
@@ -260,10 +313,11 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.to(b.dtype), b)
 
 
-def _norms_between(calls: list[_Call], last: Tensor, target: Tensor) -> list[nn.Module]:
+def _norms_between(run: _Run, front: int | None, last: Tensor, target: Tensor) -> list[nn.Module]:
     """The modules that were given ``last`` and made ``target`` of it, each token for itself."""
     norms = []
-    for module, given, output in tuple(calls):
+    for module, *tensors in tuple(run.calls):
+        given, output = (of_input(tensor, front, run.length) for tensor in tensors)
         if _same(given, last) and _same(output, target) and not _same(given, output):
             with torch.no_grad():
                 alone = module(given[:, :1])

@@ -49,6 +49,16 @@ class S2SentConfig(transformers.PreTrainedConfig):
         super().__init__(**kwargs)
 
     @property
+    def vocab_size(self) -> int | None:
+        """The encoder's, which resizing the token embeddings changes."""
+        return getattr(self.encoder_config, "vocab_size", None)
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        if self.encoder_config is not None:
+            self.encoder_config.vocab_size = value
+
+    @property
     def hidden_size(self) -> int | None:
         """D, which is the embedding's size too."""
         return None if self.selector is None else self.selector["hidden_size"]

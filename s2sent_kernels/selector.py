@@ -14,6 +14,7 @@ from . import functional, validate
 from .blockwise import BlockwisePool
 from .checkpoints import pretrained, published
 from .engines.choice import BACKENDS
+from .files import first_line
 from .formula import reference
 from .formula.call import ACTIVATIONS, POOLINGS, PROFILES, Activation, Batch, GateParameters, Gating, Profile, Reading
 from .plan import Plan, count_batch, plain_tensors, plan_of
@@ -186,6 +187,21 @@ class S2SentSelector(Joinable):
         squeezed, _ = functional.squeeze_batch(batch, self.reading(None), self.backend)
         return self.gate(squeezed)
 
+    def gates_and_pooled(
+        self,
+        hidden_states: Sequence[Tensor],
+        attention_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        pooling: str = "mean",
+    ) -> tuple[Tensor, Tensor]:
+        """g and p, both [B, N, D] and of the gates' dtype, in one read: o is the sum of their product over n."""
+        batch = self._batch(hidden_states, attention_mask, cu_seqlens)
+        validate.word("pooling", pooling, POOLINGS)  # None is for squeeze alone
+        squeezed, pooled = functional.squeeze_batch(batch, self.reading(pooling), self.backend)
+        assert pooled is not None  # with a pooling
+        return self.gate(squeezed), pooled
+
     def blockwise(
         self,
         attention_mask: Tensor | None = None,
@@ -308,14 +324,15 @@ class S2SentSelector(Joinable):
             ValueError: there is no such folder or name (lists the names), or it holds no selector.
         """
         folder = pretrained.find(name_or_folder)
-        arguments = pretrained.read_config(folder)["selector"]
+        config = pretrained.read_config(folder)["selector"]
+        arguments = {name: config[name] for name in pretrained.ARGUMENTS if name in config}
         try:
-            selector = cls(
-                **{name: arguments[name] for name in pretrained.ARGUMENTS if name in arguments}, backend=backend
-            )
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{folder / pretrained.CONFIG}: {error}") from error
-        state = pretrained.read_weights(folder, selector.state_dict())
+            # Without memory: a number in the file may be absurd.
+            shapes = cls(**arguments, backend=backend, device="meta").state_dict()
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"{folder / pretrained.CONFIG}: {first_line(error)}: {pretrained.REMEDY}") from error
+        state = pretrained.read_weights(folder, shapes)
+        selector = cls(**arguments, backend=backend)
         dtype = torch.promote_types(state["down.weight"].dtype, torch.float32)
         selector.to(dtype).load_state_dict(state)
         return selector.eval()

@@ -8,10 +8,9 @@ Everything else (encode, prompts, similarity, losses, the trainer, quantisation,
 
 from __future__ import annotations
 
-import json
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -21,13 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import absent, families, model_card, onnx_backend, validate
+from . import absent, families, model_card, onnx_backend, pooling_modes, saved_modules, validate
 from .capture import BLOCK_NORMS, BlockListener
-from .checkpoints import pretrained
+from .checkpoints import folders, pretrained
 from .consumers import KeptStates
-from .features import Counted, Stream
+from .features import Stream, pool, streams
 from .files import WEIGHTS, importing, open_to_umask
-from .formula.call import POOLINGS
 from .selector import S2SentSelector
 
 if TYPE_CHECKING:
@@ -68,7 +66,9 @@ class S2SentPooling(Pooling):
         selector: the arguments of S2SentSelector.
         blocks: which blocks, 0 the lowest.
         block_norm: as BlockCapture's.
-        pooling: as in S2SentSelector.pool.
+        pooling: "mean", "cls", "last" (or "lasttoken"), "mean_sqrt_len_tokens", "weightedmean" or "max" as in Pooling, or
+            several of them side by side, each with D features. All are of one squeeze and one gate, and all but "max" pool the
+            blocks in the place of the fused tokens; for "max" the tokens are fused, and the hidden states of all blocks kept.
         include_prompt: whether a prompt's tokens count.
     """
 
@@ -80,15 +80,15 @@ class S2SentPooling(Pooling):
         selector_arguments: dict[str, Any],
         blocks: Sequence[int],
         block_norm: str | None = "final",
-        pooling: str = "mean",
+        pooling: str | Sequence[str] = "mean",
         include_prompt: bool = True,
     ) -> None:
         # A Pooling, so that set_pooling_include_prompt and its like find it; but its state is not one's.
         super(Pooling, self).__init__()
         validate.option("block_norm", block_norm, BLOCK_NORMS)
-        validate.option("pooling", pooling, POOLINGS)
+        self._set_pooling(pooling)
         self.selector_arguments, self.blocks = dict(selector_arguments), list(blocks)
-        self.block_norm, self.pooling, self.include_prompt = block_norm, pooling, include_prompt
+        self.block_norm, self.include_prompt = block_norm, include_prompt
         self.selector = S2SentSelector(**self.selector_arguments)
         self._keep([])
 
@@ -99,7 +99,7 @@ class S2SentPooling(Pooling):
         blocks: Sequence[int] | str | None = "last:3",
         *,
         block_norm: str | None = "final",
-        pooling: str = "mean",
+        pooling: str | Sequence[str] = "mean",
         include_prompt: bool = True,
         **selector: Any,
     ) -> S2SentPooling:
@@ -169,8 +169,14 @@ class S2SentPooling(Pooling):
         Raises:
             RuntimeError: no transformer is attached or it did not run; or it ran without gradients, and the selector's are
                 wanted now.
-            ValueError: the features that decide which tokens count were replaced since the transformer ran.
+            ValueError: the features that decide which tokens count were replaced since the transformer ran, or a module in
+                between has weighted its tokens, which does not reach the blocks' hidden states.
         """
+        if "token_weights_sum" in features:
+            raise ValueError(
+                "features: expected no module between the transformer and S2SentPooling that weights tokens (WordWeights), since "
+                "the hidden states of the blocks are pooled, got token_weights_sum"
+            )
         if not self._listeners:
             raise RuntimeError(
                 "S2SentPooling does not know its transformer: expected one before it in the modules of a SentenceTransformer, "
@@ -182,10 +188,8 @@ class S2SentPooling(Pooling):
             features["sentence_embedding"] = consumer.result(features)
             return features
         assert isinstance(consumer, KeptStates)
-        tokens = Counted.of(features, self.include_prompt)
-        states = [tokens.select(state) for state in consumer.hidden_states]
-        features["sentence_embedding"] = self.selector.pool(
-            states, tokens.attention_mask, cu_seqlens=tokens.cu_seqlens, pooling=self.pooling
+        features["sentence_embedding"] = pool(
+            self.selector, self.pooling, features, self.include_prompt, consumer.hidden_states
         )
         return features
 
@@ -202,7 +206,11 @@ class S2SentPooling(Pooling):
             _refuse_layers_apart(listener.called)
             listener.forget()  # what another route's transformer did and nobody took
             captures.append(listener.capture)
-        if not isinstance(features, Mapping) or any(one.needs_gradient(self.selector, features) for one in captures):
+        if not isinstance(features, Mapping) or not streams(self.pooling):
+            return None
+        if torch.compiler.is_exporting():  # as in BlockCapture.pool
+            return None
+        if any(one.needs_gradient(self.selector, features) for one in captures):
             return None
         return Stream(self, features)
 
@@ -221,7 +229,18 @@ class S2SentPooling(Pooling):
             self._keep([])
 
     def get_embedding_dimension(self) -> int:
-        return self.selector.hidden_size
+        return self.selector.hidden_size * len(pooling_modes.parse(self.pooling))
+
+    # What others read of a Pooling that they have found among a model's modules. ``pooling_mode`` they also set.
+    pooling_output_dimension = property(get_embedding_dimension)
+    embedding_dimension = property(lambda self: self.selector.hidden_size)
+    pooling_mode = property(
+        lambda self: pooling_modes.by_the_library(self.pooling), lambda self, value: self._set_pooling(value)
+    )
+
+    def _set_pooling(self, pooling: str | Sequence[str]) -> None:
+        pooling_modes.parse(pooling)
+        self.pooling = pooling if isinstance(pooling, str) else list(pooling)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Moves to a device, given as torch.nn.Module.to takes it; a dtype is left out (see above)."""
@@ -248,13 +267,11 @@ class S2SentPooling(Pooling):
         init_defaults: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> S2SentPooling:
-        hub: dict[str, Any] = {
-            "token": token,
-            "cache_folder": cache_folder,
-            "revision": revision,
-            "local_files_only": local_files_only,
-        }
-        model = cls(**cls.load_config(model_name_or_path, subfolder=subfolder, **hub))
+        hub: dict[str, Any] = {"token": token, "cache_folder": cache_folder, "revision": revision}
+        hub["local_files_only"] = local_files_only
+        config = cls.load_config(model_name_or_path, subfolder=subfolder, **hub)
+        folders.check_shapes(Path(model_name_or_path, subfolder), lambda: cls(**config))
+        model = cls(**config)
         model.selector.eval()  # like the encoder that transformers loads; trainers and encode set the mode they need
         state = cls.load_torch_weights(model_name_or_path, subfolder=subfolder, **hub)
         pretrained.check_state(absent.file_of(Path(model_name_or_path, subfolder)), state, model.state_dict())
@@ -283,7 +300,7 @@ def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:
             f"path: expected the folder of a saved SentenceTransformer, with a modules.json, got {str(path)!r}"
         )
     own: dict[str, Any] = {}
-    for name in _classes_in(folder):
+    for name in saved_modules.classes_in(folder):
         package, _, kind = name.rpartition(".")
         if package.split(".")[0] == __package__:
             own[name] = getattr(import_module(package), kind)
@@ -304,22 +321,6 @@ def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:
     if backend == "onnx":
         onnx_backend.compute_by_runtime(model, graph, of_runtime)
     return model
-
-
-def _classes_in(folder: Path) -> Iterator[str]:
-    """The full names of the classes that a saved model's modules have, those within Routers included."""
-    for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
-        yield entry["type"]
-        yield from _classes_within(folder / entry["path"])
-
-
-def _classes_within(module: Path) -> Iterator[str]:
-    """Those of a saved Router; none for other modules."""
-    listing = module / Router.config_file_name
-    if listing.is_file():
-        for name, kind in json.loads(listing.read_text(encoding="utf-8"))["types"].items():
-            yield kind
-            yield from _classes_within(module / name)
 
 
 def _encoder_of(transformer: nn.Module) -> nn.Module:

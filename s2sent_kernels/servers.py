@@ -91,13 +91,10 @@ def export_folder(
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"path: expected a folder that does not exist yet or is empty, got {str(path)!r}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-        folder = Path(temporary) / target.name
+    with files.new_folder(target) as folder:
         agreement = _write_model(pipeline, tokenizer, folder, quantize)
         _write_configurations(pipeline, limit, folder)
         tokenizer.save_pretrained(folder)
-        os.replace(folder, target)
     return agreement
 
 
@@ -118,28 +115,33 @@ def _write_model(pipeline: Pipeline, tokenizer: Any, folder: Path, quantize: str
     agreement, path = None, folder / "model.onnx"
     write_onnx(_Served(pipeline), path, [OUTPUT, TOKENS])
     if quantize is not None:
-        whole = folder.parent / "float32"
-        whole.mkdir()
-        for file in folder.iterdir():
-            file.rename(whole / file.name)
-        quantization = files.require("onnxruntime.quantization", "onnxruntime", "onnx")
-        onnx = files.require("onnx", "onnx", "onnx")
-        graph = onnx.load(whole / path.name)
-        # The shapes that an exporter wrote beside the graph can contradict those that onnx infers, which refuses the model then.
-        del graph.graph.value_info[:]
-        quantization.quantize_dynamic(
-            graph,
-            path,
-            weight_type=quantization.QuantType.QInt8,
-            per_channel=True,
-            reduce_range=True,  # 7 bits: products of 8 saturate in the 16-bit sums of CPUs without VNNI
-            use_external_data_format=(whole / f"{path.name}.data").exists(),
-        )
-        agreement = _agreement(whole / path.name, path, tokenizer)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            whole = Path(temporary)
+            for file in folder.glob(f"{path.name}*"):
+                file.rename(whole / file.name)
+            agreement = _quantized(whole, path, tokenizer)
     (folder / "1").mkdir()
     for file in folder.glob("model.onnx*"):
         _link(file, folder / "1" / file.name)
     return agreement
+
+
+def _quantized(whole: Path, path: Path, tokenizer: Any) -> Agreement:
+    """Write ``path`` from the file of its name in ``whole``."""
+    quantization = files.require("onnxruntime.quantization", "onnxruntime", "onnx")
+    onnx = files.require("onnx", "onnx", "onnx")
+    graph = onnx.load(whole / path.name)
+    # The shapes that an exporter wrote beside the graph can contradict those that onnx infers, which refuses the model then.
+    del graph.graph.value_info[:]
+    quantization.quantize_dynamic(
+        graph,
+        path,
+        weight_type=quantization.QuantType.QInt8,
+        per_channel=True,
+        reduce_range=True,  # 7 bits: products of 8 saturate in the 16-bit sums of CPUs without VNNI
+        use_external_data_format=(whole / f"{path.name}.data").exists(),
+    )
+    return _agreement(whole / path.name, path, tokenizer)
 
 
 def _link(file: Path, other: Path) -> None:

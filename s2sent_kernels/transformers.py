@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import families, functional, validate
-from .around_encoder import AroundEncoder, NamesEncoderInputs
+from . import families, functional, input_tokens, validate
+from .around_encoder import OUTPUTS, AroundEncoder, NamesEncoderInputs
 from .capture import BLOCK_NORMS, BlockCapture
 from .checkpoints import published_model
+from .consumers import KeptStates
 from .files import importing
 from .formula import reference
 from .formula.call import POOLINGS
@@ -28,11 +29,14 @@ with importing("transformers", "transformers"):
 
 @dataclass
 class S2SentOutput(ModelOutput):
-    """embedding o [B, D]; on request tokens v [B, L, D] and gates g [B, N, D]."""
+    """embedding o [B, D]; on request tokens v [B, L, D] and gates g [B, N, D], and the encoder's own hidden states and
+    attentions, as it returns them."""
 
     embedding: Tensor | None = None
     tokens: Tensor | None = None
     gates: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class _Head(nn.Module):
@@ -203,6 +207,7 @@ class S2SentModel(AroundEncoder, SavedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        pooling_mask: Tensor | None = None,
         output_tokens: bool = False,
         output_gates: bool = False,
         return_dict: bool | None = None,
@@ -211,10 +216,15 @@ class S2SentModel(AroundEncoder, SavedModel):
         """The embedding of each sentence; ``encoder_inputs`` are the encoder's other inputs, which the signature of a model's own
         ``forward`` names. A tuple of the present outputs where ``return_dict`` is False; by default as the configuration says.
 
+        Args:
+            pooling_mask: [B, L], nonzero at the tokens that count; by default ``attention_mask``. One is needed beside an
+                attention mask of another form, as one of pairs of tokens [B, 1, L, L].
+
         Raises:
-            ValueError: ``output_attentions``, ``output_hidden_states`` or ``labels``, of which this model returns nothing.
+            ValueError: ``labels``, of which this model returns nothing; or the attention mask is no [B, L], and there is no
+                ``pooling_mask``.
         """
-        self._refuse(encoder_inputs)
+        asked = self._asked(encoder_inputs)
         if encoder_inputs.get("labels") is not None:
             raise ValueError("labels: expected none of an S2SentModel, which has no loss, got some")
         given = {
@@ -225,32 +235,32 @@ class S2SentModel(AroundEncoder, SavedModel):
             "inputs_embeds": inputs_embeds,
         }
         encoder_inputs |= {name: tensor for name, tensor in given.items() if tensor is not None}
-        return self._form(self._fuse(encoder_inputs, output_tokens, output_gates), return_dict)
+        return self._form(self._fuse(encoder_inputs, pooling_mask, output_tokens, output_gates, asked), return_dict)
 
-    def _fuse(self, encoder_inputs: dict[str, Any], output_tokens: bool, output_gates: bool) -> S2SentOutput:
+    def _fuse(
+        self,
+        encoder_inputs: dict[str, Any],
+        mask: Tensor | None,
+        output_tokens: bool,
+        output_gates: bool,
+        asked: dict[str, bool],
+    ) -> S2SentOutput:
         pooling = self.config.pooling
-        if not (output_tokens or output_gates):
-            embedding = self._capture.pool(self.selector, pooling=pooling, **encoder_inputs)
+        if not (output_tokens or output_gates or asked):
+            embedding = self._capture.pool(self.selector, pooling=pooling, pooling_mask=mask, **encoder_inputs)
             return S2SentOutput(embedding=embedding if self.head is None else self.head(embedding))
         # One set of gates for all outputs: in training each gate counts as a batch of the running statistics.
-        mask = encoder_inputs.get("attention_mask")
-        states = self._capture.collect(**encoder_inputs)
-        selector = self.selector
-        squeezed, pooled = functional.squeeze(
-            states,
-            mask,
-            frequencies=selector.frequencies,
-            profile=selector.profile,
-            pooling=pooling,
-            backend=selector.backend,
-        )
-        assert pooled is not None  # with a pooling
-        gates = selector.gate(squeezed)
+        mask = input_tokens.mask_of(encoder_inputs, mask)
+        kept = KeptStates()
+        found = self._capture.run(kept, **encoder_inputs, **asked)
+        states = kept.hidden_states
+        gates, pooled = self.selector.gates_and_pooled(states, mask, pooling=pooling)
         embedding = reference.pool(gates, pooled, states[0].dtype)
         return S2SentOutput(
             embedding=embedding if self.head is None else self.head(embedding),
-            tokens=functional.fuse(states, gates, mask, backend=selector.backend) if output_tokens else None,
+            tokens=functional.fuse(states, gates, mask, backend=self.selector.backend) if output_tokens else None,
             gates=gates if output_gates else None,
+            **self._outputs(found, asked),
         )
 
 
@@ -326,6 +336,7 @@ class S2SentForSequenceClassification(AroundEncoder, SavedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        pooling_mask: Tensor | None = None,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
         **encoder_inputs: Any,
@@ -333,10 +344,9 @@ class S2SentForSequenceClassification(AroundEncoder, SavedModel):
         """Logits [B, num_labels] and, with ``labels``, the loss; inputs and ``return_dict`` as S2SentModel's.
 
         Raises:
-            ValueError: ``output_attentions``, ``output_hidden_states``, ``output_tokens`` or ``output_gates``, of which a
-                classifier returns nothing.
+            ValueError: as S2SentModel's; or ``output_tokens`` or ``output_gates``, of which a classifier returns nothing.
         """
-        self._refuse(encoder_inputs)
+        asked = self._asked(encoder_inputs)
         for option in ("output_tokens", "output_gates"):
             if encoder_inputs.pop(option, False):
                 raise ValueError(
@@ -348,12 +358,17 @@ class S2SentForSequenceClassification(AroundEncoder, SavedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            pooling_mask=pooling_mask,
             return_dict=True,
+            **dict.fromkeys(OUTPUTS, False) | asked,
             **encoder_inputs,
         )
         logits = self.classifier(self.dropout(found.embedding))
         loss = None if labels is None else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return self._form(SequenceClassifierOutput(loss=loss, logits=logits), return_dict)
+        output = SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=found.hidden_states, attentions=found.attentions
+        )
+        return self._form(output, return_dict)
 
 
 transformers.AutoConfig.register("s2sent", S2SentConfig)

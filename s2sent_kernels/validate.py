@@ -193,7 +193,7 @@ def tensors(batch: Batch, profile: Profile) -> None:
     for index, other in enumerate(batch.hidden_states):
         if other.shape != shape or other.dtype != dtype or other.device != device:
             _disagreement(index, other, first)
-    positive_int("the hidden size (last dimension of hidden_states)", first.shape[-1])
+    positive_int("the hidden size (last dimension of hidden_states)", batch.hidden_size)
     tokens(batch)
 
 

@@ -6,6 +6,7 @@ that the selector reads; "pooling", for which it was trained; "scalar_mix", the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,10 +16,12 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..files import data_folder, require, write_atomically
+from ..files import data_folder, first_line, new_folder, require, write_atomically
+from . import tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = 1
+REMEDY = "save or download the selector again"
 ARGUMENTS = (
     "hidden_size",
     "num_blocks",
@@ -67,29 +70,35 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ValueError(f"{path}: cannot be read: {reason}: {REMEDY}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT or not isinstance(config.get("selector"), dict):
-        raise ValueError(f"{path}: expected the configuration of a selector, format {FORMAT}")
+        raise ValueError(f"{path}: expected the configuration of a selector, format {FORMAT}: {REMEDY}")
     for name in ARGUMENTS:
         if name not in config["selector"] and name not in LATER:
-            raise ValueError(f"{path}: expected {name!r} under 'selector', and it is not there")
+            raise ValueError(f"{path}: expected {name!r} under 'selector', and it is not there: {REMEDY}")
     return config
 
 
 def read_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of model.safetensors, which must have the names and shapes of ``expected``; in the dtypes they were saved in.
+    The file's header is compared with ``expected`` before anything is read, which may be on the meta device.
 
     Raises:
-        ValueError: the file cannot be read, or a tensor is missing, unknown or of another shape; names it.
+        ValueError: the file cannot be read, or a tensor is missing, unknown, of another shape or kind of numbers, or not finite;
+            names it.
     """
-    tensors = require("safetensors.torch", "safetensors", None)
+    library = require("safetensors.torch", "safetensors", None)
     path = folder / WEIGHTS
+    tensors.check(path, expected, REMEDY)
     try:
-        state: dict[str, Tensor] = tensors.load_file(path)
-    except Exception as error:  # a missing file, or an error class of safetensors itself
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    check_state(path, state, expected)
+        state: dict[str, Tensor] = library.load_file(path)
+    except Exception as error:  # an error class of safetensors itself
+        raise ValueError(f"{path}: cannot be read: {first_line(error)}: {REMEDY}") from error
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name}: expected finite numbers, got others: {REMEDY}")
     return state
 
 
@@ -121,7 +130,8 @@ def save(
     state: Mapping[str, Tensor],
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write config.json and model.safetensors, each atomically.
+    """Write config.json and model.safetensors: a folder that is new or empty is there whole or not at all; in any other, each
+    of the two is.
 
     Args:
         folder: created if missing.
@@ -133,10 +143,15 @@ def save(
         ValueError: as ``check_savable``; nothing is written.
     """
     check_savable(state)
-    tensors = require("safetensors.torch", "safetensors", None)
+    library = require("safetensors.torch", "safetensors", None)
     path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
     config = {"format": FORMAT, "selector": dict(arguments), **(about or {})}
     saved = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    write_atomically(path / WEIGHTS, tensors.save(saved, metadata={"format": "pt"}))
-    write_atomically(path / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+    content = {
+        WEIGHTS: library.save(saved, metadata={"format": "pt"}),
+        CONFIG: (json.dumps(config, indent=1) + "\n").encode(),
+    }
+    filled = path.is_dir() and any(path.iterdir())
+    with contextlib.nullcontext(path) if filled else new_folder(path) as place:
+        for name, data in content.items():
+            write_atomically(place / name, data)

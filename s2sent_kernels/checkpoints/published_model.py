@@ -51,6 +51,14 @@ def read(path: str | os.PathLike[str]) -> Published:
     if unknown:
         raise ValueError(f"{found[0]}: expected keys under {prefix}, {SELECTOR} and {HEAD}, got {_some(unknown)}")
     arguments, selector = convert(state, SELECTOR, None)
+    layers = getattr(config, "num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > len(state):  # each has many tensors
+        raise ValueError(
+            f"{folder / 'config.json'}: num_hidden_layers: expected as many as in {found[0]}, got {layers}"
+        )
+    with torch.device("meta"):  # without memory: a number in the file may be absurd
+        shapes = transformers.AutoModel.from_config(config, dtype=torch.float32)
+    _fill(shapes, _under(state, prefix), found[0], prefix, assign=True)
     encoder = transformers.AutoModel.from_config(config, dtype=torch.float32).eval()
     _fill(encoder, _under(state, prefix), found[0], prefix)
     head = _under(state, HEAD)
@@ -77,9 +85,9 @@ def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
-def _fill(encoder: Any, state: dict[str, Tensor], path: Path, prefix: str) -> None:
+def _fill(encoder: Any, state: dict[str, Tensor], path: Path, prefix: str, *, assign: bool = False) -> None:
     try:
-        missing, unexpected = encoder.load_state_dict(state, strict=False)
+        missing, unexpected = encoder.load_state_dict(state, strict=False, assign=assign)
     except RuntimeError as error:  # a tensor of another shape
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     missing = [prefix + key for key in missing if not key.startswith("pooler.")]  # the pooler is unused

@@ -29,11 +29,12 @@ class _Only(NamedTuple):
 
 _ONLY = {
     "cache": _Only(frozen=True),
+    "verify_cache": _Only(frozen=True),
     "selector_learning_rate": _Only(frozen=False),
     "accumulation": _Only(frozen=False),
     "mini_batch": _Only((CONTRASTIVE,), frozen=False),
     "precision": _Only(frozen=False),
-    "resume": _Only((CONTRASTIVE, STS), frozen=False),
+    "resume": _Only(frozen=False),
     "temperature": _Only((CONTRASTIVE, STS)),
     "symmetric": _Only((CONTRASTIVE,), frozen=True),
     "widths": _Only((CONTRASTIVE,), frozen=True),
@@ -124,6 +125,12 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--cache", type=common.path, metavar="FOLDER", help=f"of f and p, with --freeze-encoder (default: ./{CACHE})"
     )
+    command.add_argument(
+        "--verify-cache",
+        action="store_const",
+        const=True,
+        help="compare a cache that is there with its checksums, with --freeze-encoder; reads all of it",
+    )
     common.add_device(command)
 
 
@@ -172,7 +179,10 @@ def _add_recipe(command: Any) -> None:
     command.add_argument("--precision", choices=recipe.PRECISIONS, help="autocast (default: float32)")
     command.add_argument("--patience", type=positive, help="stop after so many epochs without a better score on --dev")
     command.add_argument(
-        "--resume", action="store_const", const=True, help="go on from the last checkpoint in --output"
+        "--resume",
+        action="store_const",
+        const=True,
+        help="go on from the newest whole checkpoint in --output, if there is one",
     )
     command.add_argument(
         "--seed", type=common.seed, nargs="+", help="with --freeze-encoder, of several each is tried (default: 0)"
@@ -195,6 +205,10 @@ def run(arguments: argparse.Namespace) -> None:
     _check_options(task)
     common.check_writable(task.output)
     try:
+        if "resume" in task.given and _is_finished(task):
+            if processes.is_first():
+                print(f"{task.output}: the model is finished")
+            return
         _check_empty(task)
         (train_classifier if task.kind == CLASSIFICATION else train_pairs).run(task)
     except (ValueError, TypeError, ImportError) as error:
@@ -237,13 +251,24 @@ def _check_empty(task: Task) -> None:
         if cache == real or cache in real.parents or real in cache.parents:
             raise UserError(f"output folder {output}: expected one apart from the cache's, {task.cache}")
     found = list(output.iterdir()) if output.is_dir() else []
-    if not found or "resume" in task.given:
-        return
     advice = ""
-    if not task.frozen and task.kind != CLASSIFICATION:
-        from ..tools import training
+    if not task.frozen:
+        from ..tools import resuming
 
-        if found == [output / training.CHECKPOINTS] and training.last_checkpoint(found[0]) is None:
-            return  # left by a run that was interrupted before its first checkpoint
-        advice = "; --resume goes on from a checkpoint in it"
-    raise UserError(f"output folder {output}: it is not empty{advice}")
+        found = [path for path in found if path.name != resuming.CHECKPOINTS]
+        if (output / resuming.CHECKPOINTS).is_dir():
+            if "resume" in task.given and (not found or resuming.is_training(output)):
+                return
+            if not found and not resuming.begun(output):
+                return  # before the first checkpoint nothing is lost
+            found, advice = found or [output], "; --resume goes on from a checkpoint in it"
+    if found:
+        raise UserError(f"output folder {output}: it is not empty{advice}")
+
+
+def _is_finished(task: Task) -> bool:
+    """Whether there is nothing left to do but to remove checkpoints: a model is never trained again unasked."""
+    from ..tools import resuming
+
+    last = resuming.OF_CLASSIFIER if task.kind == CLASSIFICATION else resuming.OF_MODEL
+    return resuming.remove_leftovers(task.output, last)

@@ -90,7 +90,7 @@ def _train_frozen(task: Task, data: _Data) -> None:
     )
     # Sorted, so that the cache does not depend on which of them are held out. A file has texts or pairs, never both.
     texts: Any = sorted({*data.train.texts, *data.dev.texts})
-    cached = cache.make(encoder, tokenizer, texts, task.cache, settings, progress=True)
+    cached = cache.make(encoder, tokenizer, texts, task.cache, settings, progress=True, verify=task.verify_cache)
 
     def of(part: labelled.Labelled) -> frozen_tasks.Part:
         features = frozen.Features.of(cached, len(blocks), arguments["frequencies"], cached.rows(part.texts))
@@ -125,6 +125,8 @@ def _fine_tune(task: Task, data: _Data) -> None:
     dropout = task.one("dropout").get("dropout", recipe.DROPOUT)
     model = classifier.make(encoder, fusion, data.problem, data.names, dropout, pairs=data.train.pairs)
     examples, dev = (classifier.Examples(part.texts, data.targets(part)) for part in (data.train, data.dev))
-    score = classifier.fine_tune(model, tokenizer, examples, dev, task.output, settings, task.max_length)
+    score = classifier.fine_tune(
+        model, tokenizer, examples, dev, task.output, settings, task.max_length, resume="resume" in task.given
+    )
     if processes.is_first():
         print(f"dev {SCORES[data.problem.kind]} {score:.2f}, the best epoch's")

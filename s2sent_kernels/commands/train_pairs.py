@@ -89,6 +89,7 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
             token_frequencies=frozen.token_frequencies(make(base.seed)),
         ),
         progress=True,
+        verify=task.verify_cache,
     )
     best: tuple[S2SentSelector, frozen.Recipe, frozen.History] | None = None
     for one in recipes:

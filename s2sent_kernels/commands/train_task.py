@@ -49,6 +49,10 @@ class Task(NamedTuple):
         return self.given.get("cache", CACHE)
 
     @property
+    def verify_cache(self) -> bool:
+        return "verify_cache" in self.given
+
+    @property
     def columns(self) -> Columns:
         """What the options say of the columns of ``--data``. ValueError where they are broken."""
         known = {CONTRASTIVE: examples.COLUMNS, STS: labelled.SCORED, CLASSIFICATION: labelled.LABELLED}[self.kind]

@@ -37,7 +37,11 @@ def _with_limits(engine: Limits) -> BackendStatus:
 def _refusal(backend: str, call: Call) -> str | None:
     """Why ``backend`` cannot compute this call here, or None where it can."""
     # The first question is cheap, and its answer is yes in every export.
-    if backend != "reference" and torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+    if (
+        backend != "reference"
+        and (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and torch.onnx.is_in_onnx_export()
+    ):
         return "a graph in ONNX takes no custom ops, the plain PyTorch of 'reference' alone"
     return LIMITS[backend].refuses(call)
 

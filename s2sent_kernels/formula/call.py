@@ -85,7 +85,8 @@ class Batch(NamedTuple):
 
     @property
     def hidden_size(self) -> int:
-        return self.hidden_states[0].shape[-1]
+        size = self.hidden_states[0].shape[-1]
+        return int(size) if torch.jit.is_tracing() else size  # where it is a tensor; a graph has one D
 
     @property
     def num_sentences(self) -> int:

@@ -46,7 +46,7 @@ class Tokens:
             real = torch.ones(rows, padded, dtype=torch.bool, device=batch.device)
         else:
             real = batch.attention_mask != 0
-        running = real.cumsum(dim=1)
+        running = real.long().cumsum(dim=1)  # of bool, ONNX has no such sum
         return Tokens(real, running - 1, running[:, -1:] if padded else running.new_zeros(rows, 1), None, rows)
 
     def keep_real(self, values: Tensor) -> Tensor:

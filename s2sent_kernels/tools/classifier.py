@@ -3,9 +3,9 @@ Trainer in between. Needs the extra train for the trainer, else transformers alo
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from .. import families, validate
 from ..batches import TextTokenizer, Tokens, padded
-from ..files import importing, missing, open_to_umask, remove_empty
+from ..files import importing, new_folder, open_to_umask, sync_files, sync_folder
 from ..transformers import S2SentForSequenceClassification, S2SentModel, transformers
-from . import processes
+from . import processes, resuming
 from .callbacks import callbacks_of
 from .encoders import Text
 from .problems import NUMBERS, Problem, check_dropout
 from .recipe import DEFAULT, DROPOUT, PRECISIONS, PRIORS, Recipe
 
-CHECKPOINTS = "checkpoints"  # in the output folder, while the trainer runs
+LAST = resuming.OF_CLASSIFIER
 _SCORE = "eval_score"
 
 
@@ -72,32 +72,25 @@ def make(
 
 
 def save(model: S2SentForSequenceClassification, tokenizer: Any, folder: str | os.PathLike[str], limit: int) -> None:
-    """Model and tokenizer in one folder, new or empty. config.json, without which it is no model, comes last.
+    """Model and tokenizer in one folder, new or empty, which is there whole or not at all.
 
     Args:
         limit: tokens at most, where ``truncation=True`` cuts a text.
     """
-    target = Path(folder)
-    made, moved = missing(target), []
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target, prefix=".") as temporary:
-            model.eval().save_pretrained(temporary)
-            tokenizer.model_max_length = limit
-            backend = getattr(tokenizer, "backend_tokenizer", None)
-            if backend is not None:
-                backend.enable_truncation(limit)
-                backend.no_padding()
-            tokenizer.save_pretrained(temporary)
-            open_to_umask(Path(temporary))
-            for name in sorted(os.listdir(temporary), key="config.json".__eq__):
-                os.replace(Path(temporary) / name, target / name)
-                moved.append(target / name)
-    except BaseException:
-        for path in moved:
-            path.unlink()
-        remove_empty(made)
-        raise
+    with new_folder(Path(folder)) as whole:
+        _write(model, tokenizer, whole, limit)
+
+
+def _write(model: S2SentForSequenceClassification, tokenizer: Any, folder: Path, limit: int) -> None:
+    model.eval().save_pretrained(folder)
+    tokenizer.model_max_length = limit
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.enable_truncation(limit)
+        backend.no_padding()
+    tokenizer.save_pretrained(folder)
+    open_to_umask(folder)
+    sync_files(folder.rglob("*"))
 
 
 # ---------------------------------------------------------------- transformers' Trainer
@@ -111,12 +104,17 @@ def fine_tune(
     folder: str | os.PathLike[str],
     recipe: Recipe = DEFAULT,
     max_length: int = 256,
+    *,
+    resume: bool = False,
 ) -> float:
     """Train encoder, selector and head in place by transformers' Trainer, keep the epoch with the best score on ``dev``, and save
-    it in ``folder``. Returns that score, times 100. On several GPUs, start it with torchrun; the first process writes.
+    it in ``folder``. Returns that score, times 100. On several GPUs, start it with torchrun; the first process writes. Until the
+    model is saved, a folder in ``folder`` holds the checkpoints, one per epoch; ``resume`` is that of
+    ``training.fine_tune``.
 
     Raises:
-        ValueError: a number of the recipe is out of range, one process sees several GPUs, or the training diverged.
+        ValueError: a number of the recipe is out of range, one process sees several GPUs, the checkpoints to resume from were
+            made with other settings or the model is finished, or the training diverged.
         MissingPackage: accelerate is not installed.
     """
     with importing(None, "train"):
@@ -131,19 +129,47 @@ def fine_tune(
     ):  # in units of their spread, from their mean: a step moves a weight by the learning rate alone
         scale, shift = torch.std_mean(examples.targets, correction=0)
         examples, dev = (part._replace(targets=(part.targets - shift) / scale) for part in (examples, dev))
-    made, checkpoints = missing(Path(folder)), Path(folder) / CHECKPOINTS
-    try:
-        score = _train(model, tokenizer, (examples, dev), recipe, limit, checkpoints)
-    finally:
+    output, settings = Path(folder), _settings(model, (examples, dev), recipe, limit)
+    with resuming.own(output, LAST, settings, resume) as start:
+        score = _train(model, tokenizer, (examples, dev), recipe, limit, output / resuming.CHECKPOINTS, start)
+        with torch.no_grad():
+            model.classifier.weight.mul_(scale)
+            model.classifier.bias.mul_(scale).add_(shift)
         if processes.is_first():
-            shutil.rmtree(checkpoints, ignore_errors=True)
-            remove_empty(made)
-    with torch.no_grad():
-        model.classifier.weight.mul_(scale)
-        model.classifier.bias.mul_(scale).add_(shift)
-    if processes.is_first():
-        save(model, tokenizer, folder, limit)
+            with resuming.unsaved(output) as temporary:
+                _write(model, tokenizer, temporary, limit)
+                # Whatever a killed process may have moved already is replaced.
+                for name in sorted(os.listdir(temporary), key=LAST.__eq__):
+                    os.replace(temporary / name, output / name)
+                sync_folder(output)
+            resuming.remove(output)
     return score
+
+
+def _settings(
+    model: S2SentForSequenceClassification, parts: tuple[Examples, Examples], recipe: Recipe, limit: int
+) -> dict[str, Any]:
+    """What identifies a training, apart from its initial weights."""
+
+    def digest(content: Any) -> str:
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    config, fused = model.config, model.model
+    found = {
+        **recipe._asdict(),
+        "blocks": list(fused.config.blocks or ()),
+        "pooling": fused.config.pooling,
+        "selector": fused.selector.arguments,
+        "dropout": config.classifier_dropout,
+        "problem_type": config.problem_type,
+        "labels": digest(config.id2label),
+        "max_length": limit,
+        "processes": processes.count(),
+        "examples": digest([[list(part.texts), part.targets.tolist()] for part in parts[:1]]),
+        "dev": digest([[list(part.texts), part.targets.tolist()] for part in parts[1:]]),
+        "parameters": digest([[name, *p.shape] for name, p in model.named_parameters()]),
+    }
+    return json.loads(json.dumps(found))
 
 
 def _train(
@@ -153,13 +179,14 @@ def _train(
     recipe: Recipe,
     limit: int,
     checkpoints: Path,
+    start: resuming.Start,
 ) -> float:
     problem = _problem_of(model)
     arguments = transformers.TrainingArguments(
         output_dir=str(checkpoints),
-        **processes.arguments_of(recipe, len(parts[0].texts)),
+        **processes.arguments_of(recipe, len(parts[0].texts), start.epochs),
         eval_strategy="epoch",
-        save_total_limit=1,
+        save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model=_SCORE,
         greater_is_better=True,
@@ -185,7 +212,7 @@ def _train(
     some = _collate(_rows(tokenize, Examples(parts[0].texts[:2], parts[0].targets[:2])), tokenize.pad_id)
     some = {name: tensor.to(model.device) for name, tensor in some.items() if name != "labels"}
     with processes.joined(model, lambda: model(**some).logits):
-        trainer.train()
+        trainer.train(resume_from_checkpoint=start.checkpoint)
     trainer.accelerator.wait_for_everyone()
     validate.finite_state("model", model)
     best = trainer.state.best_metric

@@ -92,15 +92,10 @@ def state_batches(
 ) -> Iterator[StateBatch]:
     """The captured blocks' hidden states, batch by batch, without gradients. The encoder is in eval mode, and run packed where
     it can be. Arguments as of ``token_batches``."""
-    import numpy as np
-
     tokenize = TextTokenizer(tokenizer, families.max_length(capture.encoder, tokenizer, max_length))
     runner = EncoderRunner(capture, tokenize)
     for rows, tokens in _tokenized(tokenize, texts, batches, skip, progress):
-        order = np.argsort(
-            -tokens.lengths, kind="stable"
-        )  # neighbours of one length share a call of a packed attention
-        yield StateBatch([rows[place] for place in order], *runner.states(tokens, order))
+        yield StateBatch(rows, *runner.states(tokens, range(len(rows))))
 
 
 def _tokenized(

@@ -25,8 +25,8 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def arguments_of(recipe: Recipe, rows: int) -> dict[str, Any]:
-    """The arguments that both trainers take from a recipe, for a number of examples.
+def arguments_of(recipe: Recipe, rows: int, epochs: int | None = None) -> dict[str, Any]:
+    """The arguments that both trainers take from a recipe, for a number of examples. ``epochs``: no more than so many.
 
     Raises:
         ValueError: a process would have fewer than two examples.
@@ -36,7 +36,7 @@ def arguments_of(recipe: Recipe, rows: int) -> dict[str, Any]:
     if processes > 1 and share < 2:
         raise ValueError(f"data: expected two rows or more for each of {processes} processes, got {rows}")
     return {
-        "num_train_epochs": recipe.epochs,
+        "num_train_epochs": recipe.epochs if epochs is None else epochs,
         "per_device_train_batch_size": min(recipe.batch_size, share),  # no more, or there would be no full batch
         "per_device_eval_batch_size": recipe.batch_size,
         "dataloader_drop_last": True,  # a batch of one text has no batch statistics
@@ -45,6 +45,7 @@ def arguments_of(recipe: Recipe, rows: int) -> dict[str, Any]:
         "bf16": recipe.precision == "bfloat16",
         "fp16": recipe.precision == "float16",
         "save_strategy": "epoch",
+        "restore_callback_states_from_checkpoint": True,  # what patience has counted
         "ddp_find_unused_parameters": False,  # they are frozen: see ``joined``
         "logging_nan_inf_filter": False,  # True would replace a NaN loss in the log by earlier ones
         "seed": recipe.seed,

@@ -3,14 +3,11 @@ sentence-transformers. Needs the extra train."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +16,9 @@ import torch
 from torch import nn
 
 from .. import validate
-from ..files import importing, locked, missing, open_to_umask, remove_empty, write_atomically
+from ..files import importing, open_to_umask, sync_files, sync_folder
 from ..sentence_transformers import S2SentPooling, SentenceTransformer, load
-from . import processes
+from . import processes, resuming
 from .callbacks import callbacks_of
 from .contrastive import CachedGatheredNegatives, GatheredNegatives
 from .examples import Examples, Scored
@@ -42,9 +39,7 @@ with importing(None, "train"):
     from sentence_transformers.sentence_transformer.training_args import BatchSamplers
     from sentence_transformers.util import batch_to_device
 
-CHECKPOINTS = "checkpoints"  # in the output folder, until the model is saved
-_SETTINGS = "settings.json"  # of the training that wrote the checkpoints beside it
-_LISTING = "modules.json"  # a folder is a model once it has this file: ``load`` reads it first
+LAST = resuming.OF_MODEL
 _SCORE = "dev_spearman_cosine"
 _Dev = tuple[list[str], list[str], list[float]]  # sentences, their partners, scores
 
@@ -68,22 +63,20 @@ def fine_tune(
     then a folder in ``output`` holds the checkpoints, one per epoch. With ``dev`` (sentences, their partners, scores) the best
     epoch's weights are kept, and 100 times their Spearman correlation is returned.
 
-    On several GPUs, start it with torchrun or accelerate; the first process writes. ``resume`` continues from the last complete
-    checkpoint in ``output``, with the same result as an uninterrupted training. It refuses checkpoints of another training.
+    On several GPUs, start it with torchrun or accelerate; the first process writes. ``resume`` continues from the newest whole
+    checkpoint in ``output``, or from the beginning where there is none, with the same result as an uninterrupted training. It
+    refuses checkpoints of another training, and a finished model. It prints where it goes on, and what is not whole.
 
     Raises:
         ValueError: a number of the recipe is out of range; patience is set without ``dev``; there are fewer than two examples, or
             no batch without repeated texts; a mini-batch is given beside a batch norm; only some examples have a negative;
-            anchors are their own positives and the encoder has no dropout; one process sees several GPUs; there is no checkpoint
-            to resume from, or it was made with other settings; another process is writing to ``output``; the training diverged.
+            anchors are their own positives and the encoder has no dropout; one process sees several GPUs; the checkpoints to
+            resume from were made with other settings, or the model is finished; another process is writing to ``output``; the
+            training diverged.
     """
     _check(model, examples, recipe, dev)
-    checkpoints = Path(output) / CHECKPOINTS
-    last = last_checkpoint(checkpoints) if resume else None
-    if resume and last is None:
-        raise ValueError(f"resume: expected a checkpoint in {checkpoints}, there is none")
-    with _own(checkpoints, _settings(model, examples, recipe, dev), resume):
-        return _train(model, examples, Path(output), recipe, dev, last)
+    with resuming.own(Path(output), LAST, _settings(model, examples, recipe, dev), resume) as start:
+        return _train(model, examples, Path(output), recipe, dev, start)
 
 
 def _train(
@@ -92,19 +85,18 @@ def _train(
     output: Path,
     recipe: Recipe,
     dev: _Dev | None,
-    last: str | None,
+    start: resuming.Start,
 ) -> float | None:
-    checkpoints = output / CHECKPOINTS
+    checkpoints = output / resuming.CHECKPOINTS
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(checkpoints),
-        **processes.arguments_of(recipe, len(examples.rows)),
+        **processes.arguments_of(recipe, len(examples.rows), start.epochs),
         learning_rate=recipe.learning_rate,
         learning_rate_mapping=_learning_rates(model, recipe),
         batch_sampler=BatchSamplers.BATCH_SAMPLER if isinstance(examples, Scored) else BatchSamplers.NO_DUPLICATES,
         eval_strategy="no" if dev is None else "epoch",
         save_total_limit=2,
         load_best_model_at_end=dev is not None,
-        restore_callback_states_from_checkpoint=True,  # what patience has counted
         metric_for_best_model=None if dev is None else f"eval_{_SCORE}",
         greater_is_better=None if dev is None else True,
         logging_steps=max(1, math.ceil(len(examples.rows) / recipe.batch_size / 10)),
@@ -127,7 +119,7 @@ def _train(
             f"{len(examples.rows)} of which too many share a text"
         )
     with processes.joined(model, partial(_embed_a_few, model)):
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=start.checkpoint)
     trainer.accelerator.wait_for_everyone()  # _save deletes the checkpoints that the others may still read
     validate.finite_state("model", model)
     if trainer.is_world_process_zero():
@@ -220,35 +212,6 @@ def _settings(model: SentenceTransformer, examples: Examples | Scored, recipe: R
     return json.loads(json.dumps(found))
 
 
-@contextlib.contextmanager
-def _own(checkpoints: Path, settings: dict[str, Any], resume: bool) -> Iterator[None]:
-    """Hold the folder of checkpoints for this training alone. After an error before the first checkpoint, remove it."""
-    note = checkpoints / _SETTINGS
-    if resume:
-        known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-        known = {"processes": 1, "mini_batch": None, **known}  # checkpoints of earlier releases do not say
-        others = [name for name in settings if name not in known or known[name] != settings[name]]
-        if others:
-            raise ValueError(
-                f"resume: expected the settings that {checkpoints} was begun with, got other {', '.join(others)}"
-            )
-    if not processes.is_first():  # which holds the lock
-        yield
-        return
-    made = missing(checkpoints)
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    with locked(checkpoints / "lock", wait=False):
-        try:
-            if not resume:
-                write_atomically(note, json.dumps(settings, indent=1).encode())
-            yield
-        except BaseException:
-            if made and last_checkpoint(checkpoints) is None:
-                shutil.rmtree(checkpoints)
-                remove_empty(made)
-            raise
-
-
 def _learning_rates(model: SentenceTransformer, recipe: Recipe) -> dict[str, float]:
     rates = {r"\.selector\.": recipe.selector_learning_rate}
     if any(name.rpartition(".")[2] in PRIORS for name, _ in model.named_parameters()):
@@ -256,20 +219,14 @@ def _learning_rates(model: SentenceTransformer, recipe: Recipe) -> dict[str, flo
     return rates
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint. The trainer writes its state last, so that file marks one as complete."""
-    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return None if newest is None else str(newest)
-
-
 def _save(model: SentenceTransformer, folder: Path) -> None:
     """Save the model so that an incomplete one is never mistaken for a model, then delete the checkpoints."""
-    # In the folder of checkpoints: a leftover of a killed process is deleted with it.
-    with tempfile.TemporaryDirectory(dir=folder / CHECKPOINTS) as temporary:
-        whole = Path(temporary) / "model"
+    with resuming.unsaved(folder) as temporary:
+        whole = temporary / "model"
         model.save(str(whole))
         open_to_umask(whole)
-        shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(_LISTING), dirs_exist_ok=True)
-        os.replace(whole / _LISTING, folder / _LISTING)
-    shutil.rmtree(folder / CHECKPOINTS)
+        shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(LAST), dirs_exist_ok=True)
+        sync_files(folder / path.relative_to(whole) for path in whole.rglob("*") if path.name != LAST)
+        os.replace(whole / LAST, folder / LAST)
+        sync_folder(folder)
+    resuming.remove(folder)

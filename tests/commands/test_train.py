@@ -20,7 +20,7 @@ pytest.importorskip("datasets")
 
 from s2sent_kernels.commands import train
 from s2sent_kernels.sentence_transformers import S2SentPooling, load
-from s2sent_kernels.tools import training
+from s2sent_kernels.tools import resuming
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_the_command(tmp_path, encoder, capsys):
         "--accumulation",
         2,
     ]
-    (tmp_path / "out" / training.CHECKPOINTS / "checkpoint-1").mkdir(parents=True)  # interrupted while it was written
+    (tmp_path / "out" / resuming.CHECKPOINTS / "checkpoint-1").mkdir(parents=True)  # interrupted while it was written
     assert main(list(map(str, arguments))) == 0
     assert f"wrote {tmp_path / 'out'}" in capsys.readouterr().out
     model = load(tmp_path / "out", device="cpu")
@@ -155,7 +155,6 @@ def test_the_command_stops_when_the_sts_file_says_no_more(tmp_path, encoder, cap
         (["--freeze-encoder", "--temperature", "nan"], "temperature: expected a positive number"),
         (["--seed", "-1"], "argument --seed: invalid seed value: '-1'"),
         (["--seed", "4294967296"], "argument --seed: invalid seed value: '4294967296'"),
-        (["--resume"], "resume: expected a checkpoint"),
         (["--patience", "2"], "patience: expected dev"),
         (["--model", "/nowhere/model"], "there is no such directory"),
         (["--dev", "/nowhere/sts.tsv"], "cannot be read"),

@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from builders import TEXTS, make_encoder_and_tokenizer
 from test_families import ALL, COMMON, DECODER, D, N, make_encoder, make_selector, tf
 
 from s2sent_kernels import packed
-from s2sent_kernels.batches import Tokens, padded
+from s2sent_kernels.batches import TextTokenizer, Tokens, padded
 from s2sent_kernels.batches import packed as pack
 from s2sent_kernels.capture import BlockCapture
 from s2sent_kernels.consumers import KeptStates, PooledStates
+from s2sent_kernels.encoder_runner import EncoderRunner
 from s2sent_kernels.packed import Layout, PackedEncoder, attend, refusal
 
 CPU = torch.device("cpu")
@@ -212,3 +214,17 @@ def test_grouped_heads_and_windows_of_the_varlen_attention(monkeypatch):
     assert seen["bounds"][0].tolist() == [0, 4, 6] and seen["bounds"][2:] == (4, 4)
     assert packed._window(False, None) == (-1, -1) and packed._window(True, None) == (-1, 0)
     assert packed._window(False, 3) == (2, 2)
+
+
+def test_states_of_a_batch_come_in_its_order():
+    encoder, tokenizer = make_encoder_and_tokenizer()
+    tokenize = TextTokenizer(tokenizer, 32)
+    tokens, rows = tokenize(TEXTS), [2, 0, 4, 1]
+    with BlockCapture(encoder) as capture:
+        found = EncoderRunner(capture, tokenize, True).states(tokens, rows)
+        wanted = EncoderRunner(capture, tokenize, False).states(tokens, rows)
+    assert torch.equal(found.attention_mask, wanted.attention_mask)
+    for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True):
+        real = wanted.attention_mask.bool()
+        torch.testing.assert_close(one[real], other[real])
+        assert not one[~real].any()

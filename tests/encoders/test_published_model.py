@@ -1,7 +1,10 @@
 """Whole checkpoints of the published code, and the classifier behind S2SentModel."""
 
+import json
+import resource
 from pathlib import Path
 
+import killing
 import pytest
 import torch
 
@@ -112,6 +115,28 @@ def test_broken_checkpoints(tmp_path, change, options, message):
     with pytest.raises(ValueError, match=message) as caught:
         S2SentModel.from_published(save(tmp_path, encoder, state), **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected as many as in"),
+        ({"intermediate_size": 10**9}, "size mismatch"),
+        ({"vocab_size": 10**12}, "size mismatch"),
+    ],
+)
+def test_a_config_costs_no_memory(tmp_path, change, message):
+    save(tmp_path, *make())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+
+    def measured():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(ValueError, match=message):
+            S2SentModel.from_published(tmp_path)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+    killing.finished(measured)
 
 
 def test_missing_folders_files_and_other_encoders(tmp_path):

@@ -130,7 +130,6 @@ def test_tritons_configuration_is_the_graphs(served):
 
 def test_int8_says_how_far_it_is_from_float32(model, served, tmp_path, monkeypatch):
     def write_again(module, path, outputs):
-        path.parent.mkdir()
         shutil.copy(served / "model.onnx", path)
 
     texts = servers.shipped_sentences()
@@ -152,9 +151,7 @@ def test_int8_says_how_far_it_is_from_float32(model, served, tmp_path, monkeypat
 
 
 def test_the_command(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        servers, "write_onnx", lambda module, path, outputs: (path.parent.mkdir(), path.write_bytes(b"graph"))
-    )
+    monkeypatch.setattr(servers, "write_onnx", lambda module, path, outputs: path.write_bytes(b"graph"))
     capsys.readouterr()
     for source, name in ((SAVED, "one"), (tmp_path / "whole", "two")):
         if name == "two":

@@ -134,7 +134,7 @@ def _both(encoder: transformers.PreTrainedModel) -> list[Any]:
 
 def test_the_signature_names_what_the_encoder_takes(tmp_path):
     """Of copies, pickles, loaded models and compiled ones too. Each model names its own encoder's inputs."""
-    known = {"input_ids", "attention_mask", "return_dict"}
+    known = {"input_ids", "attention_mask", "pooling_mask", "return_dict"}
     options = {"output_attentions", "output_hidden_states", "return_dict", "args", "kwargs"}
     for encoder in (_encoder("bert"), _distilbert(), _encoder("t5")):
         wanted = set(inspect.signature(encoder.forward).parameters) - options
@@ -186,19 +186,31 @@ def test_trainer_hands_on_token_type_ids_and_divides_by_accumulated_steps(tmp_pa
     assert not trainer.model_accepts_loss_kwargs
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("option", ["output_attentions", "output_hidden_states"])
-def test_outputs_that_are_not_there_are_refused(option):
+def test_the_encoders_outputs_are_returned_where_they_are_asked_for(option):
+    name = option.removeprefix("output_")
     for model in _both(_encoder("bert")):
-        model(**_batch(), **{option: False})
-        with pytest.raises(ValueError, match=f"{option}: expected False, since {type(model).__name__} returns no such"):
-            model(**_batch(), **{option: True})
+        encoder, plain = model.base_model.encoder, model(**_batch())
+        assert model(**_batch(), **{option: False})[name] is None if name in plain else name not in plain
         if option == "output_attentions":
             model.set_attn_implementation("eager")  # transformers lets the configuration ask for them only then
+            plain = model(**_batch())
+        wanted = encoder(**_batch(), **{option: True})[name]
+        asked = model(**_batch(), **{option: True})
         setattr(model.config, option, True)
-        with pytest.raises(ValueError, match=f"{option}: expected False"):
-            model(**_batch())
-        model(**_batch(), **{option: False})
+        for found in (asked, model(**_batch())):
+            assert len(found[name]) == len(wanted) and all(map(torch.equal, found[name], wanted))
+            torch.testing.assert_close(found[0], plain[0])
+        assert model(**_batch(), return_dict=False)[-1][0].shape == wanted[0].shape
+        assert model(**_batch(), **{option: False}).to_tuple()[-1] is not wanted
         setattr(model.config, option, False)
+
+
+def test_the_vocabulary_is_the_encoders():
+    for size, model in zip((60, 70), _both(_encoder("bert")), strict=True):
+        model.resize_token_embeddings(size)
+        assert model.vocab_size == model.config.vocab_size == model.base_model.encoder.config.vocab_size == size
 
 
 def test_options_of_the_other_model_are_refused():

@@ -1,6 +1,7 @@
 """The native backend on the CPU beside its stages: threads, storage types, cached tables."""
 
 import contextlib
+import weakref
 
 import pytest
 import torch
@@ -115,8 +116,22 @@ def test_tables_of_factors_stay():
     device = torch.device("cpu")
 
     def tables():
-        return [layout.block_factors(n, 4, "paper", device)[0] for n in range(6, 90)] + [
-            layout.grid_factors(size, 4, device) for size in range(1, 90)
-        ]
+        return [layout.block_factors(n, 4, "paper", device)[0] for n in range(6, 90)]
 
     assert all(a is b for a, b in zip(tables(), tables(), strict=True))
+
+
+@BUILT
+def test_tables_of_lengths_do_not_fill_the_memory(monkeypatch):
+    device = torch.device("cpu")
+    kept = [weakref.ref(layout.grid_factors(size, 4, device)) for size in range(1, 300)]
+    assert sum(table() is not None for table in kept) == layout._LENGTHS
+    assert layout.grid_factors(299, 4, device) is kept[-1]()
+    # On a GPU a table that is read by a graph stays.
+    on_gpu, table = torch.device("cuda", 0), torch.ones(4, 7)
+    monkeypatch.setattr(layout, "_grid_factors", lambda *key: table)
+    monkeypatch.setattr(layout, "_captured", {})
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        layout.grid_factors(7, 4, on_gpu)
+        assert (layout._captured == {}) is not capturing

@@ -147,7 +147,7 @@ def test_parts_are_checked_before_they_are_joined(tmp_path, made):
         yield from ALONE(job, todo, progress)
         damage(tmp_path / ".a.npy.parts" / "part-000001.parquet", "fewer rows")
 
-    with pytest.raises(ValueError, match="expected 2 rows, got 1"):
+    with pytest.raises(ValueError, match=r"part-000001.parquet: is damaged"):
         encoding.encode_file(made, careless, tmp_path / "a.npy")
     assert not (tmp_path / "a.npy").exists()
     assert encoding.encode_file(made, ALONE, tmp_path / "a.npy", FORCE) == 10
@@ -335,3 +335,12 @@ def test_the_version_is_named_before_all_else():
     assert plan.difference(known, other) == 'version "1", not "2"'
     other["settings"]["version"] = "1"
     assert plan.difference(known, other) == "normalize false, not true"
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+@pytest.mark.parametrize("content", ["", "{", "{}", "7", "[]", '{"_data_files": [3], "splits": []}', "[" * 100_000])
+def test_a_dataset_whose_list_of_files_is_broken(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}: cannot be read, save the dataset again: ") as caught:
+        expand([str(tmp_path)])
+    assert "\n" not in str(caught.value)

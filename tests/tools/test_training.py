@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer  # noqa: E402
 from sentence_transformers.base.modules import Transformer  # noqa: E402
 
 from s2sent_kernels.sentence_transformers import S2SentPooling, load  # noqa: E402
-from s2sent_kernels.tools import training  # noqa: E402
+from s2sent_kernels.tools import resuming, training  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_it_learns_and_what_is_saved_is_what_was_trained(tmp_path, encoder):
     recipe = training.Recipe(epochs=15, batch_size=16, learning_rate=3e-3)
     assert training.fine_tune(model, examples, tmp_path / "out", recipe) is None
     after = model.state_dict()
-    assert not (tmp_path / "out" / training.CHECKPOINTS).exists()
+    assert not (tmp_path / "out" / resuming.CHECKPOINTS).exists()
     for part in ("0.", "1.selector."):
         assert any(name.startswith(part) and not torch.equal(before[name], after[name]) for name in after), part
     texts, partners = (list(side) for side in zip(*pairs(64), strict=True))
@@ -117,7 +117,7 @@ def test_checkpoints_are_of_one_training(tmp_path, encoder, monkeypatch):
         with pytest.raises(ValueError, match=f"resume: expected the settings that .* got other {word}"):
             training.fine_tune(model, some, tmp_path, other, resume=True)
     training.fine_tune(make_model(encoder), examples, tmp_path, recipe, resume=True)
-    assert not (tmp_path / training.CHECKPOINTS).exists() and load(tmp_path, device="cpu")
+    assert not (tmp_path / resuming.CHECKPOINTS).exists() and load(tmp_path, device="cpu")
 
 
 def test_the_best_epoch_is_kept_and_patience_stops(tmp_path, encoder, monkeypatch):
@@ -176,7 +176,6 @@ def test_the_selector_has_its_own_learning_rate(tmp_path, encoder):
         ),
         ({"rows": [("a", "b", "c"), ("d", "e", "")]}, "expected every row to have all negatives"),
         ({"recipe": training.Recipe(patience=2)}, "patience: expected dev"),
-        ({"resume": True}, "resume: expected a checkpoint in"),
         ({"recipe": training.Recipe(precision="int4")}, "precision: expected one of"),
         ({"recipe": training.Recipe(epochs=0)}, "epochs: expected a positive"),
         ({"recipe": training.Recipe(mini_batch=0)}, "mini_batch: expected a positive"),
@@ -193,7 +192,7 @@ def test_what_it_refuses(tmp_path, encoder, change, message):
     with pytest.raises(ValueError, match=message):
         training.fine_tune(make_model(encoder), examples, tmp_path / "deep" / "out", **change)
     left = {path.name for path in (tmp_path / "deep" / "out").glob("*")}
-    assert left == {training.CHECKPOINTS} if "diverged" in message else not (tmp_path / "deep").exists()
+    assert left == {resuming.CHECKPOINTS} if "diverged" in message else not (tmp_path / "deep").exists()
 
 
 @pytest.mark.parametrize("mini_batch", [3, 8])
@@ -218,13 +217,14 @@ def test_mini_batches_train_what_the_batch_trains(tmp_path, encoder, mini_batch)
 
 def test_checkpoints_that_name_no_mini_batch_have_none(tmp_path):
     """Those of earlier releases."""
-    tmp_path.joinpath(training._SETTINGS).write_text('{"epochs": 2}')
-    with training._own(tmp_path, {"epochs": 2, "processes": 1, "mini_batch": None}, resume=True):
-        pass
+    folder = tmp_path / resuming.CHECKPOINTS
+    folder.mkdir()
+    folder.joinpath(resuming._SETTINGS).write_text('{"epochs": 2}')
+    known = {"epochs": 2, "processes": 1, "mini_batch": None}
+    resuming._check_settings(folder, known)
     for name, value in (("mini_batch", 4), ("processes", 2)):
-        settings = {"epochs": 2, "processes": 1, "mini_batch": None, name: value}
-        with pytest.raises(ValueError, match=f"got other {name}"), training._own(tmp_path, settings, resume=True):
-            pass
+        with pytest.raises(ValueError, match=f"got other {name}"):
+            resuming._check_settings(folder, known | {name: value})
 
 
 def test_mini_batches_are_of_negatives(tmp_path, encoder):

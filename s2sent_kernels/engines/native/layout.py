@@ -86,9 +86,20 @@ def block_factors(
     return alpha.to(device), tuple(y for _, y in pairs)
 
 
-@functools.cache
+_LENGTHS = 128  # whose tables are kept: there may be thousands, of a megabyte each
+_captured: dict[tuple[int, int, torch.device], Tensor] = {}
+
+
 def grid_factors(size: int, frequencies: int, device: torch.device) -> Tensor:
-    """beta [M, L] of profile ``official``."""
+    """beta [M, L] of profile ``official``. Where a CUDA graph is captured, the table stays for ever: each replay reads it."""
+    table = _grid_factors(size, frequencies, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured[size, frequencies, device] = table
+    return table
+
+
+@functools.lru_cache(maxsize=_LENGTHS)
+def _grid_factors(size: int, frequencies: int, device: torch.device) -> Tensor:
     return dct.grid_token_basis(size, frequencies, torch.device("cpu")).to(torch.float32).contiguous().to(device)
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...files import write_atomically
-from .parts import CUT
 from .plan import PLAN, Plan, load
-from .stock import MANIFEST, NOTE, PART, footer, is_ours
+from .stock import MANIFEST, NOTE, PART, check_extra, each, is_ours, read
 
 
 class Checked(NamedTuple):
@@ -20,6 +19,7 @@ class Checked(NamedTuple):
 
     schema: Any  # pyarrow's
     cut: int  # texts that were longer than the encoder takes, where it counts them
+    sums: list[str]  # SHA-256 of the files
 
     def say(self, plan: Plan, say: Callable[[str], None]) -> None:
         if self.cut:
@@ -46,6 +46,7 @@ def finish(folder: Path, say: Callable[[str], None] = print) -> int:
         raise ValueError(
             f"{folder}: {len(absent)} of {len(plan.parts)} parts are missing, the first {part.name}, {where}{failed}"
         )
+    check_extra(folder, plan)
     checked = check(plan, folder)
     rows = sum(part.rows for part in plan.parts)
     manifest = {
@@ -54,8 +55,14 @@ def finish(folder: Path, say: Callable[[str], None] = print) -> int:
         "cut": checked.cut,
         "columns": {field.name: str(field.type) for field in checked.schema},
         "parts": [
-            {"file": part.name, "rows": part.rows, "source": plan.sources[part.source].name, "start": part.start.row}
-            for part in plan.parts
+            {
+                "file": part.name,
+                "rows": part.rows,
+                "source": plan.sources[part.source].name,
+                "start": part.start.row,
+                "sha256": sha256,
+            }
+            for part, sha256 in zip(plan.parts, checked.sums, strict=True)
         ],
     }
     write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode(), sync=True)
@@ -67,18 +74,20 @@ def finish(folder: Path, say: Callable[[str], None] = print) -> int:
 
 
 def check(plan: Plan, folder: Path) -> Checked:
-    """Judge every part.
+    """Judge every part, by every byte.
 
     Raises:
-        ValueError: a part cannot be read, or is not the plan's.
+        ValueError: a part cannot be read, is damaged, or is not the plan's.
     """
     known: Any = None
-    cut = 0
-    for part in plan.parts:
-        about = footer(folder, part, plan.digest)
-        cut += int(about.metadata.get(CUT, 0))
-        found = about.schema.to_arrow_schema()
-        if known is not None and found != known:
+    cut, sums = 0, []
+    digest = plan.digest
+    found = each(lambda part: read(folder, part, digest), plan.parts)
+    for part, one in zip(plan.parts, found, strict=True):
+        cut += one.cut
+        sums.append(one.sha256)
+        columns = one.about.schema.to_arrow_schema()
+        if known is not None and columns != known:
             raise ValueError(f"{folder / part.name}: expected columns {known.names} as in the other parts, got others")
-        known = found
-    return Checked(known, cut)
+        known = columns
+    return Checked(known, cut, sums)

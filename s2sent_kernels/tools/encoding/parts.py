@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,14 +19,13 @@ from .plan import Part, Plan
 from .reading import Reader, Rows
 from .rows import Columns, DataError
 from .sources import Source
-from .stock import DIGEST, is_there
+from .stock import CUT, DIGEST, NUMBER, SEAL, footer_length, is_there
 
 with importing(None, "encode"):
     import pyarrow as pa
     from pyarrow import parquet
 
 SLICE = 16384  # rows of a call of the encoder and of a row group: what a worker holds, and within which it may sort
-CUT = b"s2sent_cut"  # in a part's metadata: how many of its texts were too long
 EMBEDDING = "embedding.list.element"  # Parquet's name of the column of numbers
 
 
@@ -103,26 +103,30 @@ class Worker:
         rows = self.reader.rows(self.job.sources[part.source], part.start, part.stop, SLICE)
         first, writer, written = part.first, None, _nothing()
         cut = getattr(self.encoder, "cut", None)
-        # The stack closes the writer, so it ends after the threads.
-        with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-            ahead = reading.submit(next, rows, None)
-            while (some := ahead.result()) is not None:
+        with open(path, "wb") as target:
+            file = _Sealed(target)
+            # The stack closes the writer, so it ends after the threads.
+            with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
                 ahead = reading.submit(next, rows, None)
-                try:
-                    embeddings = self._encode(some.texts)
-                except ValueError as error:
-                    raise _located(error, self.job.sources[part.source], some) from error
-                table = self._table(first, some.texts, some.ids, embeddings)
-                written.result()  # at most one slice waits to be written
-                if writer is None:
-                    writer = stack.enter_context(open_writer(path, table.schema))
-                written = writing.submit(writer.write_table, table)
-                first += len(some.texts)
-            written.result()
-            if writer is not None and cut is not None:
-                writer.add_key_value_metadata({CUT: str(self.encoder.cut - cut)})  # type: ignore[attr-defined]
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+                while (some := ahead.result()) is not None:
+                    ahead = reading.submit(next, rows, None)
+                    try:
+                        embeddings = self._encode(some.texts)
+                    except ValueError as error:
+                        raise _located(error, self.job.sources[part.source], some) from error
+                    table = self._table(part.number, first, some.texts, some.ids, embeddings)
+                    written.result()  # at most one slice waits to be written
+                    if writer is None:
+                        writer = stack.enter_context(open_writer(file, table.schema))
+                    written = writing.submit(writer.write_table, table)
+                    first += len(some.texts)
+                written.result()
+                if writer is not None and cut is not None:
+                    writer.add_key_value_metadata({CUT: str(self.encoder.cut - cut)})  # type: ignore[attr-defined]
+                file.hold()  # all row groups are written: the footer comes
+            file.seal()
+            target.flush()
+            os.fsync(target.fileno())
 
     def _encode(self, texts: list[str]) -> np.ndarray:
         before = getattr(self.encoder, "tokens", None)
@@ -141,7 +145,7 @@ class Worker:
         self.advance(len(texts), None if before is None else self.encoder.tokens - before)  # type: ignore[attr-defined]
         return embeddings
 
-    def _table(self, first: int, texts: list[str], ids: list[Any] | None, embeddings: np.ndarray) -> Any:
+    def _table(self, number: int, first: int, texts: list[str], ids: list[Any] | None, embeddings: np.ndarray) -> Any:
         kind = self.job.id_type
         if ids is None:
             names = pa.array(np.arange(first, first + len(texts)))
@@ -151,7 +155,7 @@ class Worker:
         columns = {"id": names, "embedding": pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1])}
         if self.job.keep_text:
             columns["text"] = pa.array(texts, pa.string())
-        return pa.table(columns).replace_schema_metadata({DIGEST: self.job.digest})
+        return pa.table(columns).replace_schema_metadata({DIGEST: self.job.digest, NUMBER: str(number)})
 
 
 def _located(error: ValueError, source: Source, rows: Rows) -> DataError:
@@ -176,12 +180,47 @@ def _nothing() -> Future[None]:
     return done
 
 
+class _Sealed:
+    """A Parquet file that is written from its beginning to its end, as pyarrow writes, and gets its seal before its footer. The
+    footer finds the data by places counted from the beginning, and is itself found from the end."""
+
+    closed = False
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.flush = file, file.flush
+        self._sum, self._place = hashlib.sha256(), 0
+        self._held: list[bytes] | None = None
+
+    def tell(self) -> int:
+        return self._place
+
+    def write(self, data: Any) -> int:
+        piece = bytes(data) if self._held is not None else data
+        if self._held is not None:
+            self._held.append(piece)
+        else:
+            self._sum.update(piece)
+            self._file.write(piece)
+        self._place += len(piece)
+        return len(piece)
+
+    def hold(self) -> None:
+        """Keep what is written from now on until ``seal``."""
+        self._held = []
+
+    def seal(self) -> None:
+        end = b"".join(self._held or [])
+        start = len(end) - footer_length(end)  # indices of the pages are before it
+        self._sum.update(end)
+        self._file.write(end[:start] + SEAL + self._sum.digest() + end[start:])
+
+
 @contextlib.contextmanager
-def open_writer(path: Path, schema: Any) -> Iterator[Any]:
-    """A ParquetWriter of embeddings: without a dictionary and statistics of numbers that do not repeat and have no order, their
-    bytes apart so that zstd finds the exponents."""
+def open_writer(target: Any, schema: Any) -> Iterator[Any]:
+    """A ParquetWriter of embeddings, to a path or a file: without a dictionary and statistics of numbers that do not repeat and
+    have no order, their bytes apart so that zstd finds the exponents."""
     split = [EMBEDDING] if pa.types.is_floating(schema.field("embedding").type.value_type) else False
     with parquet.ParquetWriter(
-        path, schema, compression="zstd", use_dictionary=False, use_byte_stream_split=split, write_statistics=["id"]
+        target, schema, compression="zstd", use_dictionary=False, use_byte_stream_split=split, write_statistics=["id"]
     ) as writer:
         yield writer

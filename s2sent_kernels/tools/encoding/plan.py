@@ -22,6 +22,7 @@ with importing(None, "encode"):
     from tqdm import tqdm
 
 PLAN = "_plan.json"
+CHECKSUM = "sha256"  # in the plan's file: of all else in it
 COPY = ".stdin.txt"  # of standard input
 IN_A_FOLDER, IN_A_FILE = 65536, 4096  # rows of a part
 
@@ -67,7 +68,7 @@ class Plan(NamedTuple):
     @property
     def digest(self) -> str:
         """Names the plan in each of its parts."""
-        return hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
+        return digest_of(self.key)
 
     def save(self, folder: Path) -> None:
         schema = pa.schema([("id", self.id_type)]).serialize()
@@ -77,7 +78,7 @@ class Plan(NamedTuple):
             "sources": self.sources,
             "parts": self.parts,
         }
-        write_atomically(folder / PLAN, json.dumps(content).encode(), sync=True)
+        write_atomically(folder / PLAN, json.dumps({**content, CHECKSUM: digest_of(content)}).encode(), sync=True)
 
 
 def load(folder: Path) -> Plan | None:
@@ -88,6 +89,8 @@ def load(folder: Path) -> Plan | None:
     """
     try:
         content = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        if content.pop(CHECKSUM) != digest_of(content):
+            raise ValueError("its checksum is that of another content")
         parts = [Part(number, file, Mark(*start), stop, first) for number, file, start, stop, first in content["parts"]]
         schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(content["id_type"])))
         return Plan(
@@ -101,8 +104,13 @@ def load(folder: Path) -> Plan | None:
         )
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / PLAN}: is broken: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / PLAN}: is broken: {error}: --force makes it anew") from error
+
+
+def digest_of(content: Any) -> str:
+    """A SHA-256 of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def key_of(request: Request, copied: str | None = None) -> dict[str, Any]:

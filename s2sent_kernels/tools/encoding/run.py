@@ -6,20 +6,23 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ...files import locked, missing, remove_empty, sync_folder, write_atomically
+from ...files import importing, locked, missing, remove_empty, sync_folder, write_atomically
 from ..tables import STDIN
 from .finish import check, finish
 from .join import OUTPUTS, join
 from .local import Engine
 from .parts import Done, Job
-from .plan import COPY, PLAN, Part, Plan, Request, difference, key_of, load, make, state
+from .plan import COPY, PLAN, Part, Plan, Request, difference, digest_of, key_of, load, make, state
 from .progress import Progress
 from .sources import copy_stdin
-from .stock import JOINED, LOCK, MANIFEST, is_ours, is_there, strangers
+from .stock import JOINED, LOCK, MANIFEST, check_extra, each, is_ours, is_there, of_plan, strangers
+
+with importing(None, "encode"):
+    from tqdm import tqdm
 
 FAILED = "failed.jsonl"
 Say = Callable[[str], None]
@@ -69,7 +72,7 @@ def encode_file(request: Request, engine: Engine, output: Path, options: Options
     if request.keep_text and output.suffix.lower() == ".npy":
         raise ValueError(f"{output}: an array holds no texts: expected .parquet")
     folder = hidden(output)
-    with _made(folder), locked(folder / LOCK, wait=False):
+    with _taken(folder, LOCK):
         try:
             plan = _begin(folder, request, options._replace(force=True))
             for done in _encode(plan, folder, engine, plan.parts, options):
@@ -110,9 +113,10 @@ def encode_folder(request: Request, engine: Engine, folder: Path, options: Optio
     """
     shard = options.shard
     own = "" if shard is None else f"-{shard.number}-of-{shard.total}"
-    with _made(folder), locked(folder / f"{LOCK}{own}", wait=False):
+    with _taken(folder, f"{LOCK}{own}"):
         with locked(folder / f"{LOCK}-plan", wait=True):  # shards that begin together wait for the first one's plan
             plan = _begin(folder, request, options)
+            check_extra(folder, plan)
         parts = [part for part in plan.parts if shard is None or shard.takes(part)]
         note = folder / FAILED.replace(".", f"{own}.")
         note.unlink(missing_ok=True)
@@ -132,19 +136,31 @@ def encode_folder(request: Request, engine: Engine, folder: Path, options: Optio
 
 
 @contextlib.contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """The folder, which is emptied and removed again if the run could not begin. One of another program gets not even a lock."""
+def _taken(folder: Path, lock: str) -> Iterator[None]:
+    """The folder and a lock in it. If the run could not begin, what this call made is removed again. A folder of another program
+    gets not even a lock."""
     if folder.is_dir():
         _check_owner(folder)
     made = missing(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        yield
+        with locked(folder / lock, wait=False):
+            try:
+                yield
+            except BaseException:
+                if made and folder.exists() and not (folder / PLAN).exists():
+                    _remove_locks(folder, lock)
+                raise
     except BaseException:
-        if made and folder.exists() and not (folder / PLAN).exists():
-            _clear(folder, locks=True)
         remove_empty(made)
         raise
+
+
+def _remove_locks(folder: Path, own: str) -> None:
+    """This call's lock, and that of the plan unless another shard holds it."""
+    with contextlib.suppress(ValueError), locked(folder / f"{LOCK}-plan", wait=False):
+        (folder / f"{LOCK}-plan").unlink(missing_ok=True)
+    (folder / own).unlink(missing_ok=True)
 
 
 def _check_owner(folder: Path) -> None:
@@ -176,16 +192,28 @@ def _begin(folder: Path, request: Request, options: Options) -> Plan:
             raise ValueError(f"{folder}: holds parts of another run ({why}): another folder, or --force to replace it")
         if not options.force and any(folder.glob("part-*")):
             raise ValueError(f"{folder}: holds parts without {PLAN}: another folder, or --force to replace it")
-        if not anew and any(folder.glob("part-*")):
+        # Without a plan that can be read, a part's own word for it counts, which is checked before anything is encoded.
+        mine = [] if known is not None or anew else of_plan(folder, digest_of(key))
+        if not anew and any(path.name not in mine for path in folder.glob("part-*")):
             options.say(f"{folder}: parts of another run are thrown away")
-        _clear(folder, keep=copy.name)
-        if digest is not None:
-            os.replace(copy, folder / COPY)
+        _clear(folder, keep=(copy.name, *mine))
+        return _planned(request, key, folder, None if digest is None else copy)
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _planned(request: Request, key: dict[str, Any], folder: Path, copy: Path | None) -> Plan:
+    """A new plan. ``copy``: of standard input."""
+    if copy is not None:
+        os.replace(copy, folder / COPY)
+    try:
         plan = make(request, key, folder)
         plan.save(folder)
         return plan
-    finally:
-        copy.unlink(missing_ok=True)
+    except BaseException:
+        if copy is not None:
+            (folder / COPY).unlink(missing_ok=True)
+        raise
 
 
 def _known(folder: Path, replace: bool) -> Plan | None:
@@ -205,11 +233,11 @@ def _known(folder: Path, replace: bool) -> Plan | None:
     return known
 
 
-def _clear(folder: Path, *, keep: str = "", locks: bool = False) -> None:
+def _clear(folder: Path, *, keep: Container[str] = (), locks: bool = False) -> None:
     """Removes what a run wrote, the manifest first, the plan last: parts without their plan would have no owner. JOINED, which
     allows to remove the others, stays longer still."""
     _remove_manifest(folder)
-    names = [name for name in os.listdir(folder) if is_ours(name) and name != keep]
+    names = [name for name in os.listdir(folder) if is_ours(name) and name not in keep]
     for name in sorted(names, key=lambda name: (name == JOINED, name == PLAN)):
         if locks or not name.startswith(LOCK):
             (folder / name).unlink(missing_ok=True)
@@ -232,7 +260,11 @@ def _encode(plan: Plan, folder: Path, engine: Engine, parts: Sequence[Part], opt
     """Yields what became of the parts that are not there yet."""
     names = set(os.listdir(folder))
     absent = [part for part in parts if part.name not in names]
-    broken = [part for part in parts if part.name in names and not is_there(folder, part, plan.digest)]
+    known, digest = [part for part in parts if part.name in names], plan.digest
+    whole = each(lambda part: is_there(folder, part, digest), known)
+    # Disabled where standard error is no terminal.
+    checked = tqdm(whole, "checking", len(known), delay=2, leave=False, unit=" parts", disable=None)
+    broken = [part for part, good in zip(known, checked, strict=True) if not good]
     todo = sorted([*absent, *broken])
     total, left = (sum(part.rows for part in some) for some in (parts, todo))
     if left < total:

@@ -11,13 +11,15 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from ...files import importing
+from ...files import first_line, importing
 from ..tables import STDIN
 
 with importing(None, "encode"):
     import pyarrow as pa
+
+T = TypeVar("T")
 
 KINDS = {
     ".txt": "text",
@@ -152,11 +154,11 @@ def _place(path: str) -> tuple[str, str]:
 
 def _folder(folder: str, output: str | None, say: Callable[[str], None]) -> list[str]:
     if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
-        splits = json.loads(Path(folder, "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        raise ValueError(f"{folder}: expected one split of the dataset, as {folder.rstrip('/')}/{splits[0]}")
+        split = _listed(Path(folder, "dataset_dict.json"), lambda found: str(found["splits"][0]))
+        raise ValueError(f"{folder}: expected one split of the dataset, as {folder.rstrip('/')}/{split}")
     if os.path.isfile(os.path.join(folder, SAVED)):
-        state = json.loads(Path(folder, SAVED).read_text(encoding="utf-8"))
-        return [os.path.join(folder, file["filename"]) for file in state["_data_files"]]
+        names = _listed(Path(folder, SAVED), lambda found: [str(file["filename"]) for file in found["_data_files"]])
+        return [os.path.join(folder, name) for name in names]
     files: list[str] = []
     others: list[str] = []
     seen = {os.path.realpath(path) for path in (output,) if path}  # also ends a circle of links
@@ -174,6 +176,14 @@ def _folder(folder: str, output: str | None, say: Callable[[str], None]) -> list
     if others:
         say(f"{folder}: {len(others)} other files are left out, as {min(others)}")
     return sorted(files)
+
+
+def _listed(path: Path, of: Callable[[Any], T]) -> T:
+    """What ``of`` finds in a file of the library datasets. ValueError where it is not there."""
+    try:
+        return of(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read, save the dataset again: {first_line(error)}") from error
 
 
 def _visible(name: str) -> bool:
