@@ -134,6 +134,7 @@ def methods(rng: random.Random) -> dict[str, Target]:
         "forward": Target(selector.forward, states),
         "pool": Target(selector.pool, {**states, **pooling}),
         "gates": Target(selector.gates, states),
+        "gates_and_pooled": Target(selector.gates_and_pooled, {**states, **pooling}),
         "norm": Target(norm_options, {"eps": ("positive", 1e-6), "momentum": ("share", 0.1)}),
         "blockwise": Target(
             blockwise,
