@@ -4,6 +4,7 @@
 # make bench                   measures what this machine can (without a GPU under ten minutes): bench/results, bench/REPORT.md
 # make compare BASE=main       this package and a git revision in alternation: did my change help? Options: bench/compare.py
 # make sweep                   every text encoder of transformers, made tiny, against docs/encoders.md: tests marked "slow"
+# make fuzz SECONDS=3600       drawn calls against the float64 reference, other ones each time; S2SENT_TEST_BACKEND names the backend
 # make wheel                   builds dist/*.whl, audits its ABI, and loads it in a fresh environment with torch alone beside it
 # make sanitize                the compiled backend's CPU tests under AddressSanitizer and UBSan; needs GCC, minutes
 # make lint                    ruff, mypy and the import contract; PYTHON= as above
@@ -15,10 +16,11 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
-.PHONY: help demo test sweep bench compare wheel sanitize lint clean package
+.PHONY: help demo test sweep fuzz bench compare wheel sanitize lint clean package
 
 BOOTSTRAP ?= python3
 WORKERS ?= 2
+SECONDS ?= 60
 BENCH_OPTIONS ?=
 BASE ?= main
 GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
@@ -133,6 +135,9 @@ wheel: $(WHEEL_READY)
 
 sweep: $(DEV_READY)
 	env -u TRITON_INTERPRET HF_HUB_OFFLINE=1 $(PY) -m pytest -m slow tests/encoders
+
+fuzz: $(DEV_READY)
+	$(PY) tests/fuzz/run.py --seconds $(SECONDS)
 
 sanitize: $(DEV_READY)
 	tests/sanitize.sh $(PY)

@@ -65,6 +65,7 @@ class BlockwisePool:
     """
 
     def __init__(self, gate: Gate, attention_mask: Tensor | None, cu_seqlens: Tensor | None, pooling: str) -> None:
+        validate.token_types(attention_mask, cu_seqlens)
         validate.option("pooling", pooling, POOLINGS)
         self._gate, self._reading = gate, gate.reading(pooling)
         self._mask, self._cu_seqlens = attention_mask, cu_seqlens
@@ -79,8 +80,7 @@ class BlockwisePool:
         if block != self._next or block == num_blocks:
             wanted = "no more" if self._next == num_blocks else self._next
             raise ValueError(f"block: expected {wanted}, blocks come in ascending order and once, got {block}")
-        if not isinstance(hidden_state, Tensor):
-            raise TypeError(f"hidden_state: expected a tensor, got {type(hidden_state).__name__}")
+        validate.tensor("hidden_state", hidden_state)
         if torch.is_grad_enabled() and hidden_state.requires_grad:
             raise RuntimeError("blockwise pooling is for inference: hidden_state requires a gradient")
         batch = Batch([hidden_state], self._mask, self._cu_seqlens)

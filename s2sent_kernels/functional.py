@@ -31,6 +31,9 @@ def _reading(frequencies: int, profile: str, pooling: str | None) -> Reading:
 
 
 def _gating(activation: str, eps: float, profile: str, training: bool, momentum: float) -> Gating:
+    validate.number("eps", eps)
+    validate.flag("training", training)
+    validate.share("momentum", momentum)  # no op has it
     return Gating(
         validate.word("activation", activation, ACTIVATIONS),
         eps,
@@ -178,8 +181,7 @@ def fuse(
     Args and errors as in ``squeeze``; ``gates`` is g [B, N, D].
     """
     batch = validate.types(hidden_states, attention_mask, cu_seqlens)
-    if not isinstance(gates, Tensor):
-        raise TypeError(f"gates: expected a tensor, got {type(gates).__name__}")
+    validate.tensor("gates", gates)
     chosen = _choose(backend, batch)
     if chosen == "reference":
         _validate_plain(batch, Reading(frequencies=1))
@@ -244,7 +246,6 @@ def select(
     """The whole selector, token output: v [B, L, D] (packed [T, D]), 0 at padding. Arguments as in the three stages."""
     batch = validate.types(hidden_states, attention_mask, cu_seqlens)
     validate.parameter_types(parameters)
-    validate.number("eps", eps)
     reading, gating = _reading(frequencies, profile, None), _gating(activation, eps, profile, training, momentum)
     if profile != "paper" or training:
         return select_with(_gate_function(batch, parameters, gating, backend), batch, reading, backend)
@@ -280,7 +281,6 @@ def select_pool(
     batch = validate.types(hidden_states, attention_mask, cu_seqlens)
     validate.word("pooling", pooling, POOLINGS)  # None is for squeeze alone
     validate.parameter_types(parameters)
-    validate.number("eps", eps)
     reading, gating = _reading(frequencies, profile, pooling), _gating(activation, eps, profile, training, momentum)
     if profile == "paper" and training:
         return select_pool_in_training(batch, reading, parameters, gating, backend)

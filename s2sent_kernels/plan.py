@@ -80,7 +80,10 @@ class Plan:
         if how is None:
             return None
         if not gradient and self.norm is None and how.prepared is not None:
-            found = how.prepared.select_pool(hidden_states, attention_mask, cu_seqlens, how.reading.pooling)
+            try:
+                found = how.prepared.select_pool(hidden_states, attention_mask, cu_seqlens, how.reading.pooling)
+            except NotImplementedError:  # the dispatcher's, of tensors without strides: asking each would take longer
+                return None
             if found:
                 return found[0]
         batch = self._batch(hidden_states, attention_mask, cu_seqlens)
@@ -105,7 +108,10 @@ class Plan:
         if how is None:
             return None
         if not gradient and how.prepared is not None:
-            found = how.prepared.select(hidden_states, attention_mask, cu_seqlens)
+            try:
+                found = how.prepared.select(hidden_states, attention_mask, cu_seqlens)
+            except NotImplementedError:
+                return None
             if found:
                 return found[0]
         batch = self._batch(hidden_states, attention_mask, cu_seqlens)
@@ -145,6 +151,8 @@ class Plan:
             self._memory, self._hows = memory, {}
             return None
         first = hidden_states[0]
+        if any(u.is_nested or u.layout is not torch.strided for u in hidden_states):
+            return None
         shape, dtype, device = first.shape, first.dtype, first.device
         if len(shape) != (3 if cu_seqlens is None else 2) or shape[-1] != self.hidden_size:
             return None
@@ -153,6 +161,7 @@ class Plan:
                 return None
         batch = Batch(hidden_states, attention_mask, cu_seqlens)
         try:
+            validate.token_types(attention_mask, cu_seqlens)
             validate.tokens(batch)
             validate.cu_seqlens_values(batch)
         except (ValueError, TypeError):
@@ -170,7 +179,12 @@ class Plan:
 
     def _find_how(self, hidden_states: Sequence[Tensor], pooling: str | None) -> How | None:
         reading, first = self._readings.get(pooling), hidden_states[0]
-        if reading is None or first.dtype not in KERNEL_DTYPES or first.shape[-1:] != (self.hidden_size,):
+        if (
+            reading is None
+            or first.is_nested
+            or first.dtype not in KERNEL_DTYPES
+            or first.shape[-1:] != (self.hidden_size,)
+        ):
             return None
         batch = Batch(hidden_states)
         try:
@@ -233,6 +247,8 @@ def plain_tensors(selector: Planned) -> GateParameters | None:
 def count_batch(norm: nn.BatchNorm1d) -> float:
     """As nn.BatchNorm1d before it normalises in training: count the batch, and return its weight. A recomputed forward has
     counted already."""
+    if norm.momentum is not None:
+        validate.share("momentum", norm.momentum)
     if in_backward():
         return 0.0
     if norm.num_batches_tracked is not None:

@@ -73,6 +73,7 @@ class S2SentSelector(Joinable):
         validate.components(num_blocks, hidden_size, frequencies, profile)
         validate.option("gate_norm", gate_norm, ("batch", None))
         validate.option("backend", backend, ("auto", *BACKENDS))
+        validate.flag("block_prior", block_prior)
         if block_prior and profile == "official":
             raise ValueError("block_prior: profile 'official' has none, expected False, got True")
         if gate_scale is not None:

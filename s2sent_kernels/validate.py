@@ -3,9 +3,9 @@
 What is checked where, once in a call:
 
     where                       what                                                                by
-    functional, S2SentSelector  Python types; a word that is no string                              ``types``, ``word``
+    functional, S2SentSelector  Python types, tensors without strides; a word that is no string     ``types``, ``word``
     functional, engine chosen   forward mode of the hidden states, unless plain PyTorch computes    ``forward_mode``
-    an op, also its fake        words; shapes, dtypes and devices of tensors; N, D and M            ``batch``, ``gate``
+    an op, also its fake        words and numbers; shapes, dtypes and devices of tensors; N, D, M   ``batch``, ``gate``
       (and functional, where plain PyTorch computes and no op does)
     an op alone                 forward mode: plain PyTorch has it, also for the gate's parameters  ``forward_mode``
     an op, with values at hand  what ``cu_seqlens`` holds                                           ``cu_seqlens_values``
@@ -23,10 +23,9 @@ An op judges words although functional's callers pass right ones: it is public i
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,55 +45,20 @@ from .formula.call import (
     Profile,
     Reading,
 )
-
-T = TypeVar("T")
+from .scalars import at_least_zero as at_least_zero
+from .scalars import device as device
+from .scalars import dtype as dtype
+from .scalars import finite_number as finite_number
+from .scalars import flag as flag
+from .scalars import number as number
+from .scalars import option as option
+from .scalars import positive_int as positive_int
+from .scalars import positive_number as positive_number
+from .scalars import share as share
+from .scalars import word as word
 
 DEBUG_VARIABLE = "S2SENT_DEBUG"
 _REQUIRED = GateParameters.required()
-
-
-def positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected a positive number, got {value}")
-
-
-def number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-
-
-def finite_number(name: str, value: Any) -> None:
-    number(name, value)
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number, got {value}")
-
-
-def positive_number(name: str, value: Any) -> None:
-    number(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a positive number, got {value}")
-
-
-def device(name: str, value: Any) -> torch.device | None:
-    """The device that ``value`` means; None means torch's default."""
-    if value is None:
-        return None
-    try:
-        return torch.device(value)
-    except TypeError as error:
-        raise TypeError(f"{name}: expected a torch.device, its name or None, got {type(value).__name__}") from error
-    except RuntimeError as error:
-        raise ValueError(f"{name}: expected a torch.device, its name or None, got {value!r}") from error
-
-
-def dtype(name: str, value: Any) -> torch.dtype | None:
-    """``value``, where it is a floating dtype; None means torch's default."""
-    if value is not None and (not isinstance(value, torch.dtype) or not value.is_floating_point):
-        got = value if isinstance(value, torch.dtype) else type(value).__name__
-        raise TypeError(f"{name}: expected a floating dtype or None, got {got}")
-    return value
 
 
 def batch_for_norm(name: str, size: int, module: torch.nn.Module) -> None:
@@ -137,19 +101,6 @@ def buffer(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, 
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(tensor.stride())}")
 
 
-def option(name: str, value: Any, allowed: Sequence[T]) -> T:
-    """``value``, where it is one of those allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {tuple(allowed)}, got {value!r}")
-    return value
-
-
-def word(name: str, value: Any, allowed: Sequence[T]) -> T:
-    """``value``, where it is a string: an op's schema would refuse anything else without naming the words it allows. Whether it
-    is one of them the op judges."""
-    return value if isinstance(value, str) else option(name, value, allowed)  # type: ignore[return-value]
-
-
 def components(num_blocks: int, hidden_size: int, frequencies: int, profile: str) -> None:
     """N, D, M and the profile fit one another."""
     option("profile", profile, PROFILES)
@@ -161,16 +112,28 @@ def components(num_blocks: int, hidden_size: int, frequencies: int, profile: str
         )
 
 
+def tensor(name: str, value: Any, what: str = "a tensor") -> None:
+    """A tensor with strides. Of others most of what is read here, shapes first, raises without a name."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
+    if value.is_nested or value.is_quantized or value.layout is not torch.strided:
+        kind = "a nested" if value.is_nested else "a quantised" if value.is_quantized else f"a {value.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind} tensor")
+
+
+def token_types(attention_mask: Any, cu_seqlens: Any) -> None:
+    for name, value in (("attention_mask", attention_mask), ("cu_seqlens", cu_seqlens)):
+        if value is not None:
+            tensor(name, value, "a tensor or None")
+
+
 def types(hidden_states: Any, attention_mask: Any, cu_seqlens: Any, expected_blocks: int | None = None) -> Batch:
     """The batch, where its parts are of the right Python types and, if given, its hidden states as many as expected."""
     if isinstance(hidden_states, Tensor) or not isinstance(hidden_states, Sequence):
         raise TypeError(f"hidden_states: expected a sequence of N tensors, got {type(hidden_states).__name__}")
     for index, value in enumerate(hidden_states):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"hidden_states[{index}]: expected a tensor, got {type(value).__name__}")
-    for name, value in (("attention_mask", attention_mask), ("cu_seqlens", cu_seqlens)):
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor or None, got {type(value).__name__}")
+        tensor(f"hidden_states[{index}]", value)
+    token_types(attention_mask, cu_seqlens)
     if expected_blocks is not None and len(hidden_states) != expected_blocks:
         raise ValueError(
             f"hidden_states: expected {expected_blocks} tensors, one for each block, got {len(hidden_states)}"
@@ -250,7 +213,7 @@ def layout(layout: Layout, num_blocks: int, reading: Reading) -> None:
     if layout.packed and reading.profile == "official":
         raise ValueError("cu_seqlens: profile 'official' pools the padded plane and has no packed form")
     shape = list(layout.shape)
-    if len(shape) != (2 if layout.packed else 3) or min(shape) < 0:
+    if len(shape) != (2 if layout.packed else 3) or any(size < 0 for size in shape):  # min() would become a guard
         raise ValueError(f"shape: expected {'[T, D]' if layout.packed else '[B, L, D]'}, got {shape}")
     if layout.dtype not in DTYPES:
         raise TypeError(f"dtype: expected a floating dtype, got {layout.dtype}")
@@ -313,8 +276,7 @@ def cu_seqlens_values(batch: Batch | Layout) -> None:
 
 
 def squeezed(squeezed: Any) -> None:
-    if not isinstance(squeezed, Tensor):
-        raise TypeError(f"squeezed: expected a tensor, got {type(squeezed).__name__}")
+    tensor("squeezed", squeezed)
     if squeezed.dim() != 2:
         raise ValueError(f"squeezed: expected shape [B, D], got {list(squeezed.shape)}")
     if squeezed.dtype not in (torch.float32, torch.float64):
@@ -332,9 +294,10 @@ def gates(gates: Tensor, batch: Batch) -> None:
 
 
 def gate(parameters: GateParameters, gating: Gating, num_blocks: int, like: Tensor) -> None:
-    """Words and the gate's tensors, for f or hidden states ``like``, which lie on their device and have their D."""
+    """Words, numbers and the gate's tensors, for f or hidden states ``like``, which lie on their device and have their D."""
     option("activation", gating.activation, ACTIVATIONS)
     option("profile", gating.profile, PROFILES)
+    (positive_number if gating.training else at_least_zero)("eps", gating.eps)  # as torch's batch norm
     if gating.profile == "official":
         for name in ("block_prior", "gate_scale"):
             if getattr(parameters, name) is not None:
@@ -350,21 +313,30 @@ def select(inputs: Batch, reading: Reading, parameters: GateParameters, gating: 
 
 
 def hidden_gradients(grads: HiddenGradients, layout: Layout, num_blocks: int) -> None:
-    """The shapes of a HiddenGradients, by the names that the op's schema gives its tensors."""
+    """A HiddenGradients, by the names that the op's schema gives its tensors."""
     rows, size = layout.num_sentences, layout.hidden_size
-    shaped("grad_squeezed", grads.squeezed, (rows, size))
-    shaped("grad_pooled", grads.pooled, (rows, num_blocks, size))
-    shaped("grad_fused", grads.fused, layout.shape)
-    shaped("gates", grads.gates, (rows, num_blocks, size))
+    received("grad_squeezed", grads.squeezed, (rows, size), layout.device)
+    received("grad_pooled", grads.pooled, (rows, num_blocks, size), layout.device)
+    received("grad_fused", grads.fused, layout.shape, layout.device)
+    received("gates", grads.gates, (rows, num_blocks, size), layout.device)
+
+
+def received(name: str, tensor: Tensor | None, shape: Sequence[int], device: torch.device) -> None:
+    """What a backward op is passed beside the arguments of its forward op."""
+    shaped(name, tensor, shape)
+    if tensor is not None and tensor.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    if tensor is not None and tensor.device != device:
+        raise ValueError(f"{name}: expected device {device} as the other tensors, got {tensor.device}")
 
 
 def parameter_types(parameters: Any) -> None:
     """A GateParameters of tensors: an op's schema would refuse anything else without naming the argument."""
     if not isinstance(parameters, GateParameters):
         raise TypeError(f"parameters: expected GateParameters, got {type(parameters).__name__}")
-    for name, tensor in zip(GateParameters._fields, parameters, strict=True):
-        if not isinstance(tensor, Tensor) and (tensor is not None or name in _REQUIRED):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    for name, value in zip(GateParameters._fields, parameters, strict=True):
+        if value is not None or name in _REQUIRED:
+            tensor(name, value)
 
 
 def gate_parameters(parameters: GateParameters, num_blocks: int, hidden_size: int, device: torch.device) -> None:

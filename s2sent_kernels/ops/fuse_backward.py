@@ -27,7 +27,7 @@ def _implementation(
     batch = Batch(hidden_states, attention_mask, cu_seqlens)
     validate.batch(batch, Reading(frequencies=1))
     validate.cu_seqlens_values(batch)
-    validate.shaped("grad_fused", grad_fused, batch.shape)
+    validate.received("grad_fused", grad_fused, batch.shape, batch.device)
     return engine_for(backend, Call.of(batch)).fuse_backward(grad_fused, batch)
 
 
@@ -39,6 +39,8 @@ def _fake(
     backend: str,
 ) -> Tensor:
     batch = Batch(hidden_states, attention_mask, cu_seqlens)
+    validate.batch(batch, Reading(frequencies=1))
+    validate.received("grad_fused", grad_fused, batch.shape, batch.device)
     shape = (batch.num_sentences, batch.num_blocks, batch.hidden_size)
     return hidden_states[0].new_empty(shape, dtype=compute_dtype(batch.dtype))
 

@@ -27,7 +27,8 @@ def _validated(grad_gates: Tensor, squeezed: Tensor, rest: Any) -> tuple[GatePar
     parameters, (activation, eps, backend) = split_parameters(rest)
     gating = Gating(activation, eps)
     num_blocks = validate_gate(squeezed, parameters, gating)
-    validate.shaped("grad_gates", grad_gates, (squeezed.shape[0], num_blocks, squeezed.shape[1]))
+    shape = (squeezed.shape[0], num_blocks, squeezed.shape[1])
+    validate.received("grad_gates", grad_gates, shape, squeezed.device)
     return parameters, gating, backend
 
 

@@ -33,8 +33,9 @@ def _validated(grad_output: Tensor, squeezed: Tensor, pooled: Tensor, rest: Any)
     parameters, (activation, eps, backend) = split_parameters(rest)
     gating = Gating(activation, eps)
     num_blocks = validate_gate(squeezed, parameters, gating)
-    validate.shaped("grad_output", grad_output, squeezed.shape)
-    validate.shaped("pooled", pooled, (squeezed.shape[0], num_blocks, squeezed.shape[1]))
+    shape = (squeezed.shape[0], num_blocks, squeezed.shape[1])
+    validate.received("grad_output", grad_output, squeezed.shape, squeezed.device)
+    validate.received("pooled", pooled, shape, squeezed.device)
     return parameters, gating, backend
 
 

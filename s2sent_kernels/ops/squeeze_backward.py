@@ -94,8 +94,16 @@ def _fake(
     dtype: torch.dtype,
     device: torch.device,
     needed: list[bool],
-    *rest: Any,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    frequencies: int,
+    profile: Profile,
+    pooling: Pooling | None,
+    backend: str,
 ) -> list[Tensor]:
+    layout = Layout(shape, dtype, device, attention_mask, cu_seqlens)
+    validate.layout(layout, len(needed), Reading(frequencies, profile, pooling))
+    validate.hidden_gradients(HiddenGradients(grad_squeezed, grad_pooled, grad_fused, gates), layout, len(needed))
     return [torch.empty(shape if need else [0], dtype=dtype, device=device) for need in needed]
 
 

@@ -1,0 +1,261 @@
+"""How far a right engine may be from the float64 reference in one call: the fuzzers' error model.
+
+Engines compute in float32 (float64 for float64 inputs), whatever the dtypes of the inputs. Each rounding moves a number by at
+most half an ulp, a share u = 2^-24 (2^-53) of it. What that does to a result depends on the call: terms that cancel, a batch
+norm over sentences that are alike, a large gate scale. So the bound of each tensor is measured on the call itself:
+
+1. ``Wobbled`` computes the selector in float64 with all its inputs, hidden states, parameters and incoming gradients, and every
+   intermediate result, forward and backward, moved up or down by a quarter to a half of a float32 ulp, as drawn: of one
+   size, two moves would often cancel exactly. The largest change of a tensor's elements over DRAWS draws is its ``spread``:
+   what roundings of single numbers do to it. Where its inputs have fewer bits the roundings are still float32's, so that an
+   engine which computed in 16 bits is found.
+2. A sum of K terms is no single number: each of its partial sums is rounded. Of terms of random sign the k-th partial sum is
+   about sqrt(k) as large as a term, so the roundings add up to sqrt(1 + 2 + ... + K) = K / sqrt 2 where moving the terms
+   themselves gave sqrt(K): sqrt(K / 2) times as much. K is the length of the longest sum on the way to a result: N * L tokens
+   or N * D logits, H, and B * N * D for the gradients of prior and scale. Engines sum in chunks, and stay far below.
+3. A spread is drawn and the error is too. The largest of a few draws underestimates, most of all for a tensor of one element,
+   so the error is allowed three of it, times few = sqrt(1 + 4 / elements), or logits where those are fewer: all elements of
+   a gradient then hang on the same few roundings.
+
+       |actual - truth| <= 3 few (1 + sqrt(K / 2)) spread + u(output) |truth| + smallest(output)
+
+The last two are the one rounding of the stored result; ``smallest`` is half the distance of subnormal numbers, or what float32
+flushes to zero on the way. The truth is ``formula.reference`` in float64. ``Wobbled`` is a second way to write the formula, and
+without wobble it has to agree with the truth to float64's rounding: so either is checked by the other.
+
+Where a relu's argument is nearer to zero than its own bound, a right engine may take either slope; then ``unsettled`` says so,
+and gradients are not compared.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from fuzz_cases import Case, Inputs
+from torch import Tensor
+
+from s2sent_kernels.formula import dct
+
+DRAWS = 4
+UNDERFLOW = 2.0**-100  # a number below float32's range, times gradients and inverse deviations of up to 2^26
+
+
+def unit(case: Case) -> float:
+    return 2.0**-53 if case.double else 2.0**-24
+
+
+def longest_sum(case: Case, name: str) -> int:
+    rows = case.B if name in ("gradient of block_prior", "gradient of gate_scale") or case.profile == "official" else 1
+    return max(case.N * case.L, case.H, max(1, rows) * case.N * case.D)
+
+
+class _Wobble(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, share: float, generator: torch.Generator) -> Tensor:
+        ctx.share, ctx.generator = share, generator
+        return _moved(values, share, generator)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _moved(grad, ctx.share, ctx.generator), None, None
+
+
+class _Saturating(torch.autograd.Function):
+    """tanh or sigmoid, moved, with the slope that its moved result gives: backward passes keep the rounded result, and near
+    saturation 1 - s^2 and 1 - e have no more digits than that."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, name: str, share: float, generator: torch.Generator) -> Tensor:
+        result = _moved(getattr(torch, name)(values), share, generator)
+        ctx.save_for_backward(result)
+        ctx.name, ctx.share, ctx.generator = name, share, generator
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (result,) = ctx.saved_tensors
+        slope = 1 - result * result if ctx.name == "tanh" else result * (1 - result)
+        return _moved(grad * slope, ctx.share, ctx.generator), None, None, None
+
+
+class _BatchNorm(torch.autograd.Function):
+    """(z - mean) rstd of moved statistics. The gradient is the closed form that every engine computes. It takes for granted
+    that normed sums to zero, which after rounding it does not: where sentences are alike that is the largest error."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, mean: Tensor, rstd: Tensor, share: float, generator: torch.Generator) -> Tensor:
+        normed = _moved(_moved(z - mean, share, generator) * rstd, share, generator)
+        ctx.save_for_backward(normed, rstd)
+        ctx.share, ctx.generator = share, generator
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        normed, rstd = ctx.saved_tensors
+
+        def wobble(values: Tensor) -> Tensor:
+            return _moved(values, ctx.share, ctx.generator)
+
+        mean, slope = wobble(grad.mean(1, keepdim=True)), wobble((grad * normed).mean(1, keepdim=True))
+        return wobble(wobble(wobble(grad - mean) - wobble(normed * slope)) * rstd), None, None, None, None
+
+
+def _moved(values: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Draws in the first dimension: the first as it is, every other one with each number moved."""
+    factors = torch.rand(values.shape, generator=generator, dtype=torch.float64).sub_(0.5)
+    factors += factors.sign() / 2  # from -1 to -1/2, and from 1/2 to 1
+    factors.mul_(share).add_(1)
+    factors[:1] = 1
+    return values * factors
+
+
+class Wobbled:
+    """The selector of DRAWS + 1 draws at once: every tensor has them in front, and the first is not moved."""
+
+    def __init__(self, case: Case, inputs: Inputs, share: float) -> None:
+        self.case, self.inputs, self.share = case, inputs, share
+        self.generator = torch.Generator().manual_seed(case.seed)
+        self.leaves: dict[str, Tensor] = {}
+        for name, tensor in self._tensors().items():
+            self.leaves[name] = tensor.double().cpu().expand(DRAWS + 1, *tensor.shape).requires_grad_()
+        self.statistics: dict[str, Tensor] = {}
+        self.before_relu = torch.ones(DRAWS + 1, 0)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        hidden = [self.inputs.padded(u.double()) for u in self.inputs.hidden_states]
+        given = {name: t for name, t in self.inputs.parameters._asdict().items() if t is not None}
+        return {"hidden states": torch.stack(hidden), **given}
+
+    def wobble(self, values: Tensor) -> Tensor:
+        return _Wobble.apply(values, self.share, self.generator)
+
+    def _saturating(self, values: Tensor, name: str) -> Tensor:
+        return _Saturating.apply(values, name, self.share, self.generator)
+
+    def __call__(self) -> Tensor:
+        """o [1 + DRAWS, B, D] or v [1 + DRAWS, B, L, D]"""
+        case, real, wobble = self.case, self.inputs.real, self.wobble
+        w = {name: wobble(leaf) for name, leaf in self.leaves.items()}
+        u = w["hidden states"]  # [draw, N, B, L, D]
+        g = self._gate(wobble(self._squeeze(u)), w)  # [draw, N, B, D]
+        u = torch.where(real[..., None], u, 0)
+        if case.pooling is None:
+            return wobble(g[:, :, :, None] * u).sum(1)
+        return wobble(g * wobble((u * self._pooling_weights()[..., None]).sum(3))).sum(1)
+
+    def _squeeze(self, u: Tensor) -> Tensor:
+        case, real = self.case, self.inputs.real
+        if case.profile == "official":
+            beta = dct.grid_token_basis(case.L, case.M).T.expand(case.B, case.L, case.M)
+        else:
+            rank, length = real.cumsum(1) - 1, real.sum(1, keepdim=True).expand(real.shape)
+            beta = dct.token_basis(rank, length, case.N, case.M) * real[..., None]
+        alpha = dct.block_basis(case.N, case.M, case.profile)  # [M, N]
+        parts = case.D // case.M
+        beta, alpha = beta.repeat_interleave(parts, -1), alpha.T.repeat_interleave(parts, -1)
+        shares = self.wobble((u * beta).sum(3))  # [draw, N, B, D]
+        return self.wobble(shares * alpha[:, None]).sum(1)
+
+    def _pooling_weights(self) -> Tensor:
+        real, rank = self.inputs.real, self.inputs.real.cumsum(1) - 1
+        length = real.sum(1, keepdim=True)
+        if self.case.pooling == "mean":
+            return real / length.clamp(min=1).double()
+        return (real & (rank == (0 if self.case.pooling == "cls" else length - 1))).double()
+
+    def _gate(self, f: Tensor, w: dict[str, Tensor]) -> Tensor:
+        case, wobble = self.case, self.wobble
+        down = wobble(f @ w["down_weight"].mT + w["down_bias"][:, None])
+        if case.activation == "relu":
+            self.before_relu = down.detach()
+            s = torch.relu(down)
+        else:
+            s = self._saturating(down, "tanh")
+        z = wobble(s @ w["up_weight"].mT + w["up_bias"][:, None])  # [draw, B, N * D]
+        if case.norm:
+            z = self._norm(z, w)
+        e = self._saturating(z, "sigmoid").unflatten(2, (case.N, case.D)).transpose(1, 2)  # [draw, N, B, D]
+        logits = e * w["gate_scale"][:, None, None, None] if case.scale is not None else e
+        if case.prior is not None:
+            logits = logits + w["block_prior"][..., None, None]
+        if case.profile == "paper" and logits.numel():
+            logits = logits - logits.detach().amax(1, keepdim=True)
+        powers = wobble(logits.exp())
+        over = (1, 2, 3) if case.profile == "official" else 1
+        return wobble(powers / wobble(powers.sum(over, keepdim=True)))
+
+    def _norm(self, z: Tensor, w: dict[str, Tensor]) -> Tensor:
+        case, wobble = self.case, self.wobble
+        mean, var = w["running_mean"], w["running_var"]
+        if case.training and case.B:
+            values = z.detach()
+            batch_mean = wobble(values.mean(1))
+            batch_var = wobble(wobble(values - batch_mean[:, None]).square().mean(1))
+            for name, kept, new in (
+                ("running_mean", mean, batch_mean),
+                ("running_var", var, batch_var * (case.B / (case.B - 1))),
+            ):
+                self.statistics[name] = (wobble(kept * (1 - case.momentum)) + wobble(new * case.momentum)).detach()
+            rstd = wobble((batch_var + case.eps).rsqrt())[:, None]
+            normed = _BatchNorm.apply(z, batch_mean[:, None], rstd, self.share, self.generator)
+        else:
+            normed = wobble(wobble(z - mean[:, None]) * wobble((var + case.eps).rsqrt())[:, None])
+        return wobble(wobble(normed * w["norm_weight"][:, None]) + w["norm_bias"][:, None])
+
+    def results(self, grad: Tensor | None) -> dict[str, Tensor]:
+        """Every result by its name, [1 + DRAWS, ...]; hidden states' gradients one by one."""
+        out = self()
+        found = {"output": out.detach(), **self.statistics}
+        if grad is not None:
+            wanted = {name: leaf for name, leaf in self.leaves.items() if not name.startswith("running")}
+            moved = _moved(grad.double().cpu().expand(DRAWS + 1, *grad.shape), self.share, self.generator)
+            grads = torch.autograd.grad(out, list(wanted.values()), moved, allow_unused=True)
+            for (name, leaf), got in zip(wanted.items(), grads, strict=True):
+                found[f"gradient of {name}"] = torch.zeros_like(leaf) if got is None else got
+            hidden = found.pop("gradient of hidden states")
+            found |= {f"gradient of hidden state {n}": hidden[:, n] for n in range(self.case.N)}
+        return found
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether a relu's argument is zero as far as its roundings tell."""
+        if not self.before_relu.numel():
+            return False
+        first = self.before_relu[0].abs()
+        return bool((first <= allowance(self.case, self.before_relu, "relu")).any())
+
+
+def spread(draws: Tensor) -> float:
+    return (draws[1:] - draws[:1]).abs().max().item() if draws.numel() else 0.0
+
+
+def allowance(case: Case, draws: Tensor, name: str) -> float:
+    """What roundings on the way to the result ``name`` may do to it."""
+    few = math.sqrt(1 + 4 / max(1, min(draws[0].numel(), case.N * case.B * case.D)))
+    return 3 * few * (1 + math.sqrt(longest_sum(case, name) / 2)) * spread(draws)
+
+
+class Bound(NamedTuple):
+    ratio: float  # the largest error in units of its bound
+    error: float
+    allowed: float
+
+
+def judge(case: Case, name: str, actual: Tensor, truth: Tensor, draws: Tensor) -> Bound:
+    """How far ``actual``, the result ``name``, is from the truth. NaN counts as infinitely far."""
+    if not actual.numel():
+        return Bound(0.0, 0.0, 0.0)
+    finfo = torch.finfo(actual.dtype)
+    computed = 2.0**-1000 if case.double else UNDERFLOW
+    smallest = max(computed, finfo.smallest_normal * finfo.eps / 2)
+    bound = allowance(case, draws, name) + truth.abs() * (finfo.eps / 2 + unit(case)) + smallest
+    error = (actual.detach().double().cpu() - truth).abs()
+    # Beyond the output's range the right result is infinity, or its largest number where the bound reaches down to that.
+    beyond = (truth.abs() + bound > finfo.max) & (
+        (actual.cpu().abs() >= finfo.max / 2) & (actual.cpu().sign() == truth.sign())
+    )
+    ratio = torch.where(beyond, 0.0, (error / bound).nan_to_num(math.inf, math.inf))
+    worst = int(ratio.flatten().argmax())
+    return Bound(ratio.max().item(), error.flatten()[worst].item(), bound.flatten()[worst].item())
