@@ -150,15 +150,16 @@ class Plan:
         if memory != self._memory:
             self._memory, self._hows = memory, {}
             return None
-        first = hidden_states[0]
-        if any(u.is_nested or u.layout is not torch.strided for u in hidden_states):
-            return None
-        shape, dtype, device = first.shape, first.dtype, first.device
-        if len(shape) != (3 if cu_seqlens is None else 2) or shape[-1] != self.hidden_size:
-            return None
-        for other in hidden_states:
-            if other.shape != shape or other.dtype is not dtype or other.device != device:
+        first, strided = hidden_states[0], torch.strided
+        try:
+            shape, dtype, device = first.shape, first.dtype, first.device
+            if len(shape) != (3 if cu_seqlens is None else 2) or shape[-1] != self.hidden_size:
                 return None
+            for u in hidden_states:
+                if u.shape != shape or u.dtype is not dtype or u.device != device or u.layout is not strided:
+                    return None
+        except RuntimeError:  # a nested tensor has no shape; asking each whether it is one would take longer
+            return None
         batch = Batch(hidden_states, attention_mask, cu_seqlens)
         try:
             validate.token_types(attention_mask, cu_seqlens)

@@ -220,7 +220,7 @@ def layout(layout: Layout, num_blocks: int, reading: Reading) -> None:
     positive_int("the hidden size (last dimension of shape)", shape[-1])
     if num_blocks == 0:
         raise ValueError("needed: expected an entry for each hidden state, got none")
-    tokens(layout)
+    tokens(layout._replace(shape=tuple(shape)))  # which a mask's shape can equal, unlike a list
     components(num_blocks, shape[-1], reading.frequencies, reading.profile)
 
 
@@ -240,11 +240,11 @@ def _is_on(tensor: Tensor, device: torch.device) -> bool:
 
 
 def _mask(mask: Tensor, shape: Sequence[int], device: torch.device) -> None:
-    if list(mask.shape) != list(shape[:2]):
+    if mask.shape != shape[:2]:
         raise ValueError(f"attention_mask: expected shape [B, L] = {list(shape[:2])}, got {list(mask.shape)}")
     if mask.dtype.is_complex:
         raise TypeError(f"attention_mask: expected bool, integer or float 0/1, got {mask.dtype}")
-    if not _is_on(mask, device):
+    if mask.device != device and not _is_on(mask, device):
         raise ValueError(f"attention_mask: expected device {device} as hidden_states[0], got {mask.device}")
 
 
@@ -253,7 +253,7 @@ def _cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
         raise ValueError(f"cu_seqlens: expected shape [B + 1], got {list(cu_seqlens.shape)}")
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens: expected torch.int32, got {cu_seqlens.dtype}")
-    if not _is_on(cu_seqlens, device):
+    if cu_seqlens.device != device and not _is_on(cu_seqlens, device):
         raise ValueError(f"cu_seqlens: expected device {device} as hidden_states[0], got {cu_seqlens.device}")
 
 
@@ -326,7 +326,7 @@ def received(name: str, tensor: Tensor | None, shape: Sequence[int], device: tor
     shaped(name, tensor, shape)
     if tensor is not None and tensor.dtype not in DTYPES:
         raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-    if tensor is not None and tensor.device != device:
+    if tensor is not None and tensor.device != device and not _is_on(tensor, device):
         raise ValueError(f"{name}: expected device {device} as the other tensors, got {tensor.device}")
 
 
