@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import families, input_tokens, probe, validate
 from .captured_call import CapturedCall, drop_interrupted
-from .consumers import Consumer, KeptStates, PooledStates
+from .consumers import Consumer, KeptStates, PooledStates, Told
 from .formula.call import POOLINGS
 from .selector import S2SentSelector
 
@@ -388,6 +388,8 @@ def _end(listener: BlockListener, module: nn.Module, args: Any, output: Any) -> 
             _thread.calls.remove(call)
             if call.next == len(listener.capture.blocks):
                 call.finish()
+                if isinstance(call.consumer, Told):
+                    call.consumer.ended(output)
                 _thread.heard[listener] = call.consumer
             return
         if not call.beside:

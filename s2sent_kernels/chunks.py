@@ -33,7 +33,7 @@ class Chunk:
     def __init__(self, tokens: Tokens, size: int, skip: int = 0) -> None:
         self.tokens, self.texts, self._skip = tokens, int(tokens.text[-1]) + 1, skip
         self.left = int((tokens.lengths > 0).sum())
-        self._embeddings = torch.zeros(len(tokens.ids), size)  # a row without tokens stays 0, as a selector has it
+        self._embeddings = torch.zeros(len(tokens.ids), size, dtype=torch.float32)  # 0: a row without tokens
 
     def keep(self, rows: np.ndarray, values: Tensor) -> None:
         self._embeddings[torch.from_numpy(rows)] = values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,13 @@ class Consumer(Protocol):
     """Receives the hidden states of one call: each once, lowest first. BlockwisePool is one."""
 
     def add(self, block: int, hidden_state: Tensor, /) -> None: ...
+
+
+class Told:
+    """A consumer that is told what the module that was called has returned."""
+
+    def ended(self, output: Any) -> None:
+        raise NotImplementedError
 
 
 class KeptStates:

@@ -79,10 +79,12 @@ class Embedder:
             True: or raise; False: never.
         default_prompt: put before each text if ``encode`` is given no prompt.
         include_prompt: whether a prompt's tokens count in the pooling. If not, batches of texts with a prompt are padded.
+        truncate_dim: the features that embeddings have if ``encode`` is given no other number: the first ones. None: all.
 
     Attributes:
         encoder, tokenizer: as given.
         device, dtype: of the encoder.
+        dimension: features of an embedding.
         max_length: tokens of a text at most.
         packed: whether batches are packed; ``padded_because`` says why not.
         statistics: how many texts and tokens were encoded, and how many texts were cut.
@@ -105,12 +107,15 @@ class Embedder:
         cuda_graphs: bool | None = None,
         default_prompt: str = "",
         include_prompt: bool = True,
+        truncate_dim: int | None = None,
     ) -> None:
         validate.option("overflow", overflow, OVERFLOWS)
         if not isinstance(default_prompt, str):
             raise TypeError(f"default_prompt: expected a string, got {type(default_prompt).__name__}")
         self.device = families.float_parameter(pipeline.encoder).device
-        self.dimension = self._dimension(pipeline)
+        self._features = self._dimension(pipeline)
+        self._truncate_dim = self._truncated(truncate_dim)
+        self.dimension = self._truncate_dim or self._features
         self._pipeline, self.encoder, self.tokenizer = pipeline, pipeline.encoder, tokenizer
         self.max_length = _limit(pipeline.encoder, tokenizer, max_length)
         self._texts = TextTokenizer(tokenizer, self.max_length, overflow)
@@ -154,6 +159,7 @@ class Embedder:
         settings: dict[str, Any] = {
             "default_prompt": saved.default_prompt,
             "include_prompt": saved.include_prompt,
+            "truncate_dim": saved.truncate_dim,
         } | options
         return cls(saved.pipeline.to(where), saved.tokenizer, max_length=min(limits, default=None), **settings)
 
@@ -192,7 +198,7 @@ class Embedder:
         Args:
             batch_tokens: tokens of a batch. By default as many as the device runs well.
             normalize: to length 1, after the truncation.
-            truncate_dim: the first features only.
+            truncate_dim: the first features only. None: as many as the model's own setting says.
             prompt: put before each text; None takes the model's own, if it has one.
             precision: "float32"; "float16"; or what ``quantize_embeddings`` of sentence-transformers makes: "binary" and
                 "ubinary" have a bit a feature, "int8" and "uint8" divide the range of these embeddings.
@@ -215,8 +221,8 @@ class Embedder:
                 found.append(values)
                 if bar is not None:
                     bar.update(len(values))
-        size = truncate_dim or self.dimension
-        result = quantized(torch.cat(found) if found else torch.empty(0, size), precision)
+        size = options.truncate_dim or self._features
+        result = quantized(torch.cat(found) if found else torch.empty(0, size, dtype=torch.float32), precision)
         return result[0] if single else result
 
     def stream(
@@ -256,17 +262,21 @@ class Embedder:
         validate.option("precision", precision, PRECISIONS)
         if batch_tokens is not None:
             validate.positive_int("batch_tokens", batch_tokens)
-        if truncate_dim is not None:
-            validate.positive_int("truncate_dim", truncate_dim)
-            if truncate_dim > self.dimension:
-                raise ValueError(
-                    f"truncate_dim: expected at most {self.dimension}, as many features as there are, got {truncate_dim}"
-                )
+        cut = self._truncate_dim if truncate_dim is None else self._truncated(truncate_dim)
         if prompt is not None and not isinstance(prompt, str):
             raise TypeError(f"prompt: expected a string or None, got {type(prompt).__name__}")
         text = self.default_prompt if prompt is None else prompt
         skip = self._judged(text) if text else 0
-        return _Options(batch_tokens or _usual_tokens(self.device), normalize, truncate_dim, text, skip, precision)
+        return _Options(batch_tokens or _usual_tokens(self.device), normalize, cut, text, skip, precision)
+
+    def _truncated(self, truncate_dim: int | None) -> int | None:
+        if truncate_dim is not None:
+            validate.positive_int("truncate_dim", truncate_dim)
+            if truncate_dim > self._features:
+                raise ValueError(
+                    f"truncate_dim: expected at most {self._features}, as many features as there are, got {truncate_dim}"
+                )
+        return truncate_dim
 
     def _judged(self, prompt: str) -> int:
         """How many tokens at the start of a text do not count: its prompt's, and the special ones before it."""

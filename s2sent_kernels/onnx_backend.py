@@ -58,8 +58,16 @@ class Graph(nn.Module):
         self.config = copy.deepcopy(config)
         self.config.hidden_size = outputs[OUTPUT].shape[-1]  # which is what the library asks for
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> dict[str, Tensor]:
-        """o [B, D] from int64 [B, L] and [B, L], on their device."""
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None, **_: Any
+    ) -> dict[str, Tensor]:
+        """o [B, D] from int64 [B, L] and [B, L], on their device.
+
+        Raises:
+            ValueError: a token's type is not 0, as in pairs of texts: the graph has no such input.
+        """
+        if token_type_ids is not None and token_type_ids.any():
+            raise ValueError("token_type_ids: expected 0 for every token with backend='onnx', got pairs of texts")
         given = zip(INPUTS, (input_ids, attention_mask), strict=True)
         (found,) = self.session.run([OUTPUT], {name: tensor.cpu().numpy() for name, tensor in given})
         return {OUTPUT: torch.from_numpy(found).to(input_ids.device)}
@@ -78,6 +86,12 @@ class Graph(nn.Module):
         raise ValueError(
             "model: expected one of PyTorch to save, got one of ONNX Runtime: see export_onnx and export_folder"
         )
+
+
+def _refuse_to_change(include_prompt: bool) -> None:
+    raise ValueError(
+        f"include_prompt: expected the graph's own with backend='onnx', got {include_prompt}: set it on the model to export"
+    )
 
 
 def find(folder: Path, options: Mapping[str, Any], others: Mapping[str, Mapping[str, Any] | None]) -> Path | None:
@@ -135,3 +149,4 @@ def compute_by_runtime(model: Any, file: Path | None, options: Mapping[str, Any]
     transformer.modality_config = {"text": {"method": "forward", "method_output_name": OUTPUT}}
     transformer.module_output_name = OUTPUT
     del model[1:]  # they are in the graph
+    model.set_pooling_include_prompt = _refuse_to_change

@@ -110,6 +110,16 @@ class SavedModel(transformers.PreTrainedModel):
         open_to_umask(Path(save_directory), WEIGHTS)
 
 
+# Those of from_pretrained's options that say where a configuration is.
+OF_HUB = ("cache_dir", "code_revision", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a configuration's encoder: of T5 and its kind the encoder alone."""
+    encodes = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
+    return transformers.AutoModelForTextEncoding if encodes else transformers.AutoModel
+
+
 def load_encoder(
     path: str | os.PathLike[str], model_kwargs: Mapping[str, Any] | None = None, **options: Any
 ) -> transformers.PreTrainedModel:
@@ -118,8 +128,13 @@ def load_encoder(
     for name in options:
         if name in (model_kwargs or ()):
             raise ValueError(f"model_kwargs: expected none of the other arguments in it, got {name}, which is one")
+    given = {**options, **(model_kwargs or {})}
     try:
-        return transformers.AutoModel.from_pretrained(path, **options, **model_kwargs or {})
+        config = given.get("config")
+        if config is None:
+            of_hub = {name: given[name] for name in OF_HUB if name in given}
+            config = transformers.AutoConfig.from_pretrained(path, **of_hub)
+        return auto_class(config).from_pretrained(path, **given)
     except OSError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"path_or_model: expected a folder or a hub's model, got {str(path)!r}: {reason}") from error

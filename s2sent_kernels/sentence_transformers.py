@@ -24,7 +24,7 @@ from . import absent, families, model_card, onnx_backend, pooling_modes, saved_m
 from .capture import BLOCK_NORMS, BlockListener
 from .checkpoints import folders, pretrained
 from .consumers import KeptStates
-from .features import Stream, pool, streams
+from .features import Kept, Stream, pool, streams
 from .files import WEIGHTS, importing, open_to_umask
 from .selector import S2SentSelector
 
@@ -188,6 +188,8 @@ class S2SentPooling(Pooling):
             features["sentence_embedding"] = consumer.result(features)
             return features
         assert isinstance(consumer, KeptStates)
+        if isinstance(consumer, Kept):  # a call without a dictionary of features tells nothing of them
+            consumer.check(features)
         features["sentence_embedding"] = pool(
             self.selector, self.pooling, features, self.include_prompt, consumer.hidden_states
         )
@@ -199,19 +201,19 @@ class S2SentPooling(Pooling):
         Router."""
         return self._listeners[0] if self._listeners else None
 
-    def _stream(self, features: Any = None, *args: Any) -> Stream | None:
+    def _stream(self, features: Any = None, *args: Any) -> Kept | Stream | None:
         """The consumer of the hidden states of a call of a transformer with these arguments; None keeps them."""
         captures = []
         for listener in self._listeners:
             _refuse_layers_apart(listener.called)
             listener.forget()  # what another route's transformer did and nobody took
             captures.append(listener.capture)
-        if not isinstance(features, Mapping) or not streams(self.pooling):
+        if not isinstance(features, Mapping):
             return None
-        if torch.compiler.is_exporting():  # as in BlockCapture.pool
-            return None
+        if not streams(self.pooling) or torch.compiler.is_exporting():  # as in BlockCapture.pool
+            return Kept(features)
         if any(one.needs_gradient(self.selector, features) for one in captures):
-            return None
+            return Kept(features)
         return Stream(self, features)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -368,7 +370,7 @@ class _Follower:
     def module(self) -> S2SentPooling | None:
         return self._module()
 
-    def __call__(self, *args: Any) -> Stream | None:
+    def __call__(self, *args: Any) -> Kept | Stream | None:
         module = self._module()
         return None if module is None else module._stream(*args)
 

@@ -37,7 +37,9 @@ def test_numbers_of_the_norm(batch, backend, training, name, bad, kind, words):
     each_raises(gated(batch, backend, training=training, **{name: bad}), kind, name, words)
     if name == "eps" and training:
         each_raises(gated(batch, backend, training=True, eps=0), ValueError, "eps", "positive number", "0")
-    least = 1e-300 if name == "eps" else 0  # the least that every release of torch takes, too; an integer where one is right
+    least = (
+        1e-300 if name == "eps" else 0
+    )  # the least that every release of torch takes, too; an integer where one is right
     for call in gated(batch, backend, training=training, **{name: least}).values():
         assert call().isfinite().all()
 

@@ -15,6 +15,7 @@ PUBLIC = {
     "functional.py": {"squeeze", "gate", "fuse", "select", "select_pool"},
     "selector.py": {"S2SentSelector.__init__"},
     "transformers.py": {"S2SentModel.forward"},
+    "embedder.py": {"Embedder.__init__"},
     "saved_model.py": {"S2SentConfig.__init__"},
     "frozen.py": {"fit", "prepare"},
 }

@@ -1,0 +1,46 @@
+"""The log of transformers and its hub while models are loaded: what is wrong with one is an error here."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from .files import require
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def quiet_transformers() -> Any:
+    """The library transformers, silenced for good: for a whole command, or within ``quietly``."""
+    transformers = require("transformers", "transformers", "demo")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    return transformers
+
+
+def quietly(function: Callable[P, T]) -> Callable[P, T]:
+    """``function``, during which transformers is silent. Its log is then its user's again, as it was."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            log: Any = importlib.import_module("transformers").logging
+        except ImportError:  # which the function words
+            return function(*args, **kwargs)
+        hub = logging.getLogger("huggingface_hub")
+        before = log.get_verbosity(), log.is_progress_bar_enabled(), hub.level
+        quiet_transformers()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            log.set_verbosity(before[0])
+            if before[1]:
+                log.enable_progress_bar()
+            hub.setLevel(before[2])
+
+    return run

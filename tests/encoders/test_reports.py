@@ -1,0 +1,121 @@
+"""What users of libraries of this kind have reported, where a wrong value would come without an error."""
+
+import pytest
+import torch
+from builders import TEXTS, save_encoder
+
+pytest.importorskip("sentence_transformers")
+transformers = pytest.importorskip("transformers")
+from sentence_transformers import SentenceTransformer  # noqa: E402
+from sentence_transformers.base.modules import Transformer  # noqa: E402
+
+from s2sent_kernels import Embedder  # noqa: E402
+from s2sent_kernels.loading import LoadError  # noqa: E402
+from s2sent_kernels.sentence_transformers import S2SentPooling, load  # noqa: E402
+from s2sent_kernels.transformers import S2SentModel  # noqa: E402
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_encoder(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+def model_of(folder, *between, **options):
+    torch.manual_seed(0)
+    transformer = Transformer(str(folder), **options)
+    pooling = S2SentPooling.behind(transformer, "last:2", bottleneck=4, frequencies=2)
+    return SentenceTransformer(modules=[transformer, *between, pooling], device="cpu").eval()
+
+
+def test_a_transformers_own_limit_is_the_embedders(folder, tmp_path):
+    model = model_of(folder, processing_kwargs={"text": {"max_length": 5}})
+    model.save(str(tmp_path / "model"))
+    long = [" ".join(TEXTS)]
+    wanted = load(tmp_path / "model", device="cpu").encode(long)
+    embedder = Embedder.from_pretrained(tmp_path / "model", device="cpu")
+    assert embedder.max_length == 5
+    torch.testing.assert_close(torch.from_numpy(embedder.encode(long)), torch.from_numpy(wanted), rtol=1e-4, atol=1e-5)
+
+
+def test_other_ways_to_tokenize_are_refused(folder, tmp_path):
+    model_of(folder, processing_kwargs={"text": {"add_special_tokens": False}}).save(str(tmp_path / "model"))
+    with pytest.raises(LoadError, match="processing_kwargs add_special_tokens = False"):
+        Embedder.from_pretrained(tmp_path / "model", device="cpu")
+
+
+def test_a_saved_truncate_dim_is_the_embedders(folder, tmp_path):
+    model = model_of(folder)
+    model.truncate_dim = 6
+    model.save(str(tmp_path / "model"))
+    embedder = Embedder.from_pretrained(tmp_path / "model", device="cpu")
+    assert embedder.dimension == 6 and embedder.encode(TEXTS).shape == (len(TEXTS), 6)
+    assert embedder.encode(TEXTS, truncate_dim=9).shape == (len(TEXTS), 9) and embedder.encode([]).shape == (0, 6)
+    assert (embedder.encode(TEXTS) == embedder.encode(TEXTS, truncate_dim=9)[:, :6]).all()
+    with pytest.raises(ValueError, match="truncate_dim: expected at most 16, as many features as there are, got 17"):
+        Embedder.from_pretrained(tmp_path / "model", device="cpu", truncate_dim=17)
+
+
+class Doubled(torch.nn.Module):
+    """A module that changes tokens before they are pooled, as CNN and LSTM of sentence-transformers do."""
+
+    def forward(self, features, **_):
+        return features | {"token_embeddings": 2 * features["token_embeddings"]}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_module_in_between_is_refused(folder, grad):
+    model = model_of(folder, Doubled())
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="features: expected the token_embeddings that"):
+        model(model.preprocess(TEXTS))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_the_features_of_another_call_are_refused(folder, grad, pooling):
+    model = model_of(folder)
+    transformer, module = model
+    module.pooling = pooling
+    with torch.set_grad_enabled(grad):
+        first, second = (transformer(model.preprocess([text, TEXTS[0]])) for text in TEXTS[:2])
+        with pytest.raises(ValueError, match="features: expected the "):
+            module(first)
+        again = transformer(model.preprocess([TEXTS[1], TEXTS[0]]))
+        assert module(again)["sentence_embedding"].shape == (2, 16)
+    assert second is not again
+
+
+def test_the_log_of_transformers_stays_its_users(folder, tmp_path):
+    model_of(folder).save(str(tmp_path / "model"))
+    log = transformers.logging
+    before = log.get_verbosity(), log.is_progress_bar_enabled()
+    try:
+        log.set_verbosity_info()
+        log.enable_progress_bar()
+        Embedder.from_pretrained(tmp_path / "model", device="cpu")
+        with pytest.raises(LoadError):
+            Embedder.from_pretrained(tmp_path / "nothing", device="cpu")
+        assert log.get_verbosity() == log.INFO and log.is_progress_bar_enabled()
+    finally:
+        log.set_verbosity(before[0])
+        if not before[1]:
+            log.disable_progress_bar()
+
+
+def test_another_default_dtype(folder, tmp_path):
+    model_of(folder).save(str(tmp_path / "model"))
+    wanted = Embedder.from_pretrained(tmp_path / "model", device="cpu").encode(TEXTS)
+    torch.set_default_dtype(torch.float64)
+    try:
+        embedder = Embedder.from_pretrained(tmp_path / "model", device="cpu")
+        assert (embedder.encode(TEXTS) == wanted).all() and embedder.encode([]).dtype == wanted.dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_folder_of_t5_gives_its_encoder(tmp_path):
+    config = transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=3, num_heads=2)
+    transformers.T5Model(config).save_pretrained(tmp_path)
+    model = S2SentModel.from_encoder(tmp_path, "last:2", bottleneck=4, frequencies=2)
+    assert isinstance(model.encoder, transformers.T5EncoderModel)
+    assert model(torch.tensor([[5, 6, 7]]), torch.ones(1, 3)).embedding.shape == (1, 16)
