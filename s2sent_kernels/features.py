@@ -113,7 +113,8 @@ class OfCall(Told):
         for name, value in _counted(features).items():
             if value is not self.counted[name]:
                 raise ValueError(f"features: expected the {name} that the transformer was called with, got another")
-        if self.returned is not None and features.get("token_embeddings") is not self.returned:
+        given = features.get("token_embeddings")
+        if given is not None and self.returned is not None and given is not self.returned:
             raise ValueError(
                 "features: expected the token_embeddings that the transformer's last call returned, got others: the hidden "
                 "states of its blocks are pooled, those of the last call, which no module in between reaches"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -100,14 +101,26 @@ def _told(function: Callable[P, T]) -> Callable[P, T]:
     return told
 
 
+def _silently(function: Callable[P, T]) -> Callable[P, T]:
+    """A loader, after which transformers stays silent for the rest of the command, as while it saves what was trained."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with contextlib.suppress(ImportError):  # which the loader words
+            quiet_transformers()
+        return function(*args, **kwargs)
+
+    return run
+
+
 resolve = functools.partial(_told(loading.resolve), option="--")
 holds_selector = _told(loading.holds_selector)
 read_selector = _told(loading.read_selector)
-load_model = _told(loading.load_model)
-load_transformer = _told(loading.load_transformer)
-load_whole = _told(loading.load_whole)
-load_classifier = _told(loading.load_classifier)
-load_pipeline = _told(loading.load_pipeline)
+load_model = _told(_silently(loading.load_model))
+load_transformer = _told(_silently(loading.load_transformer))
+load_whole = _told(_silently(loading.load_whole))
+load_classifier = _told(_silently(loading.load_classifier))
+load_pipeline = _told(_silently(loading.load_pipeline))
 fuse = _told(loading.fuse)
 
 

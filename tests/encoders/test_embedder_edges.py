@@ -340,7 +340,7 @@ def test_parameters_that_are_no_floats_keep_their_dtype(monkeypatch):
 
 
 class _Parts:
-    max_length, default_prompt, include_prompt = None, "", True
+    max_length, default_prompt, include_prompt, truncate_dim = None, "", True, None
 
     def __init__(self, pipeline, tokenizer):
         self.pipeline, self.tokenizer = pipeline, tokenizer
