@@ -23,9 +23,8 @@ class Counted(NamedTuple):
     attention_mask: Tensor | None
     cu_seqlens: Tensor | None = None
     kept: Tensor | None = None  # [T] bool, of packed tokens, where prompts are left out
-    places: Tensor | None = (
-        None  # [B, L], or [T] of packed tokens that count: each one's in its text, from 1, prompt included
-    )
+    # [B, L], or [T] of packed tokens that count: each one's place in its text, from 1, prompt included.
+    places: Tensor | None = None
 
     @classmethod
     def of(cls, features: Mapping[str, Any], include_prompt: bool, with_places: bool = False) -> Counted:

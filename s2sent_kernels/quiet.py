@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def quiet_transformers() -> Any:
-    """The library transformers, silenced for good: for a whole command, or within ``quietly``."""
+    """The library transformers, silenced for good, as for a whole command."""
     transformers = require("transformers", "transformers", "demo")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -15,6 +15,11 @@ POINTS = int(os.environ.get("S2SENT_KILL_POINTS", "10"))
 KILLED, SECONDS = 99, 120
 
 
+def contents(folder):
+    """Every file's bytes, by its path in the folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def operations(root, function):
     """How many operations on files below ``root`` a call of ``function`` has. It is called in a forked process."""
     reading, writing = os.pipe()

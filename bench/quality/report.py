@@ -270,7 +270,7 @@ def build(results: Path, output: Path, readme: Path | None, guidance: Path | Non
     if claim_rows:
         parts.append(parameters(claim_rows, content["parameters"]["encoder"]))
     lines = []
-    runs = {f"selector, {one['name']}": [one["environment"]] for one in selectors}
+    runs = {f"selector, {one['name']}": [*one.get("earlier", []), one["environment"]] for one in selectors}
     runs |= {name: environments for name, (_, environments) in found.items()}
     for name, environments in runs.items():
         for one in {(each["device"], each["commit"]): each for each in environments}.values():

@@ -343,8 +343,10 @@ def main() -> int:
         options.token_frequencies,
         encoder.max_length,
     )
-    known = json.loads(result.read_text(encoding="utf-8"))["runs"] if options.resume else []
-    content, modules = measure(cached, encoder, known)
+    before = json.loads(result.read_text(encoding="utf-8")) if options.resume else {"runs": []}
+    content, modules = measure(cached, encoder, before["runs"])
+    if options.resume:
+        content["earlier"] = [*before.get("earlier", []), before["environment"]]
     final = shipped_run(content)
     mix_run = next(run for run in content["runs"] if run["shipped"] and run["pooling"] == evaluation.SCALAR_MIX)
     selector, mix = (modules[setting_of(run), run["seed"]] for run in (final, mix_run))

@@ -12,7 +12,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from .. import files, loading
-from ..loading import BUNDLED, Source, Trained, first_line, quiet_transformers
+from ..loading import BUNDLED, Source, Trained, first_line
+from ..quiet import quiet_transformers
 from ..tools import encoders
 
 BATCH = 128  # texts per call of the encoder

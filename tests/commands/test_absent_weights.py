@@ -3,8 +3,7 @@
 import shutil
 
 import pytest
-import torch
-from builders import save_model
+from model_folders import save_kinds
 
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("datasets")
@@ -13,7 +12,6 @@ pytest.importorskip("pyarrow")
 from safetensors.torch import load_file, save_file
 
 from s2sent_kernels.cli import main
-from s2sent_kernels.transformers import S2SentForSequenceClassification, S2SentModel
 
 COMMANDS = {
     "encode": ["encode", "texts.txt", "--output", "out.npy"],
@@ -28,16 +26,8 @@ BLOCK = "encoder.layer.0.output.dense.weight"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    import transformers
-
     root = tmp_path_factory.mktemp("saved")
-    save_model(root)
-    torch.manual_seed(0)
-    model = S2SentModel.from_encoder(root / "encoder", None, bottleneck=4)
-    model.save_pretrained(root / "model")
-    S2SentForSequenceClassification.from_model(model).save_pretrained(root / "classifier")
-    for name in ("model", "classifier"):
-        transformers.AutoTokenizer.from_pretrained(root / "encoder").save_pretrained(root / name)
+    save_kinds(root)
     return root
 
 

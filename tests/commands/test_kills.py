@@ -45,15 +45,11 @@ def train(request, tmp_path, encoder):
     return run
 
 
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_a_frozen_training_killed_at_file_operations(train):
     place = train.place
     place.mkdir()
     count = killing.operations(place, train)
-    want = contents(place)
+    want = killing.contents(place)
     assert count > 15
     for step in killing.points(count):
         shutil.rmtree(place)
@@ -61,7 +57,7 @@ def test_a_frozen_training_killed_at_file_operations(train):
         assert killing.killed_at(step, place, train)
         if not (place / "out").exists():
             assert train() == 0
-        got = contents(place)
+        got = killing.contents(place)
         assert got.keys() == want.keys(), step
         # The cache's about.json and the selector's config.json have no times in them.
         assert got == want, step

@@ -7,7 +7,7 @@ from pathlib import Path
 import architectures
 import pytest
 import torch
-from builders import save_model
+from model_folders import save_kinds
 
 transformers = pytest.importorskip("transformers")
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -55,13 +55,7 @@ OF_ENCODER = {
 def saved(tmp_path_factory):
     """A SentenceTransformer, an S2SentModel and a classifier, each with its tokenizer; a selector and an encoder alone."""
     root = tmp_path_factory.mktemp("saved")
-    save_model(root)
-    torch.manual_seed(0)
-    model = S2SentModel.from_encoder(root / "encoder", None, bottleneck=4, block_prior=True, gate_scale=4.0)
-    model.save_pretrained(root / "model")
-    S2SentForSequenceClassification.from_model(model).save_pretrained(root / "classifier")
-    for name in ("model", "classifier"):
-        transformers.AutoTokenizer.from_pretrained(root / "encoder").save_pretrained(root / name)
+    save_kinds(root, block_prior=True, gate_scale=4.0)
     return root
 
 

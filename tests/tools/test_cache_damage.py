@@ -9,15 +9,13 @@ import killing
 import numpy
 import pytest
 from builders import TEXTS, make_encoder_and_tokenizer
+from test_cache_shards import FILES, SETTINGS
 
 from s2sent_kernels import cache
 from s2sent_kernels.cache_files import Unfinished
 
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
-
-SETTINGS = cache.Settings(token_frequencies=3, batch_size=1, max_length=32, pooling="cls")  # a batch a text: 8
-FILES = ["about.json", "frequencies.npy", "lengths.npy", "pooled.npy"]
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +35,6 @@ def whole(model, tmp_path_factory):
 
 def make(model, folder, **options):
     return cache.make(*model, TEXTS, folder, SETTINGS, **options)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def counted(monkeypatch):
@@ -70,7 +64,7 @@ def test_killed_at_file_operations(tmp_path, model, whole, world):
         assert killing.killed_at(step, place, fill)
         fill()
         make(model, place)
-        assert contents(place / whole.name) == contents(whole), step
+        assert killing.contents(place / whole.name) == killing.contents(whole), step
         others = [path.name for path in place.iterdir() if path.name != whole.name]
         assert all(name.endswith(".lock") for name in others), step
 
@@ -80,7 +74,7 @@ def test_killed_again_and_again(tmp_path, model, whole):
     step = 3
     while killing.killed_at(step, tmp_path, lambda: make(model, tmp_path)):
         step += 7
-    assert step > 20 and contents(make(model, tmp_path).folder) == contents(whole)
+    assert step > 20 and killing.contents(make(model, tmp_path).folder) == killing.contents(whole)
 
 
 def test_what_a_killed_process_left_in_a_complete_cache_is_removed(tmp_path, model, whole):
@@ -95,7 +89,7 @@ def test_what_a_killed_process_left_in_a_complete_cache_is_removed(tmp_path, mod
     ):
         (tmp_path / whole.name / name).write_text("")
     (tmp_path / whole.name / "notes.txt").write_text("mine")
-    assert sorted(contents(make(model, tmp_path).folder)) == [*FILES[:3], "notes.txt", FILES[3]]
+    assert sorted(killing.contents(make(model, tmp_path).folder)) == [*FILES[:3], "notes.txt", FILES[3]]
 
 
 # ---------------------------------------------------------------- an interrupted pass that is damaged
@@ -140,7 +134,7 @@ def test_damaged_rows_are_encoded_again(tmp_path, model, whole, part, monkeypatc
             found = make(model, tmp_path)
     else:
         found = make(model, tmp_path)
-    assert len(calls) == 8 - kept and contents(found.folder) == contents(whole)
+    assert len(calls) == 8 - kept and killing.contents(found.folder) == killing.contents(whole)
 
 
 @pytest.mark.filterwarnings("ignore:.*are encoded again")
@@ -157,20 +151,20 @@ def test_damaged_rows_are_encoded_again(tmp_path, model, whole, part, monkeypatc
 def test_an_array_that_is_gone_is_not_zeros(tmp_path, model, whole, part, monkeypatch, name, harm):
     harm(part / name)
     calls = counted(monkeypatch)
-    assert contents(make(model, tmp_path).folder) == contents(whole) and len(calls) == 8
+    assert killing.contents(make(model, tmp_path).folder) == killing.contents(whole) and len(calls) == 8
 
 
 @pytest.mark.filterwarnings("ignore:.*are encoded again")
 def test_an_array_of_fewer_rows_is_not_taken(tmp_path, model, whole, part):
     numpy.save(part / "lengths.npy", numpy.zeros(3, numpy.int64))
-    assert contents(make(model, tmp_path).folder) == contents(whole)
+    assert killing.contents(make(model, tmp_path).folder) == killing.contents(whole)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"batches": 4}', b'{"batches": 9, "sha256": 3, "arrays": []}'])
 def test_a_record_of_progress_that_is_none(tmp_path, model, whole, part, content):
     (part / "progress.json").write_bytes(content)
     with pytest.warns(UserWarning, match=r"progress.json: the batches that it tells of are encoded again"):
-        assert contents(make(model, tmp_path).folder) == contents(whole)
+        assert killing.contents(make(model, tmp_path).folder) == killing.contents(whole)
 
 
 def test_the_share_of_another_rank_is_checked_before_the_cache_is_complete(tmp_path, model, whole):
@@ -184,7 +178,7 @@ def test_the_share_of_another_rank_is_checked_before_the_cache_is_complete(tmp_p
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"still missing rank 0 \(0 of 4 batches\)"):
         make(model, tmp_path)
     with pytest.warns(UserWarning):
-        assert contents(make(model, tmp_path, shard=(0, 2)).folder) == contents(whole)
+        assert killing.contents(make(model, tmp_path, shard=(0, 2)).folder) == killing.contents(whole)
 
 
 # ---------------------------------------------------------------- a complete cache that is damaged

@@ -14,21 +14,10 @@ pa = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402
 
 from s2sent_kernels.tools import encoding  # noqa: E402
-from s2sent_kernels.tools.encoding import Options, Request, finish, plan, run, stock  # noqa: E402
+from s2sent_kernels.tools.encoding import Options, finish, plan, run, stock  # noqa: E402
 
 ALONE = encoding.in_this_process(fake_encoders.lengths("cpu"))
 QUIET = Options(say=lambda _: None)
-
-
-@pytest.fixture
-def made(tmp_path):
-    """Ten texts in five parts."""
-    (tmp_path / "in.txt").write_text("".join("x" * i + "\n" for i in range(10)))
-    return Request([str(tmp_path / "in.txt")], part_rows=2)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def stopped(after):
@@ -63,7 +52,7 @@ def test_killed_at_each_file_operation(tmp_path, made, name, what):
     --force and without, the bytes are those of a run that nobody disturbed."""
     write, parts = WAYS[name]
     write(made, ALONE, tmp_path / name, QUIET)
-    want = contents(tmp_path / name) if name == "out" else (tmp_path / name).read_bytes()
+    want = killing.contents(tmp_path / name) if name == "out" else (tmp_path / name).read_bytes()
     start = tmp_path / "start"  # a folder with the state before the run that is killed
     start.mkdir()
     if what == "begun again":
@@ -89,7 +78,7 @@ def test_killed_at_each_file_operation(tmp_path, made, name, what):
             if what == "other" and name == "out" and not force:
                 continue  # refused while parts of the other run are there
             write(made, ALONE, place / name, QUIET._replace(force=force))
-            got = contents(place / name) if name == "out" else (place / name).read_bytes()
+            got = killing.contents(place / name) if name == "out" else (place / name).read_bytes()
             assert got == want, (step, force)
             assert os.listdir(place) == [name], step
     shutil.rmtree(place)
@@ -102,13 +91,13 @@ def test_finish_killed_at_each_file_operation(tmp_path, made):
     place = tmp_path / "place"
     shutil.copytree(tmp_path / "start", place)
     count = killing.operations(place, lambda: finish(place))
-    want = contents(place)
+    want = killing.contents(place)
     for step in range(1, count + 1):
         shutil.rmtree(place)
         shutil.copytree(tmp_path / "start", place)
         assert killing.killed_at(step, place, lambda: finish(place))
         assert finish(place) == 10
-        assert contents(place) == want, step
+        assert killing.contents(place) == want, step
 
 
 # ---------------------------------------------------------------- interrupted while parts are opened
@@ -120,7 +109,7 @@ def test_nothing_is_removed_while_parts_are_opened(tmp_path, made, name, error, 
     """SystemExit is what the command makes of SIGTERM."""
     write, parts = WAYS[name]
     begun(made, tmp_path / name, write)
-    before = contents(tmp_path / parts)
+    before = killing.contents(tmp_path / parts)
     assert sum(file.startswith("part-") for file in before) == 3
     for number in range(3):
 
@@ -133,7 +122,7 @@ def test_nothing_is_removed_while_parts_are_opened(tmp_path, made, name, error, 
         with pytest.raises(error):
             write(made, ALONE, tmp_path / name, QUIET)
         monkeypatch.undo()
-        assert contents(tmp_path / parts) == before
+        assert killing.contents(tmp_path / parts) == before
     assert write(made, ALONE, tmp_path / name, QUIET) == 10
 
 
@@ -229,7 +218,9 @@ def test_parts_are_not_believed(tmp_path, made, name, harm, bad):
     assert write(made, engine, tmp_path / name, Options(say=said.append)) == 10
     assert done == [*bad, 3, 4]
     assert f"{len(bad)} parts are damaged, as part-00000{bad[0]}.parquet" in said[1]
-    got, want = (contents(p) if p.is_dir() else p.read_bytes() for p in (tmp_path / name, tmp_path / "good" / name))
+    got, want = (
+        killing.contents(p) if p.is_dir() else p.read_bytes() for p in (tmp_path / name, tmp_path / "good" / name)
+    )
     assert got == want
 
 

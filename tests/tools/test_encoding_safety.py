@@ -7,6 +7,7 @@ import os
 import shutil
 
 import fake_encoders
+import killing
 import numpy as np
 import pytest
 
@@ -21,17 +22,6 @@ from s2sent_kernels.tools.encoding.sources import expand  # noqa: E402
 
 ALONE = encoding.in_this_process(fake_encoders.lengths("cpu"))
 FORCE = Options(force=True, say=lambda _: None)
-
-
-@pytest.fixture
-def made(tmp_path):
-    """Ten texts in five parts."""
-    (tmp_path / "in.txt").write_text("".join("x" * i + "\n" for i in range(10)))
-    return Request([str(tmp_path / "in.txt")], part_rows=2)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def counting(done):
@@ -56,11 +46,11 @@ def test_files_of_other_programs_are_not_touched(tmp_path, made, name, force):
     folder = tmp_path / "theirs"
     folder.mkdir()
     parquet.write_table(pa.table({"x": [1]}), folder / name)
-    before = contents(folder)
+    before = killing.contents(folder)
     with pytest.raises(ValueError, match=rf"expected an empty folder or one of parts, got one with {name}|is broken"):
         encoding.encode_folder(made, ALONE, folder, Options(force=force))
     locks = [".lock", ".lock-plan"] if name == "_plan.json" else []  # only a lock allows to read what may be a plan
-    assert contents(folder) == before | dict.fromkeys(locks, b"")
+    assert killing.contents(folder) == before | dict.fromkeys(locks, b"")
 
 
 def test_parts_without_their_plan_are_replaced_by_force_alone(tmp_path, made):
@@ -68,10 +58,10 @@ def test_parts_without_their_plan_are_replaced_by_force_alone(tmp_path, made):
     folder = tmp_path / "out"
     encoding.encode_folder(made, ALONE, folder)
     (folder / "_plan.json").unlink()
-    before = contents(folder)
+    before = killing.contents(folder)
     with pytest.raises(ValueError, match=r"holds parts without _plan.json: another folder, or --force"):
         encoding.encode_folder(made, ALONE, folder)
-    assert contents(folder).keys() - {".lock", ".lock-plan"} == before.keys()
+    assert killing.contents(folder).keys() - {".lock", ".lock-plan"} == before.keys()
     parquet.write_table(pa.table({"x": [1]}), folder / "part-0.parquet")
     with pytest.raises(ValueError, match="expected an empty folder"):
         encoding.encode_folder(made, ALONE, folder, FORCE)
@@ -110,7 +100,7 @@ def test_a_damaged_part_is_encoded_again(tmp_path, made, how):
     """And while it is, no manifest says that the folder is complete."""
     folder, said, done = tmp_path / "out", [], []
     encoding.encode_folder(made, ALONE, folder)
-    before = contents(folder)
+    before = killing.contents(folder)
     damage(folder / "part-000001.parquet", how)
 
     def engine(job, todo, progress):
@@ -118,7 +108,7 @@ def test_a_damaged_part_is_encoded_again(tmp_path, made, how):
         yield from counting(done)(job, todo, progress)
 
     assert encoding.encode_folder(made, engine, folder, Options(say=said.append)) == 10
-    assert done == [1] and contents(folder) == before
+    assert done == [1] and killing.contents(folder) == before
     assert said[1] == f"{folder}: 1 parts are damaged, as part-000001.parquet, and are encoded again"
     damage(folder / "part-000001.parquet", how)
     with pytest.raises(ValueError, match=r"part-000001.parquet: .*: run the command again"):
@@ -172,12 +162,12 @@ def test_a_folder_of_standard_input_is_repaired(tmp_path, monkeypatch):
         assert not list((tmp_path / name).glob(".*"))
 
     encode("one")
-    before = contents(tmp_path / "one")
+    before = killing.contents(tmp_path / "one")
     for name in ("one", "two"):
         os.replace(tmp_path / "one", tmp_path / name)
         (tmp_path / name / "part-000001.parquet").unlink()
         encode(name)
-        assert contents(tmp_path / name) == before
+        assert killing.contents(tmp_path / name) == before
 
 
 # ---------------------------------------------------------------- the last two steps of a file
