@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional, validate
+from . import functional, offloaded, validate
 from .blockwise import BlockwisePool
 from .checkpoints import pretrained, published
 from .engines.choice import BACKENDS
@@ -126,6 +126,18 @@ class S2SentSelector(Joinable):
         super().__setstate__(state)
         self._parameters.setdefault("gate_scale", None)
         self.__dict__.setdefault("_first_gate_scale", 1.0)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """torch.nn.DataParallel calls this of every module that it copies to another GPU.
+
+        Raises:
+            RuntimeError: always. The copies would be without the hooks of an encoder's capture, and each would use the batch
+                statistics of its share alone.
+        """
+        raise RuntimeError(
+            "torch.nn.DataParallel does not support S2SentSelector: start one process for each GPU (torchrun, "
+            "DistributedDataParallel), or let one GPU be visible (CUDA_VISIBLE_DEVICES=0)"
+        )
 
     def extra_repr(self) -> str:
         return (
@@ -294,7 +306,8 @@ class S2SentSelector(Joinable):
                 with uncounted(self.norm) if in_backward() else contextlib.nullcontext():
                     excited = _call(self.norm, excited)
             excited = excited.to(squeezed.dtype).unflatten(1, (self.num_blocks, self.hidden_size))
-            return reference.s_norm(excited, self.block_prior, self.gate_scale, self.profile)
+            with offloaded.own_parameters(self):
+                return reference.s_norm(excited, self.block_prior, self.gate_scale, self.profile)
 
     # ------------------------------------------------------------ folders
 

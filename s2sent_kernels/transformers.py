@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import families, functional, input_tokens, validate
+from . import families, functional, input_tokens, offloaded, validate
 from .around_encoder import OUTPUTS, AroundEncoder, NamesEncoderInputs
 from .capture import BLOCK_NORMS, BlockCapture
 from .checkpoints import published_model
@@ -178,7 +178,7 @@ class S2SentModel(AroundEncoder, SavedModel):
         with torch.device("meta"):  # __init__'s own encoder and selector are replaced below
             model = cls(config)
         model.release()
-        model.encoder, model.selector = encoder, selector.to(encoder.device)
+        model.encoder, model.selector = encoder, selector.to(offloaded.device_of(encoder))
         model.config.encoder_config = encoder.config
         model._capture = BlockCapture(encoder, chosen, block_norm=block_norm)
         return model.eval()

@@ -7,7 +7,7 @@ from small import Adapter, B, D, H, L, N, equal, outputs, trained
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from s2sent_kernels import functional
+from s2sent_kernels import S2SentSelector, functional
 
 # ---------------------------------------------------------------- parts replaced, hooked, parametrised, wrapped
 
@@ -203,3 +203,10 @@ def test_sync_batch_norm(batch):
     assert type(selector.norm) is nn.SyncBatchNorm
     assert equal([selector.pool(*batch)], [selector.pool(*batch)])
     assert_close(selector.pool(*batch), trained().pool(*batch), 1e-12)
+
+
+def test_data_parallel_is_refused():
+    """torch.nn.DataParallel replicates every module of a model so, where there are several GPUs."""
+    selector = S2SentSelector(8, 2, bottleneck=4, frequencies=2)
+    with pytest.raises(RuntimeError, match=r"torch.nn.DataParallel does not support S2SentSelector.*torchrun"):
+        selector._replicate_for_data_parallel()
