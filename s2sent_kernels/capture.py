@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from types import TracebackType
 from typing import Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
@@ -23,7 +22,6 @@ from .formula.call import POOLINGS
 from .selector import S2SentSelector
 
 BLOCK_NORMS = ("final", "layernorm", None)
-
 
 _settling = threading.Lock()  # threads that share a capture may run it first at once
 
@@ -183,9 +181,7 @@ class BlockCapture:
     def __enter__(self) -> BlockCapture:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
     def run(self, consumer: Consumer, **encoder_inputs: Any) -> Any:
@@ -214,6 +210,10 @@ class BlockCapture:
         size = families.hidden_size(self.encoder)
         if size is not None and selector.hidden_size != size:
             raise ValueError(f"selector: expected hidden_size = {size} as the encoder's, got {selector.hidden_size}")
+
+    def find_again(self) -> tuple[int, ...]:
+        """``blocks`` by their indices now, since layers may have been removed. ValueError where one of them has been."""
+        return families.find_again(self.encoder, self.blocks, self._modules)
 
     def needs_gradient(self, selector: nn.Module, encoder_inputs: Mapping[str, Any]) -> bool:
         """Whether the hidden states of such a call must be kept for a backward."""
@@ -321,7 +321,7 @@ class BlockListener:
             RuntimeError: no call on this thread finished since the last time, or a consumer received its hidden states.
         """
         consumer = _thread.heard.get(self)
-        if consumer is not None and not isinstance(consumer, KeptStates):
+        if consumer is not None and not isinstance(consumer, (KeptStates, RuntimeError)):
             raise RuntimeError(
                 f"the last call's hidden states were consumed by a {type(consumer).__name__}: see take_consumer"
             )
@@ -333,11 +333,13 @@ class BlockListener:
         """The consumer of the last call, a KeptStates where its hidden states were kept; once.
 
         Raises:
-            RuntimeError: no call on this thread finished since the last time.
+            RuntimeError: no call on this thread finished since the last time, or a block never ran in it; names it.
         """
         consumer = _thread.heard.pop(self, None)
         if consumer is None:
             raise RuntimeError("no call of the encoder was heard on this thread since the last one was taken")
+        if isinstance(consumer, RuntimeError):
+            raise consumer
         return consumer
 
 
@@ -347,7 +349,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.calls: list[CapturedCall] = []
-        self.heard: WeakKeyDictionary[BlockListener, Consumer] = WeakKeyDictionary()
+        self.heard: WeakKeyDictionary[BlockListener, Consumer | RuntimeError] = WeakKeyDictionary()
 
 
 _thread = _Thread()
@@ -391,6 +393,8 @@ def _end(listener: BlockListener, module: nn.Module, args: Any, output: Any) -> 
                 if isinstance(call.consumer, Told):
                     call.consumer.ended(output)
                 _thread.heard[listener] = call.consumer
+            elif output is not None:  # the call has not failed
+                _thread.heard[listener] = call.missing()
             return
         if not call.beside:
             return

@@ -94,7 +94,9 @@ class CapturedCall:
 
     def missing(self) -> RuntimeError:
         block = self.blocks[self.next]
-        return RuntimeError(f"block {block} never ran in this forward: skipped (LayerDrop), or replaced once hooked")
+        return RuntimeError(
+            f"block {block} never ran in this forward: skipped (LayerDrop), or removed or replaced once hooked"
+        )
 
 
 def drop_interrupted(calls: list[CapturedCall]) -> None:

@@ -73,6 +73,26 @@ def find_blocks(encoder: Any) -> list[nn.Module]:
     return block_lists(encoder)[0]
 
 
+def find_again(encoder: Any, blocks: Sequence[int], modules: Sequence[nn.Module]) -> tuple[int, ...]:
+    """The indices that blocks found at ``blocks``, these ``modules``, have in an encoder from which layers may have been removed
+    since. Something may have been wrapped around a block.
+
+    Raises:
+        ValueError: a block is no longer there; names it.
+    """
+    if len(set(modules)) < len(modules):  # one module runs as several blocks, and says nothing of their indices
+        return tuple(blocks)
+    lists = [[set(block.modules()) for block in found] for found in block_lists(encoder)]
+    for index, module in zip(blocks, modules, strict=True):
+        lists = [found for found in lists if any(module in parts for parts in found)]
+        if not lists:
+            raise ValueError(
+                f"encoder: expected block {index}, whose hidden states are fused, got {type(encoder).__name__} without it: make "
+                "the model anew around the shorter encoder"
+            )
+    return tuple(next(n for n, parts in enumerate(lists[0]) if module in parts) for module in modules)
+
+
 def find_final_norm(encoder: nn.Module) -> nn.Module | None:
     """The norm that the encoder applies to its last block's output by its name, None in post-norm families. A guess, for encoders
     that cannot be run to ask them (``probe``)."""

@@ -99,11 +99,13 @@ class SavedModel(transformers.PreTrainedModel):
         """As in the library. The configuration that is saved describes encoder and selector as they are now.
 
         Raises:
-            ValueError: a tensor of the selector is quantised or sharded, and ``state_dict`` does not give what to save; names it.
+            ValueError: a tensor of the selector is quantised or sharded, and ``state_dict`` does not give what to save; or one of
+                the blocks was removed from the encoder; names it.
         """
         model: Any = self.base_model
         if options.get("state_dict") is None:
             pretrained.check_savable(model.selector.state_dict())
+        self.config.blocks = list(model.capture.find_again())
         self.config.encoder_config = model.encoder.config  # another object where the caller has replaced one
         self.config.selector = {**self.config.selector, **model.selector.arguments}
         super().save_pretrained(save_directory, *arguments, **options)

@@ -250,8 +250,12 @@ class S2SentPooling(Pooling):
         return self if device is None else super().to(device=device, non_blocking=non_blocking)
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """As in the library. ValueError where a tensor is quantised or sharded; names it."""
+        """As in the library. ValueError where a tensor is quantised or sharded, or a block was removed; names it."""
         pretrained.check_savable(self.state_dict())
+        found = {listener.capture.find_again() for listener in self._listeners}
+        if len(found) > 1:
+            raise ValueError(f"blocks: expected the same in the transformer of each route, got {sorted(found)}")
+        self.blocks = list(*found) or self.blocks
         self.selector_arguments |= self.selector.arguments  # as they are now
         self.save_config(output_path)
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
