@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     from .transformers import S2SentModel
 
+# Options of a tokenizer's call which leave the tokens of a text as they are, and values of others that do.
+_NO_OTHER_TOKENS = ("max_length", "padding", "pad_to_multiple_of", "return_tensors")
+_USUAL = {"truncation": (True, "longest_first"), "add_special_tokens": (True,)}
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "sentence_embedding"
 ONNX_LIMIT = 2**31 - 2**20  # bytes of weights: a protobuf message is limited to 2 GiB, graph included
 
@@ -41,8 +44,8 @@ class Pipeline(nn.Module):
         head: applied to the embedding, as that of S2SentModel.from_published, or modules behind an S2SentPooling.
 
     Attributes:
-        tokenizer, prompts: those of the SentenceTransformer that it was made from; None and none otherwise. They are no part of
-            what is exported.
+        tokenizer, prompts, tokenizing: those of the SentenceTransformer that it was made from, the last being the options of its
+            Transformer's calls of its tokenizer; None and none otherwise. They are no part of what is exported.
 
     Raises:
         ValueError: the selector's N or D is not the capture's, or ``pooling`` is unknown.
@@ -60,6 +63,7 @@ class Pipeline(nn.Module):
         self.owners: tuple[nn.Module, ...] = ()
         self.tokenizer: Any = None
         self.prompts: dict[str, str] = {}
+        self.tokenizing: dict[str, Any] = {}
         self.training = capture.encoder.training or selector.training
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -67,6 +71,21 @@ class Pipeline(nn.Module):
         states = self.capture.collect(input_ids=input_ids, attention_mask=attention_mask)
         embedding = self.selector.pool(states, attention_mask, pooling=self.pooling)  # one op for the whole selector
         return embedding if self.head is None else self.head(embedding)
+
+    def own_limit(self) -> int | None:
+        """The tokens at which its Transformer's own calls of the tokenizer truncate, for callers that call the tokenizer
+        themselves.
+
+        Raises:
+            ValueError: another option changes a text's tokens; names it.
+        """
+        for option, value in self.tokenizing.items():
+            if option not in _NO_OTHER_TOKENS and value not in _USUAL.get(option, ()):
+                raise ValueError(
+                    "model: expected a Transformer that tokenizes as its tokenizer does by itself, got processing_kwargs "
+                    f"{option} = {value!r}: SentenceTransformer.encode follows them"
+                )
+        return self.tokenizing.get("max_length")
 
 
 def export_onnx(model: S2SentModel | SentenceTransformer | Pipeline, path: str | os.PathLike[str]) -> None:
@@ -204,6 +223,7 @@ def of_modules(model: Any) -> Pipeline:
     pipeline = Pipeline(listener.capture, pooling.selector, single, head)
     pipeline.owners = (pooling,)
     pipeline.tokenizer, pipeline.prompts = model.tokenizer, model.prompts
+    pipeline.tokenizing = dict((getattr(modules[0], "processing_kwargs", None) or {}).get("text") or {})
     return pipeline
 
 

@@ -351,29 +351,14 @@ def _parts_of(model: Any, name: str) -> Parts:
     """The parts of a SentenceTransformer: a Transformer, an S2SentPooling, and what follows them."""
     try:
         pipeline = export.of_modules(model)
+        own = pipeline.own_limit()
     except ValueError as error:
         raise LoadError(f"model {name}: {str(error).removeprefix('model: ')}") from error
     prompt = (model.prompts or {}).get(model.default_prompt_name or "", "")
-    limits = [limit for limit in (model.max_seq_length, _own_limit(model[0], name)) if limit is not None]
+    limits = [limit for limit in (model.max_seq_length, own) if limit is not None]
     return Parts(
         pipeline, model.tokenizer, min(limits, default=None), prompt, model[1].include_prompt, model.truncate_dim
     )
-
-
-def _own_limit(transformer: Any, name: str) -> int | None:
-    """Where the options of a Transformer's own calls of its tokenizer truncate. Others that change a text's tokens are refused:
-    an Embedder calls the tokenizer itself."""
-    options = dict((getattr(transformer, "processing_kwargs", None) or {}).get("text") or {})
-    limit = options.pop("max_length", None)
-    usual = {"truncation": (True, "longest_first"), "add_special_tokens": (True,)}
-    for option, value in options.items():
-        if option in ("padding", "pad_to_multiple_of", "return_tensors") or value in usual.get(option, ()):
-            continue
-        raise LoadError(
-            f"model {name}: expected a Transformer that tokenizes as its tokenizer does by itself, got processing_kwargs "
-            f"{option} = {value!r}: SentenceTransformer.encode follows them"
-        )
-    return limit
 
 
 def fuse(encoder: Any, trained: Trained) -> export.Pipeline:

@@ -77,7 +77,8 @@ def export_folder(
         With ``quantize``, how far the embeddings moved.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; the number of tokens has no limit; or see ``export_onnx``.
+        TypeError, ValueError: an argument is not as described; the number of tokens has no limit; the model's Transformer has
+            options for its tokenizer's calls that servers do not follow; or see ``export_onnx``.
         ImportError: onnx, onnxscript or, to quantise, onnxruntime is missing; names the extra.
     """
     if quantize is not None and quantize not in QUANTIZED:
@@ -87,7 +88,7 @@ def export_folder(
     if dtypes != {torch.float32}:
         raise ValueError(f"model: expected float32, got {', '.join(sorted(map(str, dtypes)))}: see model.float()")
     tokenizer = _checked_tokenizer(pipeline.tokenizer if tokenizer is None else tokenizer)
-    tokenizer.model_max_length = limit = _limit(pipeline.encoder, tokenizer, max_length)
+    tokenizer.model_max_length = limit = _limit(pipeline.encoder, tokenizer, max_length, pipeline.own_limit())
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"path: expected a folder that does not exist yet or is empty, got {str(path)!r}")
@@ -216,12 +217,12 @@ def _checked_tokenizer(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _limit(encoder: nn.Module, tokenizer: Any, max_length: int | None) -> int:
+def _limit(encoder: nn.Module, tokenizer: Any, max_length: int | None, own: int | None = None) -> int:
     """Tokens after which a text is truncated."""
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length: expected a positive number, got {max_length}")
     configured = getattr(encoder.config, "max_position_embeddings", None)
-    limits = (max_length, tokenizer.model_max_length, families.positions(encoder), configured)
+    limits = (max_length, tokenizer.model_max_length, families.positions(encoder), configured, own)
     limit = min(value for value in limits if value is not None and value > 0)
     if limit >= 2**31:  # of a tokenizer saved without a limit
         raise ValueError("max_length: expected a number for a tokenizer and an encoder without a limit, got None")

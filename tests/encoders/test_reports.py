@@ -1,5 +1,7 @@
 """What users of libraries of this kind have reported, where a wrong value would come without an error."""
 
+import json
+
 import pytest
 import torch
 from builders import TEXTS, save_encoder
@@ -9,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 from sentence_transformers import SentenceTransformer  # noqa: E402
 from sentence_transformers.base.modules import Transformer  # noqa: E402
 
-from s2sent_kernels import Embedder  # noqa: E402
+from s2sent_kernels import Embedder, servers  # noqa: E402
 from s2sent_kernels.loading import LoadError  # noqa: E402
 from s2sent_kernels.sentence_transformers import S2SentPooling, load  # noqa: E402
 from s2sent_kernels.transformers import S2SentModel  # noqa: E402
@@ -42,6 +44,19 @@ def test_other_ways_to_tokenize_are_refused(folder, tmp_path):
     model_of(folder, processing_kwargs={"text": {"add_special_tokens": False}}).save(str(tmp_path / "model"))
     with pytest.raises(LoadError, match="processing_kwargs add_special_tokens = False"):
         Embedder.from_pretrained(tmp_path / "model", device="cpu")
+
+
+def test_servers_truncate_where_the_model_does(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(servers, "_write_model", lambda *_: None)  # the graph is not what is asked for
+    model = model_of(folder, processing_kwargs={"text": {"max_length": 5}})
+    servers.export_folder(model, tmp_path / "served")
+    assert json.loads((tmp_path / "served" / "sentence_bert_config.json").read_text())["max_seq_length"] == 5
+    model = model_of(folder, processing_kwargs={"text": {"add_special_tokens": False}})
+    with pytest.raises(
+        ValueError, match=r"model: expected a Transformer that .* processing_kwargs add_special_tokens = False"
+    ):
+        servers.export_folder(model, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_a_saved_truncate_dim_is_the_embedders(folder, tmp_path):
