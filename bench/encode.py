@@ -40,7 +40,7 @@ from end_to_end import ENCODERS
 from memory import MIB
 from timing import Times, on_gpu
 
-from s2sent_kernels import Embedder, S2SentSelector, loading
+from s2sent_kernels import Embedder, S2SentSelector, loading, quiet, sources
 from s2sent_kernels.batch_runner import BatchRunner
 from s2sent_kernels.batches import TextTokenizer, cut
 
@@ -73,15 +73,15 @@ class Folder:
     def __init__(self, name: str, encoder: str | None, temporary: Path, sts: list[str]) -> None:
         self.name = name
         self.sts = sts if name == "MiniLM" else []  # random weights have no quality
-        bundled, _ = loading.find_model(encoder)
+        bundled, _ = sources.find_model(encoder)
         if name == "MiniLM":
-            self.path, self.selector = bundled, loading.BUNDLED
+            self.path, self.selector = bundled, sources.BUNDLED
             return
         self.path, self.selector = str(temporary / name), str(temporary / f"{name}-selector")
         if not Path(self.path).exists():
             shape = next(shape for shape in ENCODERS if shape.name == name)
             shape.build("cpu", torch.float32).save_pretrained(self.path)
-            loading.quiet_transformers().AutoTokenizer.from_pretrained(bundled).save_pretrained(self.path)
+            quiet.quiet_transformers().AutoTokenizer.from_pretrained(bundled).save_pretrained(self.path)
             torch.manual_seed(0)
             S2SentSelector(shape.size, shape.blocks, 32, 4).eval().save_pretrained(self.selector)
 

@@ -16,8 +16,8 @@ from . import __version__
 from .commands import demo, doctor, encode, evaluate, export, inspect, predict, train
 from .commands.common import UserError, first_line
 from .files import MissingPackage
-from .loading import LoadError
 from .probe import UnknownNorm
+from .sources import LoadError
 from .validate import DEBUG_VARIABLE
 
 COMMANDS = {

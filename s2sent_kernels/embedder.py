@@ -136,8 +136,9 @@ class Embedder:
 
         Args:
             name_or_folder: the name of a shipped selector, with its encoder ("all-MiniLM-L6-v2" is bundled with the extra demo);
-                a folder saved by S2SentModel, with its tokenizer, or by a SentenceTransformer with an S2SentPooling; or, beside a
-                selector, an encoder's folder or hub id.
+                the folder of a selector that was trained on an encoder with frozen weights; a folder saved by S2SentModel, with
+                its tokenizer, or by a SentenceTransformer with an S2SentPooling, or the hub id of one; or, beside a selector, an
+                encoder's folder or hub id.
             selector: a folder or a shipped name.
             dtype: "float32", "bfloat16" or "float16" of the encoder. "auto": bfloat16 on GPUs with tensor cores for it, else
                 float32.

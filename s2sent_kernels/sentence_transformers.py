@@ -11,16 +11,13 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from functools import partial
-from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from . import absent, families, model_card, onnx_backend, pooling_modes, saved_modules, validate
+from . import absent, families, model_card, pooling_modes, sentences, validate
 from .capture import BLOCK_NORMS, BlockListener
 from .checkpoints import folders, pretrained
 from .consumers import KeptStates
@@ -36,9 +33,6 @@ with importing("sentence-transformers 6 or newer", "sentence-transformers"):
     from sentence_transformers.base.model import BaseModel
     from sentence_transformers.base.modules import Router
     from sentence_transformers.sentence_transformer.modules import Pooling
-
-BACKENDS = ("torch", "onnx")  # of ``load``
-_ROUTERS = (f"{Router.__module__}.Router", "sentence_transformers.models.Router")  # as modules.json names them
 
 
 class S2SentPooling(Pooling):
@@ -288,45 +282,20 @@ class S2SentPooling(Pooling):
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:
-    """The SentenceTransformer that was saved in a folder, an S2SentPooling among its modules, without
-    ``trust_remote_code``: only modules of sentence-transformers and of this package are loaded. ``options`` are those of
-    SentenceTransformer and mean the same. With ``backend="onnx"`` ONNX Runtime computes the whole model, pooling included.
+    """A SentenceTransformer with an S2SentPooling among its modules, without ``trust_remote_code``: only modules of
+    sentence-transformers and of this package are loaded.
+
+    Args:
+        path: the folder of a saved one, or its id on the hub. Or the name of a shipped selector, or the folder of a
+            selector that was trained on an encoder with frozen weights: then it stands behind its encoder.
+        options: those of SentenceTransformer, and mean the same. With ``backend="onnx"`` ONNX Runtime computes the whole of a
+            saved model, pooling included.
 
     Raises:
-        ValueError: there is no such folder, or one of its modules is of another package; names it. Or the backend is another, or
+        ValueError: there is no such model, or one of its modules is of another package; names it. Or the backend is another, or
             cannot follow an option.
     """
-    backend = options.pop("backend", "torch")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    folder = Path(path).expanduser()
-    listing = folder / "modules.json"
-    if not listing.is_file():
-        raise ValueError(
-            f"path: expected the folder of a saved SentenceTransformer, with a modules.json, got {str(path)!r}"
-        )
-    own: dict[str, Any] = {}
-    for name in saved_modules.classes_in(folder):
-        package, _, kind = name.rpartition(".")
-        if package.split(".")[0] == __package__:
-            own[name] = getattr(import_module(package), kind)
-        elif name in _ROUTERS:  # one inside another is not told of ``own`` by the library
-            own[name] = SimpleNamespace(load=partial(Router.load, module_classes=own))
-        elif package.split(".")[0] != "sentence_transformers" and not options.get("trust_remote_code"):
-            raise ValueError(f"{listing}: expected modules of sentence_transformers or {__package__}, got {name!r}")
-    of_runtime: dict[str, Any] = {}
-    graph = None
-    if backend == "onnx":
-        of_encoder = dict(options.get("model_kwargs") or {})  # the caller's own stays as it is
-        of_runtime = {name: of_encoder.pop(name, None) for name in onnx_backend.OPTIONS}
-        options["model_kwargs"] = of_encoder
-        others = {name: options.get(name) for name in ("model_kwargs", "config_kwargs")}
-        graph = onnx_backend.find(folder, of_runtime, others)
-    # The public way to load a class of this package needs trust_remote_code, which would also run code from the folder.
-    model = SentenceTransformer._load_with_module_classes(str(folder), own, **options)
-    if backend == "onnx":
-        onnx_backend.compute_by_runtime(model, graph, of_runtime)
-    return model
+    return sentences.load(S2SentPooling, path, **options)
 
 
 def _encoder_of(transformer: nn.Module) -> nn.Module:

@@ -410,10 +410,10 @@ def save_model(root):
 
 def make_sentence_transformer(encoder, selector):
     """A SentenceTransformer on the CPU of an encoder's and a selector's folder."""
-    from s2sent_kernels import loading
+    from s2sent_kernels import parts
     from s2sent_kernels.sentence_transformers import S2SentPooling, SentenceTransformer
 
-    transformer, trained = loading.load_transformer(str(encoder)), loading.read_selector(str(selector))
+    transformer, trained = parts.load_transformer(str(encoder)), parts.read_selector(str(selector))
     blocks = trained.blocks(transformer.auto_model)
     pooling = S2SentPooling.behind(transformer, blocks, pooling=trained.pooling, **trained.config["selector"])
     pooling.selector.load_state_dict(trained.selector.state_dict())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from builders import through_ops
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network, or waits for one
 if os.environ.get("S2SENT_TEST_BACKEND") != "native":  # it divides work among threads itself
     torch.set_num_threads(1)  # the tensors are tiny, and under pytest -n the workers would compete for the cores
 

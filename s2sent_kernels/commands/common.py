@@ -11,9 +11,11 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from .. import files, loading
-from ..loading import BUNDLED, Source, Trained, first_line
+from .. import files, loading, parts, sources
+from ..files import first_line
+from ..parts import Trained
 from ..quiet import quiet_transformers
+from ..sources import BUNDLED, Source
 from ..tools import encoders
 
 BATCH = 128  # texts per call of the encoder
@@ -21,7 +23,7 @@ BATCH = 128  # texts per call of the encoder
 P = ParamSpec("P")
 T = TypeVar("T")
 
-__all__ = ["BUNDLED", "Source", "Trained", "first_line", "quiet_transformers"]  # of loading, for the subcommands
+__all__ = ["BUNDLED", "Source", "Trained", "first_line", "quiet_transformers"]  # for the subcommands
 
 
 class UserError(Exception):
@@ -90,13 +92,13 @@ def check_writable(directory: Path) -> None:
 
 
 def _told(function: Callable[P, T]) -> Callable[P, T]:
-    """``function`` of ``loading``, whose errors a command reports."""
+    """``function``, a loader, whose errors a command reports."""
 
     @functools.wraps(function)
     def told(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return function(*args, **kwargs)
-        except loading.LoadError as error:
+        except sources.LoadError as error:
             raise UserError(str(error)) from error
 
     return told
@@ -114,11 +116,11 @@ def _silently(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-resolve = functools.partial(_told(loading.resolve), option="--")
-holds_selector = _told(loading.holds_selector)
-read_selector = _told(loading.read_selector)
-load_model = _told(_silently(loading.load_model))
-load_transformer = _told(_silently(loading.load_transformer))
+resolve = functools.partial(_told(sources.resolve), option="--")
+holds_selector = _told(sources.holds_selector)
+read_selector = _told(parts.read_selector)
+load_model = _told(_silently(parts.load_model))
+load_transformer = _told(_silently(parts.load_transformer))
 load_whole = _told(_silently(loading.load_whole))
 load_classifier = _told(_silently(loading.load_classifier))
 load_pipeline = _told(_silently(loading.load_pipeline))

@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from .. import export, loading, servers
+from .. import export, servers, sources
 from ..engines.choice import BACKENDS
 from . import common
 from .common import UserError
@@ -103,7 +103,7 @@ def _write_folder(pipeline: Any, source: common.Source, path: Path, arguments: a
 def _tokenizer(source: common.Source) -> Any:
     """The encoder's, or the one that was saved beside an S2SentModel."""
     folder = (
-        str(Path(source.model).expanduser()) if source.whole and source.model else loading.find_model(source.model)[0]
+        str(Path(source.model).expanduser()) if source.whole and source.model else sources.find_model(source.model)[0]
     )
     try:
         return common.quiet_transformers().AutoTokenizer.from_pretrained(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2sent_kernels import S2SentSelector, files, loading
+from s2sent_kernels import S2SentSelector, files, sources
 from s2sent_kernels.cli import COMMANDS, _parser, main
 from s2sent_kernels.commands import common, encode, train_task
 from s2sent_kernels.tools import recipe
@@ -74,9 +74,9 @@ def test_a_folder_of_sentence_transformers_holds_a_selector_if_a_module_is_ours(
 
 
 def test_a_shipped_name_means_the_encoder_that_its_selector_was_trained_for(folders):
-    assert loading.find_model("all-mpnet-base-v2") == ("sentence-transformers/all-mpnet-base-v2", "all-mpnet-base-v2")
+    assert sources.find_model("all-mpnet-base-v2") == ("sentence-transformers/all-mpnet-base-v2", "all-mpnet-base-v2")
     (folders / "all-mpnet-base-v2").mkdir()  # a folder of this name comes first
-    assert loading.find_model("all-mpnet-base-v2") == ("all-mpnet-base-v2", "all-mpnet-base-v2")
+    assert sources.find_model("all-mpnet-base-v2") == ("all-mpnet-base-v2", "all-mpnet-base-v2")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,8 @@ def test_a_shipped_name_means_the_encoder_that_its_selector_was_trained_for(fold
         ),
         (
             "some/hub-id",
-            "--selector: expected a folder or a shipped name (all-MiniLM-L6-v2, all-mpnet-base-v2) beside --model some/hub-id",
+            "--model some/hub-id: expected a folder, a shipped name (all-MiniLM-L6-v2, all-mpnet-base-v2) or a model of the hub, "
+            "and there is none of this name, or the hub cannot be reached",
         ),
         ("./empty", "model ./empty: expected a config.json that names a model_type"),
         ("./nowhere", "model ./nowhere: there is no such directory"),

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 sentence_transformers = pytest.importorskip("sentence_transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from s2sent_kernels import S2SentSelector, absent, loading  # noqa: E402
+from s2sent_kernels import S2SentSelector, absent, loading, parts, sources  # noqa: E402
 from s2sent_kernels.embedder import Embedder  # noqa: E402
 from s2sent_kernels.sentence_transformers import load  # noqa: E402
 from s2sent_kernels.transformers import S2SentForSequenceClassification, S2SentModel  # noqa: E402
@@ -35,7 +35,7 @@ PATHS = {
     "Embedder of a SentenceTransformer": ("whole", Embedder.from_pretrained),
     "load_saved": ("model", loading.load_saved),
     "load_whole": ("model", loading.load_whole),
-    "load_pipeline": ("model", lambda folder: loading.load_pipeline(loading.resolve(folder, None))),
+    "load_pipeline": ("model", lambda folder: loading.load_pipeline(sources.resolve(folder, None))),
     "Embedder": ("model", Embedder.from_pretrained),
     "load_classifier": ("classifier", loading.load_classifier),
 }
@@ -124,8 +124,8 @@ def test_a_selector_and_an_encoder_in_folders_of_their_own(damaged):
     folder = damaged("selector", "model.safetensors", ["up.weight"])
     with pytest.raises(ValueError, match=r"model\.safetensors: expected a tensor 'up\.weight'"):
         S2SentSelector.from_pretrained(folder)
-    with pytest.raises(loading.LoadError, match=r"expected weights 'encoder\.layer.*model\.safetensors, and they"):
-        loading.load_model(damaged("encoder", "model.safetensors", [BLOCK]), torch.device("cpu"))
+    with pytest.raises(sources.LoadError, match=r"expected weights 'encoder\.layer.*model\.safetensors, and they"):
+        parts.load_model(damaged("encoder", "model.safetensors", [BLOCK]), torch.device("cpu"))
 
 
 def test_an_encoder_without_a_weight_that_could_be_read(damaged):
@@ -170,7 +170,7 @@ def test_the_folder_of_a_classifier_is_that_of_its_model_too(saved):
 
 
 def test_the_head_of_a_classifier_is_a_weight(damaged):
-    with pytest.raises(loading.LoadError, match=r"expected weights 'classifier\.weight'"):
+    with pytest.raises(sources.LoadError, match=r"expected weights 'classifier\.weight'"):
         loading.load_classifier(damaged("classifier", "model.safetensors", ["classifier.weight"]))
 
 

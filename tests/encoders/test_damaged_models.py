@@ -17,14 +17,14 @@ pytest.importorskip("sentence_transformers")
 
 import torch
 
-from s2sent_kernels import loading
+from s2sent_kernels import loading, parts, sources
 
 DATA = Path(__file__).parents[1] / "data"
 REMEDY = ": save or download the model again"
 
 
 def load_encoder(folder):
-    return loading.load_model(folder, torch.device("cpu"))
+    return parts.load_model(folder, torch.device("cpu"))
 
 
 LOADS = {
@@ -66,7 +66,7 @@ def copied(tmp_path):
 
 
 def refused(name, folder, file):
-    with pytest.raises(loading.LoadError) as caught:
+    with pytest.raises(sources.LoadError) as caught:
         LOADS[name](str(folder))
     message = str(caught.value)
     assert "\n" not in message and message.startswith(f"model {folder} cannot be loaded: {folder / file}: "), message
@@ -113,7 +113,7 @@ def test_bits_of_a_header(copied, name, file):
         path.write_bytes(data)
         try:
             LOADS[name](str(folder))
-        except loading.LoadError as error:
+        except sources.LoadError as error:
             assert "\n" not in str(error)
 
 

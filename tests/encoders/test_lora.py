@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers")
 sentence_transformers = pytest.importorskip("sentence_transformers")
 from sentence_transformers.base.modules import Transformer  # noqa: E402
 
-from s2sent_kernels import consumers, loading  # noqa: E402
+from s2sent_kernels import consumers, loading, sources  # noqa: E402
 from s2sent_kernels.embedder import Embedder  # noqa: E402
 from s2sent_kernels.sentence_transformers import S2SentPooling, load  # noqa: E402
 from s2sent_kernels.transformers import S2SentForSequenceClassification, S2SentModel  # noqa: E402
@@ -109,7 +109,7 @@ def test_merged_it_is_a_model_as_any_other(tuned, encoder, tmp_path):
 def test_saved_without_merging_it_is_no_model(tuned, tmp_path):
     tuned[1].get_base_model().save_pretrained(tmp_path)
     with pytest.raises(
-        loading.LoadError, match=r"expected weights 'encoder\.encoder\.layer\.0\.attention\.self\.query\."
+        sources.LoadError, match=r"expected weights 'encoder\.encoder\.layer\.0\.attention\.self\.query\."
     ):
         loading.load_saved(str(tmp_path))
 

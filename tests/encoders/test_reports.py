@@ -12,8 +12,8 @@ from sentence_transformers import SentenceTransformer  # noqa: E402
 from sentence_transformers.base.modules import Transformer  # noqa: E402
 
 from s2sent_kernels import Embedder, servers  # noqa: E402
-from s2sent_kernels.loading import LoadError  # noqa: E402
 from s2sent_kernels.sentence_transformers import S2SentPooling, load  # noqa: E402
+from s2sent_kernels.sources import LoadError  # noqa: E402
 from s2sent_kernels.transformers import S2SentModel  # noqa: E402
 
 

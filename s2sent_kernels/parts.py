@@ -1,0 +1,126 @@
+"""An encoder or a selector, each loaded by itself, and a Transformer of sentence-transformers around an encoder."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from . import absent, families
+from .checkpoints import folders, pretrained
+from .files import importing, require
+from .quiet import quietly
+from .selector import S2SentSelector
+from .sources import LoadError, cannot_load, config_of, find_model, read_json
+
+
+class Trained(NamedTuple):
+    """A selector from a folder, and the folder's configuration."""
+
+    name: str
+    selector: S2SentSelector
+    config: dict[str, Any]
+
+    @property
+    def pooling(self) -> str:
+        """The pooling that the selector was trained for."""
+        return self.config.get("pooling", "mean")
+
+    @property
+    def max_length(self) -> int | None:
+        """The tokens at which texts were truncated in its training."""
+        return self.config.get("max_length")
+
+    def blocks(self, encoder: nn.Module) -> tuple[int, ...]:
+        """The blocks of ``encoder`` that the selector was trained for; the last ones if the configuration does not name any.
+
+        Raises:
+            LoadError: the encoder has no such blocks, or another D.
+        """
+        wanted = self.config["selector"]
+        blocks = self.config.get("blocks", f"last:{wanted['num_blocks']}")
+        depth, size = len(families.find_blocks(encoder)), families.hidden_size(encoder)
+        try:
+            chosen = families.indices(blocks, depth)
+        except (ValueError, TypeError):
+            chosen = ()
+        if len(chosen) != wanted["num_blocks"] or size not in (None, wanted["hidden_size"]):
+            raise LoadError(
+                f"selector {self.name}: selector: expected an encoder with blocks {blocks} of {wanted['hidden_size']} "
+                f"features, got {type(encoder).__name__} with {depth} of {size}"
+            )
+        return chosen
+
+
+def read_selector(name: str) -> Trained:
+    """The selector of a folder or a shipped name, in eval mode on the CPU."""
+    try:
+        config = pretrained.read_config(pretrained.find(name))
+        return Trained(name, S2SentSelector.from_pretrained(name), config)
+    except (ValueError, TypeError, ImportError) as error:
+        raise LoadError(f"selector {name}: {error}") from error
+
+
+@quietly
+def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
+    """Encoder, tokenizer and name; ``model`` as in ``find_model``."""
+    transformers = require("transformers", "transformers", "demo")
+    path, name = find_model(model)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # the loaders raise errors of many kinds
+        raise cannot_load(name, error) from error
+    return _load_encoder(path, name, torch.float32).to(device).eval(), tokenizer, name
+
+
+@quietly
+def _load_encoder(path: str, name: str, dtype: torch.dtype | str) -> Any:
+    """An encoder whose weights are all in its checkpoint. Of an encoder with a decoder, the encoder alone."""
+    transformers = require("transformers", "transformers", "demo")
+    if config_of(Path(path), name).get("model_type") == "s2sent":
+        raise LoadError(f"model {name}: expected an encoder alone, got one with its selector")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        kind = importlib.import_module("s2sent_kernels.saved_model").auto_class(config)
+        folders.check_shapes(Path(path), lambda: kind.from_config(config))
+        encoder, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        absent.check(path, encoder, found["missing_keys"])
+    except Exception as error:  # as above
+        raise cannot_load(name, error) from error
+    return encoder
+
+
+@quietly
+def load_transformer(model: str | None, max_length: int | None = None, **options: Any) -> Any:
+    """The encoder as a module of sentence-transformers, on the CPU, truncating texts to ``max_length`` tokens; ``options`` are
+    those of Transformer. Its dtype is float32, unless they say otherwise."""
+    with importing("sentence-transformers 6 or newer", "sentence-transformers"):
+        from sentence_transformers.base.modules import Transformer
+    path, name = find_model(model)
+    # Only for its error message: Transformer does not report missing weights. It has no public way to be given an encoder that is
+    # already in memory either, so the weights are read twice.
+    _load_encoder(path, name, "auto")
+    try:
+        of_model = {"dtype": torch.float32, **(options.pop("model_kwargs", None) or {})}
+        module = Transformer(path, model_kwargs=of_model, **options)
+    except Exception as error:  # as above
+        raise cannot_load(name, error) from error
+    limits = (max_length, module.max_seq_length, families.positions(module.auto_model))
+    if any(limit is not None for limit in limits):
+        module.max_seq_length = min(limit for limit in limits if limit is not None)
+    return module
+
+
+def max_seq_length(model: str | None) -> int | None:
+    """What sentence-transformers saved beside an encoder, in a folder or on the hub."""
+    path, name = find_model(model)
+    try:
+        found = require("transformers.utils", "transformers", "demo").cached_file(
+            path, "sentence_bert_config.json", _raise_exceptions_for_missing_entries=False
+        )
+        return None if found is None else read_json(Path(found)).get("max_seq_length")
+    except Exception as error:  # the loaders raise errors of many kinds
+        raise cannot_load(name, error) from error

