@@ -137,7 +137,7 @@ class BlockwisePool:
         parameters = gate.gate_parameters()
         if parameters is not None:
             validate.gate_parameters(parameters, gate.num_blocks, gate.hidden_size, first.device)
-        validate.cu_seqlens_values(batch)
+        validate.token_values(batch)
         self._first, dtype = _Kind.of(first), compute_dtype(first.dtype)
         self._engine = engine_for(gate.backend, Call(first.device, first.dtype, num_blocks=gate.num_blocks))
         rows, groups, size = batch.num_sentences, self._engine.num_groups(gate.num_blocks), gate.hidden_size

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import pooling_modes
+from . import input_tokens, pooling_modes
 from .consumers import KeptStates, PooledStates, Told
 from .pooling_modes import ModePool, PooledByModes
 from .selector import S2SentSelector
@@ -42,6 +42,7 @@ class Counted(NamedTuple):
         if mask is None:
             return cls(None)
         counted = mask * (mask.cumsum(1) > skip) if skip else mask
+        input_tokens.warn_of_padding(counted)
         if not with_places or not mask.shape[1]:
             return cls(counted)
         index = torch.arange(1, mask.shape[1] + 1, device=mask.device)

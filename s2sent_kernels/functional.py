@@ -47,7 +47,7 @@ def _validate_plain(batch: Batch, reading: Reading) -> None:
     """What an op would validate, for plain PyTorch without one."""
     validate.batch(batch, reading)
     if not torch.compiler.is_compiling():
-        validate.cu_seqlens_values(batch)
+        validate.token_values(batch)
 
 
 def _choose(backend: str, batch: Batch) -> str:
@@ -75,7 +75,8 @@ def squeeze(
 
     Args:
         hidden_states: N tensors [B, L, D], lowest block first, any strides; or packed [T, D] with ``cu_seqlens``.
-        attention_mask: [B, L] bool, integer or float, nonzero at real tokens; None means that every token is real.
+        attention_mask: [B, L] bool, integer or float, nonzero at real tokens; None means that every token is real. One of floats
+            on a GPU is waited for, since its numbers are judged: a mask that attention adds to its scores means the opposite.
         cu_seqlens: int32 [B + 1], the packed sentences' first tokens and T.
         frequencies: M, the number of DCT components; divides D.
         pooling: "mean", "cls" (the first real token) or "last" (the last one).
@@ -220,7 +221,7 @@ def select_pool_in_training(
     if chosen == "reference" or not _trains_in_kernels(batch.hidden_states, parameters, batch.num_sentences):
         return select_pool_with(_gate_function(batch, parameters, gating, backend), batch, reading, backend)
     validate.select(batch, reading, parameters, gating)
-    validate.cu_seqlens_values(batch)
+    validate.token_values(batch)
     how = direct.How(reading, gating, chosen, engine_of(chosen))
     return direct.SelectPool.apply(how, batch.attention_mask, batch.cu_seqlens, *parameters, *batch.hidden_states)
 

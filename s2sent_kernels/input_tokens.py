@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -43,11 +45,13 @@ def mask_of(inputs: Mapping[str, Any], given: Any = None) -> Tensor | None:
             raise TypeError(f"pooling_mask: expected a tensor or None, got {type(given).__name__}")
         if not _fits(given, expected):
             raise ValueError(f"pooling_mask: expected shape {_worded(expected)}, got {list(given.shape)}")
+        warn_of_padding(given)
         return given
     mask = inputs.get("attention_mask")
     if mask is None:
         return None
     if isinstance(mask, Tensor) and _fits(mask, expected):
+        warn_of_padding(mask)
         return mask
     wanted = _worded(expected)
     got = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
@@ -55,6 +59,15 @@ def mask_of(inputs: Mapping[str, Any], given: Any = None) -> Tensor | None:
         f"attention_mask: expected shape {wanted} to pool by, got {got}: pass pooling_mask beside it, {wanted} and nonzero at "
         "the tokens that count"
     )
+
+
+def warn_of_padding(mask: Tensor) -> None:
+    """A warning, once, of a batch in which no token counts: its embeddings are 0. A CUDA tensor's values are not waited for."""
+    if mask.device.type != "cpu" or torch.compiler.is_compiling() or not mask.numel() or mask.any():
+        return
+    warnings.warn(
+        "no token of this batch counts, by its attention mask: its embeddings are 0", stacklevel=1
+    )  # one place, so that it is said once
 
 
 def _fits(mask: Tensor, expected: tuple[int, int] | None) -> bool:

@@ -12,6 +12,7 @@ None, and the caller goes through ``functional``, which serves everything, valid
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -129,6 +130,8 @@ class Plan:
             return False
         if attention_mask is not None and (type(attention_mask) is not Tensor or cu_seqlens is not None):
             return False
+        if attention_mask is not None and attention_mask.is_floating_point():  # whose values are judged
+            return False
         if cu_seqlens is not None and (type(cu_seqlens) is not Tensor or os.environ.get(validate.DEBUG_VARIABLE)):
             return False
         return set(map(type, hidden_states)) in _TENSORS
@@ -164,7 +167,7 @@ class Plan:
         try:
             validate.token_types(attention_mask, cu_seqlens)
             validate.tokens(batch)
-            validate.cu_seqlens_values(batch)
+            validate.token_values(batch)
         except (ValueError, TypeError):
             return None
         return batch
@@ -252,6 +255,12 @@ def count_batch(norm: nn.BatchNorm1d) -> float:
         validate.share("momentum", norm.momentum)
     if in_backward():
         return 0.0
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        warnings.warn(
+            "a selector in training mode ran without gradients: its gate normalises by the statistics of this batch, and counts "
+            "them. Call eval() for embeddings",
+            stacklevel=1,  # one place, so that it is said once
+        )
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:  # cumulative average

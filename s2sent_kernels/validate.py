@@ -8,7 +8,7 @@ What is checked where, once in a call:
     an op, also its fake        words and numbers; shapes, dtypes and devices of tensors; N, D, M   ``batch``, ``gate``
       (and functional, where plain PyTorch computes and no op does)
     an op alone                 forward mode: plain PyTorch has it, also for the gate's parameters  ``forward_mode``
-    an op, with values at hand  what ``cu_seqlens`` holds                                           ``cu_seqlens_values``
+    an op, with values at hand  what ``cu_seqlens`` and a mask of floats hold                       ``token_values``
     a backward op               words, the batch's layout, the shapes of the gradients it receives  ``layout``, ...
     BlockwisePool               at the first block what the op ``squeeze_block`` checks; later      ``tensors``, ...
                                 only that a block is like the first
@@ -129,14 +129,20 @@ def token_types(attention_mask: Any, cu_seqlens: Any) -> None:
 
 def types(hidden_states: Any, attention_mask: Any, cu_seqlens: Any, expected_blocks: int | None = None) -> Batch:
     """The batch, where its parts are of the right Python types and, if given, its hidden states as many as expected."""
-    if isinstance(hidden_states, Tensor) or not isinstance(hidden_states, Sequence):
+    if isinstance(hidden_states, Tensor):
+        raise TypeError(
+            "hidden_states: expected a sequence of N tensors, got a Tensor: of one that is stacked pass hidden_states.unbind()"
+        )
+    if not isinstance(hidden_states, Sequence):
         raise TypeError(f"hidden_states: expected a sequence of N tensors, got {type(hidden_states).__name__}")
     for index, value in enumerate(hidden_states):
         tensor(f"hidden_states[{index}]", value)
     token_types(attention_mask, cu_seqlens)
     if expected_blocks is not None and len(hidden_states) != expected_blocks:
+        one_more = ": an encoder's own begin with its embeddings, pass hidden_states[1:]"
         raise ValueError(
             f"hidden_states: expected {expected_blocks} tensors, one for each block, got {len(hidden_states)}"
+            f"{one_more if len(hidden_states) == expected_blocks + 1 else ''}"
         )
     if len(hidden_states) == 0:
         raise ValueError("hidden_states: expected at least one tensor, got none")
@@ -257,9 +263,28 @@ def _cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
         raise ValueError(f"cu_seqlens: expected device {device} as hidden_states[0], got {cu_seqlens.device}")
 
 
-def cu_seqlens_values(batch: Batch | Layout) -> None:
-    """What ``cu_seqlens`` holds: starts at 0, never decreases, ends at T. Reading a CUDA tensor waits for the GPU, so there it
-    is done only under S2SENT_DEBUG=1."""
+def token_values(batch: Batch | Layout) -> None:
+    """What the tensors hold that say which tokens are real."""
+    if batch.attention_mask is not None and batch.attention_mask.is_floating_point():
+        _float_mask_values(batch.attention_mask)
+    _cu_seqlens_values(batch)
+
+
+def _float_mask_values(mask: Tensor) -> None:
+    """Refuse the mask that attention adds to its scores, 0 at real tokens and a large negative number at padding: where nonzero
+    means real, it would say the opposite. Of a CUDA tensor this waits for the GPU, which a mask of another dtype never does."""
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    if (mask < 0).any():
+        raise ValueError(
+            "attention_mask: expected nonzero at real tokens and 0 at padding, got negative numbers, as in a mask that attention "
+            "adds to its scores: pass (attention_mask == 0)"
+        )
+
+
+def _cu_seqlens_values(batch: Batch | Layout) -> None:
+    """Starts at 0, never decreases, ends at T. Reading a CUDA tensor waits for the GPU, so there it is done only under
+    S2SENT_DEBUG=1."""
     cu_seqlens, num_tokens = batch.cu_seqlens, batch.shape[0]
     if cu_seqlens is None or (cu_seqlens.device.type != "cpu" and os.environ.get(DEBUG_VARIABLE) != "1"):
         return

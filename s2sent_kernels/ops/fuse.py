@@ -37,7 +37,7 @@ def _implementation(
 ) -> Tensor:
     batch = Batch(hidden_states, attention_mask, cu_seqlens)
     validate_fuse(batch, gates)
-    validate.cu_seqlens_values(batch)
+    validate.token_values(batch)
     return engine_for(backend, Call.of(batch)).fuse(batch, gates)
 
 

@@ -26,7 +26,7 @@ def _implementation(
 ) -> Tensor:
     batch = Batch(hidden_states, attention_mask, cu_seqlens)
     validate.batch(batch, Reading(frequencies=1))
-    validate.cu_seqlens_values(batch)
+    validate.token_values(batch)
     validate.received("grad_fused", grad_fused, batch.shape, batch.device)
     return engine_for(backend, Call.of(batch)).fuse_backward(grad_fused, batch)
 

@@ -35,7 +35,7 @@ def run(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gati
     """v like a hidden state. ``backend`` is one that ``choose`` returned."""
     if is_ordinary((*batch.hidden_states, *parameters)):
         validate.select(batch, reading, parameters, gating)
-        validate.cu_seqlens_values(batch)
+        validate.token_values(batch)
         engine = engine_of(backend)
         if gradient_wanted((*batch.hidden_states, *parameters)):
             how = direct.How(reading, gating, backend, engine)
@@ -58,7 +58,7 @@ def _implementation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, reading, parameters, gating, backend = _unpacked(hidden_states, attention_mask, cu_seqlens, rest)
     validate.select(batch, reading, parameters, gating)
-    validate.cu_seqlens_values(batch)
+    validate.token_values(batch)
     return engine_for(backend, Call.of(batch)).select(batch, reading, parameters, gating)
 
 

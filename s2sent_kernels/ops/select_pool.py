@@ -39,7 +39,7 @@ def run(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gati
     """o [B, D]. ``backend`` is one that ``choose`` returned."""
     if is_ordinary((*batch.hidden_states, *parameters)):
         validate.select(batch, reading, parameters, gating)
-        validate.cu_seqlens_values(batch)
+        validate.token_values(batch)
         engine = engine_of(backend)
         if gradient_wanted((*batch.hidden_states, *parameters)):
             how = direct.How(reading, gating, backend, engine)
@@ -64,7 +64,7 @@ def _implementation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, reading, parameters, gating, backend = _unpacked(hidden_states, attention_mask, cu_seqlens, rest)
     validate.select(batch, reading, parameters, gating)
-    validate.cu_seqlens_values(batch)
+    validate.token_values(batch)
     return engine_for(backend, Call.of(batch)).select_pool(batch, reading, parameters, gating)
 
 

@@ -37,7 +37,7 @@ def _implementation(
 ) -> tuple[Tensor, Tensor]:
     batch, reading = Batch(hidden_states, attention_mask, cu_seqlens), Reading(frequencies, profile, pooling)
     _validate(batch, reading)
-    validate.cu_seqlens_values(batch)
+    validate.token_values(batch)
     squeezed, pooled = engine_for(backend, Call.of(batch)).squeeze(batch, reading)
     if pooled is None:
         pooled = squeezed.new_empty(squeezed.shape[0], 0, squeezed.shape[1])

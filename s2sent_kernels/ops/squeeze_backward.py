@@ -78,7 +78,7 @@ def _implementation(
     layout = Layout(shape, dtype, device, attention_mask, cu_seqlens)
     reading = Reading(frequencies, profile, pooling)
     validate.layout(layout, len(needed), reading)
-    validate.cu_seqlens_values(layout)
+    validate.token_values(layout)
     validate.hidden_gradients(grads, layout, len(needed))
     engine = engine_for(backend, Call(device, dtype, num_blocks=len(needed)))
     results = engine.squeeze_backward(grads, layout, needed, reading)

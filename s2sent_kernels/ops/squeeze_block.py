@@ -41,7 +41,7 @@ def _implementation(
     validate.tensors(batch, profile)
     validate.components(num_blocks, batch.hidden_size, frequencies, profile)
     validate.forward_mode(batch.hidden_states)
-    validate.cu_seqlens_values(batch)
+    validate.token_values(batch)
     if not 0 <= block < num_blocks:
         raise ValueError(f"block: expected 0 to {num_blocks - 1}, got {block}")
     engine = engine_for(backend, Call(batch.device, batch.dtype, num_blocks=num_blocks))

@@ -34,6 +34,54 @@ def test_hidden_states_is_no_sequence(backend, value):
             call()
 
 
+def test_a_stacked_tensor_is_told_how_to_be_a_sequence(batch):
+    hidden_states, mask = batch
+    with raises(TypeError, "hidden_states", "got a Tensor", "pass hidden_states.unbind()"):
+        S2SentSelector(D, N).pool(torch.stack(hidden_states), mask)
+
+
+def test_the_embeddings_among_hidden_states(batch):
+    hidden_states, mask = batch
+    with raises(ValueError, f"expected {N} tensors, one for each block, got {N + 1}", "pass hidden_states[1:]"):
+        S2SentSelector(D, N).pool([hidden_states[0], *hidden_states], mask)
+    with raises(ValueError, f"expected {N} tensors, one for each block, got {N - 1}") as caught:
+        S2SentSelector(D, N).pool(hidden_states[1:], mask)
+    assert "embeddings" not in str(caught.value)
+
+
+ADDED = torch.zeros(B, L).masked_fill(torch.arange(L) > 2, -1e4)  # as attention adds it to its scores
+
+
+def test_a_mask_that_attention_adds(backend, batch):
+    hidden_states, _ = batch
+    expected = ("attention_mask", "nonzero at real tokens", "negative numbers", "pass (attention_mask == 0)")
+    for mask in (ADDED, torch.where(ADDED < 0, torch.finfo(torch.float32).min, 0.0), ADDED.bfloat16()):
+        each_raises(everything(hidden_states, mask, backend=backend), ValueError, *expected)
+        selector = S2SentSelector(D, N, backend=backend if backend == "reference" else "auto")
+        each_raises(calls_of(selector.eval(), hidden_states, mask), ValueError, *expected)
+        each_raises(calls_of(selector.train(), hidden_states, mask), ValueError, *expected)
+    wanted = S2SentSelector(D, N).eval()
+    by_bool, by_float = (calls_of(wanted, hidden_states, mask) for mask in (ADDED == 0, (ADDED == 0).float()))
+    for name in by_bool:
+        assert torch.equal(by_bool[name](), by_float[name]())
+
+
+def calls_of(selector, hidden_states, mask):
+    def blockwise():
+        stream = selector.blockwise(mask)
+        for block, u in enumerate(hidden_states):
+            stream.add(block, u.detach())
+        return stream.result()
+
+    calls = {
+        "forward": lambda: selector(hidden_states, mask),
+        "pool": lambda: selector.pool(hidden_states, mask),
+        "gates": lambda: selector.gates(hidden_states, mask),
+        "gates_and_pooled": lambda: selector.gates_and_pooled(hidden_states, mask)[0],
+    }
+    return calls if selector.training else calls | {"blockwise": blockwise}
+
+
 def each_raises_type(value, name, backend):
     with raises(TypeError, name, "tensor", type(value).__name__):
         s2.squeeze(value, backend=backend)
