@@ -114,6 +114,12 @@ def load_transformer(model: str | None, max_length: int | None = None, **options
     return module
 
 
+def tokens_at_most(trained: Trained, model: str | None) -> int | None:
+    """The tokens at which texts are truncated for a selector behind its encoder, None where neither says so."""
+    limits = [limit for limit in (trained.max_length, max_seq_length(model)) if limit is not None]
+    return min(limits, default=None)
+
+
 def max_seq_length(model: str | None) -> int | None:
     """What sentence-transformers saved beside an encoder, in a folder or on the hub."""
     path, name = find_model(model)

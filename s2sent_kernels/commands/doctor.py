@@ -1,4 +1,4 @@
-"""Print versions, the backends and why they are or are not usable."""
+"""Print versions, what is usable here and why not, and what a model holds: the contents of a bug report."""
 
 from __future__ import annotations
 
@@ -6,57 +6,47 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import __version__, families
+from .. import __version__, families, parts, sources
 from ..capture import BlockCapture
-from ..engines.choice import BACKEND_VARIABLE, backends, choose
+from ..engines.choice import BACKEND_VARIABLE, LIMITS, backends, choose
+from ..export import Pipeline
+from ..files import first_line, require
 from ..formula.call import Call
 from ..packed import refusal
 from ..validate import DEBUG_VARIABLE
 from . import common
 
-VARIABLES = (BACKEND_VARIABLE, DEBUG_VARIABLE, "TRITON_INTERPRET")
-PACKAGES = ("torch", "triton", "transformers")
+VARIABLES = (BACKEND_VARIABLE, DEBUG_VARIABLE, "TRITON_INTERPRET", "HF_HUB_OFFLINE")
+OF_DEVELOPERS = ("test", "bench", "lint")  # extras that no user installs
+CPU = torch.device("cpu")
+Line = tuple[str, str]
 
 
 def add(commands: Any) -> None:
-    about = "print versions, the backends and why they are or are not usable"
+    about = "print versions, what is usable here and why not, and what a model holds"
     command = commands.add_parser("doctor", help=about, description=about)
     command.add_argument(
-        "--model", help="path or hub id of an encoder, or folder of encoder and selector: how it is run, too"
+        "--model",
+        help="path or hub id of an encoder, folder of encoder and selector, or shipped name: what it holds, and how it is run",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the contents of a bug report: versions, devices, environment variables, backends and reasons. With a model, whether
-    its texts are encoded without padding, and why not."""
     lines = [("s2sent_kernels", __version__), ("python", f"{platform.python_version()}, {platform.platform()}")]
-    for package in PACKAGES:
-        try:
-            lines.append((package, importlib.metadata.version(package)))
-        except importlib.metadata.PackageNotFoundError:
-            lines.append((package, "not installed"))
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices.append("cuda")
-        lines.append(("CUDA", f"torch was built with {torch.version.cuda or 'none'}"))
-        for index in range(torch.cuda.device_count()):
-            capability = "sm_{}{}".format(*torch.cuda.get_device_capability(index))
-            lines.append((f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {capability}"))
-    else:
-        lines.append(("CUDA", f"torch was built with {torch.version.cuda or 'none'}; no device"))
-    lines += [(name, os.environ.get(name, "not set")) for name in VARIABLES]
+    lines += [*_libraries(), *_devices(), *((name, os.environ.get(name, "not set")) for name in VARIABLES)]
     for name, status in backends().items():
         lines.append((f"backend {name}", f"{'usable' if status.usable else 'not usable'}: {status.reason}"))
-    for device in devices:
-        try:
-            chosen = choose("auto", Call(torch.device(device), torch.float32))
-        except ValueError as error:
-            chosen = f"raises: {error}"
-        lines.append((f"'auto' on {device}", chosen))
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        lines.append((f"'auto' on {device}", _chosen(device)))
+    lines += [(name, _usable(ask)) for name, ask in ABILITIES.items()]
     if arguments.model is not None:
         lines += [(f"model {arguments.model}", line) for line in _model(arguments.model)]
     width = max(len(name) for name, _ in lines)
@@ -64,15 +54,154 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{name:<{width}}  {value}")
 
 
-def _model(model: str) -> list[str]:
-    """Of what kind its encoder is, and whether it can be run packed on the CPU."""
-    whole = common.holds_selector(model)
-    encoder: Any
-    if whole:
-        encoder = common.load_pipeline(common.resolve(model, None)).encoder
+# ---------------------------------------------------------------- what is installed
+
+
+def _libraries() -> Iterator[Line]:
+    """torch, and every library that an extra installs."""
+    yield "torch", torch.__version__
+    for library, extras in sorted(_of_extras().items()):
+        try:
+            yield library, importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            yield library, f"not installed, of the extra{'s' if len(extras) > 1 else ''} {', '.join(extras)}"
+
+
+def _of_extras() -> dict[str, list[str]]:
+    """The extras that install each library, as this package's own metadata says."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for requirement in importlib.metadata.requires("s2sent_kernels") or ():
+        library = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", requirement)
+        if extra is not None and extra[1] not in OF_DEVELOPERS and library.replace("_", "-") != "s2sent-kernels":
+            found[library].append(extra[1])
+    return found
+
+
+def _devices() -> Iterator[Line]:
+    built = f"torch was built with {torch.version.cuda or 'none'}"
+    if not torch.cuda.is_available():
+        yield "CUDA", f"{built}; no device"
+        return
+    yield "CUDA", built
+    for index in range(torch.cuda.device_count()):
+        capability = "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+        yield f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {capability}"
+
+
+# ---------------------------------------------------------------- what is usable
+
+
+def _chosen(device: str) -> str:
+    try:
+        return choose("auto", Call(torch.device(device), torch.float32))
+    except ValueError as error:
+        return f"raises: {error}"
+
+
+def _usable(ask: Callable[[], str]) -> str:
+    """``ask`` returns what was seen, or raises."""
+    try:
+        return f"usable: {ask()}"
+    except Exception as error:  # of any library
+        return f"not usable: {first_line(error)}"
+
+
+def _compiled_for_cuda() -> str:
+    reason = LIMITS["native"].refuses(Call(torch.device("cuda"), torch.float32))
+    if reason is None and not torch.cuda.is_available():
+        reason = "there is no device"
+    if reason is not None:
+        raise ValueError(reason)
+    return torch.cuda.get_device_name()
+
+
+def _packed() -> str:
+    """Tried on an encoder of two tiny blocks: an encoder of another family may refuse (see --model)."""
+    transformers = require("transformers", "transformers", "transformers")
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    with BlockCapture(transformers.BertModel(transformers.BertConfig(**sizes)).eval()) as capture:
+        reason = refusal(capture, CPU)
+    if reason is not None:
+        raise ValueError(reason)
+    return "a tiny BertModel on the CPU"
+
+
+def _versions(*modules: str, extra: str) -> Callable[[], str]:
+    """Import them all, and return their versions."""
+
+    def ask() -> str:
+        found = [require(module, module, extra) for module in modules]
+        return ", ".join(f"{module.__name__} {module.__version__}" for module in found)
+
+    return ask
+
+
+ABILITIES: dict[str, Callable[[], str]] = {
+    "compiled CUDA part": _compiled_for_cuda,
+    "packed encoding": _packed,
+    "export to ONNX": _versions("onnx", "onnxscript", extra="onnx"),
+    "ONNX Runtime": _versions("onnxruntime", extra="onnx"),
+    "Ray": _versions("ray", extra="ray"),
+}
+
+
+# ---------------------------------------------------------------- a model
+
+
+def _model(model: str) -> Iterator[str]:
+    """What it holds, and what would run."""
+    source = common.resolve(model, None, required=False)
+    if source.selector is None and not source.whole:
+        encoder, _, _ = common.load_model(source.model, CPU)
+        yield "an encoder alone"
+        with BlockCapture(encoder) as capture:
+            yield from _how_it_runs(capture, parts.max_seq_length(model))
+        return
+    if source.whole:
+        yield f"{_kind(Path(str(source.model)))}, encoder and selector"
     else:
-        encoder, _, _ = common.load_model(model, torch.device("cpu"))
-    with BlockCapture(encoder) as capture:
-        reason = refusal(capture, torch.device("cpu"))
-    blocks = f"{type(encoder).__name__} of {len(families.find_blocks(encoder))} blocks"
-    return [blocks, "batches without padding" if reason is None else f"batches are padded: {reason}"]
+        yield f"the selector {source.selector} for the encoder {source.model or sources.BUNDLED}"
+    pipeline = common.load_pipeline(source)
+    selector = pipeline.selector
+    yield f"{selector.extra_repr()}: {sum(one.numel() for one in selector.parameters()):,} parameters"
+    yield f"blocks {', '.join(map(str, pipeline.capture.blocks))}, pooling {pipeline.pooling!r}, backend {_backend(pipeline)}"
+    yield from _how_it_runs(pipeline.capture, _limit(source))
+
+
+def _kind(folder: Path) -> str:
+    if (folder / "modules.json").is_file():
+        return "a SentenceTransformer"
+    return (sources.config_of(folder, str(folder)).get("architectures") or ["S2SentModel"])[0]
+
+
+def _limit(source: sources.Source) -> int | None:
+    if source.whole:
+        return parts.max_seq_length(source.model)
+    assert source.selector is not None
+    return parts.tokens_at_most(parts.read_selector(source.selector), source.model)
+
+
+def _backend(pipeline: Pipeline) -> str:
+    """That of calls on the CPU."""
+    dtype = families.float_parameter(pipeline.encoder).dtype
+    try:
+        return choose(pipeline.selector.backend, Call(CPU, dtype, num_blocks=pipeline.selector.num_blocks))
+    except ValueError as error:
+        return f"raises: {error}"
+
+
+def _how_it_runs(capture: BlockCapture, limit: int | None) -> Iterator[str]:
+    encoder: Any = capture.encoder
+    dtype = str(families.float_parameter(encoder).dtype).removeprefix("torch.")
+    yield f"{type(encoder).__name__} of {len(families.find_blocks(encoder))} blocks, {dtype}"
+    limits = [one for one in (limit, families.positions(encoder)) if one is not None]
+    yield f"texts are cut at {min(limits)} tokens" if limits else "no limit of tokens is known"
+    reason = refusal(capture, CPU)
+    yield "batches without padding" if reason is None else f"batches are padded: {reason}"

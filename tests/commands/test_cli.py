@@ -87,7 +87,7 @@ def test_doctor_names_versions_variables_and_backends(capsys, monkeypatch):
 def test_doctor_says_how_a_model_is_run(model_dir, tmp_path, capsys):
     assert main(["doctor", "--model", str(model_dir)]) == 0
     out = capsys.readouterr().out
-    assert "BertModel of 3 blocks" in out and "batches without padding" in out
+    assert "an encoder alone" in out and "BertModel of 3 blocks, float32" in out and "batches without padding" in out
     transformers = pytest.importorskip("transformers")
     config = transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=8, num_layers=2, num_heads=2)
     transformers.T5EncoderModel(config).save_pretrained(tmp_path / "t5")
