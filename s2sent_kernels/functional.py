@@ -50,11 +50,13 @@ def _validate_plain(batch: Batch, reading: Reading) -> None:
         validate.token_values(batch)
 
 
-def _choose(backend: str, batch: Batch) -> str:
-    """``choose`` for a batch. Where not plain PyTorch computes, forward-mode derivatives are refused."""
+def _choose(backend: str, batch: Batch, others: Sequence[Tensor | None] = ()) -> str:
+    """``choose`` for a batch. Where not plain PyTorch computes, forward-mode derivatives by its hidden states and ``others`` are
+    refused, and transforms of them."""
     chosen = choose(backend, Call.of(batch))
     if chosen != "reference":
-        validate.forward_mode(batch.hidden_states)
+        validate.forward_mode((*batch.hidden_states, *others))
+        validate.transforms((*batch.hidden_states, *others))
     return chosen
 
 
@@ -158,6 +160,8 @@ def gate_squeezed(
             return reference.gate(squeezed, parameters, num_blocks, gating)
         how = direct.How(Reading(frequencies=1), gating, chosen, engine_of(chosen))
         return direct.GateInTraining.apply(how, squeezed, *parameters)
+    validate.forward_mode((squeezed, *parameters))
+    validate.transforms((squeezed, *parameters), mapped=True)
     return ops.gate.run(squeezed, parameters, num_blocks, gating, chosen)
 
 
@@ -183,7 +187,7 @@ def fuse(
     """
     batch = validate.types(hidden_states, attention_mask, cu_seqlens)
     validate.tensor("gates", gates)
-    chosen = _choose(backend, batch)
+    chosen = _choose(backend, batch, (gates,))
     if chosen == "reference":
         _validate_plain(batch, Reading(frequencies=1))
         validate.gates(gates, batch)
@@ -198,6 +202,7 @@ def select_with(gate_function: GateFunction, batch: Batch, reading: Reading, bac
         _validate_plain(batch, reading)
         squeezed, _ = reference.squeeze(batch, reading)
         return reference.fuse(batch, gate_function(squeezed))
+    validate.no_transform()
     hidden_states, attention_mask, cu_seqlens = batch
     squeezed, like_fused, like_gates = SqueezeForFuse.apply(attention_mask, cu_seqlens, reading, chosen, *hidden_states)
     detached = [hidden_state.detach() for hidden_state in hidden_states]
@@ -255,7 +260,7 @@ def select(
 
 def select_fused(batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, backend: str) -> Tensor:
     """v for profile "paper" with running statistics: one op."""
-    chosen = _choose(backend, batch)
+    chosen = _choose(backend, batch, parameters)
     if chosen != "reference":
         return ops.select.run(batch, reading, parameters, gating, chosen)
     return select_with(_gate_function(batch, parameters, gating, chosen), batch, reading, chosen)
@@ -294,7 +299,7 @@ def select_pool_fused(
     batch: Batch, reading: Reading, parameters: GateParameters, gating: Gating, backend: str
 ) -> Tensor:
     """o for profile "paper" with running statistics: one op."""
-    chosen = _choose(backend, batch)
+    chosen = _choose(backend, batch, parameters)
     if chosen != "reference":
         return ops.select_pool.run(batch, reading, parameters, gating, chosen)
     return select_pool_with(_gate_function(batch, parameters, gating, chosen), batch, reading, chosen)

@@ -4,7 +4,8 @@ What is checked where, once in a call:
 
     where                       what                                                                by
     functional, S2SentSelector  Python types, tensors without strides; a word that is no string     ``types``, ``word``
-    functional, engine chosen   forward mode of the hidden states, unless plain PyTorch computes    ``forward_mode``
+    functional, engine chosen   forward mode of the tensors, unless plain PyTorch computes          ``forward_mode``
+                                tensors inside torch.func's transforms, likewise                    ``transforms``
     an op, also its fake        words and numbers; shapes, dtypes and devices of tensors; N, D, M   ``batch``, ``gate``
       (and functional, where plain PyTorch computes and no op does)
     an op alone                 forward mode: plain PyTorch has it, also for the gate's parameters  ``forward_mode``
@@ -24,7 +25,7 @@ An op judges words although functional's callers pass right ones: it is public i
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -127,6 +128,12 @@ def token_types(attention_mask: Any, cu_seqlens: Any) -> None:
             tensor(name, value, "a tensor or None")
 
 
+_TRANSFORMED = (
+    "s2sent: torch.func.grad, vmap, jvp and what is built on them are implemented by backend='reference' alone; "
+    "torch.autograd.grad differentiates every backend"
+)
+
+
 def types(hidden_states: Any, attention_mask: Any, cu_seqlens: Any, expected_blocks: int | None = None) -> Batch:
     """The batch, where its parts are of the right Python types and, if given, its hidden states as many as expected."""
     if isinstance(hidden_states, Tensor):
@@ -160,6 +167,25 @@ def forward_mode(tensors: Sequence[Tensor | None]) -> None:
     for tensor in tensors:
         if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError("s2sent: forward-mode derivatives are not implemented")
+
+
+def transforms(tensors: Iterable[Tensor | None], mapped: bool = False) -> None:
+    """Refuse tensors that torch.func transforms, of which no op knows: torch's error names neither op nor remedy. ``mapped``: not
+    under vmap alone, where torch can call the op once for each slice."""
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is None:
+        return
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if functorch.is_gradtrackingtensor(tensor) or (functorch.is_batchedtensor(tensor) and not mapped):
+            raise NotImplementedError(_TRANSFORMED)
+
+
+def no_transform() -> None:
+    """Refuse torch.func's transforms of any tensor: inside of one torch runs no autograd function of the older form."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(_TRANSFORMED)
 
 
 def batch(batch: Batch, reading: Reading) -> None:

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 python=$(realpath -s "$(command -v "${1:-python3}")")
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-cp -r csrc s2sent_kernels setup.py pyproject.toml README.md LICENSE tests "$copy"
+cp -r csrc docs s2sent_kernels setup.py pyproject.toml README.md LICENSE tests "$copy"
 cd "$copy"
 rm -f s2sent_kernels/*.so
 

@@ -64,18 +64,21 @@ def add_device(command: Any) -> None:
 
 
 def device_of(name: str | None) -> torch.device:
-    rank = os.environ.get("LOCAL_RANK")  # under torchrun each process has a GPU of its own, from the first tensor on
-    if name is None and not torch.cuda.is_available():
-        return torch.device("cpu")
-    if name is None:
-        return torch.device("cuda" if rank is None else f"cuda:{rank}")
+    """The device of an option ``--device``. Under torchrun each process has a GPU of its own, which is also made the current one
+    before anything touches a GPU: what asks for the current device would else take memory of the first."""
+    rank = os.environ.get("LOCAL_RANK")
+    if name is None and (rank is None or not torch.cuda.is_available()):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device("cuda" if name is None else name)
         if device.type == "cuda" and device.index is None and rank is not None:
             device = torch.device(f"cuda:{rank}")
+        if device.type == "cuda" and str(device.index) == rank:
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        raise UserError(f"device {name!r} cannot be used: {first_line(error)}") from error
+        named = f"cuda:{rank}, that of process {rank} of this machine," if name is None else repr(name)
+        raise UserError(f"device {named} cannot be used: {first_line(error)}") from error
     return device
 
 

@@ -190,16 +190,114 @@ def test_files_are_in_the_key_by_their_sizes_and_times_and_standard_input_by_its
 # ---------------------------------------------------------------- devices of several processes
 
 
-@pytest.mark.parametrize("name", [None, "cuda"])
-def test_no_process_touches_the_gpu_of_another(monkeypatch, name):
-    touched = []
+class _Touched(BaseException):
+    """Ends a command at its first use of a GPU."""
+
+
+@pytest.fixture
+def touched(monkeypatch):
+    """The uses of GPUs that torch is made to believe in, in their order."""
+    found = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: touched.append(str(device)) or torch.ones(1))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.append(f"set {device}"))
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: found.append(str(device)) or torch.ones(1))
+    return found
+
+
+@pytest.mark.parametrize("name", [None, "cuda"])
+def test_no_process_touches_the_gpu_of_another(monkeypatch, touched, name):
     assert common.device_of(name) == torch.device("cuda")
+    assert touched == ([] if name is None else ["cuda"])
+    touched.clear()
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert common.device_of(name) == torch.device("cuda:3")
+    assert common.device_of("cuda:3") == torch.device("cuda:3")
+    assert touched == ["set cuda:3", "cuda:3"] * 2  # its own becomes the current one, and that first
+    touched.clear()
     assert common.device_of("cuda:1") == torch.device("cuda:1")  # as `s2sent encode` may name several
-    assert touched == (["cuda:1"] if name is None else ["cuda", "cuda:3", "cuda:1"])
+    assert common.device_of("cpu") == torch.device("cpu")
+    assert touched == ["cuda:1", "cpu"]
+
+
+def test_a_process_without_its_gpu(monkeypatch, touched):
+    def no_such(device):
+        raise RuntimeError("invalid device ordinal")
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "set_device", no_such)
+    for name in (None, "cuda:3"):
+        with pytest.raises(common.UserError, match=r"^device '?cuda:3.* cannot be used: invalid device ordinal$"):
+            common.device_of(name)
+
+
+def _data(folder):
+    texts = [f"a cat {word}" for word in "abcdefgh"]
+    rows = {
+        "pairs": ["anchor\tpositive", *(f"{text}\t{text} too" for text in texts)],
+        "sts": [
+            "split\tscore\tsentence1\tsentence2",
+            *(f"test\t{i}\t{text}\t{texts[-i]}" for i, text in enumerate(texts)),
+        ],
+        "classes": ["label\ttext", *(f"{i % 2}\t{text}" for i, text in enumerate(texts * 6))],
+    }
+    for name, lines in rows.items():
+        (folder / f"{name}.tsv").write_text("\n".join([*lines, ""]))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "train --data pairs.tsv --output out --model {model}",
+        "train --data pairs.tsv --output out --model {model} --freeze-encoder",
+        "train --task sts --data sts.tsv --split test --output out --model {model}",
+        "train --task classification --data classes.tsv --output out --model {model}",
+        "train --task classification --data classes.tsv --output out --model {model} --freeze-encoder",
+        "evaluate --sts sts.tsv --model {model}",
+        "encode sts.tsv --column sentence1 --output out.npy --model {model} --selector {selector}",
+        "export --output out.onnx --model {model} --selector {selector}",
+        "inspect --text a --model {model} --selector {selector}",
+        "demo --model {model}",
+    ],
+)
+@pytest.mark.parametrize("given", [[], ["--device", "cuda"]], ids=["", "cuda"])
+def test_the_first_gpu_that_a_command_uses_is_its_processs_own(arguments, given, places, tmp_path, monkeypatch):
+    """Under torchrun. Whatever initialises CUDA before is seen: torch does that in one function."""
+    for package in (
+        "sentence_transformers",
+        "accelerate",
+        "datasets",
+        "matplotlib",
+        "scipy",
+        "sklearn",
+        "pyarrow",
+        "onnxscript",
+    ):
+        pytest.importorskip(package)
+
+    def used(what):
+        raise _Touched(what)
+
+    monkeypatch.chdir(tmp_path)
+    _data(tmp_path)
+    for name, value in {"LOCAL_RANK": "3", "RANK": "3", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: used(f"set {device}"))
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: used("initialised"))
+    for name in ("current_device", "mem_get_info", "current_stream", "synchronize", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name, **options: used(name))
+    words = arguments.format(model=places / "model", selector=places / "selector").split()
+    with pytest.raises(_Touched, match=r"^set cuda:3$"):
+        main([*words, *given])
+
+
+def test_cuda_is_initialised_by_the_function_that_is_watched(monkeypatch):
+    def watched():
+        raise _Touched("initialised")
+
+    monkeypatch.setattr(torch.cuda, "_lazy_init", watched)
+    with pytest.raises(_Touched):
+        torch.zeros(1, device="cuda")
 
 
 def test_training_on_several_processes_takes_no_one_gpu(monkeypatch):

@@ -15,6 +15,7 @@ from harness import (
     make_batch,
     make_parameters,
     make_selector,
+    pack,
     randn,
     run,
 )
@@ -256,3 +257,12 @@ def test_the_graph_is_whole(pooling, training, dynamic):
         results.append([output, *torch.autograd.grad(output.square().sum(), [*hidden, *selector.parameters()])])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", [None, "mean"])
+def test_cu_seqlens_of_any_strides(path):
+    selector = make_selector(2, 32, 1, backend=BACKEND)
+    packed, where = pack(make_batch(2, 3, 5, 32).hidden_states, [3, 0, 5])
+    strided = torch.stack([where["cu_seqlens"], torch.full_like(where["cu_seqlens"], 7)], dim=1)[:, 0]
+    assert not strided.is_contiguous()
+    assert torch.equal(run(selector, packed, {"cu_seqlens": strided}, path), run(selector, packed, where, path))

@@ -1,5 +1,6 @@
 """A process's first call may be one that something traces: what is found out then holds for all later calls."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -59,25 +60,53 @@ def test_native_is_usable_after_a_first_call_that_is_traced(tracer):
 
 
 class _FakeOps:
+    """The extension's, for a process with GPUs whose current device is ``current`` in a new thread."""
+
     def __init__(self, errors):
-        self._errors = list(errors)
+        self._errors, self.current, self.asked = list(errors), 0, []
 
     def cuda_architectures(self):
         return [90]
 
     def cuda_error(self, index):
+        self.asked.append((index, self.current))
         return self._errors.pop(0)
 
+    @contextlib.contextmanager
+    def device(self, index):
+        before, self.current = self.current, index
+        yield
+        self.current = before
 
-def test_a_full_gpu_is_not_remembered(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
-    monkeypatch.setattr(limits, "_ops", _FakeOps(["out of memory", ""]))
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Makes fake GPUs whose kernels give these errors."""
+
+    def make(errors):
+        fake = _FakeOps(errors)
+        monkeypatch.setattr(limits, "_ops", fake)
+        monkeypatch.setattr(torch.cuda, "device", fake.device)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+        limits.cuda_refusal.cache_clear()
+        return fake
+
+    yield make
     limits.cuda_refusal.cache_clear()
+
+
+def test_a_gpu_is_asked_while_it_is_the_current_one(gpus):
+    """Else the extension would return to the first one, and CUDA would give that a context."""
+    fake = gpus([""])
+    assert limits.cuda_refusal(3) is None
+    assert fake.asked == [(3, 3)]
+
+
+def test_a_full_gpu_is_not_remembered(gpus):
+    gpus(["out of memory", ""])
     with pytest.raises(torch.OutOfMemoryError, match="no kernel could be loaded on cuda:7"):
         limits.cuda_refusal(7)
     assert limits.cuda_refusal(7) is None
-    monkeypatch.setattr(limits, "_ops", _FakeOps(["no kernel image"]))
-    limits.cuda_refusal.cache_clear()
+    gpus(["no kernel image"])
     assert limits.cuda_refusal(7) == limits.cuda_refusal(7) == "its kernels do not run on a GPU: no kernel image"
-    limits.cuda_refusal.cache_clear()

@@ -1,6 +1,5 @@
-"""The native backend on the CPU beside its stages: threads, storage types, cached tables."""
+"""The native backend on the CPU beside its stages: storage types, cached tables."""
 
-import contextlib
 import weakref
 
 import pytest
@@ -9,85 +8,9 @@ import torch
 import s2sent_kernels as s2
 from s2sent_kernels import functional
 from s2sent_kernels.engines.native import layout
-from s2sent_kernels.formula.call import KERNEL_DTYPES, POOLINGS
+from s2sent_kernels.formula.call import KERNEL_DTYPES
 
 BUILT = pytest.mark.skipif(not s2.backends()["native"].usable, reason=s2.backends()["native"].reason)
-N, B, L, H, M = 5, 6, 40, 8, 4
-
-
-# ---------------------------------------------------------------- threads
-
-
-@contextlib.contextmanager
-def threads(number):
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@BUILT
-@pytest.mark.parametrize("pooling", [None, "mean"])
-@pytest.mark.parametrize("mask", [None, "right", "packed"])
-@pytest.mark.parametrize("batch_size", [1, B])
-@pytest.mark.parametrize("training", [False, True])
-def test_bits_do_not_depend_on_the_number_of_threads(training, batch_size, mask, pooling):
-    """Outputs, all gradients, and the running statistics."""
-    if training and batch_size == 1:
-        pytest.skip("has no statistics")
-    torch.manual_seed(0)
-    size = 768  # large enough that every stage is shared
-    shapes = s2.GateParameters.shapes(N, size, H).items()
-    tensors = {name: torch.randn(shape).abs() + 0.1 if "var" in name else torch.randn(shape) for name, shape in shapes}
-    hidden = [torch.randn(batch_size, L, size) for _ in range(N)]
-    where = {}
-    lengths = torch.tensor([L - 7 * b for b in range(batch_size)])
-    if mask == "right":
-        where = {"attention_mask": torch.arange(L) < lengths[:, None]}
-    elif mask == "packed":
-        hidden = [u.flatten(0, 1) for u in hidden]
-        where = {"cu_seqlens": torch.arange(0, batch_size * L + 1, L, dtype=torch.int32)}
-
-    def run():
-        leaves = [u.detach().requires_grad_() for u in hidden]
-        parameters = s2.GateParameters(
-            *(t.clone().requires_grad_(not name.startswith("running")) for name, t in tensors.items())
-        )
-        options = {"frequencies": M, "backend": "native", "training": training, **where}
-        if pooling is None:
-            output = functional.select(leaves, parameters, **options)
-        else:
-            output = functional.select_pool(leaves, parameters, pooling=pooling, **options)
-        weights = torch.linspace(-1, 1, output.numel()).view_as(output)
-        trained = [t for t in parameters if t.requires_grad]
-        statistics = parameters.running_mean, parameters.running_var
-        return [output, *statistics, *torch.autograd.grad((output * weights).sum(), [*leaves, *trained])]
-
-    results = []
-    for number in (1, 2, 3):
-        with threads(number):
-            results.append(run())
-    for other in results[1:]:
-        for one, two in zip(results[0], other, strict=True):
-            assert torch.equal(one, two)
-
-
-@BUILT
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_bits_do_not_depend_on_where_the_padding_is(pooling):
-    torch.manual_seed(0)
-    parameters = s2.GateParameters(*(torch.randn(shape) for shape in ((H, 64), (H,), (N * 64, H), (N * 64,))))
-    hidden = [torch.randn(1, L, 64) for _ in range(N)]
-    options = {"frequencies": M, "pooling": pooling, "backend": "native"}
-    alone = functional.select_pool(hidden, parameters, **options)
-    place = torch.stack([torch.randperm(3 * L).sort()[1][:L].sort()[0], torch.arange(2 * L, 3 * L)])  # holes, left
-    padded = [torch.full((2, 3 * L, 64), float("nan")) for _ in range(N)]
-    mask = torch.zeros(2, 3 * L, dtype=torch.bool).scatter(1, place, True)
-    for u, wide in zip(hidden, padded, strict=True):
-        wide[mask] = u.expand(2, -1, -1).flatten(0, 1)
-    assert torch.equal(functional.select_pool(padded, parameters, mask, **options), alone.expand(2, -1))
 
 
 # ---------------------------------------------------------------- storage types

@@ -1,5 +1,5 @@
 """Second derivatives and forward mode, on every backend (see corners.py): an op raises; where plain PyTorch computes, its
-derivatives of every order are there and must be right. A derivative is never silently zero."""
+derivatives of every order are there and must be right, also under torch.func. A derivative is never silently zero."""
 
 import copy
 
@@ -254,3 +254,88 @@ def test_forward_mode_of_blockwise_pooling(place, forward):
             for step in (1e-4, -1e-4)
         ]
         assert_close(actual, (steps[0] - steps[1]) / 2e-4, 1e-7)
+
+
+# ---------------------------------------------------------------- torch.func
+
+
+def transformed(function, kind):
+    """A function of one tensor under one of torch.func's transforms."""
+
+    def loss(u):
+        return function(u).square().sum()
+
+    return {
+        "grad": torch.func.grad(loss),
+        "vjp": lambda u: torch.func.vjp(loss, u)[1](torch.ones((), device=u.device))[0],
+        "vmap": lambda u: torch.func.vmap(function)(torch.stack([u, 2 * u])),
+        "vmap of grad": lambda u: torch.func.vmap(torch.func.grad(loss))(torch.stack([u, 2 * u])),
+    }[kind]
+
+
+def expected(function, kind, u):
+    """The same without torch.func."""
+    inputs = [u, 2 * u] if "vmap" in kind else [u]
+    found = []
+    for one in inputs:
+        one = one.detach().requires_grad_()
+        out = function(one)
+        found.append(out if kind == "vmap" else torch.autograd.grad(out.square().sum(), one)[0])
+    return torch.stack(found) if "vmap" in kind else found[0]
+
+
+@pytest.mark.parametrize("kind", ["grad", "vjp", "vmap", "vmap of grad"])
+@pytest.mark.parametrize("name", [*FUNCTIONS, "selector", "selector.pool", "selector.gates", "official"])
+def test_transforms_of_torch_func(place, name, kind):
+    """Plain PyTorch has them, and as torch.autograd.grad; all else refuses in words that say so."""
+    hidden_states, mask = batch_for(place)
+    parameters = make_parameters(N, D, H, torch.float32, device=place.device)
+    f, g = torch.ones(B, D, device=place.device), torch.ones(B, N, D, device=place.device)
+    selector, official = selector_for(place), selector_for(place, "official")
+    options = {"backend": place.backend}
+    function, u = {
+        "squeeze": (lambda u: s2.squeeze([u, *hidden_states[1:]], mask, frequencies=M, **options)[0], hidden_states[0]),
+        "gate": (lambda f: s2.gate(f, parameters, num_blocks=N, **options), f),
+        "fuse": (lambda g: s2.fuse(hidden_states, g, mask, **options), g),
+        "select": (
+            lambda u: s2.select([u, *hidden_states[1:]], parameters, mask, frequencies=M, **options),
+            hidden_states[0],
+        ),
+        "select_pool": (
+            lambda b: s2.select_pool(hidden_states, parameters._replace(up_bias=b), mask, frequencies=M, **options),
+            parameters.up_bias,
+        ),
+        "selector": (lambda u: selector([u, *hidden_states[1:]], mask), hidden_states[0]),
+        "selector.pool": (lambda u: selector.pool([u, *hidden_states[1:]], mask), hidden_states[0]),
+        "selector.gates": (lambda u: selector.gates([u, *hidden_states[1:]], mask), hidden_states[0]),
+        "official": (lambda u: official([u, *hidden_states[1:]], mask), hidden_states[0]),
+    }[name]
+    if place.name != "reference" and (name, kind) != ("gate", "vmap"):
+        with pytest.raises(NotImplementedError, match=r"torch.func.grad, vmap, jvp .* backend='reference' alone"):
+            transformed(function, kind)(u)
+        return
+    assert_close(transformed(function, kind)(u), expected(function, kind, u), 1e-5)
+
+
+@modes
+def test_transforms_of_the_parameters(place, training):
+    """As torch.func.functional_call is used, with copies of the buffers, which a call in training updates."""
+    selector = selector_for(place).train(training)
+    hidden_states, mask = batch_for(place)
+    state = {name: parameter.detach() for name, parameter in selector.named_parameters()}
+
+    def loss(state):
+        buffers = {name: buffer.clone() for name, buffer in selector.named_buffers()}
+        return torch.func.functional_call(selector, (state, buffers), (hidden_states, mask)).square().sum()
+
+    if place.name != "reference":
+        with pytest.raises(NotImplementedError, match=r"torch.func.grad, vmap, jvp .* backend='reference' alone"):
+            torch.func.grad(loss)(state)
+        return
+    found = torch.func.grad(loss)(state)
+    wanted = torch.autograd.grad(selector(hidden_states, mask).square().sum(), list(selector.parameters()))
+    scale = max(
+        1.0, found["up.weight"].abs().max().item()
+    )  # in front of a batch norm up.bias has gradient 0 but for rounding
+    for (name, one), other in zip(found.items(), wanted, strict=True):
+        assert_close(one, other, 1e-5 * scale, name)

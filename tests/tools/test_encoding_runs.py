@@ -298,6 +298,20 @@ def test_standard_input_goes_on_if_it_is_the_same(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- processes
 
 
+@pytest.mark.parametrize("device, taken", [("cuda:3", ["cuda:3"]), ("cuda", []), ("cpu", [2])])
+def test_a_worker_takes_its_part_of_the_machine(monkeypatch, device, taken):
+    import torch
+
+    from s2sent_kernels.tools.encoding import local
+
+    found = []
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    local._take(device, 2)
+    assert found == taken
+
+
 def test_two_processes_of_which_one_is_killed(tmp_path, texts):
     """The run ends, the next one goes on, and the bytes are those of one process."""
     texts = [*texts, f"DIE {tmp_path / 'died'}", *texts]

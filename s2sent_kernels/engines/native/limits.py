@@ -77,10 +77,17 @@ def cuda_refusal(device_index: int | None) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     index = torch.cuda.current_device() if device_index is None else device_index
-    error = _untraced(lambda: _ops.cuda_error(index))
+    error = _untraced(lambda: _cuda_error(index))
     if error == "out of memory":  # of cudaErrorMemoryAllocation
         raise torch.OutOfMemoryError(f"CUDA out of memory: no kernel could be loaded on cuda:{index}")
     return f"its kernels do not run on {torch.cuda.get_device_name(index)}: {error}" if error else None
+
+
+def _cuda_error(index: int) -> str:
+    """torch's guard, because a new thread's current device is the first, and CUDA gives a device that it returns to a context:
+    hundreds of MB of a GPU that may be another process's. The guard returns to none that has no context."""
+    with torch.cuda.device(index):
+        return _ops.cuda_error(index)
 
 
 def refuses(call: Call) -> str | None:

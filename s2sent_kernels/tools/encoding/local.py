@@ -88,12 +88,20 @@ def _begin(job: Job, make: MakeEncoder, names: Any, count: int) -> None:
     tqdm.set_lock(threading.RLock())  # its own is the system's, and would be left behind by a worker that is ended
     threading.Thread(target=_end_with_parent, daemon=True).start()
     device = names.get()
-    if device == "cpu":
-        import torch
-
-        torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    _take(device, count)
     global _worker
     _worker = Worker(job, make(device))
+
+
+def _take(device: str, count: int) -> None:
+    """This process's part of the machine, one of ``count``: its share of the CPU's threads, or its GPU as the current one before
+    anything touches another."""
+    import torch
+
+    if device == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    elif torch.device(device).index is not None:
+        torch.cuda.set_device(device)
 
 
 def _end_with_parent() -> None:
