@@ -2,11 +2,13 @@
 # make test                    makes .venv, installs what the tests need, runs them
 # make test PYTHON=/a/python   the same in an environment that exists; installs nothing but this package
 # make bench                   measures what this machine can (without a GPU under ten minutes): bench/results, bench/REPORT.md
+# make accuracy                errors against float64, beside eager PyTorch's: bench/results/accuracy, bench/ACCURACY.md
 # make compare BASE=main       this package and a git revision in alternation: did my change help? Options: bench/compare.py
 # make sweep                   every text encoder of transformers, made tiny, against docs/encoders.md: tests marked "slow"
 # make fuzz SECONDS=3600       drawn calls against the float64 reference, other ones each time; S2SENT_TEST_BACKEND names the backend
 # make wheel                   builds dist/*.whl, audits its ABI, and loads it in a fresh environment with torch alone beside it
 # make sanitize                the compiled backend's CPU tests under AddressSanitizer and UBSan; needs GCC, minutes
+# make sanitize-threads        its CPU part's threads, and several Python threads over one module, under ThreadSanitizer
 # make lint                    ruff, mypy and the import contract; PYTHON= as above
 # make clean                   removes .venv and what builds and tests left behind
 #
@@ -16,7 +18,7 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
-.PHONY: help demo test sweep fuzz bench compare wheel sanitize lint clean package
+.PHONY: help demo test sweep fuzz bench accuracy compare wheel sanitize sanitize-threads lint clean package
 
 BOOTSTRAP ?= python3
 WORKERS ?= 2
@@ -119,6 +121,10 @@ bench: $(BENCH_READY)
 	if [ $$failed -lt 2 ]; then $(PY) bench/report.py --readme README.md; fi; \
 	exit $$failed
 
+accuracy: $(BENCH_READY)
+	env -u TRITON_INTERPRET $(PY) bench/accuracy.py
+	$(PY) bench/report_accuracy.py
+
 compare: $(BENCH_READY)
 	env -u TRITON_INTERPRET $(PY) bench/compare.py --base $(BASE) $(BENCH_OPTIONS)
 
@@ -141,6 +147,9 @@ fuzz: $(DEV_READY)
 
 sanitize: $(DEV_READY)
 	tests/sanitize.sh $(PY)
+
+sanitize-threads: $(DEV_READY)
+	tests/sanitize_threads.sh $(PY)
 
 lint: $(DEV_READY)
 	$(PY) -m ruff check .

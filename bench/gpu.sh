@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, step by step. Results and logs go to $OUT; each step ends with a few lines.
 #
-#   OUT=/tmp/results bench/gpu.sh [build|tests|native|sanitize|suite|devices|compare|caller|encode|selector|bench|sweep ...]
+#   OUT=/tmp/results bench/gpu.sh [build|tests|native|accuracy|fuzz|sanitize|suite|devices|compare|caller|encode|selector|bench|sweep ...]
 #
 # After a change, in one call: build the extension, test the kernels, compare with a revision, measure the affected rows again:
 #
@@ -18,6 +18,13 @@
 # Texts to embeddings (ENCODE_OPTIONS: --texts FILE, and --encoder FOLDER without the registry package):
 #
 #   OUT=/tmp/results ENCODE_OPTIONS="--texts texts.txt --limit 30000" bench/gpu.sh build encode
+#
+# Errors against float64, which bench/report_accuracy.py makes a page of; 20,000 drawn calls; compute-sanitizer. A lease that is short is
+# split by SANITIZE_RUNS ("backend tool", separated by commas) and FUZZ_BACKENDS; a step ends after ACCURACY_SECONDS, after
+# FUZZ_SECONDS and a minute for each backend, or after SANITIZE_SECONDS for each run:
+#
+#   OUT=/tmp/results bench/gpu.sh build accuracy fuzz
+#   OUT=/tmp/results SANITIZE_RUNS="triton memcheck,triton racecheck" bench/gpu.sh sanitize
 #
 # The selector of an encoder that is not bundled, trained and measured beside other fusions:
 #
@@ -50,13 +57,39 @@ for step in "$@"; do
       (exit $code) ;;
     tests) pytest tests/engines | tee "$OUT/engines.log" | grep -vE '^SKIPPED|^\.|^$' | tail -25 ;;
     native) S2SENT_TEST_BACKEND=native pytest tests/engines tests/ops/test_native.py tests/ops/test_choice.py -k "not nvcc" | tee "$OUT/native.log" | grep -vE '^SKIPPED|^\.|^$' | tail -25 ;;
-    sanitize)
-      for run in memcheck "racecheck --one-pass" racecheck; do
-        read -r tool options <<<"$run"
-        # shellcheck disable=SC2086
-        timeout "${SANITIZE_SECONDS:-300}" compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-name kernel_substring=s2sent \
-          "$python" tests/sanitize_cuda.py $options 2>&1 | tee -a "$OUT/sanitize.log" | tail -3 || failed=1
+    accuracy)
+      timeout "${ACCURACY_SECONDS:-300}" "$python" bench/accuracy.py --output "$OUT/accuracy.json" 2>"$OUT/accuracy.err" | tee "$OUT/accuracy.log"
+      code=${PIPESTATUS[0]}
+      grep -E 'Error|error' "$OUT/accuracy.err" | tail -3
+      (exit "$code") ;;
+    fuzz)
+      for backend in ${FUZZ_BACKENDS:-triton native}; do
+        S2SENT_TEST_BACKEND=$backend timeout $((${FUZZ_SECONDS:-150} + 60)) "$python" tests/fuzz/run.py --fixed --seconds "${FUZZ_SECONDS:-150}" 2>&1 \
+          | tee "$OUT/fuzz-$backend.log" | tail -40 || failed=1
       done ;;
+    sanitize)
+      IFS=, read -r -a runs <<<"${SANITIZE_RUNS:-native memcheck,native racecheck --one-pass,native racecheck,native initcheck,native synccheck,triton memcheck,triton racecheck,triton initcheck,triton synccheck}"
+      rm -f "$OUT"/sanitize-*.log
+      if [[ "${runs[*]}" == *triton* ]]; then  # fills Triton's cache, the batches side by side
+        for number in 0 1 2 3 4; do "$python" tests/sanitize_cuda.py --triton "$number" >"$OUT/warm-$number.log" 2>&1 & done
+        wait
+        tail -qn 1 "$OUT"/warm-*.log
+      fi
+      table=()
+      for run in "${runs[@]}"; do
+        read -r backend tool options <<<"$run"
+        only=(--kernel-name kernel_substring=s2sent)
+        [ "$backend" = native ] || only=() options="--triton $options"
+        log="$OUT/sanitize-$backend-$tool${options// /}.log" since=$SECONDS
+        # shellcheck disable=SC2086
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "${SANITIZE_SECONDS:-300}" compute-sanitizer --tool "$tool" --error-exitcode 1 "${only[@]}" \
+          "$python" tests/sanitize_cuda.py $options >"$log" 2>&1
+        code=$?
+        [ $code = 0 ] || failed=1
+        table+=("$(printf '%-30s code %-4s %4d s  %-10s %s' "$run" "$code" $((SECONDS - since)) "$(grep -E '^[0-9]+ cases' "$log" | tail -1)" "$(grep -E 'SUMMARY' "$log" | tail -1)")")
+        printf '%s\n' "${table[-1]}"
+      done
+      printf '%s\n' "-- all runs:" "${table[@]}" ;;
     # Without what needs no GPU and takes minutes of compiling. Failures are printed as they happen: a run may be cut short.
     suite)
       pytest -vv tests --ignore tests/engines --ignore tests/project/test_compile_kernels.py --ignore tests/commands/test_devices.py \
@@ -90,7 +123,7 @@ for step in "$@"; do
         2>"$OUT/selector.err" | tee "$OUT/selector.log" | grep '^|' ;;
     # shellcheck disable=SC2086
     sweep) "$python" bench/probes/sweep.py ${SWEEP_OPTIONS:-squeeze A} 2>&1 | tee "$OUT/sweep.log" | tail -40 ;;
-    *) echo "gpu.sh: error: no step '$step': build, tests, native, sanitize, suite, devices, compare, caller, encode, selector, bench or sweep" >&2; exit 2 ;;
+    *) echo "gpu.sh: error: no step '$step': build, tests, native, accuracy, fuzz, sanitize, suite, devices, compare, caller, encode, selector, bench or sweep" >&2; exit 2 ;;
   esac || failed=1
   echo "== $step took $((SECONDS - begin)) s"
 done

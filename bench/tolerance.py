@@ -34,12 +34,19 @@ class Sums:
         self.fourth += truth.pow(4).sum().item()
         self.roundoff = max(torch.finfo(actual.dtype).eps, torch.finfo(torch.float32).eps) / 2
 
+    @property
+    def carriers(self) -> float:
+        """How many elements carry the size: of the prior's gradient the last block's element alone."""
+        return self.size**2 / self.fourth if self.fourth else 1.0
+
+    @property
+    def few(self) -> float:
+        """The mean of few errors is noisy: the factor by which a bound is wider for small tensors."""
+        return (1 + 4 / self.carriers) ** 0.5
+
     def share_of_bound(self) -> float:
-        """Error over its bound. The mean of few errors is noisy, so the bound is wider for small tensors, and for those whose
-        size a few elements carry: the prior's gradient is carried by the last block's element alone."""
-        carriers = self.size**2 / self.fourth if self.fourth else 1.0
-        few = (1 + 4 / carriers) ** 0.5
-        bound = 2 * few * self.yardstick**0.5 + self.roundoff * self.size**0.5
+        """Error over its bound."""
+        bound = 2 * self.few * self.yardstick**0.5 + self.roundoff * self.size**0.5
         return self.error**0.5 / bound if bound else float(self.error != 0)
 
 

@@ -1,9 +1,15 @@
-"""Every CUDA kernel of the native backend once over small batches, forward and backward, for compute-sanitizer:
+"""Every CUDA kernel of the native backend, or every Triton kernel, forward and backward, for compute-sanitizer:
 
-    compute-sanitizer --tool memcheck|racecheck --error-exitcode 1 python tests/sanitize_cuda.py [--one-pass]
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck|racecheck|initcheck|synccheck --error-exitcode 1 \\
+        python tests/sanitize_cuda.py [--one-pass | --triton [NUMBER]]
 
-PyTorch's own kernels run under it too; --kernel-name kernel_substring=s2sent leaves them out. Prints how many cases it ran.
+Without PyTorch's cache every tensor is an allocation of its own, so that a read beyond its end or of what was never written is
+seen. PyTorch's own kernels run under the tool too; --kernel-name kernel_substring=s2sent leaves them out. Triton's kernels have
+no such prefix: with --triton all are checked. Prints how many cases it ran.
+
 --one-pass: a few batches through csrc/cuda/sm90/ alone, for a tool that is slow with CTAs that wait for each other.
+--triton: the batches of TRITON, or the one of that number. A first run without the tool fills Triton's cache; its compiler's
+processes would run under the tool else.
 """
 
 import itertools
@@ -16,6 +22,15 @@ from s2sent_kernels.engines.native import engine as native
 from s2sent_kernels.formula.call import Batch, BatchStatistics, Gating, Reading
 
 KINDS = ("none", "mask", "packed")
+# blocks, sentences, tokens, features, bottleneck, frequencies, dtype, kind, pooling, training. Few, because each is compiled:
+# vector loads and none, every dtype, layout and path, batch statistics, and sentences of several sum chunks.
+TRITON = (
+    (3, 3, 37, 64, 16, 4, torch.float32, "mask", "mean", False),
+    (12, 2, 70, 192, 33, 4, torch.bfloat16, "packed", "last", True),
+    (6, 2, 20, 21, 5, 3, torch.float16, "mask", None, False),
+    (5, 3, 33, 64, 16, 4, torch.float32, "none", None, True),
+    (1, 1, 1030, 32, 5, 1, torch.float32, "none", "mean", False),
+)
 
 
 def make_parameters(num_blocks, size, width):
@@ -81,6 +96,35 @@ def planned(batch, parameters, frequencies, pooling):
     assert prepared.select_pool_backward(output, squeezed, pooled, found, batch.layout, pooling, needed)
 
 
+def call(hidden, parameters, pooling, training, options):
+    """Forward and backward."""
+    if pooling is None:
+        output = functional.select(hidden, parameters, training=training, **options)
+    else:
+        output = functional.select_pool(hidden, parameters, pooling=pooling, training=training, **options)
+    output.float().sum().backward()
+
+
+def triton(number=None):
+    chosen = TRITON if number is None else TRITON[number : number + 1]
+    for num_blocks, batch, length, size, width, frequencies, dtype, kind, pooling, training in chosen:
+        shape = (batch * length, size) if kind == "packed" else (batch, length, size)
+        hidden = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(num_blocks)]
+        where, parameters = where_tokens_are(kind, batch, length), make_parameters(num_blocks, size, width)
+        options = {"frequencies": frequencies, "backend": "triton", **where}
+        call(hidden, parameters, pooling, training, options)
+        plain, detached = [u.detach() for u in hidden], parameters.each(torch.Tensor.detach)
+        with torch.no_grad():
+            functional.squeeze(plain, pooling=pooling, **options)
+            gates = functional.gate(
+                torch.randn(batch, size, device="cuda"), detached, num_blocks=num_blocks, backend="triton"
+            )
+            functional.fuse(plain, gates, backend="triton", **where)
+        torch.cuda.synchronize()
+        print(f"{num_blocks} blocks, {dtype}, {kind}, {pooling}", flush=True)
+    print(f"{len(chosen)} cases")
+
+
 def main():
     torch.manual_seed(0)
     count = 0
@@ -99,11 +143,7 @@ def main():
         for pooling, training in itertools.product(("mean", "last", None), (False, True)):
             if training and batch < 2:
                 continue
-            if pooling is None:
-                output = functional.select(hidden, parameters, training=training, **options)
-            else:
-                output = functional.select_pool(hidden, parameters, pooling=pooling, training=training, **options)
-            output.float().sum().backward()
+            call(hidden, parameters, pooling, training, options)
             planned(plain, parameters, options["frequencies"], pooling)
         count += 1
     torch.cuda.synchronize()
@@ -111,4 +151,9 @@ def main():
 
 
 if __name__ == "__main__":
-    one_pass() if "--one-pass" in sys.argv else main()
+    if "--triton" in sys.argv:
+        triton(*map(int, sys.argv[sys.argv.index("--triton") + 1 :]))
+    elif "--one-pass" in sys.argv:
+        one_pass()
+    else:
+        main()

@@ -17,7 +17,7 @@ namespace s2sent::ops::cpu {
 // Types and constants. The ops qualify the kernels, which have the same names.
 using s2sent::cpu::Batch, s2sent::cpu::RealTokens, s2sent::cpu::TokenFactors;
 using s2sent::cpu::Squeeze, s2sent::cpu::SqueezeBackward, s2sent::cpu::Fuse, s2sent::cpu::FuseBackward;
-using s2sent::cpu::kGateFeatures, s2sent::cpu::kGateSentences, s2sent::cpu::kProductColumns;
+using s2sent::cpu::kCascadeScratch, s2sent::cpu::kGateFeatures, s2sent::cpu::kGateSentences, s2sent::cpu::kProductColumns;
 
 constexpr int64_t kAnyBlocks = std::numeric_limits<int64_t>::max();  // the CPU kernels take any N
 
@@ -148,7 +148,7 @@ inline void share_squeeze(const Sentences& sentences, Squeeze& args, const Token
   args.factors = factors.view();
   args.sums = sums.get();
   const int64_t grain = grain_of(typical_length(sentences) * args.size);
-  share(sentences.count * args.num, grain, 2 * args.size, [&](int64_t begin, int64_t end, float* scratch) {
+  share(sentences.count * args.num, grain, 2 * kCascadeScratch * args.size, [&](int64_t begin, int64_t end, float* scratch) {
     s2sent::cpu::sum_tokens(args, begin, end, scratch);
   });
   share(sentences.count, grain_of(args.num * args.size), 0, [&](int64_t begin, int64_t end, float*) {
@@ -165,7 +165,7 @@ inline void share_fuse(const Sentences& sentences, const Fuse& args) {
 
 inline void share_fuse_backward(const Sentences& sentences, const FuseBackward& args) {
   const int64_t grain = grain_of(typical_length(sentences) * args.size);
-  share(sentences.count * args.num_blocks, grain, args.size, [&](int64_t begin, int64_t end, float* scratch) {
+  share(sentences.count * args.num_blocks, grain, kCascadeScratch * args.size, [&](int64_t begin, int64_t end, float* scratch) {
     s2sent::cpu::fuse_backward(args, begin, end, scratch);
   });
 }

@@ -8,8 +8,8 @@
 
 // A kernel is compiled for three x86-64 levels; the loader picks one. All levels give the same bits: vectors run over features,
 // no sum does, and -ffp-contract=off forbids fused multiply-adds. Functions called by a kernel must be inlined into it, or they
-// are compiled for the lowest level only.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+// are compiled for the lowest level only. (ThreadSanitizer's calls in the function that picks would come before they are linked.)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) && !defined(__SANITIZE_THREAD__)
 #define S2SENT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define S2SENT_CLONES

@@ -1,8 +1,9 @@
 // fuse: v, and the gradient of the gates.
 //
 // Order of summation: v adds kBlocks Transformer blocks at a time as a tree, ascending, and the last few one by one. dg adds
-// kTokens real tokens at a time as a tree and the last few of a sum chunk of kChunk tokens one by one; then the chunks ascending.
+// kTokens real tokens at a time as a tree and the last few of a run of kRun tokens one by one; then the runs as cascade.h says.
 
+#include "cascade.h"
 #include "launch.h"
 
 #include <algorithm>
@@ -12,7 +13,7 @@ namespace {
 
 constexpr int64_t kBlocks = 4;
 constexpr int64_t kTokens = 4;
-constexpr int64_t kChunk = 512;
+constexpr int64_t kRun = 16 * kTokens;
 
 template <class T>
 S2SENT_INLINE void fuse_row(const Fuse& a, int64_t b, int64_t r, T* to, float* __restrict sum) {
@@ -79,13 +80,10 @@ S2SENT_INLINE void fuse_backward_items(const FuseBackward& a, int64_t begin, int
     const auto v = [&](int64_t r) {
       return static_cast<const T*>(a.grad_fused.data) + real_row(a.grad_fused, a.batch, b, r);
     };
-    float* grad = a.grad_gates + item * size;
-    std::fill(grad, grad + size, 0.0f);
-    for (int64_t chunk = 0; chunk < length; chunk += kChunk) {
-      const int64_t stop = std::min(length, chunk + kChunk);
-      float* __restrict sum = chunk == 0 ? grad : scratch;
-      if (chunk != 0) std::fill(sum, sum + size, 0.0f);
-      int64_t r = chunk;
+    const auto sum_run = [&](int64_t from, int64_t stop, SumRows into) __attribute__((always_inline)) {
+      float* __restrict sum = into.sums;
+      std::fill(sum, sum + size, 0.0f);
+      int64_t r = from;
       for (; r + kTokens <= stop; r += kTokens) {
         const T *u0 = u(r), *u1 = u(r + 1), *u2 = u(r + 2), *u3 = u(r + 3);
         const T *v0 = v(r), *v1 = v(r + 1), *v2 = v(r + 2), *v3 = v(r + 3);
@@ -100,8 +98,8 @@ S2SENT_INLINE void fuse_backward_items(const FuseBackward& a, int64_t begin, int
 #pragma GCC ivdep
         for (int64_t d = 0; d < size; ++d) sum[d] += load(v0[d]) * load(u0[d]);
       }
-      for (int64_t d = 0; chunk != 0 && d < size; ++d) grad[d] += sum[d];
-    }
+    };
+    cascade(length, kRun, {a.grad_gates + item * size, nullptr}, size, scratch, sum_run);
   }
 }
 
@@ -110,7 +108,7 @@ S2SENT_INLINE void fuse_backward_items(const FuseBackward& a, int64_t begin, int
 // Items are rows of v: b L + l, or t if packed. Scratch: D floats.
 S2SENT_KERNEL(fuse, Fuse)
 
-// Items (b, n): dg_n. Scratch: D floats.
+// Items (b, n): dg_n. Scratch: kCascadeScratch D floats.
 S2SENT_KERNEL(fuse_backward, FuseBackward)
 
 }  // namespace s2sent::cpu

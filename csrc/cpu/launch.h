@@ -3,6 +3,7 @@
 #pragma once
 
 #include "batch.h"
+#include "cascade.h"
 
 namespace s2sent::cpu {
 
@@ -15,7 +16,7 @@ S2SENT_FOR_EACH_ARGUMENTS(S2SENT_ALIAS)
 S2SENT_FOR_EACH_KERNEL(S2SENT_DECLARE)
 #undef S2SENT_DECLARE
 
-// Items (b, n): S_n and p_n. Scratch: 2 D floats.
+// Items (b, n): S_n and p_n. Scratch: 2 kCascadeScratch D floats.
 void sum_tokens(const Squeeze& args, int64_t begin, int64_t end, float* scratch);
 
 // Items b: f = sum_n alpha_n S_n, added to what ``squeezed`` holds unless first_block is 0.

@@ -1,10 +1,10 @@
 // squeeze: f and, in the same pass, the pooled p; and the gradient of every hidden state.
 //
-// Order of summation, which decides every bit: a sentence's real tokens in ascending order form sum chunks of kChunk. Within
-// a chunk kTogether tokens are summed as a tree and added to a running sum, the last few one by one. Then the chunks
-// ascending, then the Transformer blocks ascending, weighted by alpha. kChunk bounds how many terms a running sum holds, and
-// so its rounding error.
+// Order of summation, which decides every bit: a sentence's real tokens in ascending order form runs of kRun. Within a run
+// kTogether tokens are summed as a tree and added to a running sum, the last few one by one. The runs are added as cascade.h
+// says; then the Transformer blocks ascending, weighted by alpha.
 
+#include "cascade.h"
 #include "launch.h"
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace s2sent::cpu {
 namespace {
 
 constexpr int64_t kTogether = 8;
-constexpr int64_t kChunk = 512;
+constexpr int64_t kRun = 16 * kTogether;
 
 // sums += sum_j beta[j] u_j, pools += sum_j u_j over features [from, to) of kTogether tokens.
 template <class T, bool SUM, bool POOL>
@@ -44,49 +44,37 @@ S2SENT_INLINE void add_token(
   }
 }
 
-// S, the sum for p, or both, over ``count`` tokens of which the r-th begins at row(r). Scratch: 2 D floats.
+// S, the sum for p, or both, over ``count`` tokens of which the r-th begins at row(r). Scratch: 2 kCascadeScratch D floats.
 template <class T, bool SUM, bool POOL, class Row>
 S2SENT_INLINE void sum_sentence(
     const Squeeze& a, const T* data, int64_t count, Row row, const float* beta, int64_t beta_stride, float* sums,
     float* pools, float* scratch) {
   const int64_t size = a.size, part = size / a.parts;
-  float *chunk_sums = scratch, *chunk_pools = scratch + size;
-  if (SUM) std::fill(sums, sums + size, 0.0f);
-  if (POOL) std::fill(pools, pools + size, 0.0f);
-  for (int64_t chunk = 0; chunk < count; chunk += kChunk) {
-    const int64_t stop = std::min(count, chunk + kChunk);
-    float* into = sums;
-    float* pool_into = pools;
-    if (chunk != 0) {
-      if (SUM) std::fill(chunk_sums, chunk_sums + size, 0.0f);
-      if (POOL) std::fill(chunk_pools, chunk_pools + size, 0.0f);
-      into = chunk_sums;
-      pool_into = chunk_pools;
-    }
-    int64_t r = chunk;
+  const auto sum_run = [&](int64_t from, int64_t stop, SumRows into) __attribute__((always_inline)) {
+    if (SUM) std::fill(into.sums, into.sums + size, 0.0f);
+    if (POOL) std::fill(into.pools, into.pools + size, 0.0f);
+    int64_t r = from;
     for (; r + kTogether <= stop; r += kTogether) {
       const T* u[kTogether];
       for (int64_t j = 0; j < kTogether; ++j) u[j] = data + row(r + j);
       if (SUM) {
         for (int64_t m = 0; m < a.parts; ++m) {
-          add_tokens<T, SUM, POOL>(u, beta + m * beta_stride + r, into, pool_into, m * part, (m + 1) * part);
+          add_tokens<T, SUM, POOL>(u, beta + m * beta_stride + r, into.sums, into.pools, m * part, (m + 1) * part);
         }
       } else {
         const float unused[kTogether] = {};
-        add_tokens<T, SUM, POOL>(u, unused, into, pool_into, 0, size);
+        add_tokens<T, SUM, POOL>(u, unused, into.sums, into.pools, 0, size);
       }
     }
     for (; r < stop; ++r) {
       const T* u = data + row(r);
       for (int64_t m = 0; m < a.parts; ++m) {
-        add_token<T, SUM, POOL>(u, SUM ? beta[m * beta_stride + r] : 0.0f, into, pool_into, m * part, (m + 1) * part);
+        const float factor = SUM ? beta[m * beta_stride + r] : 0.0f;
+        add_token<T, SUM, POOL>(u, factor, into.sums, into.pools, m * part, (m + 1) * part);
       }
     }
-    if (chunk != 0) {
-      for (int64_t d = 0; SUM && d < size; ++d) sums[d] += chunk_sums[d];
-      for (int64_t d = 0; POOL && d < size; ++d) pools[d] += chunk_pools[d];
-    }
-  }
+  };
+  cascade(count, kRun, {SUM ? sums : nullptr, POOL ? pools : nullptr}, size, scratch, sum_run);
 }
 
 template <class T>

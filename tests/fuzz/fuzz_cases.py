@@ -125,6 +125,47 @@ def cases(draw: Any, dtypes: tuple[str, ...], small: bool = False) -> Case:
     )
 
 
+# What selects a compiled Triton kernel, fixed: a new one costs seconds of compiling. Together these have every mask and pooling,
+# both profiles, three dtypes, both activations, a gate with and without each optional tensor, training, frozen hidden states, and
+# sizes with and without vector loads. A process that draws from one of them compiles it once.
+_PLAIN = {
+    "N": 6, "D": 64, "M": 4, "H": 16, "dtype": "float32", "parameter_dtype": "float32", "mask": "right", "mask_dtype": "bool",
+    "strides": "contiguous", "profile": "paper", "norm": True, "prior": 1.0, "scale": 4.0, "activation": "tanh",
+    "pooling": "mean", "training": False, "module": False, "gradient": "random", "frozen": "nothing",
+}  # fmt: skip
+CONFIGURATIONS: tuple[dict[str, Any], ...] = tuple(
+    _PLAIN | changed
+    for changed in (
+        {},
+        {"mask": "packed", "dtype": "bfloat16", "N": 12, "module": True},
+        {"mask": "holes", "pooling": None, "dtype": "float16"},
+        {"mask": "left", "pooling": "last", "training": True, "N": 3, "D": 96, "M": 3, "H": 33},
+        {"mask": "none", "pooling": "cls", "norm": False, "prior": None, "scale": None, "activation": "relu"},
+        {"mask": "packed", "pooling": None, "N": 24, "D": 32, "training": True, "module": True},
+        {"D": 21, "M": 3, "H": 5, "N": 8, "pooling": None, "mask_dtype": "int64"},
+        {"profile": "official", "prior": None, "scale": None, "pooling": "mean", "N": 5},
+        {"frozen": "some hidden states", "gradient": "strided", "strides": "window", "N": 7, "training": True},
+        {"N": 1, "M": 1, "mask": "holes", "dtype": "bfloat16", "prior": None, "gradient": "expanded"},
+    )
+)
+
+
+@st.composite
+def cases_of(draw: Any, configuration: dict[str, Any], longest: int = 40) -> Case:
+    """The cases of one of CONFIGURATIONS: lengths, masks and numbers are drawn."""
+    least = 2 if configuration["norm"] and configuration["training"] else 0
+    return Case(
+        **configuration,
+        B=draw(st.integers(least, 6)),
+        L=draw(st.integers(0, longest)),
+        magnitude=draw(st.sampled_from((1.0, 1.0, 1e-3, 30.0))),
+        empty=draw(st.booleans()),
+        eps=1e-6,
+        momentum=0.1,
+        seed=draw(st.integers(0, 2**31 - 1)),
+    )
+
+
 class Inputs(NamedTuple):
     hidden_states: list[Tensor]  # N x [B, L, D] or [T, D]
     where: dict[str, Tensor]

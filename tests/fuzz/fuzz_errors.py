@@ -9,15 +9,14 @@ norm over sentences that are alike, a large gate scale. So the bound of each ten
    size, two moves would often cancel exactly. The largest change of a tensor's elements over DRAWS draws is its ``spread``:
    what roundings of single numbers do to it. Where its inputs have fewer bits the roundings are still float32's, so that an
    engine which computed in 16 bits is found.
-2. A sum of K terms is no single number: each of its partial sums is rounded. Of terms of random sign the k-th partial sum is
-   about sqrt(k) as large as a term, so the roundings add up to sqrt(1 + 2 + ... + K) = K / sqrt 2 where moving the terms
-   themselves gave sqrt(K): sqrt(K / 2) times as much. K is the length of the longest sum on the way to a result: N * L tokens
-   or N * D logits, H, and B * N * D for the gradients of prior and scale. Engines sum in chunks, and stay far below.
+2. A sum is no single number: each of its partial sums is rounded. So sums are taken one term after the other, and every partial
+   sum is moved, forward and, where a tensor is used many times, backward. Engines sum in chunks, runs and trees, whose partial
+   sums are fewer or smaller, and stay below that.
 3. A spread is drawn and the error is too. The largest of a few draws underestimates, most of all for a tensor of one element,
    so the error is allowed three of it, times few = sqrt(1 + 4 / elements), or logits where those are fewer: all elements of
    a gradient then hang on the same few roundings.
 
-       |actual - truth| <= 3 few (1 + sqrt(K / 2)) spread + u(output) |truth| + smallest(output)
+       |actual - truth| <= 3 few spread + u(output) |truth| + smallest(output)
 
 The last two are the one rounding of the stored result; ``smallest`` is half the distance of subnormal numbers, or what float32
 flushes to zero on the way. The truth is ``formula.reference`` in float64. ``Wobbled`` is a second way to write the formula, and
@@ -44,11 +43,6 @@ UNDERFLOW = 2.0**-100  # a number below float32's range, times gradients and inv
 
 def unit(case: Case) -> float:
     return 2.0**-53 if case.double else 2.0**-24
-
-
-def longest_sum(case: Case, name: str) -> int:
-    rows = case.B if name in ("gradient of block_prior", "gradient of gate_scale") or case.profile == "official" else 1
-    return max(case.N * case.L, case.H, max(1, rows) * case.N * case.D)
 
 
 class _Wobble(torch.autograd.Function):
@@ -98,7 +92,10 @@ class _BatchNorm(torch.autograd.Function):
         def wobble(values: Tensor) -> Tensor:
             return _moved(values, ctx.share, ctx.generator)
 
-        mean, slope = wobble(grad.mean(1, keepdim=True)), wobble((grad * normed).mean(1, keepdim=True))
+        def mean_of(terms: Tensor) -> Tensor:
+            return _added(terms, 1, ctx.share, ctx.generator)[:, None] / terms.shape[1]
+
+        mean, slope = mean_of(grad), mean_of(wobble(grad * normed))
         return wobble(wobble(wobble(grad - mean) - wobble(normed * slope)) * rstd), None, None, None, None
 
 
@@ -109,6 +106,40 @@ def _moved(values: Tensor, share: float, generator: torch.Generator) -> Tensor:
     factors.mul_(share).add_(1)
     factors[:1] = 1
     return values * factors
+
+
+def _added(values: Tensor, dim: int, share: float, generator: torch.Generator) -> Tensor:
+    """The sum over ``dim``, term after term, each partial sum moved."""
+    partial = values.cumsum(dim)
+    moved = _moved(partial, share, generator) - partial
+    moved.narrow(dim, 0, min(1, values.shape[dim])).zero_()  # the first is no sum
+    return values.sum(dim) + moved.sum(dim)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, dim: int, share: float, generator: torch.Generator) -> Tensor:
+        ctx.dim, ctx.shape = dim, values.shape
+        return _added(values, dim, share, generator)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.unsqueeze(ctx.dim).expand(ctx.shape), None, None, None
+
+
+class _Repeat(torch.autograd.Function):
+    """A new dimension of ``size``, whose gradient is a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, dim: int, size: int, share: float, generator: torch.Generator) -> Tensor:
+        ctx.dim, ctx.share, ctx.generator = dim, share, generator
+        shape = list(values.shape)
+        shape.insert(dim, size)
+        return values.unsqueeze(dim).expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _added(grad, ctx.dim, ctx.share, ctx.generator), None, None, None, None
 
 
 class Wobbled:
@@ -131,6 +162,17 @@ class Wobbled:
     def wobble(self, values: Tensor) -> Tensor:
         return _Wobble.apply(values, self.share, self.generator)
 
+    def sum(self, values: Tensor, dim: int) -> Tensor:
+        return _Sum.apply(values, dim, self.share, self.generator)
+
+    def repeat(self, values: Tensor, dim: int, size: int) -> Tensor:
+        return _Repeat.apply(values, dim, size, self.share, self.generator)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """[draw, B, K], [draw, C, K], [draw, C] to [draw, B, C]"""
+        terms = self.wobble(self.repeat(x, 2, weight.shape[1]) * self.repeat(weight, 1, x.shape[1]))
+        return self.wobble(self.sum(terms, 3) + self.repeat(bias, 1, x.shape[1]))
+
     def _saturating(self, values: Tensor, name: str) -> Tensor:
         return _Saturating.apply(values, name, self.share, self.generator)
 
@@ -142,8 +184,8 @@ class Wobbled:
         g = self._gate(wobble(self._squeeze(u)), w)  # [draw, N, B, D]
         u = torch.where(real[..., None], u, 0)
         if case.pooling is None:
-            return wobble(g[:, :, :, None] * u).sum(1)
-        return wobble(g * wobble((u * self._pooling_weights()[..., None]).sum(3))).sum(1)
+            return self.sum(wobble(self.repeat(g, 3, case.L) * u), 1)
+        return self.sum(wobble(g * self.sum(wobble(u * self._pooling_weights()[..., None]), 3)), 1)
 
     def _squeeze(self, u: Tensor) -> Tensor:
         case, real = self.case, self.inputs.real
@@ -155,8 +197,8 @@ class Wobbled:
         alpha = dct.block_basis(case.N, case.M, case.profile)  # [M, N]
         parts = case.D // case.M
         beta, alpha = beta.repeat_interleave(parts, -1), alpha.T.repeat_interleave(parts, -1)
-        shares = self.wobble((u * beta).sum(3))  # [draw, N, B, D]
-        return self.wobble(shares * alpha[:, None]).sum(1)
+        shares = self.sum(self.wobble(u * beta), 3)  # [draw, N, B, D]
+        return self.sum(self.wobble(shares * alpha[:, None]), 1)
 
     def _pooling_weights(self) -> Tensor:
         real, rank = self.inputs.real, self.inputs.real.cumsum(1) - 1
@@ -167,32 +209,39 @@ class Wobbled:
 
     def _gate(self, f: Tensor, w: dict[str, Tensor]) -> Tensor:
         case, wobble = self.case, self.wobble
-        down = wobble(f @ w["down_weight"].mT + w["down_bias"][:, None])
+        down = self.linear(f, w["down_weight"], w["down_bias"])
         if case.activation == "relu":
             self.before_relu = down.detach()
             s = torch.relu(down)
         else:
             s = self._saturating(down, "tanh")
-        z = wobble(s @ w["up_weight"].mT + w["up_bias"][:, None])  # [draw, B, N * D]
+        z = self.linear(s, w["up_weight"], w["up_bias"])  # [draw, B, N * D]
         if case.norm:
             z = self._norm(z, w)
         e = self._saturating(z, "sigmoid").unflatten(2, (case.N, case.D)).transpose(1, 2)  # [draw, N, B, D]
-        logits = e * w["gate_scale"][:, None, None, None] if case.scale is not None else e
+        logits = e
+        if case.scale is not None:
+            scale = self.repeat(w["gate_scale"], 1, e[0].numel())
+            logits = wobble(e * scale.view_as(e))
         if case.prior is not None:
-            logits = logits + w["block_prior"][..., None, None]
+            prior = self.repeat(w["block_prior"], 2, e[0, 0].numel())
+            logits = wobble(logits + prior.view_as(e))
         if case.profile == "paper" and logits.numel():
             logits = logits - logits.detach().amax(1, keepdim=True)
         powers = wobble(logits.exp())
-        over = (1, 2, 3) if case.profile == "official" else 1
-        return wobble(powers / wobble(powers.sum(over, keepdim=True)))
+        if case.profile == "official":
+            total = self.repeat(self.sum(powers.flatten(1), 1), 1, powers[0].numel()).view_as(powers)
+        else:
+            total = self.repeat(self.sum(powers, 1), 1, case.N)
+        return wobble(powers / wobble(total))  # the two terms of its gradient cancel where one block has all of the sum
 
     def _norm(self, z: Tensor, w: dict[str, Tensor]) -> Tensor:
         case, wobble = self.case, self.wobble
         mean, var = w["running_mean"], w["running_var"]
         if case.training and case.B:
             values = z.detach()
-            batch_mean = wobble(values.mean(1))
-            batch_var = wobble(wobble(values - batch_mean[:, None]).square().mean(1))
+            batch_mean = self.sum(values, 1) / case.B
+            batch_var = self.sum(wobble(wobble(values - batch_mean[:, None]).square()), 1) / case.B
             for name, kept, new in (
                 ("running_mean", mean, batch_mean),
                 ("running_var", var, batch_var * (case.B / (case.B - 1))),
@@ -202,7 +251,8 @@ class Wobbled:
             normed = _BatchNorm.apply(z, batch_mean[:, None], rstd, self.share, self.generator)
         else:
             normed = wobble(wobble(z - mean[:, None]) * wobble((var + case.eps).rsqrt())[:, None])
-        return wobble(wobble(normed * w["norm_weight"][:, None]) + w["norm_bias"][:, None])
+        weight, bias = (self.repeat(w[name], 1, case.B) for name in ("norm_weight", "norm_bias"))
+        return wobble(wobble(normed * weight) + bias)
 
     def results(self, grad: Tensor | None) -> dict[str, Tensor]:
         """Every result by its name, [1 + DRAWS, ...]; hidden states' gradients one by one."""
@@ -224,17 +274,17 @@ class Wobbled:
         if not self.before_relu.numel():
             return False
         first = self.before_relu[0].abs()
-        return bool((first <= allowance(self.case, self.before_relu, "relu")).any())
+        return bool((first <= allowance(self.case, self.before_relu)).any())
 
 
 def spread(draws: Tensor) -> float:
     return (draws[1:] - draws[:1]).abs().max().item() if draws.numel() else 0.0
 
 
-def allowance(case: Case, draws: Tensor, name: str) -> float:
-    """What roundings on the way to the result ``name`` may do to it."""
+def allowance(case: Case, draws: Tensor) -> float:
+    """What roundings on the way to a result may do to it."""
     few = math.sqrt(1 + 4 / max(1, min(draws[0].numel(), case.N * case.B * case.D)))
-    return 3 * few * (1 + math.sqrt(longest_sum(case, name) / 2)) * spread(draws)
+    return 3 * few * spread(draws)
 
 
 class Bound(NamedTuple):
@@ -243,14 +293,14 @@ class Bound(NamedTuple):
     allowed: float
 
 
-def judge(case: Case, name: str, actual: Tensor, truth: Tensor, draws: Tensor) -> Bound:
-    """How far ``actual``, the result ``name``, is from the truth. NaN counts as infinitely far."""
+def judge(case: Case, actual: Tensor, truth: Tensor, draws: Tensor) -> Bound:
+    """How far ``actual`` is from the truth. NaN counts as infinitely far."""
     if not actual.numel():
         return Bound(0.0, 0.0, 0.0)
     finfo = torch.finfo(actual.dtype)
     computed = 2.0**-1000 if case.double else UNDERFLOW
     smallest = max(computed, finfo.smallest_normal * finfo.eps / 2)
-    bound = allowance(case, draws, name) + truth.abs() * (finfo.eps / 2 + unit(case)) + smallest
+    bound = allowance(case, draws) + truth.abs() * (finfo.eps / 2 + unit(case)) + smallest
     error = (actual.detach().double().cpu() - truth).abs()
     # Beyond the output's range the right result is infinity, or its largest number where the bound reaches down to that.
     beyond = (truth.abs() + bound > finfo.max) & (

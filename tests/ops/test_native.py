@@ -1,6 +1,9 @@
 """The native backend on the CPU beside its stages: storage types, cached tables."""
 
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,59 @@ from s2sent_kernels.engines.native import layout
 from s2sent_kernels.formula.call import KERNEL_DTYPES
 
 BUILT = pytest.mark.skipif(not s2.backends()["native"].usable, reason=s2.backends()["native"].reason)
+
+
+@BUILT
+def test_threads_over_one_module_get_what_each_gets_alone():
+    """make sanitize-threads runs the same under ThreadSanitizer."""
+    script = Path(__file__).parents[1] / "races.py"
+    done = subprocess.run([sys.executable, script, "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------- long sentences
+
+
+@BUILT
+@pytest.mark.parametrize("length", [127, 129, 136, 2047, 2049, 2200, 4231])
+def test_a_sentence_of_several_runs_has_the_same_bits_in_every_layout(length):
+    """Runs of 128 tokens and chunks of 16 runs: alone, padded, packed behind another, with holes, and block by block."""
+    torch.manual_seed(0)
+    real = [torch.randn(1, length, 16) for _ in range(2)]
+    gates, grad = torch.rand(1, 2, 16), torch.randn(1, length, 16)
+
+    def results(hidden, dv, **where):
+        f, p = functional.squeeze(hidden, pooling="mean", frequencies=4, backend="native", **where)
+        g = gates.expand(len(f), 2, 16).clone().requires_grad_()
+        v = functional.fuse(hidden, g, backend="native", **where)
+        return f[-1], p[-1], torch.autograd.grad(v, g, dv)[0][-1]
+
+    alone = results(real, grad)
+    other = [torch.randn(1, length + 40, 16) for _ in range(2)]
+    spread = torch.arange(length) + (torch.arange(length) * 40 // length)  # 40 holes
+    laid = {"padded": torch.arange(length), "left": torch.arange(40, length + 40), "holes": spread}
+    for name, at in laid.items():
+        mask = torch.ones(2, length + 40, dtype=torch.bool)
+        mask[1] = False
+        mask[1, at] = True
+        hidden = [torch.cat([o, torch.full_like(o, float("nan"))]) for o in other]
+        dv = torch.randn(2, length + 40, 16)
+        for u, r in zip(hidden, real, strict=True):
+            u[1, at] = r[0]
+        dv[1, at] = grad[0]
+        for one, expected in zip(results(hidden, dv, attention_mask=mask), alone, strict=True):
+            assert torch.equal(one, expected), name
+    packed = [torch.cat([o[0], r[0]]) for o, r in zip(other, real, strict=True)]
+    ends = torch.tensor([0, length + 40, 2 * length + 40], dtype=torch.int32)
+    dv = torch.cat([torch.randn(length + 40, 16), grad[0]])
+    for one, expected in zip(results(packed, dv, cu_seqlens=ends), alone, strict=True):
+        assert torch.equal(one, expected), "packed"
+    selector = s2.S2SentSelector(16, 2, 8, 4, backend="native").eval()
+    stream = selector.blockwise()
+    with torch.no_grad():
+        for n, u in enumerate(real):
+            stream.add(n, u)
+        assert torch.equal(stream.result(), selector.pool(real))
 
 
 # ---------------------------------------------------------------- storage types

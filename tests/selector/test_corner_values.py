@@ -27,30 +27,95 @@ from s2sent_kernels.formula.call import KERNEL_DTYPES
 # ---------------------------------------------------------------- NaN and inf
 
 
+LAYOUTS = ("none", "right", "left", "holes", "packed")
+POISONED = 2  # the sentence that NaN or infinity is put into
+values = pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+layouts = pytest.mark.parametrize("kind", LAYOUTS)
+
+
+def laid_out(place, kind):
+    """Hidden states, where their tokens are, and for each kind of tensor which rows are the poisoned sentence's: of [B, ...], and
+    of tensors like a hidden state."""
+    hidden_states, mask = batch_for(place, "right" if kind == "packed" else kind)
+    of_sentence = torch.arange(len(hidden_states[0]), device=place.device) == POISONED
+    if kind != "packed":
+        return hidden_states, {} if mask is None else {"mask": mask}, of_sentence, of_sentence
+    hidden_states, cu_seqlens = pack(hidden_states, mask)
+    place_of = torch.arange(len(hidden_states[0]), device=place.device)
+    return (
+        hidden_states,
+        {"cu_seqlens": cu_seqlens},
+        of_sentence,
+        (place_of >= cu_seqlens[POISONED]) & (place_of < cu_seqlens[POISONED + 1]),
+    )
+
+
+def poisoned(hidden_states, rows, value):
+    """One feature of one block; the whole sentence, so that a real token is among them."""
+    changed = [u.clone() for u in hidden_states]
+    changed[1][rows, ..., 3] = value
+    return changed
+
+
+def stays(found, clean, rows):
+    """``rows`` are not all finite, and the others are bit by bit what they were."""
+    assert not found[rows].isfinite().all()
+    assert torch.equal(found[~rows], clean[~rows])
+    assert found[~rows].isfinite().all()
+
+
 @every_path
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("kind", ["none", "right", "packed"])
+@values
+@layouts
 def test_nan_in_a_real_token_stays_in_its_sentence(place, path, value, kind):
     selector = selector_for(place)
-    clean, mask = batch_for(place, "right" if kind == "packed" else kind)
-    hidden_states = [u.clone() for u in clean]
-    hidden_states[1][2, :, 3] = value
-    assert mask is None or mask[2].any()
-    if kind == "packed":
-        packed, cu_seqlens = pack(hidden_states, mask)
-        out = call(selector, packed, path=path, cu_seqlens=cu_seqlens)
-        expected = call(selector, pack(clean, mask)[0], path=path, cu_seqlens=cu_seqlens)
-        start, end = cu_seqlens[2:4].tolist()
-        inside = slice(start, end) if path is None else slice(2, 3)
+    clean, where, of_sentence, of_token = laid_out(place, kind)
+    expected = call(selector, clean, path=path, **where)
+    found = call(selector, poisoned(clean, of_token, value), path=path, **where)
+    stays(found, expected, of_token if path is None else of_sentence)
+
+
+@values
+@layouts
+def test_nan_stays_in_its_sentence_block_by_block(place, value, kind):
+    selector = selector_for(place)
+    clean, where, of_sentence, of_token = laid_out(place, kind)
+    where = {"attention_mask" if name == "mask" else name: tensor for name, tensor in where.items()}
+
+    def result(hidden_states):
+        stream = selector.blockwise(**where, pooling="mean")
+        with torch.no_grad():
+            for block, u in enumerate(hidden_states):
+                stream.add(block, u)
+            return stream.result()
+
+    stays(result(poisoned(clean, of_token, value)), result(clean), of_sentence)
+
+
+@paths
+@values
+@layouts
+@pytest.mark.parametrize("origin", ["hidden state", "output's gradient"])
+def test_nan_stays_in_its_sentence_backward(place, path, value, kind, origin):
+    """The hidden states' gradients. The parameters' are sums over the batch."""
+    selector = selector_for(place)
+    clean, where, of_sentence, of_token = laid_out(place, kind)
+
+    def grads(hidden_states, poison):
+        leaves = [u.detach().clone().requires_grad_() for u in hidden_states]
+        out = call(selector, leaves, path=path, **where)
+        gradient = make_gradient(out)
+        if poison:
+            gradient[of_token if path is None else of_sentence, ..., 3] = value
+        return torch.autograd.grad(out, leaves, gradient)
+
+    expected = grads(clean, False)
+    if origin == "hidden state":
+        found = grads(poisoned(clean, of_token, value), False)
     else:
-        out = call(selector, hidden_states, mask, path)
-        expected = call(selector, clean, mask, path)
-        inside = slice(2, 3)
-    assert not out[inside].isfinite().all()
-    others = torch.ones(len(out), dtype=torch.bool)
-    others[inside] = False
-    assert torch.equal(out[others], expected[others])
-    assert out[others].isfinite().all()
+        found = grads(clean, True)
+    for one, other in zip(found, expected, strict=True):
+        stays(one, other, of_token)
 
 
 @paths
