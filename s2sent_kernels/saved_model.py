@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,13 +129,14 @@ def load_encoder(
     for name in options:
         if name in (model_kwargs or ()):
             raise ValueError(f"model_kwargs: expected none of the other arguments in it, got {name}, which is one")
-    given = {**options, **(model_kwargs or {})}
+    # Unset, the library would ask on a terminal whether to run code of the model.
+    given = {"trust_remote_code": False, **options, **(model_kwargs or {})}
     try:
         config = given.get("config")
         if config is None:
             of_hub = {name: given[name] for name in OF_HUB if name in given}
             config = transformers.AutoConfig.from_pretrained(path, **of_hub)
         return auto_class(config).from_pretrained(path, **given)
-    except OSError as error:
+    except (OSError, pickle.UnpicklingError) as error:  # the latter: weights in a pickle that holds more than tensors
         reason = " ".join(str(error).split())
         raise ValueError(f"path_or_model: expected a folder or a hub's model, got {str(path)!r}: {reason}") from error

@@ -106,6 +106,6 @@ def _tokenizer(source: common.Source) -> Any:
         str(Path(source.model).expanduser()) if source.whole and source.model else loading.find_model(source.model)[0]
     )
     try:
-        return common.quiet_transformers().AutoTokenizer.from_pretrained(folder)
+        return common.quiet_transformers().AutoTokenizer.from_pretrained(folder, **loading.NO_CODE)
     except Exception as error:  # the loaders raise errors of many kinds
         raise ValueError(f"model {folder}: expected a tokenizer beside it: {common.first_line(error)}") from error
