@@ -16,7 +16,7 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
-.PHONY: help demo test sweep fuzz bench compare wheel sanitize lint clean package
+.PHONY: help demo test sweep fuzz bench compare release sanitize lint clean package
 
 BOOTSTRAP ?= python3
 WORKERS ?= 2
@@ -39,13 +39,13 @@ PY := $(PYTHON)
 DEMO_READY := package
 DEV_READY := package
 BENCH_READY := package
-WHEEL_READY :=
+RELEASE_READY :=
 else
 PY := .venv/bin/python
 DEMO_READY := .venv/demo.installed
 DEV_READY := .venv/dev.installed
 BENCH_READY := .venv/bench.installed
-WHEEL_READY := .venv/wheel.installed
+RELEASE_READY := .venv/release.installed
 endif
 
 help:
@@ -70,8 +70,8 @@ help:
 	.venv/bin/python -m pip install --quiet --no-build-isolation -e ".[bench]" $(TRITON)
 	@touch $@
 
-.venv/wheel.installed: .venv/created
-	.venv/bin/python -m pip install --quiet abi3audit
+.venv/release.installed: .venv/created
+	.venv/bin/python -m pip install --quiet abi3audit build twine
 	@touch $@
 
 package:
@@ -122,16 +122,22 @@ bench: $(BENCH_READY)
 compare: $(BENCH_READY)
 	env -u TRITON_INTERPRET $(PY) bench/compare.py --base $(BASE) $(BENCH_OPTIONS)
 
-wheel: $(WHEEL_READY)
+# The sdist, and from what it holds the wheel. Each is installed where nothing but torch and what builds an extension is; smoke.py is
+# copied, because beside the checkout Python would import that.
+release: $(RELEASE_READY)
 	rm -rf dist build
-	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(PY) -m build --no-isolation --outdir dist .
+	$(PY) -m twine check --strict dist/*
 	$(PY) -m abi3audit --strict dist/*.whl
-	$(BOOTSTRAP) -m venv dist/venv
-	dist/venv/bin/python -m pip install --quiet $(TORCH)
-	dist/venv/bin/python -m pip install --quiet --no-deps dist/*.whl
-	cd dist && venv/bin/python -W error::RuntimeWarning -c 'import torch, s2sent_kernels as s; u = [torch.ones(1, 3, 8)]; \
-		assert torch.equal(s.squeeze(u, backend="native")[0], s.squeeze(u, backend="reference")[0]); print(s.backends()["native"])'
-	rm -rf dist/venv
+	@cp tests/smoke.py dist/; cd dist; version=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' ../s2sent_kernels/__init__.py); \
+	for file in *.whl *.tar.gz; do \
+		echo "$$file"; rm -rf venv; \
+		$(BOOTSTRAP) -m venv venv; \
+		venv/bin/python -m pip install --quiet "setuptools>=77" $(TORCH); \
+		venv/bin/python -m pip install --quiet --no-deps --no-build-isolation "$$file"; \
+		venv/bin/python -W error::RuntimeWarning smoke.py "$$version"; \
+	done; \
+	rm -rf venv smoke.py
 
 sweep: $(DEV_READY)
 	env -u TRITON_INTERPRET HF_HUB_OFFLINE=1 $(PY) -m pytest -m slow tests/encoders
