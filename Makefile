@@ -3,6 +3,8 @@
 # make test PYTHON=/a/python   the same in an environment that exists; installs nothing but this package
 # make bench                   measures what this machine can (without a GPU under ten minutes): bench/results, bench/REPORT.md
 # make compare BASE=main       this package and a git revision in alternation: did my change help? Options: bench/compare.py
+# make hub                    build/hub: what the library kernels loads from a hub, in pure Python and Triton
+# make matrix                 the wheel beside other Pythons, torches and libraries: docs/compatibility.md; gigabytes, needs nox
 # make sweep                   every text encoder of transformers, made tiny, against docs/encoders.md: tests marked "slow"
 # make fuzz SECONDS=3600       drawn calls against the float64 reference, other ones each time; S2SENT_TEST_BACKEND names the backend
 # make wheel                   builds dist/*.whl, audits its ABI, and loads it in a fresh environment with torch alone beside it
@@ -16,12 +18,13 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
-.PHONY: help demo test sweep fuzz bench compare release sanitize lint clean package
+.PHONY: help demo test sweep fuzz bench compare release hub matrix sanitize lint clean package
 
 BOOTSTRAP ?= python3
 WORKERS ?= 2
 SECONDS ?= 60
 BENCH_OPTIONS ?=
+NOX_OPTIONS ?=
 BASE ?= main
 GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
 ifeq ($(GPU),yes)
@@ -71,7 +74,7 @@ help:
 	@touch $@
 
 .venv/release.installed: .venv/created
-	.venv/bin/python -m pip install --quiet abi3audit build twine
+	.venv/bin/python -m pip install --quiet abi3audit build nox twine
 	@touch $@
 
 package:
@@ -138,6 +141,15 @@ release: $(RELEASE_READY)
 		venv/bin/python -W error::RuntimeWarning smoke.py "$$version"; \
 	done; \
 	rm -rf venv smoke.py
+
+hub:
+	$(BOOTSTRAP) hub/layout.py
+
+# One wheel for every combination, and nox, which is in no extra. NOX_OPTIONS are those of nox: --envdir, --session "matrix(oldest)".
+matrix: $(RELEASE_READY)
+	rm -rf build/matrix
+	S2SENT_BUILD=cpu $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/matrix .
+	$(PY) -m nox $(NOX_OPTIONS)
 
 sweep: $(DEV_READY)
 	env -u TRITON_INTERPRET HF_HUB_OFFLINE=1 $(PY) -m pytest -m slow tests/encoders
