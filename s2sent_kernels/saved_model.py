@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import hub
 from .checkpoints import pretrained
 from .files import WEIGHTS, importing, open_to_umask
 from .selector import S2SentSelector
@@ -129,8 +130,7 @@ def load_encoder(
     for name in options:
         if name in (model_kwargs or ()):
             raise ValueError(f"model_kwargs: expected none of the other arguments in it, got {name}, which is one")
-    # Unset, the library would ask on a terminal whether to run code of the model.
-    given = {"trust_remote_code": False, **options, **(model_kwargs or {})}
+    given = {**hub.NO_CODE, **options, **(model_kwargs or {})}
     try:
         config = given.get("config")
         if config is None:

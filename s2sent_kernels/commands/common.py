@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from .. import files, loading
+from .. import files, hub, loading
 from ..loading import BUNDLED, Source, Trained, first_line
 from ..quiet import quiet_transformers
 from ..tools import encoders
@@ -114,14 +115,33 @@ def _silently(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
+def announce(model: str | None) -> None:
+    """Say on standard error that an encoder is looked for over a network, which may take a while."""
+    path, _ = loading.find_model(model)
+    if hub.is_asked(path):
+        print(f"looking for {path} on the hub; HF_HUB_OFFLINE=1 takes what is cached", file=sys.stderr)
+
+
+def _announced(function: Callable[P, T]) -> Callable[P, T]:
+    """A loader whose first argument is a model, or the Source of one."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        model: Any = args[0]
+        announce(model.model if isinstance(model, Source) else model)
+        return function(*args, **kwargs)
+
+    return run
+
+
 resolve = functools.partial(_told(loading.resolve), option="--")
 holds_selector = _told(loading.holds_selector)
 read_selector = _told(loading.read_selector)
-load_model = _told(_silently(loading.load_model))
-load_transformer = _told(_silently(loading.load_transformer))
+load_model = _told(_announced(_silently(loading.load_model)))
+load_transformer = _told(_announced(_silently(loading.load_transformer)))
 load_whole = _told(_silently(loading.load_whole))
 load_classifier = _told(_silently(loading.load_classifier))
-load_pipeline = _told(_silently(loading.load_pipeline))
+load_pipeline = _told(_announced(_silently(loading.load_pipeline)))
 fuse = _told(loading.fuse)
 
 

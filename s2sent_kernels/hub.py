@@ -1,0 +1,45 @@
+"""What every load of an encoder has in common: no code of the model's is run, and a hub that does not answer is asked once."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from .files import first_line, require
+
+# Unset, transformers asks on a terminal and reads the answer from standard input, where texts may be.
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+
+
+def _library(module: str = "huggingface_hub") -> Any:
+    return require(module, "huggingface_hub", "transformers")
+
+
+def is_asked(path: str) -> bool:
+    """Whether an encoder's path, as ``loading.find_model`` gives it, is the id of a hub that is asked over a network."""
+    return not os.path.isdir(path) and not _library("huggingface_hub.constants").HF_HUB_OFFLINE
+
+
+def reached(path: str) -> str:
+    """``path``, if it is a folder or its hub answers; else the folder where it is cached. The hub is asked once, for as long as
+    HF_HUB_ETAG_TIMEOUT says: loaders that are given an id try for half a minute, for each file anew, before they take the cache.
+
+    Raises:
+        ValueError: the hub does not answer, and nothing is cached.
+    """
+    if not is_asked(path):
+        return path
+    constants, errors = _library("huggingface_hub.constants"), _library("huggingface_hub.errors")
+    try:
+        _library().HfApi().model_info(path, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        return path
+    except (errors.HfHubHTTPError, ValueError):  # it answers, or the id is none: the loaders word it
+        return path
+    except Exception as error:  # of the library's HTTP client, another one in each of its releases
+        try:
+            return str(_library().snapshot_download(path, local_files_only=True))
+        except (OSError, ValueError):
+            raise ValueError(
+                f"expected a folder, or a model that is cached or on a hub that answers, got {constants.ENDPOINT}: "
+                f"{first_line(error)}"
+            ) from error
