@@ -4,6 +4,8 @@
 # make bench                   measures what this machine can (without a GPU under ten minutes): bench/results, bench/REPORT.md
 # make accuracy                errors against float64, beside eager PyTorch's: bench/results/accuracy, bench/ACCURACY.md
 # make compare BASE=main       this package and a git revision in alternation: did my change help? Options: bench/compare.py
+# make hub                    build/hub: what the library kernels loads from a hub, in pure Python and Triton
+# make matrix                 the wheel beside other Pythons, torches and libraries: docs/compatibility.md; gigabytes, needs nox
 # make sweep                   every text encoder of transformers, made tiny, against docs/encoders.md: tests marked "slow"
 # make fuzz SECONDS=3600       drawn calls against the float64 reference, other ones each time; S2SENT_TEST_BACKEND names the backend
 # make wheel                   builds dist/*.whl, audits its ABI, and loads it in a fresh environment with torch alone beside it
@@ -18,12 +20,13 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
-.PHONY: help demo test sweep fuzz bench accuracy compare wheel sanitize sanitize-threads lint clean package
+.PHONY: help demo test sweep fuzz bench accuracy compare release hub matrix sanitize sanitize-threads lint clean package
 
 BOOTSTRAP ?= python3
 WORKERS ?= 2
 SECONDS ?= 60
 BENCH_OPTIONS ?=
+NOX_OPTIONS ?=
 BASE ?= main
 GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
 ifeq ($(GPU),yes)
@@ -41,13 +44,13 @@ PY := $(PYTHON)
 DEMO_READY := package
 DEV_READY := package
 BENCH_READY := package
-WHEEL_READY :=
+RELEASE_READY :=
 else
 PY := .venv/bin/python
 DEMO_READY := .venv/demo.installed
 DEV_READY := .venv/dev.installed
 BENCH_READY := .venv/bench.installed
-WHEEL_READY := .venv/wheel.installed
+RELEASE_READY := .venv/release.installed
 endif
 
 help:
@@ -72,8 +75,8 @@ help:
 	.venv/bin/python -m pip install --quiet --no-build-isolation -e ".[bench]" $(TRITON)
 	@touch $@
 
-.venv/wheel.installed: .venv/created
-	.venv/bin/python -m pip install --quiet abi3audit
+.venv/release.installed: .venv/created
+	.venv/bin/python -m pip install --quiet abi3audit build nox twine
 	@touch $@
 
 package:
@@ -128,16 +131,31 @@ accuracy: $(BENCH_READY)
 compare: $(BENCH_READY)
 	env -u TRITON_INTERPRET $(PY) bench/compare.py --base $(BASE) $(BENCH_OPTIONS)
 
-wheel: $(WHEEL_READY)
+# The sdist, and from what it holds the wheel. Each is installed where nothing but torch and what builds an extension is; smoke.py is
+# copied, because beside the checkout Python would import that.
+release: $(RELEASE_READY)
 	rm -rf dist build
-	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(PY) -m build --no-isolation --outdir dist .
+	$(PY) -m twine check --strict dist/*
 	$(PY) -m abi3audit --strict dist/*.whl
-	$(BOOTSTRAP) -m venv dist/venv
-	dist/venv/bin/python -m pip install --quiet $(TORCH)
-	dist/venv/bin/python -m pip install --quiet --no-deps dist/*.whl
-	cd dist && venv/bin/python -W error::RuntimeWarning -c 'import torch, s2sent_kernels as s; u = [torch.ones(1, 3, 8)]; \
-		assert torch.equal(s.squeeze(u, backend="native")[0], s.squeeze(u, backend="reference")[0]); print(s.backends()["native"])'
-	rm -rf dist/venv
+	@cp tests/smoke.py dist/; cd dist; version=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' ../s2sent_kernels/__init__.py); \
+	for file in *.whl *.tar.gz; do \
+		echo "$$file"; rm -rf venv; \
+		$(BOOTSTRAP) -m venv venv; \
+		venv/bin/python -m pip install --quiet "setuptools>=77" $(TORCH); \
+		venv/bin/python -m pip install --quiet --no-deps --no-build-isolation "$$file"; \
+		venv/bin/python -W error::RuntimeWarning smoke.py "$$version"; \
+	done; \
+	rm -rf venv smoke.py
+
+hub:
+	$(BOOTSTRAP) hub/layout.py
+
+# One wheel for every combination, and nox, which is in no extra. NOX_OPTIONS are those of nox: --envdir, --session "matrix(oldest)".
+matrix: $(RELEASE_READY)
+	rm -rf build
+	S2SENT_BUILD=cpu $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/matrix .
+	$(PY) -m nox $(NOX_OPTIONS)
 
 sweep: $(DEV_READY)
 	env -u TRITON_INTERPRET HF_HUB_OFFLINE=1 $(PY) -m pytest -m slow tests/encoders

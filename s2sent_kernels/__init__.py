@@ -15,7 +15,7 @@ from .synchronised import sync_statistics
 if TYPE_CHECKING:
     from .embedder import Embedder
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BackendStatus",

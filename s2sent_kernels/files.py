@@ -67,7 +67,7 @@ def on_terminal() -> bool:
 
 def data_folder() -> Path:
     """Where the shipped selectors and sentences are installed."""
-    return Path(str(resources.files("s2sent_kernels"))) / "data"
+    return Path(str(resources.files(__package__))) / "data"
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import absent, export
+from . import absent, export, hub
 from .capture import BlockCapture
 from .checkpoints import folders
 from .files import require
@@ -64,7 +64,7 @@ def load_classifier(model: str) -> tuple[Any, Any]:
         kind: Any = importlib.import_module("s2sent_kernels.transformers").S2SentForSequenceClassification
         _check_shapes(folder, kind)
         whole = _complete(kind.from_pretrained(folder), folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **hub.NO_CODE)
     except Exception as error:  # the loaders raise errors of many kinds
         raise cannot_load(model, error) from error
     return whole.eval(), tokenizer
@@ -125,7 +125,8 @@ def load_parts(name: str, selector: str | None) -> Parts:
         if isinstance(saved, nn.Sequential):
             return _parts_of(saved.eval(), source.model)
         try:
-            tokenizer = require("transformers", "transformers", "demo").AutoTokenizer.from_pretrained(source.model)
+            auto = require("transformers", "transformers", "demo").AutoTokenizer
+            tokenizer = auto.from_pretrained(source.model, **hub.NO_CODE)
         except Exception as error:  # as above
             raise cannot_load(source.model, error) from error
         return Parts(export.as_pipeline(saved).eval(), tokenizer, None)

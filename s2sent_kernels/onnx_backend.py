@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from . import families
 from .export import INPUTS, OUTPUT, as_pipeline, export_onnx
-from .files import require
+from .files import first_line, require
 
 FILE = "onnx/model.onnx"  # where sentence-transformers keeps one
 # Those of model_kwargs that tell what ONNX Runtime does; the names are the library's.
 OPTIONS = ("file_name", "export", "provider", "provider_options", "session_options")
+REMEDY = "export the model again, unless one of the options is wrong"
 DTYPES = (torch.float32, torch.float16)  # in which ONNX Runtime computes every operator of an encoder
 
 
@@ -34,8 +35,8 @@ class Graph(nn.Module):
         provider: None takes the first that is available.
 
     Raises:
-        ValueError: ONNX Runtime has no such provider here; the graph has no sentence embeddings among its outputs, which the
-            error names.
+        ValueError: ONNX Runtime has no such provider here; it cannot load the file, which the error names, as when it is damaged;
+            or the graph has no sentence embeddings among its outputs, which the error names.
     """
 
     def __init__(
@@ -46,12 +47,13 @@ class Graph(nn.Module):
         there = runtime.get_available_providers()
         if provider is not None and provider not in there:  # ONNX Runtime would take another one
             raise ValueError(f"provider: expected one of {', '.join(there)}, got {provider!r}")
-        self.session = runtime.InferenceSession(
-            path,
-            session_options,
-            providers=[provider or there[0]],
-            provider_options=None if provider_options is None else [provider_options],
-        )
+        of_provider = None if provider_options is None else [provider_options]
+        try:
+            self.session = runtime.InferenceSession(
+                path, session_options, providers=[provider or there[0]], provider_options=of_provider
+            )
+        except Exception as error:  # of classes of the library's own that it does not document
+            raise ValueError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}: {REMEDY}") from error
         outputs = {output.name: output for output in self.session.get_outputs()}
         if OUTPUT not in outputs:
             raise ValueError(f"{path}: expected a graph with the output {OUTPUT}, got {', '.join(outputs)}")

@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import absent, families
+from . import absent, families, hub
 from .checkpoints import folders, pretrained
 from .files import importing, require
 from .quiet import quietly
 from .selector import S2SentSelector
 from .sources import LoadError, cannot_load, config_of, find_model, read_json
+
+# Arguments of a Transformer that it hands on to what it loads.
+OF_TRANSFORMER = ("model_kwargs", "processor_kwargs", "config_kwargs")
 
 
 class Trained(NamedTuple):
@@ -70,7 +73,8 @@ def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
     transformers = require("transformers", "transformers", "demo")
     path, name = find_model(model)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        path = hub.reached(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **hub.NO_CODE)
     except Exception as error:  # the loaders raise errors of many kinds
         raise cannot_load(name, error) from error
     return _load_encoder(path, name, torch.float32).to(device).eval(), tokenizer, name
@@ -83,10 +87,10 @@ def _load_encoder(path: str, name: str, dtype: torch.dtype | str) -> Any:
     if config_of(Path(path), name).get("model_type") == "s2sent":
         raise LoadError(f"model {name}: expected an encoder alone, got one with its selector")
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path, **hub.NO_CODE)
         kind = importlib.import_module("s2sent_kernels.saved_model").auto_class(config)
-        folders.check_shapes(Path(path), lambda: kind.from_config(config))
-        encoder, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        folders.check_shapes(Path(path), lambda: kind.from_config(config, **hub.NO_CODE))
+        encoder, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **hub.NO_CODE)
         absent.check(path, encoder, found["missing_keys"])
     except Exception as error:  # as above
         raise cannot_load(name, error) from error
@@ -102,10 +106,15 @@ def load_transformer(model: str | None, max_length: int | None = None, **options
     path, name = find_model(model)
     # Only for its error message: Transformer does not report missing weights. It has no public way to be given an encoder that is
     # already in memory either, so the weights are read twice.
-    _load_encoder(path, name, "auto")
     try:
-        of_model = {"dtype": torch.float32, **(options.pop("model_kwargs", None) or {})}
-        module = Transformer(path, model_kwargs=of_model, **options)
+        path = hub.reached(path)
+    except ValueError as error:
+        raise cannot_load(name, error) from error
+    _load_encoder(path, name, "auto")
+    given = {name: {**hub.NO_CODE, **(options.pop(name, None) or {})} for name in OF_TRANSFORMER}
+    given["model_kwargs"] = {"dtype": torch.float32, **given["model_kwargs"]}
+    try:
+        module = Transformer(path, **given, **options)
     except Exception as error:  # as above
         raise cannot_load(name, error) from error
     limits = (max_length, module.max_seq_length, families.positions(module.auto_model))
@@ -125,7 +134,7 @@ def max_seq_length(model: str | None) -> int | None:
     path, name = find_model(model)
     try:
         found = require("transformers.utils", "transformers", "demo").cached_file(
-            path, "sentence_bert_config.json", _raise_exceptions_for_missing_entries=False
+            hub.reached(path), "sentence_bert_config.json", _raise_exceptions_for_missing_entries=False
         )
         return None if found is None else read_json(Path(found)).get("max_seq_length")
     except Exception as error:  # the loaders raise errors of many kinds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import hub
 from .checkpoints import pretrained
 from .files import WEIGHTS, importing, open_to_umask
 from .selector import S2SentSelector
@@ -130,13 +132,13 @@ def load_encoder(
     for name in options:
         if name in (model_kwargs or ()):
             raise ValueError(f"model_kwargs: expected none of the other arguments in it, got {name}, which is one")
-    given = {**options, **(model_kwargs or {})}
+    given = {**hub.NO_CODE, **options, **(model_kwargs or {})}
     try:
         config = given.get("config")
         if config is None:
             of_hub = {name: given[name] for name in OF_HUB if name in given}
             config = transformers.AutoConfig.from_pretrained(path, **of_hub)
         return auto_class(config).from_pretrained(path, **given)
-    except OSError as error:
+    except (OSError, pickle.UnpicklingError) as error:  # the latter: weights in a pickle that holds more than tensors
         reason = " ".join(str(error).split())
         raise ValueError(f"path_or_model: expected a folder or a hub's model, got {str(path)!r}: {reason}") from error

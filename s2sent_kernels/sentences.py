@@ -22,8 +22,7 @@ with importing("sentence-transformers 6 or newer", "sentence-transformers"):
 
 BACKENDS = ("torch", "onnx")
 _ROUTERS = (f"{Router.__module__}.Router", "sentence_transformers.models.Router")  # as modules.json names them
-# Options of SentenceTransformer that are its Transformer's, or tell where to find one.
-_OF_TRANSFORMER = ("model_kwargs", "processor_kwargs", "config_kwargs")
+# Options of SentenceTransformer that tell where to find its Transformer.
 _OF_HUB = ("cache_folder", "revision", "token", "local_files_only", "trust_remote_code")
 
 
@@ -82,7 +81,7 @@ def _behind_its_encoder(
     for option in _OF_HUB:
         if options.pop(option, None):
             raise ValueError(f"{option}: expected none for {name!r}, whose encoder decides where it is found, got some")
-    of_transformer = {option: options.pop(option, None) for option in _OF_TRANSFORMER}
+    of_transformer = {option: options.pop(option, None) for option in parts.OF_TRANSFORMER}
     assert source.selector is not None
     trained = parts.read_selector(source.selector)
     transformer = parts.load_transformer(source.model, trained.max_length, **of_transformer)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import hub
 from .checkpoints import folders, pretrained
 from .files import first_line, require
 from .quiet import quietly
@@ -139,8 +140,7 @@ def of_hub(model: str) -> str | None:
     try:
         if not _are_both(modules, config):
             return None
-        hub = require("huggingface_hub", "huggingface_hub", "transformers")
-        return str(hub.snapshot_download(model))
+        return str(require("huggingface_hub", "huggingface_hub", "transformers").snapshot_download(model))
     except Exception as error:  # as in ``holds_selector``, and those of the hub
         raise cannot_load(model, error) from error
 
@@ -150,8 +150,8 @@ def _json_of_hub(model: str, name: str) -> Any:
     find = require("transformers.utils", "transformers", "demo").cached_file
     unwanted = ("missing_entries", "connection_errors", "gated_repo")
     try:
-        found = find(model, name, **{f"_raise_exceptions_for_{error}": False for error in unwanted})
-    except OSError:  # there is no such model
+        found = find(hub.reached(model), name, **{f"_raise_exceptions_for_{error}": False for error in unwanted})
+    except (OSError, ValueError):  # there is no such model, or the hub does not answer
         return None
     return None if found is None else read_json(Path(found))
 

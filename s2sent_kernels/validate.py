@@ -25,13 +25,15 @@ An op judges words although functional's callers pass right ones: it is public i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch import eager_transforms
 
+from .derivatives import forward_mode as forward_mode
+from .derivatives import no_transform as no_transform
+from .derivatives import transforms as transforms
 from .formula import dct
 from .formula.call import (
     ACTIVATIONS,
@@ -128,12 +130,6 @@ def token_types(attention_mask: Any, cu_seqlens: Any) -> None:
             tensor(name, value, "a tensor or None")
 
 
-_TRANSFORMED = (
-    "s2sent: torch.func.grad, vmap, jvp and what is built on them are implemented by backend='reference' alone; "
-    "torch.autograd.grad differentiates every backend"
-)
-
-
 def types(hidden_states: Any, attention_mask: Any, cu_seqlens: Any, expected_blocks: int | None = None) -> Batch:
     """The batch, where its parts are of the right Python types and, if given, its hidden states as many as expected."""
     if isinstance(hidden_states, Tensor):
@@ -154,38 +150,6 @@ def types(hidden_states: Any, attention_mask: Any, cu_seqlens: Any, expected_blo
     if len(hidden_states) == 0:
         raise ValueError("hidden_states: expected at least one tensor, got none")
     return Batch(hidden_states, attention_mask, cu_seqlens)
-
-
-def forward_mode(tensors: Sequence[Tensor | None]) -> None:
-    """Refuse forward-mode derivatives: an op without a formula for them would silently give zeros."""
-    if torch.autograd.forward_ad._current_level < 0:
-        return
-    functorch = torch._C._functorch
-    if eager_transforms.JVP_NESTING and functorch.peek_interpreter_stack() is None:
-        # Inside an op called under torch.func.jvp the tangents cannot be seen.
-        raise NotImplementedError("s2sent: forward-mode derivatives are not implemented")
-    for tensor in tensors:
-        if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError("s2sent: forward-mode derivatives are not implemented")
-
-
-def transforms(tensors: Iterable[Tensor | None], mapped: bool = False) -> None:
-    """Refuse tensors that torch.func transforms, of which no op knows: torch's error names neither op nor remedy. ``mapped``: not
-    under vmap alone, where torch can call the op once for each slice."""
-    functorch = torch._C._functorch
-    if torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is None:
-        return
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if functorch.is_gradtrackingtensor(tensor) or (functorch.is_batchedtensor(tensor) and not mapped):
-            raise NotImplementedError(_TRANSFORMED)
-
-
-def no_transform() -> None:
-    """Refuse torch.func's transforms of any tensor: inside of one torch runs no autograd function of the older form."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise NotImplementedError(_TRANSFORMED)
 
 
 def batch(batch: Batch, reading: Reading) -> None:

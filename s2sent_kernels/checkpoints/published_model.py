@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import hub
 from .published import convert
 
 ENCODERS = {"bert": "bert.", "roberta": "roberta.", "xlm-roberta": "roberta."}
@@ -40,7 +41,7 @@ def read(path: str | os.PathLike[str]) -> Published:
     if not found or not (folder / "config.json").is_file():
         raise ValueError(f"path: expected a folder with config.json and {' or '.join(_FILES)}, got {str(path)!r}")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, **hub.NO_CODE)
         state = _load(found[0])
     except Exception as error:  # the loaders raise errors of many kinds
         raise ValueError(f"{folder}: cannot be read: {' '.join(str(error).split())}") from error

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from .. import files, loading, parts, sources
+from .. import files, hub, loading, parts, sources
 from ..files import first_line
 from ..parts import Trained
 from ..quiet import quiet_transformers
@@ -119,14 +120,37 @@ def _silently(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-resolve = functools.partial(_told(sources.resolve), option="--")
+def announce(model: str | None) -> None:
+    """Say on standard error, once, that a model is looked for over a network, which may take a while."""
+    path, _ = sources.find_model(model)
+    if path not in _announced and hub.is_asked(path):
+        print(f"looking for {path} on the hub; HF_HUB_OFFLINE=1 takes what is cached", file=sys.stderr)
+        _announced.add(path)
+
+
+_announced: set[str] = set()
+
+
+def _announcing(function: Callable[P, T]) -> Callable[P, T]:
+    """A function whose first argument is a model, or the Source of one."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        model: Any = args[0]
+        announce(model.model if isinstance(model, Source) else model)
+        return function(*args, **kwargs)
+
+    return run
+
+
+resolve = functools.partial(_told(_announcing(sources.resolve)), option="--")
 holds_selector = _told(sources.holds_selector)
 read_selector = _told(parts.read_selector)
-load_model = _told(_silently(parts.load_model))
-load_transformer = _told(_silently(parts.load_transformer))
+load_model = _told(_announcing(_silently(parts.load_model)))
+load_transformer = _told(_announcing(_silently(parts.load_transformer)))
 load_whole = _told(_silently(loading.load_whole))
 load_classifier = _told(_silently(loading.load_classifier))
-load_pipeline = _told(_silently(loading.load_pipeline))
+load_pipeline = _told(_announcing(_silently(loading.load_pipeline)))
 fuse = _told(loading.fuse)
 
 

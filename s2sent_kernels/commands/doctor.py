@@ -60,6 +60,11 @@ def run(arguments: argparse.Namespace) -> None:
 def _libraries() -> Iterator[Line]:
     """torch, and every library that an extra installs."""
     yield "torch", torch.__version__
+    try:
+        importlib.metadata.requires("s2sent_kernels")
+    except importlib.metadata.PackageNotFoundError:
+        yield "extras", f"unknown: the package is not installed, but imported from {Path(__file__).parents[1]}"
+        return
     for library, extras in sorted(_of_extras().items()):
         try:
             yield library, importlib.metadata.version(library)

@@ -42,6 +42,7 @@ def make_encoder(options: EncoderOptions, device: str) -> Encoder:
     common.resolve(options.model, options.selector)  # for errors that name the options
     name = options.model or common.BUNDLED
     limits = {"max_length": options.max_length, "overflow": options.overflow}
+    common.announce(name)
     try:
         made = Embedder.from_pretrained(name, options.selector, options.dtype, device, **limits)
     except (ValueError, TypeError, ImportError) as error:

@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from .. import export, servers, sources
+from .. import export, hub, servers, sources
 from ..engines.choice import BACKENDS
 from . import common
 from .common import UserError
@@ -106,6 +106,6 @@ def _tokenizer(source: common.Source) -> Any:
         str(Path(source.model).expanduser()) if source.whole and source.model else sources.find_model(source.model)[0]
     )
     try:
-        return common.quiet_transformers().AutoTokenizer.from_pretrained(folder)
+        return common.quiet_transformers().AutoTokenizer.from_pretrained(hub.reached(folder), **hub.NO_CODE)
     except Exception as error:  # the loaders raise errors of many kinds
         raise ValueError(f"model {folder}: expected a tokenizer beside it: {common.first_line(error)}") from error

@@ -40,7 +40,7 @@ class BackendStatus(NamedTuple):
     reason: str
 
 
-BackendStatus.__module__ = "s2sent_kernels"  # pickles name the public path
+BackendStatus.__module__ = __name__.partition(".")[0]  # pickles name the public path
 
 
 class Limits(Protocol):

@@ -165,7 +165,7 @@ class GateParameters(NamedTuple):
         return self.down_weight.shape[0]
 
 
-GateParameters.__module__ = "s2sent_kernels"  # pickles name the public path
+GateParameters.__module__ = __name__.partition(".")[0]  # pickles name the public path
 
 
 class BatchStatistics(NamedTuple):

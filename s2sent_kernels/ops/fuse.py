@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import validate
@@ -12,6 +11,7 @@ from ..engines.choice import engine_for
 from ..formula.call import Batch, Call, HiddenGradients, Reading
 from . import fuse_backward, squeeze_backward
 from .library import BATCH, Arguments, Gradients, batch_of, register
+from .namespace import OPS
 
 SCHEMA = f"({BATCH}, Tensor gates, str backend) -> Tensor"
 # Fuse has no components. One, in profile "paper", is what every batch has.
@@ -19,7 +19,7 @@ _READING = Reading(frequencies=1)
 
 
 def run(batch: Batch, gates: Tensor, backend: str) -> Tensor:
-    return torch.ops.s2sent.fuse(*batch, gates, backend)
+    return OPS.fuse(*batch, gates, backend)
 
 
 def validate_fuse(batch: Batch, gates: Tensor) -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import validate
 from ..engines.choice import engine_for
 from ..formula.call import Batch, Call, Reading, compute_dtype
 from .library import BATCH, register
+from .namespace import OPS
 
 SCHEMA = f"(Tensor grad_fused, {BATCH}, str backend) -> Tensor"
 
 
 def run(grad_fused: Tensor, batch: Batch, backend: str) -> Tensor:
-    return torch.ops.s2sent.fuse_backward(grad_fused, *batch, backend)
+    return OPS.fuse_backward(grad_fused, *batch, backend)
 
 
 def _implementation(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..formula.call import Batch, GateParameters
+from .namespace import NAMESPACE, OPS
 
 BATCH = "Tensor[] hidden_states, Tensor? attention_mask, Tensor? cu_seqlens"
 PARAMETERS = ", ".join(
@@ -28,7 +29,7 @@ _SCALE = "Tensor? gate_scale, "
 
 # A process can define an op once. importlib.reload keeps a module's globals, so that what is defined already is known, and the
 # ops that are there stay.
-_library: torch.library.Library = globals().get("_library") or torch.library.Library("s2sent", "DEF")
+_library: torch.library.Library = globals().get("_library") or torch.library.Library(NAMESPACE, "DEF")
 _defined: set[str] = globals().get("_defined") or set()
 
 Arguments = dict[str, Any]  # of an op, by the names in its schema
@@ -43,7 +44,7 @@ def register(
     save: Callable[[Any, Arguments, Any], None] | None = None,
     backward: Callable[..., Gradients] | None = None,
 ) -> None:
-    """Define ``s2sent::name``.
+    """Define ``name`` in the package's namespace.
 
     Args:
         schema: its arguments and results.
@@ -83,9 +84,9 @@ def _register(
     if name in _defined:
         return
     register_in_place(name, schema, implementation, fake)
-    names = tuple(argument.name for argument in torch._C.parse_schema(f"s2sent::{name}{schema}").arguments)
+    names = tuple(argument.name for argument in torch._C.parse_schema(f"{NAMESPACE}::{name}{schema}").arguments)
     if save is None or backward is None:
-        torch.library.register_autograd(f"s2sent::{name}", refuse, lib=_library)
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse, lib=_library)
         return
 
     known = frozenset(names)
@@ -98,7 +99,7 @@ def _register(
         assert grads.keys() <= known, grads.keys()
         return tuple(map(grads.get, names))
 
-    torch.library.register_autograd(f"s2sent::{name}", in_order, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", in_order, setup_context=setup_context, lib=_library)
 
 
 def refuse(ctx: Any, *grads: Any) -> None:
@@ -113,7 +114,7 @@ def register_in_place(name: str, schema: str, implementation: Callable[..., None
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         _library.impl(name, implementation, key)
-    torch.library.register_fake(f"s2sent::{name}", fake, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 
 # ---------------------------------------------------------------- records, flat in a schema
@@ -135,7 +136,7 @@ def parameters_of(arguments: Arguments) -> GateParameters:
 
 def call(name: str, before: Sequence[Any], parameters: GateParameters, after: Sequence[Any]) -> Any:
     """An op with the gate's tensors between other arguments."""
-    op = getattr(torch.ops.s2sent, name)
+    op = getattr(OPS, name)
     if parameters.gate_scale is None:
         return op.default(*before, *parameters[:-1], *after)
     return op.scaled(*before, *parameters, *after)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import validate
@@ -12,12 +11,13 @@ from ..engines.choice import engine_for
 from ..formula.call import Batch, Call, HiddenGradients, Pooling, Profile, Reading, compute_dtype
 from . import squeeze_backward
 from .library import BATCH, Arguments, Gradients, batch_of, register
+from .namespace import OPS
 
 SCHEMA = f"({BATCH}, int frequencies, str profile, str? pooling, str backend) -> (Tensor, Tensor)"
 
 
 def run(batch: Batch, reading: Reading, backend: str) -> tuple[Tensor, Tensor | None]:
-    squeezed, pooled = torch.ops.s2sent.squeeze(*batch, *reading, backend)
+    squeezed, pooled = OPS.squeeze(*batch, *reading, backend)
     return squeezed, None if reading.pooling is None else pooled
 
 

@@ -17,6 +17,7 @@ from .. import validate
 from ..engines.choice import engine_for
 from ..formula.call import Batch, Call, HiddenGradients, Layout, Pooling, Profile, Reading
 from .library import register
+from .namespace import OPS
 
 SCHEMA = (
     "(Tensor? grad_squeezed, Tensor? grad_pooled, Tensor? grad_fused, Tensor? gates, "
@@ -32,7 +33,7 @@ def run(
     nothing = grads.squeezed is None and grads.pooled is None and grads.fused is None
     if nothing or not any(needed):
         return [None] * len(needed)
-    results = torch.ops.s2sent.squeeze_backward(
+    results = OPS.squeeze_backward(
         *grads,
         layout.shape,
         layout.dtype,

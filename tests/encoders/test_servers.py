@@ -5,10 +5,12 @@ import copy
 import json
 import pickle
 import re
+import resource
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import killing
 import pytest
 import torch
 
@@ -302,3 +304,78 @@ def test_an_option_of_the_encoder_has_an_effect_on_the_graph_or_is_refused(argum
 def test_a_dtype_that_onnx_runtime_does_not_compute_in(saved):
     with pytest.raises(ValueError, match=r"^dtype: expected torch\.float32 or torch\.float16 .*, got torch\.bfloat16"):
         load(saved, backend="onnx", model_kwargs={"dtype": torch.bfloat16, "export": True}, device="cpu")
+
+
+# ---------------------------------------------------------------- damaged graphs
+
+
+def assert_refused(path, config):
+    with pytest.raises(ValueError) as caught:
+        onnx_backend.Graph(path, config, "CPUExecutionProvider")
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(f"{path}: "), message
+    return message
+
+
+@pytest.fixture
+def graph(served, tmp_path):
+    shutil.copy(served / "model.onnx", tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+CONFIG = SimpleNamespace(hidden_size=16)
+
+
+def test_a_graph_of_every_length(graph):
+    content = graph.read_bytes()
+    onnx_backend.Graph(graph, CONFIG, "CPUExecutionProvider")
+    for length in (*range(0, len(content) - 1, len(content) // 50), 1, 2, 9, len(content) - 1):
+        graph.write_bytes(content[:length])
+        assert assert_refused(graph, CONFIG).endswith(onnx_backend.REMEDY)
+
+
+def bits(graph):
+    """Of the beginning and of places all over the file: an error of one line, or a graph that is another one."""
+    content = graph.read_bytes()
+    for place in (*range(64), *range(64, len(content), len(content) // 60)):
+        data = bytearray(content)
+        data[place] ^= 1 << (place % 8)
+        graph.write_bytes(data)
+        try:
+            onnx_backend.Graph(graph, CONFIG, "CPUExecutionProvider")
+        except ValueError as error:
+            assert "\n" not in str(error) and str(error).startswith(f"{graph}: "), error
+
+
+def test_bits_of_a_graph(graph):
+    killing.finished(lambda: bits(graph))
+
+
+@pytest.mark.parametrize("content", [b"7", b"{}", b"\xff" * 64, b"\0" * 4096], ids=["7", "json", "ff", "zeros"])
+def test_what_is_no_graph(graph, content):
+    graph.write_bytes(content)
+    assert_refused(graph, CONFIG)
+
+
+def test_a_graph_whose_sizes_are_absurd(graph):
+    """A tensor of 8 TB by its sizes, and none by its bytes."""
+    model = onnx.load(graph)
+    del model.graph.initializer[0].dims[:]
+    model.graph.initializer[0].dims.extend([2**41])
+    graph.write_bytes(model.SerializeToString())
+
+    def measured():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert_refused(graph, CONFIG)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+    killing.finished(measured)
+
+
+def test_a_damaged_graph_of_a_saved_model_is_named(saved, graph, tmp_path):
+    shutil.copytree(saved, tmp_path / "copy")
+    path = tmp_path / "copy" / onnx_backend.FILE
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(graph.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: ONNX Runtime cannot load it: "):
+        load(tmp_path / "copy", backend="onnx", device="cpu")

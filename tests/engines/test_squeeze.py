@@ -148,7 +148,7 @@ def test_every_mask_is_the_same_mask(profile, dtype):
     if dtype == "strided":
         mask = mask.long().T.contiguous().T
     elif dtype == "weighty":  # nonzero is real
-        mask = mask.float() * -0.25
+        mask = mask.float() * 0.25
     elif dtype != "expanded":
         mask = mask.to(dtype)
 

@@ -12,7 +12,17 @@ import s2sent_kernels
 
 PACKAGE = Path(s2sent_kernels.__file__).parent
 # What modules of the package import of others, which may warn by themselves: imported before warnings are errors.
-OTHERS = ("torch", "triton", "transformers", "sentence_transformers", "numpy", "matplotlib", "pyarrow")
+OTHERS = (
+    "torch",
+    "triton",
+    "transformers",
+    "sentence_transformers",
+    "numpy",
+    "matplotlib",
+    "pyarrow",
+    "datasets",
+    "ray",
+)
 EVERY_MODULE = """
 import pkgutil
 for each in pkgutil.walk_packages(s2sent_kernels.__path__, "s2sent_kernels."):

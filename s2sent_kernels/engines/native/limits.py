@@ -37,11 +37,11 @@ def status() -> BackendStatus:
 
 
 def _load() -> BackendStatus:
-    name = "s2sent_kernels._C"
+    name = "..._C"  # of this copy of the package
     try:
-        if importlib.util.find_spec(name) is None:
+        if importlib.util.find_spec(name, __package__) is None:
             return BackendStatus(False, "the compiled extension is not built (see S2SENT_BUILD in setup.py)")
-        importlib.import_module(name)
+        importlib.import_module(name, __package__)
         found = _ops.interface_version()
         if found != INTERFACE:
             return BackendStatus(

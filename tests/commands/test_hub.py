@@ -1,0 +1,107 @@
+"""A hub that does not answer: it is asked once, a command says beforehand for whom it looks, and what is cached is taken."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+from builders import save_encoder
+
+pytest.importorskip("sentence_transformers")
+
+NAME = "somebody/encoder"
+LOOKING = f"looking for {NAME} on the hub; HF_HUB_OFFLINE=1 takes what is cached\n"
+
+
+@pytest.fixture
+def hub():
+    """Address of a hub that hangs up, and the requests that it got."""
+    server, connections = socket.create_server(("127.0.0.1", 0)), []
+
+    def hang_up():
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:  # the server is closed
+                return
+            connections.append(connection.recv(1000).partition(b" HTTP")[0].decode())
+            connection.close()
+
+    thread = threading.Thread(target=hang_up)
+    thread.start()
+    yield f"http://127.0.0.1:{server.getsockname()[1]}", connections
+    server.shutdown(socket.SHUT_RDWR)
+    server.close()
+    thread.join()
+
+
+def run(tmp_path, address, *command, offline="0"):
+    """Of a process of its own, since the library reads its settings as it is imported."""
+    env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": offline}
+    env["NO_PROXY"] = "127.0.0.1"
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, cwd=tmp_path)
+
+
+def asked(connections):
+    """How often for the encoder; the library asks for something of its own, too."""
+    return sum(NAME in line for line in connections)
+
+
+def cached(tmp_path):
+    """An encoder as the library keeps one that was downloaded."""
+    folder = tmp_path / "hf" / "hub" / f"models--{NAME.replace('/', '--')}"
+    save_encoder(folder / "snapshots" / ("0" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+
+
+COMMANDS = [
+    ["doctor", "--model", NAME],
+    ["train", "--data", "pairs.tsv", "--output", "out", "--model", NAME],
+    ["train", "--freeze-encoder", "--data", "pairs.tsv", "--output", "out", "--model", NAME],
+    ["encode", "pairs.tsv", "--output", "out.npy", "--model", NAME, "--selector", "all-MiniLM-L6-v2"],
+    ["inspect", "--text", "a", "--model", NAME, "--selector", "all-MiniLM-L6-v2"],
+    ["export", "--output", "out.onnx", "--model", NAME, "--selector", "all-MiniLM-L6-v2"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[:2]))
+def test_a_command_says_for_whom_it_looks(tmp_path, hub, command):
+    address, connections = hub
+    (tmp_path / "pairs.tsv").write_text("anchor\tpositive\n" + "".join(f"a {i}\tb {i}\n" for i in range(4)))
+    said = run(tmp_path, address, "-m", "s2sent_kernels.cli", *command)
+    assert said.returncode == 2
+    assert said.stderr.startswith(LOOKING)
+    error = said.stderr.removeprefix(LOOKING)
+    assert error.startswith(f"s2sent: error: model {NAME} cannot be loaded: ") and error.count("\n") == 1
+    assert asked(connections) == 1
+    assert "is cached or on a hub that answers" in error and address in error
+
+
+LOAD = f"""
+from s2sent_kernels import loading
+import torch
+encoder, tokenizer, name = loading.load_model({NAME!r}, torch.device("cpu"))
+assert loading._max_seq_length({NAME!r}) is None
+loading.load_transformer({NAME!r})
+"""
+
+
+def test_what_is_cached_is_taken(tmp_path, hub):
+    address, connections = hub
+    cached(tmp_path)
+    said = run(tmp_path, address, "-c", LOAD)
+    assert said.returncode == 0, said.stderr
+    assert asked(connections) == 3  # once for each of the three
+
+
+def test_offline_no_hub_is_asked(tmp_path, hub):
+    address, connections = hub
+    cached(tmp_path)
+    said = run(tmp_path, address, "-c", LOAD, offline="1")
+    assert said.returncode == 0, said.stderr
+    said = run(tmp_path, address, "-m", "s2sent_kernels.cli", "doctor", "--model", "somebody/else", offline="1")
+    assert said.returncode == 2 and LOOKING not in said.stderr and said.stderr.count("\n") == 1
+    assert not asked(connections)
