@@ -25,20 +25,29 @@ WAYS = {
 }
 
 
-def made(backend, dtype, options):
+# Process groups by the device of the tensors: on GPUs each process has its own.
+GROUPS = {"gloo": "cpu", "nccl": "cuda"}
+
+
+def made(backend, dtype, options, device="cpu"):
     selector = make_selector(N, D, M, H=H, dtype=dtype, backend=backend, block_prior=True, gate_scale=4.0).train()
     if "affine" in options:
         selector.norm = nn.BatchNorm1d(N * D, eps=1e-6, affine=False).to(dtype)
     if "momentum" in options:
         selector.norm.momentum = None
-    return selector
+    return selector.to(device)
+
+
+def batch_of(dtype, device="cpu", seed=0):
+    states, mask = make_batch(N, B, L, D, dtype, "right", seed=seed)
+    return [u.to(device) for u in states], mask.to(device)
 
 
 def steps(selector, way, rows):
     """Two steps on ``rows`` of the batch: outputs, gradients and buffers, by name."""
-    found = {}
+    found, weight = {}, selector.down.weight
     for step in range(2):
-        states, mask = make_batch(N, B, L, D, selector.down.weight.dtype, "right", seed=step)
+        states, mask = batch_of(weight.dtype, weight.device, step)
         upstream = make_gradient(WAYS[way][0](copy.deepcopy(selector), states, mask))[rows]
         states = [u[rows].clone().requires_grad_() for u in states]
         out = WAYS[way][0](selector, states, mask[rows])
@@ -46,7 +55,8 @@ def steps(selector, way, rows):
         out.backward(upstream)
         found |= {f"{step} u{n}": u.grad for n, u in enumerate(states)} | {f"{step} out": out.detach()}
         found |= {f"{step} {name}": p.grad.clone() for name, p in selector.named_parameters()}
-    return found | {name: buffer.clone() for name, buffer in selector.named_buffers()}
+    found |= {name: buffer.clone() for name, buffer in selector.named_buffers()}
+    return {name: tensor.cpu() for name, tensor in found.items()}
 
 
 def cases():
@@ -57,23 +67,26 @@ def cases():
                     yield backend, dtype, way
 
 
-def in_a_process(rank, folder):
+def in_a_process(rank, folder, group):
     """What a process of two computes: of its rows the outputs, of the parameters its part of the gradient."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    device = GROUPS[group]
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(group, f"file://{folder}/store", rank=rank, world_size=2)
     found = {}
     for split in SPLITS:
         rows = slice(0, split[0]) if rank == 0 else slice(split[0], B)
         for case in cases():
             backend, dtype, way = case
-            selector = sync_statistics(made(backend, dtype, WAYS[way][1]))
+            selector = sync_statistics(made(backend, dtype, WAYS[way][1], device))
             found[split, case] = steps(selector, way, rows)
     alone = [dist.new_group([one]) for one in (0, 1)][rank]
     if rank == 0:  # which does not wait: neither is joined with the other process
-        made("auto", torch.float32, {}).pool(*make_batch(N, B, L, D, torch.float32, "right"))
-        sync_statistics(made("auto", torch.float32, {}), alone).pool(*make_batch(N, B, L, D, torch.float32, "right"))
-    selector = sync_statistics(made("auto", torch.float32, {}))
-    states, mask = make_batch(N, B, L, D, torch.float32, "right")
+        made("auto", torch.float32, {}, device).pool(*batch_of(torch.float32, device))
+        sync_statistics(made("auto", torch.float32, {}, device), alone).pool(*batch_of(torch.float32, device))
+    selector = sync_statistics(made("auto", torch.float32, {}, device))
+    states, mask = batch_of(torch.float32, device)
     few = slice(0, 1 - rank)  # one sentence in all
     try:
         selector.pool([u[few] for u in states], mask[few])
@@ -84,26 +97,30 @@ def in_a_process(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+@pytest.fixture(scope="module", params=list(GROUPS))
+def measured(request, tmp_path_factory):
+    if GROUPS[request.param] == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     folder = tmp_path_factory.mktemp("processes")
     code = f"import sys; sys.path[:0] = {sys.path!r}; sys.path.insert(0, {str(Path(__file__).parent)!r})"
-    code += "; import test_synchronised as t; t.in_a_process(int(sys.argv[1]), sys.argv[2])"
-    running = [subprocess.Popen([sys.executable, "-c", code, str(rank), str(folder)]) for rank in (0, 1)]
+    code += "; import test_synchronised as t; t.in_a_process(int(sys.argv[1]), *sys.argv[2:])"
+    command = [sys.executable, "-c", code]
+    running = [subprocess.Popen([*command, str(rank), str(folder), request.param]) for rank in (0, 1)]
     try:
         assert [process.wait(timeout=300) for process in running] == [0, 0]
     finally:
         for process in running:
             process.kill()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)], GROUPS[request.param]
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: f"{case[0]}-{str(case[1])[6:]}-{case[2]}")
 def test_two_processes_equal_one(measured, split, case):
     backend, dtype, way = case
-    wanted = steps(made(backend, dtype, WAYS[way][1]), way, slice(0, B))
-    one, other = (found[split, case] for found in measured)
+    results, device = measured
+    wanted = steps(made(backend, dtype, WAYS[way][1], device), way, slice(0, B))
+    one, other = (found[split, case] for found in results)
     bound = 1e-12 if dtype == torch.float64 else 2e-5
     for name, value in wanted.items():
         kind = name.partition(" ")[2]
@@ -120,7 +137,8 @@ def test_two_processes_equal_one(measured, split, case):
 
 
 def test_one_sentence_over_all_processes_is_refused_in_each(measured):
-    assert all(found["one"].startswith("expected two sentences or more over all processes") for found in measured)
+    results, _ = measured
+    assert all(found["one"].startswith("expected two sentences or more over all processes") for found in results)
 
 
 def test_a_process_alone_is_not_changed():
