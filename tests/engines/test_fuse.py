@@ -75,6 +75,14 @@ def test_fuse(N, D, L, mask, dtype, layout, gradient):
         assert not found[f"gradient of u{n}"][~batch.real].any()
 
 
+@pytest.mark.parametrize("L", [256, 257, 700])
+@pytest.mark.parametrize("mask", ["none", "right", "holes", "packed"])
+def test_long_sentences(mask, L):
+    """Sums over tokens are cut into chunks: of 256 tokens here, beside a sentence of several."""
+    batch = make_batch(2, 2, L, 64, mask=mask)
+    check(fuse_of(batch.where), inputs_of(batch))
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter truncates where it stores bfloat16")
 @pytest.mark.parametrize("N", [1, 3, 7, 12, 24])
 @pytest.mark.parametrize("mask", ["holes", "packed"])

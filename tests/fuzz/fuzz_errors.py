@@ -9,8 +9,8 @@ norm over sentences that are alike, a large gate scale. So the bound of each ten
    size, two moves would often cancel exactly. The largest change of a tensor's elements over DRAWS draws is its ``spread``:
    what roundings of single numbers do to it. Where its inputs have fewer bits the roundings are still float32's, so that an
    engine which computed in 16 bits is found.
-   CUDA's tanhf and expf are not rounded so well: up to 2 ulp (CUDA C++ Programming Guide, mathematical functions), and are moved
-   by as much where the inputs are on a GPU.
+   tanh and exp are not rounded so well on a GPU: up to 2 ulp (CUDA C++ Programming Guide, mathematical functions), and exp(x) is
+   computed as 2^(x log2 e), whose argument is rounded. There they and their arguments are moved by as much.
 2. A sum is no single number: each of its partial sums is rounded. So sums are taken one term after the other, and every partial
    sum is moved, forward and, where a tensor is used many times, backward. Engines sum in chunks, runs and trees, whose partial
    sums are fewer or smaller, and stay below that.
@@ -178,7 +178,13 @@ class Wobbled:
         return self.wobble(self.sum(terms, 3) + self.repeat(bias, 1, x.shape[1]))
 
     def _saturating(self, values: Tensor, name: str) -> Tensor:
-        return _Saturating.apply(values, name, self.share_of_functions, self.generator)
+        return _Saturating.apply(self._argument(values), name, self.share_of_functions, self.generator)
+
+    def _exp(self, values: Tensor) -> Tensor:
+        return _Wobble.apply(self._argument(values).exp(), self.share_of_functions, self.generator)
+
+    def _argument(self, values: Tensor) -> Tensor:
+        return self.wobble(values) if self.share_of_functions > self.share else values
 
     def __call__(self) -> Tensor:
         """o [1 + DRAWS, B, D] or v [1 + DRAWS, B, L, D]"""
@@ -232,7 +238,7 @@ class Wobbled:
             logits = wobble(logits + prior.view_as(e))
         if case.profile == "paper" and logits.numel():
             logits = logits - logits.detach().amax(1, keepdim=True)
-        powers = wobble(logits.exp())
+        powers = self._exp(logits)
         if case.profile == "official":
             total = self.repeat(self.sum(powers.flatten(1), 1), 1, powers[0].numel()).view_as(powers)
         else:

@@ -9,7 +9,6 @@ import triton.language as tl
 
 from . import config
 
-CHUNK = tl.constexpr(config.CHUNK)
 SCAN = tl.constexpr(config.SCAN)
 
 

@@ -15,7 +15,7 @@ import torch
 from ...formula import dct
 from ...formula.call import Profile
 
-CHUNK = 512  # tokens in a sum chunk, which bounds the rounding of a running sum; a multiple of every tile
+RUN = 128  # terms of a running sum over tokens, which bounds its rounding; a multiple of every tile's rows
 SCAN = 256  # mask tokens, or sentence ends, that are loaded at once
 BACKWARD_AHEAD = 4  # blocks whose rows of g and dp squeeze's backward loads before it stores
 GATE_PROGRAMS = 132  # fewer would leave multiprocessors of the largest GPUs idle
@@ -37,6 +37,11 @@ class SumTile(NamedTuple):
     slots: int  # tokens side by side in a warp's threads
     block_d: int
     stages: int  # tiles in flight or in use
+
+    @property
+    def chunk(self) -> int:
+        """Tokens whose running sums are added up on their own."""
+        return RUN * self.slots
 
 
 class Deal(NamedTuple):

@@ -15,6 +15,7 @@ from .common import real_span, row_pointers, sentence_at, sum_slots, wait_for_pr
 from .direct import direct
 from .launch import FUSE_MULTIPLY_ADD, HiddenStates, Mask, cdiv, dense, launches_overlap
 
+RUN = tl.constexpr(config.RUN)
 _RUNTIME = ["num_tokens", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l"]
 # Their alignment must not select another variant, which could sum in another order.
 _UNALIGNED = ["p_mask", "p_cu_seqlens"]
@@ -137,6 +138,41 @@ def sum_products(
     return sums
 
 
+@triton.jit
+def sum_chunk(
+    p_hidden,
+    p_dv,
+    p_mask_row,  # or None
+    rows,
+    features,
+    span,
+    strides,
+    holes,  # whether some tokens between the sentence's first and last are not real
+    DEAL: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Sums of dv u over the tokens of ``span``, ``per_group`` tensors [GROUPS, BLOCK_D]; the other arguments are those of
+    ``sum_products``. Reads each token's mask only where there are holes."""
+    GROUPS: tl.constexpr = DEAL.groups
+    PER: tl.constexpr = DEAL.per_group
+    ROWS: tl.constexpr = TILE.rows
+    FEWER: tl.constexpr = ROWS // 2 if ROWS > 1 else 1  # where the mask is read too, or registers spill on sm_80
+    SLOTS: tl.constexpr = TILE.slots
+    STAGES: tl.constexpr = TILE.stages
+    if p_mask_row is not None and holes:
+        slots = sum_products(
+            p_hidden, p_dv, p_mask_row, rows, features, span, strides, DEAL, FEWER, SLOTS, 1, READ_MASK=True
+        )
+    else:
+        slots = sum_products(
+            p_hidden, p_dv, None, rows, features, span, strides, DEAL, ROWS, SLOTS, STAGES, READ_MASK=False
+        )
+    sums = ()
+    for j in tl.static_range(PER):
+        sums = sums + (sum_slots(slots[j], GROUPS, SLOTS),)
+    return sums
+
+
 @triton.jit(do_not_specialize=[*_RUNTIME, "stride_dv_b", "stride_dv_l"], do_not_specialize_on_alignment=_UNALIGNED)
 def fuse_backward_kernel(
     p_hidden,  # N pointers to [B, L, D] or [T, D]
@@ -155,15 +191,15 @@ def fuse_backward_kernel(
     VEC: tl.constexpr,
     DEAL: tl.constexpr,
     TILE: tl.constexpr,
+    SINGLE: tl.constexpr,  # every sentence is a single chunk
 ):
-    """A program computes one sentence and one tile of features, its blocks dealt to the warps as in squeeze."""
+    """A program computes one sentence and one tile of features. Its blocks are dealt to the warps and its tokens cut into chunks
+    as in squeeze."""
     N: tl.constexpr = DEAL.num_blocks
     GROUPS: tl.constexpr = DEAL.groups
     PER: tl.constexpr = DEAL.per_group
-    ROWS: tl.constexpr = TILE.rows
-    SLOTS: tl.constexpr = TILE.slots
-    STAGES: tl.constexpr = TILE.stages
     BLOCK_D: tl.constexpr = TILE.block_d
+    CHUNK: tl.constexpr = RUN * TILE.slots
     TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     index = tl.program_id(0).to(tl.int64)
     stride_b = stride_b.to(tl.int64) * VEC  # in units of a load, so that the compiler knows what divides them
@@ -176,32 +212,37 @@ def fuse_backward_kernel(
     features = (o_d, m_d)
     rows = (i_b * stride_b, i_b * stride_dv_b)
     strides = (stride_l, stride_dv_l, stride_mask_l)
-    if p_mask is not None:
+    p_mask_row = p_mask
+    first = num_tokens * 0
+    end = num_tokens
+    length = num_tokens
+    if p_cu_seqlens is not None:
+        begin = tl.load(p_cu_seqlens + i_b)
+        end = tl.load(p_cu_seqlens + i_b + 1) - begin
+        rows = (begin.to(tl.int64) * stride_l, begin.to(tl.int64) * stride_dv_l)
+    elif p_mask is not None:
         p_mask_row = p_mask + i_b * stride_mask_b
         first, end, length = real_span(p_mask_row, stride_mask_l, num_tokens)
-        span = (first, end)
-        if end - first != length:  # holes: the mask is read too, so fewer rows at once, or registers spill on sm_80
-            FEWER: tl.constexpr = ROWS // 2 if ROWS > 1 else 1
-            sums = sum_products(
-                p_hidden, p_dv, p_mask_row, rows, features, span, strides, DEAL, FEWER, SLOTS, 1, READ_MASK=True
-            )
-        else:
-            sums = sum_products(
-                p_hidden, p_dv, p_mask_row, rows, features, span, strides, DEAL, ROWS, SLOTS, STAGES, READ_MASK=False
-            )
+    holes = end - first != length
+    i_g = tl.arange(0, GROUPS)[:, None]  # [GROUPS, 1]
+    if SINGLE:
+        sums = sum_chunk(p_hidden, p_dv, p_mask_row, rows, features, (first, end), strides, holes, DEAL, TILE)
+        for j in tl.static_range(PER):
+            n = i_g * PER + j
+            tl.store(p_dgates + (i_b * N + n) * D + o_d[None, :], sums[j], mask=(n < N) & m_d[None, :])
     else:
-        span = (num_tokens * 0, num_tokens)
-        if p_cu_seqlens is not None:
-            begin = tl.load(p_cu_seqlens + i_b)
-            span = (num_tokens * 0, tl.load(p_cu_seqlens + i_b + 1) - begin)
-            rows = (begin.to(tl.int64) * stride_l, begin.to(tl.int64) * stride_dv_l)
-        sums = sum_products(
-            p_hidden, p_dv, None, rows, features, span, strides, DEAL, ROWS, SLOTS, STAGES, READ_MASK=False
-        )
-    for j in tl.static_range(PER):
-        n = tl.arange(0, GROUPS)[:, None] * PER + j  # [GROUPS, 1]
-        o_n = (i_b * N + n) * D + o_d[None, :]
-        tl.store(p_dgates + o_n, sum_slots(sums[j], GROUPS, SLOTS), mask=(n < N) & m_d[None, :])
+        # Sums of earlier chunks are kept in memory, because they would fill half the registers. The loop runs at least once, so
+        # that an empty sentence's sums are written too.
+        for chunk in range(first, tl.maximum(end, first + 1), CHUNK):
+            span = (chunk, tl.minimum(chunk + CHUNK, end))
+            sums = sum_chunk(p_hidden, p_dv, p_mask_row, rows, features, span, strides, holes, DEAL, TILE)
+            for j in tl.static_range(PER):
+                n = i_g * PER + j
+                m_n = (n < N) & m_d[None, :]  # [GROUPS, BLOCK_D]
+                p_n = p_dgates + (i_b * N + n) * D + o_d[None, :]
+                before = tl.load(p_n, mask=m_n & (chunk > first), other=0.0)
+                tl.store(p_n, before + sums[j], mask=m_n)
+            tl.debug_barrier()  # another thread may load what this one stored
 
 
 # ---------------------------------------------------------------- launchers
@@ -279,6 +320,7 @@ def fuse_backward(grad_fused: Tensor, batch: Batch) -> Tensor:
         stride_dv_l=grad.stride_l,
         DEAL=deal,
         TILE=tile,
+        SINGLE=hidden.num_tokens <= tile.chunk,
         num_warps=deal.groups,
         enable_fp_fusion=FUSE_MULTIPLY_ADD,
     )

@@ -8,11 +8,11 @@ its features. The blocks are dealt to its warps: GROUPS warps sum PER neighbouri
 one tile. Copies into shared memory are prefetched (``num_stages``), which keeps loads in flight. At the end the program
 multiplies its f with its slice of W1, because the gate would have to read all of W1 in every one of its programs.
 
-Order of summation, on which every bit depends: a sentence's tokens, from its first real one on, are cut into sum chunks of
-CHUNK; a chunk's tokens are dealt to SLOTS running sums in turn; at the chunk's end the slots are summed as a tree; then the
+Order of summation, on which every bit depends: a sentence's tokens, from its first real one on, are cut into chunks of
+RUN * SLOTS; a chunk's tokens are dealt to SLOTS running sums in turn; at the chunk's end the slots are summed as a tree; then the
 chunks ascending; then the blocks of a group ascending, weighted by alpha; then the groups ascending; for t the features of a
-tile as a tree. SLOTS is the number of tokens of a block that a warp holds side by side; CHUNK bounds the terms of one
-running sum, and with them its rounding.
+tile as a tree. SLOTS is the number of tokens of a block that a warp holds side by side; RUN bounds the terms of one
+running sum, and with them its rounding (bench/ACCURACY.md).
 """
 
 from typing import NamedTuple
@@ -25,11 +25,12 @@ from torch import Tensor
 from ...formula.call import Batch, PartialSums, Place, Reading
 from . import config
 from .bottleneck import Squeezed, bottleneck_like, down_weight_rows, store_bottleneck
-from .common import CHUNK, allow_next_launch, block_factor, frequency_of, real_span, token_scale
+from .common import allow_next_launch, block_factor, frequency_of, real_span, token_scale
 from .direct import direct
 from .launch import FUSE_MULTIPLY_ADD, HiddenStates, Mask, dense, launches_overlap
 from .squeeze_sums import sum_tokens
 
+RUN = tl.constexpr(config.RUN)
 _RUNTIME = ["num_tokens", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l", "first_block"]
 # Their alignment must not select another variant, which could sum in another order.
 _UNALIGNED = ["p_mask", "p_cu_seqlens"]
@@ -73,6 +74,7 @@ def squeeze_kernel(
     ALPHA: tl.constexpr = DCT.alpha  # Triton 3.6 cannot pass a record's tuple on as an argument
     OFFICIAL: tl.constexpr = DCT.official
     BLOCK_D: tl.constexpr = TILE.block_d
+    CHUNK: tl.constexpr = RUN * TILE.slots
     PART: tl.constexpr = D // M
     TILES: tl.constexpr = (PART + BLOCK_D - 1) // BLOCK_D  # feature tiles of a part
     if OVERLAP:
@@ -202,8 +204,9 @@ def _launch(
     if num_sentences == 0:
         return
     here = config.deal(batch.num_blocks)
+    tile = config.squeeze(hidden_size // reading.frequencies, hidden.vector, here.groups)
     chunks = None
-    if hidden.num_tokens > config.CHUNK:
+    if hidden.num_tokens > tile.chunk:
         chunks = torch.empty(num_sentences, num_blocks, hidden_size, dtype=torch.float32, device=batch.device)
     mask = Mask.of(batch)
     launch_squeeze(
@@ -231,7 +234,7 @@ def _launch(
         POOLING=reading.pooling,
         HERE=here,
         WHOLE=config.deal(num_blocks),
-        TILE=config.squeeze(hidden_size // reading.frequencies, hidden.vector, here.groups),
+        TILE=tile,
         BLOCK_H=config.bottleneck_rows(here.groups),
         OVERLAP=down_weight is not None and launches_overlap(batch.device),
         num_warps=here.groups,
