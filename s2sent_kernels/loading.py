@@ -58,6 +58,8 @@ def load_classifier(model: str) -> tuple[Any, Any]:
     """An S2SentForSequenceClassification and its tokenizer from a folder, on the CPU in eval mode."""
     folder = Path(model).expanduser()
     transformers = require("transformers", "transformers", "demo")
+    if not folder.is_dir():
+        raise LoadError(f"model {model}: expected the folder of a classifier, and there is no such directory")
     if "S2SentForSequenceClassification" not in (config_of(folder, model).get("architectures") or []):
         raise LoadError(f"model {model}: expected the folder of a classifier, an S2SentForSequenceClassification")
     try:

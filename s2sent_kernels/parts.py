@@ -61,7 +61,7 @@ def read_selector(name: str) -> Trained:
         config = pretrained.read_config(pretrained.find(name))
         return Trained(name, S2SentSelector.from_pretrained(name), config)
     except (ValueError, TypeError, ImportError) as error:
-        raise LoadError(f"selector {name}: {error}") from error
+        raise LoadError(f"selector {name}: {str(error).removeprefix('name_or_folder: ')}") from error
 
 
 @quietly

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -52,11 +52,31 @@ def seed(text: str) -> int:
     return value
 
 
+def blocks(text: str) -> str | list[int]:
+    """An argparse type: which blocks are fused, as "last:3" or "3,4,5", for everything that takes ``blocks``."""
+    if text.startswith("last:"):
+        if not text.removeprefix("last:").isdecimal():
+            raise ValueError
+        return text
+    return [int(number) for number in text.split(",")]
+
+
+blocks.__name__ = "list of block numbers, or last:N,"
+BLOCKS = "0,2,5 or last:N"  # its metavar
+
+
 def path(text: str) -> str:
     """An argparse type for a file or a folder. Expands ``~``, which the shell leaves alone in ``--output=~/x``."""
     if not text:
         raise ValueError
     return os.path.expanduser(text)
+
+
+def say_modes(command: Any, modes: Mapping[str, str]) -> None:
+    """Ends the help of options that only some ways of the command take with which these are, by the options' names."""
+    for action in command._actions:
+        if action.dest in modes:
+            action.help = f"{action.help} [{modes[action.dest]}]"
 
 
 def add_device(command: Any) -> None:
@@ -99,9 +119,14 @@ def _told(function: Callable[P, T]) -> Callable[P, T]:
         try:
             return function(*args, **kwargs)
         except sources.LoadError as error:
-            raise UserError(str(error)) from error
+            raise UserError(of_option(str(error))) from error
 
     return told
+
+
+def of_option(message: str) -> str:
+    """A loader's message with the name of the option that it speaks of."""
+    return f"--{message}" if message.startswith(("model ", "selector ")) else message
 
 
 def _silently(function: Callable[P, T]) -> Callable[P, T]:
@@ -134,6 +159,17 @@ def batches(encoder: Any, tokenizer: Any, texts: Sequence[str]) -> list[dict[str
 
 
 # ---------------------------------------------------------------- results
+
+
+def check_new(paths: Iterable[Path], force: bool) -> None:
+    """UserError where a file of a result is there already, unless it is to be replaced; before any work is done."""
+    there = [path for path in paths if path.exists()]
+    if there and not force:
+        raise UserError(f"output {there[0]}: it is there already; --force replaces it")
+
+
+def add_force(command: Any) -> None:
+    command.add_argument("--force", action="store_true", help="replace an output that is there")
 
 
 def write_files(directory: Path, content: Mapping[str, bytes]) -> None:

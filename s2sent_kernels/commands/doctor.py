@@ -26,7 +26,8 @@ def add(commands: Any) -> None:
     about = "print versions, the backends and why they are or are not usable"
     command = commands.add_parser("doctor", help=about, description=about)
     command.add_argument(
-        "--model", help="path or hub id of an encoder, or folder of encoder and selector: how it is run, too"
+        "--model",
+        help="path or hub id of an encoder, or folder of encoder and selector: how it is run, too (default: none)",
     )
 
 

@@ -35,11 +35,27 @@ IRRELEVANT = frozenset(
 REQUESTED = ("inputs", "column", "id_column", "keep_text", "output_dtype", "part_rows")
 FILES = ("model", "selector", "calibration")  # in the key by the files' sizes and times
 OF_RAY = ("address", "workers", "gpus_per_worker")
+_MODES = {  # for the help; _check_options refuses the others
+    "device": "only with --engine local",
+    "shard": "only with an --output that is a folder, and without --force",
+    "finish": "alone",
+    "calibration": "only with --precision int8 or uint8, and needed there",
+    "output_dtype": "only with --precision float32",
+    "keep_text": "not with .npy",
+}
 
 
 def add(commands: Any) -> None:
     about = "encode files of texts into embeddings"
     command = commands.add_parser("encode", help=about, description=__doc__)
+    _add_files(command)
+    _add_model(command.add_argument_group("model"))
+    _add_embeddings(command.add_argument_group("embeddings"))
+    _add_run(command.add_argument_group("run"))
+    common.say_modes(command, dict.fromkeys(OF_RAY, "only with --engine ray") | _MODES)
+
+
+def _add_files(command: Any) -> None:
     command.add_argument(
         "inputs",
         type=common.path,
@@ -48,70 +64,89 @@ def add(commands: Any) -> None:
         help=".txt (one text a line), .jsonl, .parquet, .csv, .tsv, .arrow, .feather, also .gz and .zst, in this order; folders "
         "and globs of them; a dataset on disk; - is standard input",
     )
-    command.add_argument(
+    group = command.add_argument_group("files")
+    group.add_argument(
         "--output",
         type=common.path,
         metavar="FILE or FOLDER/",
-        help=".parquet (id, embedding) or .npy; with a slash at the end, a folder of parts",
+        help=".parquet (id, embedding) or .npy; with a slash at the end, a folder of parts; no default",
     )
-    command.add_argument("--column", default="text", help="where there are columns (default: text)")
-    command.add_argument("--id-column", help="whose values become the ids (default: the row's number)")
-    command.add_argument("--keep-text", action="store_true", help="a column text in the output, too")
-    command.add_argument(
+    group.add_argument("--column", default="text", help="where there are columns (default: text)")
+    group.add_argument("--id-column", help="whose values become the ids (default: the row's number)")
+    group.add_argument("--keep-text", action="store_true", help="a column text in the output, too")
+    common.add_force(group)
+
+
+def _add_model(group: Any) -> None:
+    group.add_argument(
         "--model",
         metavar="FOLDER",
         help="encoder and selector in one folder, a shipped name, or an encoder with --selector "
         "(default: all-MiniLM-L6-v2, bundled)",
     )
-    command.add_argument("--selector", metavar="NAME", help="a folder, or the name of a shipped selector")
-    command.add_argument("--max-length", type=positive, help="tokens at most (default: the model's)")
-    command.add_argument("--prompt", help="put before each text")
-    command.add_argument("--normalize", action="store_true", help="to length 1")
-    command.add_argument("--truncate-dim", type=positive, metavar="D", help="the first D features")
-    command.add_argument("--precision", choices=PRECISIONS, default="float32", help="default: float32")
-    command.add_argument("--output-dtype", choices=("float16",), help="in which embeddings of float32 are stored")
-    command.add_argument(
-        "--calibration", type=common.path, metavar="FILE", help="texts whose embeddings' ranges int8 and uint8 divide"
+    group.add_argument(
+        "--selector", metavar="NAME", help="a folder, or the name of a shipped selector (default: that of --model)"
     )
-    command.add_argument(
-        "--dtype",
-        choices=("auto", *DTYPES),
-        default="auto",
-        help="of the encoder (default: what the device is good at)",
-    )
-    command.add_argument(
+    group.add_argument("--max-length", type=positive, help="tokens at most (default: the model's)")
+    group.add_argument(
         "--overflow",
         choices=OVERFLOWS,
         default="truncate",
         help="of texts longer than --max-length: cut, refuse, or average overlapping windows (default: truncate)",
     )
-    command.add_argument("--batch-tokens", type=positive, metavar="N", help="default: as many as the device runs well")
-    command.add_argument(
+    group.add_argument("--prompt", help="put before each text (default: the model's)")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="of the encoder (default: auto, what the device is good at)",
+    )
+
+
+def _add_embeddings(group: Any) -> None:
+    group.add_argument("--normalize", action="store_true", help="to length 1")
+    group.add_argument(
+        "--truncate-dim", type=positive, metavar="D", help="the first D features (default: as many as the model gives)"
+    )
+    group.add_argument("--precision", choices=PRECISIONS, default="float32", help="default: float32")
+    group.add_argument(
+        "--output-dtype",
+        choices=("float16",),
+        help="in which embeddings of float32 are stored (default: float32)",
+    )
+    group.add_argument(
+        "--calibration",
+        type=common.path,
+        metavar="FILE",
+        help="texts whose embeddings' ranges int8 and uint8 divide; no default",
+    )
+
+
+def _add_run(group: Any) -> None:
+    group.add_argument("--batch-tokens", type=positive, metavar="N", help="default: as many as the device runs well")
+    group.add_argument(
         "--part-rows",
         "--chunk",
         type=positive,
         metavar="N",
         help="texts of a part, between two places to go on from (default: 65536 in a folder, 4096 on the way to a file)",
     )
-    command.add_argument("--force", action="store_true", help="replace an output that is there")
-    command.add_argument("--shard", type=shard, metavar="I/N", help="every N-th part from part I on, I from 0 to N - 1")
-    command.add_argument(
-        "--finish", type=common.path, metavar="FOLDER/", help="check the shards' parts; write the manifest"
+    group.add_argument(
+        "--shard", type=shard, metavar="I/N", help="every N-th part from part I on, I from 0 to N - 1 (default: all)"
     )
-    command.add_argument("--engine", choices=("local", "ray"), default="local", help="who encodes (default: local)")
-    command.add_argument(
+    group.add_argument(
+        "--finish", type=common.path, metavar="FOLDER/", help="check the shards' parts; write the manifest; no default"
+    )
+    group.add_argument("--engine", choices=("local", "ray"), default="local", help="who encodes (default: local)")
+    group.add_argument(
         "--device",
         nargs="+",
         action="extend",
-        help="local: one, or several with a process each (default: cuda where there is one, else cpu)",
+        help="one, or several with a process each (default: cuda where there is one, else cpu)",
     )
-    command.add_argument(
-        "--address", help="ray: of a running cluster, as auto (default: RAY_ADDRESS, or one is started)"
-    )
-    command.add_argument("--workers", type=positive, metavar="N", help="ray: default: as many as there is room for")
-    command.add_argument(
-        "--gpus-per-worker", type=share, metavar="G", help="ray: default: 1 where there are GPUs, else 0"
-    )
+    group.add_argument("--address", help="of a running cluster, as auto (default: RAY_ADDRESS, or one is started)")
+    group.add_argument("--workers", type=positive, metavar="N", help="default: as many as there is room for")
+    group.add_argument("--gpus-per-worker", type=share, metavar="G", help="default: 1 where there are GPUs, else 0")
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -222,14 +257,20 @@ def _check_output(arguments: argparse.Namespace, output: Path) -> None:
     if name.endswith("/"):
         common.check_writable(output)
         return
+    if output.is_dir():
+        raise UserError(f"--output {name}: expected a file, got a directory; with a slash at the end it gets parts")
+    if Path(name).suffix.lower() not in OUTPUTS:
+        raise UserError(
+            f"--output {name}: expected a file of {', '.join(OUTPUTS)}, or a folder with a slash at the end"
+        )
+    if arguments.keep_text and name.lower().endswith(".npy"):
+        raise UserError(
+            f"--keep-text: expected a file of .parquet or a folder, since an array holds no texts, got {name}"
+        )
     common.check_writable(output.parent)
     if output.exists() and not arguments.force:
         remove_leftovers(output)
-        raise UserError(f"output {name}: it is there already; --force replaces it")
-    if output.is_dir():
-        raise UserError(f"output {name}: expected a file, got a directory; with a slash at the end it gets parts")
-    if Path(name).suffix.lower() not in OUTPUTS:
-        raise UserError(f"output {name}: expected a file of {', '.join(OUTPUTS)}, or a folder with a slash at the end")
+    common.check_new([output], arguments.force)
 
 
 def _check_inputs(paths: list[str], output: Path) -> None:

@@ -45,7 +45,7 @@ def make_encoder(options: EncoderOptions, device: str) -> Encoder:
     try:
         made = Embedder.from_pretrained(name, options.selector, options.dtype, device, **limits)
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(common.of_option(str(error))) from error
     size = made.dimension
     if options.truncate_dim is not None and options.truncate_dim > size:
         raise UserError(

@@ -20,44 +20,55 @@ from ..tools.baselines import ScalarMix
 from . import common
 from .common import UserError, positive
 
+FILES = ("evaluation.json", "evaluation.png")
+
 
 def add(commands: Any) -> None:
     about = "score embeddings on STS and classification files, beside other poolings"
     command = commands.add_parser("evaluate", help=about, description=__doc__)
-    command.add_argument(
+    data = command.add_argument_group("data")
+    model = command.add_argument_group("model")
+    run = command.add_argument_group("run")
+    model.add_argument(
         "--model",
         help="path, hub id or shipped name of an encoder, or folder of encoder and selector (default: all-MiniLM-L6-v2, bundled)",
     )
-    command.add_argument("--selector", help="folder or shipped name (default: that of the model's shipped name)")
-    command.add_argument(
+    model.add_argument("--selector", help="folder or shipped name (default: that of the model's shipped name)")
+    data.add_argument(
         "--sts",
         type=common.path,
         nargs="+",
         action="extend",
         default=[],
         metavar="FILE",
-        help="TSV with columns split, score, sentence1, sentence2",
+        help="TSV with columns split, score, sentence1, sentence2 (default: none)",
     )
-    command.add_argument(
+    data.add_argument(
         "--transfer",
         type=common.path,
         nargs="+",
         action="extend",
         default=[],
         metavar="FILE",
-        help="TSV with columns split, label and text, or sentence1 and sentence2; splits train and test, or all",
+        help="TSV with columns split, label and text, or sentence1 and sentence2; splits train and test, or all (default: none)",
     )
-    command.add_argument(
-        "--mteb", nargs="+", action="extend", default=[], metavar="TASK", help="tasks of mteb (needs a network)"
+    data.add_argument(
+        "--mteb",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TASK",
+        help="tasks of mteb; needs a network (default: none)",
     )
-    command.add_argument("--split", default="test", help="split of STS files (default: test)")
-    command.add_argument("--pooling", choices=POOLINGS, help="of the selector (default: what it was trained for)")
-    command.add_argument("--max-length", type=positive, default=256, help="tokens at most (default: 256)")
-    command.add_argument("--batch-size", type=positive, default=128, help="texts at once (default: 128)")
-    common.add_device(command)
-    command.add_argument(
+    data.add_argument("--split", default="test", help="split of STS files (default: test)")
+    model.add_argument("--pooling", choices=POOLINGS, help="of the selector (default: what it was trained for)")
+    model.add_argument("--max-length", type=positive, default=256, help="tokens at most (default: 256)")
+    run.add_argument("--batch-size", type=positive, default=128, help="texts at once (default: 128)")
+    common.add_device(run)
+    run.add_argument(
         "--output-dir", type=common.path, default="evaluation", help="where results go (default: ./evaluation)"
     )
+    common.add_force(run)
 
 
 def _named(paths: Sequence[str]) -> list[tuple[str, str]]:
@@ -82,6 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("expected files or tasks to score on: --sts, --transfer or --mteb")
     directory = Path(arguments.output_dir)
     common.check_writable(directory)
+    common.check_new((directory / name for name in FILES), arguments.force)
     require("matplotlib.figure", "matplotlib", "demo")
     try:
         files = _read(arguments.sts, arguments.transfer, arguments.split)
@@ -133,7 +145,7 @@ def _embedder(
         try:
             whole = Embedder.from_pretrained(source.model, None, "float32", device, max_length=limits["max_length"])
         except ValueError as error:
-            raise UserError(str(error)) from error
+            raise UserError(common.of_option(str(error))) from error
         encoder, tokenizer, model = whole.encoder, whole.tokenizer, source.model
     else:
         encoder, tokenizer, model = common.load_model(source.model, device)

@@ -21,6 +21,7 @@ from . import common
 from .common import UserError
 
 MOST = 16  # heat maps that fit into a picture
+FILES = ("gates.png", "gates_by_text.png", "energy.png", "dct_bases.png")
 EXAMPLES = (
     "The ferry does not sail when the wind comes from the north.",
     "No ship leaves the harbour in this weather.",
@@ -31,17 +32,20 @@ EXAMPLES = (
 def add(commands: Any) -> None:
     about = "look at a selector's gates, the DCT bases and the energy of f"
     command = commands.add_parser("inspect", help=about, description=__doc__)
+    model = command.add_argument_group("model")
+    run = command.add_argument_group("run")
     command.add_argument("--text", nargs="+", action="extend", metavar="TEXT", help="texts (default: three examples)")
-    command.add_argument(
+    model.add_argument(
         "--model",
         help="path, hub id or shipped name of an encoder, or folder of encoder and selector (default: all-MiniLM-L6-v2, bundled)",
     )
-    command.add_argument("--selector", help="folder or shipped name (default: that of the model's shipped name)")
-    command.add_argument("--show", action="store_true", help="also open the pictures")
-    common.add_device(command)
-    command.add_argument(
+    model.add_argument("--selector", help="folder or shipped name (default: that of the model's shipped name)")
+    run.add_argument("--show", action="store_true", help="also open the pictures")
+    common.add_device(run)
+    run.add_argument(
         "--output-dir", type=common.path, default="inspection", help="where the pictures go (default: ./inspection)"
     )
+    common.add_force(run)
 
 
 def energies(squeezed: Tensor, frequencies: int) -> Tensor:
@@ -62,6 +66,7 @@ class _Seen(NamedTuple):
 def run(arguments: argparse.Namespace) -> None:
     directory = Path(arguments.output_dir)
     common.check_writable(directory)
+    common.check_new((directory / name for name in FILES), arguments.force)
     require("matplotlib.figure", "matplotlib", "demo")
     texts: Sequence[str] = arguments.text or EXAMPLES
     if any(not text.strip() for text in texts):

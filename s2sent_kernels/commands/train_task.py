@@ -41,7 +41,7 @@ class Task(NamedTuple):
         return self.given["max_length"]
 
     @property
-    def blocks(self) -> str | None:
+    def blocks(self) -> str | list[int] | None:
         return self.given.get("blocks")
 
     @property
