@@ -29,7 +29,19 @@ PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
 # Options that may change between an interrupted run and its resumption: they say how and where, not what. All other options, also
 # new ones, are part of the plan's key.
 IRRELEVANT = frozenset(
-    ("command", "output", "force", "device", "engine", "address", "workers", "gpus_per_worker", "shard", "finish")
+    (
+        "command",
+        "output",
+        "force",
+        "on_error",
+        "device",
+        "engine",
+        "address",
+        "workers",
+        "gpus_per_worker",
+        "shard",
+        "finish",
+    )
 )
 # In the key as fields of Request.
 REQUESTED = ("inputs", "column", "id_column", "keep_text", "output_dtype", "part_rows")
@@ -74,6 +86,12 @@ def _add_files(command: Any) -> None:
     group.add_argument("--column", default="text", help="where there are columns (default: text)")
     group.add_argument("--id-column", help="whose values become the ids (default: the row's number)")
     group.add_argument("--keep-text", action="store_true", help="a column text in the output, too")
+    group.add_argument(
+        "--on-error",
+        choices=("skip", "fail"),
+        default="fail",
+        help="of a row that cannot be encoded: NaN in its place and a line in failed.jsonl, or an error (default: fail)",
+    )
     common.add_force(group)
 
 
@@ -193,7 +211,9 @@ def run(arguments: argparse.Namespace) -> None:
     part = arguments.shard and encoding.Shard(*arguments.shard)
     with _told(arguments.output):
         write = encoding.encode_folder if as_folder else encoding.encode_file
-        count = write(request, engine, output, encoding.Options(part, arguments.force))
+        count = write(
+            request, engine, output, encoding.Options(part, arguments.force, skip=arguments.on_error == "skip")
+        )
     which = f"shard {part.number} of {part.total}, " if part else ""
     print(f"wrote {arguments.output}: {which}{count} texts")
 
@@ -201,8 +221,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _finish(arguments: argparse.Namespace) -> None:
     from ..tools import encoding
 
-    parser = argparse.ArgumentParser()
-    add(parser.add_subparsers())
+    add((parser := argparse.ArgumentParser()).add_subparsers())
     defaults = vars(parser.parse_args(["encode"]))
     for name, value in defaults.items():
         if name != "finish" and getattr(arguments, name) != value:
@@ -234,6 +253,8 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UserError("--calibration: expected with --precision int8 or uint8, and only then")
     if arguments.output_dtype is not None and arguments.precision != "float32":
         raise UserError(f"--output-dtype: expected with --precision float32, got {arguments.precision}")
+    if arguments.on_error == "skip" and arguments.precision != "float32":
+        raise UserError(f"--on-error skip: expected --precision float32, which has NaN, got {arguments.precision}")
     if arguments.inputs.count(STDIN) > 1:
         raise UserError(f"{STDIN}: expected once")
     if arguments.engine == "ray" and arguments.device is not None:

@@ -93,7 +93,6 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("expected files or tasks to score on: --sts, --transfer or --mteb")
     directory = Path(arguments.output_dir)
     common.check_writable(directory)
-    common.check_new((directory / name for name in FILES), arguments.force)
     require("matplotlib.figure", "matplotlib", "demo")
     try:
         files = _read(arguments.sts, arguments.transfer, arguments.split)
@@ -102,6 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
     source = common.resolve(arguments.model, arguments.selector, required=False)
     if source.whole and arguments.pooling is not None:
         raise UserError(f"--pooling: expected none beside --model {source.model}, which has its own")
+    common.check_new((directory / name for name in FILES), arguments.force)
     limits = {"max_length": arguments.max_length, "batch_size": arguments.batch_size}
     embed, model = _embedder(source, arguments.device, arguments.pooling, limits)
     content: dict[str, Any] = {"model": model, "selector": source.selector, "split": arguments.split}

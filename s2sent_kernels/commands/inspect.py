@@ -66,7 +66,6 @@ class _Seen(NamedTuple):
 def run(arguments: argparse.Namespace) -> None:
     directory = Path(arguments.output_dir)
     common.check_writable(directory)
-    common.check_new((directory / name for name in FILES), arguments.force)
     require("matplotlib.figure", "matplotlib", "demo")
     texts: Sequence[str] = arguments.text or EXAMPLES
     if any(not text.strip() for text in texts):
@@ -74,8 +73,10 @@ def run(arguments: argparse.Namespace) -> None:
     if len(texts) > MOST:
         raise UserError(f"--text: expected at most {MOST} texts, got {len(texts)}")
     device = common.device_of(arguments.device)
+    source = common.resolve(arguments.model, arguments.selector)
+    common.check_new((directory / name for name in FILES), arguments.force)
     try:
-        pipeline, tokenizer, names = _load(common.resolve(arguments.model, arguments.selector), device)
+        pipeline, tokenizer, names = _load(source, device)
         seen = _look(pipeline, tokenizer, texts)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error

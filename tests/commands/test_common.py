@@ -156,6 +156,7 @@ def test_an_unknown_new_option_changes_the_key(folders):
     [
         (["--device", "cpu"], True),
         (["--force"], True),
+        (["--on-error", "skip"], True),
         (["--workers", "2"], True),
         (["--engine", "ray"], True),
         (["--part-rows", "7"], False),

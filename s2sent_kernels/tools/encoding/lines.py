@@ -58,11 +58,12 @@ class Lines(NamedTuple):
         texts: list[str] = []
         ids: list[Any] | None = None if self.columns.id is None else []
         for number, raw in zip(block.numbers, block.content, strict=True):
+            identity = None
             try:
                 text, identity = self._row(number, raw)
                 texts.append(tables.text(f"{self.source.name}: line {number}: {self.columns.text}", text))
             except ValueError as error:
-                raise DataError(str(error), self.source.name, number) from error
+                raise DataError(str(error), self.source.name, number, identity) from error
             if ids is not None:
                 ids.append(identity)
         return texts, ids

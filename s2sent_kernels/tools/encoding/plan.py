@@ -16,6 +16,7 @@ from ..tables import STDIN
 from .reading import format_of
 from .rows import Columns, Mark, one_type
 from .sources import Source, source
+from .tabular import Tabular
 
 with importing(None, "encode"):
     import pyarrow as pa
@@ -70,6 +71,11 @@ class Plan(NamedTuple):
         """Names the plan in each of its parts."""
         return digest_of(self.key)
 
+    @property
+    def recipe(self) -> str:
+        """Names all that an embedding depends on beside its text."""
+        return digest_of(recipe_of(self.key))
+
     def save(self, folder: Path) -> None:
         schema = pa.schema([("id", self.id_type)]).serialize()
         content = {
@@ -119,14 +125,26 @@ def key_of(request: Request, copied: str | None = None) -> dict[str, Any]:
     return json.loads(json.dumps({**request._asdict(), "inputs": inputs}))  # as it is read again: no tuples
 
 
+def recipe_of(key: dict[str, Any]) -> dict[str, Any]:
+    """The key but for the inputs and how they are divided."""
+    return {name: value for name, value in key.items() if name not in ("inputs", "part_rows")}
+
+
 def state(path: str) -> list[Any]:
     """A file's name without links, size and time."""
     about = os.stat(path)
     return [os.path.realpath(path), about.st_size, about.st_mtime_ns]
 
 
-def make(request: Request, key: dict[str, Any], folder: Path) -> Plan:
+CHEAP = 64 << 20  # bytes of a file whose every row is looked at before the work
+
+
+def make(request: Request, key: dict[str, Any], folder: Path, *, strict: bool = False) -> Plan:
     """The plan, after a look at every input. Standard input was copied to COPY in ``folder``.
+
+    Args:
+        strict: a row without a text is an error here already where it is found without much work: in files of up to CHEAP bytes,
+            and in Parquet of any size whose footer counts nulls.
 
     Raises:
         ValueError: an input cannot be read, is empty, or lacks a column; there is no one type of all ids, or none that can be
@@ -140,7 +158,13 @@ def make(request: Request, key: dict[str, Any], folder: Path) -> Plan:
         # A link's own suffix counts. Its path is absolute: workers may have another working directory.
         found = source(COPY if path == STDIN else path)._replace(name=path, path=os.path.realpath(path))
         found = _placed(found, folder)
-        survey = format_of(found, request.columns).survey(request.part_rows)
+        reader = format_of(found, request.columns)
+        survey = reader.survey(request.part_rows)
+        if strict and os.path.getsize(found.path) <= CHEAP:
+            for block in reader.blocks(Mark(0, 0, 0)):
+                reader.decode(block)
+        elif strict and isinstance(reader, Tabular):
+            reader.check_nulls()
         if not survey.rows:
             raise ValueError(f"{path}: expected texts, got an empty file")
         if request.columns.id is not None:

@@ -45,20 +45,39 @@ class Tabular(NamedTuple):
     def decode(self, block: Block) -> tuple[list[str], Any]:
         column, batch = self.columns.text, block.content
         texts = _texts(batch.column(column))
-        for number, text in zip(block.numbers, texts, strict=True):
+        for place, text in enumerate(texts):
             if isinstance(text, str):
                 continue
-            name = self.source.name
+            name, number = self.source.name, block.numbers[place]
+            has_id = self.columns.id is not None and self.columns.id != column
+            identity = batch.column(self.columns.id)[place].as_py() if has_id else None
             if isinstance(text, bytes):
                 byte = _bad_byte(text)
-                raise DataError(f"{name}: row {number} is not UTF-8 (byte 0x{byte:02x})", name, number)
-            raise DataError(f"{name}: row {number}: {column}: expected a text, got {text!r}", name, number)
+                raise DataError(f"{name}: row {number} is not UTF-8 (byte 0x{byte:02x})", name, number, identity)
+            raise DataError(f"{name}: row {number}: {column}: expected a text, got {text!r}", name, number, identity)
         if self.columns.id is None:
             return texts, None
         if self.columns.id == column and self.source.kind in ("csv", "tsv"):
             return texts, pa.array(texts)  # the batch has their bytes
         ids = batch.column(self.columns.id)
         return texts, ids.dictionary_decode() if pa.types.is_dictionary(ids.type) else ids
+
+    def check_nulls(self) -> None:
+        """DataError where the footer of a Parquet file counts nulls among the texts."""
+        if self.source.kind != "parquet":
+            return
+        with self._told(), self.seekable() as stream, parquet.ParquetFile(stream) as file:
+            name, first = self.source.name, 0
+            at = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)].index(
+                self.columns.text
+            )
+            for group in range(file.num_row_groups):
+                about = file.metadata.row_group(group)
+                counted = about.column(at).statistics
+                if counted is not None and counted.has_null_count and counted.null_count:
+                    rows = f"rows {first + 1} to {first + about.num_rows}"
+                    raise DataError(f"{name}: {rows}: {self.columns.text}: expected texts, got None among them", name)
+                first += about.num_rows
 
     @property
     def wanted(self) -> list[str]:
