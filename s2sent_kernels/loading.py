@@ -15,7 +15,7 @@ from . import absent, export
 from .capture import BlockCapture
 from .checkpoints import folders
 from .files import require
-from .parts import Trained, load_model, max_seq_length, read_selector
+from .parts import Trained, load_model, max_length, read_selector
 from .quiet import quietly
 from .sources import LoadError, Source, cannot_load, config_of, resolve
 
@@ -134,8 +134,7 @@ def load_parts(name: str, selector: str | None) -> Parts:
     assert source.selector is not None  # resolve required one
     trained = read_selector(source.selector)
     encoder, tokenizer, _ = load_model(source.model, torch.device("cpu"))
-    limits = [limit for limit in (trained.max_length, max_seq_length(source.model)) if limit is not None]
-    return Parts(fuse(encoder, trained), tokenizer, min(limits, default=None))
+    return Parts(fuse(encoder, trained), tokenizer, max_length(source.model, trained))
 
 
 def _parts_of(model: Any, name: str) -> Parts:

@@ -114,6 +114,17 @@ def load_transformer(model: str | None, max_length: int | None = None, **options
     return module
 
 
+def max_length(model: str | None, trained: Trained | None = None) -> int | None:
+    """Tokens at which the texts of an encoder are cut, as its folder and that of its selector say; None where neither does. Who
+    loads both uses this number: training, evaluation, encoding and export see the same tokens.
+
+    Raises:
+        LoadError: a file of the folder cannot be read.
+    """
+    limits = (max_seq_length(model), None if trained is None else trained.max_length)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def max_seq_length(model: str | None) -> int | None:
     """What sentence-transformers saved beside an encoder, in a folder or on the hub."""
     path, name = find_model(model)

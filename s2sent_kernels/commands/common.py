@@ -144,6 +144,7 @@ def _silently(function: Callable[P, T]) -> Callable[P, T]:
 resolve = functools.partial(_told(sources.resolve), option="--")
 holds_selector = _told(sources.holds_selector)
 read_selector = _told(parts.read_selector)
+max_length = _told(parts.max_length)
 load_model = _told(_silently(parts.load_model))
 load_transformer = _told(_silently(parts.load_transformer))
 load_whole = _told(_silently(loading.load_whole))
@@ -152,10 +153,21 @@ load_pipeline = _told(_silently(loading.load_pipeline))
 fuse = _told(loading.fuse)
 
 
-def batches(encoder: Any, tokenizer: Any, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """The encoder's inputs for batches of ``texts``, in their order."""
+def batches(encoder: Any, tokenizer: Any, texts: Sequence[str], max_length: int | None) -> list[dict[str, Any]]:
+    """The encoder's inputs for batches of ``texts``, in their order, cut at ``max_length`` tokens."""
     rows = encoders.in_batches(range(len(texts)), BATCH)
-    return [batch.inputs for batch in encoders.token_batches(encoder, tokenizer, texts, rows, max_length=512)]
+    return [batch.inputs for batch in encoders.token_batches(encoder, tokenizer, texts, rows, max_length=max_length)]
+
+
+def within(given: int | None, own: int | None) -> int | None:
+    """What ``--max-length`` and a folder's own length mean together: texts may be cut before what the folder says, not behind.
+
+    Raises:
+        UserError: the option is greater, and would mean nothing.
+    """
+    if given is not None and own is not None and given > own:
+        raise UserError(f"--max-length: expected at most {own}, at which the model's folder cuts texts, got {given}")
+    return own if given is None else given
 
 
 # ---------------------------------------------------------------- results

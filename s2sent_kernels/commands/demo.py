@@ -230,7 +230,9 @@ def run(arguments: argparse.Namespace) -> None:
         _print_selector(selector, capture.blocks, trained)
         print(f"backend   {chosen}: {backends()[chosen].reason}", flush=True)
 
-        batches = common.batches(encoder, tokenizer, texts.sentences + texts.queries)
+        batches = common.batches(
+            encoder, tokenizer, texts.sentences + texts.queries, common.max_length(arguments.model)
+        )
         start = time.perf_counter()
         embeddings = torch.cat([capture.pool(selector, **batch) for batch in batches]).cpu()
         seconds = time.perf_counter() - start

@@ -62,7 +62,7 @@ def add(commands: Any) -> None:
     )
     data.add_argument("--split", default="test", help="split of STS files (default: test)")
     model.add_argument("--pooling", choices=POOLINGS, help="of the selector (default: what it was trained for)")
-    model.add_argument("--max-length", type=positive, default=256, help="tokens at most (default: 256)")
+    model.add_argument("--max-length", type=positive, help="tokens at most (default: the model's)")
     run.add_argument("--batch-size", type=positive, default=128, help="texts at once (default: 128)")
     common.add_device(run)
     run.add_argument(
@@ -133,7 +133,7 @@ def _read(sts: Sequence[str], transfer: Sequence[str], split: str) -> _Files:
 
 
 def _embedder(
-    source: common.Source, device_name: str | None, pooling: str | None, limits: Mapping[str, int]
+    source: common.Source, device_name: str | None, pooling: str | None, limits: Mapping[str, Any]
 ) -> tuple[evaluation.Embed, str]:
     """A function from texts to embeddings by every pooling, and the model's name. A folder with its own selector gives the
     embeddings of the whole model."""
@@ -144,11 +144,14 @@ def _embedder(
     if source.model is not None and source.whole:
         try:
             whole = Embedder.from_pretrained(source.model, None, "float32", device, max_length=limits["max_length"])
+            limit = common.within(limits["max_length"], whole.max_length)
         except ValueError as error:
             raise UserError(common.of_option(str(error))) from error
         encoder, tokenizer, model = whole.encoder, whole.tokenizer, source.model
     else:
         encoder, tokenizer, model = common.load_model(source.model, device)
+        limit = common.within(limits["max_length"], common.max_length(source.model, trained))
+    limits = {**limits, "max_length": limit}
     modules = {} if trained is None else _modules(trained, encoder, device)
     if trained is not None and pooling is None:
         pooling = trained.pooling

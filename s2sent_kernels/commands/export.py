@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
         "--max-length",
         type=common.positive,
         metavar="TOKENS",
-        help="where servers truncate a text (default: where the tokenizer and the encoder end)",
+        help="where servers truncate a text (default: the model's)",
     )
     common.add_force(files)
     common.add_device(model)
@@ -97,9 +97,11 @@ def _check_output(arguments: argparse.Namespace, path: Path, folder: bool) -> No
 
 def _write_folder(pipeline: Any, source: common.Source, path: Path, arguments: argparse.Namespace) -> None:
     tokenizer = pipeline.tokenizer or _tokenizer(source)
-    agreement = servers.export_folder(
-        pipeline, path, tokenizer, max_length=arguments.max_length, quantize=arguments.quantize
-    )
+    own = None
+    if not source.whole and source.selector is not None:
+        own = common.max_length(source.model, common.read_selector(source.selector))
+    limit = common.within(arguments.max_length, own)
+    agreement = servers.export_folder(pipeline, path, tokenizer, max_length=limit, quantize=arguments.quantize)
     if agreement is not None:
         print(
             f"{arguments.quantize} against float32 on {agreement.texts} sentences: cosine {agreement.mean:.4f} on average, "

@@ -76,8 +76,9 @@ def run(arguments: argparse.Namespace) -> None:
     source = common.resolve(arguments.model, arguments.selector)
     common.check_new((directory / name for name in FILES), arguments.force)
     try:
-        pipeline, tokenizer, names = _load(source, device)
-        seen = _look(pipeline, tokenizer, texts)
+        pipeline, tokenizer, names, limit = _load(source, device)
+        (batch,) = common.batches(pipeline.encoder, tokenizer, texts, limit)
+        seen = _look(pipeline, batch)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
     print(f"{names}: blocks {', '.join(map(str, seen.blocks))}, {seen.selector.frequencies} components")
@@ -88,21 +89,21 @@ def run(arguments: argparse.Namespace) -> None:
         _show([directory / file for file in content])
 
 
-def _load(source: common.Source, device: torch.device) -> tuple[export.Pipeline, Any, str]:
-    """The pipeline, its tokenizer, and both names for the terminal."""
+def _load(source: common.Source, device: torch.device) -> tuple[export.Pipeline, Any, str, int | None]:
+    """The pipeline, its tokenizer, both names for the terminal, and the tokens at which the folders cut a text."""
     if source.model is not None and source.whole:
         sentences = common.load_whole(source.model)[0].to(device)
         pipeline = export.as_pipeline(sentences if len(sentences) > 1 else sentences[0].auto_model)
-        return pipeline, sentences.tokenizer, f"model     {source.model}"
+        return pipeline, sentences.tokenizer, f"model     {source.model}", sentences.max_seq_length
     assert source.selector is not None  # resolve required one
     trained = common.read_selector(source.selector)
     encoder, tokenizer, name = common.load_model(source.model, device)
-    return common.fuse(encoder, trained).to(device), tokenizer, f"encoder   {name}; selector {source.selector}"
+    names = f"encoder   {name}; selector {source.selector}"
+    return common.fuse(encoder, trained).to(device), tokenizer, names, common.max_length(source.model, trained)
 
 
-def _look(pipeline: export.Pipeline, tokenizer: Any, texts: Sequence[str]) -> _Seen:
+def _look(pipeline: export.Pipeline, batch: dict[str, Tensor]) -> _Seen:
     selector = pipeline.selector
-    (batch,) = common.batches(pipeline.encoder, tokenizer, texts)
     with pipeline.capture as capture, torch.no_grad():
         hidden_states, mask = capture.collect(**batch), batch["attention_mask"]
         squeezed, _ = functional.squeeze(

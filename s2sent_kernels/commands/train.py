@@ -18,7 +18,7 @@ from ..tools.problems import CLASSES, PROBLEMS
 from ..tools.recipe import GATE_SCALE
 from . import common, train_classifier, train_pairs
 from .common import UserError, positive
-from .train_task import CACHE, CLASSIFICATION, CONTRASTIVE, STS, TASKS, Task
+from .train_task import CACHE, CLASSIFICATION, CONTRASTIVE, MAX_LENGTH, STS, TASKS, Task
 
 
 class _Only(NamedTuple):
@@ -125,7 +125,11 @@ def _add_selector(group: Any) -> None:
     scale.add_argument("--no-gate-scale", action="store_true", help="without it: the paper's formula")
     group.add_argument("--no-norm", action="store_true", help="without batch norm in the gate")
     group.add_argument("--pooling", choices=POOLINGS, default="mean", help="default: mean")
-    group.add_argument("--max-length", type=positive, default=256, help="tokens at most (default: 256)")
+    group.add_argument(
+        "--max-length",
+        type=positive,
+        help=f"tokens at most (default: the encoder's, where its folder says, else {MAX_LENGTH})",
+    )
 
 
 def _add_recipe(group: Any) -> None:

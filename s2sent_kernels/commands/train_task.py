@@ -18,6 +18,7 @@ from . import common
 from .common import UserError
 
 CONTRASTIVE, STS, CLASSIFICATION = TASKS = ("contrastive", "sts", "classification")
+MAX_LENGTH = 256  # tokens, of an encoder whose folder does not say
 CACHE = "s2sent_cache"  # the default folder
 
 
@@ -38,7 +39,9 @@ class Task(NamedTuple):
 
     @property
     def max_length(self) -> int:
-        return self.given["max_length"]
+        """Tokens at which texts are cut in training and, since the result's folder says so, ever after."""
+        found = common.within(self.given.get("max_length"), common.max_length(self.given.get("model")))
+        return MAX_LENGTH if found is None else found
 
     @property
     def blocks(self) -> str | list[int] | None:

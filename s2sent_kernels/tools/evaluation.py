@@ -130,7 +130,7 @@ def side_by_side(
     *,
     pooling: str = "mean",
     batch_size: int = 128,
-    max_length: int = 512,
+    max_length: int | None = None,
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """Embeddings [S, D], float32 on the CPU, of every text by every pooling, from one pass over the encoder.
@@ -138,6 +138,7 @@ def side_by_side(
     Args:
         modules: by name, the poolings to add to MEAN_OF_LAST, FIRST_LAST, AVERAGE and CLS.
         pooling: over the tokens, of ``modules``.
+        max_length: tokens at most. None: as many as the encoder takes.
     """
     kept = list(dict.fromkeys(texts))
     found: dict[str, Tensor] = {}

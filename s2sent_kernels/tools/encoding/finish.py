@@ -19,12 +19,15 @@ class Checked(NamedTuple):
 
     schema: Any  # pyarrow's
     cut: int  # texts that were longer than the encoder takes, where it counts them
+    limit: int | None  # how many tokens that are
     sums: list[str]  # SHA-256 of the files
     skipped: list[dict[str, Any]]  # the rows that could not be encoded: part, file, row and error
 
     def say(self, plan: Plan, say: Callable[[str], None]) -> None:
         if self.cut:
-            say(f"{self.cut} of {sum(part.rows for part in plan.parts)} texts have more tokens than the model takes")
+            cut = f"more than {self.limit} tokens and were cut"
+            what = "more tokens than the model takes" if self.limit is None else cut
+            say(f"{self.cut} of {sum(part.rows for part in plan.parts)} texts have {what}")
 
     def notes(self) -> bytes:
         """A line of JSON for each row that could not be encoded."""
@@ -96,11 +99,12 @@ def check(plan: Plan, folder: Path) -> Checked:
     """
     known: Any = None
     cut, sums = 0, []
+    limit: int | None = None
     skipped: list[dict[str, Any]] = []
     digest = plan.digest
     found = each(lambda part: read(folder, part, digest), plan.parts)
     for part, one in zip(plan.parts, found, strict=True):
-        cut += one.cut
+        cut, limit = cut + one.cut, one.limit if limit is None else limit
         sums.append(one.sha256)
         file = plan.sources[part.source].name
         skipped += [{"part": part.number, "file": file, "row": row, "error": why} for row, why in one.skipped]
@@ -108,4 +112,4 @@ def check(plan: Plan, folder: Path) -> Checked:
         if known is not None and columns != known:
             raise ValueError(f"{folder / part.name}: expected columns {known.names} as in the other parts, got others")
         known = columns
-    return Checked(known, cut, sums, skipped)
+    return Checked(known, cut, limit, sums, skipped)

@@ -22,7 +22,7 @@ from .reading import Reader, Rows
 from .reuse import RowSum
 from .rows import Columns, DataError
 from .sources import Source
-from .stock import CUT, DIGEST, NUMBER, RECIPE, ROWS, SEAL, SKIPPED, footer_length, is_there
+from .stock import CUT, DIGEST, LIMIT, NUMBER, RECIPE, ROWS, SEAL, SKIPPED, footer_length, is_there
 
 with importing(None, "encode"):
     import pyarrow as pa
@@ -33,8 +33,9 @@ EMBEDDING = "embedding.list.element"  # Parquet's name of the column of numbers
 
 
 class Encoder(Protocol):
-    """What a worker makes once. Of its attributes, if it has them, ``tokens`` counts the tokens that it has encoded, and ``cut``
-    the texts that were longer than it takes. A ValueError of one text is a TextError, which knows its index."""
+    """What a worker makes once. Of its attributes, if it has them, ``tokens`` counts the tokens that it has encoded, ``cut`` the
+    texts that were longer than it takes, and ``max_length`` says at how many tokens these were cut. A ValueError of one text is a
+    TextError, which knows its index."""
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """[rows, D]"""
@@ -138,6 +139,8 @@ class Worker:
                 written.result()
                 if writer is not None:
                     known = {} if cut is None else {CUT: str(self.encoder.cut - cut)}  # type: ignore[attr-defined]
+                    if (limit := getattr(self.encoder, "max_length", None)) is not None:
+                        known[LIMIT] = str(limit)
                     known[ROWS] = total.hexdigest()
                     if skipped:
                         known[SKIPPED] = json.dumps(sorted(skipped))
@@ -227,7 +230,9 @@ def restamp(job: Job, part: Part) -> None:
                 for table in itertools.chain([first], stamped):
                     writer.write_table(table)
                 known = old.metadata.metadata
-                writer.add_key_value_metadata({name: known[name] for name in (CUT, ROWS, SKIPPED) if name in known})
+                writer.add_key_value_metadata(
+                    {name: known[name] for name in (CUT, LIMIT, ROWS, SKIPPED) if name in known}
+                )
                 file.hold()
             file.seal()
             new.flush()

@@ -20,8 +20,8 @@ with importing(None, "encode"):
     import pyarrow as pa
     from pyarrow import parquet
 
-# In a part's metadata: its plan, its number in it, and how many of its texts were too long.
-DIGEST, NUMBER, CUT = b"s2sent_plan", b"s2sent_part", b"s2sent_cut"
+# In a part's metadata: its plan, its number in it, how many of its texts were too long, and for how many tokens.
+DIGEST, NUMBER, CUT, LIMIT = b"s2sent_plan", b"s2sent_part", b"s2sent_cut", b"s2sent_limit"
 # And what tells whether a part of another plan will do: how its texts were encoded, and a checksum of its rows as they were read.
 RECIPE, ROWS = b"s2sent_recipe", b"s2sent_rows"
 SKIPPED = b"s2sent_skipped"  # JSON: the number of each row that could not be encoded, and why
@@ -54,6 +54,12 @@ class Found(NamedTuple):
     @property
     def cut(self) -> int:
         return int(self.about.metadata.get(CUT, 0))
+
+    @property
+    def limit(self) -> int | None:
+        """The tokens at which texts were cut; None where the encoder does not tell."""
+        found = self.about.metadata.get(LIMIT)
+        return None if found is None else int(found)
 
     @property
     def skipped(self) -> list[tuple[int, str]]:
