@@ -17,6 +17,7 @@ from ..parts import Trained
 from ..quiet import quiet_transformers
 from ..sources import BUNDLED, Source
 from ..tools import encoders
+from ..tools.tables import FORMATS, STDIN
 
 BATCH = 128  # texts per call of the encoder
 
@@ -77,6 +78,19 @@ def say_modes(command: Any, modes: Mapping[str, str]) -> None:
     for action in command._actions:
         if action.dest in modes:
             action.help = f"{action.help} [{modes[action.dest]}]"
+
+
+def add_format(group: Any) -> None:
+    group.add_argument("--format", choices=FORMATS, help="of standard input, which - means (default: text, one a line)")
+
+
+def check_format(given: str | None, paths: Iterable[str]) -> None:
+    """UserError where ``--format`` would mean nothing: the suffixes of files tell theirs. Or where - is there twice."""
+    count = list(paths).count(STDIN)
+    if given is not None and not count:
+        raise UserError(f"--format: expected with {STDIN}, standard input; a file's suffix tells its format")
+    if count > 1:
+        raise UserError(f"{STDIN}: expected once")
 
 
 def add_device(command: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..embedder import Embedder
 from ..files import require
 from ..formula.call import POOLINGS
-from ..tools import evaluation, mteb_tasks, pictures
+from ..tools import columns, evaluation, labelled, mteb_tasks, pictures
 from ..tools.baselines import ScalarMix
 from . import common
 from .common import UserError, positive
@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
         action="extend",
         default=[],
         metavar="FILE",
-        help="TSV with columns split, score, sentence1, sentence2 (default: none)",
+        help=".tsv, .csv, .jsonl or .parquet with columns split, score, sentence1, sentence2 (default: none)",
     )
     data.add_argument(
         "--transfer",
@@ -50,7 +50,7 @@ def add(commands: Any) -> None:
         action="extend",
         default=[],
         metavar="FILE",
-        help="TSV with columns split, label and text, or sentence1 and sentence2; splits train and test, or all (default: none)",
+        help="with columns split, label and text, or sentence1 and sentence2; splits train and test, or all (default: none)",
     )
     data.add_argument(
         "--mteb",
@@ -64,6 +64,12 @@ def add(commands: Any) -> None:
     model.add_argument("--pooling", choices=POOLINGS, help="of the selector (default: what it was trained for)")
     model.add_argument("--max-length", type=positive, help="tokens at most (default: the model's)")
     run.add_argument("--batch-size", type=positive, default=128, help="texts at once (default: 128)")
+    data.add_argument(
+        "--columns",
+        metavar="WHAT=COLUMN,...",
+        help="other names that the files have for their columns: sentence1=query.text,score=similarity (default: their own)",
+    )
+    common.add_format(data)
     common.add_device(run)
     run.add_argument(
         "--output-dir", type=common.path, default="evaluation", help="where results go (default: ./evaluation)"
@@ -95,7 +101,8 @@ def run(arguments: argparse.Namespace) -> None:
     common.check_writable(directory)
     require("matplotlib.figure", "matplotlib", "demo")
     try:
-        files = _read(arguments.sts, arguments.transfer, arguments.split)
+        common.check_format(arguments.format, [*arguments.sts, *arguments.transfer])
+        files = _read(arguments)
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
     source = common.resolve(arguments.model, arguments.selector, required=False)
@@ -112,23 +119,31 @@ def run(arguments: argparse.Namespace) -> None:
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
     print(table(content))
-    columns = _columns(content)
+    scores = _columns(content)
     # Identical embeddings have no correlation: NaN, which JSON cannot represent.
     valid = json.loads(json.dumps(content), parse_constant=lambda _: None)
     common.write_files(
         directory,
         {
             "evaluation.json": (json.dumps(valid, indent=1) + "\n").encode(),
-            "evaluation.png": pictures.scores_picture(columns, f"{model}: Spearman or accuracy, times 100"),
+            "evaluation.png": pictures.scores_picture(scores, f"{model}: Spearman or accuracy, times 100"),
         },
     )
 
 
-def _read(sts: Sequence[str], transfer: Sequence[str], split: str) -> _Files:
+def _read(arguments: argparse.Namespace) -> _Files:
+    sts, transfer = arguments.sts, arguments.transfer
+    known = (*labelled.SCORED, *labelled.LABELLED, "subset")
+    chosen = {} if arguments.columns is None else columns.parse(arguments.columns, known)
+
+    def of(own: Sequence[str]) -> columns.Columns:  # those of a file: one of STS has no label
+        return columns.Columns({what: name for what, name in chosen.items() if what in own}, format=arguments.format)
+
     named = _named([*sts, *transfer])
+    scored, classes = of((*labelled.SCORED, "subset")), of(labelled.LABELLED)
     return _Files(
-        {task: evaluation.read_sts(path, split) for task, path in named[: len(sts)]},
-        {task: (path, evaluation.read_transfer(path)) for task, path in named[len(sts) :]},
+        {task: evaluation.read_sts(path, arguments.split, scored) for task, path in named[: len(sts)]},
+        {task: (path, evaluation.read_transfer(path, classes)) for task, path in named[len(sts) :]},
     )
 
 

@@ -16,7 +16,8 @@ from .. import export, functional
 from ..files import require
 from ..formula import dct
 from ..selector import S2SentSelector
-from ..tools import pictures
+from ..tools import columns, pictures
+from ..tools.labelled import TEXT, read_texts
 from . import common
 from .common import UserError
 
@@ -34,7 +35,13 @@ def add(commands: Any) -> None:
     command = commands.add_parser("inspect", help=about, description=__doc__)
     model = command.add_argument_group("model")
     run = command.add_argument_group("run")
-    command.add_argument("--text", nargs="+", action="extend", metavar="TEXT", help="texts (default: three examples)")
+    texts = command.add_argument_group("texts")
+    texts.add_argument("--text", nargs="+", action="extend", metavar="TEXT", help="texts (default: three examples)")
+    texts.add_argument(
+        "--file", type=common.path, help=f"of texts, {MOST} at most, as `s2sent predict` reads them (default: none)"
+    )
+    texts.add_argument("--columns", metavar="text=COLUMN", help="of --file (default: text)")
+    common.add_format(texts)
     model.add_argument(
         "--model",
         help="path, hub id or shipped name of an encoder, or folder of encoder and selector (default: all-MiniLM-L6-v2, bundled)",
@@ -67,11 +74,12 @@ def run(arguments: argparse.Namespace) -> None:
     directory = Path(arguments.output_dir)
     common.check_writable(directory)
     require("matplotlib.figure", "matplotlib", "demo")
-    texts: Sequence[str] = arguments.text or EXAMPLES
+    texts = _texts(arguments)
     if any(not text.strip() for text in texts):
         raise UserError("--text: expected texts, got an empty one")
     if len(texts) > MOST:
-        raise UserError(f"--text: expected at most {MOST} texts, got {len(texts)}")
+        what = "--text" if arguments.file is None else arguments.file
+        raise UserError(f"{what}: expected at most {MOST} texts, got {len(texts)}")
     device = common.device_of(arguments.device)
     source = common.resolve(arguments.model, arguments.selector)
     common.check_new((directory / name for name in FILES), arguments.force)
@@ -87,6 +95,25 @@ def run(arguments: argparse.Namespace) -> None:
     common.write_files(directory, content)
     if arguments.show:
         _show([directory / file for file in content])
+
+
+def _texts(arguments: argparse.Namespace) -> Sequence[str]:
+    if arguments.file is None:
+        common.check_format(arguments.format, [])
+        if arguments.columns is not None:
+            raise UserError("--columns: expected with --file")
+        return arguments.text or EXAMPLES
+    if arguments.text is not None:
+        raise UserError("--file: expected without --text")
+    common.check_format(arguments.format, [arguments.file])
+    try:
+        named = {} if arguments.columns is None else columns.parse(arguments.columns, TEXT)
+        found = read_texts(arguments.file, columns.Columns(named, format=arguments.format))
+    except (ValueError, ImportError) as error:
+        raise UserError(str(error)) from error
+    if not isinstance(found[0], str):
+        raise UserError(f"{arguments.file}: expected texts, got pairs of sentences")
+    return [text for text in found if isinstance(text, str)]
 
 
 def _load(source: common.Source, device: torch.device) -> tuple[export.Pipeline, Any, str, int | None]:

@@ -49,6 +49,7 @@ def add(commands: Any) -> None:
         help=".tsv (label, then a column for each label's probability) or .jsonl",
     )
     run.add_argument("--batch-size", type=positive, default=common.BATCH, help=f"default: {common.BATCH}")
+    common.add_format(files)
     common.add_force(files)
     common.add_device(run)
 
@@ -57,6 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     if output.suffix not in SUFFIXES:
         raise UserError(f"--output: expected a file of {', '.join(SUFFIXES)}, got {output}")
+    common.check_format(arguments.format, arguments.inputs)
     common.check_new([output], arguments.force)
     for path in arguments.inputs:
         if output.exists() and os.path.exists(path) and output.samefile(path):
@@ -64,7 +66,8 @@ def run(arguments: argparse.Namespace) -> None:
     common.check_writable(output.parent)
     try:
         named = {} if arguments.columns is None else columns.parse(arguments.columns, (*TEXT, *PAIR))
-        texts = [text for path in arguments.inputs for text in read_texts(path, columns.Columns(named))]
+        given = columns.Columns(named, format=arguments.format)
+        texts = [text for path in arguments.inputs for text in read_texts(path, given)]
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
     if len({isinstance(text, str) for text in texts}) > 1:

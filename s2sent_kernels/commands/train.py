@@ -16,6 +16,7 @@ from ..formula.call import POOLINGS
 from ..tools import processes, recipe
 from ..tools.problems import CLASSES, PROBLEMS
 from ..tools.recipe import GATE_SCALE
+from ..tools.tables import STDIN
 from . import common, train_classifier, train_pairs
 from .common import UserError, positive
 from .train_task import CACHE, CLASSIFICATION, CONTRASTIVE, MAX_LENGTH, STS, TASKS, Task
@@ -79,20 +80,23 @@ def _add_data(group: Any) -> None:
         type=common.path,
         required=True,
         metavar="FILE",
-        help=".tsv, .csv, .jsonl or .parquet with columns anchor, positive and, optionally, negative or negative_1, "
-        "negative_2, ..., or a list negatives; sts: score, sentence1, sentence2; classification: label and text, or sentence1 "
-        "and sentence2; or sentences, one a line, as .txt: each its own positive under dropout",
+        help=".tsv, .csv, .jsonl, .parquet or .arrow, also .gz and .zst, a dataset on disk, or - (standard input), with columns "
+        "anchor, positive and, optionally, negative or negative_1, negative_2, ..., or a list negatives; sts: score, sentence1, "
+        "sentence2; classification: label and text, or sentence1 and sentence2; or sentences, one a line, as .txt: each its own "
+        "positive under dropout",
     )
     group.add_argument(
         "--columns",
         metavar="WHAT=COLUMN,...",
-        help="other names that --data has for these columns: anchor=query,positive=doc (default: their own)",
+        help="other names that --data has for these columns, dotted for fields within one: anchor=query,positive=doc.text "
+        "(default: their own)",
     )
     group.add_argument(
         "--ignore-columns",
         metavar="COLUMN,...",
         help="columns of --data to leave out, though they look like training data (default: none)",
     )
+    common.add_format(group)
     group.add_argument("--split", help="of --data, where it has a column split (default: train)")
     group.add_argument(
         "--dev",
@@ -228,6 +232,9 @@ def run(arguments: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     task = Task(arguments.task, given, Path(arguments.output))
     _check_options(task)
+    common.check_format(arguments.format, [arguments.data, *([] if arguments.dev is None else [arguments.dev])])
+    if processes.count() > 1 and STDIN in (arguments.data, arguments.dev):
+        raise UserError(f"{STDIN}: expected a file, which every process can read")
     common.check_writable(task.output)
     try:
         if "resume" in task.given and _is_finished(task):

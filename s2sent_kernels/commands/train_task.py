@@ -64,12 +64,15 @@ class Task(NamedTuple):
             {} if named is None else columns.parse(named, known, "negative" if self.kind == CONTRASTIVE else None),
             [] if ignored is None else columns.names(ignored),
             _say if processes.is_first() else None,
+            self.given.get("format"),
         )
 
     @property
     def dev_columns(self) -> Columns:
         """The same of ``--dev``, a table like ``--data``; but of scored pairs where that has none."""
-        return Columns({} if self.kind == CONTRASTIVE else self.columns.named, judged=False)
+        return Columns(
+            {} if self.kind == CONTRASTIVE else self.columns.named, format=self.given.get("format"), judged=False
+        )
 
     @property
     def device(self) -> torch.device:

@@ -37,6 +37,7 @@ class Request(NamedTuple):
     dtype: str | None = None  # in which floating embeddings are stored; None: as the encoder gives them
     part_rows: int = IN_A_FILE
     settings: Any = None  # all else that the result depends on, as JSON
+    format: str | None = None  # of standard input: a value of tables.KINDS, or None for lines of text
 
 
 class Part(NamedTuple):
@@ -157,6 +158,8 @@ def make(request: Request, key: dict[str, Any], folder: Path, *, strict: bool = 
     for path in tqdm(request.inputs, "planning", delay=2, leave=False, unit=" files", disable=None):
         # A link's own suffix counts. Its path is absolute: workers may have another working directory.
         found = source(COPY if path == STDIN else path)._replace(name=path, path=os.path.realpath(path))
+        if path == STDIN and request.format is not None:
+            found = found._replace(kind=request.format)
         found = _placed(found, folder)
         reader = format_of(found, request.columns)
         survey = reader.survey(request.part_rows)
