@@ -42,8 +42,8 @@ IRRELEVANT = frozenset(
         "finish",
     )
 )
-# In the key as fields of Request.
-REQUESTED = ("inputs", "column", "id_column", "keep_text", "output_dtype", "part_rows", "format")
+# In the key as fields of Request; columns says what column and id_column are.
+REQUESTED = ("inputs", "column", "id_column", "keep_text", "output_dtype", "part_rows", "format", "columns")
 FILES = ("model", "selector", "calibration")  # in the key by the files' sizes and times
 
 

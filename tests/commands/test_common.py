@@ -170,6 +170,7 @@ def test_an_unknown_new_option_changes_the_key(folders):
         (["--overflow", "windows"], False),
         (["--max-length", "7"], False),
         (["--column", "body"], False),
+        (["--format", "jsonl"], False),
         (["--precision", "ubinary"], False),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

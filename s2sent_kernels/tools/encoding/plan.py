@@ -123,7 +123,10 @@ def digest_of(content: Any) -> str:
 def key_of(request: Request, copied: str | None = None) -> dict[str, Any]:
     """What the plan of ``request`` depends on. ``copied``: the SHA-256 of standard input, if it is among the inputs."""
     inputs = [copied if path == STDIN else state(path) for path in request.inputs]
-    return json.loads(json.dumps({**request._asdict(), "inputs": inputs}))  # as it is read again: no tuples
+    key = {**request._asdict(), "inputs": inputs}
+    if request.format is None:
+        del key["format"]  # as in plans that were made before there were others
+    return json.loads(json.dumps(key))  # as it is read again: no tuples
 
 
 def recipe_of(key: dict[str, Any]) -> dict[str, Any]:
