@@ -246,13 +246,12 @@ def run(arguments: argparse.Namespace) -> None:
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
     except Exception as error:
+        place = getattr(error, "filename", None) or f"output folder {task.output}"
         if disk_is_full(error):  # also as safetensors and torch.save say it, which the trainer calls
-            message = f"output folder {task.output}: no space left on its disk"
             going_on = "; with room made, --resume goes on from the newest whole checkpoint, if there is one"
-            raise UserError(message if task.frozen else message + going_on) from error
+            raise UserError(f"{place}: no space left on its disk{'' if task.frozen else going_on}") from error
         if not isinstance(error, OSError):
             raise
-        place = error.filename or f"output folder {task.output}"
         raise UserError(f"{place}: {error.strerror or error}") from error
     if processes.is_first():
         print(f"wrote {task.output}")

@@ -240,6 +240,20 @@ def test_a_full_disk_in_training_is_one_line(tmp_path, monkeypatch, capsys, enco
     assert ("--resume" in lines[-1]) != frozen and not any("Traceback" in line for line in lines)
 
 
+def test_a_full_disk_of_the_cache_is_named(tmp_path, monkeypatch, capsys, encoder):
+    def no_room(*_):
+        raise OSError(28, "No space left on device")
+
+    data = write_examples(tmp_path / "data.tsv", pairs(8))
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    arguments = ["train", "--freeze-encoder", "--data", data, "--model", encoder, "--device", "cpu", "--batch-size", 4]
+    assert main([*map(str, arguments), "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out")]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"s2sent: error: {tmp_path / 'cache'}") and line.endswith(
+        ".npy.new: no space left on its disk"
+    )
+
+
 def test_which_errors_say_that_a_disk_is_full():
     assert files.disk_is_full(OSError(28, "x")) and not files.disk_is_full(OSError(13, "x"))
     with pytest.raises(RuntimeError) as error:
