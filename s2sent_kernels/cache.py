@@ -25,8 +25,8 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import validate
-from .cache_files import ABOUT, Unfinished, check_rows, opened, sweep
+from . import families, validate
+from .cache_files import ABOUT, Unfinished, announce, check_rows, opened, sweep
 from .cache_files import DamagedCache as DamagedCache  # public under this name
 from .capture import BLOCK_NORMS, BlockCapture
 from .files import locked
@@ -290,6 +290,9 @@ def make(
                 _fill(unfinished, rank, batches, capture, tokenizer, texts, settings, progress)
 
         found = target.exists()
+        if progress and not found and rank == 0:
+            shape = (len(texts), len(capture.blocks), settings.token_frequencies, families.hidden_size(encoder))
+            announce(target, shape, settings.pooling != "mean")
         if world is None:
             with locked(lock, wait=True):  # a second process then finds the cache complete
                 if target.exists():

@@ -9,11 +9,13 @@ machine has written meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -92,6 +94,80 @@ def sweep(folder: Path) -> None:
     """Remove what a process that was killed left in a complete cache."""
     for path in folder.iterdir():
         if re.fullmatch(_LEFTOVER, path.name):
+            path.unlink(missing_ok=True)
+
+
+def size_of(texts: int, blocks: int, features: int, frequencies: int, pooled: bool) -> int:
+    """Bytes of a cache's arrays: C [texts, blocks, frequencies, features] and, if it is stored, p [texts, blocks, features], both
+    in float32, and the lengths."""
+    return texts * (blocks * features * (frequencies + pooled) * 4 + 8)
+
+
+def in_words(size: int) -> str:
+    """Bytes as "311 MB"."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= scale:
+            return f"{size / scale:.{0 if size >= 100 * scale else 1}f} {unit}"
+    return f"{size} bytes"
+
+
+def announce(target: Path, shape: tuple[int, int, int, int | None], pooled: bool) -> None:
+    """The size of C [texts, blocks, frequencies, features] and what goes with it, on stderr, before anything is computed; of an
+    encoder that does not tell its features nothing."""
+    texts, blocks, frequencies, features = shape
+    if features is not None:
+        size = in_words(size_of(texts, blocks, features, frequencies, pooled))
+        print(f"cache: {texts:,} texts x {blocks} blocks x {features} features, {size}, in {target}", file=sys.stderr)
+
+
+class Kept(NamedTuple):
+    """A cache in a folder of caches, complete or not."""
+
+    folder: Path
+    name: str  # without what marks one that is not complete
+    complete: bool
+    size: int  # bytes on the disk
+    about: Mapping[str, Any]  # empty where it is not complete, or cannot be read
+
+    @property
+    def texts(self) -> int | None:
+        try:
+            return int(self.about["arrays"]["lengths"]["shape"][0])
+        except (KeyError, TypeError, IndexError, ValueError):
+            return None
+
+
+_NAME = r"[0-9a-f]{20}"  # a digest
+
+
+def kept(parent: Path) -> list[Kept]:
+    """The caches in a folder, by name; nothing else that may be there. Raises OSError where it cannot be read."""
+    found = []
+    for path in sorted(parent.iterdir()) if parent.is_dir() else ():
+        match = re.fullmatch(rf"({_NAME})|\.({_NAME})\.part(\.of-\d+)?", path.name)
+        if match is None or path.is_symlink() or not path.is_dir():
+            continue
+        size = sum(file.stat().st_blocks * 512 for file in path.iterdir() if file.is_file())
+        about = {}
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            about = dict(json.loads((path / ABOUT).read_text(encoding="utf-8")))
+        found.append(Kept(path, match[1] or match[2], match[1] is not None, size, about))
+    return found
+
+
+def remove(one: Kept) -> None:
+    """Remove a cache and the files of its locks.
+
+    Raises:
+        ValueError: a process fills it.
+    """
+    parent = one.folder.parent
+    locks = [path for path in parent.glob(f".{one.name}*.lock") if one.complete == (path.name == f".{one.name}.lock")]
+    with contextlib.ExitStack() as held:
+        for path in locks if one.complete else [*locks, parent / f".{one.name}.lock"]:
+            held.enter_context(locked(path, wait=False))
+        shutil.rmtree(one.folder)
+        for path in locks:
             path.unlink(missing_ok=True)
 
 

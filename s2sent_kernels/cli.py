@@ -13,28 +13,22 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from . import __version__
-from .commands import demo, doctor, encode, evaluate, export, inspect, predict, train
+from .commands import cache, demo, doctor, encode, evaluate, export, inspect, predict, train
 from .commands.common import UserError, first_line
-from .files import MissingPackage
+from .commands.parser import Parser
+from .files import MissingPackage, disk_is_full
 from .probe import UnknownNorm
 from .sources import LoadError
 from .validate import DEBUG_VARIABLE
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (demo, doctor, train, predict, evaluate, encode, export, inspect)
+    for module in (demo, doctor, train, predict, evaluate, encode, export, inspect, cache)
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports wrong arguments like every other error, in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see '{self.prog} --help')")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="s2sent", description="Sentence embeddings from several Transformer blocks (S2Sent).")
+    parser = Parser(prog="s2sent", description="Sentence embeddings from several Transformer blocks (S2Sent).")
     parser.add_argument("--version", action="version", version=f"s2sent_kernels {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True)
     for module in COMMANDS.values():
@@ -95,8 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted", 128 + signal.SIGINT)
     except _Terminated:
         return _fail("terminated", 128 + signal.SIGTERM)
-    except (OSError, RuntimeError, MemoryError) as error:  # memory, disk or device
-        if os.environ.get(DEBUG_VARIABLE) == "1":
+    except Exception as error:
+        known = isinstance(error, (OSError, RuntimeError, MemoryError))  # memory, disk or device
+        if os.environ.get(DEBUG_VARIABLE) == "1" or not (known or disk_is_full(error)):
             raise
         return _fail(f"{type(error).__name__}: {first_line(error)} ({DEBUG_VARIABLE}=1 shows where)", 2)
 

@@ -363,9 +363,7 @@ def _usual_tokens(device: torch.device) -> int:
 def _limit(encoder: torch.nn.Module, tokenizer: Any, wanted: int | None) -> int:
     if wanted is not None:
         validate.positive_int("max_length", wanted)
-    configured = getattr(encoder.config, "max_position_embeddings", None)  # also of encoders without a table
-    usual = configured if isinstance(configured, int) and configured > 0 else 512
-    return families.max_length(encoder, tokenizer, usual if wanted is None else wanted)
+    return families.max_length(encoder, tokenizer, wanted)
 
 
 def _device(given: str | int | torch.device | None) -> torch.device:

@@ -134,9 +134,12 @@ def without_cache(encoder: nn.Module) -> dict[str, Any]:
     return {"use_cache": False} if "use_cache" in inspect.signature(encoder.forward).parameters else {}
 
 
-def max_length(encoder: nn.Module, tokenizer: Any, wanted: int) -> int:
-    """Tokens after which a text is truncated: the wanted number, or fewer where tokenizer or encoder supports fewer. A tokenizer
-    saved without a limit has 1e30."""
+def max_length(encoder: nn.Module, tokenizer: Any, wanted: int | None = None) -> int:
+    """Tokens after which a text is truncated: the wanted number (None: as many as the encoder's configuration has positions, or
+    512), or fewer where tokenizer or encoder supports fewer. A tokenizer saved without a limit has 1e30."""
+    if wanted is None:
+        configured = getattr(encoder.config, "max_position_embeddings", None)  # also of encoders without a table
+        wanted = configured if isinstance(configured, int) and configured > 0 else 512
     return min(wanted, tokenizer.model_max_length, positions(encoder) or wanted)
 
 

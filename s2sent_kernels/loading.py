@@ -15,7 +15,7 @@ from . import absent, export, hub
 from .capture import BlockCapture
 from .checkpoints import folders
 from .files import require
-from .parts import Trained, load_model, read_selector, tokens_at_most
+from .parts import Trained, load_model, max_length, read_selector
 from .quiet import quietly
 from .sources import LoadError, Source, cannot_load, config_of, resolve
 
@@ -58,6 +58,8 @@ def load_classifier(model: str) -> tuple[Any, Any]:
     """An S2SentForSequenceClassification and its tokenizer from a folder, on the CPU in eval mode."""
     folder = Path(model).expanduser()
     transformers = require("transformers", "transformers", "demo")
+    if not folder.is_dir():
+        raise LoadError(f"model {model}: expected the folder of a classifier, and there is no such directory")
     if "S2SentForSequenceClassification" not in (config_of(folder, model).get("architectures") or []):
         raise LoadError(f"model {model}: expected the folder of a classifier, an S2SentForSequenceClassification")
     try:
@@ -133,7 +135,7 @@ def load_parts(name: str, selector: str | None) -> Parts:
     assert source.selector is not None  # resolve required one
     trained = read_selector(source.selector)
     encoder, tokenizer, _ = load_model(source.model, torch.device("cpu"))
-    return Parts(fuse(encoder, trained), tokenizer, tokens_at_most(trained, source.model))
+    return Parts(fuse(encoder, trained), tokenizer, max_length(source.model, trained))
 
 
 def _parts_of(model: Any, name: str) -> Parts:

@@ -64,7 +64,7 @@ def read_selector(name: str) -> Trained:
         config = pretrained.read_config(pretrained.find(name))
         return Trained(name, S2SentSelector.from_pretrained(name), config)
     except (ValueError, TypeError, ImportError) as error:
-        raise LoadError(f"selector {name}: {error}") from error
+        raise LoadError(f"selector {name}: {str(error).removeprefix('name_or_folder: ')}") from error
 
 
 @quietly
@@ -123,10 +123,15 @@ def load_transformer(model: str | None, max_length: int | None = None, **options
     return module
 
 
-def tokens_at_most(trained: Trained, model: str | None) -> int | None:
-    """The tokens at which texts are truncated for a selector behind its encoder, None where neither says so."""
-    limits = [limit for limit in (trained.max_length, max_seq_length(model)) if limit is not None]
-    return min(limits, default=None)
+def max_length(model: str | None, trained: Trained | None = None) -> int | None:
+    """Tokens at which the texts of an encoder are cut, as its folder and that of its selector say; None where neither does. Who
+    loads both uses this number: training, evaluation, encoding and export see the same tokens.
+
+    Raises:
+        LoadError: a file of the folder cannot be read.
+    """
+    limits = (max_seq_length(model), None if trained is None else trained.max_length)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def max_seq_length(model: str | None) -> int | None:

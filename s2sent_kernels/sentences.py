@@ -84,7 +84,7 @@ def _behind_its_encoder(
     of_transformer = {option: options.pop(option, None) for option in parts.OF_TRANSFORMER}
     assert source.selector is not None
     trained = parts.read_selector(source.selector)
-    transformer = parts.load_transformer(source.model, trained.max_length, **of_transformer)
+    transformer = parts.load_transformer(source.model, parts.max_length(source.model, trained), **of_transformer)
     blocks = trained.blocks(transformer.auto_model)
     pooling = kind.behind(transformer, blocks, pooling=trained.pooling, **trained.config["selector"])
     pooling.selector.load_state_dict(trained.selector.state_dict())

@@ -55,10 +55,7 @@ def resolve(model: str | None, selector: str | None, *, required: bool = True, o
     if selector is None and required:
         folder, _ = find_model(model)
         if not _looks_local(model) and _json_of_hub(model, "config.json") is None:
-            raise LoadError(
-                f"{option}model {model}: expected a folder, a shipped name ({', '.join(pretrained.shipped())}) or a model of the "
-                "hub, and there is none of this name, or the hub cannot be reached"
-            )
+            raise LoadError(f"{option}{_unknown(model)}")
         if os.path.isdir(folder) and "model_type" not in (read_json(Path(folder) / "config.json") or {}):
             raise LoadError(f"model {model}: expected a config.json that names a model_type, and there is none")
         raise LoadError(
@@ -145,6 +142,7 @@ def of_hub(model: str) -> str | None:
         raise cannot_load(model, error) from error
 
 
+@quietly
 def _json_of_hub(model: str, name: str) -> Any:
     """None where there is no such file or model; whoever loads the model words what is wrong with it."""
     find = require("transformers.utils", "transformers", "demo").cached_file
@@ -172,7 +170,17 @@ def config_of(folder: Path, model: str) -> dict[str, Any]:
 
 
 def cannot_load(model: str, error: BaseException) -> LoadError:
-    """The libraries' errors seldom name the file that cannot be read."""
+    """The libraries' errors seldom name the file that cannot be read, and of a name that means nothing they tell where they
+    looked for it."""
     folder = Path(model).expanduser()
     reason = folders.broken(folder) if folder.is_dir() else None
+    if not (_looks_local(model) or is_shipped(model)) and _json_of_hub(model, "config.json") is None:
+        return LoadError(f"{_unknown(model)}: {first_line(error)}")
     return LoadError(f"model {model} cannot be loaded: {reason or first_line(error)}")
+
+
+def _unknown(model: str) -> str:
+    return (
+        f"model {model}: expected a folder, a shipped name ({', '.join(pretrained.shipped())}) or a model of the hub, and there "
+        "is none of this name, or the hub cannot be reached"
+    )

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -18,6 +18,7 @@ from ..parts import Trained
 from ..quiet import quiet_transformers
 from ..sources import BUNDLED, Source
 from ..tools import encoders
+from ..tools.tables import FORMATS, STDIN
 
 BATCH = 128  # texts per call of the encoder
 
@@ -53,11 +54,44 @@ def seed(text: str) -> int:
     return value
 
 
+def blocks(text: str) -> str | list[int]:
+    """An argparse type: which blocks are fused, as "last:3" or "3,4,5", for everything that takes ``blocks``."""
+    if text.startswith("last:"):
+        if not text.removeprefix("last:").isdecimal():
+            raise ValueError
+        return text
+    return [int(number) for number in text.split(",")]
+
+
+blocks.__name__ = "list of block numbers, or last:N,"
+BLOCKS = "0,2,5 or last:N"  # its metavar
+
+
 def path(text: str) -> str:
     """An argparse type for a file or a folder. Expands ``~``, which the shell leaves alone in ``--output=~/x``."""
     if not text:
         raise ValueError
     return os.path.expanduser(text)
+
+
+def say_modes(command: Any, modes: Mapping[str, str]) -> None:
+    """Ends the help of options that only some ways of the command take with which these are, by the options' names."""
+    for action in command._actions:
+        if action.dest in modes:
+            action.help = f"{action.help} [{modes[action.dest]}]"
+
+
+def add_format(group: Any) -> None:
+    group.add_argument("--format", choices=FORMATS, help="of standard input, which - means (default: text, one a line)")
+
+
+def check_format(given: str | None, paths: Iterable[str]) -> None:
+    """UserError where ``--format`` would mean nothing: the suffixes of files tell theirs. Or where - is there twice."""
+    count = list(paths).count(STDIN)
+    if given is not None and not count:
+        raise UserError(f"--format: expected with {STDIN}, standard input; a file's suffix tells its format")
+    if count > 1:
+        raise UserError(f"{STDIN}: expected once")
 
 
 def add_device(command: Any) -> None:
@@ -103,9 +137,14 @@ def _told(function: Callable[P, T]) -> Callable[P, T]:
         try:
             return function(*args, **kwargs)
         except sources.LoadError as error:
-            raise UserError(str(error)) from error
+            raise UserError(of_option(str(error))) from error
 
     return told
+
+
+def of_option(message: str) -> str:
+    """A loader's message with the name of the option that it speaks of."""
+    return f"--{message}" if message.startswith(("model ", "selector ")) else message
 
 
 def _silently(function: Callable[P, T]) -> Callable[P, T]:
@@ -146,6 +185,7 @@ def _announcing(function: Callable[P, T]) -> Callable[P, T]:
 resolve = functools.partial(_told(_announcing(sources.resolve)), option="--")
 holds_selector = _told(sources.holds_selector)
 read_selector = _told(parts.read_selector)
+max_length = _told(parts.max_length)
 load_model = _told(_announcing(_silently(parts.load_model)))
 load_transformer = _told(_announcing(_silently(parts.load_transformer)))
 load_whole = _told(_silently(loading.load_whole))
@@ -154,13 +194,35 @@ load_pipeline = _told(_announcing(_silently(loading.load_pipeline)))
 fuse = _told(loading.fuse)
 
 
-def batches(encoder: Any, tokenizer: Any, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """The encoder's inputs for batches of ``texts``, in their order."""
+def batches(encoder: Any, tokenizer: Any, texts: Sequence[str], max_length: int | None) -> list[dict[str, Any]]:
+    """The encoder's inputs for batches of ``texts``, in their order, cut at ``max_length`` tokens."""
     rows = encoders.in_batches(range(len(texts)), BATCH)
-    return [batch.inputs for batch in encoders.token_batches(encoder, tokenizer, texts, rows, max_length=512)]
+    return [batch.inputs for batch in encoders.token_batches(encoder, tokenizer, texts, rows, max_length=max_length)]
+
+
+def within(given: int | None, own: int | None) -> int | None:
+    """What ``--max-length`` and a folder's own length mean together: texts may be cut before what the folder says, not behind.
+
+    Raises:
+        UserError: the option is greater, and would mean nothing.
+    """
+    if given is not None and own is not None and given > own:
+        raise UserError(f"--max-length: expected at most {own}, at which the model's folder cuts texts, got {given}")
+    return own if given is None else given
 
 
 # ---------------------------------------------------------------- results
+
+
+def check_new(paths: Iterable[Path], force: bool) -> None:
+    """UserError where a file of a result is there already, unless it is to be replaced; before any work is done."""
+    there = [path for path in paths if path.exists()]
+    if there and not force:
+        raise UserError(f"output {there[0]}: it is there already; --force replaces it")
+
+
+def add_force(command: Any) -> None:
+    command.add_argument("--force", action="store_true", help="replace an output that is there")
 
 
 def write_files(directory: Path, content: Mapping[str, bytes]) -> None:

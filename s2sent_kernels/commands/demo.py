@@ -45,13 +45,6 @@ class Timing(NamedTuple):
     high: float
 
 
-def _blocks(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
-_blocks.__name__ = "list of block numbers"  # argparse quotes it
-
-
 def add(commands: Any) -> None:
     command = commands.add_parser("demo", help="fuse an encoder's blocks on real sentences", description=__doc__)
     command.add_argument("--model", help="path or hub id of an encoder (default: all-MiniLM-L6-v2, bundled)")
@@ -64,7 +57,9 @@ def add(commands: Any) -> None:
     command.add_argument("--top", type=positive, default=3, help="sentences to print for each query (default: 3)")
     command.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="default: auto")
     common.add_device(command)
-    command.add_argument("--blocks", type=_blocks, help="blocks to fuse, 0 the lowest, as in 3,4,5 (default: all)")
+    command.add_argument(
+        "--blocks", type=common.blocks, metavar=common.BLOCKS, help="blocks to fuse, 0 the lowest (default: all)"
+    )
 
 
 # ---------------------------------------------------------------- input
@@ -235,7 +230,9 @@ def run(arguments: argparse.Namespace) -> None:
         _print_selector(selector, capture.blocks, trained)
         print(f"backend   {chosen}: {backends()[chosen].reason}", flush=True)
 
-        batches = common.batches(encoder, tokenizer, texts.sentences + texts.queries)
+        batches = common.batches(
+            encoder, tokenizer, texts.sentences + texts.queries, common.max_length(arguments.model)
+        )
         start = time.perf_counter()
         embeddings = torch.cat([capture.pool(selector, **batch) for batch in batches]).cpu()
         seconds = time.perf_counter() - start

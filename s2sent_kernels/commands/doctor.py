@@ -35,7 +35,8 @@ def add(commands: Any) -> None:
     command = commands.add_parser("doctor", help=about, description=about)
     command.add_argument(
         "--model",
-        help="path or hub id of an encoder, folder of encoder and selector, or shipped name: what it holds, and how it is run",
+        help="path or hub id of an encoder, folder of encoder and selector, or shipped name: what it holds, and how it is run "
+        "(default: none)",
     )
 
 
@@ -190,7 +191,7 @@ def _limit(source: sources.Source) -> int | None:
     if source.whole:
         return parts.max_seq_length(source.model)
     assert source.selector is not None
-    return parts.tokens_at_most(parts.read_selector(source.selector), source.model)
+    return parts.max_length(source.model, parts.read_selector(source.selector))
 
 
 def _backend(pipeline: Pipeline) -> str:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..batches import OVERFLOWS
-from ..embedder import DTYPES
 from ..files import require
+from ..tools import columns
 from ..tools.tables import STDIN
-from . import common
-from .common import UserError, positive
+from . import common, encode_options
+from .common import UserError
+from .encode_options import OF_RAY
 from .encode_worker import Encoder, EncoderOptions, make_encoder, settled_dtype
 
 if TYPE_CHECKING:
@@ -25,115 +25,32 @@ if TYPE_CHECKING:
 
     from ..tools import encoding
 
-PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
 # Options that may change between an interrupted run and its resumption: they say how and where, not what. All other options, also
 # new ones, are part of the plan's key.
 IRRELEVANT = frozenset(
-    ("command", "output", "force", "device", "engine", "address", "workers", "gpus_per_worker", "shard", "finish")
+    (
+        "command",
+        "output",
+        "force",
+        "on_error",
+        "device",
+        "engine",
+        "address",
+        "workers",
+        "gpus_per_worker",
+        "shard",
+        "finish",
+    )
 )
-# In the key as fields of Request.
-REQUESTED = ("inputs", "column", "id_column", "keep_text", "output_dtype", "part_rows")
+# In the key as fields of Request; columns says what column and id_column are.
+REQUESTED = ("inputs", "column", "id_column", "keep_text", "output_dtype", "part_rows", "format", "columns")
 FILES = ("model", "selector", "calibration")  # in the key by the files' sizes and times
-OF_RAY = ("address", "workers", "gpus_per_worker")
 
 
 def add(commands: Any) -> None:
     about = "encode files of texts into embeddings"
     command = commands.add_parser("encode", help=about, description=__doc__)
-    command.add_argument(
-        "inputs",
-        type=common.path,
-        nargs="*",
-        metavar="FILE",
-        help=".txt (one text a line), .jsonl, .parquet, .csv, .tsv, .arrow, .feather, also .gz and .zst, in this order; folders "
-        "and globs of them; a dataset on disk; - is standard input",
-    )
-    command.add_argument(
-        "--output",
-        type=common.path,
-        metavar="FILE or FOLDER/",
-        help=".parquet (id, embedding) or .npy; with a slash at the end, a folder of parts",
-    )
-    command.add_argument("--column", default="text", help="where there are columns (default: text)")
-    command.add_argument("--id-column", help="whose values become the ids (default: the row's number)")
-    command.add_argument("--keep-text", action="store_true", help="a column text in the output, too")
-    command.add_argument(
-        "--model",
-        metavar="FOLDER",
-        help="encoder and selector in one folder, a shipped name, or an encoder with --selector "
-        "(default: all-MiniLM-L6-v2, bundled)",
-    )
-    command.add_argument("--selector", metavar="NAME", help="a folder, or the name of a shipped selector")
-    command.add_argument("--max-length", type=positive, help="tokens at most (default: the model's)")
-    command.add_argument("--prompt", help="put before each text")
-    command.add_argument("--normalize", action="store_true", help="to length 1")
-    command.add_argument("--truncate-dim", type=positive, metavar="D", help="the first D features")
-    command.add_argument("--precision", choices=PRECISIONS, default="float32", help="default: float32")
-    command.add_argument("--output-dtype", choices=("float16",), help="in which embeddings of float32 are stored")
-    command.add_argument(
-        "--calibration", type=common.path, metavar="FILE", help="texts whose embeddings' ranges int8 and uint8 divide"
-    )
-    command.add_argument(
-        "--dtype",
-        choices=("auto", *DTYPES),
-        default="auto",
-        help="of the encoder (default: what the device is good at)",
-    )
-    command.add_argument(
-        "--overflow",
-        choices=OVERFLOWS,
-        default="truncate",
-        help="of texts longer than --max-length: cut, refuse, or average overlapping windows (default: truncate)",
-    )
-    command.add_argument("--batch-tokens", type=positive, metavar="N", help="default: as many as the device runs well")
-    command.add_argument(
-        "--part-rows",
-        "--chunk",
-        type=positive,
-        metavar="N",
-        help="texts of a part, between two places to go on from (default: 65536 in a folder, 4096 on the way to a file)",
-    )
-    command.add_argument("--force", action="store_true", help="replace an output that is there")
-    command.add_argument("--shard", type=shard, metavar="I/N", help="every N-th part from part I on, I from 0 to N - 1")
-    command.add_argument(
-        "--finish", type=common.path, metavar="FOLDER/", help="check the shards' parts; write the manifest"
-    )
-    command.add_argument("--engine", choices=("local", "ray"), default="local", help="who encodes (default: local)")
-    command.add_argument(
-        "--device",
-        nargs="+",
-        action="extend",
-        help="local: one, or several with a process each (default: cuda where there is one, else cpu)",
-    )
-    command.add_argument(
-        "--address", help="ray: of a running cluster, as auto (default: RAY_ADDRESS, or one is started)"
-    )
-    command.add_argument("--workers", type=positive, metavar="N", help="ray: default: as many as there is room for")
-    command.add_argument(
-        "--gpus-per-worker", type=share, metavar="G", help="ray: default: 1 where there are GPUs, else 0"
-    )
-
-
-def shard(text: str) -> tuple[int, int]:
-    """An argparse type."""
-    index, count = map(int, text.split("/"))
-    if not 0 <= index < count:
-        raise ValueError
-    return index, count
-
-
-shard.__name__ = "shard I/N with I from 0 to N - 1"  # as argparse quotes it
-
-
-def share(text: str) -> float:
-    """An argparse type: whole GPUs, or a part of one."""
-    value = float(text)
-    if value < 0 or not (value < 1 or value.is_integer()):
-        raise ValueError
-    return value
-
-
-share.__name__ = "number of GPUs"
+    encode_options.add(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -143,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         _finish(arguments)
         return
     _check_options(arguments)
+    _take_columns(arguments)
     as_folder = arguments.output.endswith("/")
     output = Path(os.path.realpath(arguments.output))  # a link is followed: what it leads to is replaced
     _check_output(arguments, output)
@@ -158,7 +76,9 @@ def run(arguments: argparse.Namespace) -> None:
     part = arguments.shard and encoding.Shard(*arguments.shard)
     with _told(arguments.output):
         write = encoding.encode_folder if as_folder else encoding.encode_file
-        count = write(request, engine, output, encoding.Options(part, arguments.force))
+        count = write(
+            request, engine, output, encoding.Options(part, arguments.force, skip=arguments.on_error == "skip")
+        )
     which = f"shard {part.number} of {part.total}, " if part else ""
     print(f"wrote {arguments.output}: {which}{count} texts")
 
@@ -166,8 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _finish(arguments: argparse.Namespace) -> None:
     from ..tools import encoding
 
-    parser = argparse.ArgumentParser()
-    add(parser.add_subparsers())
+    add((parser := argparse.ArgumentParser()).add_subparsers())
     defaults = vars(parser.parse_args(["encode"]))
     for name, value in defaults.items():
         if name != "finish" and getattr(arguments, name) != value:
@@ -199,8 +118,9 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UserError("--calibration: expected with --precision int8 or uint8, and only then")
     if arguments.output_dtype is not None and arguments.precision != "float32":
         raise UserError(f"--output-dtype: expected with --precision float32, got {arguments.precision}")
-    if arguments.inputs.count(STDIN) > 1:
-        raise UserError(f"{STDIN}: expected once")
+    if arguments.on_error == "skip" and arguments.precision != "float32":
+        raise UserError(f"--on-error skip: expected --precision float32, which has NaN, got {arguments.precision}")
+    common.check_format(arguments.format, arguments.inputs)
     if arguments.engine == "ray" and arguments.device is not None:
         raise UserError("--device: expected with --engine local; --gpus-per-worker tells Ray what a worker uses")
     for name in OF_RAY:
@@ -215,6 +135,20 @@ def _check_options(arguments: argparse.Namespace) -> None:
             raise UserError("--shard: expected files, which every shard can read, got standard input")
 
 
+def _take_columns(arguments: argparse.Namespace) -> None:
+    """What ``--columns`` says, where ``--column`` and ``--id-column`` say it."""
+    if arguments.columns is None:
+        return
+    if arguments.column != "text" or arguments.id_column is not None:
+        raise UserError("--columns: expected without --column and --id-column")
+    try:
+        named = columns.parse(arguments.columns, ("text", "id"))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    arguments.column, arguments.id_column = named.get("text", "text"), named.get("id")
+    arguments.columns = None
+
+
 def _check_output(arguments: argparse.Namespace, output: Path) -> None:
     from ..tools.encoding import OUTPUTS, remove_leftovers
 
@@ -222,14 +156,20 @@ def _check_output(arguments: argparse.Namespace, output: Path) -> None:
     if name.endswith("/"):
         common.check_writable(output)
         return
+    if output.is_dir():
+        raise UserError(f"--output {name}: expected a file, got a directory; with a slash at the end it gets parts")
+    if Path(name).suffix.lower() not in OUTPUTS:
+        raise UserError(
+            f"--output {name}: expected a file of {', '.join(OUTPUTS)}, or a folder with a slash at the end"
+        )
+    if arguments.keep_text and name.lower().endswith(".npy"):
+        raise UserError(
+            f"--keep-text: expected a file of .parquet or a folder, since an array holds no texts, got {name}"
+        )
     common.check_writable(output.parent)
     if output.exists() and not arguments.force:
         remove_leftovers(output)
-        raise UserError(f"output {name}: it is there already; --force replaces it")
-    if output.is_dir():
-        raise UserError(f"output {name}: expected a file, got a directory; with a slash at the end it gets parts")
-    if Path(name).suffix.lower() not in OUTPUTS:
-        raise UserError(f"output {name}: expected a file of {', '.join(OUTPUTS)}, or a folder with a slash at the end")
+    common.check_new([output], arguments.force)
 
 
 def _check_inputs(paths: list[str], output: Path) -> None:
@@ -306,6 +246,7 @@ def request_of(arguments: argparse.Namespace, inputs: Sequence[str], output: Pat
         arguments.output_dtype,
         arguments.part_rows or default,
         _settings(vars(arguments), output),
+        arguments.format,
     )
 
 

@@ -46,7 +46,8 @@ def make_encoder(options: EncoderOptions, device: str) -> Encoder:
     try:
         made = Embedder.from_pretrained(name, options.selector, options.dtype, device, **limits)
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(common.of_option(str(error))) from error
+    common.within(options.max_length, made.max_length)
     size = made.dimension
     if options.truncate_dim is not None and options.truncate_dim > size:
         raise UserError(
@@ -64,6 +65,11 @@ class Encoder:
     @property
     def tokens(self) -> int:
         return self.embedder.statistics.tokens
+
+    @property
+    def max_length(self) -> int | None:
+        """None where longer texts are not cut, but encoded window by window."""
+        return None if self.options.overflow == "windows" else self.embedder.max_length
 
     @property
     def cut(self) -> int:

@@ -15,49 +15,66 @@ from torch import Tensor
 from ..embedder import Embedder
 from ..files import require
 from ..formula.call import POOLINGS
-from ..tools import evaluation, mteb_tasks, pictures
+from ..tools import columns, evaluation, labelled, mteb_tasks, pictures
 from ..tools.baselines import ScalarMix
 from . import common
 from .common import UserError, positive
+
+FILES = ("evaluation.json", "evaluation.png")
 
 
 def add(commands: Any) -> None:
     about = "score embeddings on STS and classification files, beside other poolings"
     command = commands.add_parser("evaluate", help=about, description=__doc__)
-    command.add_argument(
+    data = command.add_argument_group("data")
+    model = command.add_argument_group("model")
+    run = command.add_argument_group("run")
+    model.add_argument(
         "--model",
         help="path, hub id or shipped name of an encoder, or folder of encoder and selector (default: all-MiniLM-L6-v2, bundled)",
     )
-    command.add_argument("--selector", help="folder or shipped name (default: that of the model's shipped name)")
-    command.add_argument(
+    model.add_argument("--selector", help="folder or shipped name (default: that of the model's shipped name)")
+    data.add_argument(
         "--sts",
         type=common.path,
         nargs="+",
         action="extend",
         default=[],
         metavar="FILE",
-        help="TSV with columns split, score, sentence1, sentence2",
+        help=".tsv, .csv, .jsonl or .parquet with columns split, score, sentence1, sentence2 (default: none)",
     )
-    command.add_argument(
+    data.add_argument(
         "--transfer",
         type=common.path,
         nargs="+",
         action="extend",
         default=[],
         metavar="FILE",
-        help="TSV with columns split, label and text, or sentence1 and sentence2; splits train and test, or all",
+        help="with columns split, label and text, or sentence1 and sentence2; splits train and test, or all (default: none)",
     )
-    command.add_argument(
-        "--mteb", nargs="+", action="extend", default=[], metavar="TASK", help="tasks of mteb (needs a network)"
+    data.add_argument(
+        "--mteb",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TASK",
+        help="tasks of mteb; needs a network (default: none)",
     )
-    command.add_argument("--split", default="test", help="split of STS files (default: test)")
-    command.add_argument("--pooling", choices=POOLINGS, help="of the selector (default: what it was trained for)")
-    command.add_argument("--max-length", type=positive, default=256, help="tokens at most (default: 256)")
-    command.add_argument("--batch-size", type=positive, default=128, help="texts at once (default: 128)")
-    common.add_device(command)
-    command.add_argument(
+    data.add_argument("--split", default="test", help="split of STS files (default: test)")
+    model.add_argument("--pooling", choices=POOLINGS, help="of the selector (default: what it was trained for)")
+    model.add_argument("--max-length", type=positive, help="tokens at most (default: the model's)")
+    run.add_argument("--batch-size", type=positive, default=128, help="texts at once (default: 128)")
+    data.add_argument(
+        "--columns",
+        metavar="WHAT=COLUMN,...",
+        help="other names that the files have for their columns: sentence1=query.text,score=similarity (default: their own)",
+    )
+    common.add_format(data)
+    common.add_device(run)
+    run.add_argument(
         "--output-dir", type=common.path, default="evaluation", help="where results go (default: ./evaluation)"
     )
+    common.add_force(run)
 
 
 def _named(paths: Sequence[str]) -> list[tuple[str, str]]:
@@ -84,12 +101,14 @@ def run(arguments: argparse.Namespace) -> None:
     common.check_writable(directory)
     require("matplotlib.figure", "matplotlib", "demo")
     try:
-        files = _read(arguments.sts, arguments.transfer, arguments.split)
+        common.check_format(arguments.format, [*arguments.sts, *arguments.transfer])
+        files = _read(arguments)
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
     source = common.resolve(arguments.model, arguments.selector, required=False)
     if source.whole and arguments.pooling is not None:
         raise UserError(f"--pooling: expected none beside --model {source.model}, which has its own")
+    common.check_new((directory / name for name in FILES), arguments.force)
     limits = {"max_length": arguments.max_length, "batch_size": arguments.batch_size}
     embed, model = _embedder(source, arguments.device, arguments.pooling, limits)
     content: dict[str, Any] = {"model": model, "selector": source.selector, "split": arguments.split}
@@ -100,28 +119,36 @@ def run(arguments: argparse.Namespace) -> None:
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
     print(table(content))
-    columns = _columns(content)
+    scores = _columns(content)
     # Identical embeddings have no correlation: NaN, which JSON cannot represent.
     valid = json.loads(json.dumps(content), parse_constant=lambda _: None)
     common.write_files(
         directory,
         {
             "evaluation.json": (json.dumps(valid, indent=1) + "\n").encode(),
-            "evaluation.png": pictures.scores_picture(columns, f"{model}: Spearman or accuracy, times 100"),
+            "evaluation.png": pictures.scores_picture(scores, f"{model}: Spearman or accuracy, times 100"),
         },
     )
 
 
-def _read(sts: Sequence[str], transfer: Sequence[str], split: str) -> _Files:
+def _read(arguments: argparse.Namespace) -> _Files:
+    sts, transfer = arguments.sts, arguments.transfer
+    known = (*labelled.SCORED, *labelled.LABELLED, "subset")
+    chosen = {} if arguments.columns is None else columns.parse(arguments.columns, known)
+
+    def of(own: Sequence[str]) -> columns.Columns:  # those of a file: one of STS has no label
+        return columns.Columns({what: name for what, name in chosen.items() if what in own}, format=arguments.format)
+
     named = _named([*sts, *transfer])
+    scored, classes = of((*labelled.SCORED, "subset")), of(labelled.LABELLED)
     return _Files(
-        {task: evaluation.read_sts(path, split) for task, path in named[: len(sts)]},
-        {task: (path, evaluation.read_transfer(path)) for task, path in named[len(sts) :]},
+        {task: evaluation.read_sts(path, arguments.split, scored) for task, path in named[: len(sts)]},
+        {task: (path, evaluation.read_transfer(path, classes)) for task, path in named[len(sts) :]},
     )
 
 
 def _embedder(
-    source: common.Source, device_name: str | None, pooling: str | None, limits: Mapping[str, int]
+    source: common.Source, device_name: str | None, pooling: str | None, limits: Mapping[str, Any]
 ) -> tuple[evaluation.Embed, str]:
     """A function from texts to embeddings by every pooling, and the model's name. A folder with its own selector gives the
     embeddings of the whole model."""
@@ -132,11 +159,14 @@ def _embedder(
     if source.model is not None and source.whole:
         try:
             whole = Embedder.from_pretrained(source.model, None, "float32", device, max_length=limits["max_length"])
+            limit = common.within(limits["max_length"], whole.max_length)
         except ValueError as error:
-            raise UserError(str(error)) from error
+            raise UserError(common.of_option(str(error))) from error
         encoder, tokenizer, model = whole.encoder, whole.tokenizer, source.model
     else:
         encoder, tokenizer, model = common.load_model(source.model, device)
+        limit = common.within(limits["max_length"], common.max_length(source.model, trained))
+    limits = {**limits, "max_length": limit}
     modules = {} if trained is None else _modules(trained, encoder, device)
     if trained is not None and pooling is None:
         pooling = trained.pooling

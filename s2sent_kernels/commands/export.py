@@ -21,32 +21,36 @@ _FOLDER_ONLY = ("max_length", "quantize")
 def add(commands: Any) -> None:
     about = "write encoder and selector for use elsewhere: ONNX, AOTInductor, servers"
     command = commands.add_parser("export", help=about, description=__doc__)
-    command.add_argument(
+    model = command.add_argument_group("model")
+    files = command.add_argument_group("files")
+    files.add_argument(
         "--output", type=common.path, required=True, metavar="FILE", help="FILE.onnx, FILE.pt2, or FOLDER/ for servers"
     )
-    command.add_argument(
+    model.add_argument(
         "--model",
         help="folder of a saved S2SentModel or SentenceTransformer, or, beside --selector, path or hub id of an encoder "
         "(default: all-MiniLM-L6-v2, bundled, with its shipped selector)",
     )
-    command.add_argument("--selector", help="folder or shipped name")
-    command.add_argument(
+    model.add_argument("--selector", help="folder or shipped name (default: that of --model)")
+    model.add_argument(
         "--backend",
         choices=("auto", *BACKENDS),
         help="of the selector; with reference a FILE.pt2 needs torch alone where it is loaded (default: its own, or auto)",
     )
-    command.add_argument(
+    files.add_argument(
         "--quantize",
         choices=servers.QUANTIZED,
-        help="of FOLDER/: weights of matrix products as int8; prints how near the embeddings stay (default: float32)",
+        help="weights of matrix products as int8; prints how near the embeddings stay (default: float32)",
     )
-    command.add_argument(
+    files.add_argument(
         "--max-length",
         type=common.positive,
         metavar="TOKENS",
-        help="of FOLDER/: where servers truncate a text (default: where the tokenizer and the encoder end)",
+        help="where servers truncate a text (default: the model's)",
     )
-    common.add_device(command)
+    common.add_force(files)
+    common.add_device(model)
+    common.say_modes(command, dict.fromkeys(_FOLDER_ONLY, "only with FOLDER/") | {"force": "not with FOLDER/"})
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -76,11 +80,14 @@ def _check_output(arguments: argparse.Namespace, path: Path, folder: bool) -> No
     if folder:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"--output: expected a folder that does not exist yet or is empty, got {arguments.output}")
+        if arguments.force:
+            raise UserError("--force: expected with a file; a folder is filled only where it is empty")
         return
     if path.suffix not in WRITERS:
         raise UserError(f"--output: expected a name that ends in {', '.join(WRITERS)} or /, got {arguments.output}")
     if path.is_dir():
         raise UserError(f"--output: expected a file, got a directory, {path}")
+    common.check_new([path], arguments.force)
     for name in _FOLDER_ONLY:
         if getattr(arguments, name) is not None:
             raise UserError(
@@ -90,9 +97,11 @@ def _check_output(arguments: argparse.Namespace, path: Path, folder: bool) -> No
 
 def _write_folder(pipeline: Any, source: common.Source, path: Path, arguments: argparse.Namespace) -> None:
     tokenizer = pipeline.tokenizer or _tokenizer(source)
-    agreement = servers.export_folder(
-        pipeline, path, tokenizer, max_length=arguments.max_length, quantize=arguments.quantize
-    )
+    own = None
+    if not source.whole and source.selector is not None:
+        own = common.max_length(source.model, common.read_selector(source.selector))
+    limit = common.within(arguments.max_length, own)
+    agreement = servers.export_folder(pipeline, path, tokenizer, max_length=limit, quantize=arguments.quantize)
     if agreement is not None:
         print(
             f"{arguments.quantize} against float32 on {agreement.texts} sentences: cosine {agreement.mean:.4f} on average, "

@@ -16,11 +16,13 @@ from .. import export, functional
 from ..files import require
 from ..formula import dct
 from ..selector import S2SentSelector
-from ..tools import pictures
+from ..tools import columns, pictures
+from ..tools.labelled import TEXT, read_texts
 from . import common
 from .common import UserError
 
 MOST = 16  # heat maps that fit into a picture
+FILES = ("gates.png", "gates_by_text.png", "energy.png", "dct_bases.png")
 EXAMPLES = (
     "The ferry does not sail when the wind comes from the north.",
     "No ship leaves the harbour in this weather.",
@@ -31,17 +33,26 @@ EXAMPLES = (
 def add(commands: Any) -> None:
     about = "look at a selector's gates, the DCT bases and the energy of f"
     command = commands.add_parser("inspect", help=about, description=__doc__)
-    command.add_argument("--text", nargs="+", action="extend", metavar="TEXT", help="texts (default: three examples)")
-    command.add_argument(
+    model = command.add_argument_group("model")
+    run = command.add_argument_group("run")
+    texts = command.add_argument_group("texts")
+    texts.add_argument("--text", nargs="+", action="extend", metavar="TEXT", help="texts (default: three examples)")
+    texts.add_argument(
+        "--file", type=common.path, help=f"of texts, {MOST} at most, as `s2sent predict` reads them (default: none)"
+    )
+    texts.add_argument("--columns", metavar="text=COLUMN", help="of --file (default: text)")
+    common.add_format(texts)
+    model.add_argument(
         "--model",
         help="path, hub id or shipped name of an encoder, or folder of encoder and selector (default: all-MiniLM-L6-v2, bundled)",
     )
-    command.add_argument("--selector", help="folder or shipped name (default: that of the model's shipped name)")
-    command.add_argument("--show", action="store_true", help="also open the pictures")
-    common.add_device(command)
-    command.add_argument(
+    model.add_argument("--selector", help="folder or shipped name (default: that of the model's shipped name)")
+    run.add_argument("--show", action="store_true", help="also open the pictures")
+    common.add_device(run)
+    run.add_argument(
         "--output-dir", type=common.path, default="inspection", help="where the pictures go (default: ./inspection)"
     )
+    common.add_force(run)
 
 
 def energies(squeezed: Tensor, frequencies: int) -> Tensor:
@@ -63,15 +74,19 @@ def run(arguments: argparse.Namespace) -> None:
     directory = Path(arguments.output_dir)
     common.check_writable(directory)
     require("matplotlib.figure", "matplotlib", "demo")
-    texts: Sequence[str] = arguments.text or EXAMPLES
+    texts = _texts(arguments)
     if any(not text.strip() for text in texts):
         raise UserError("--text: expected texts, got an empty one")
     if len(texts) > MOST:
-        raise UserError(f"--text: expected at most {MOST} texts, got {len(texts)}")
+        what = "--text" if arguments.file is None else arguments.file
+        raise UserError(f"{what}: expected at most {MOST} texts, got {len(texts)}")
     device = common.device_of(arguments.device)
+    source = common.resolve(arguments.model, arguments.selector)
+    common.check_new((directory / name for name in FILES), arguments.force)
     try:
-        pipeline, tokenizer, names = _load(common.resolve(arguments.model, arguments.selector), device)
-        seen = _look(pipeline, tokenizer, texts)
+        pipeline, tokenizer, names, limit = _load(source, device)
+        (batch,) = common.batches(pipeline.encoder, tokenizer, texts, limit)
+        seen = _look(pipeline, batch)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
     print(f"{names}: blocks {', '.join(map(str, seen.blocks))}, {seen.selector.frequencies} components")
@@ -82,21 +97,40 @@ def run(arguments: argparse.Namespace) -> None:
         _show([directory / file for file in content])
 
 
-def _load(source: common.Source, device: torch.device) -> tuple[export.Pipeline, Any, str]:
-    """The pipeline, its tokenizer, and both names for the terminal."""
+def _texts(arguments: argparse.Namespace) -> Sequence[str]:
+    if arguments.file is None:
+        common.check_format(arguments.format, [])
+        if arguments.columns is not None:
+            raise UserError("--columns: expected with --file")
+        return arguments.text or EXAMPLES
+    if arguments.text is not None:
+        raise UserError("--file: expected without --text")
+    common.check_format(arguments.format, [arguments.file])
+    try:
+        named = {} if arguments.columns is None else columns.parse(arguments.columns, TEXT)
+        found = read_texts(arguments.file, columns.Columns(named, format=arguments.format))
+    except (ValueError, ImportError) as error:
+        raise UserError(str(error)) from error
+    if not isinstance(found[0], str):
+        raise UserError(f"{arguments.file}: expected texts, got pairs of sentences")
+    return [text for text in found if isinstance(text, str)]
+
+
+def _load(source: common.Source, device: torch.device) -> tuple[export.Pipeline, Any, str, int | None]:
+    """The pipeline, its tokenizer, both names for the terminal, and the tokens at which the folders cut a text."""
     if source.model is not None and source.whole:
         sentences = common.load_whole(source.model)[0].to(device)
         pipeline = export.as_pipeline(sentences if len(sentences) > 1 else sentences[0].auto_model)
-        return pipeline, sentences.tokenizer, f"model     {source.model}"
+        return pipeline, sentences.tokenizer, f"model     {source.model}", sentences.max_seq_length
     assert source.selector is not None  # resolve required one
     trained = common.read_selector(source.selector)
     encoder, tokenizer, name = common.load_model(source.model, device)
-    return common.fuse(encoder, trained).to(device), tokenizer, f"encoder   {name}; selector {source.selector}"
+    names = f"encoder   {name}; selector {source.selector}"
+    return common.fuse(encoder, trained).to(device), tokenizer, names, common.max_length(source.model, trained)
 
 
-def _look(pipeline: export.Pipeline, tokenizer: Any, texts: Sequence[str]) -> _Seen:
+def _look(pipeline: export.Pipeline, batch: dict[str, Tensor]) -> _Seen:
     selector = pipeline.selector
-    (batch,) = common.batches(pipeline.encoder, tokenizer, texts)
     with pipeline.capture as capture, torch.no_grad():
         hidden_states, mask = capture.collect(**batch), batch["attention_mask"]
         squeezed, _ = functional.squeeze(

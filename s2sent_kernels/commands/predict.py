@@ -25,6 +25,8 @@ SUFFIXES = (".tsv", ".jsonl")
 def add(commands: Any) -> None:
     about = "label files of texts by a trained classifier"
     command = commands.add_parser("predict", help=about, description=__doc__)
+    files = command.add_argument_group("files")
+    run = command.add_argument_group("run")
     command.add_argument(
         "inputs",
         type=common.path,
@@ -33,35 +35,39 @@ def add(commands: Any) -> None:
         help=".txt (one text a line), or .tsv, .csv, .jsonl or .parquet with the columns that it was trained on: text, or "
         "sentence1 and sentence2",
     )
-    command.add_argument(
-        "--columns", metavar="WHAT=COLUMN,...", help="other names that the files have for these columns: text=review"
+    files.add_argument(
+        "--columns",
+        metavar="WHAT=COLUMN,...",
+        help="other names that the files have for these columns: text=review (default: their own)",
     )
-    command.add_argument("--model", type=common.path, required=True, metavar="FOLDER", help="of the classifier")
-    command.add_argument(
+    run.add_argument("--model", type=common.path, required=True, metavar="FOLDER", help="of the classifier")
+    files.add_argument(
         "--output",
         type=common.path,
         required=True,
         metavar="FILE",
         help=".tsv (label, then a column for each label's probability) or .jsonl",
     )
-    command.add_argument("--batch-size", type=positive, default=common.BATCH, help=f"default: {common.BATCH}")
-    command.add_argument("--force", action="store_true", help="replace an output that is there")
-    common.add_device(command)
+    run.add_argument("--batch-size", type=positive, default=common.BATCH, help=f"default: {common.BATCH}")
+    common.add_format(files)
+    common.add_force(files)
+    common.add_device(run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     if output.suffix not in SUFFIXES:
         raise UserError(f"--output: expected a file of {', '.join(SUFFIXES)}, got {output}")
-    if output.exists() and not arguments.force:
-        raise UserError(f"output {output}: it is there already; --force replaces it")
+    common.check_format(arguments.format, arguments.inputs)
+    common.check_new([output], arguments.force)
     for path in arguments.inputs:
         if output.exists() and os.path.exists(path) and output.samefile(path):
             raise UserError(f"output {output}: expected another file than {path}, whose texts would be lost")
     common.check_writable(output.parent)
     try:
         named = {} if arguments.columns is None else columns.parse(arguments.columns, (*TEXT, *PAIR))
-        texts = [text for path in arguments.inputs for text in read_texts(path, columns.Columns(named))]
+        given = columns.Columns(named, format=arguments.format)
+        texts = [text for path in arguments.inputs for text in read_texts(path, given)]
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
     if len({isinstance(text, str) for text in texts}) > 1:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import frozen, frozen_tasks
+from ..files import disk_is_full
 from ..formula.call import POOLINGS
 from ..tools import processes, recipe
 from ..tools.problems import CLASSES, PROBLEMS
 from ..tools.recipe import GATE_SCALE
+from ..tools.tables import STDIN
 from . import common, train_classifier, train_pairs
 from .common import UserError, positive
-from .train_task import CACHE, CLASSIFICATION, CONTRASTIVE, STS, TASKS, Task
+from .train_task import CACHE, CLASSIFICATION, CONTRASTIVE, MAX_LENGTH, STS, TASKS, Task
 
 
 class _Only(NamedTuple):
@@ -25,6 +27,12 @@ class _Only(NamedTuple):
 
     tasks: tuple[str, ...] = TASKS
     frozen: bool | None = None  # None: with --freeze-encoder and without
+
+    def said(self) -> str:
+        """For the help."""
+        tasks = [] if self.tasks == TASKS else [f"only with --task {' or '.join(self.tasks)}"]
+        frozen = [] if self.frozen is None else [f"{'only with' if self.frozen else 'not with'} --freeze-encoder"]
+        return ", ".join([*tasks, *frozen])
 
 
 _ONLY = {
@@ -51,26 +59,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--task", choices=TASKS, default=CONTRASTIVE, help="what the data says of its sentences (default: contrastive)"
     )
-    command.add_argument(
-        "--data",
-        type=common.path,
-        required=True,
-        metavar="FILE",
-        help=".tsv, .csv, .jsonl or .parquet with columns anchor, positive and, optionally, negative or negative_1, "
-        "negative_2, ..., or a list negatives; sts: score, sentence1, sentence2; classification: label and text, or sentence1 "
-        "and sentence2; or sentences, one a line, as .txt: each its own positive under dropout",
-    )
-    command.add_argument(
-        "--columns",
-        metavar="WHAT=COLUMN,...",
-        help="other names that --data has for these columns: anchor=query,positive=doc",
-    )
-    command.add_argument(
-        "--ignore-columns",
-        metavar="COLUMN,...",
-        help="columns of --data to leave out, though they look like training data",
-    )
-    command.add_argument("--split", help="of --data, where it has a column split (default: train)")
+    command.add_argument("--freeze-encoder", action="store_true", help="train all but the encoder, from a cache")
     command.add_argument(
         "--output",
         type=common.path,
@@ -78,39 +67,59 @@ def add(commands: Any) -> None:
         metavar="FOLDER",
         help="where the result goes, a new folder or an empty one",
     )
-    command.add_argument("--freeze-encoder", action="store_true", help="train all but the encoder, from a cache")
-    command.add_argument("--model", help="path or hub id of an encoder (default: all-MiniLM-L6-v2, bundled)")
-    command.add_argument(
+    _add_data(command.add_argument_group("data"))
+    _add_selector(command.add_argument_group("model"))
+    _add_recipe(command.add_argument_group("recipe"))
+    _add_run(command.add_argument_group("run"))
+    common.say_modes(command, {name: only.said() for name, only in _ONLY.items()})
+
+
+def _add_data(group: Any) -> None:
+    group.add_argument(
+        "--data",
+        type=common.path,
+        required=True,
+        metavar="FILE",
+        help=".tsv, .csv, .jsonl, .parquet or .arrow, also .gz and .zst, a dataset on disk, or - (standard input), with columns "
+        "anchor, positive and, optionally, negative or negative_1, negative_2, ..., or a list negatives; sts: score, sentence1, "
+        "sentence2; classification: label and text, or sentence1 and sentence2; or sentences, one a line, as .txt: each its own "
+        "positive under dropout",
+    )
+    group.add_argument(
+        "--columns",
+        metavar="WHAT=COLUMN,...",
+        help="other names that --data has for these columns, dotted for fields within one: anchor=query,positive=doc.text "
+        "(default: their own)",
+    )
+    group.add_argument(
+        "--ignore-columns",
+        metavar="COLUMN,...",
+        help="columns of --data to leave out, though they look like training data (default: none)",
+    )
+    common.add_format(group)
+    group.add_argument("--split", help="of --data, where it has a column split (default: train)")
+    group.add_argument(
         "--dev",
         type=common.path,
         metavar="FILE",
         help="scored pairs (score, sentence1, sentence2), or for a classifier a table like --data: chooses the epoch and among "
-        "what is tried (default for a classifier: a tenth of --data is held out)",
+        "what is tried (default: none; for a classifier a tenth of --data is held out)",
     )
-    command.add_argument("--dev-split", help="its split, where it has a column split (default: dev)")
-    command.add_argument(
+    group.add_argument("--dev-split", help="its split, where it has a column split (default: dev)")
+    group.add_argument(
         "--problem-type", choices=PROBLEMS, help=f"of a classifier, in transformers' words (default: {CLASSES})"
     )
-    command.add_argument(
-        "--symmetric",
-        action="store_const",
-        const=True,
-        help="contrastive, with --freeze-encoder: each positive also against every anchor",
+
+
+def _add_selector(group: Any) -> None:
+    group.add_argument("--model", help="path or hub id of an encoder (default: all-MiniLM-L6-v2, bundled)")
+    group.add_argument(
+        "--blocks", type=common.blocks, metavar=common.BLOCKS, help="blocks to fuse, 0 the lowest (default: all)"
     )
-    command.add_argument(
-        "--widths",
-        type=positive,
-        nargs="+",
-        metavar="FEATURES",
-        help="contrastive, with --freeze-encoder: numbers of first features that embeddings may be cut to, as by encode's "
-        "--truncate-dim; the loss is the mean over these and all",
-    )
-    command.add_argument("--loss", choices=recipe.LOSSES, help=f"of --task sts (default: {recipe.LOSSES[0]})")
-    command.add_argument("--blocks", default=None, metavar="last:N", help="blocks to fuse (default: all)")
-    command.add_argument("--bottleneck", type=positive, help="H (default: D / 12)")
-    command.add_argument("--frequencies", type=positive, default=4, help="M (default: 4)")
-    command.add_argument("--no-prior", action="store_true", help="without block prior: the paper's formula")
-    scale = command.add_mutually_exclusive_group()
+    group.add_argument("--bottleneck", type=positive, help="H (default: D / 12)")
+    group.add_argument("--frequencies", type=positive, default=4, help="M (default: 4)")
+    group.add_argument("--no-prior", action="store_true", help="without block prior: the paper's formula")
+    scale = group.add_mutually_exclusive_group()
     scale.add_argument(
         "--gate-scale",
         type=float,
@@ -118,75 +127,95 @@ def add(commands: Any) -> None:
         help=f"where the learned factor of the gate's logits starts (default: {GATE_SCALE:g}; none with --no-prior)",
     )
     scale.add_argument("--no-gate-scale", action="store_true", help="without it: the paper's formula")
-    command.add_argument("--no-norm", action="store_true", help="without batch norm in the gate")
-    command.add_argument("--pooling", choices=POOLINGS, default="mean", help="default: mean")
-    _add_recipe(command)
-    command.add_argument("--max-length", type=positive, default=256, help="tokens at most (default: 256)")
-    command.add_argument(
-        "--cache", type=common.path, metavar="FOLDER", help=f"of f and p, with --freeze-encoder (default: ./{CACHE})"
+    group.add_argument("--no-norm", action="store_true", help="without batch norm in the gate")
+    group.add_argument("--pooling", choices=POOLINGS, default="mean", help="default: mean")
+    group.add_argument(
+        "--max-length",
+        type=positive,
+        help=f"tokens at most (default: the encoder's, where its folder says, else {MAX_LENGTH})",
     )
-    command.add_argument(
-        "--verify-cache",
-        action="store_const",
-        const=True,
-        help="compare a cache that is there with its checksums, with --freeze-encoder; reads all of it",
-    )
-    common.add_device(command)
 
 
-def _add_recipe(command: Any) -> None:
+def _add_recipe(group: Any) -> None:
     for name, kind, what in (
         ("--epochs", positive, "passes over the data"),
         ("--batch-size", positive, "examples a step, on each device"),
         ("--temperature", float, "of the contrastive loss and of CoSENT"),
     ):
         key = name[2:].replace("-", "_")
-        command.add_argument(name, type=kind, help=f"{what} (default: {_defaults(key)})")
+        group.add_argument(name, type=kind, help=f"{what} (default: {_defaults(key)})")
+    group.add_argument("--loss", choices=recipe.LOSSES, help=f"default: {recipe.LOSSES[0]}")
     rates = ", ".join(f"{rate:g}" for rate in frozen_tasks.LEARNING_RATES)
-    command.add_argument(
+    group.add_argument(
         "--learning-rate",
         type=float,
         nargs="+",
         help=f"of the encoder (default: {recipe.DEFAULT.learning_rate:g}); with --freeze-encoder, of the selector and the head: "
         f"of several each is tried (default: {frozen.DEFAULT.learning_rate:g}; of a classifier {rates})",
     )
-    dropouts = " ".join(f"{dropout:g}" for dropout in frozen_tasks.DROPOUTS)
-    command.add_argument(
-        "--dropout",
-        type=float,
-        nargs="+",
-        help=f"of a classifier's embedding, before the head (default: {recipe.DROPOUT:g}; with --freeze-encoder {dropouts} "
-        "are tried)",
-    )
     rate = recipe.DEFAULT.selector_learning_rate
-    command.add_argument("--selector-learning-rate", type=float, help=f"of selector and head (default: {rate:g})")
-    command.add_argument(
+    group.add_argument("--selector-learning-rate", type=float, help=f"of selector and head (default: {rate:g})")
+    group.add_argument(
         "--prior-learning-rate",
         type=float,
         help=f"of block prior and gate scale (default: {frozen.DEFAULT.prior_learning_rate:g})",
     )
-    command.add_argument(
+    dropouts = " ".join(f"{dropout:g}" for dropout in frozen_tasks.DROPOUTS)
+    group.add_argument(
+        "--dropout",
+        type=float,
+        nargs="+",
+        help=f"of the embedding, before the head (default: {recipe.DROPOUT:g}; with --freeze-encoder {dropouts} are tried)",
+    )
+    group.add_argument(
+        "--symmetric",
+        action="store_const",
+        const=True,
+        help="each positive also against every anchor",
+    )
+    group.add_argument(
+        "--widths",
+        type=positive,
+        nargs="+",
+        metavar="FEATURES",
+        help="numbers of first features that embeddings may be cut to, as by encode's --truncate-dim; the loss is the mean over "
+        "these and all (default: all alone)",
+    )
+    group.add_argument(
         "--accumulation",
         type=positive,
         help="batches whose gradients are one step; an anchor has the negatives of its own batch alone (default: 1)",
     )
-    command.add_argument(
+    group.add_argument(
         "--mini-batch",
         type=positive,
-        help="contrastive: examples that the encoder runs on at once, twice each: less memory for a --batch-size with the same "
-        "negatives and gradients; needs --no-norm (default: the batch)",
+        help="examples that the encoder runs on at once, twice each: less memory for a --batch-size with the same negatives and "
+        "gradients; needs --no-norm (default: the batch)",
     )
-    command.add_argument("--precision", choices=recipe.PRECISIONS, help="autocast (default: float32)")
-    command.add_argument("--patience", type=positive, help="stop after so many epochs without a better score on --dev")
-    command.add_argument(
+    group.add_argument("--precision", choices=recipe.PRECISIONS, help="autocast (default: float32)")
+    group.add_argument(
+        "--patience", type=positive, help="stop after so many epochs without a better score on --dev (default: never)"
+    )
+    group.add_argument(
+        "--seed", type=common.seed, nargs="+", help="with --freeze-encoder, of several each is tried (default: 0)"
+    )
+
+
+def _add_run(group: Any) -> None:
+    group.add_argument(
         "--resume",
         action="store_const",
         const=True,
         help="go on from the newest whole checkpoint in --output, if there is one",
     )
-    command.add_argument(
-        "--seed", type=common.seed, nargs="+", help="with --freeze-encoder, of several each is tried (default: 0)"
+    group.add_argument("--cache", type=common.path, metavar="FOLDER", help=f"of f and p (default: ./{CACHE})")
+    group.add_argument(
+        "--verify-cache",
+        action="store_const",
+        const=True,
+        help="compare a cache that is there with its checksums; reads all of it",
     )
+    common.add_device(group)
 
 
 def _defaults(key: str) -> str:
@@ -203,6 +232,9 @@ def run(arguments: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     task = Task(arguments.task, given, Path(arguments.output))
     _check_options(task)
+    common.check_format(arguments.format, [arguments.data, *([] if arguments.dev is None else [arguments.dev])])
+    if processes.count() > 1 and STDIN in (arguments.data, arguments.dev):
+        raise UserError(f"{STDIN}: expected a file, which every process can read")
     common.check_writable(task.output)
     try:
         if "resume" in task.given and _is_finished(task):
@@ -213,8 +245,13 @@ def run(arguments: argparse.Namespace) -> None:
         (train_classifier if task.kind == CLASSIFICATION else train_pairs).run(task)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
-    except OSError as error:
-        place = error.filename or f"output folder {task.output}"
+    except Exception as error:
+        place = getattr(error, "filename", None) or f"output folder {task.output}"
+        if disk_is_full(error):  # also as safetensors and torch.save say it, which the trainer calls
+            going_on = "; with room made, --resume goes on from the newest whole checkpoint, if there is one"
+            raise UserError(f"{place}: no space left on its disk{'' if task.frozen else going_on}") from error
+        if not isinstance(error, OSError):
+            raise
         raise UserError(f"{place}: {error.strerror or error}") from error
     if processes.is_first():
         print(f"wrote {task.output}")

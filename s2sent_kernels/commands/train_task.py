@@ -18,6 +18,7 @@ from . import common
 from .common import UserError
 
 CONTRASTIVE, STS, CLASSIFICATION = TASKS = ("contrastive", "sts", "classification")
+MAX_LENGTH = 256  # tokens, of an encoder whose folder does not say
 CACHE = "s2sent_cache"  # the default folder
 
 
@@ -38,10 +39,12 @@ class Task(NamedTuple):
 
     @property
     def max_length(self) -> int:
-        return self.given["max_length"]
+        """Tokens at which texts are cut in training and, since the result's folder says so, ever after."""
+        found = common.within(self.given.get("max_length"), common.max_length(self.given.get("model")))
+        return MAX_LENGTH if found is None else found
 
     @property
-    def blocks(self) -> str | None:
+    def blocks(self) -> str | list[int] | None:
         return self.given.get("blocks")
 
     @property
@@ -61,12 +64,15 @@ class Task(NamedTuple):
             {} if named is None else columns.parse(named, known, "negative" if self.kind == CONTRASTIVE else None),
             [] if ignored is None else columns.names(ignored),
             _say if processes.is_first() else None,
+            self.given.get("format"),
         )
 
     @property
     def dev_columns(self) -> Columns:
         """The same of ``--dev``, a table like ``--data``; but of scored pairs where that has none."""
-        return Columns({} if self.kind == CONTRASTIVE else self.columns.named, judged=False)
+        return Columns(
+            {} if self.kind == CONTRASTIVE else self.columns.named, format=self.given.get("format"), judged=False
+        )
 
     @property
     def device(self) -> torch.device:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .tables import Rows
 
@@ -25,11 +25,30 @@ class Columns(NamedTuple):
     named: Mapping[str, str] = {}  # the column of each thing that has another name: {"anchor": "query"}
     ignored: Collection[str] = ()
     tell: Callable[[str], object] | None = None  # is told of columns that are not read and look harmless
+    format: str | None = None  # of standard input, one of ``tables.FORMATS``
     judged: bool = True  # False: columns that are not read are passed over, as in a table that nothing is trained on
 
     def of(self, wanted: Sequence[str]) -> list[str]:
         """Their names in the table."""
         return [self.named.get(what, what) for what in wanted]
+
+    def unfold(self, rows: Rows) -> Rows:
+        """The rows with a column for each dotted name that the user gives: "query.text" is the field ``text`` of the column
+        ``query``, which is left out. A column whose own name has the dot comes first."""
+        dotted = [name for name in self.named.values() if "." in name and name not in _names(rows)]
+        if not dotted:
+            return rows
+        above = {name.partition(".")[0] for name in dotted}
+        return [
+            (
+                place,
+                {
+                    **{name: value for name, value in row.items() if name not in above},
+                    **{name: field(row, name) for name in dotted if _has(row, name)},
+                },
+            )
+            for place, row in rows
+        ]
 
     def rename(self, path: str | Path, rows: Rows) -> Rows:
         """The rows with the names that the reader expects, without the columns to ignore.
@@ -75,6 +94,26 @@ class Columns(NamedTuple):
             )
         if others and self.tell is not None:
             self.tell(f"{path}: not read: {', '.join(others)}")
+
+
+def field(row: Mapping[str, Any], name: str) -> Any:
+    """The value of a column, or of a field within it by a dotted name. KeyError where there is none."""
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        if not isinstance(value, Mapping):
+            raise KeyError(name)
+        value = value[part]
+    return value
+
+
+def _has(row: Mapping[str, Any], name: str) -> bool:
+    try:
+        field(row, name)
+    except KeyError:
+        return False
+    return True
 
 
 def parse(text: str, known: Collection[str], numbered: str | None = None) -> dict[str, str]:

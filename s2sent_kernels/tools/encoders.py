@@ -60,7 +60,7 @@ def token_batches(
     texts: Sequence[Text],
     batches: Sequence[Sequence[int]],
     *,
-    max_length: int,
+    max_length: int | None,
     skip: int = 0,
     progress: bool = False,
 ) -> Iterator[TokenBatch]:
@@ -69,7 +69,8 @@ def token_batches(
     Args:
         texts: texts, or pairs of texts, but not both.
         batches: the rows of ``texts`` in each batch.
-        max_length: texts are truncated to as many tokens, or to fewer where tokenizer or encoder support fewer.
+        max_length: texts are truncated to as many tokens, or to fewer where tokenizer or encoder support fewer. None: to what the
+            encoder takes.
         skip: how many batches to leave out at the beginning; the progress bar counts them.
         progress: show a progress bar on stderr, or where that is no terminal a line every half minute.
     """
@@ -86,7 +87,7 @@ def state_batches(
     texts: Sequence[Text],
     batches: Sequence[Sequence[int]],
     *,
-    max_length: int,
+    max_length: int | None,
     skip: int = 0,
     progress: bool = False,
 ) -> Iterator[StateBatch]:

@@ -26,11 +26,13 @@ from ..files import require
 from ..formula.call import Batch
 from ..formula.tokens import Tokens
 from ..selector import S2SentSelector
-from . import encoders
+from . import encoders, tables
 from .baselines import ScalarMix
+from .columns import Columns
+from .examples import read_rows
 from .scores import Correlations, correlations
-from .tables import number, read_table
 
+PAIR = ("sentence1", "sentence2")
 STRENGTHS = (0.1, 1.0, 10.0)  # scikit-learn's C, never chosen on the test split
 FOLDS = 10
 HELD_OUT = 0.1  # fraction of the training split on which C is chosen if a file has no split "dev"
@@ -76,22 +78,23 @@ class Fusion(NamedTuple):
 # ---------------------------------------------------------------- files
 
 
-def read_sts(path: str | Path, split: str | None = "test") -> list[Pair]:
+def read_sts(path: str | Path, split: str | None = "test", columns: Columns | None = None) -> list[Pair]:
     """The pairs of one split, or of all with None.
 
     Raises:
-        ValueError: as ``read_table``; a score is no finite number (names the line); the split has fewer than two pairs, or
-            only equal scores, for which a correlation is undefined.
+        ValueError: as ``read_rows``; a text is none; a score is no finite number (names the line); the split has fewer than two
+            pairs, or only equal scores, for which a correlation is undefined.
     """
     found, splits = [], set()
-    for line, row in read_table(path, ("split", "score", "sentence1", "sentence2")):
-        splits.add(row["split"])
-        if split is not None and row["split"] != split:
+    for place, row in read_rows(path, ("split", "score", *PAIR), columns=columns):
+        splits.add(str(row.get("split")))
+        if split is not None and str(row.get("split")) != split:
             continue
-        score = number(row["score"])
+        score = tables.number(row.get("score"))
         if not math.isfinite(score):
-            raise ValueError(f"{path}: line {line}: expected a number as score, got {row['score']!r}")
-        found.append(Pair(row["sentence1"], row["sentence2"], score, row.get("subset") or ""))
+            raise ValueError(f"{path}: {place}: expected a number as score, got {row.get('score')!r}")
+        one, other = (tables.text(f"{path}: {place}: {name}", row.get(name)) for name in PAIR)
+        found.append(Pair(one, other, score, str(row.get("subset") or "")))
     if len(found) < 2:
         raise ValueError(f"{path}: expected pairs of split {split!r}, got splits {', '.join(sorted(splits))}")
     if len({pair.score for pair in found}) < 2:
@@ -99,18 +102,22 @@ def read_sts(path: str | Path, split: str | None = "test") -> list[Pair]:
     return found
 
 
-def read_transfer(path: str | Path) -> dict[str, list[Labelled]]:
+def read_transfer(path: str | Path, columns: Columns | None = None) -> dict[str, list[Labelled]]:
     """The texts of each split. Splits are "train", "test" and optionally "dev"; or "all", for cross-validation.
 
     Raises:
-        ValueError: as ``read_table``; texts beside pairs; other splits, or fewer than two labels to train on.
+        ValueError: as ``read_rows``; texts beside pairs; a text or a label is none; other splits, or fewer than two labels to
+            train on.
     """
     found: dict[str, list[Labelled]] = {}
-    for _, row in read_table(path, ("split", "label"), ("text",), ("sentence1", "sentence2")):
-        if {"text", "sentence1", "sentence2"} <= row.keys():
+    for place, row in read_rows(path, ("split", "label"), ("text",), PAIR, columns=columns):
+        if {"text", *PAIR} <= row.keys():
             raise ValueError(f"{path}: expected a column text, or sentence1 and sentence2, got all three")
-        texts = (row["text"],) if "text" in row else (row["sentence1"], row["sentence2"])
-        found.setdefault(row["split"], []).append(Labelled(texts, row["label"]))
+        names = ("text",) if "text" in row else PAIR
+        texts = tuple(tables.text(f"{path}: {place}: {name}", row.get(name)) for name in names)
+        if row.get("label") is None:
+            raise ValueError(f"{path}: {place}: expected a label, got none")
+        found.setdefault(str(row.get("split")), []).append(Labelled(texts, str(row["label"])))
     if set(found) != {"all"} and not {"train", "test"} <= set(found) <= {"train", "dev", "test"}:
         raise ValueError(f"{path}: expected splits train and test, or all, got {', '.join(sorted(found))}")
     labels = {item.label for item in found.get("all", found.get("train", []))}
@@ -130,7 +137,7 @@ def side_by_side(
     *,
     pooling: str = "mean",
     batch_size: int = 128,
-    max_length: int = 512,
+    max_length: int | None = None,
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """Embeddings [S, D], float32 on the CPU, of every text by every pooling, from one pass over the encoder.
@@ -138,6 +145,7 @@ def side_by_side(
     Args:
         modules: by name, the poolings to add to MEAN_OF_LAST, FIRST_LAST, AVERAGE and CLS.
         pooling: over the tokens, of ``modules``.
+        max_length: tokens at most. None: as many as the encoder takes.
     """
     kept = list(dict.fromkeys(texts))
     found: dict[str, Tensor] = {}

@@ -1,22 +1,18 @@
-"""Training examples from files: tables (.tsv, .csv, .jsonl, .parquet), or a text file (.txt), each line of which is its own
-positive. Every error names the file and, if it concerns one, the line or row."""
+"""Training examples from files: tables, or a text file (.txt), each line of which is its own positive. Every error names the file
+and, if it concerns one, the line or row."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..files import importing
-from . import tables
+from . import readers, tables
 from .columns import SPLIT, Columns
 from .tables import Rows
 
-SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet", ".txt")
+SUFFIXES = (*readers.SUFFIXES, ".txt")
 COLUMNS = ("anchor", "positive", "negative", "negatives", SPLIT)  # and negative_1, negative_2, ...
 _NEGATIVE = re.compile(r"negative(_\d+)?")
 
@@ -53,7 +49,7 @@ def read_examples(path: str | Path, split: str | None = None, columns: Columns |
             text.
         ImportError: pyarrow, which reads Parquet, is not installed.
     """
-    if Path(path).suffix.lower() == ".txt":
+    if readers.kind(path, None if columns is None else columns.format) == "text":
         if split is not None:
             raise ValueError(
                 f"{path}: expected a table with a column split, whose {split!r} is asked for, got sentences"
@@ -113,7 +109,7 @@ def read_rows(
     path: str | Path,
     required: Sequence[str],
     *choices: Sequence[str],
-    suffixes: Sequence[str] = SUFFIXES[:-1],
+    suffixes: Sequence[str] = readers.SUFFIXES,
     columns: Columns | None = None,
 ) -> Rows:
     """Places ("line 2", "row 1") and rows of a table.
@@ -128,87 +124,14 @@ def read_rows(
         ValueError: as ``read_examples``, but of values.
     """
     columns = columns or Columns()
-    found = _read(path, columns.of(required), [columns.of(choice) for choice in choices], suffixes)
-    return columns.rename(path, found)
-
-
-def _read(path: str | Path, columns: Sequence[str], choices: Sequence[Sequence[str]], suffixes: Sequence[str]) -> Rows:
-    suffix = Path(path).suffix.lower()
-    if suffix != ".tsv" and suffix not in _READERS:
-        raise ValueError(f"{path}: expected a file of {', '.join(suffixes)}, got suffix {suffix!r}")
-    if suffix == ".tsv":
-        return [(f"line {line}", row) for line, row in tables.read_table(path, columns, *choices)]
-    found = list(_READERS[suffix](path))
+    wanted, alternatives = columns.of(required), [columns.of(choice) for choice in choices]
+    found = columns.unfold(readers.read(path, columns.format, suffixes, wanted, alternatives))
     if not found:
-        raise ValueError(f"{path}: expected rows{' with columns ' * bool(columns)}{' and '.join(columns)}, got none")
+        raise ValueError(f"{path}: expected rows{' with columns ' * bool(wanted)}{' and '.join(wanted)}, got none")
     names = dict.fromkeys(name for _, row in found for name in row)
-    missing = [name for name in columns if name not in names]
-    if choices and not any(set(choice) <= set(names) for choice in choices):
-        missing.append(" or ".join("+".join(choice) for choice in choices))
+    missing = [name for name in wanted if name not in names]
+    if alternatives and not any(set(choice) <= set(names) for choice in alternatives):
+        missing.append(" or ".join("+".join(choice) for choice in alternatives))
     if missing:
         raise ValueError(f"{path}: expected a column {', '.join(missing)}, got {', '.join(names) or 'none'}")
-    return found
-
-
-_LONGEST = 2**31 - 1  # characters, what fits a C long on every platform
-_limit_lock = threading.Lock()
-
-
-@contextlib.contextmanager
-def _long_fields() -> Iterator[None]:
-    """Within it csv takes texts of any length. Its limit, 131,072 characters, belongs to the whole process, where others may
-    rely on it, and is put back."""
-    with _limit_lock:
-        before = csv.field_size_limit(_LONGEST)
-        try:
-            yield
-        finally:
-            csv.field_size_limit(before)
-
-
-def _read_csv(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    place = "line 1"
-
-    def lines() -> Iterator[str]:
-        nonlocal place
-        for number, line in tables.read_lines(path, keep_empty=True):
-            place = f"line {number}"
-            yield line + "\n"
-
-    reader, rows = csv.DictReader(lines(), strict=True), []
-    try:
-        with _long_fields():
-            tables.unique(path, list(reader.fieldnames or ()))
-            for row in reader:
-                if None in row or None in row.values():
-                    raise ValueError(f"{path}: {place}: expected {len(reader.fieldnames or ())} comma-separated fields")
-                rows.append((place, row))
-    except csv.Error as error:
-        raise ValueError(f"{path}: {place} is broken: {error}") from error
-    return rows
-
-
-def _read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    return ((f"line {line}", row) for line, row in tables.read_json(path))
-
-
-def _read_parquet(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with importing(f"{path}: pyarrow", "train"):
-        import pyarrow
-        from pyarrow import parquet
-    try:
-        table = parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
-    number = 0
-    for batch in table.to_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield f"row {number}", row
-
-
-_READERS: dict[str, Callable[[str | Path], Iterable[tuple[str, dict[str, Any]]]]] = {
-    ".csv": _read_csv,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
+    return columns.rename(path, found)

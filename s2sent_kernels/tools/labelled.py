@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import tables
+from . import readers, tables
 from .columns import SPLIT, Columns
 from .encoders import Text
 from .examples import SUFFIXES, of_split, read_rows
@@ -81,7 +81,7 @@ def read_scored(
 def read_texts(path: str | Path, columns: Columns | None = None) -> list[Text]:
     """The texts or pairs of a table, or the lines of a .txt file. ValueError as ``read_labelled``, but of labels; other columns
     are passed over."""
-    if Path(path).suffix.lower() == ".txt":
+    if readers.kind(path, None if columns is None else columns.format) == "text":
         if columns is not None and columns.named:
             raise ValueError(f"{path}: expected a table, whose columns are named, got texts")
         lines: list[Text] = []

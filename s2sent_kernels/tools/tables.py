@@ -3,15 +3,76 @@ concerns one, the line."""
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import io
 import json
 import math
+import os
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import first_line, importing
+
 STDIN = "-"
+KINDS = {
+    ".txt": "text",
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+FORMATS = tuple(dict.fromkeys(KINDS.values()))  # of standard input
 Rows = list[tuple[str, dict[str, Any]]]  # places ("line 2", "row 1"), and values by their columns' names
+
+
+def kind_of(path: str | Path) -> tuple[str, str | None] | None:
+    """What a file's suffixes say: a value of KINDS, and one of COMPRESSIONS or None. None where they say nothing."""
+    stem, suffix = os.path.splitext(str(path).lower())
+    compression = COMPRESSIONS.get(suffix)
+    if compression is not None:
+        suffix = os.path.splitext(stem)[1]
+    return (KINDS[suffix], compression) if suffix in KINDS else None
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """All of a file, decompressed, or of standard input. Errors as of ``read_lines``."""
+    try:
+        with _opened(path) as file:
+            return b"".join(file)
+    except _BROKEN as error:
+        raise _unreadable(path, error) from error
+
+
+_BROKEN = (OSError, EOFError, zlib.error)  # EOFError: a .gz file that ends too early
+
+
+def _unreadable(path: str | Path, error: BaseException) -> ValueError:
+    return ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or first_line(error)}")
+
+
+def _opened(path: str | Path) -> Any:
+    """The bytes of a file, decompressed, or of standard input, line by line: a context that ends with the file. MissingPackage
+    where it is one of .zst and pyarrow is not installed."""
+    suffix = Path(path).suffix.lower()
+    if path == STDIN:
+        if sys.stdin is None:
+            raise ValueError(f"{path}: standard input is closed")
+        # Bytes if it is a byte stream: its own decoder follows the locale and may accept bytes that are not UTF-8.
+        return contextlib.nullcontext(getattr(sys.stdin, "buffer", None) or map(str.encode, sys.stdin))
+    if suffix == ".gz":
+        return gzip.open(path, "rb")
+    if suffix == ".zst":
+        with importing(f"{path}: pyarrow", "train"):
+            import pyarrow
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return open(path, "rb")
 
 
 def read_table(
@@ -113,16 +174,10 @@ def read_lines(path: str | Path, *, keep_empty: bool = False) -> Iterator[tuple[
         ValueError: the file cannot be read, or a line is not UTF-8.
     """
     try:
-        if path == STDIN:
-            if sys.stdin is None:
-                raise ValueError(f"{path}: standard input is closed")
-            # Read bytes if it is a byte stream: its own decoder follows the locale and may accept bytes that are not UTF-8.
-            yield from _decoded(path, getattr(sys.stdin, "buffer", None) or map(str.encode, sys.stdin), keep_empty)
-            return
-        with open(path, "rb") as file:
+        with _opened(path) as file:
             yield from _decoded(path, file, keep_empty)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except _BROKEN as error:
+        raise _unreadable(path, error) from error
 
 
 def _decoded(path: str | Path, lines: Iterable[bytes], keep_empty: bool) -> Iterator[tuple[int, str]]:

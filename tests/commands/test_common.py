@@ -91,8 +91,8 @@ def test_a_shipped_name_means_the_encoder_that_its_selector_was_trained_for(fold
             "--model some/hub-id: expected a folder, a shipped name (all-MiniLM-L6-v2, all-mpnet-base-v2) or a model of the hub, "
             "and there is none of this name, or the hub cannot be reached",
         ),
-        ("./empty", "model ./empty: expected a config.json that names a model_type"),
-        ("./nowhere", "model ./nowhere: there is no such directory"),
+        ("./empty", "--model ./empty: expected a config.json that names a model_type"),
+        ("./nowhere", "--model ./nowhere: there is no such directory"),
     ],
 )
 def test_an_encoder_alone(folders, model, message):
@@ -123,7 +123,7 @@ def test_what_is_saved_with_a_selector_is_read_back(tmp_path):
     S2SentSelector(16, 2, 4, 4).save_pretrained(tmp_path, about={"blocks": [0, 3], "pooling": "last"})
     trained = common.read_selector(str(tmp_path))
     assert (trained.pooling, trained.config["blocks"], trained.selector.training) == ("last", [0, 3], False)
-    with pytest.raises(common.UserError, match=r"^selector nowhere: name_or_folder: expected a folder or one of"):
+    with pytest.raises(common.UserError, match=r"^--selector nowhere: expected a folder or one of"):
         common.read_selector("nowhere")
 
 
@@ -156,6 +156,7 @@ def test_an_unknown_new_option_changes_the_key(folders):
     [
         (["--device", "cpu"], True),
         (["--force"], True),
+        (["--on-error", "skip"], True),
         (["--workers", "2"], True),
         (["--engine", "ray"], True),
         (["--part-rows", "7"], False),
@@ -169,6 +170,7 @@ def test_an_unknown_new_option_changes_the_key(folders):
         (["--overflow", "windows"], False),
         (["--max-length", "7"], False),
         (["--column", "body"], False),
+        (["--format", "jsonl"], False),
         (["--precision", "ubinary"], False),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -357,7 +359,7 @@ def test_training_prints_the_recipes_defaults(capsys, monkeypatch):
 
 
 def test_every_subcommand_is_a_module_with_add_and_run():
-    assert list(COMMANDS) == ["demo", "doctor", "train", "predict", "evaluate", "encode", "export", "inspect"]
+    assert list(COMMANDS) == ["demo", "doctor", "train", "predict", "evaluate", "encode", "export", "inspect", "cache"]
     assert all(callable(module.add) and callable(module.run) for module in COMMANDS.values())
     for name in COMMANDS:
         assert f"s2sent {name}" in _parser_of(name).format_usage()

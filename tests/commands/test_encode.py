@@ -248,19 +248,19 @@ def test_how_many_texts_were_cut_is_said_and_kept(long_texts, places, tmp_path, 
     monkeypatch.chdir(tmp_path)
     command = ["encode", "long.txt", "--model", str(places / "whole"), "--device", "cpu", "--max-length", "12"]
     assert main([*command, "--output", "out/", "--part-rows", "2"]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == "2 of 5 texts have more tokens than the model takes"
+    assert capsys.readouterr().out.splitlines()[0] == "2 of 5 texts have more than 12 tokens and were cut"
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["cut"] == 2
     (tmp_path / "out" / "manifest.json").unlink()
     (tmp_path / "out" / "part-000000.parquet").unlink()
     assert main([*command, "--output", "out/", "--part-rows", "2"]) == 0  # also those that an earlier run encoded
-    assert "2 of 5 texts have more tokens" in capsys.readouterr().out
+    assert "2 of 5 texts have more than 12 tokens and were cut" in capsys.readouterr().out
     for shard in ("0/2", "1/2"):
         assert main([*command, "--output", "shards/", "--part-rows", "2", "--shard", shard]) == 0
     assert "tokens" not in capsys.readouterr().out
     assert main(["encode", "--finish", "shards/"]) == 0  # which alone knows of all
-    assert "2 of 5 texts have more tokens" in capsys.readouterr().out
+    assert "2 of 5 texts have more than 12 tokens and were cut" in capsys.readouterr().out
     assert main([*command, "--output", "a.parquet"]) == 0
-    assert "2 of 5 texts have more tokens" in capsys.readouterr().out
+    assert "2 of 5 texts have more than 12 tokens and were cut" in capsys.readouterr().out
     assert (
         main(["encode", "long.txt", "--model", str(places / "whole"), "--device", "cpu", "--output", "b.parquet"]) == 0
     )
@@ -271,7 +271,9 @@ def test_overflow_windows_and_error(long_texts, places, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     command = ["encode", "long.txt", "--model", str(places / "whole"), "--device", "cpu", "--max-length", "12"]
     assert main([*command, "--output", "cut.parquet"]) == 0
+    capsys.readouterr()
     assert main([*command, "--output", "windows.parquet", "--overflow", "windows"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "2 of 5 texts have more tokens than the model takes"
     cut, windows = embeddings_of("cut.parquet"), embeddings_of("windows.parquet")
     np.testing.assert_allclose(windows[:3], cut[:3], atol=1e-6)
     assert (np.abs(windows[3:] - cut[3:]).max(axis=1) > 1e-3).all()

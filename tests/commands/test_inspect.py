@@ -89,7 +89,7 @@ def test_inspect_shows_the_pictures_or_says_where_they_are(places, tmp_path, cap
     shown = []
     monkeypatch.setattr(matplotlib, "get_backend", lambda: "QtAgg")
     monkeypatch.setattr(pyplot, "show", lambda: shown.append(pyplot.gcf()))
-    assert main(list(map(str, arguments))) == 0
+    assert main(list(map(str, [*arguments, "--force"]))) == 0
     assert [len(axes.images) for axes in shown[0].axes] == [1] * 4
     pyplot.close(shown[0])
 

@@ -346,7 +346,7 @@ def test_outputs_that_are_refused_before_the_work(tmp_path, fails, monkeypatch):
 
 
 def test_models_that_are_not_there(tmp_path, fails):
-    assert fails("--model", tmp_path / "none") == f"model {tmp_path / 'none'}: there is no such directory"
+    assert fails("--model", tmp_path / "none") == f"--model {tmp_path / 'none'}: there is no such directory"
     (tmp_path / "empty").mkdir()
     assert "expected a config.json that names a model_type" in fails("--model", tmp_path / "empty")
     make_encoder().save_pretrained(tmp_path / "encoder")
@@ -359,9 +359,9 @@ def test_models_that_are_not_there(tmp_path, fails):
     assert "got 'nobody'" in fails("--selector", "nobody")
     make_model().save_pretrained(tmp_path / "broken")
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"half")
-    assert fails("--model", tmp_path / "broken").startswith(f"model {tmp_path / 'broken'} cannot be loaded: ")
+    assert fails("--model", tmp_path / "broken").startswith(f"--model {tmp_path / 'broken'} cannot be loaded: ")
     (tmp_path / "broken" / "config.json").write_text("{")
-    assert fails("--model", tmp_path / "broken").startswith(f"model {tmp_path / 'broken'} cannot be loaded: ")
+    assert fails("--model", tmp_path / "broken").startswith(f"--model {tmp_path / 'broken'} cannot be loaded: ")
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])

@@ -219,6 +219,8 @@ def test_every_command_line_runs(tmp_path, monkeypatch):
         "model.pt2",
         "served/",
         "results",
+        "of_model",
+        "looks",
         "vectors.parquet",
         "vectors/",
         "parts/",

@@ -73,7 +73,7 @@ def test_a_reader_begins_at_any_part(tmp_path, kind, ending):
     for part in (0, 1, 3, 4, 2):  # on, past others, and back
         start, stop = survey.marks[part], min(ROWS, 600 * (part + 1))
         texts, names = [], []
-        for some, ids, _ in reader.rows(where, start, stop, 256):
+        for some, ids, _, _ in reader.rows(where, start, stop, 256):
             assert len(some) <= 256
             texts += some
             names += [name for each in ids or () for name in (each if isinstance(each, list) else each.to_pylist())]

@@ -130,15 +130,21 @@ def test_an_interrupted_run_goes_on(tmp_path, path, suffix):
 
 
 @pytest.mark.parametrize("change", [{"settings": "other"}, {"part_rows": 5}, {"keep_text": True}, "input"])
-def test_another_run_starts_anew(tmp_path, path, texts, change):
+def test_another_run_starts_anew_by_force_alone(tmp_path, path, texts, change):
     with pytest.raises(KeyboardInterrupt):
         encoding.encode_file(request(path), stopping(1)[0], tmp_path / "a.parquet")
     if change == "input":
         write(tmp_path, texts[::-1])
     said, (engine, done) = [], stopping(9)
     other = request(path, **({} if change == "input" else change))
-    encoding.encode_file(other, engine, tmp_path / "a.parquet", Options(say=said.append))
-    assert done == [*range(len(done))] and "thrown away" in said[0]
+    before = {
+        name: (tmp_path / ".a.parquet.parts" / name).read_bytes() for name in os.listdir(tmp_path / ".a.parquet.parts")
+    }
+    with pytest.raises(ValueError, match=r"holds .*parts of another run \(.*--force throws them away"):
+        encoding.encode_file(other, engine, tmp_path / "a.parquet", Options(say=said.append))
+    assert before == {name: (tmp_path / ".a.parquet.parts" / name).read_bytes() for name in before} and not done
+    encoding.encode_file(other, engine, tmp_path / "a.parquet", Options(say=said.append, force=True))
+    assert done == [*range(len(done))] and (change == "input" or "thrown away" in said[0])
 
 
 def test_one_process_an_output(tmp_path, path):
@@ -254,7 +260,7 @@ def test_what_fails_by_its_data_is_noted_and_the_run_goes_on(tmp_path, texts):
     with pytest.raises(encoding.Failed):  # tried again, noted once
         encoding.encode_folder(both, ALONE, folder, Options(say=lambda _: None))
     assert len((folder / "failed.jsonl").read_text().splitlines()) == 3
-    with pytest.raises(encoding.Failed, match="row 7: text: expected a text, got None"):
+    with pytest.raises(ValueError, match="row 7: text: expected a text, got None"):
         encoding.encode_file(both, ALONE, tmp_path / "a.npy")
 
 

@@ -164,7 +164,11 @@ def test_sentences_are_their_own_positives(tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("data.doc", b"a", "expected a file of .tsv, .csv, .jsonl, .parquet, .txt, got suffix '.doc'"),
+        (
+            "data.doc",
+            b"a",
+            "expected a file of .tsv, .csv, .jsonl, .parquet, .arrow, .txt, also with .gz or .zst, got suffix '.doc'",
+        ),
         ("data.txt", b"\n \n", "expected sentences, got an empty file"),
         ("data.txt", b"ok\n\xff\n", "line 2 is not UTF-8"),
         ("data.tsv", b"", "got an empty file"),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ...files import write_atomically
 from .plan import PLAN, Plan, load
-from .stock import MANIFEST, NOTE, PART, check_extra, each, is_ours, read
+from .stock import FAILED, MANIFEST, NOTE, PART, check_extra, each, is_ours, read
 
 
 class Checked(NamedTuple):
@@ -19,11 +19,24 @@ class Checked(NamedTuple):
 
     schema: Any  # pyarrow's
     cut: int  # texts that were longer than the encoder takes, where it counts them
+    limit: int | None  # how many tokens that are
     sums: list[str]  # SHA-256 of the files
+    skipped: list[dict[str, Any]]  # the rows that could not be encoded: part, file, row and error
 
     def say(self, plan: Plan, say: Callable[[str], None]) -> None:
         if self.cut:
-            say(f"{self.cut} of {sum(part.rows for part in plan.parts)} texts have more tokens than the model takes")
+            cut = f"more than {self.limit} tokens and were cut"
+            what = "more tokens than the model takes" if self.limit is None else cut
+            say(f"{self.cut} of {sum(part.rows for part in plan.parts)} texts have {what}")
+
+    def notes(self) -> bytes:
+        """A line of JSON for each row that could not be encoded."""
+        return "".join(json.dumps(one) + "\n" for one in self.skipped).encode()
+
+    def say_skipped(self, plan: Plan, place: Path, say: Callable[[str], None]) -> None:
+        if self.skipped:
+            rows = sum(part.rows for part in plan.parts)
+            say(f"{len(self.skipped)} of {rows} texts could not be encoded, and their embeddings are NaN: see {place}")
 
 
 def finish(folder: Path, say: Callable[[str], None] = print) -> int:
@@ -53,6 +66,7 @@ def finish(folder: Path, say: Callable[[str], None] = print) -> int:
         "plan": plan.digest,
         "rows": rows,
         "cut": checked.cut,
+        "skipped": len(checked.skipped),
         "columns": {field.name: str(field.type) for field in checked.schema},
         "parts": [
             {
@@ -65,11 +79,15 @@ def finish(folder: Path, say: Callable[[str], None] = print) -> int:
             for part, sha256 in zip(plan.parts, checked.sums, strict=True)
         ],
     }
+    if checked.skipped:
+        write_atomically(folder / FAILED, checked.notes(), sync=True)
     write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode(), sync=True)
+    kept = f"{PART}|{PLAN}|{MANIFEST}" + (f"|{re.escape(FAILED)}" if checked.skipped else "")
     for name in names:
-        if is_ours(name) and not re.fullmatch(f"{PART}|{PLAN}|{MANIFEST}", name):
+        if is_ours(name) and not re.fullmatch(kept, name):
             (folder / name).unlink(missing_ok=True)
     checked.say(plan, say)
+    checked.say_skipped(plan, folder / FAILED, say)
     return rows
 
 
@@ -81,13 +99,17 @@ def check(plan: Plan, folder: Path) -> Checked:
     """
     known: Any = None
     cut, sums = 0, []
+    limit: int | None = None
+    skipped: list[dict[str, Any]] = []
     digest = plan.digest
     found = each(lambda part: read(folder, part, digest), plan.parts)
     for part, one in zip(plan.parts, found, strict=True):
-        cut += one.cut
+        cut, limit = cut + one.cut, one.limit if limit is None else limit
         sums.append(one.sha256)
+        file = plan.sources[part.source].name
+        skipped += [{"part": part.number, "file": file, "row": row, "error": why} for row, why in one.skipped]
         columns = one.about.schema.to_arrow_schema()
         if known is not None and columns != known:
             raise ValueError(f"{folder / part.name}: expected columns {known.names} as in the other parts, got others")
         known = columns
-    return Checked(known, cut, sums)
+    return Checked(known, cut, limit, sums, skipped)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ...files import first_line, importing
 from .. import tables
+from ..columns import field
 from .rows import BLOCK, Block, Columns, DataError, Mark, Survey, one_type, storable
 from .sources import Source
 
@@ -58,11 +59,12 @@ class Lines(NamedTuple):
         texts: list[str] = []
         ids: list[Any] | None = None if self.columns.id is None else []
         for number, raw in zip(block.numbers, block.content, strict=True):
+            identity = None
             try:
                 text, identity = self._row(number, raw)
                 texts.append(tables.text(f"{self.source.name}: line {number}: {self.columns.text}", text))
             except ValueError as error:
-                raise DataError(str(error), self.source.name, number) from error
+                raise DataError(str(error), self.source.name, number, identity) from error
             if ids is not None:
                 ids.append(identity)
         return texts, ids
@@ -79,11 +81,12 @@ class Lines(NamedTuple):
             return line, None
         row = tables.parse_json(self.source.name, number, line)
         wanted = [name for name in self.columns if name is not None]
-        if any(name not in row for name in wanted):
-            got = ", ".join(row)
-            name = self.source.name
-            raise ValueError(f"{name}: line {number}: expected a column {' and '.join(wanted)}, got {got}")
-        return row[self.columns.text], row[wanted[-1]]
+        try:
+            values = [field(row, name) for name in wanted]
+        except KeyError:
+            got, name = ", ".join(row), self.source.name
+            raise ValueError(f"{name}: line {number}: expected a column {' and '.join(wanted)}, got {got}") from None
+        return values[0], values[-1]
 
 
 class _Ids:

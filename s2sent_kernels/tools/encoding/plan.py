@@ -16,6 +16,7 @@ from ..tables import STDIN
 from .reading import format_of
 from .rows import Columns, Mark, one_type
 from .sources import Source, source
+from .tabular import Tabular
 
 with importing(None, "encode"):
     import pyarrow as pa
@@ -36,6 +37,7 @@ class Request(NamedTuple):
     dtype: str | None = None  # in which floating embeddings are stored; None: as the encoder gives them
     part_rows: int = IN_A_FILE
     settings: Any = None  # all else that the result depends on, as JSON
+    format: str | None = None  # of standard input: a value of tables.KINDS, or None for lines of text
 
 
 class Part(NamedTuple):
@@ -69,6 +71,11 @@ class Plan(NamedTuple):
     def digest(self) -> str:
         """Names the plan in each of its parts."""
         return digest_of(self.key)
+
+    @property
+    def recipe(self) -> str:
+        """Names all that an embedding depends on beside its text."""
+        return digest_of(recipe_of(self.key))
 
     def save(self, folder: Path) -> None:
         schema = pa.schema([("id", self.id_type)]).serialize()
@@ -116,7 +123,15 @@ def digest_of(content: Any) -> str:
 def key_of(request: Request, copied: str | None = None) -> dict[str, Any]:
     """What the plan of ``request`` depends on. ``copied``: the SHA-256 of standard input, if it is among the inputs."""
     inputs = [copied if path == STDIN else state(path) for path in request.inputs]
-    return json.loads(json.dumps({**request._asdict(), "inputs": inputs}))  # as it is read again: no tuples
+    key = {**request._asdict(), "inputs": inputs}
+    if request.format is None:
+        del key["format"]  # as in plans that were made before there were others
+    return json.loads(json.dumps(key))  # as it is read again: no tuples
+
+
+def recipe_of(key: dict[str, Any]) -> dict[str, Any]:
+    """The key but for the inputs and how they are divided."""
+    return {name: value for name, value in key.items() if name not in ("inputs", "part_rows")}
 
 
 def state(path: str) -> list[Any]:
@@ -125,8 +140,15 @@ def state(path: str) -> list[Any]:
     return [os.path.realpath(path), about.st_size, about.st_mtime_ns]
 
 
-def make(request: Request, key: dict[str, Any], folder: Path) -> Plan:
+CHEAP = 64 << 20  # bytes of a file whose every row is looked at before the work
+
+
+def make(request: Request, key: dict[str, Any], folder: Path, *, strict: bool = False) -> Plan:
     """The plan, after a look at every input. Standard input was copied to COPY in ``folder``.
+
+    Args:
+        strict: a row without a text is an error here already where it is found without much work: in files of up to CHEAP bytes,
+            and in Parquet of any size whose footer counts nulls.
 
     Raises:
         ValueError: an input cannot be read, is empty, or lacks a column; there is no one type of all ids, or none that can be
@@ -139,8 +161,16 @@ def make(request: Request, key: dict[str, Any], folder: Path) -> Plan:
     for path in tqdm(request.inputs, "planning", delay=2, leave=False, unit=" files", disable=None):
         # A link's own suffix counts. Its path is absolute: workers may have another working directory.
         found = source(COPY if path == STDIN else path)._replace(name=path, path=os.path.realpath(path))
+        if path == STDIN and request.format is not None:
+            found = found._replace(kind=request.format)
         found = _placed(found, folder)
-        survey = format_of(found, request.columns).survey(request.part_rows)
+        reader = format_of(found, request.columns)
+        survey = reader.survey(request.part_rows)
+        if strict and os.path.getsize(found.path) <= CHEAP:
+            for block in reader.blocks(Mark(0, 0, 0)):
+                reader.decode(block)
+        elif strict and isinstance(reader, Tabular):
+            reader.check_nulls()
         if not survey.rows:
             raise ValueError(f"{path}: expected texts, got an empty file")
         if request.columns.id is not None:

@@ -21,9 +21,10 @@ class Row(NamedTuple):
 class Rows(NamedTuple):
     """Consecutive rows."""
 
-    texts: list[str]
+    texts: list[str | None]  # None: a row that is passed over, since it has no text
     ids: list[Any] | None  # lists or pyarrow's arrays, one each block; None without an id column
     numbers: list[int]  # of their lines or rows, counted from 1
+    errors: list[tuple[int, str]]  # the number of each row that is passed over, and why
 
 
 def format_of(source: Source, columns: Columns) -> Format:
@@ -32,10 +33,10 @@ def format_of(source: Source, columns: Columns) -> Format:
 
 
 class Reader:
-    """Rows of files. In a file without an index it goes on where it stopped."""
+    """Rows of files. In a file without an index it goes on where it stopped. With ``skip`` it passes over rows without a text."""
 
-    def __init__(self, columns: Columns) -> None:
-        self.columns = columns
+    def __init__(self, columns: Columns, skip: bool = False) -> None:
+        self.columns, self._skips = columns, skip
         self._format: Format | None = None
         self._blocks: Iterator[Block] = iter(())
         self._rest = Block([], [])  # read, and not given out
@@ -56,18 +57,45 @@ class Reader:
         try:
             self._skip(start.row)
             while self._next < stop:
-                texts: list[str] = []
+                texts: list[str | None] = []
                 ids: list[Any] = []
                 numbers: list[int] = []
+                errors: list[tuple[int, str]] = []
                 for block in self._take(min(most, stop - self._next)):
-                    some, identities = where.decode(block)
+                    some, identities = self._decoded(where, block, errors)
                     texts += some
                     ids.append(identities)
                     numbers += block.numbers
-                yield Rows(texts, None if self.columns.id is None else ids, numbers)
+                yield Rows(texts, None if self.columns.id is None else ids, numbers, errors)
         except BaseException:
             self._format = None  # a broken file is opened anew by the next call
             raise
+
+    def _decoded(self, where: Format, block: Block, errors: list[tuple[int, str]]) -> tuple[Sequence[str | None], Any]:
+        """As ``Format.decode``. Rows without a text are None, and are added to ``errors``, if this reader passes them over."""
+        try:
+            return where.decode(block)
+        except DataError as error:
+            if not self._skips or error.row is None:
+                raise
+        texts: list[str | None] = []
+        ids: list[Any] = []
+        for place in range(len(block.numbers)):
+            try:
+                some, identities = where.decode(block.cut(place, place + 1))
+                texts += some
+                ids += (
+                    [None]
+                    if identities is None
+                    else identities
+                    if isinstance(identities, list)
+                    else identities.to_pylist()
+                )
+            except DataError as error:
+                texts.append(None)
+                ids.append(error.identity)
+                errors.append((block.numbers[place], str(error)))
+        return texts, ids
 
     def _skip(self, row: int) -> None:
         for _ in self._take(row - self._next):

@@ -70,9 +70,10 @@ class Format(Protocol):
 class DataError(ValueError):
     """An input is broken at a place; the message names both."""
 
-    def __init__(self, message: str, file: str, row: int | None = None) -> None:
+    def __init__(self, message: str, file: str, row: int | None = None, identity: Any = None) -> None:
         super().__init__(message)
         self.file, self.row = file, row  # the row or line, counted from 1; None if it is not known
+        self.identity = identity  # the row's id, where it can be read
 
 
 def numbered(rows: int, every: int) -> list[Mark]:

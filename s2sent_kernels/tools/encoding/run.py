@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import re
 import uuid
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
@@ -15,16 +17,29 @@ from ..tables import STDIN
 from .finish import check, finish
 from .join import OUTPUTS, join
 from .local import Engine
-from .parts import Done, Job
+from .parts import Done, Job, restamp
 from .plan import COPY, PLAN, Part, Plan, Request, difference, digest_of, key_of, load, make, state
 from .progress import Progress
+from .reuse import unchanged
 from .sources import copy_stdin
-from .stock import JOINED, LOCK, MANIFEST, check_extra, each, is_ours, is_there, of_plan, strangers
+from .stock import (
+    FAILED,
+    JOINED,
+    LOCK,
+    MANIFEST,
+    PART,
+    check_extra,
+    each,
+    is_of_another,
+    is_ours,
+    is_there,
+    of_plan,
+    strangers,
+)
 
 with importing(None, "encode"):
     from tqdm import tqdm
 
-FAILED = "failed.jsonl"
 Say = Callable[[str], None]
 
 
@@ -43,10 +58,13 @@ class Failed(ValueError):
 
 
 class Options(NamedTuple):
-    """How a run is done. None of it changes the result."""
+    """How a run is done. None of it changes an embedding."""
 
     shard: Shard | None = None  # of a folder of parts
     force: bool = False  # replace the parts of another run, or a whole that is there
+    skip: bool = (
+        False  # rows that cannot be encoded get NaN and are noted; else they fail their part, or the run of a file
+    )
     bar: bool | None = None  # as in Progress
     say: Say = print
 
@@ -62,10 +80,12 @@ def hidden(output: Path) -> Path:
 def encode_file(request: Request, engine: Engine, output: Path, options: Options = DEFAULTS) -> int:
     """Write ``output``, which appears when it is complete, and return its number of rows. Parquet has columns ``id``,
     ``embedding`` (D numbers) and, with ``keep_text``, ``text``; .npy is an array [rows, D]. Parts of an earlier run of the same
-    request are kept, those of another are thrown away.
+    request are kept, and those whose rows are the same although the inputs have changed. Rows that are skipped are noted in a
+    file beside ``output``, whose name ends in ``.failed.jsonl``.
 
     Raises:
-        ValueError: an input or a row is wrong; ``output`` has another suffix than OUTPUTS; another process writes it.
+        ValueError: an input or a row is wrong; ``output`` has another suffix than OUTPUTS; another process writes it; there are
+            parts of a run with other options, and ``force`` is False.
     """
     if output.suffix.lower() not in OUTPUTS:
         raise ValueError(f"{output}: expected a file of {', '.join(OUTPUTS)}, got suffix {output.suffix!r}")
@@ -74,18 +94,25 @@ def encode_file(request: Request, engine: Engine, output: Path, options: Options
     folder = hidden(output)
     with _taken(folder, LOCK):
         try:
-            plan = _begin(folder, request, options._replace(force=True))
+            plan = _begin(folder, request, options, LOCK, alone=True)
             for done in _encode(plan, folder, engine, plan.parts, options):
                 if done.failure is not None:
-                    raise Failed(done.failure)
+                    kept = ": what is encoded stays for the same command after a repair"
+                    raise Failed(done.failure + (kept if any(folder.glob("part-*")) else ""))
         except BaseException:
             if not any(folder.glob("part-*")):
                 _remove(folder)
             raise
-        check(plan, folder).say(plan, options.say)
+        checked, notes = check(plan, folder), output.with_name(f"{output.name}.{FAILED}")
+        checked.say(plan, options.say)
+        checked.say_skipped(plan, notes, options.say)
         whole = folder / f"whole{output.suffix}"
         join(plan, folder, whole)
         write_atomically(folder / JOINED, json.dumps(state(str(whole))[1:]).encode(), sync=True)
+        if checked.skipped:
+            write_atomically(notes, checked.notes(), sync=True)
+        else:
+            notes.unlink(missing_ok=True)  # of the output that is replaced
         os.replace(whole, output)
         sync_folder(output.parent)
         _remove(folder)
@@ -115,7 +142,7 @@ def encode_folder(request: Request, engine: Engine, folder: Path, options: Optio
     own = "" if shard is None else f"-{shard.number}-of-{shard.total}"
     with _taken(folder, f"{LOCK}{own}"):
         with locked(folder / f"{LOCK}-plan", wait=True):  # shards that begin together wait for the first one's plan
-            plan = _begin(folder, request, options)
+            plan = _begin(folder, request, options, f"{LOCK}{own}")
             check_extra(folder, plan)
         parts = [part for part in plan.parts if shard is None or shard.takes(part)]
         note = folder / FAILED.replace(".", f"{own}.")
@@ -170,8 +197,13 @@ def _check_owner(folder: Path) -> None:
         raise ValueError(f"{folder}: expected an empty folder or one of parts, got one with {others[0]}")
 
 
-def _begin(folder: Path, request: Request, options: Options) -> Plan:
+def _begin(folder: Path, request: Request, options: Options, lock: str, *, alone: bool = False) -> Plan:
     """The plan of ``request``: the one in ``folder``, or a new one.
+
+    Args:
+        lock: that this call holds.
+        alone: nobody else reads ``folder``, on the way to a file. A broken plan is made anew where no part is lost by it, and
+            rows without a text are looked for at once.
 
     Raises:
         ValueError: another plan is there, and ``force`` is False, or files of other programs; what ``make`` raises.
@@ -181,35 +213,86 @@ def _begin(folder: Path, request: Request, options: Options) -> Plan:
         if STDIN in request.inputs:
             digest = copy_stdin(copy)
         key = key_of(request, digest)
-        known = _known(folder, options.force)
+        known = _known(folder, options.force or alone)
         anew = options.force and (folder / MANIFEST).exists()
         if known is not None and known.key == key and not anew:
             if digest is not None:
                 os.replace(copy, folder / COPY)  # it is removed from a folder that is finished
             return known
+        strict = alone and not options.skip
+        planned = functools.partial(_planned, request, key, folder, None if digest is None else copy, strict)
+        if known is not None and not anew and _differ_in_inputs(known.key, key):
+            return _go_on(folder, planned, options, lock)
         if known is not None and not options.force:
-            why = difference(known.key, key)
-            raise ValueError(f"{folder}: holds parts of another run ({why}): another folder, or --force to replace it")
-        if not options.force and any(folder.glob("part-*")):
-            raise ValueError(f"{folder}: holds parts without {PLAN}: another folder, or --force to replace it")
+            raise ValueError(
+                f"{folder}: holds parts of another run ({difference(known.key, key)}): the same options go on from them, "
+                "--force throws them away"
+            )
         # Without a plan that can be read, a part's own word for it counts, which is checked before anything is encoded.
         mine = [] if known is not None or anew else of_plan(folder, digest_of(key))
-        if not anew and any(path.name not in mine for path in folder.glob("part-*")):
+        others = [path for path in folder.glob("part-*") if path.name not in mine]
+        if not options.force and (others or (mine and not alone)):
+            raise ValueError(f"{folder}: holds parts without {PLAN}: another folder, or --force to replace it")
+        if others and not anew:
             options.say(f"{folder}: parts of another run are thrown away")
         _clear(folder, keep=(copy.name, *mine))
-        return _planned(request, key, folder, None if digest is None else copy)
+        plan = planned()
+        plan.save(folder)
+        return plan
     finally:
         copy.unlink(missing_ok=True)
 
 
-def _planned(request: Request, key: dict[str, Any], folder: Path, copy: Path | None) -> Plan:
+def _differ_in_inputs(known: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether two keys may differ in their inputs alone."""
+    return {**known, "inputs": None} == {**wanted, "inputs": None}
+
+
+def _go_on(folder: Path, planned: Callable[[], Plan], options: Options, lock: str) -> Plan:
+    """A new plan in the place of one of the same recipe, whose inputs were others: parts whose rows are the same stay, and those
+    whose rows have changed are encoded again.
+
+    Raises:
+        ValueError: another process encodes by the old plan; without ``force``, no part would stay, or rows that have parts are no
+            more among the inputs.
+    """
+    for other in folder.glob(f"{LOCK}*"):
+        if other.name not in (lock, f"{LOCK}-plan"):
+            with locked(other, wait=False):  # a shard's, which a process that was killed may have left
+                pass
+    plan = planned()
+    there = {path.name for path in folder.iterdir() if re.fullmatch(PART, path.name)}
+    same = unchanged(plan, folder, [part for part in plan.parts if part.name in there])
+    beyond = there - {part.name for part in plan.parts}
+    if there and not options.force and (beyond or not same):
+        why = (
+            f"{len(beyond)} of rows that are no more there"
+            if beyond
+            else "none with the texts that the inputs have now"
+        )
+        raise ValueError(
+            f"{folder}: holds {len(there)} parts of another run (other inputs), {why}: --force throws them away"
+        )
+    _remove_manifest(folder)
+    for name in there - {part.name for part in same}:
+        (folder / name).unlink()
+    plan.save(folder)
+    job = Job.of(plan, folder)
+    for part in same:
+        restamp(job, part)
+    if there:
+        options.say(
+            f"{folder}: the inputs have changed: {len(same)} of {len(there)} parts have the texts that they had and stay"
+        )
+    return plan
+
+
+def _planned(request: Request, key: dict[str, Any], folder: Path, copy: Path | None, strict: bool) -> Plan:
     """A new plan. ``copy``: of standard input."""
     if copy is not None:
         os.replace(copy, folder / COPY)
     try:
-        plan = make(request, key, folder)
-        plan.save(folder)
-        return plan
+        return make(request, key, folder, strict=strict)
     except BaseException:
         if copy is not None:
             (folder / COPY).unlink(missing_ok=True)
@@ -261,10 +344,14 @@ def _encode(plan: Plan, folder: Path, engine: Engine, parts: Sequence[Part], opt
     names = set(os.listdir(folder))
     absent = [part for part in parts if part.name not in names]
     known, digest = [part for part in parts if part.name in names], plan.digest
-    whole = each(lambda part: is_there(folder, part, digest), known)
+    whole = each(lambda part: is_there(folder, part, digest, options.skip), known)
     # Disabled where standard error is no terminal.
     checked = tqdm(whole, "checking", len(known), delay=2, leave=False, unit=" parts", disable=None)
     broken = [part for part, good in zip(known, checked, strict=True) if not good]
+    job = Job.of(plan, folder, options.skip)
+    for part in unchanged(plan, folder, [part for part in broken if is_of_another(folder, part, digest)]):
+        restamp(job, part)  # of a run that was killed before it came to this
+        broken.remove(part)
     todo = sorted([*absent, *broken])
     total, left = (sum(part.rows for part in some) for some in (parts, todo))
     if left < total:
@@ -275,6 +362,6 @@ def _encode(plan: Plan, folder: Path, engine: Engine, parts: Sequence[Part], opt
         _remove_manifest(folder)
         with (
             Progress(total, total - left, bar=options.bar) as progress,
-            contextlib.closing(engine(Job.of(plan, folder), todo, progress)) as results,
+            contextlib.closing(engine(job, todo, progress)) as results,
         ):
             yield from results

@@ -14,23 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ...files import first_line, importing
-from ..tables import STDIN
+from ..tables import COMPRESSIONS, KINDS, STDIN, kind_of
 
 with importing(None, "encode"):
     import pyarrow as pa
 
 T = TypeVar("T")
 
-KINDS = {
-    ".txt": "text",
-    ".jsonl": "jsonl",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-}
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 EXPECTED = f"a file of {', '.join(KINDS)}, also with {' or '.join(COMPRESSIONS)}"
 SAVED = "state.json"  # datasets' save_to_disk writes it beside the Arrow files and lists them in it
 PIECE = 1 << 20  # bytes
@@ -79,17 +69,9 @@ def source(path: str, name: str | None = None) -> Source:
     Raises:
         ValueError: they name none.
     """
-    if kind := _kind(path):
+    if kind := kind_of(path):
         return Source(name or path, path, *kind)
     raise ValueError(f"{name or path}: expected {EXPECTED}, got suffix {Path(path).suffix!r}")
-
-
-def _kind(path: str) -> tuple[str, str | None] | None:
-    stem, suffix = os.path.splitext(path.lower())
-    compression = COMPRESSIONS.get(suffix)
-    if compression is not None:
-        suffix = os.path.splitext(stem)[1]
-    return (KINDS[suffix], compression) if suffix in KINDS else None
 
 
 def expand(arguments: Sequence[str], output: str | None = None, say: Callable[[str], None] = print) -> list[str]:
@@ -170,7 +152,7 @@ def _folder(folder: str, output: str | None, say: Callable[[str], None]) -> list
         # Hidden files and those with an underscore are notes of the program that wrote the folder, as _SUCCESS.
         names[:] = filter(_visible, names)
         for name in filter(_visible, entries):
-            (files if _kind(name) else others).append(os.path.join(place, name))
+            (files if kind_of(name) else others).append(os.path.join(place, name))
     if not files:
         raise ValueError(f"{folder}: expected {EXPECTED} in it, got none")
     if others:

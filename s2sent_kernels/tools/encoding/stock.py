@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -19,10 +20,13 @@ with importing(None, "encode"):
     import pyarrow as pa
     from pyarrow import parquet
 
-# In a part's metadata: its plan, its number in it, and how many of its texts were too long.
-DIGEST, NUMBER, CUT = b"s2sent_plan", b"s2sent_part", b"s2sent_cut"
+# In a part's metadata: its plan, its number in it, how many of its texts were too long, and for how many tokens.
+DIGEST, NUMBER, CUT, LIMIT = b"s2sent_plan", b"s2sent_part", b"s2sent_cut", b"s2sent_limit"
+# And what tells whether a part of another plan will do: how its texts were encoded, and a checksum of its rows as they were read.
+RECIPE, ROWS = b"s2sent_recipe", b"s2sent_rows"
+SKIPPED = b"s2sent_skipped"  # JSON: the number of each row that could not be encoded, and why
 SEAL = b"s2sent seal"  # and the SHA-256 of all other bytes: between the data and the footer, where no reader of Parquet looks
-MANIFEST, LOCK = "manifest.json", ".lock"
+MANIFEST, FAILED, LOCK = "manifest.json", "failed.jsonl", ".lock"
 JOINED = ".joined.json"  # size and time of the whole file that the parts became
 PART = r"part-(\d{6}|[1-9]\d{6,})\.parquet"
 NOTE = r"failed(-\d+-of-\d+)?\.jsonl"
@@ -50,6 +54,17 @@ class Found(NamedTuple):
     @property
     def cut(self) -> int:
         return int(self.about.metadata.get(CUT, 0))
+
+    @property
+    def limit(self) -> int | None:
+        """The tokens at which texts were cut; None where the encoder does not tell."""
+        found = self.about.metadata.get(LIMIT)
+        return None if found is None else int(found)
+
+    @property
+    def skipped(self) -> list[tuple[int, str]]:
+        """Rows whose embeddings are NaN: their numbers, and why."""
+        return [(int(row), str(why)) for row, why in json.loads(self.about.metadata.get(SKIPPED, b"[]"))]
 
 
 def read(folder: Path, part: Part, digest: str) -> Found:
@@ -100,13 +115,22 @@ def _checked(path: Path) -> str:
     return whole.hexdigest()
 
 
-def is_there(folder: Path, part: Part, digest: str) -> bool:
-    """Whether the part need not be encoded."""
+def is_there(folder: Path, part: Part, digest: str, skip: bool = False) -> bool:
+    """Whether the part need not be encoded. Rows that could not be are tried again, unless they are to be skipped."""
     try:
-        read(folder, part, digest)
+        found = read(folder, part, digest)
+        return skip or not found.skipped
     except ValueError:
         return False
-    return True
+
+
+def is_of_another(folder: Path, part: Part, digest: str) -> bool:
+    """Whether the file of this part names another plan than ``digest``."""
+    try:
+        known = parquet.read_metadata(folder / part.name).metadata or {}
+    except (OSError, pa.ArrowException):
+        return False
+    return known.get(DIGEST, digest.encode()) != digest.encode()
 
 
 def each(function: Any, parts: Sequence[Part]) -> Iterator[Any]:

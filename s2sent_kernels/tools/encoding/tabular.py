@@ -16,7 +16,7 @@ from .sources import PIECE, Source
 
 with importing(None, "encode"):
     import pyarrow as pa
-    from pyarrow import csv, ipc, parquet
+    from pyarrow import compute, csv, ipc, parquet
 
 MAGIC = b"ARROW1"  # with which an Arrow file begins, and no Arrow stream
 CSV_BLOCK = 16 << 20  # bytes; a row must fit
@@ -44,21 +44,40 @@ class Tabular(NamedTuple):
 
     def decode(self, block: Block) -> tuple[list[str], Any]:
         column, batch = self.columns.text, block.content
-        texts = _texts(batch.column(column))
-        for number, text in zip(block.numbers, texts, strict=True):
+        texts = _texts(_field(batch, column))
+        for place, text in enumerate(texts):
             if isinstance(text, str):
                 continue
-            name = self.source.name
+            name, number = self.source.name, block.numbers[place]
+            ids = self.columns.id
+            identity = None if ids in (None, column) else _field(batch, ids)[place].as_py()
             if isinstance(text, bytes):
                 byte = _bad_byte(text)
-                raise DataError(f"{name}: row {number} is not UTF-8 (byte 0x{byte:02x})", name, number)
-            raise DataError(f"{name}: row {number}: {column}: expected a text, got {text!r}", name, number)
+                raise DataError(f"{name}: row {number} is not UTF-8 (byte 0x{byte:02x})", name, number, identity)
+            raise DataError(f"{name}: row {number}: {column}: expected a text, got {text!r}", name, number, identity)
         if self.columns.id is None:
             return texts, None
         if self.columns.id == column and self.source.kind in ("csv", "tsv"):
             return texts, pa.array(texts)  # the batch has their bytes
-        ids = batch.column(self.columns.id)
+        ids = _field(batch, self.columns.id)
         return texts, ids.dictionary_decode() if pa.types.is_dictionary(ids.type) else ids
+
+    def check_nulls(self) -> None:
+        """DataError where the footer of a Parquet file counts nulls among the texts."""
+        if self.source.kind != "parquet":
+            return
+        with self._told(), self.seekable() as stream, parquet.ParquetFile(stream) as file:
+            name, first = self.source.name, 0
+            at = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)].index(
+                self.columns.text
+            )
+            for group in range(file.num_row_groups):
+                about = file.metadata.row_group(group)
+                counted = about.column(at).statistics
+                if counted is not None and counted.has_null_count and counted.null_count:
+                    rows = f"rows {first + 1} to {first + about.num_rows}"
+                    raise DataError(f"{name}: {rows}: {self.columns.text}: expected texts, got None among them", name)
+                first += about.num_rows
 
     @property
     def wanted(self) -> list[str]:
@@ -67,18 +86,19 @@ class Tabular(NamedTuple):
     def _check(self, schema: Any) -> Any:
         """The ids' type, None without an id column. Raises ValueError if a column is missing, twice there or of a type that
         does not fit."""
-        name, kind = self.source.name, schema.field(self.columns.text).type
+        name, kind = self.source.name, _type(schema, self.columns.text)
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
         if not _is_text(kind):
             raise ValueError(f"{name}: {self.columns.text}: expected texts, got {kind}")
         if self.columns.id is None:
             return None
-        return storable(f"{name}: {self.columns.id}", schema.field(self.columns.id).type)
+        return storable(f"{name}: {self.columns.id}", _type(schema, self.columns.id))
 
-    def find(self, names: list[str]) -> list[str]:
+    def find(self, schema: Any) -> list[str]:
         """The wanted columns. Raises ValueError if one is missing, or there twice."""
-        missing = [name for name in self.wanted if name not in names]
+        names = schema if isinstance(schema, list) else schema.names
+        missing = [name for name in self.wanted if name not in names and not _is_nested(schema, name)]
         if missing:
             raise ValueError(
                 f"{self.source.name}: expected a column {' and '.join(missing)}, got {', '.join(map(str, names))}"
@@ -112,6 +132,46 @@ class Tabular(NamedTuple):
                 shutil.copyfileobj(stream, copy, PIECE)
             copy.seek(0)
             yield pa.PythonFile(copy, "r")
+
+
+def _tops(names: list[str], wanted: list[str]) -> list[str]:
+    """The columns that hold what is wanted: "doc" for the field "doc.text", unless a column has that name."""
+    return list(dict.fromkeys(name if name in names else name.partition(".")[0] for name in wanted))
+
+
+def _is_nested(schema: Any, name: str) -> bool:
+    """Whether a dotted name leads to a field within structs."""
+    if isinstance(schema, list) or "." not in name:
+        return False
+    try:
+        _type(schema, name)
+    except KeyError:
+        return False
+    return True
+
+
+def _type(schema: Any, name: str) -> Any:
+    """Of a column, or of a field within it. KeyError where there is none."""
+    if name in schema.names:
+        return schema.field(name).type
+    first, *rest = name.split(".")
+    kind = schema.field(first).type
+    for part in rest:
+        if not pa.types.is_struct(kind) or kind.get_field_index(part) < 0:
+            raise KeyError(name)
+        kind = kind.field(part).type
+    return kind
+
+
+def _field(batch: Any, name: Any) -> Any:
+    """A column, or a field within one, null where the struct is."""
+    if name in batch.schema.names:
+        return batch.column(name)
+    first, *rest = name.split(".")
+    column = batch.column(first)
+    for part in rest:
+        column = compute.struct_field(column, part)
+    return column
 
 
 def _is_text(kind: Any) -> bool:
@@ -153,7 +213,7 @@ def _bad_byte(value: bytes) -> int:
 
 def _open_parquet(table: Tabular) -> tuple[int, Any]:
     with table.seekable() as stream, parquet.ParquetFile(stream) as file:
-        table.find(file.schema_arrow.names)
+        table.find(file.schema_arrow)
         return file.metadata.num_rows, file.schema_arrow
 
 
@@ -196,13 +256,13 @@ def _arrow(table: Tabular) -> Iterator[tuple[Any, Iterator[Any]]]:
 
 def _open_arrow(table: Tabular) -> tuple[int, Any]:
     with _arrow(table) as (schema, batches):
-        table.find(schema.names)
+        table.find(schema)
         return sum(map(len, batches)), schema
 
 
 def _read_arrow(table: Tabular, start: int) -> Iterator[Any]:
     with _arrow(table) as (_, batches):
-        yield from (batch.select(table.wanted) for batch in _without(batches, start))
+        yield from (batch.select(_tops(batch.schema.names, table.wanted)) for batch in _without(batches, start))
 
 
 # ---------------------------------------------------------------- CSV and TSV

@@ -1,0 +1,67 @@
+"""The parser of every subcommand: one line for each error, options as they are written, and the nearest one for those that are
+not known."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NoReturn
+
+from .common import UserError
+
+_OPTION = re.compile(r"--[a-z][a-z0-9-]*")
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports wrong arguments like every other error, in one line. An option counts under its whole name alone: a prefix that
+    means one option today may mean another one in the next version."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see '{self.prog} --help')")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+        """Of a subcommand's parser also its unknown arguments are errors: the parser above it would name its own help. They come
+        first, since an option that is missing may be one of them, misspelt."""
+        if self._subparsers is None and args is not None:
+            self._refuse(self._unknown(args))
+        found, rest = super().parse_known_args(args, namespace)
+        self._refuse(rest)
+        return found, rest
+
+    def _unknown(self, args: Iterable[str]) -> list[str]:
+        """The arguments that look like options and are none."""
+        names = []
+        for argument in args:
+            if argument == "--":
+                break
+            name = argument.partition("=")[0]
+            if _OPTION.fullmatch(name) and name not in self._option_string_actions:
+                names.append(name)
+        return names
+
+    def _refuse(self, arguments: Sequence[str]) -> None:
+        if not arguments:
+            return
+        meant = [near(one.partition("=")[0], self._option_string_actions) for one in arguments if one.startswith("-")]
+        advice = f": did you mean {', '.join(found)}" if (found := [name for name in meant if name]) else ""
+        self.error(f"unrecognized arguments: {' '.join(arguments)}{advice}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            if meant := near(str(value), map(str, action.choices or ())):
+                error.message += f": did you mean {meant}"
+            raise
+
+
+def near(word: str, known: Iterable[str]) -> str | None:
+    """The one of ``known`` that ``word`` was probably meant to be: what it begins, else what differs in a few letters."""
+    names: Collection[str] = list(known)
+    begun = [name for name in names if len(word.lstrip("-")) > 2 and name.startswith(word)]
+    return next(iter(begun or difflib.get_close_matches(word, names, 1)), None)
