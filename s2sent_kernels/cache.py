@@ -151,6 +151,14 @@ class BlockCache:
 
         return self._each(rows, of_rows, (num_blocks, self.hidden_size))
 
+    def mean_of_last(self) -> Tensor:
+        """The mean of the highest cached block [S, D] of every text, whatever ``pooling`` is."""
+
+        def of_rows(kept: Tensor, length: Tensor) -> Tensor:
+            return kept[:, -1, 0] / length.clamp(min=1).sqrt()[:, None]
+
+        return self._each(None, of_rows, (self.hidden_size,))
+
     def _each(self, rows: Tensor | None, of_rows: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]) -> Tensor:
         """``of_rows`` of C [S, N, Y, D] and the lengths [S], a slice of the rows at a time."""
         index = torch.arange(len(self)) if rows is None else rows

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import frozen, frozen_tasks
+from .. import files, frozen, frozen_tasks
 from ..formula.call import POOLINGS
 from ..tools import processes, recipe
 from ..tools.problems import CLASSES, PROBLEMS
@@ -34,7 +34,7 @@ _ONLY = {
     "accumulation": _Only(frozen=False),
     "mini_batch": _Only((CONTRASTIVE,), frozen=False),
     "precision": _Only(frozen=False),
-    "resume": _Only(frozen=False),
+    "report_to": _Only(frozen=False),
     "temperature": _Only((CONTRASTIVE, STS)),
     "symmetric": _Only((CONTRASTIVE,), frozen=True),
     "widths": _Only((CONTRASTIVE,), frozen=True),
@@ -185,6 +185,11 @@ def _add_recipe(command: Any) -> None:
         help="go on from the newest whole checkpoint in --output, if there is one",
     )
     command.add_argument(
+        "--report-to",
+        choices=recipe.REPORTERS,
+        help="tell the training to this library, too, without --freeze-encoder; history.jsonl is always written",
+    )
+    command.add_argument(
         "--seed", type=common.seed, nargs="+", help="with --freeze-encoder, of several each is tried (default: 0)"
     )
 
@@ -210,7 +215,12 @@ def run(arguments: argparse.Namespace) -> None:
                 print(f"{task.output}: the model is finished")
             return
         _check_empty(task)
-        (train_classifier if task.kind == CLASSIFICATION else train_pairs).run(task)
+        way = train_classifier if task.kind == CLASSIFICATION else train_pairs
+        if task.frozen:  # the result is there whole or not at all, and no other process makes it
+            with files.new_folder(task.output, alone=True) as whole:
+                way.run(task._replace(output=whole))
+        else:
+            way.run(task)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
     except OSError as error:
@@ -230,6 +240,11 @@ def _check_options(task: Task) -> None:
             raise UserError(f"{option}: {'not' if task.frozen else 'only'} with --freeze-encoder")
         if task.kind not in only.tasks:
             raise UserError(f"{option}: not with --task {task.kind}")
+    if "report_to" in task.given:
+        try:
+            files.require(task.given["report_to"], task.given["report_to"], None)
+        except ImportError as error:
+            raise UserError(f"--report-to: {error}") from error
     for name in _SEVERAL:
         if not task.frozen and len(task.several(name) or ()) > 1:
             raise UserError(f"--{name.replace('_', '-')}: several values only with --freeze-encoder")
