@@ -7,6 +7,9 @@ else as --model; a classifier's is what `s2sent predict` takes.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,7 +185,8 @@ def _add_recipe(command: Any) -> None:
         "--resume",
         action="store_const",
         const=True,
-        help="go on from the newest whole checkpoint in --output, if there is one",
+        help="go on from the newest whole checkpoint in --output, if there is one; with --freeze-encoder from what is encoded, "
+        "as without this option, but a finished result is left as it is",
     )
     command.add_argument(
         "--report-to",
@@ -217,7 +221,7 @@ def run(arguments: argparse.Namespace) -> None:
         _check_empty(task)
         way = train_classifier if task.kind == CLASSIFICATION else train_pairs
         if task.frozen:  # the result is there whole or not at all, and no other process makes it
-            with files.new_folder(task.output, alone=True) as whole:
+            with files.new_folder(task.output, alone=True) as whole, _said_to_go_on(task):
                 way.run(task._replace(output=whole))
         else:
             way.run(task)
@@ -262,6 +266,10 @@ def _check_empty(task: Task) -> None:
     """Nothing in the output folder is overwritten: it may be the encoder."""
     output = task.output
     if task.frozen:
+        if output.is_dir():
+            files.sweep(
+                output, output.resolve().name
+            )  # of a killed process, where the folder itself cannot be replaced
         cache, real = Path(task.cache).resolve(), output.resolve()
         if cache == real or cache in real.parents or real in cache.parents:
             raise UserError(f"output folder {output}: expected one apart from the cache's, {task.cache}")
@@ -281,9 +289,25 @@ def _check_empty(task: Task) -> None:
         raise UserError(f"output folder {output}: it is not empty{advice}")
 
 
+@contextlib.contextmanager
+def _said_to_go_on(task: Task) -> Iterator[None]:
+    """Where a frozen training is interrupted, a line says what is kept: the encoder's work, by far the longest."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:  # an interruption
+        if sys.stderr is not None:
+            said = f"what is encoded is kept in {task.cache}: the same command goes on from there, with --resume or without"
+            print(said, file=sys.stderr)
+        raise
+
+
 def _is_finished(task: Task) -> bool:
     """Whether there is nothing left to do but to remove checkpoints: a model is never trained again unasked."""
     from ..tools import resuming
 
+    if task.frozen:
+        return resuming.finished_frozen(task.output)
     last = resuming.OF_CLASSIFIER if task.kind == CLASSIFICATION else resuming.OF_MODEL
     return resuming.remove_leftovers(task.output, last)

@@ -52,6 +52,15 @@ def finished(output: Path, last: str) -> bool:
     return False
 
 
+def finished_frozen(output: Path) -> bool:
+    """Whether ``output`` holds what a frozen training wrote, a selector or a classifier."""
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads((output / OF_CLASSIFIER).read_text(encoding="utf-8"))
+        whole = any(output.glob("*.safetensors"))
+        return whole and isinstance(config, dict) and ("selector" in config or config.get("model_type") == "s2sent")
+    return False
+
+
 @contextlib.contextmanager
 def own(output: Path, last: str, settings: dict[str, Any], resume: bool) -> Iterator[Start]:
     """Hold the folder of checkpoints in ``output`` for the training of these ``settings``. After an error before the first
