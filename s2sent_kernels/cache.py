@@ -284,9 +284,11 @@ def make(
     batches = encoders.in_batches(encoders.longest_first(texts), settings.batch_size)
     capture = BlockCapture(encoder, settings.blocks, block_norm=settings.block_norm)
     try:
+        with waiting.told("computing the digest of the encoder's weights", progress):
+            model = fingerprint(encoder, tokenizer)
         about = {
             "format": FORMAT,
-            "model": fingerprint(encoder, tokenizer),
+            "model": model,
             "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
             **settings._asdict(),
             "blocks": list(capture.blocks),

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import cache, families, frozen_loop, validate
+from . import cache, families, frozen_loop, validate, waiting
 from .cache import BlockCache
 from .formula import dct
 from .frozen_loop import History as History  # public under this name
@@ -271,8 +271,9 @@ def prepare(
         last = cached_dev.mean_of_last() if whole else None
         features = Features.of(cached_dev, selector.num_blocks, selector.frequencies).to(device)
         score = Dev(features, rows[::2], rows[1::2], [gold for _, _, gold in dev], last)
+    with waiting.told("reading the cache", progress):
+        features = Features.of(cached, selector.num_blocks, selector.frequencies).to(device)
     numbers = [[cached.row(text) if text else -1 for text in row] for row in examples]
-    features = Features.of(cached, selector.num_blocks, selector.frequencies).to(device)
     return Prepared(features, torch.tensor(numbers, dtype=torch.int64), score)
 
 

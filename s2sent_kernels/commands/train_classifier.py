@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import cache, families, frozen, frozen_tasks, validate
+from .. import cache, families, frozen, frozen_tasks, validate, waiting
 from ..selector import S2SentSelector
 from ..tools import evaluation, history, labelled, processes, recipe, verdict
 from ..tools.baselines import ScalarMix
@@ -73,7 +73,8 @@ def _read(task: Task) -> _Data:
 
 
 def _train_frozen(task: Task, data: _Data) -> None:
-    from ..tools import classifier
+    with waiting.told("importing transformers"):
+        from ..tools import classifier
 
     common.check_writable(Path(task.cache))
     base = frozen_tasks.DEFAULT._replace(**task.fields(frozen_tasks.Recipe))
@@ -159,7 +160,8 @@ def _mean_of_last(
 
 
 def _fine_tune(task: Task, data: _Data) -> None:
-    from ..tools import classifier
+    with waiting.told("importing transformers"):
+        from ..tools import classifier
 
     device = task.device
     encoder, tokenizer, _ = common.load_model(task.given.get("model"), device)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import cache, families, frozen, frozen_loop, validate
+from .. import cache, families, frozen, frozen_loop, validate, waiting
 from ..selector import S2SentSelector
 from ..tools import evaluation, history, labelled, processes, recipe, verdict
 from ..tools.baselines import ScalarMix
@@ -143,8 +143,9 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
 
 
 def _fine_tune(task: Task, examples: Examples | Scored, dev: list[tuple[str, str, float]] | None) -> None:
-    from ..sentence_transformers import S2SentPooling, SentenceTransformer
-    from ..tools import training
+    with waiting.told("importing sentence-transformers"):
+        from ..sentence_transformers import S2SentPooling, SentenceTransformer
+        from ..tools import training
 
     device = task.device
     transformer = common.load_transformer(task.given.get("model"), task.max_length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
+from time import monotonic as clock
 from typing import Any
 
 from ..files import PROGRESS_EVERY, importing, on_terminal
@@ -82,11 +82,11 @@ class Lines(_Words, TrainerCallback):
         self._before = 0  # steps of an earlier call
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self._begun = self._said = time.monotonic()
+        self._begun = self._said = clock()
         self._before = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        now = time.monotonic()
+        now = clock()
         if not state.is_world_process_zero or now - self._said < PROGRESS_EVERY or sys.stderr is None:
             return
         self._said = now
@@ -99,5 +99,5 @@ class Lines(_Words, TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
         line = self.words(state, logs or {})
         if line is not None and state.is_world_process_zero:
-            self._said = time.monotonic()
+            self._said = clock()
             print(line, flush=True)

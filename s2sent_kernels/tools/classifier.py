@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import families, validate
+from .. import families, validate, waiting
 from ..batches import TextTokenizer, Tokens, padded
 from ..files import importing, open_to_umask, sync_files, sync_folder
 from ..transformers import S2SentForSequenceClassification, S2SentModel, transformers
@@ -195,11 +195,13 @@ def _train(
         return {_SCORE: problem.score(torch.tensor(found.predictions), torch.tensor(found.label_ids))}
 
     tokenize = TextTokenizer(tokenizer, limit)
+    with waiting.told("tokenizing the texts"):
+        rows, dev_rows = (_rows(tokenize, part) for part in parts)
     trainer = _Trainer(
         model=model,
         args=arguments,
-        train_dataset=_rows(tokenize, parts[0]),
-        eval_dataset=_rows(tokenize, parts[1]),
+        train_dataset=rows,
+        eval_dataset=dev_rows,
         data_collator=partial(_collate, pad_id=tokenize.pad_id),
         compute_metrics=metrics,
         optimizers=(torch.optim.AdamW(_groups(model, recipe), weight_decay=0.0), None),

@@ -89,7 +89,9 @@ def untouched(
     texts = [text for first, second, _ in dev for text in (first, second)]
     modules = {SCALAR_MIX: evaluation.Fusion(ScalarMix(len(blocks)), blocks)}
     with torch.random.fork_rng(devices=[]):
-        found = evaluation.side_by_side(encoder, tokenizer, texts, modules, pooling=pooling, max_length=max_length)
+        found = evaluation.side_by_side(
+            encoder, tokenizer, texts, modules, pooling=pooling, max_length=max_length, progress=True
+        )
     return {name: _spearman(found[name], [gold for _, _, gold in dev]) for name in (MEAN_OF_LAST, SCALAR_MIX)}
 
 

@@ -31,7 +31,8 @@ EMBEDDING = "embedding.list.element"  # Parquet's name of the column of numbers
 
 class Encoder(Protocol):
     """What a worker makes once. Of its attributes, if it has them, ``tokens`` counts the tokens that it has encoded, and ``cut``
-    the texts that were longer than it takes. A ValueError of one text is a TextError, which knows its index."""
+    the texts that were longer than it takes; ``told`` is set to what it calls with the texts and tokens of each batch. A
+    ValueError of one text is a TextError, which knows its index."""
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """[rows, D]"""
@@ -69,13 +70,20 @@ class Worker:
     """Encodes parts, one after the other.
 
     Args:
-        advance: told the rows and tokens of a slice once it is encoded.
+        advance: told the rows and tokens of a batch once it is encoded, or of a slice where the encoder tells of no batches.
     """
 
     def __init__(
         self, job: Job, encoder: Encoder, advance: Callable[[int, int | None], None] = lambda *_: None
     ) -> None:
         self.job, self.encoder, self.advance, self.reader = job, encoder, advance, Reader(job.columns)
+        self._told = (0, 0)  # rows and tokens of the slice in work
+        if hasattr(encoder, "told"):
+            encoder.told = self._batch
+
+    def _batch(self, rows: int, tokens: int) -> None:
+        self._told = (self._told[0] + rows, self._told[1] + tokens)
+        self.advance(rows, tokens)
 
     def part(self, part: Part) -> Done:
         """Write the part, unless it is there. One that is damaged, or of another plan, is replaced.
@@ -130,6 +138,7 @@ class Worker:
 
     def _encode(self, texts: list[str]) -> np.ndarray:
         before = getattr(self.encoder, "tokens", None)
+        self._told = (0, 0)
         embeddings = np.asarray(self.encoder.encode(texts))
         if embeddings.ndim != 2 or len(embeddings) != len(texts):
             raise RuntimeError(f"the encoder gave an array {list(embeddings.shape)} for {len(texts)} texts")
@@ -142,7 +151,9 @@ class Worker:
                 largest = np.abs(embeddings[text]).max()
                 raise TextError(text, f"the embedding has values beyond {self.job.dtype}: {largest}")
             embeddings = stored
-        self.advance(len(texts), None if before is None else self.encoder.tokens - before)  # type: ignore[attr-defined]
+        rows, tokens = self._told
+        count = None if before is None else self.encoder.tokens - before - tokens  # type: ignore[attr-defined]
+        self.advance(len(texts) - rows, count)
         return embeddings
 
     def _table(self, number: int, first: int, texts: list[str], ids: list[Any] | None, embeddings: np.ndarray) -> Any:
