@@ -19,14 +19,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from time import monotonic as clock
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from . import families, validate
-from .cache_files import ABOUT, Unfinished, announce, check_rows, opened, sweep
+from . import families, validate, waiting
+from .cache_files import ABOUT, Unfinished, announce, check_rows, done_by_all, opened, rank_and_world, sweep
 from .cache_files import DamagedCache as DamagedCache  # public under this name
 from .capture import BLOCK_NORMS, BlockCapture
 from .files import locked
@@ -36,7 +38,8 @@ from .formula.tokens import Tokens
 from .tools import encoders
 
 FORMAT = 1
-RECORD_EVERY = 32  # batches between two records of progress
+# Between two records of progress there are so many batches or seconds, whichever is less: what an interruption may cost.
+RECORD_EVERY, RECORD_SECONDS = 32, 3.0
 ROWS_AT_ONCE = 4096  # read from the files and turned into f and p
 
 
@@ -150,6 +153,14 @@ class BlockCache:
             return kept[:, blocks, 0] / length.clamp(min=1).sqrt()[:, None, None]
 
         return self._each(rows, of_rows, (num_blocks, self.hidden_size))
+
+    def mean_of_last(self) -> Tensor:
+        """The mean of the highest cached block [S, D] of every text, whatever ``pooling`` is."""
+
+        def of_rows(kept: Tensor, length: Tensor) -> Tensor:
+            return kept[:, -1, 0] / length.clamp(min=1).sqrt()[:, None]
+
+        return self._each(None, of_rows, (self.hidden_size,))
 
     def _each(self, rows: Tensor | None, of_rows: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]) -> Tensor:
         """``of_rows`` of C [S, N, Y, D] and the lengths [S], a slice of the rows at a time."""
@@ -269,13 +280,15 @@ def make(
     validate.positive_int("batch_size", settings.batch_size)
     validate.option("pooling", settings.pooling, POOLINGS)
     validate.option("block_norm", settings.block_norm, BLOCK_NORMS)
-    rank, world = (0, None) if shard is None else _rank_and_world(shard)
+    rank, world = (0, None) if shard is None else rank_and_world(shard)
     batches = encoders.in_batches(encoders.longest_first(texts), settings.batch_size)
     capture = BlockCapture(encoder, settings.blocks, block_norm=settings.block_norm)
     try:
+        with waiting.told("computing the digest of the encoder's weights", progress):
+            model = fingerprint(encoder, tokenizer)
         about = {
             "format": FORMAT,
-            "model": fingerprint(encoder, tokenizer),
+            "model": model,
             "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
             **settings._asdict(),
             "blocks": list(capture.blocks),
@@ -294,12 +307,14 @@ def make(
             shape = (len(texts), len(capture.blocks), settings.token_frequencies, families.hidden_size(encoder))
             announce(target, shape, settings.pooling != "mean")
         if world is None:
-            with locked(lock, wait=True):  # a second process then finds the cache complete
+            with ExitStack() as stack:  # a second process finds the cache complete when it has the lock
+                with waiting.told(f"waiting for another process that fills {target}", progress):
+                    stack.enter_context(locked(lock, wait=True))
                 if target.exists():
                     sweep(target)
                 else:
                     if by_ranks := Unfinished.begun_by_ranks(parent, name):
-                        unfinished = _done_by_all(by_ranks, batches)
+                        unfinished = done_by_all(by_ranks, batches)
                     else:
                         fill()
                     unfinished.finish(about, target)
@@ -317,27 +332,6 @@ def make(
     if verify and found:
         made.verify()
     return made
-
-
-def _rank_and_world(shard: Any) -> tuple[int, int]:
-    if not isinstance(shard, tuple) or len(shard) != 2 or not all(type(number) is int for number in shard):
-        raise TypeError(f"shard: expected two integers (rank, world), got {shard!r}")
-    if not 0 <= shard[0] < shard[1]:
-        raise ValueError(f"shard: expected (rank, world) with 0 <= rank < world, got {shard}")
-    return shard
-
-
-def _done_by_all(by_ranks: Sequence[Unfinished], batches: Sequence[list[int]]) -> Unfinished:
-    """The first whose ranks have all done their share: the last of them ended before it could complete the cache."""
-    missing = {str(part.folder): part.missing(batches) for part in by_ranks}
-    for part in by_ranks:
-        if not missing[str(part.folder)]:
-            return part
-    (folder, ranks), *_ = missing.items()
-    raise ValueError(
-        f"shard: ranks have begun to fill {folder}, expected all to be done, still missing {', '.join(ranks)}: "
-        "run these, or remove that folder"
-    )
 
 
 def _fill(
@@ -360,15 +354,18 @@ def _fill(
         unfinished.remove()  # nothing of it is known to be what was written
     try:
         with unfinished.arrays(len(texts)) as arrays:
+            recorded = clock()
             for rows, states, mask in todo:
                 with torch.no_grad():
                     result = _summaries(states, mask, settings)
                 arrays.write(rows, {key: tensor.cpu().numpy() for key, tensor in result.items()})
                 done += 1
-                if done % RECORD_EVERY == 0 or done == len(mine):
+                due = clock() - recorded >= RECORD_SECONDS
+                if due or done % RECORD_EVERY == 0 or done == len(mine):
                     arrays.flush()
                     known = known.after(done, arrays)
                     unfinished.note(rank, known)
+                    recorded = clock()
     except BaseException:
         if unfinished.world is None and not known.batches:  # no progress to resume from
             unfinished.remove()

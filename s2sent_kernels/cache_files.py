@@ -353,3 +353,27 @@ def _allocate(path: Path) -> None:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+# ---------------------------------------------------------------- shares
+
+
+def rank_and_world(shard: Any) -> tuple[int, int]:
+    if not isinstance(shard, tuple) or len(shard) != 2 or not all(type(number) is int for number in shard):
+        raise TypeError(f"shard: expected two integers (rank, world), got {shard!r}")
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard: expected (rank, world) with 0 <= rank < world, got {shard}")
+    return shard
+
+
+def done_by_all(by_ranks: Sequence[Unfinished], batches: Sequence[list[int]]) -> Unfinished:
+    """The first whose ranks have all done their share: the last of them ended before it could complete the cache."""
+    missing = {str(part.folder): part.missing(batches) for part in by_ranks}
+    for part in by_ranks:
+        if not missing[str(part.folder)]:
+            return part
+    (folder, ranks), *_ = missing.items()
+    raise ValueError(
+        f"shard: ranks have begun to fill {folder}, expected all to be done, still missing {', '.join(ranks)}: "
+        "run these, or remove that folder"
+    )

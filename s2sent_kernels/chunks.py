@@ -35,6 +35,12 @@ class Chunk:
         self.left = int((tokens.lengths > 0).sum())
         self._embeddings = torch.zeros(len(tokens.ids), size, dtype=torch.float32)  # 0: a row without tokens
 
+    def counts(self, rows: np.ndarray) -> tuple[int, int]:
+        """How many texts begin in these rows, and how many tokens they have."""
+        text = self.tokens.text
+        begins = (rows == 0) | (text[rows] != text[rows - 1])
+        return int(begins.sum()), sum(len(self.tokens.ids[row]) for row in rows)
+
     def keep(self, rows: np.ndarray, values: Tensor) -> None:
         self._embeddings[torch.from_numpy(rows)] = values
         self.left -= len(rows)

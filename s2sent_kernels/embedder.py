@@ -19,7 +19,7 @@ import contextlib
 import itertools
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -62,6 +62,7 @@ class _Options(NamedTuple):
     prompt: str
     skip: int  # tokens of a text that are its prompt's and do not count
     precision: str
+    told: Callable[[int, int], object] | None = None  # texts and tokens of each batch
 
 
 class Embedder:
@@ -192,7 +193,7 @@ class Embedder:
         truncate_dim: int | None = None,
         prompt: str | None = None,
         precision: str = "float32",
-        progress: bool = True,
+        progress: bool | Callable[[int, int], None] = True,
     ) -> np.ndarray:
         """Embeddings [S, D] in the texts' order, or [D] of a single text.
 
@@ -203,7 +204,7 @@ class Embedder:
             prompt: put before each text; None takes the model's own, if it has one.
             precision: "float32"; "float16"; or what ``quantize_embeddings`` of sentence-transformers makes: "binary" and
                 "ubinary" have a bit a feature, "int8" and "uint8" divide the range of these embeddings.
-            progress: show a bar on stderr, if that is a terminal.
+            progress: show a bar on stderr, if that is a terminal; or a function that is told each batch's texts and tokens.
 
         Raises:
             ValueError, TypeError: an argument is wrong, or a text is too long and ``overflow`` is "error".
@@ -211,17 +212,19 @@ class Embedder:
         single = isinstance(texts, str)
         listed = [texts] if isinstance(texts, str) else list(texts)
         options = self._options(batch_tokens, normalize, truncate_dim, prompt, precision)
-        # stderr is None where a program has no console.
-        bar = _bar(len(listed)) if progress and on_terminal() else None
-        found = []
+        if callable(progress):
+            options = options._replace(told=progress)
+        bar = _bar(len(listed)) if progress is True and on_terminal() else None
+        if bar is not None:
+            options = options._replace(told=lambda texts, _: bar.update(texts))
+        found: list[Tensor] = []
         with (
             contextlib.closing(self._embeddings(listed, options)) as chunks,
             contextlib.nullcontext() if bar is None else bar,
         ):
-            for values in chunks:
-                found.append(values)
-                if bar is not None:
-                    bar.update(len(values))
+            found.extend(chunks)
+            if bar is not None:
+                bar.update(len(listed) - bar.n)  # texts without a token are in no batch
         size = options.truncate_dim or self._features
         result = quantized(torch.cat(found) if found else torch.empty(0, size, dtype=torch.float32), precision)
         return result[0] if single else result
@@ -306,6 +309,8 @@ class Embedder:
                 open_chunks.append(chunk)
                 for rows in cut(tokens.lengths, options.batch_tokens, padded=not self._run.packs(tokens, skip)):
                     results.append((chunk, rows, self._run(tokens, rows, skip)))
+                    if options.told is not None:
+                        options.told(*chunk.counts(rows))
                     while len(results) > (UNFINISHED if self.device.type == "cuda" else 0):
                         _keep(*results.popleft())
                     while open_chunks and not open_chunks[0].left:

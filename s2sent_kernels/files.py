@@ -138,11 +138,17 @@ def remove_empty(folders: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, *, alone: bool = False) -> Iterator[Path]:
     """A hidden folder that becomes ``target``, which is new or empty, when the ``with`` block ends: it is there whole or not at
     all, also if the process is killed. What killed processes left beside it is removed.
 
     A folder whose parent cannot be written to, or that another disk is mounted on, cannot be replaced: it is filled file by file.
+
+    Args:
+        alone: no other process is in such a ``with`` block for the same ``target``.
+
+    Raises:
+        ValueError: another one is, and ``alone`` is True; of two that begin at the same moment both may see the other.
     """
     target = Path(os.path.realpath(target))
     beside = not os.path.ismount(target) and (not target.is_dir() or os.access(target.parent, os.W_OK | os.X_OK))
@@ -151,6 +157,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     place.mkdir(parents=True, exist_ok=True)
     try:
         with scratch(place, target.name) as whole:
+            if alone and set(sweep(place, target.name)) - {whole}:
+                raise ValueError(f"{target}: another process is writing there")
             yield whole
             sync_files(path for path in (*whole.rglob("*"), whole) if not path.is_symlink())
             if beside:
@@ -182,8 +190,10 @@ def scratch(place: Path, name: str) -> Iterator[Path]:
 UNFINISHED = r"\.{}\.[0-9a-f]{{32}}\.new"  # of a folder's name
 
 
-def sweep(place: Path, name: str) -> None:
-    """Remove the folders that killed processes were to rename to ``place / name``: nobody holds their locks."""
+def sweep(place: Path, name: str) -> list[Path]:
+    """Remove the folders that killed processes were to rename to ``place / name``: nobody holds their locks. Returns those whose
+    locks are held."""
+    held = []
     for path in place.iterdir():
         if re.fullmatch(UNFINISHED.format(re.escape(name)), path.name) and path.is_dir() and not path.is_symlink():
             with contextlib.suppress(OSError):  # the lock is held, or this kind of disk knows none
@@ -191,8 +201,11 @@ def sweep(place: Path, name: str) -> None:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(path)
+                except BlockingIOError:
+                    held.append(path)
                 finally:
                     os.close(lock)
+    return held
 
 
 def _locked_folder(place: Path, name: str) -> tuple[Path, int]:

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import cache, frozen_loop, validate
+from . import cache, families, frozen_loop, validate, waiting
 from .cache import BlockCache
 from .formula import dct
 from .frozen_loop import History as History  # public under this name
+from .frozen_loop import Told
 from .selector import S2SentSelector
 from .tools.baselines import ScalarMix as ScalarMix  # public under this name
 from .tools.encoders import in_eval_mode
@@ -112,6 +113,7 @@ def train(
     recipe: Recipe = DEFAULT,
     *,
     score: Callable[[nn.Module], float] | None = None,
+    told: Told = lambda _: None,
 ) -> History:
     """Train a selector or a scalar mix in place, on rows of ``features``. The seed fixes the order of the triplets.
 
@@ -119,6 +121,7 @@ def train(
         module: an S2SentSelector, a ScalarMix, or a module from Features to embeddings, on the device of ``features``.
         anchor, positive, negative: rows, int64 [T]; ``negative`` may be [T, K], -1 for a missing one, or None for pairs.
         score: called before the first epoch and after each; the epoch with the highest score is kept. Without it, the last one.
+        told: called with each ``frozen_loop.Epoch`` as it ends.
 
     Raises:
         ValueError: the sizes do not fit, a number of the recipe is out of range, or the training diverged.
@@ -139,7 +142,7 @@ def train(
 
         return torch.stack([of_first(width) for width in (*recipe.widths, None)]).mean()
 
-    return frozen_loop.run(module, len(anchor), loss_of, recipe, None if score is None else lambda: score(module))
+    return frozen_loop.run(module, len(anchor), loss_of, recipe, None if score is None else lambda: score(module), told)
 
 
 def train_scored(
@@ -151,6 +154,7 @@ def train_scored(
     *,
     loss: str = LOSSES[0],
     score: Callable[[nn.Module], float] | None = None,
+    told: Told = lambda _: None,
 ) -> History:
     """``train`` on scored pairs.
 
@@ -175,7 +179,7 @@ def train_scored(
             return F.mse_loss(similarity, wanted)
         return cosent(similarity, wanted, recipe.temperature)
 
-    return frozen_loop.run(module, len(pairs), loss_of, recipe, None if score is None else lambda: score(module))
+    return frozen_loop.run(module, len(pairs), loss_of, recipe, None if score is None else lambda: score(module), told)
 
 
 def check(recipe: Recipe, count: int, hidden_size: int) -> None:
@@ -198,9 +202,13 @@ class Dev:
     first: Tensor
     second: Tensor
     gold: Sequence[float]
+    mean_of_last: Tensor | None = None  # [S, D] of the encoder's last block; None if it is not cached
 
     def __call__(self, module: nn.Module) -> float:
-        embeddings = embed_all(module, self.features)
+        return self.of(embed_all(module, self.features))
+
+    def of(self, embeddings: Tensor) -> float:
+        """The score of embeddings [S, D] of the same sentences."""
         similarity = F.cosine_similarity(embeddings[self.first], embeddings[self.second])
         return correlations(similarity.tolist(), self.gold).spearman
 
@@ -217,14 +225,21 @@ class Prepared(NamedTuple):
     rows: Tensor  # of the examples' texts, -1 for a missing one
     score: Dev | None
 
-    def train(self, selector: S2SentSelector, recipe: Recipe = DEFAULT) -> History:
+    def train(self, module: nn.Module, recipe: Recipe = DEFAULT, told: Told = lambda _: None) -> History:
         """``train`` on (anchor, positive, negatives ...)."""
         anchor, positive, negative = self.rows[:, 0], self.rows[:, 1], self.rows[:, 2:]
-        return train(selector, self.features, anchor, positive, negative, recipe, score=self.score)
+        return train(module, self.features, anchor, positive, negative, recipe, score=self.score, told=told)
 
-    def train_scored(self, selector: S2SentSelector, gold: Tensor, recipe: Recipe, loss: str = LOSSES[0]) -> History:
+    def train_scored(
+        self,
+        module: nn.Module,
+        gold: Tensor,
+        recipe: Recipe,
+        loss: str = LOSSES[0],
+        told: Told = lambda _: None,
+    ) -> History:
         """``train_scored`` on pairs, with their gold scores [T]."""
-        return train_scored(selector, self.features, self.rows, gold, recipe, loss=loss, score=self.score)
+        return train_scored(module, self.features, self.rows, gold, recipe, loss=loss, score=self.score, told=told)
 
 
 def prepare(
@@ -252,10 +267,13 @@ def prepare(
         pairs = [text for one, other, _ in dev for text in (one, other)]
         cached_dev = cache.make(encoder, tokenizer, pairs, folder, settings, progress=progress, verify=verify)
         rows = cached_dev.rows(pairs)
+        whole = cached_dev.blocks[-1] == len(families.find_blocks(encoder)) - 1
+        last = cached_dev.mean_of_last() if whole else None
         features = Features.of(cached_dev, selector.num_blocks, selector.frequencies).to(device)
-        score = Dev(features, rows[::2], rows[1::2], [gold for _, _, gold in dev])
+        score = Dev(features, rows[::2], rows[1::2], [gold for _, _, gold in dev], last)
+    with waiting.told("reading the cache", progress):
+        features = Features.of(cached, selector.num_blocks, selector.frequencies).to(device)
     numbers = [[cached.row(text) if text else -1 for text in row] for row in examples]
-    features = Features.of(cached, selector.num_blocks, selector.frequencies).to(device)
     return Prepared(features, torch.tensor(numbers, dtype=torch.int64), score)
 
 

@@ -34,6 +34,18 @@ class Pace(Protocol):
     def seed(self) -> int: ...
 
 
+class Epoch(NamedTuple):
+    """An epoch that ended; number 0 is the state before the first."""
+
+    number: int
+    step: int  # of the optimizer, counted from the beginning
+    loss: float | None  # the mean of its batches; None before the first epoch
+    score: float | None  # on the dev part; None without one
+
+
+Told = Callable[[Epoch], None]
+
+
 class History(NamedTuple):
     """Mean loss of each epoch; the dev score before the first epoch and after each; the epoch whose state was kept."""
 
@@ -68,6 +80,7 @@ def run(
     loss_of: Callable[[Tensor], Tensor],
     pace: Pace,
     score: Callable[[], float] | None = None,
+    told: Told = lambda _: None,
 ) -> History:
     """Train ``module`` in place, and leave it in eval mode.
 
@@ -75,6 +88,7 @@ def run(
         count: of the examples.
         loss_of: the loss of a batch, from the numbers of its examples, int64 [B] on the CPU.
         score: called before the first epoch and after each; the epoch with the highest score is kept. Without it, the last one.
+        told: called with each epoch as it ends, and before the first one with its score.
 
     Raises:
         ValueError: the training diverged, or patience is set without ``score``.
@@ -88,7 +102,9 @@ def run(
     optimizer = optimizer_of(module, pace)
     losses: list[float] = []
     scores = [] if score is None else [score()]
-    best, kept = None, 0
+    if scores:
+        told(Epoch(0, 0, None, scores[0]))
+    best, kept, steps = None, 0, 0
     for epoch in range(1, pace.epochs + 1):
         module.train()
         of_batches = []
@@ -101,11 +117,14 @@ def run(
             optimizer.step()
             of_batches.append(loss.detach())
         losses.append(torch.stack(of_batches).mean().item())
+        steps += len(of_batches)
         module.eval()
         if score is None:
             kept = epoch
+            told(Epoch(epoch, steps, losses[-1], None))
             continue
         scores.append(score())
+        told(Epoch(epoch, steps, losses[-1], scores[-1]))
         if best is None or order(scores[-1]) > order(scores[kept]):
             best, kept = copy.deepcopy(module.state_dict()), epoch
         if pace.patience is not None and epoch - kept >= pace.patience:

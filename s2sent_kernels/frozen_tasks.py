@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from . import frozen, frozen_loop
 from .frozen import Features
-from .frozen_loop import History
+from .frozen_loop import Epoch, History, Told
 from .tools.problems import CLASSES, LABELS, NUMBERS, check_dropout
 from .tools.problems import Problem as Problem  # public under this name
 
@@ -80,7 +81,13 @@ class Found(NamedTuple):
 
 
 def train(
-    module: nn.Module, part: Part, problem: Problem, recipe: Recipe = DEFAULT, *, dev: Part | None = None
+    module: nn.Module,
+    part: Part,
+    problem: Problem,
+    recipe: Recipe = DEFAULT,
+    *,
+    dev: Part | None = None,
+    told: Told = lambda _: None,
 ) -> tuple[Trained, History]:
     """Train ``module`` in place, and a fresh head behind it. The seed fixes the head's start, the dropout and the order.
 
@@ -88,6 +95,7 @@ def train(
         module: an S2SentSelector, a ScalarMix, or a module from Features to embeddings [B, any size]. Features may have further
             dimensions after the first, as f [S, 2, D] and p [S, 2, N, D] of two sentences that are encoded apart.
         dev: chooses the epoch. Without it, the last one is kept.
+        told: called with each ``frozen_loop.Epoch`` as it ends.
 
     Raises:
         ValueError, TypeError: a number of the recipe or the problem is wrong, targets do not fit the features or the problem, or
@@ -119,7 +127,7 @@ def train(
             return problem.score(trained.logits(dev.features) * scale + shift, dev.targets)
 
         both = nn.ModuleList([module, dropout, head])
-        history = frozen_loop.run(both, len(targets), loss_of, recipe, None if dev is None else score)
+        history = frozen_loop.run(both, len(targets), loss_of, recipe, None if dev is None else score, told)
     with torch.no_grad():
         head.weight.mul_(scale)
         head.bias.mul_(scale).add_(shift)
@@ -138,13 +146,22 @@ def grid(
 
 
 def search(
-    make: Callable[[], nn.Module], part: Part, dev: Part, problem: Problem, recipes: Sequence[Recipe] | None = None
+    make: Callable[[], nn.Module],
+    part: Part,
+    dev: Part,
+    problem: Problem,
+    recipes: Sequence[Recipe] | None = None,
+    *,
+    told: Callable[[Recipe, Epoch], None] = lambda *_: None,
+    ended: Callable[[Trial], None] = lambda _: None,
 ) -> Found:
     """``train`` with every recipe; the best score on ``dev`` decides, and of equal ones the first.
 
     Args:
         make: a fresh module, called once for each recipe, under its seed.
         recipes: by default ``grid()``.
+        told: called with each epoch of each trial as it ends.
+        ended: called with each trial as it ends.
 
     Raises:
         ValueError, TypeError: as ``train``; or there is no recipe.
@@ -161,8 +178,9 @@ def search(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             module = make().to(part.features.pooled.device)
-        trained, history = train(module, part, problem, recipe, dev=dev)
+        trained, history = train(module, part, problem, recipe, dev=dev, told=partial(told, recipe))
         trials.append(Trial(recipe, history, time.perf_counter() - start))
+        ended(trials[-1])
         if best is None or frozen_loop.order(history.score) > frozen_loop.order(best[0].history.score):
             best = trials[-1], trained
     assert best is not None

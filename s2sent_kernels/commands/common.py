@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from .. import files, hub, loading, parts, sources
+from .. import files, hub, loading, parts, sources, waiting
 from ..files import first_line
 from ..parts import Trained
 from ..quiet import quiet_transformers
@@ -182,15 +182,29 @@ def _announcing(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
+def _waiting(function: Callable[P, T]) -> Callable[P, T]:
+    """A loader, whose first argument is a model or the Source of one. It says so where it takes long: libraries are imported
+    and weights are read."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        model: Any = args[0]
+        name = (model.model or model.selector) if isinstance(model, Source) else model
+        with waiting.told(f"loading {name or BUNDLED}"):
+            return function(*args, **kwargs)
+
+    return run
+
+
 resolve = functools.partial(_told(_announcing(sources.resolve)), option="--")
 holds_selector = _told(sources.holds_selector)
 read_selector = _told(parts.read_selector)
 max_length = _told(parts.max_length)
-load_model = _told(_announcing(_silently(parts.load_model)))
-load_transformer = _told(_announcing(_silently(parts.load_transformer)))
-load_whole = _told(_silently(loading.load_whole))
-load_classifier = _told(_silently(loading.load_classifier))
-load_pipeline = _told(_announcing(_silently(loading.load_pipeline)))
+load_model = _told(_announcing(_waiting(_silently(parts.load_model))))
+load_transformer = _told(_announcing(_waiting(_silently(parts.load_transformer))))
+load_whole = _told(_waiting(_silently(loading.load_whole)))
+load_classifier = _told(_waiting(_silently(loading.load_classifier)))
+load_pipeline = _told(_announcing(_waiting(_silently(loading.load_pipeline))))
 fuse = _told(loading.fuse)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .. import embedder
+from .. import embedder, waiting
 from ..embedder import Embedder
 from ..files import require
 from . import common
@@ -44,7 +44,8 @@ def make_encoder(options: EncoderOptions, device: str) -> Encoder:
     limits = {"max_length": options.max_length, "overflow": options.overflow}
     common.announce(name)
     try:
-        made = Embedder.from_pretrained(name, options.selector, options.dtype, device, **limits)
+        with waiting.told(f"loading {name}"):
+            made = Embedder.from_pretrained(name, options.selector, options.dtype, device, **limits)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(common.of_option(str(error))) from error
     common.within(options.max_length, made.max_length)
@@ -61,6 +62,7 @@ class Encoder:
 
     def __init__(self, embedder: Embedder, options: EncoderOptions) -> None:
         self.embedder, self.options = embedder, options
+        self.told: Callable[[int, int], None] | None = None
 
     @property
     def tokens(self) -> int:
@@ -83,7 +85,7 @@ class Encoder:
             batch_tokens=options.batch_tokens,
             normalize=options.normalize,
             truncate_dim=options.truncate_dim,
-            progress=False,
+            progress=self.told or False,
         )
         if options.precision == "float32":
             return embeddings

@@ -7,10 +7,13 @@ else as --model; a classifier's is what `s2sent predict` takes.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import frozen, frozen_tasks
+from .. import files, frozen, frozen_tasks
 from ..files import disk_is_full
 from ..formula.call import POOLINGS
 from ..tools import processes, recipe
@@ -42,7 +45,7 @@ _ONLY = {
     "accumulation": _Only(frozen=False),
     "mini_batch": _Only((CONTRASTIVE,), frozen=False),
     "precision": _Only(frozen=False),
-    "resume": _Only(frozen=False),
+    "report_to": _Only(frozen=False),
     "temperature": _Only((CONTRASTIVE, STS)),
     "symmetric": _Only((CONTRASTIVE,), frozen=True),
     "widths": _Only((CONTRASTIVE,), frozen=True),
@@ -206,7 +209,13 @@ def _add_run(group: Any) -> None:
         "--resume",
         action="store_const",
         const=True,
-        help="go on from the newest whole checkpoint in --output, if there is one",
+        help="go on from the newest whole checkpoint in --output, if there is one; with --freeze-encoder from what is encoded, "
+        "as without this option, but a finished result is left as it is",
+    )
+    group.add_argument(
+        "--report-to",
+        choices=recipe.REPORTERS,
+        help="tell the training to this library, too, without --freeze-encoder; history.jsonl is always written (default: none)",
     )
     group.add_argument("--cache", type=common.path, metavar="FOLDER", help=f"of f and p (default: ./{CACHE})")
     group.add_argument(
@@ -242,7 +251,12 @@ def run(arguments: argparse.Namespace) -> None:
                 print(f"{task.output}: the model is finished")
             return
         _check_empty(task)
-        (train_classifier if task.kind == CLASSIFICATION else train_pairs).run(task)
+        way = train_classifier if task.kind == CLASSIFICATION else train_pairs
+        if task.frozen:  # the result is there whole or not at all, and no other process makes it
+            with files.new_folder(task.output, alone=True) as whole, _said_to_go_on(task):
+                way.run(task._replace(output=whole))
+        else:
+            way.run(task)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
     except Exception as error:
@@ -267,6 +281,11 @@ def _check_options(task: Task) -> None:
             raise UserError(f"{option}: {'not' if task.frozen else 'only'} with --freeze-encoder")
         if task.kind not in only.tasks:
             raise UserError(f"{option}: not with --task {task.kind}")
+    if "report_to" in task.given:
+        try:
+            files.require(task.given["report_to"], task.given["report_to"], None)
+        except ImportError as error:
+            raise UserError(f"--report-to: {error}") from error
     for name in _SEVERAL:
         if not task.frozen and len(task.several(name) or ()) > 1:
             raise UserError(f"--{name.replace('_', '-')}: several values only with --freeze-encoder")
@@ -284,6 +303,10 @@ def _check_empty(task: Task) -> None:
     """Nothing in the output folder is overwritten: it may be the encoder."""
     output = task.output
     if task.frozen:
+        if output.is_dir():
+            files.sweep(
+                output, output.resolve().name
+            )  # of a killed process, where the folder itself cannot be replaced
         cache, real = Path(task.cache).resolve(), output.resolve()
         if cache == real or cache in real.parents or real in cache.parents:
             raise UserError(f"output folder {output}: expected one apart from the cache's, {task.cache}")
@@ -303,9 +326,25 @@ def _check_empty(task: Task) -> None:
         raise UserError(f"output folder {output}: it is not empty{advice}")
 
 
+@contextlib.contextmanager
+def _said_to_go_on(task: Task) -> Iterator[None]:
+    """Where a frozen training is interrupted, a line says what is kept: the encoder's work, by far the longest."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:  # an interruption
+        if sys.stderr is not None:
+            said = f"what is encoded is kept in {task.cache}: the same command goes on from there, with --resume or without"
+            print(said, file=sys.stderr)
+        raise
+
+
 def _is_finished(task: Task) -> bool:
     """Whether there is nothing left to do but to remove checkpoints: a model is never trained again unasked."""
     from ..tools import resuming
 
+    if task.frozen:
+        return resuming.finished_frozen(task.output)
     last = resuming.OF_CLASSIFIER if task.kind == CLASSIFICATION else resuming.OF_MODEL
     return resuming.remove_leftovers(task.output, last)

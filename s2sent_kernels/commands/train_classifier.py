@@ -3,16 +3,28 @@ with it. Both ways write an S2SentForSequenceClassification."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import cache, families, frozen, frozen_tasks, validate
+import torch
+
+from .. import cache, families, frozen, frozen_tasks, validate, waiting
 from ..selector import S2SentSelector
-from ..tools import labelled, processes, recipe
-from ..tools.problems import CLASSES, SCORES, Problem
+from ..tools import evaluation, history, labelled, processes, recipe, verdict
+from ..tools.baselines import ScalarMix
+from ..tools.problems import CLASSES, LABELS, NUMBERS, SCORES, Problem
 from . import common
 from .common import UserError
-from .train_task import Task, print_trial
+from .train_task import REMEDIES, Epochs, Task, print_lines, print_trial
+
+VARIED = ("learning_rate", "dropout", "seed")  # with --freeze-encoder
+TRAINED = "the best of the same trials"
+ALWAYS = {  # what needs no text
+    CLASSES: "always the most frequent label",
+    LABELS: "always the labels of every second text",
+    NUMBERS: "always the mean",
+}
 
 
 class _Data(NamedTuple):
@@ -61,7 +73,8 @@ def _read(task: Task) -> _Data:
 
 
 def _train_frozen(task: Task, data: _Data) -> None:
-    from ..tools import classifier
+    with waiting.told("importing transformers"):
+        from ..tools import classifier
 
     common.check_writable(Path(task.cache))
     base = frozen_tasks.DEFAULT._replace(**task.fields(frozen_tasks.Recipe))
@@ -96,12 +109,35 @@ def _train_frozen(task: Task, data: _Data) -> None:
         features = frozen.Features.of(cached, len(blocks), arguments["frequencies"], cached.rows(part.texts))
         return frozen_tasks.Part(features.to(device), data.targets(part).to(device))
 
-    found = frozen_tasks.search(make, of(data.train), of(data.dev), data.problem, recipes)
-    varied = ("learning_rate", "dropout", "seed")
-    for trial in found.trials:
-        print_trial(trial.recipe, trial.history, varied, f"dev {SCORES[data.problem.kind]}")
+    train, dev = of(data.train), of(data.dev)
+    epochs = Epochs(VARIED if len(recipes) > 1 else ())
+    what = SCORES[data.problem.kind]
+
+    def say(trial: frozen_tasks.Trial) -> None:
+        print_trial(trial.recipe, trial.history, VARIED, f"dev {what}")
+
+    found = frozen_tasks.search(make, train, dev, data.problem, recipes, told=epochs, ended=say)
     print("kept: ", end="")
-    print_trial(found.best.recipe, found.best.history, varied, f"dev {SCORES[data.problem.kind]}")
+    say(found.best)
+
+    def other(num_blocks: int, parts: tuple[frozen_tasks.Part, frozen_tasks.Part]) -> float:
+        """The best score of a scalar mix in the place of the selector: of one block that block itself."""
+        mix = partial(ScalarMix, num_blocks)
+        return frozen_tasks.search(mix, *parts, data.problem, recipes).best.history.score
+
+    means = [_mean_of_last(cached, encoder, tokenizer, part, task.max_length) for part in (data.train, data.dev)]
+    first, second = (
+        part._replace(features=frozen.Features(mean, mean[:, None]).to(device))
+        for part, mean in zip((train, dev), means, strict=True)
+    )
+    scores = {
+        evaluation.MEAN_OF_LAST: other(1, (first, second)),
+        evaluation.SCALAR_MIX: other(len(blocks), (train, dev)),
+    }
+    best = found.best.history
+    result = verdict.Result("selector", verdict.Row(f"trained selector (epoch {best.kept})", best.score))
+    print_lines(verdict.report(f"{what} of a head behind each", verdict.rows(scores, TRAINED, TRAINED), result))
+    print_lines(verdict.hint(best.losses[-1], REMEDIES[task.kind]))
     fusion = classifier.Fusion(blocks, task.pooling, arguments)
     model = classifier.make(
         encoder, fusion, data.problem, data.names, found.best.recipe.dropout, pairs=data.train.pairs
@@ -109,13 +145,23 @@ def _train_frozen(task: Task, data: _Data) -> None:
     model.model.selector.load_state_dict(found.trained.module.state_dict())
     model.classifier.load_state_dict(found.trained.head.state_dict())
     limit = families.max_length(encoder, tokenizer, task.max_length)
-    classifier.save(model, tokenizer, task.output, limit)
+    classifier.write(model, tokenizer, task.output, limit)
+    history.write(task.output, epochs.lines, what)
+
+
+def _mean_of_last(
+    cached: cache.BlockCache, encoder: Any, tokenizer: Any, part: labelled.Labelled, max_length: int
+) -> torch.Tensor:
+    """[S, D]: the mean of the encoder's last block, from the cache where that is in it."""
+    if cached.blocks[-1] == len(families.find_blocks(encoder)) - 1:
+        return cached.mean_of_last()[cached.rows(part.texts)]
+    texts: Any = part.texts
+    return evaluation.side_by_side(encoder, tokenizer, texts, max_length=max_length)[evaluation.MEAN_OF_LAST]
 
 
 def _fine_tune(task: Task, data: _Data) -> None:
-    import torch
-
-    from ..tools import classifier
+    with waiting.told("importing transformers"):
+        from ..tools import classifier
 
     device = task.device
     encoder, tokenizer, _ = common.load_model(task.given.get("model"), device)
@@ -129,4 +175,10 @@ def _fine_tune(task: Task, data: _Data) -> None:
         model, tokenizer, examples, dev, task.output, settings, task.max_length, resume="resume" in task.given
     )
     if processes.is_first():
-        print(f"dev {SCORES[data.problem.kind]} {score:.2f}, the best epoch's")
+        what, lines = SCORES[data.problem.kind], history.read(task.output)
+        print(f"dev {what} {score:.2f}, the best epoch's")
+        constant = data.problem.score_of_constant(examples.targets, dev.targets)
+        always = verdict.Row(ALWAYS[data.problem.kind], constant)
+        result = verdict.Result("classifier", verdict.Row(f"trained classifier{history.of_best(lines)}", score))
+        print_lines(verdict.report(what, [always], result))
+        print_lines(verdict.hint(history.last_loss(lines), REMEDIES[task.kind]))

@@ -4,18 +4,20 @@ both as a SentenceTransformer."""
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import cache, families, frozen, frozen_loop, validate
+from .. import cache, families, frozen, frozen_loop, validate, waiting
 from ..selector import S2SentSelector
-from ..tools import labelled, processes, recipe
+from ..tools import evaluation, history, labelled, processes, recipe, verdict
+from ..tools.baselines import ScalarMix
 from ..tools.examples import Examples, Scored, read_examples
 from . import common
 from .common import UserError
-from .train_task import STS, Task, print_trial
+from .train_task import REMEDIES, STS, Epochs, Task, print_lines, print_trial
 
 VARIED = ("learning_rate", "seed")  # with --freeze-encoder
 
@@ -91,26 +93,26 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
         progress=True,
         verify=task.verify_cache,
     )
+    epochs = Epochs(VARIED if len(recipes) > 1 else ())
+
+    def train(module: torch.nn.Module, one: frozen.Recipe, told: frozen_loop.Told) -> frozen.History:
+        if isinstance(examples, Scored):
+            return prepared.train_scored(module, torch.tensor(examples.scores), one, examples.loss, told)
+        return prepared.train(module, one, told)
+
     best: tuple[S2SentSelector, frozen.Recipe, frozen.History] | None = None
     for one in recipes:
         selector = make(one.seed)
-        if isinstance(examples, Scored):
-            gold = torch.tensor(examples.scores)
-            history = prepared.train_scored(selector, gold, one, examples.loss)
-        else:
-            history = prepared.train(selector, one)
+        found = train(selector, one, partial(epochs, one))
         if len(recipes) > 1:
-            print_trial(one, history, VARIED, "dev")
-        if best is None or frozen_loop.order(history.score) > frozen_loop.order(best[2].score):
-            best = selector, one, history
+            print_trial(one, found, VARIED, "dev")
+        if best is None or frozen_loop.order(found.score) > frozen_loop.order(best[2].score):
+            best = selector, one, found
     assert best is not None
-    selector, chosen, history = best
+    selector, chosen, found = best
     if len(recipes) > 1:
         print("kept: ", end="")
-        print_trial(chosen, history, VARIED, "dev")
-    for epoch, loss in enumerate(history.losses, 1):
-        score = f", dev {history.scores[epoch]:.2f}" if history.scores else ""
-        print(f"epoch {epoch}: loss {loss:.4f}{score}{', kept' if epoch == history.kept else ''}")
+        print_trial(chosen, found, VARIED, "dev")
     about: dict[str, Any] = {
         "encoder": name,
         "blocks": list(blocks),
@@ -119,14 +121,31 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
         "task": task.kind,
         "recipe": chosen._asdict(),
         "examples": len(examples.rows),
-        "epoch": history.kept,
+        "epoch": found.kept,
     }
+    if dev is not None:
+        assert prepared.score is not None
+        mix = ScalarMix(len(blocks)).to(device)
+        scores = {evaluation.SCALAR_MIX: train(mix, chosen, lambda _: None).score}
+        about["scalar_mix"] = mix.block_prior.detach().double().softmax(dim=0).tolist()
+        means = prepared.score.mean_of_last
+        if means is None:  # its last block is not in the cache
+            scores = verdict.untouched(encoder, tokenizer, dev, blocks, task.pooling, task.max_length) | scores
+        else:
+            scores[evaluation.MEAN_OF_LAST] = prepared.score.of(means)
+        rows = verdict.rows(scores, "trained alike")
+        result = verdict.Result("selector", verdict.Row(f"trained selector (epoch {found.kept})", found.score))
+        print_lines(verdict.report(verdict.SPEARMAN, rows, result))
+    print_lines(verdict.hint(found.losses[-1], REMEDIES[task.kind]))
+    what = None if dev is None else verdict.SPEARMAN
+    history.write(task.output, epochs.lines, what)  # first: a selector replaces an empty folder, which is locked
     selector.save_pretrained(task.output, about=about)
 
 
 def _fine_tune(task: Task, examples: Examples | Scored, dev: list[tuple[str, str, float]] | None) -> None:
-    from ..sentence_transformers import S2SentPooling, SentenceTransformer
-    from ..tools import training
+    with waiting.told("importing sentence-transformers"):
+        from ..sentence_transformers import S2SentPooling, SentenceTransformer
+        from ..tools import training
 
     device = task.device
     transformer = common.load_transformer(task.given.get("model"), task.max_length)
@@ -139,8 +158,18 @@ def _fine_tune(task: Task, examples: Examples | Scored, dev: list[tuple[str, str
         **task.selector_arguments(transformer.get_embedding_dimension()),
     )
     model = SentenceTransformer(modules=[transformer, pooling], device=str(device))
+    before: dict[str, float] = {}
+    if dev is not None and processes.is_first():
+        encoder, tokenizer = transformer.auto_model, transformer.tokenizer
+        before = verdict.untouched(encoder, tokenizer, dev, pooling.blocks, task.pooling, task.max_length)
     columns: Any = None if dev is None else tuple(map(list, zip(*dev, strict=True)))
     resume = "resume" in task.given
     score = training.fine_tune(model, examples, task.output, settings, dev=columns, resume=resume)
-    if score is not None and processes.is_first():
-        print(f"dev {score:.2f}, the best epoch's")
+    if not processes.is_first():
+        return
+    lines = history.read(task.output)
+    if score is not None:
+        rows = verdict.rows(before, "equal weights, before")
+        result = verdict.Result("model", verdict.Row(f"trained model{history.of_best(lines)}", score))
+        print_lines(verdict.report(verdict.SPEARMAN, rows, result))
+    print_lines(verdict.hint(history.last_loss(lines), REMEDIES[task.kind]))

@@ -1,18 +1,20 @@
-"""What the ways of training share: the options that were given, in one record, and what a search over recipes prints."""
+"""What the ways of training share: the options that were given, in one record, and what a training prints as it goes and at its
+end."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..frozen_loop import History
+from ..frozen_loop import Epoch, History
 from ..tools import columns, examples, labelled, processes
 from ..tools.columns import Columns
+from ..tools.history import Line
 from ..tools.recipe import GATE_SCALE
 from . import common
 from .common import UserError
@@ -20,6 +22,11 @@ from .common import UserError
 CONTRASTIVE, STS, CLASSIFICATION = TASKS = ("contrastive", "sts", "classification")
 MAX_LENGTH = 256  # tokens, of an encoder whose folder does not say
 CACHE = "s2sent_cache"  # the default folder
+REMEDIES = {  # of a loss that says nothing
+    CONTRASTIVE: "harder negatives (a column negative), a larger --batch-size or a higher --temperature leave more",
+    STS: "more pairs, or with --loss cosent a higher --temperature, leave more",
+    CLASSIFICATION: "more data, a higher --dropout or fewer --epochs may do better",
+}
 
 
 class Task(NamedTuple):
@@ -116,10 +123,34 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+class Epochs:
+    """Prints each epoch of a frozen training as it ends, and keeps them for its history.
+
+    Args:
+        varied: the fields of a recipe that tell trials apart; none where there is one trial.
+    """
+
+    def __init__(self, varied: tuple[str, ...]) -> None:
+        self.varied = varied
+        self.lines: list[Line] = []
+
+    def __call__(self, recipe: Any, epoch: Epoch) -> None:
+        trial = {name: getattr(recipe, name) for name in self.varied}
+        self.lines.append(Line(epoch.step, epoch.number, epoch.loss, epoch.score, trial))
+        if epoch.loss is not None:
+            score = "" if epoch.score is None else f", dev {epoch.score:.2f}"
+            print(f"epoch {epoch.number}: loss {epoch.loss:.4f}{score}", flush=True)
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line)
+
+
 def print_trial(recipe: Any, history: History, names: tuple[str, ...], what: str) -> None:
     """A line of what a trial varied and of its best epoch."""
     values = {name.replace("_", " "): getattr(recipe, name) for name in names}
     varied = ", ".join(
         f"{name} {value if isinstance(value, int) else format(value, 'g')}" for name, value in values.items()
     )
-    print(f"{varied}: {what} {history.score:.2f} (epoch {history.kept} of {len(history.losses)})")
+    print(f"{varied}: {what} {history.score:.2f} (epoch {history.kept} of {len(history.losses)})", flush=True)

@@ -1,15 +1,17 @@
-"""What both trainers are called back for. Needs the extra train."""
+"""What both trainers are called back for, and how they say how far they are. Needs the extra train."""
 
 from __future__ import annotations
 
+import sys
+from time import monotonic as clock
 from typing import Any
 
-from ..files import importing
+from ..files import PROGRESS_EVERY, importing, on_terminal
 from . import processes
 from .recipe import Recipe
 
 with importing("transformers", "train"):
-    from transformers import EarlyStoppingCallback, TrainerCallback
+    from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 
 
 class _OwnDropout(TrainerCallback):
@@ -19,5 +21,83 @@ class _OwnDropout(TrainerCallback):
         processes.seed_dropout(args.seed)
 
 
+class _LossOfEachEpoch(TrainerCallback):
+    """The log has a loss at the end of each epoch, where the checkpoints are: a training that goes on from one then logs what an
+    uninterrupted one does, and no mean is over steps of two epochs."""
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        control.should_log = True
+
+
 def callbacks_of(recipe: Recipe) -> list[TrainerCallback]:
-    return [_OwnDropout(), *([] if recipe.patience is None else [EarlyStoppingCallback(recipe.patience)])]
+    patience = [] if recipe.patience is None else [EarlyStoppingCallback(recipe.patience)]
+    return [_OwnDropout(), _LossOfEachEpoch(), *patience]
+
+
+def show(trainer: Any, score: str, factor: float = 1.0) -> None:
+    """Put words in the place of the dictionaries that the trainer prints: beside its bar on a terminal, else by lines alone.
+
+    Args:
+        score: the name of the dev score in its log.
+        factor: of that score.
+    """
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback((Bar if on_terminal() else Lines)(score, factor))
+
+
+class _Words:
+    """Turns what a trainer logs into a line."""
+
+    def __init__(self, score: str, factor: float = 1.0) -> None:
+        super().__init__()
+        self._score, self._factor = score, factor
+
+    def words(self, state: Any, logs: Any) -> str | None:
+        found = []
+        if "loss" in logs:
+            found.append(f"loss {float(logs['loss']):.4f}")
+        if self._score in logs:
+            found.append(f"dev {self._factor * float(logs[self._score]):.2f}")
+        if not found:
+            return None
+        return f"epoch {state.epoch:.2f}, step {state.global_step:,} of {state.max_steps:,}: {', '.join(found)}"
+
+
+class Bar(_Words, ProgressCallback):
+    """The trainer's bar, which has the time left."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+        line = self.words(state, logs or {})
+        if line is not None and state.is_world_process_zero and self.training_bar is not None:
+            self.training_bar.write(line)
+
+
+class Lines(_Words, TrainerCallback):
+    """What is logged on standard output; on standard error how far it is, where nothing was said for PROGRESS_EVERY seconds."""
+
+    def __init__(self, score: str, factor: float = 1.0) -> None:
+        super().__init__(score, factor)
+        self._begun = self._said = 0.0
+        self._before = 0  # steps of an earlier call
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self._begun = self._said = clock()
+        self._before = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        now = clock()
+        if not state.is_world_process_zero or now - self._said < PROGRESS_EVERY or sys.stderr is None:
+            return
+        self._said = now
+        each = (now - self._begun) / max(1, state.global_step - self._before)
+        left = round(each * (state.max_steps - state.global_step))
+        time_left = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        said = f"step {state.global_step:,} of {state.max_steps:,}, {time_left} left"
+        print(said, file=sys.stderr, flush=True)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+        line = self.words(state, logs or {})
+        if line is not None and state.is_world_process_zero:
+            self._said = clock()
+            print(line, flush=True)

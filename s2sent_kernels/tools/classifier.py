@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import families, validate
+from .. import families, validate, waiting
 from ..batches import TextTokenizer, Tokens, padded
-from ..files import importing, new_folder, open_to_umask, sync_files, sync_folder
+from ..files import importing, open_to_umask, sync_files, sync_folder
 from ..transformers import S2SentForSequenceClassification, S2SentModel, transformers
-from . import processes, resuming
-from .callbacks import callbacks_of
+from . import history, processes, resuming
+from .callbacks import callbacks_of, show
 from .encoders import Text
-from .problems import NUMBERS, Problem, check_dropout
+from .problems import NUMBERS, SCORES, Problem, check_dropout
 from .recipe import DEFAULT, DROPOUT, PRECISIONS, PRIORS, Recipe
 
 LAST = resuming.OF_CLASSIFIER
@@ -71,17 +71,12 @@ def make(
     return whole
 
 
-def save(model: S2SentForSequenceClassification, tokenizer: Any, folder: str | os.PathLike[str], limit: int) -> None:
-    """Model and tokenizer in one folder, new or empty, which is there whole or not at all.
+def write(model: S2SentForSequenceClassification, tokenizer: Any, folder: Path, limit: int) -> None:
+    """Model and tokenizer into a folder that is no other's.
 
     Args:
         limit: tokens at most, where ``truncation=True`` cuts a text.
     """
-    with new_folder(Path(folder)) as whole:
-        _write(model, tokenizer, whole, limit)
-
-
-def _write(model: S2SentForSequenceClassification, tokenizer: Any, folder: Path, limit: int) -> None:
     model.eval().save_pretrained(folder)
     tokenizer.model_max_length = limit
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -131,13 +126,14 @@ def fine_tune(
         examples, dev = (part._replace(targets=(part.targets - shift) / scale) for part in (examples, dev))
     output, settings = Path(folder), _settings(model, (examples, dev), recipe, limit)
     with resuming.own(output, LAST, settings, resume) as start:
-        score = _train(model, tokenizer, (examples, dev), recipe, limit, output / resuming.CHECKPOINTS, start)
+        score, lines = _train(model, tokenizer, (examples, dev), recipe, limit, output / resuming.CHECKPOINTS, start)
         with torch.no_grad():
             model.classifier.weight.mul_(scale)
             model.classifier.bias.mul_(scale).add_(shift)
         if processes.is_first():
             with resuming.unsaved(output) as temporary:
-                _write(model, tokenizer, temporary, limit)
+                write(model, tokenizer, temporary, limit)
+                history.write(temporary, lines, SCORES[problem.kind])
                 # Whatever a killed process may have moved already is replaced.
                 for name in sorted(os.listdir(temporary), key=LAST.__eq__):
                     os.replace(temporary / name, output / name)
@@ -156,7 +152,7 @@ def _settings(
 
     config, fused = model.config, model.model
     found = {
-        **recipe._asdict(),
+        **recipe.computed(),
         "blocks": list(fused.config.blocks or ()),
         "pooling": fused.config.pooling,
         "selector": fused.selector.arguments,
@@ -180,7 +176,7 @@ def _train(
     limit: int,
     checkpoints: Path,
     start: resuming.Start,
-) -> float:
+) -> tuple[float, list[history.Line]]:
     problem = _problem_of(model)
     arguments = transformers.TrainingArguments(
         output_dir=str(checkpoints),
@@ -199,16 +195,19 @@ def _train(
         return {_SCORE: problem.score(torch.tensor(found.predictions), torch.tensor(found.label_ids))}
 
     tokenize = TextTokenizer(tokenizer, limit)
+    with waiting.told("tokenizing the texts"):
+        rows, dev_rows = (_rows(tokenize, part) for part in parts)
     trainer = _Trainer(
         model=model,
         args=arguments,
-        train_dataset=_rows(tokenize, parts[0]),
-        eval_dataset=_rows(tokenize, parts[1]),
+        train_dataset=rows,
+        eval_dataset=dev_rows,
         data_collator=partial(_collate, pad_id=tokenize.pad_id),
         compute_metrics=metrics,
         optimizers=(torch.optim.AdamW(_groups(model, recipe), weight_decay=0.0), None),
         callbacks=callbacks_of(recipe),
     )
+    show(trainer, _SCORE)
     some = _collate(_rows(tokenize, Examples(parts[0].texts[:2], parts[0].targets[:2])), tokenize.pad_id)
     some = {name: tensor.to(model.device) for name, tensor in some.items() if name != "labels"}
     with processes.joined(model, lambda: model(**some).logits):
@@ -216,7 +215,8 @@ def _train(
     trainer.accelerator.wait_for_everyone()
     validate.finite_state("model", model)
     best = trainer.state.best_metric
-    return float("nan") if best is None else best
+    lines = history.of_trainer(trainer.state.log_history, _SCORE)
+    return float("nan") if best is None else best, lines
 
 
 def _problem_of(model: S2SentForSequenceClassification) -> Problem:

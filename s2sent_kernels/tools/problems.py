@@ -53,6 +53,15 @@ class Problem(NamedTuple):
         errors, spread = (logits[:, 0] - targets).square().mean(), targets.var(correction=0)
         return 100 * (1 - errors / spread).item() if spread > 0 else math.nan
 
+    def score_of_constant(self, known: Tensor, targets: Tensor) -> float:
+        """The score on ``targets`` of what is best without reading a text, by other targets: their most frequent class, the
+        labels that half of them have, their mean."""
+        if self.kind == CLASSES:
+            logits = F.one_hot(known, self.outputs).double().sum(dim=0)
+        else:
+            logits = known.double().mean(dim=0, keepdim=self.kind == NUMBERS) - (0.5 if self.kind == LABELS else 0.0)
+        return self.score(logits.expand(len(targets), -1), targets)
+
     def check(self) -> None:
         """ValueError where there is no such problem."""
         validate.option("kind", self.kind, PROBLEMS)

@@ -49,7 +49,7 @@ def arguments_of(recipe: Recipe, rows: int, epochs: int | None = None) -> dict[s
         "ddp_find_unused_parameters": False,  # they are frozen: see ``joined``
         "logging_nan_inf_filter": False,  # True would replace a NaN loss in the log by earlier ones
         "seed": recipe.seed,
-        "report_to": "none",
+        "report_to": recipe.report_to or "none",
         "disable_tqdm": not on_terminal(),  # elsewhere the trainers print a line for each record of their log
     }
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PRECISIONS = ("float32", "bfloat16", "float16")  # the latter two by autocast
 LOSSES = ("cosent", "cosine")  # of scored pairs
 PRIORS = ("block_prior", "gate_scale")  # parameters with the prior's learning rate
+REPORTERS = ("tensorboard", "wandb")  # libraries that the trainers know
 DROPOUT = 0.1  # of a classifier's embedding, before the head
 GATE_SCALE = 4.0  # where the gate scale starts
 
@@ -24,6 +25,11 @@ class Recipe(NamedTuple):
     patience: int | None = None  # epochs without a better dev score before training stops
     seed: int = 0
     mini_batch: int | None = None  # examples that the encoder runs on at once, of a contrastive batch; None: the batch
+    report_to: str | None = None  # one of REPORTERS; changes nothing that is computed
+
+    def computed(self) -> dict[str, Any]:
+        """The fields that the result depends on."""
+        return {name: value for name, value in self._asdict().items() if name != "report_to"}
 
 
 DEFAULT = Recipe()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ CHECKPOINTS = "checkpoints"  # in the output folder, until the model is saved
 _SETTINGS = "settings.json"  # of the training that wrote the checkpoints beside it
 _LOCK = "lock"
 _STATE = "trainer_state.json"  # the trainer writes it last
+RUNS = "runs"  # what tensorboard reads; in the folder of checkpoints, then in the output folder
 _UNSAVED = "model-"  # a model before its files are moved into the output folder
 # The file that is written last, so that a folder without it is no model.
 OF_MODEL, OF_CLASSIFIER = "modules.json", "config.json"
@@ -47,6 +49,15 @@ def finished(output: Path, last: str) -> bool:
     """Whether ``output`` holds a model of this package, of which ``last`` was written last."""
     with contextlib.suppress(OSError, ValueError):
         return '"s2sent' in (output / last).read_text(encoding="utf-8")
+    return False
+
+
+def finished_frozen(output: Path) -> bool:
+    """Whether ``output`` holds what a frozen training wrote, a selector or a classifier."""
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads((output / OF_CLASSIFIER).read_text(encoding="utf-8"))
+        whole = any(output.glob("*.safetensors"))
+        return whole and isinstance(config, dict) and ("selector" in config or config.get("model_type") == "s2sent")
     return False
 
 
@@ -197,6 +208,8 @@ def remove(output: Path) -> None:
     the rest of them knows what it was."""
     checkpoints = output / CHECKPOINTS
     mine = (checkpoints / _SETTINGS).exists()  # if not, only what is named as the trainer names it
+    if mine and (checkpoints / RUNS).is_dir() and not (output / RUNS).exists():
+        os.rename(checkpoints / RUNS, output / RUNS)
     for path in checkpoints.iterdir():
         if path.is_dir() and not path.is_symlink():
             if mine or re.fullmatch(rf"checkpoint-\d+|{_UNSAVED}\w+", path.name):

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..files import require
 
+SPEARMAN = "Spearman's correlation x 100"  # in words
+
 
 class Correlations(NamedTuple):
     """Times 100, as the literature reports them."""

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from torch import nn
 from .. import validate
 from ..files import importing, open_to_umask, sync_files, sync_folder
 from ..sentence_transformers import S2SentPooling, SentenceTransformer, load
-from . import processes, resuming
-from .callbacks import callbacks_of
+from . import history, processes, resuming
+from .callbacks import callbacks_of, show
 from .contrastive import CachedGatheredNegatives, GatheredNegatives
 from .examples import Examples, Scored
 from .recipe import DEFAULT, LOSSES, PRECISIONS, PRIORS, Recipe
-from .scores import unit_scores
+from .scores import SPEARMAN, unit_scores
 
 with importing(None, "train"):
     import accelerate  # noqa: F401  the trainer imports it late, and its error names another extra
@@ -112,6 +113,7 @@ def _train(
         evaluator=evaluator,
         callbacks=callbacks_of(recipe),
     )
+    show(trainer, f"eval_{_SCORE}", 100)
     if len(next(iter(trainer.get_train_dataloader()), ())) == 0:
         share = "" if processes.count() == 1 else f" for each of {processes.count()} processes"
         raise ValueError(
@@ -123,7 +125,8 @@ def _train(
     trainer.accelerator.wait_for_everyone()  # _save deletes the checkpoints that the others may still read
     validate.finite_state("model", model)
     if trainer.is_world_process_zero():
-        _save(model.eval(), output)
+        what = None if dev is None else SPEARMAN
+        _save(model.eval(), output, history.of_trainer(trainer.state.log_history, f"eval_{_SCORE}", 100), what)
     best = trainer.state.best_metric
     return None if dev is None or best is None else 100 * best
 
@@ -201,7 +204,7 @@ def _settings(model: SentenceTransformer, examples: Examples | Scored, recipe: R
         key: getattr(module, key) for module in model if isinstance(module, S2SentPooling) for key in module.config_keys
     }
     found = {
-        **recipe._asdict(),
+        **recipe.computed(),
         **pooling,
         "max_seq_length": model.max_seq_length,
         "processes": processes.count(),
@@ -219,11 +222,12 @@ def _learning_rates(model: SentenceTransformer, recipe: Recipe) -> dict[str, flo
     return rates
 
 
-def _save(model: SentenceTransformer, folder: Path) -> None:
-    """Save the model so that an incomplete one is never mistaken for a model, then delete the checkpoints."""
+def _save(model: SentenceTransformer, folder: Path, lines: Sequence[history.Line], what: str | None) -> None:
+    """Save the model, and its history, so that an incomplete one is never mistaken for a model, then delete the checkpoints."""
     with resuming.unsaved(folder) as temporary:
         whole = temporary / "model"
         model.save(str(whole))
+        history.write(whole, lines, what)
         open_to_umask(whole)
         shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(LAST), dirs_exist_ok=True)
         sync_files(folder / path.relative_to(whole) for path in whole.rglob("*") if path.name != LAST)

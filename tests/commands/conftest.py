@@ -6,13 +6,14 @@ import pytest
 import torch
 from builders import TEXTS, make_encoder_and_tokenizer
 
-from s2sent_kernels import S2SentSelector
+from s2sent_kernels import S2SentSelector, waiting
 
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
     for name in ("S2SENT_BACKEND", "TRITON_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(waiting, "SILENCE", 1e6)  # no line more on a slow machine
 
 
 @pytest.fixture(scope="module")

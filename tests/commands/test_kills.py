@@ -1,6 +1,7 @@
 """Commands that are killed at their file operations, and given again. Those of `s2sent encode` and of the trainers are in
 tests/tools."""
 
+import os
 import shutil
 
 import killing
@@ -8,7 +9,9 @@ import pytest
 import torch
 from builders import pairs, save_encoder, sentences, write_examples
 
+from s2sent_kernels import cache, files
 from s2sent_kernels.cli import main
+from s2sent_kernels.tools import resuming
 
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -24,9 +27,11 @@ def encoder(tmp_path_factory):
 
 
 @pytest.fixture(params=["contrastive", "classification"])
-def train(request, tmp_path, encoder):
+def train(request, tmp_path, encoder, monkeypatch):
     """The command of a frozen training, into ``place``."""
+    monkeypatch.setattr(cache, "RECORD_SECONDS", 1e9)  # equal runs have equal file operations
     path = tmp_path / "data.tsv"
+    texts = {*sentences(24)} if request.param == "classification" else {text for pair in pairs(16) for text in pair}
     if request.param == "classification":
         path.write_text(
             "\n".join(["label\ttext", *(f"{int('moon' in text)}\t{text}" for text in sentences(24))]) + "\n"
@@ -41,7 +46,7 @@ def train(request, tmp_path, encoder):
     def run(*options):
         return main([*map(str, arguments), *options])
 
-    run.place = place
+    run.place, run.batches = place, -(-len(texts) // 4)
     return run
 
 
@@ -61,6 +66,70 @@ def test_a_frozen_training_killed_at_file_operations(train):
         assert got.keys() == want.keys(), step
         # The cache's about.json and the selector's config.json have no times in them.
         assert got == want, step
+
+
+def test_a_frozen_training_goes_on(train, capsys, monkeypatch):
+    """With --resume or without: what was encoded is not encoded again, and a finished result is left alone."""
+    monkeypatch.setattr(cache, "DEFAULT", cache.DEFAULT._replace(batch_size=4))
+    monkeypatch.setattr(cache, "RECORD_EVERY", 1)
+    plain, calls = cache._summaries, []
+
+    def interrupted(*given):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(*given)
+
+    monkeypatch.setattr(cache, "_summaries", interrupted)
+    assert train("--resume") == 130
+    said, error = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"what is encoded is kept in {train.place / 'cache'}: the same command goes on")
+    assert error == "s2sent: error: interrupted" and [path.name for path in train.place.iterdir()] == ["cache"]
+    assert train("--resume") == 0
+    assert len(calls) == train.batches + 1  # the third one ran again
+    capsys.readouterr()
+    before = killing.contents(train.place)
+    assert resuming.finished_frozen(train.place / "out")
+    assert train("--resume") == 0
+    assert capsys.readouterr().out == f"{train.place / 'out'}: the model is finished\n"
+    assert train() == 2 and "it is not empty" in capsys.readouterr().err
+    assert killing.contents(train.place) == before
+    shutil.rmtree(train.place / "out")
+    monkeypatch.setattr(cache, "_summaries", plain)
+    assert train() == 0 and killing.contents(train.place) == before
+
+
+def test_another_training_into_the_same_folder_is_refused(train, capsys, monkeypatch):
+    plain, codes = cache.make, []
+
+    def make(*given, **options):
+        codes.append(len(codes) or train())
+        return plain(*given, **options)
+
+    monkeypatch.setattr(cache, "make", make)
+    (train.place / "out").mkdir(parents=True)
+    assert train() == 0
+    assert codes[0] == 2
+    error = capsys.readouterr().err
+    assert f"{train.place / 'out'}: another process is writing there" in error and error.count("\n") == 1
+    assert sorted(path.name for path in train.place.iterdir()) == ["cache", "out"]
+
+
+def test_a_killed_one_leaves_no_folder_that_is_not_empty(train, monkeypatch):
+    """Also where the folder itself cannot be replaced, and its files are made in it."""
+    place = train.place / "out"
+    place.mkdir(parents=True)
+    monkeypatch.setattr(files.os.path, "ismount", lambda path: str(path) == str(place.resolve()))
+
+    def killed():
+        monkeypatch.setattr(cache, "make", lambda *_, **__: os._exit(killing.KILLED))
+        train()
+
+    with pytest.raises(AssertionError):
+        killing.finished(killed)
+    assert [path.name[:5] for path in place.iterdir()] == [".out."]
+    assert train() == 0 and resuming.finished_frozen(place)
+    assert not [path for path in place.iterdir() if path.name.startswith(".")]
 
 
 def test_a_damaged_cache_is_one_line(train, capsys):

@@ -171,6 +171,41 @@ def test_prompt_truncation_and_length():
     assert (asked.encode(TEXTS, prompt="") == whole).all()
 
 
+@pytest.mark.parametrize("overflow", ["truncate", "windows"])
+def test_every_batch_is_told(small_chunks, overflow):
+    """Its texts and tokens, each text once however many windows it has."""
+    texts = [*sentences(30), "", " ".join(sentences(9))] * 2
+    told, made = [], make(max_length=6, overflow=overflow)
+    found = made.encode(texts, batch_tokens=40, progress=lambda *counts: told.append(counts))
+    assert torch.equal(torch.from_numpy(found), torch.from_numpy(made.encode(texts, batch_tokens=40)))
+    assert len(told) > 8 and sum(texts for texts, _ in told) == len(texts)
+    assert sum(tokens for _, tokens in told) == made.statistics.tokens // 2
+
+
+def test_a_bar_moves_with_every_batch(monkeypatch):
+    """And is full at the end, though texts without a token are in no batch."""
+    moved = []
+
+    class Bar:
+        n = 0
+
+        def update(self, count):
+            moved.append(count)
+            self.n += count
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            assert self.n == 41
+
+    monkeypatch.setattr(embedder, "on_terminal", lambda: True)
+    monkeypatch.setattr(embedder, "_bar", lambda total: Bar())
+    made = Embedder(*make_pipeline(special=False))
+    made.encode([*sentences(40), ""], batch_tokens=20)
+    assert len(moved) > 5 and max(moved) < 10 and moved[-1] == 1
+
+
 def test_precisions():
     pytest.importorskip("sentence_transformers")
     model = make()

@@ -26,6 +26,7 @@ def model():
 @pytest.fixture(autouse=True)
 def often(monkeypatch):
     monkeypatch.setattr(cache, "RECORD_EVERY", 2)
+    monkeypatch.setattr(cache, "RECORD_SECONDS", 1e9)  # not by chance
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,27 @@ def part(tmp_path, model, monkeypatch):
     (folder,) = tmp_path.glob(".*.part")
     assert json.loads((folder / "progress.json").read_text())["batches"] == 4
     return folder
+
+
+def test_progress_is_recorded_after_seconds(tmp_path, model, whole, monkeypatch):
+    """However slow the batches are. Here one takes two seconds, and a record is due after three."""
+    monkeypatch.setattr(cache, "RECORD_EVERY", 1000)
+    monkeypatch.setattr(cache, "RECORD_SECONDS", 3.0)
+    now, plain, noted = [0.0], cache._summaries, []
+    monkeypatch.setattr(cache, "clock", lambda: now[0])
+
+    def slow(*given):
+        now[0] += 2.0
+        return plain(*given)
+
+    def note(self, rank, done, write=cache.Unfinished.note):
+        noted.append(done.batches)
+        write(self, rank, done)
+
+    monkeypatch.setattr(cache, "_summaries", slow)
+    monkeypatch.setattr(cache.Unfinished, "note", note)
+    assert killing.contents(make(model, tmp_path).folder) == killing.contents(whole)
+    assert noted == [2, 4, 6, 8]
 
 
 def last_row_of_batch(batch):

@@ -474,6 +474,41 @@ def test_a_bar_or_lines(monkeypatch, capsys):
     ]
 
 
+class Told:
+    """In the place of a Progress: what it is told."""
+
+    def __init__(self, then=lambda: None):
+        self.rows, self.tokens, self.steps, self.then = 0, 0, [], then
+
+    def advance(self, rows, tokens):
+        self.rows, self.tokens = self.rows + rows, self.tokens + (tokens or 0)
+        if rows:
+            self.steps.append(rows)
+            self.then()
+
+
+def test_progress_is_told_of_every_batch(tmp_path, monkeypatch):
+    """Of an encoder that tells of its batches; what is in none, as a text without tokens, counts at the end of the slice."""
+    monkeypatch.setattr(parts, "SLICE", 7)
+    path = write(tmp_path, ["a b"] * 18)
+    todo = plan.make(request(path, part_rows=9), {}, tmp_path)
+    told = Told()
+    for _ in encoding.in_this_process(fake_encoders.batches("cpu"))(parts.Job.of(todo, tmp_path), todo.parts, told):
+        pass
+    assert told.steps == [2, 2, 2, 1, 2] * 2 and told.rows == 18 and told.tokens == 36
+
+
+def test_progress_is_told_of_batches_in_other_processes(tmp_path):
+    """Before the only part is done: the worker waits for a file that is made when its first batch was seen here."""
+    mark = tmp_path / "seen"
+    path = write(tmp_path, ["a", "b", str(mark), "c", "d"])
+    todo = plan.make(request(path, part_rows=5), {}, tmp_path)
+    told = Told(mark.touch)
+    engine = encoding.one_process_a_device(fake_encoders.batches, ["cpu"])
+    (done,) = engine(parts.Job.of(todo, tmp_path), todo.parts, told)
+    assert done.rows == told.rows == 5 and told.tokens == done.tokens == 5 and told.steps[0] < 5
+
+
 def test_an_array_holds_no_texts_and_outputs_have_suffixes(tmp_path, path):
     with pytest.raises(ValueError, match="an array holds no texts"):
         encoding.encode_file(request(path, keep_text=True), ALONE, tmp_path / "a.npy")

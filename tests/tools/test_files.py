@@ -98,6 +98,22 @@ def test_a_folder_that_a_living_process_fills_is_left_alone(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".out.notes.new", "other", "out"]
 
 
+def test_one_process_alone_fills_a_folder(tmp_path):
+    target = tmp_path / "out"
+    (tmp_path / f".out.{'0' * 32}.new").mkdir()  # a killed process's
+    with new_folder(target, alone=True) as first:
+        (first / "a").write_text("first")
+        for _ in range(2):
+            with (
+                pytest.raises(ValueError, match=r"/out: another process is writing there"),
+                new_folder(target, alone=True),
+            ):
+                raise AssertionError("it began")
+        with new_folder(tmp_path / "other", alone=True) as other:
+            (other / "b").write_text("another folder")
+    assert sorted(os.listdir(tmp_path)) == ["other", "out"] and os.listdir(target) == ["a"]
+
+
 def test_a_folder_in_one_that_cannot_be_written_to(tmp_path, monkeypatch):
     target = tmp_path / "out"
     target.mkdir()

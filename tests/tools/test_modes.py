@@ -89,7 +89,8 @@ def test_classifiers(place, mask):
 
     encoder, tokenizer = make_encoder_and_tokenizer()
     model = S2SentForSequenceClassification.from_encoder(encoder, blocks="last:2")
-    classifier.save(model, tokenizer, place / "new", 32)
+    with files.new_folder(place / "new") as whole:
+        classifier.write(model, tokenizer, whole, 32)
     assert_modes(place, mask)
 
 

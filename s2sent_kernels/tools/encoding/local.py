@@ -20,6 +20,7 @@ from .progress import Progress
 with importing(None, "encode"):
     from tqdm import tqdm
 
+LOOK_EVERY = 1.0  # seconds, at what workers have done meanwhile
 MakeEncoder = Callable[[str], Encoder]  # from the name of a device; pickled
 # Encodes parts and yields what became of each, in any order.
 Engine = Callable[[Job, Sequence[Part], Progress], Generator[Done, None, None]]
@@ -45,12 +46,20 @@ def one_process_a_device(make: MakeEncoder, devices: Sequence[str]) -> Engine:
     def engine(job: Job, parts: Sequence[Part], progress: Progress) -> Generator[Done, None, None]:
         context = multiprocessing.get_context("spawn")
         names = context.SimpleQueue()
-        for device in devices:
-            names.put(device)
-        pool = ProcessPoolExecutor(len(devices), context, _begin, (job, make, names, len(devices)))
+        for place in enumerate(devices):
+            names.put(place)
+        counts = context.RawArray("q", 2 * len(devices))  # rows and tokens of each worker, which alone writes there
+        seen = [0, 0]
+
+        def look() -> None:
+            now = [sum(counts[0::2]), sum(counts[1::2])]
+            progress.advance(now[0] - seen[0], now[1] - seen[1])
+            seen[:] = now
+
+        pool = ProcessPoolExecutor(len(devices), context, _begin, (job, make, names, counts))
         try:
-            for done in _in_flight(pool, parts, 2 * len(devices)):
-                progress.advance(done.rows, done.tokens)
+            for done in _in_flight(pool, parts, 2 * len(devices), look):
+                look()
                 yield done
         except BrokenProcessPool as error:
             raise RuntimeError(
@@ -66,12 +75,13 @@ def one_process_a_device(make: MakeEncoder, devices: Sequence[str]) -> Engine:
     return engine
 
 
-def _in_flight(pool: ProcessPoolExecutor, parts: Sequence[Part], most: int) -> Iterator[Done]:
-    """The parts in ascending order, a few of them handed out: a run may have a million."""
+def _in_flight(pool: ProcessPoolExecutor, parts: Sequence[Part], most: int, look: Callable[[], None]) -> Iterator[Done]:
+    """The parts in ascending order, a few of them handed out: a run may have a million. ``look`` is called meanwhile."""
     todo = iter(parts)
     running = {pool.submit(_part, part) for part in itertools.islice(todo, most)}
     while running:
-        done, running = wait(running, return_when=FIRST_COMPLETED)
+        done, running = wait(running, LOOK_EVERY, FIRST_COMPLETED)
+        look()
         for future in done:
             if (part := next(todo, None)) is not None:
                 running.add(pool.submit(_part, part))
@@ -83,14 +93,19 @@ def _in_flight(pool: ProcessPoolExecutor, parts: Sequence[Part], most: int) -> I
 _worker: Worker
 
 
-def _begin(job: Job, make: MakeEncoder, names: Any, count: int) -> None:
+def _begin(job: Job, make: MakeEncoder, names: Any, counts: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent ends its workers
     tqdm.set_lock(threading.RLock())  # its own is the system's, and would be left behind by a worker that is ended
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    device = names.get()
-    _take(device, count)
+    number, device = names.get()
+    _take(device, len(counts) // 2)
+
+    def advance(rows: int, tokens: int | None) -> None:
+        counts[2 * number] += rows
+        counts[2 * number + 1] += tokens or 0
+
     global _worker
-    _worker = Worker(job, make(device))
+    _worker = Worker(job, make(device), advance)
 
 
 def _take(device: str, count: int) -> None:

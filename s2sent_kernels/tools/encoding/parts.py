@@ -34,8 +34,8 @@ EMBEDDING = "embedding.list.element"  # Parquet's name of the column of numbers
 
 class Encoder(Protocol):
     """What a worker makes once. Of its attributes, if it has them, ``tokens`` counts the tokens that it has encoded, ``cut`` the
-    texts that were longer than it takes, and ``max_length`` says at how many tokens these were cut. A ValueError of one text is a
-    TextError, which knows its index."""
+    texts that were longer than it takes, and ``max_length`` says at how many tokens these were cut; ``told`` is set to what it
+    calls with the texts and tokens of each batch. A ValueError of one text is a TextError, which knows its index."""
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """[rows, D]"""
@@ -79,13 +79,20 @@ class Worker:
     """Encodes parts, one after the other.
 
     Args:
-        advance: told the rows and tokens of a slice once it is encoded.
+        advance: told the rows and tokens of a batch once it is encoded, or of a slice where the encoder tells of no batches.
     """
 
     def __init__(
         self, job: Job, encoder: Encoder, advance: Callable[[int, int | None], None] = lambda *_: None
     ) -> None:
         self.job, self.encoder, self.advance, self.reader = job, encoder, advance, Reader(job.columns, job.skip)
+        self._told = (0, 0)  # rows and tokens of the slice in work
+        if hasattr(encoder, "told"):
+            encoder.told = self._batch
+
+    def _batch(self, rows: int, tokens: int) -> None:
+        self._told = (self._told[0] + rows, self._told[1] + tokens)
+        self.advance(rows, tokens)
 
     def part(self, part: Part) -> Done:
         """Write the part, unless it is there. One that is damaged, or of another plan, is replaced.
@@ -154,6 +161,7 @@ class Worker:
         """[rows, D]; NaN where there is no text, and where the encoder refuses one, if such rows are skipped: these by their
         places, with its error."""
         before = getattr(self.encoder, "tokens", None)
+        self._told = (0, 0)
         given = [place for place, text in enumerate(texts) if text is not None]
         refused: dict[int, TextError] = {}
         pieces: list[tuple[list[int], np.ndarray]] = []
@@ -172,7 +180,9 @@ class Worker:
                 raise beyond[0]
             refused |= {places[error.text]: error for error in beyond}
             pieces.append((places, values))
-        self.advance(len(texts), None if before is None else self.encoder.tokens - before)  # type: ignore[attr-defined]
+        told, tokens = self._told  # what was refused and tried again was told twice, which the rest makes good
+        count = None if before is None else self.encoder.tokens - before - tokens  # type: ignore[attr-defined]
+        self.advance(len(texts) - told, count)
         if len(pieces) == 1 and len(given) == len(texts) and not refused:
             return pieces[0][1], refused
         like = pieces[0][1] if pieces else self._stored(self._embeddings([""]))[0]

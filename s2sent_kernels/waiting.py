@@ -1,0 +1,32 @@
+"""A line on standard error where a command has been silent for a while: what it waits for."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
+
+SILENCE = 3.0  # seconds
+
+
+@contextlib.contextmanager
+def told(what: str, wanted: bool = True) -> Iterator[None]:
+    """Say ``what``, as "loading the encoder", if the ``with`` block lasts longer than SILENCE.
+
+    Args:
+        wanted: whether anything may be said.
+    """
+    timer = threading.Timer(SILENCE, _say, [what])
+    timer.daemon = True
+    if wanted:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _say(what: str) -> None:
+    if sys.stderr is not None:
+        print(f"{what} ...", file=sys.stderr, flush=True)
