@@ -6,6 +6,7 @@ from .join import OUTPUTS
 from .local import Engine, MakeEncoder, in_this_process, one_process_a_device
 from .parts import Encoder
 from .plan import IN_A_FILE, IN_A_FOLDER, Request, state
+from .provenance import sidecar
 from .ray_engine import Cluster
 from .reading import Row, read_texts
 from .rows import Columns
@@ -35,5 +36,6 @@ __all__ = [
     "one_process_a_device",
     "read_texts",
     "remove_leftovers",
+    "sidecar",
     "state",
 ]

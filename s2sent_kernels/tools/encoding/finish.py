@@ -53,6 +53,7 @@ def finish(folder: Path, say: Callable[[str], None] = print) -> int:
         "plan": plan.digest,
         "rows": rows,
         "cut": checked.cut,
+        **({} if plan.about is None else {"provenance": plan.about}),
         "columns": {field.name: str(field.type) for field in checked.schema},
         "parts": [
             {

@@ -16,6 +16,7 @@ import numpy as np
 from ...batches import TextError
 from ...files import first_line, importing, sync_folder
 from .plan import Part, Plan
+from .provenance import metadata
 from .reading import Reader, Rows
 from .rows import Columns, DataError
 from .sources import Source
@@ -48,6 +49,7 @@ class Job(NamedTuple):
     keep_text: bool
     dtype: str | None
     digest: str
+    about: dict[str, Any] | None
 
     @classmethod
     def of(cls, plan: Plan, folder: Path) -> Job:
@@ -155,7 +157,8 @@ class Worker:
         columns = {"id": names, "embedding": pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1])}
         if self.job.keep_text:
             columns["text"] = pa.array(texts, pa.string())
-        return pa.table(columns).replace_schema_metadata({DIGEST: self.job.digest, NUMBER: str(number)})
+        own = {DIGEST: self.job.digest, NUMBER: str(number)}
+        return pa.table(columns).replace_schema_metadata({**own, **metadata(self.job.about)})
 
 
 def _located(error: ValueError, source: Source, rows: Rows) -> DataError:

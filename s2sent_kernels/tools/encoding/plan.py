@@ -36,6 +36,7 @@ class Request(NamedTuple):
     dtype: str | None = None  # in which floating embeddings are stored; None: as the encoder gives them
     part_rows: int = IN_A_FILE
     settings: Any = None  # all else that the result depends on, as JSON
+    about: dict[str, Any] | None = None  # what wrote the embeddings, see provenance.py; no part of the key
 
 
 class Part(NamedTuple):
@@ -64,6 +65,7 @@ class Plan(NamedTuple):
     keep_text: bool
     dtype: str | None
     parts: list[Part]
+    about: dict[str, Any] | None = None  # that of the request which began the run
 
     @property
     def digest(self) -> str:
@@ -73,7 +75,7 @@ class Plan(NamedTuple):
     def save(self, folder: Path) -> None:
         schema = pa.schema([("id", self.id_type)]).serialize()
         content = {
-            **{name: getattr(self, name) for name in ("key", "columns", "keep_text", "dtype")},
+            **{name: getattr(self, name) for name in ("key", "columns", "keep_text", "dtype", "about")},
             "id_type": base64.b64encode(schema).decode(),
             "sources": self.sources,
             "parts": self.parts,
@@ -101,6 +103,7 @@ def load(folder: Path) -> Plan | None:
             content["keep_text"],
             content["dtype"],
             parts,
+            content["about"],
         )
     except FileNotFoundError:
         return None
@@ -116,7 +119,8 @@ def digest_of(content: Any) -> str:
 def key_of(request: Request, copied: str | None = None) -> dict[str, Any]:
     """What the plan of ``request`` depends on. ``copied``: the SHA-256 of standard input, if it is among the inputs."""
     inputs = [copied if path == STDIN else state(path) for path in request.inputs]
-    return json.loads(json.dumps({**request._asdict(), "inputs": inputs}))  # as it is read again: no tuples
+    asked = {name: value for name, value in request._asdict().items() if name != "about"}
+    return json.loads(json.dumps({**asked, "inputs": inputs}))  # as it is read again: no tuples
 
 
 def state(path: str) -> list[Any]:
@@ -151,7 +155,7 @@ def make(request: Request, key: dict[str, Any], folder: Path) -> Plan:
         sources.append(found)
         rows += survey.rows
     kind = pa.int64() if id_type is None else id_type
-    return Plan(key, sources, request.columns, kind, request.keep_text, request.dtype, parts)
+    return Plan(key, sources, request.columns, kind, request.keep_text, request.dtype, parts, request.about)
 
 
 def _placed(source: Source, folder: Path) -> Source:
