@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from . import __version__
-from .commands import demo, doctor, encode, evaluate, export, inspect, predict, train
+from .commands import demo, doctor, encode, evaluate, export, inspect, predict, search, train
 from .commands.common import UserError, first_line
 from .files import MissingPackage
 from .probe import UnknownNorm
@@ -22,7 +22,7 @@ from .validate import DEBUG_VARIABLE
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (demo, doctor, train, predict, evaluate, encode, export, inspect)
+    for module in (demo, doctor, train, predict, evaluate, encode, search, export, inspect)
 }
 
 

@@ -259,7 +259,8 @@ def _devices(arguments: argparse.Namespace) -> list[str]:
 
 
 def _engine(arguments: argparse.Namespace, devices: list[str]) -> tuple[encoding.Engine, dict[str, Any]]:
-    """Who encodes, and what the embeddings say of it. Loads the model here in any case: what is wrong with it is told before anything is begun."""
+    """Who encodes, and what the embeddings say of it. Loads the model here in any case: what is wrong with it is told before
+    anything is begun."""
     from ..tools import encoding
 
     if arguments.engine == "ray":
@@ -272,7 +273,8 @@ def _engine(arguments: argparse.Namespace, devices: list[str]) -> tuple[encoding
         ranges = _ranges(encoder, arguments.calibration, arguments.column)
     options = options._replace(precision=arguments.precision, ranges=ranges)
     encoder = Encoder(encoder.embedder, options)
-    about = encoder.about() | {"output_dtype": arguments.output_dtype, "calibration": arguments.calibration}
+    about = encoder.about()
+    about["options"] |= {"output_dtype": arguments.output_dtype, "calibration": arguments.calibration}
     if alone:
         return encoding.in_this_process(encoder), about
     make = functools.partial(make_encoder, options)

@@ -76,11 +76,13 @@ class Encoder:
         return self.embedder.statistics.cut
 
     def about(self) -> dict[str, Any]:
-        """What embeddings of this encoder say of their origin, as JSON: the names as they were given, a digest of the weights, and
-        the options that another encoder needs to give embeddings that can be compared. No times: the same run gives the same
+        """What embeddings of this encoder say of their origin, as JSON: the names as they were given, a digest of the weights,
+        and the options that an encoder needs to give embeddings that can be compared. No times: the same run gives the same
         bytes."""
-        options = self.options
+        options, own = self.options, self.embedder
         chosen = {name: getattr(options, name) for name in OPTIONS}
+        chosen["max_length"] = own.max_length
+        chosen["prompt"] = own.default_prompt if options.prompt is None else options.prompt
         return {
             "version": __version__,
             "model": options.model or common.BUNDLED,

@@ -28,6 +28,7 @@ def test_every_command_is_shown():
         "inspect",
         "evaluate",
         "encode",
+        "search",
     }
     assert len(BLOCKS) == TEXT.count("```") // 2
 

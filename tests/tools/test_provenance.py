@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("pyarrow")
 
-from pyarrow import parquet  # noqa: E402
+from pyarrow import parquet
 
-from s2sent_kernels.tools import encoding  # noqa: E402
-from s2sent_kernels.tools.encoding import Options, Request, sidecar  # noqa: E402
+from s2sent_kernels.tools import encoding
+from s2sent_kernels.tools.encoding import Options, Request, sidecar
 
 ALONE = encoding.in_this_process(fake_encoders.lengths("cpu"))
 QUIET = Options(say=lambda _: None)

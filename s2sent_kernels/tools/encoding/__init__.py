@@ -12,6 +12,7 @@ from .reading import Row, read_texts
 from .rows import Columns
 from .run import Failed, Options, Shard, encode_file, encode_folder, hidden, remove_leftovers
 from .sources import expand
+from .stored import Stored, open_stored
 
 __all__ = [
     "IN_A_FILE",
@@ -27,6 +28,7 @@ __all__ = [
     "Request",
     "Row",
     "Shard",
+    "Stored",
     "encode_file",
     "encode_folder",
     "expand",
@@ -34,6 +36,7 @@ __all__ = [
     "hidden",
     "in_this_process",
     "one_process_a_device",
+    "open_stored",
     "read_texts",
     "remove_leftovers",
     "sidecar",
