@@ -1,5 +1,7 @@
 """The command ``s2sent``: parses arguments, runs a subcommand of ``commands``, and reports every error in one line."""
 
+# PYTHON_ARGCOMPLETE_OK: argcomplete looks for this where it completes every program, and not only those that are registered.
+
 from __future__ import annotations
 
 import argparse
@@ -43,10 +45,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(argv: Sequence[str] | None) -> None:
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow, and reads no other output
+        _complete(parser)
+    arguments = parser.parse_args(argv)
     COMMANDS[arguments.command].run(arguments)
     if sys.stdout is not None:
         sys.stdout.flush()  # flush here, so that main reports a write error; at interpreter shutdown it would be too late
+
+
+def _complete(parser: argparse.ArgumentParser) -> NoReturn:
+    """Answer the shell, if argcomplete is installed: no answer is one, too, and files are completed."""
+    with contextlib.suppress(ImportError):
+        import argcomplete
+
+        argcomplete.autocomplete(parser)  # ends the process
+    sys.exit(1)
 
 
 @contextlib.contextmanager
