@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import cache, families, frozen, frozen_loop, validate
+from .. import __version__, cache, families, frozen, frozen_loop, validate
 from ..selector import S2SentSelector
 from ..tools import labelled, processes, recipe
 from ..tools.examples import Examples, Scored, read_examples
@@ -112,6 +112,7 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
         score = f", dev {history.scores[epoch]:.2f}" if history.scores else ""
         print(f"epoch {epoch}: loss {loss:.4f}{score}{', kept' if epoch == history.kept else ''}")
     about: dict[str, Any] = {
+        "version": __version__,
         "encoder": name,
         "blocks": list(blocks),
         "pooling": task.pooling,
@@ -138,6 +139,7 @@ def _fine_tune(task: Task, examples: Examples | Scored, dev: list[tuple[str, str
         pooling=task.pooling,
         **task.selector_arguments(transformer.get_embedding_dimension()),
     )
+    pooling.provenance = task.provenance(settings, len(examples.rows))
     model = SentenceTransformer(modules=[transformer, pooling], device=str(device))
     columns: Any = None if dev is None else tuple(map(list, zip(*dev, strict=True)))
     resume = "resume" in task.given
