@@ -247,11 +247,14 @@ def run(arguments: argparse.Namespace) -> None:
         selector.backend = "reference"  # pictures need no speed, and the interpreter is slow
         gates = selector.gates(hidden_states, mask)
     tokens = max(1, int(mask.sum(dim=1).median()))
+    title = f"encoder {name}; selector {BUNDLED if trained else f'untrained, seed {SEED}'}"
     common.write_files(
         directory,
         {
-            "gates.png": pictures.gates_picture(gates, capture.blocks),
-            "dct_bases.png": pictures.bases_picture(len(capture.blocks), selector.frequencies, tokens, capture.blocks),
+            "gates.png": pictures.gates_picture(gates, capture.blocks, title),
+            "dct_bases.png": pictures.bases_picture(
+                len(capture.blocks), selector.frequencies, tokens, capture.blocks, title
+            ),
         },
     )
 
