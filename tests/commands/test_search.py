@@ -218,7 +218,7 @@ def test_an_index_without_a_record(tmp_path, places, capsys):
     "name, message",
     [
         ("int8.parquet", "expected embeddings of float16, float32, float64, got int8"),
-        ("binary.npy", "expected embeddings of float16, float32, float64, got int8"),
+        ("binary.npy", "expected embeddings of float16, float32, float64, got binary, stored as int8"),
         ("texts.txt", "expected a file of .parquet or .npy, or a folder of parts"),
         ("whole", "expected a finished folder of parts, got one without manifest.json"),
         ("nosuch.parquet", "there is no such file or folder"),
@@ -244,6 +244,14 @@ def test_broken_indices(tmp_path, places, capsys):
     shutil.copy(places / "parts" / "part-000000.parquet", tmp_path / "parts" / "part-000001.parquet")
     shutil.copy(places / "parts" / "part-000004.parquet", tmp_path / "parts" / "part-000000.parquet")
     refused(tmp_path / "parts", "expected 7 rows, as manifest.json says, got 2")
+    manifest = json.loads((tmp_path / "parts" / "manifest.json").read_text())
+    for parts, message in (
+        ([], "got none"),
+        ([{"file": "../a.parquet", "rows": 1}], "got ../a.parquet"),
+        ([7], "no parts"),
+    ):
+        (tmp_path / "parts" / "manifest.json").write_text(json.dumps(manifest | {"parts": parts}))
+        refused(tmp_path / "parts", message)
     (tmp_path / "a.parquet").write_bytes(b"nothing")
     refused(tmp_path / "a.parquet", "cannot be read")
     parquet.write_table(pa.table({"text": ["x"]}), tmp_path / "b.parquet")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -11,7 +12,7 @@ import numpy as np
 
 from ...files import first_line, importing
 from .provenance import KEY, sidecar
-from .stock import MANIFEST
+from .stock import MANIFEST, PART
 
 with importing(None, "encode"):
     import pyarrow as pa
@@ -76,6 +77,9 @@ def _folder(folder: Path) -> Stored:
         names = [(str(part["file"]), int(part["rows"])) for part in manifest["parts"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / MANIFEST}: cannot be read: it lists no parts") from error
+    wrong = [name for name, _ in names if not re.fullmatch(PART, name)]  # a name may not lead out of the folder
+    if wrong or not names:
+        raise ValueError(f"{folder / MANIFEST}: expected names of parts, got {wrong[0] if wrong else 'none'}")
     found = _Tables([folder / name for name, _ in names])
     for one, (_, rows) in zip(found.tables, names, strict=True):
         if one.rows != rows:
@@ -93,8 +97,11 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_type(path: Path, name: str) -> None:
+def _check_type(path: Path, name: str, about: Any) -> None:
     if name not in FLOATS:
+        options = about.get("options") if isinstance(about, dict) else None
+        recorded = options.get("precision") if isinstance(options, dict) else None  # binary is stored as int8
+        name = name if recorded in (None, name) else f"{recorded}, stored as {name}"
         raise ValueError(
             f"{path}: expected embeddings of {', '.join(FLOATS)}, got {name}, which a query's cannot be compared with: "
             "encode with --precision float32, and --output-dtype float16 for less space"
@@ -111,12 +118,12 @@ class _Array:
             raise ValueError(f"{path}: cannot be read: {first_line(error)}") from error
         if array.ndim != 2 or not array.size:
             raise ValueError(f"{path}: expected embeddings [rows, D], got an array {list(array.shape)}")
-        _check_type(path, str(array.dtype))
+        beside = sidecar(path)
+        self.about = _json(beside) if beside.is_file() else None
+        _check_type(path, str(array.dtype), self.about)
         if not array.flags.c_contiguous:
             raise ValueError(f"{path}: expected an array row by row, got one in Fortran's order")
         self._path, self._type, self._offset, (self.rows, self.size) = path, array.dtype, array.offset, array.shape
-        beside = sidecar(path)
-        self.about = _json(beside) if beside.is_file() else None
         if self.about is not None and self.about.get("shape") != [self.rows, self.size]:
             raise ValueError(
                 f"{beside}: expected the shape of {path.name}, {[self.rows, self.size]}, got {self.about.get('shape')}: "
@@ -141,26 +148,26 @@ class _Table:
         self.path = path
         with self.file() as file:
             schema, self.rows = file.schema_arrow, file.metadata.num_rows
-            about = (schema.metadata or {}).get(KEY)
+            self.about = self._about(schema)
             if "embedding" not in schema.names:
                 raise ValueError(f"{path}: expected a column embedding, got {', '.join(schema.names)}")
             kind = schema.field("embedding").type
             if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
                 raise ValueError(f"{path}: expected a column embedding of lists, got {kind}")
-            _check_type(
-                path,
-                {"halffloat": "float16", "float": "float32", "double": "float64"}.get(
-                    str(kind.value_type), str(kind.value_type)
-                ),
-            )
+            name = str(kind.value_type)
+            known = {"halffloat": "float16", "float": "float32", "double": "float64"}
+            _check_type(path, known.get(name, name), self.about)
             self.columns = [name for name in ("id", "text") if name in schema.names]
             if not self.rows:
                 raise ValueError(f"{path}: expected embeddings, got an empty file")
             self.size = kind.list_size if pa.types.is_fixed_size_list(kind) else self._size(file)
+
+    def _about(self, schema: Any) -> Any:
+        about = (schema.metadata or {}).get(KEY)
         try:
-            self.about = None if about is None else json.loads(about)
-        except ValueError as error:
-            raise ValueError(f"{path}: its metadata {KEY.decode()} cannot be read: {first_line(error)}") from error
+            return None if about is None else json.loads(about)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.path}: its metadata {KEY.decode()} cannot be read: {first_line(error)}") from error
 
     @staticmethod
     def _size(file: Any) -> int:
@@ -208,8 +215,6 @@ class _Tables:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.tables = [_Table(path) for path in paths]
-        if not self.tables:
-            raise ValueError("expected at least one part, got none")
         first = self.tables[0]
         for other in self.tables:
             if other.size != first.size:
