@@ -1,5 +1,7 @@
 """The command ``s2sent``: parses arguments, runs a subcommand of ``commands``, and reports every error in one line."""
 
+# PYTHON_ARGCOMPLETE_OK: argcomplete looks for this where it completes every program, and not only those that are registered.
+
 from __future__ import annotations
 
 import argparse
@@ -13,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from . import __version__
-from .commands import cache, demo, doctor, encode, evaluate, export, inspect, predict, train
+from .commands import cache, demo, doctor, encode, evaluate, export, inspect, predict, search, train
 from .commands.common import UserError, first_line
 from .commands.parser import Parser
 from .files import MissingPackage, disk_is_full
@@ -23,7 +25,7 @@ from .validate import DEBUG_VARIABLE
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (demo, doctor, train, predict, evaluate, encode, export, inspect, cache)
+    for module in (demo, doctor, train, predict, evaluate, encode, search, export, inspect, cache)
 }
 
 
@@ -37,10 +39,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(argv: Sequence[str] | None) -> None:
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow, and reads no other output
+        _complete(parser)
+    arguments = parser.parse_args(argv)
     COMMANDS[arguments.command].run(arguments)
     if sys.stdout is not None:
         sys.stdout.flush()  # flush here, so that main reports a write error; at interpreter shutdown it would be too late
+
+
+def _complete(parser: argparse.ArgumentParser) -> NoReturn:
+    """Answer the shell, if argcomplete is installed: no answer is one, too, and files are completed."""
+    with contextlib.suppress(ImportError):
+        import argcomplete
+
+        argcomplete.autocomplete(parser)  # ends the process
+    sys.exit(1)
 
 
 @contextlib.contextmanager

@@ -67,6 +67,9 @@ class S2SentPooling(Pooling):
     """
 
     _is_loaded = False  # until its model is complete
+    provenance: dict[str, Any] | None = (
+        None  # how `s2sent train` made it: an entry of its configuration, where it has one
+    )
     config_keys = ["selector_arguments", "blocks", "block_norm", "pooling", "include_prompt"]  # noqa: RUF012
 
     def __init__(
@@ -255,6 +258,11 @@ class S2SentPooling(Pooling):
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
         open_to_umask(Path(output_path), WEIGHTS)
 
+    def get_config_dict(self) -> dict[str, Any]:
+        """As in the library."""
+        config = super().get_config_dict()
+        return config if self.provenance is None else {**config, "provenance": self.provenance}
+
     @classmethod
     def load(
         cls,
@@ -270,8 +278,10 @@ class S2SentPooling(Pooling):
         hub: dict[str, Any] = {"token": token, "cache_folder": cache_folder, "revision": revision}
         hub["local_files_only"] = local_files_only
         config = cls.load_config(model_name_or_path, subfolder=subfolder, **hub)
+        provenance = config.pop("provenance", None)
         folders.check_shapes(Path(model_name_or_path, subfolder), lambda: cls(**config))
         model = cls(**config)
+        model.provenance = provenance
         model.selector.eval()  # like the encoder that transformers loads; trainers and encode set the mode they need
         state = cls.load_torch_weights(model_name_or_path, subfolder=subfolder, **hub)
         pretrained.check_state(absent.file_of(Path(model_name_or_path, subfolder)), state, model.state_dict())

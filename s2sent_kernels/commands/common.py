@@ -6,7 +6,8 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -226,6 +227,17 @@ def within(given: int | None, own: int | None) -> int | None:
 
 
 # ---------------------------------------------------------------- results
+
+
+@contextlib.contextmanager
+def warnings_in_lines() -> Iterator[None]:
+    """Print each warning of the ``with`` block once, in one line on standard error, as errors are, and without a place in the
+    code."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for message in dict.fromkeys(" ".join(str(one.message).split()) for one in found):
+        print(f"s2sent: warning: {message}", file=sys.stderr)
 
 
 def check_new(paths: Iterable[Path], force: bool) -> None:

@@ -244,13 +244,14 @@ def run(arguments: argparse.Namespace) -> None:
         selector.backend = "reference"  # pictures need no speed, and the interpreter is slow
         gates = selector.gates(hidden_states, mask)
     tokens = max(1, int(mask.sum(dim=1).median()))
-    common.write_files(
-        directory,
-        {
-            "gates.png": pictures.gates_picture(gates, capture.blocks),
-            "dct_bases.png": pictures.bases_picture(len(capture.blocks), selector.frequencies, tokens, capture.blocks),
-        },
-    )
+    title = f"encoder {name}; selector {BUNDLED if trained else f'untrained, seed {SEED}'}"
+    blocks = capture.blocks
+    with common.warnings_in_lines():
+        content = {
+            "gates.png": pictures.gates_picture(gates, blocks, title),
+            "dct_bases.png": pictures.bases_picture(len(blocks), selector.frequencies, tokens, blocks, title),
+        }
+    common.write_files(directory, content)
 
 
 def _print_selector(selector: S2SentSelector, blocks: Sequence[int], trained: bool) -> None:

@@ -71,8 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
     devices = _devices(arguments)
     if arguments.dtype == "auto":  # settled here, since it is part of the key
         arguments.dtype = "bfloat16" if arguments.gpus_per_worker else settled_dtype(devices)
-    engine = _engine(arguments, devices)
-    request = request_of(arguments, inputs, output)
+    engine, about = _engine(arguments, devices)
+    request = request_of(arguments, inputs, output)._replace(about=about)
     part = arguments.shard and encoding.Shard(*arguments.shard)
     with _told(arguments.output):
         write = encoding.encode_folder if as_folder else encoding.encode_file
@@ -150,7 +150,7 @@ def _take_columns(arguments: argparse.Namespace) -> None:
 
 
 def _check_output(arguments: argparse.Namespace, output: Path) -> None:
-    from ..tools.encoding import OUTPUTS, remove_leftovers
+    from ..tools.encoding import OUTPUTS, remove_leftovers, sidecar
 
     name = arguments.output
     if name.endswith("/"):
@@ -167,9 +167,10 @@ def _check_output(arguments: argparse.Namespace, output: Path) -> None:
             f"--keep-text: expected a file of .parquet or a folder, since an array holds no texts, got {name}"
         )
     common.check_writable(output.parent)
+    beside = [sidecar(output)] if output.suffix.lower() == ".npy" else []
     if output.exists() and not arguments.force:
         remove_leftovers(output)
-    common.check_new([output], arguments.force)
+    common.check_new([output, *beside], arguments.force)
 
 
 def _check_inputs(paths: list[str], output: Path) -> None:
@@ -195,8 +196,9 @@ def _devices(arguments: argparse.Namespace) -> list[str]:
     return [str(common.device_of(name)) for name in arguments.device or [None]]
 
 
-def _engine(arguments: argparse.Namespace, devices: list[str]) -> encoding.Engine:
-    """Loads the model here in any case: what is wrong with it is told before anything is begun."""
+def _engine(arguments: argparse.Namespace, devices: list[str]) -> tuple[encoding.Engine, dict[str, Any]]:
+    """Who encodes, and what the embeddings say of it. Loads the model here in any case: what is wrong with it is told before
+    anything is begun."""
     from ..tools import encoding
 
     if arguments.engine == "ray":
@@ -208,12 +210,15 @@ def _engine(arguments: argparse.Namespace, devices: list[str]) -> encoding.Engin
     if arguments.calibration is not None:
         ranges = _ranges(encoder, arguments.calibration, arguments.column)
     options = options._replace(precision=arguments.precision, ranges=ranges)
+    encoder = Encoder(encoder.embedder, options)
+    about = encoder.about()
+    about["options"] |= {"output_dtype": arguments.output_dtype, "calibration": arguments.calibration}
     if alone:
-        return encoding.in_this_process(Encoder(encoder.embedder, options))
+        return encoding.in_this_process(encoder), about
     make = functools.partial(make_encoder, options)
     if arguments.engine == "ray":
-        return encoding.Cluster(make, arguments.address, arguments.workers, arguments.gpus_per_worker).engine
-    return encoding.one_process_a_device(make, devices)
+        return encoding.Cluster(make, arguments.address, arguments.workers, arguments.gpus_per_worker).engine, about
+    return encoding.one_process_a_device(make, devices), about
 
 
 def _ranges(encoder: Encoder, calibration: str, column: str) -> np.ndarray:
@@ -274,6 +279,6 @@ def _state(path: str, output: Path) -> Any:
             folders.clear()
             continue
         for name in sorted(names):
-            if not name.startswith(".") and Path(name).suffix not in OUTPUTS:
+            if not name.startswith(".") and Path(name).suffix not in OUTPUTS and not name.endswith(".npy.json"):
                 found.append(os.path.join(place, name))
     return [state(file) for file in found if os.path.exists(file)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .. import embedder, waiting
+from .. import __version__, cache, embedder, waiting
 from ..embedder import Embedder
 from ..files import require
 from . import common
@@ -15,6 +17,10 @@ from .common import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+# Those of EncoderOptions that embeddings record: what they are, not how they were computed.
+OPTIONS = ("dtype", "max_length", "overflow", "prompt", "normalize", "truncate_dim", "precision")
 
 
 class EncoderOptions(NamedTuple):
@@ -77,6 +83,22 @@ class Encoder:
     def cut(self) -> int:
         return self.embedder.statistics.cut
 
+    def about(self) -> dict[str, Any]:
+        """What embeddings of this encoder say of their origin, as JSON: the names as they were given, a digest of the weights,
+        and the options that an encoder needs to give embeddings that can be compared. No times: the same run gives the same
+        bytes."""
+        options, own = self.options, self.embedder
+        chosen = {name: getattr(options, name) for name in OPTIONS}
+        chosen["max_length"] = own.max_length
+        chosen["prompt"] = own.default_prompt if options.prompt is None else options.prompt
+        return {
+            "version": __version__,
+            "model": options.model or common.BUNDLED,
+            "selector": options.selector,
+            "weights": digest_of(self.embedder),
+            "options": chosen,
+        }
+
     def encode(self, texts: list[str]) -> np.ndarray:
         options = self.options
         embeddings = self.embedder.encode(
@@ -91,6 +113,16 @@ class Encoder:
             return embeddings
         util = require("sentence_transformers.util", "sentence-transformers", "sentence-transformers")
         return util.quantize_embeddings(embeddings, precision=options.precision, ranges=options.ranges)
+
+
+def digest_of(made: Embedder) -> str:
+    """Of all weights that the embeddings depend on, in the dtype in which they are computed, of the tokenizer's rules, and of
+    what is read from the encoder."""
+    pipeline = made._pipeline  # encoder, selector and head in one module
+    capture = pipeline.capture
+    weights = cache.fingerprint(pipeline, made.tokenizer)
+    read = [list(capture.blocks), str(capture.block_norm), pipeline.pooling]
+    return hashlib.sha256(json.dumps([weights, *read]).encode()).hexdigest()
 
 
 def settled_dtype(devices: Sequence[str]) -> str:

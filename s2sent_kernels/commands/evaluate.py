@@ -112,6 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
     limits = {"max_length": arguments.max_length, "batch_size": arguments.batch_size}
     embed, model = _embedder(source, arguments.device, arguments.pooling, limits)
     content: dict[str, Any] = {"model": model, "selector": source.selector, "split": arguments.split}
+    content["examples"] = _examples(files)
     try:
         content |= _scores(embed, files)
         if arguments.mteb:
@@ -119,16 +120,32 @@ def run(arguments: argparse.Namespace) -> None:
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
     print(table(content))
-    scores = _columns(content)
     # Identical embeddings have no correlation: NaN, which JSON cannot represent.
     valid = json.loads(json.dumps(content), parse_constant=lambda _: None)
     common.write_files(
         directory,
         {
             "evaluation.json": (json.dumps(valid, indent=1) + "\n").encode(),
-            "evaluation.png": pictures.scores_picture(scores, f"{model}: Spearman or accuracy, times 100"),
+            "evaluation.png": _draw(content),
         },
     )
+
+
+def _examples(files: _Files) -> dict[str, int]:
+    """How many examples each score is of: a split's pairs, or the texts that a classifier was tested on."""
+    scored = {task: len(pairs) for task, pairs in files.sts.items()}
+    return scored | {task: len(splits.get("all") or splits["test"]) for task, (_, splits) in files.transfer.items()}
+
+
+def _draw(content: Mapping[str, Any]) -> bytes:
+    """evaluation.png: under each task its measure and how many examples it has."""
+    counts = content["examples"]
+    about = {task: f"Spearman\n{counts[task]} pairs" for task in content["sts"]}
+    about |= {task: f"accuracy\n{counts[task]} examples" for task in content["transfer"]}
+    about |= dict.fromkeys(content.get("mteb", ()), "mteb's main score")
+    selector = "" if content["selector"] is None else f"; selector {content['selector']}"
+    with common.warnings_in_lines():
+        return pictures.scores_picture(_columns(content), f"{content['model']}{selector}", about)
 
 
 def _read(arguments: argparse.Namespace) -> _Files:

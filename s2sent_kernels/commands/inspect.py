@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(str(error)) from error
     print(f"{names}: blocks {', '.join(map(str, seen.blocks))}, {seen.selector.frequencies} components")
     _print(seen, texts)
-    content = _draw(seen, texts)
+    content = _draw(seen, texts, " ".join(names.split()))
     common.write_files(directory, content)
     if arguments.show:
         _show([directory / file for file in content])
@@ -142,38 +143,58 @@ def _look(pipeline: export.Pipeline, batch: dict[str, Tensor]) -> _Seen:
 
 
 def _print(seen: _Seen, texts: Sequence[str]) -> None:
-    gates, blocks = seen.gates, seen.blocks
+    """Three tables, with a row for each text."""
+    gates, blocks, labels = seen.gates, seen.blocks, _labels(texts)
+    start = " " * _width(labels[0])
     print("\nMean gate of each block, and the share of features where the block's gate is the largest, in %")
     largest = gates.argmax(dim=1)
     shares = torch.stack([(largest == n).double().mean(dim=1) for n in range(len(blocks))], dim=1)
-    print("  " + "".join(f"{f'block {block}':>16}" for block in blocks))
-    for row, share, text in zip(gates.mean(dim=2).tolist(), shares.tolist(), texts, strict=True):
-        print(
-            "  " + "".join(f"{mean:>9.3f} {100 * most:>5.1f}%" for mean, most in zip(row, share, strict=True)),
-            f" {text}",
-        )
-    print("\nDifference between texts' gates: mean absolute, in % of the mean gate")
-    difference = 100 * (gates[:, None] - gates[None]).abs().mean(dim=(2, 3)) / gates.mean()
-    for row in difference.tolist():
-        print("  " + "".join(f"{value:>8.2f}" for value in row))
+    print(start + "".join(f"{f'block {block}':>16}" for block in blocks))
+    for row, share, label in zip(gates.mean(dim=2).tolist(), shares.tolist(), labels, strict=True):
+        print(label + "".join(f"{mean:>9.3f} {100 * most:>5.1f}%" for mean, most in zip(row, share, strict=True)))
+    if len(texts) > 1:
+        print("\nDifference between texts' gates: mean absolute, in % of the mean gate")
+        difference = 100 * (gates[:, None] - gates[None]).abs().mean(dim=(2, 3)) / gates.mean()
+        print(start + "".join(f"{number:>8}" for number in range(1, len(texts) + 1)))
+        for row, label in zip(difference.tolist(), labels, strict=True):
+            print(label + "".join(f"{value:>8.2f}" for value in row))
     print("\nEnergy of f, mean square in each component (x along blocks, y along tokens)")
-    print("  " + "".join(f"{f'({x}, {y})':>10}" for x, y in _pairs(seen.selector)))
-    for row in seen.energy.tolist():
-        print("  " + "".join(f"{value:>10.3g}" for value in row))
+    print(start + "".join(f"{f'({x}, {y})':>10}" for x, y in _pairs(seen.selector)))
+    for row, label in zip(seen.energy.tolist(), labels, strict=True):
+        print(label + "".join(f"{value:>10.3g}" for value in row))
 
 
-def _draw(seen: _Seen, texts: Sequence[str]) -> dict[str, bytes]:
+def _labels(texts: Sequence[str]) -> list[str]:
+    """A number and the text's beginning, all of one width on a terminal."""
+    found = [f"{number:>3}  {_short(' '.join(text.split()), 40)}" for number, text in enumerate(texts, 1)]
+    width = max(map(_width, found))
+    return [label + " " * (width - _width(label)) for label in found]
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _width(text: str) -> int:
+    """Columns on a terminal: Chinese, Japanese and Korean characters take two, combining ones none."""
+    return sum(
+        0 if unicodedata.combining(one) else 1 + (unicodedata.east_asian_width(one) in ("W", "F")) for one in text
+    )
+
+
+def _draw(seen: _Seen, texts: Sequence[str], title: str) -> dict[str, bytes]:
     """PNGs by file name."""
     selector, blocks = seen.selector, seen.blocks
-    shorts = [text if len(text) <= 48 else text[:47] + "…" for text in texts]
-    content = {
-        "gates.png": pictures.gates_picture(seen.gates, blocks),
-        "gates_by_text.png": pictures.gates_by_text_picture(seen.gates, shorts, blocks),
-        "energy.png": pictures.energy_picture(seen.energy, _pairs(selector), shorts),
-    }
-    if selector.profile == "paper":
-        bases = pictures.bases_picture(selector.num_blocks, selector.frequencies, seen.tokens, blocks)
-        content["dct_bases.png"] = bases
+    shorts = [_short(text, 48) for text in texts]
+    with common.warnings_in_lines():
+        content = {
+            "gates.png": pictures.gates_picture(seen.gates, blocks, title),
+            "gates_by_text.png": pictures.gates_by_text_picture(seen.gates, shorts, blocks, title),
+            "energy.png": pictures.energy_picture(seen.energy, _pairs(selector), shorts, title),
+        }
+        if selector.profile == "paper":
+            bases = pictures.bases_picture(selector.num_blocks, selector.frequencies, seen.tokens, blocks, title)
+            content["dct_bases.png"] = bases
     return content
 
 

@@ -142,6 +142,7 @@ def _train_frozen(task: Task, data: _Data) -> None:
     model = classifier.make(
         encoder, fusion, data.problem, data.names, found.best.recipe.dropout, pairs=data.train.pairs
     )
+    model.config.provenance = task.provenance(found.best.recipe, len(data.train.texts))
     model.model.selector.load_state_dict(found.trained.module.state_dict())
     model.classifier.load_state_dict(found.trained.head.state_dict())
     limit = families.max_length(encoder, tokenizer, task.max_length)
@@ -170,6 +171,7 @@ def _fine_tune(task: Task, data: _Data) -> None:
     fusion = classifier.Fusion(task.blocks, task.pooling, task.selector_arguments(encoder.config.hidden_size))
     dropout = task.one("dropout").get("dropout", recipe.DROPOUT)
     model = classifier.make(encoder, fusion, data.problem, data.names, dropout, pairs=data.train.pairs)
+    model.config.provenance = task.provenance(settings, len(data.train.texts))
     examples, dev = (classifier.Examples(part.texts, data.targets(part)) for part in (data.train, data.dev))
     score = classifier.fine_tune(
         model, tokenizer, examples, dev, task.output, settings, task.max_length, resume="resume" in task.given

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import cache, families, frozen, frozen_loop, validate, waiting
+from .. import __version__, cache, families, frozen, frozen_loop, validate, waiting
 from ..selector import S2SentSelector
 from ..tools import evaluation, history, labelled, processes, recipe, verdict
 from ..tools.baselines import ScalarMix
@@ -114,6 +114,7 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
         print("kept: ", end="")
         print_trial(chosen, found, VARIED, "dev")
     about: dict[str, Any] = {
+        "version": __version__,
         "encoder": name,
         "blocks": list(blocks),
         "pooling": task.pooling,
@@ -157,6 +158,7 @@ def _fine_tune(task: Task, examples: Examples | Scored, dev: list[tuple[str, str
         pooling=task.pooling,
         **task.selector_arguments(transformer.get_embedding_dimension()),
     )
+    pooling.provenance = task.provenance(settings, len(examples.rows))
     model = SentenceTransformer(modules=[transformer, pooling], device=str(device))
     before: dict[str, float] = {}
     if dev is not None and processes.is_first():

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import __version__
 from ..frozen_loop import Epoch, History
 from ..tools import columns, examples, labelled, processes
 from ..tools.columns import Columns
@@ -104,6 +105,18 @@ class Task(NamedTuple):
             name: self.given[name]
             for name in recipe._fields
             if name in self.given and not isinstance(self.given[name], list)
+        }
+
+    def provenance(self, recipe: Any, examples: int) -> dict[str, Any]:
+        """How a model was made, for its configuration. No times: the same training writes the same bytes."""
+        encoder = self.given.get("model") or common.BUNDLED
+        return {
+            "version": __version__,
+            "encoder": encoder,
+            "task": self.kind,
+            "freeze_encoder": self.frozen,
+            "recipe": recipe._asdict(),
+            "examples": examples,
         }
 
     def selector_arguments(self, size: int) -> dict[str, Any]:

@@ -407,3 +407,45 @@ assert not torch.cuda.is_initialized()
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------- shell completion
+
+
+def completed(tmp_path, line, *before):
+    """What a shell is told of ``line``, and the process; ``before`` runs first."""
+    found = tmp_path / "found"
+    found.unlink(missing_ok=True)
+    program = "; ".join([*before, "import sys; from s2sent_kernels.cli import main; sys.exit(main([]))"])
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(found)}
+    environment = {**os.environ, **asked, "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    return (found.read_text().split() if found.exists() else None), done
+
+
+@pytest.mark.parametrize(
+    "line, wanted",
+    [
+        ("s2sent enc", ["encode"]),
+        ("s2sent encode --norm", ["--normalize"]),
+        ("s2sent encode --overflow w", ["windows"]),
+        ("s2sent --ver", ["--version"]),
+    ],
+)
+def test_the_shell_completes(tmp_path, line, wanted):
+    pytest.importorskip("argcomplete")
+    found, done = completed(tmp_path, line)
+    assert found == wanted and done.stdout == "", done.stderr
+
+
+def test_a_shell_that_asks_where_argcomplete_is_missing(tmp_path):
+    found, done = completed(tmp_path, "s2sent enc", "import sys", "sys.modules['argcomplete'] = None")
+    assert found is None and done.stdout == "" == done.stderr and done.returncode == 1
+
+
+def test_completion_of_every_program_finds_the_command():
+    """argcomplete looks for its mark in a file's first 1024 bytes."""
+    from s2sent_kernels import cli
+
+    with open(cli.__file__, "rb") as file:
+        assert b"PYTHON_ARGCOMPLETE_OK" in file.read(1024)

@@ -131,7 +131,8 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path, model, capsys, monkeypa
         assert run(model, "a.txt", "--output", "a.npy") == 0
     assert (tmp_path / ".a.npy.parts").exists()
     assert run(model, "a.txt", "--output", "a.npy") == 2
-    assert "it is there already" in capsys.readouterr().err and sorted(os.listdir(tmp_path)) == ["a.npy", "a.txt"]
+    assert "it is there already" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["a.npy", "a.npy.json", "a.txt"]
 
 
 def test_links_are_followed(tmp_path, model):

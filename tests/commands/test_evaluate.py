@@ -12,7 +12,7 @@ from s2sent_kernels import S2SentSelector, frozen
 from s2sent_kernels.capture import BlockCapture
 from s2sent_kernels.cli import main
 from s2sent_kernels.commands.common import holds_selector, load_whole
-from s2sent_kernels.tools import evaluation, mteb_tasks
+from s2sent_kernels.tools import evaluation, mteb_tasks, pictures
 
 stats = pytest.importorskip("scipy.stats")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -35,6 +35,22 @@ def test_evaluate_prints_a_table_and_writes_json_and_a_picture(places, tmp_path,
     assert f"{content['sts']['sts']['s2sent']['spearman']:.2f}" in out
     assert content["transfer"]["words"]["s2sent"]["accuracy"] == 100  # the same texts in train and test
     assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(PNG)
+
+
+def test_the_picture_says_what_was_measured_on_how_much(places, tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    drawn, draw = [], pictures.scores_picture
+    monkeypatch.setattr(pictures, "scores_picture", lambda *given: drawn.append(given) or draw(*given))
+    arguments = ["evaluate", "--model", places / "model", "--selector", places / "selector", "--device", "cpu"]
+    arguments += ["--sts", places / "sts.tsv", "--transfer", places / "words.tsv", "--output-dir", tmp_path / "out"]
+    assert main(list(map(str, arguments))) == 0
+    ((scores, title, about),) = drawn
+    tested = len(TEXTS) * 6
+    assert list(scores) == ["sts", "words"] and title == f"{places / 'model'}; selector {places / 'selector'}"
+    assert about == {"sts": "Spearman\n8 pairs", "words": f"accuracy\n{tested} examples"}
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert content["examples"] == {"sts": 8, "words": tested}
 
 
 def test_files_of_one_name_are_told_apart_and_options_add_up(places, tmp_path, capsys):

@@ -12,7 +12,14 @@ from s2sent_kernels.capture import BlockCapture
 from s2sent_kernels.cli import main
 from s2sent_kernels.commands.common import load_whole
 from s2sent_kernels.export import as_pipeline
-from s2sent_kernels.tools import pictures
+from s2sent_kernels.tools import fonts, pictures
+
+
+def gates_of(out, text):
+    """The mean gates in the table's row of ``text``."""
+    row = next(line for line in out.splitlines() if text in line and "%" in line)
+    return [float(value) for value in row.partition(text)[2].split()[::2]]
+
 
 stats = pytest.importorskip("scipy.stats")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -25,11 +32,39 @@ def test_inspect_prints_gates_and_energies_and_writes_pictures(places, tmp_path,
     assert main(list(map(str, arguments))) == 0
     out = capsys.readouterr().out
     assert "blocks 1, 2, 3, 4 components" in out
-    gates = [float(value) for value in out.split(f" {TEXTS[0]}")[0].splitlines()[-1].split()[::2]]
+    gates = gates_of(out, TEXTS[0])
     assert sum(gates) == pytest.approx(1, abs=2e-3)
     names = ["dct_bases.png", "energy.png", "gates.png", "gates_by_text.png"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert all(path.read_bytes().startswith(PNG) for path in (tmp_path / "out").iterdir())
+
+
+def test_every_row_of_the_tables_is_labelled(places, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    arguments = ["inspect", "--model", places / "model", "--selector", places / "selector", "--device", "cpu"]
+    texts = [TEXTS[0], "\u8239\u306f", f"{TEXTS[1]} " * 5]
+    assert main([*map(str, arguments), "--output-dir", str(tmp_path), "--text", *texts]) == 0
+    captured = capsys.readouterr()
+    _, *tables, _ = captured.out.split("\n\n")
+    assert len(tables) == 3
+    for table in tables:
+        _, head, *rows = table.splitlines()
+        assert [row.split()[0] for row in rows] == ["1", "2", "3"]
+        for row, text in zip(rows, texts, strict=True):
+            assert text[:39] in row
+        # A Chinese character takes two columns on a terminal, so that row has two characters less.
+        assert len(rows[0]) == len(rows[1]) + 2 == len(rows[2]) == len(head)
+    assert captured.err.count("s2sent: warning: no installed font has") <= 1 and "UserWarning" not in captured.err
+
+
+def test_one_warning_of_a_whole_command(places, tmp_path, capsys, monkeypatch):
+    """Three pictures have the texts; what no font has is said once."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(fonts, "_families", dict)
+    arguments = ["inspect", "--model", places / "model", "--selector", places / "selector", "--device", "cpu"]
+    assert main([*map(str, arguments), "--output-dir", str(tmp_path), "--text", "\u8239\u306f", "a"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "font" in line]
+    assert len(lines) == 1 and lines[0].startswith("s2sent: warning: no installed font has \u306f \u8239")
 
 
 def test_what_inspect_draws(places, tmp_path, monkeypatch):
@@ -115,8 +150,7 @@ def test_inspect_looks_into_a_folder_of_encoder_and_selector(whole, tmp_path, ca
     batch = make_encoder_and_tokenizer()[1]([TEXTS[0]], return_tensors="pt")
     with pipeline.capture, torch.no_grad():
         gates = pipeline.selector.gates(pipeline.capture.collect(**batch), batch["attention_mask"]).mean(dim=(0, 2))
-    shown = [float(value) for value in out.split(f" {TEXTS[0]}")[0].splitlines()[-1].split()[::2]]
-    assert shown == pytest.approx(gates.tolist(), abs=1e-3)
+    assert gates_of(out, TEXTS[0]) == pytest.approx(gates.tolist(), abs=1e-3)
     assert main([*map(str, arguments), "--selector", "all-MiniLM-L6-v2"]) == 2
     assert f"--selector: expected none beside --model {folder}" in capsys.readouterr().err
 

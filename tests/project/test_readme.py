@@ -139,7 +139,14 @@ def command_lines(*pages):
 def test_every_command_line_is_one_that_the_commands_accept():
     from s2sent_kernels.cli import _parser
 
-    assert {line[0] for line in command_lines("README.md")} == {"train", "encode", "export", "evaluate", "inspect"}
+    assert {line[0] for line in command_lines("README.md")} == {
+        "train",
+        "encode",
+        "search",
+        "export",
+        "evaluate",
+        "inspect",
+    }
     lines = command_lines(*PAGES)
     assert len(lines) >= 19
     for arguments in lines:

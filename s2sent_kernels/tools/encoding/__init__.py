@@ -6,11 +6,13 @@ from .join import OUTPUTS
 from .local import Engine, MakeEncoder, in_this_process, one_process_a_device
 from .parts import Encoder
 from .plan import IN_A_FILE, IN_A_FOLDER, Request, state
+from .provenance import sidecar
 from .ray_engine import Cluster
 from .reading import Row, read_texts
 from .rows import Columns
 from .run import Failed, Options, Shard, encode_file, encode_folder, hidden, remove_leftovers
 from .sources import expand
+from .stored import Stored, open_stored
 
 __all__ = [
     "IN_A_FILE",
@@ -26,6 +28,7 @@ __all__ = [
     "Request",
     "Row",
     "Shard",
+    "Stored",
     "encode_file",
     "encode_folder",
     "expand",
@@ -33,7 +36,9 @@ __all__ = [
     "hidden",
     "in_this_process",
     "one_process_a_device",
+    "open_stored",
     "read_texts",
     "remove_leftovers",
+    "sidecar",
     "state",
 ]

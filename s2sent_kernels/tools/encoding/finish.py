@@ -67,6 +67,7 @@ def finish(folder: Path, say: Callable[[str], None] = print) -> int:
         "rows": rows,
         "cut": checked.cut,
         "skipped": len(checked.skipped),
+        **({} if plan.about is None else {"provenance": plan.about}),
         "columns": {field.name: str(field.type) for field in checked.schema},
         "parts": [
             {

@@ -13,6 +13,7 @@ import numpy as np
 from ...files import importing
 from .parts import open_writer
 from .plan import Plan
+from .provenance import metadata
 
 with importing(None, "encode"):
     from pyarrow import parquet
@@ -23,10 +24,10 @@ OUTPUTS = (".parquet", ".npy")
 def join(plan: Plan, folder: Path, whole: Path) -> None:
     """Write the parts in ``folder``, in order, to ``whole``: Parquet or, of the embeddings alone, .npy."""
     if whole.suffix.lower() == ".parquet":
-        schema = parquet.read_schema(folder / plan.parts[0].name).remove_metadata()
+        schema = parquet.read_schema(folder / plan.parts[0].name).with_metadata(metadata(plan.about))
         with open_writer(whole, schema) as writer:
             for table in _slices(plan, folder):
-                writer.write_table(table.replace_schema_metadata(None))
+                writer.write_table(table.replace_schema_metadata(schema.metadata))
     else:
         _join_array(plan, folder, whole)
     with open(whole, "rb") as file:

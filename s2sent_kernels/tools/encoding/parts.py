@@ -18,6 +18,7 @@ import numpy as np
 from ...batches import TextError
 from ...files import first_line, importing, sync_folder
 from .plan import Part, Plan
+from .provenance import metadata
 from .reading import Reader, Rows
 from .reuse import RowSum
 from .rows import Columns, DataError
@@ -52,6 +53,7 @@ class Job(NamedTuple):
     keep_text: bool
     dtype: str | None
     digest: str
+    about: dict[str, Any] | None
     recipe: str
     skip: bool  # rows that cannot be encoded get NaN; else the first one fails its part
 
@@ -60,9 +62,9 @@ class Job(NamedTuple):
         fields = {name: getattr(plan, name) for name in cls._fields if name not in ("folder", "skip")}
         return cls(str(folder.absolute()), **fields, skip=skip)
 
-    def stamp(self, part: Part) -> dict[bytes, str]:
+    def stamp(self, part: Part) -> dict[bytes, str | bytes]:
         """What a part's metadata begin with."""
-        return {DIGEST: self.digest, NUMBER: str(part.number), RECIPE: self.recipe}
+        return {DIGEST: self.digest, NUMBER: str(part.number), RECIPE: self.recipe, **metadata(self.about)}
 
 
 class Done(NamedTuple):

@@ -38,6 +38,7 @@ class Request(NamedTuple):
     part_rows: int = IN_A_FILE
     settings: Any = None  # all else that the result depends on, as JSON
     format: str | None = None  # of standard input: a value of tables.KINDS, or None for lines of text
+    about: dict[str, Any] | None = None  # what wrote the embeddings, see provenance.py; no part of the key
 
 
 class Part(NamedTuple):
@@ -66,6 +67,7 @@ class Plan(NamedTuple):
     keep_text: bool
     dtype: str | None
     parts: list[Part]
+    about: dict[str, Any] | None = None  # that of the request which began the run
 
     @property
     def digest(self) -> str:
@@ -80,7 +82,7 @@ class Plan(NamedTuple):
     def save(self, folder: Path) -> None:
         schema = pa.schema([("id", self.id_type)]).serialize()
         content = {
-            **{name: getattr(self, name) for name in ("key", "columns", "keep_text", "dtype")},
+            **{name: getattr(self, name) for name in ("key", "columns", "keep_text", "dtype", "about")},
             "id_type": base64.b64encode(schema).decode(),
             "sources": self.sources,
             "parts": self.parts,
@@ -108,6 +110,7 @@ def load(folder: Path) -> Plan | None:
             content["keep_text"],
             content["dtype"],
             parts,
+            content["about"],
         )
     except FileNotFoundError:
         return None
@@ -123,7 +126,7 @@ def digest_of(content: Any) -> str:
 def key_of(request: Request, copied: str | None = None) -> dict[str, Any]:
     """What the plan of ``request`` depends on. ``copied``: the SHA-256 of standard input, if it is among the inputs."""
     inputs = [copied if path == STDIN else state(path) for path in request.inputs]
-    key = {**request._asdict(), "inputs": inputs}
+    key = {name: value for name, value in request._asdict().items() if name != "about"} | {"inputs": inputs}
     if request.format is None:
         del key["format"]  # as in plans that were made before there were others
     return json.loads(json.dumps(key))  # as it is read again: no tuples
@@ -181,7 +184,7 @@ def make(request: Request, key: dict[str, Any], folder: Path, *, strict: bool = 
         sources.append(found)
         rows += survey.rows
     kind = pa.int64() if id_type is None else id_type
-    return Plan(key, sources, request.columns, kind, request.keep_text, request.dtype, parts)
+    return Plan(key, sources, request.columns, kind, request.keep_text, request.dtype, parts, request.about)
 
 
 def _placed(source: Source, folder: Path) -> Source:

@@ -20,6 +20,7 @@ from .local import Engine
 from .parts import Done, Job, restamp
 from .plan import COPY, PLAN, Part, Plan, Request, difference, digest_of, key_of, load, make, state
 from .progress import Progress
+from .provenance import sidecar, sidecar_of
 from .reuse import unchanged
 from .sources import copy_stdin
 from .stock import (
@@ -79,9 +80,9 @@ def hidden(output: Path) -> Path:
 
 def encode_file(request: Request, engine: Engine, output: Path, options: Options = DEFAULTS) -> int:
     """Write ``output``, which appears when it is complete, and return its number of rows. Parquet has columns ``id``,
-    ``embedding`` (D numbers) and, with ``keep_text``, ``text``; .npy is an array [rows, D]. Parts of an earlier run of the same
-    request are kept, and those whose rows are the same although the inputs have changed. Rows that are skipped are noted in a
-    file beside ``output``, whose name ends in ``.failed.jsonl``.
+    ``embedding`` (D numbers) and, with ``keep_text``, ``text``; .npy is an array [rows, D], with ``request.about`` in a file
+    beside it. Parts of an earlier run of the same request are kept, and those whose rows are the same although the inputs have
+    changed. Rows that are skipped are noted in a file beside ``output``, whose name ends in ``.failed.jsonl``.
 
     Raises:
         ValueError: an input or a row is wrong; ``output`` has another suffix than OUTPUTS; another process writes it; there are
@@ -108,14 +109,19 @@ def encode_file(request: Request, engine: Engine, output: Path, options: Options
         checked.say_skipped(plan, notes, options.say)
         whole = folder / f"whole{output.suffix}"
         join(plan, folder, whole)
+        note = sidecar_of(plan.about, whole)
+        if note is not None:
+            write_atomically(sidecar(whole), note, sync=True)
         write_atomically(folder / JOINED, json.dumps(state(str(whole))[1:]).encode(), sync=True)
         if checked.skipped:
             write_atomically(notes, checked.notes(), sync=True)
         else:
             notes.unlink(missing_ok=True)  # of the output that is replaced
+        if note is not None:
+            sidecar(output).unlink(missing_ok=True)  # it tells of the array that is replaced
         os.replace(whole, output)
         sync_folder(output.parent)
-        _remove(folder)
+        _settle(folder, output)
         return sum(part.rows for part in plan.parts)
 
 
@@ -126,7 +132,15 @@ def remove_leftovers(output: Path) -> None:
     if (folder / JOINED).exists():
         with contextlib.suppress(ValueError, FileNotFoundError), locked(folder / LOCK, wait=False):
             if json.loads((folder / JOINED).read_text(encoding="utf-8")) == state(str(output))[1:]:
-                _remove(folder)
+                _settle(folder, output)
+
+
+def _settle(folder: Path, output: Path) -> None:
+    """The parts became ``output``: the file beside it follows, and what is left is removed."""
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(sidecar(folder / f"whole{output.suffix}"), sidecar(output))
+        sync_folder(output.parent)
+    _remove(folder)
 
 
 def encode_folder(request: Request, engine: Engine, folder: Path, options: Options = DEFAULTS) -> int:

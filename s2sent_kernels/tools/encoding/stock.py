@@ -36,8 +36,8 @@ READERS, AT_ONCE = 4, 256  # threads, and parts handed to them
 SHARD_OR_PLAN = r"(-plan|-\d+-of-\d+)?"
 # What a run writes into a folder; with a dot and more behind it while it is written.
 OURS = re.compile(
-    rf"{PART}|{NOTE}|{PLAN}|{MANIFEST}|{COPY}|{JOINED}|{LOCK}{SHARD_OR_PLAN}|whole\.\w+"
-    rf"|\.({PART}|{PLAN}|{MANIFEST}|stdin|{JOINED})\..*"
+    rf"{PART}|{NOTE}|{PLAN}|{MANIFEST}|{COPY}|{JOINED}|{LOCK}{SHARD_OR_PLAN}|whole\.[\w.]+"
+    rf"|\.({PART}|{PLAN}|{MANIFEST}|stdin|{JOINED}|whole\.\w+\.json)\..*"
 )
 
 
