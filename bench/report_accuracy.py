@@ -99,15 +99,11 @@ def worst_table(rows: Sequence[Row]) -> str:
         row = max(rows, key=lambda row: (errors(row, what).ratio != errors(row, what).ratio, errors(row, what).ratio))
         of, most = errors(row, what), max(rows, key=lambda row: errors(row, what).ratio_of_largest)
         peak = errors(most, what)
-        lines.append(
-            (
-                what, f"{of.ratio:.2f}", f"{of.ours:.2f}", f"{of.eager:.2f}", row["case"].partition(", ")[2],
-                f"{peak.ratio_of_largest:.2f}", f"{peak.largest:.2f}", f"{peak.eager_largest:.2f}",
-            )
-        )  # fmt: skip
-    head = (
-        "<result", "largest ratio", "error", "eager's", "<case", "ratio of the largest elements", "error", "eager's",
-    )  # fmt: skip
+        mean = [f"{each:.2f}" for each in (of.ratio, of.ours, of.eager)]
+        largest = [f"{each:.2f}" for each in (peak.ratio_of_largest, peak.largest, peak.eager_largest)]
+        lines.append((what, *mean, row["case"].partition(", ")[2], *largest))
+    ours = ("error", "eager's")
+    head = ("<result", "largest ratio", *ours, "<case", "ratio of the largest elements", *ours)
     return table(head, lines)
 
 

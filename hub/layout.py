@@ -24,9 +24,9 @@ PACKAGE = ROOT / "s2sent_kernels"
 NAME, VERSION = "s2sent-kernels", 1  # VERSION: of the public names; the hub counts it apart from the package's
 BACKENDS = ("cpu", "cuda")
 MODULES = (
-    "blockwise.py", "files.py", "functional.py", "plan.py", "recomputed.py", "scalars.py", "selector.py", "synchronised.py",
-    "validate.py", "checkpoints/__init__.py", "checkpoints/pretrained.py", "checkpoints/published.py",
-    "checkpoints/tensors.py", "engines/**/*.py", "formula/**/*.py", "ops/**/*.py", "data/*/*",
+    "blockwise.py", "derivatives.py", "files.py", "functional.py", "offloaded.py", "plan.py", "recomputed.py", "scalars.py",
+    "selector.py", "synchronised.py", "validate.py", "checkpoints/__init__.py", "checkpoints/pretrained.py",
+    "checkpoints/published.py", "checkpoints/tensors.py", "engines/**/*.py", "formula/**/*.py", "ops/**/*.py", "data/*/*",
 )  # fmt: skip
 NAMESPACE_FILE = "ops/namespace.py"
 

@@ -162,7 +162,10 @@ def _silently(function: Callable[P, T]) -> Callable[P, T]:
 
 def announce(model: str | None) -> None:
     """Say on standard error, once, that a model is looked for over a network, which may take a while."""
-    path, _ = sources.find_model(model)
+    try:
+        path, _ = sources.find_model(model)
+    except sources.LoadError:  # which the loader words
+        return
     if path not in _announced and hub.is_asked(path):
         print(f"looking for {path} on the hub; HF_HUB_OFFLINE=1 takes what is cached", file=sys.stderr)
         _announced.add(path)

@@ -359,7 +359,18 @@ def test_training_prints_the_recipes_defaults(capsys, monkeypatch):
 
 
 def test_every_subcommand_is_a_module_with_add_and_run():
-    assert list(COMMANDS) == ["demo", "doctor", "train", "predict", "evaluate", "encode", "export", "inspect", "cache"]
+    assert list(COMMANDS) == [
+        "demo",
+        "doctor",
+        "train",
+        "predict",
+        "evaluate",
+        "encode",
+        "search",
+        "export",
+        "inspect",
+        "cache",
+    ]
     assert all(callable(module.add) and callable(module.run) for module in COMMANDS.values())
     for name in COMMANDS:
         assert f"s2sent {name}" in _parser_of(name).format_usage()

@@ -17,15 +17,15 @@ pytest.importorskip("sentence_transformers")
 import torch
 import transformers
 
-from s2sent_kernels import Embedder, loading
+from s2sent_kernels import Embedder, loading, parts
 from s2sent_kernels.sentence_transformers import load
 from s2sent_kernels.transformers import S2SentModel
 
 DATA = Path(__file__).parents[1] / "data"
 CPU = torch.device("cpu")
 OF_ENCODERS = {
-    "load_model": lambda folder: loading.load_model(folder, CPU),
-    "load_transformer": loading.load_transformer,
+    "load_model": lambda folder: parts.load_model(folder, CPU),
+    "load_transformer": parts.load_transformer,
     "from_encoder": S2SentModel.from_encoder,
     "from_published": S2SentModel.from_published,
 }
