@@ -203,7 +203,7 @@ def _waiting(function: Callable[P, T]) -> Callable[P, T]:
 resolve = functools.partial(_told(_announcing(sources.resolve)), option="--")
 holds_selector = _told(sources.holds_selector)
 read_selector = _told(parts.read_selector)
-max_length = _told(parts.max_length)
+max_length = _told(_announcing(parts.max_length))
 load_model = _told(_announcing(_waiting(_silently(parts.load_model))))
 load_transformer = _told(_announcing(_waiting(_silently(parts.load_transformer))))
 load_whole = _told(_waiting(_silently(loading.load_whole)))

@@ -85,6 +85,7 @@ def test_no_network(fails, name, how, monkeypatch):
             if key.lower().endswith("_proxy"):
                 monkeypatch.delenv(key)
         huggingface_hub.close_session()
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
         monkeypatch.setattr(
             huggingface_hub.constants,

@@ -82,7 +82,8 @@ def test_a_frozen_training_goes_on(train, capsys, monkeypatch):
 
     monkeypatch.setattr(cache, "_summaries", interrupted)
     assert train("--resume") == 130
-    said, error = capsys.readouterr().err.splitlines()
+    size, said, error = capsys.readouterr().err.splitlines()
+    assert size.startswith("cache: ")
     assert said.startswith(f"what is encoded is kept in {train.place / 'cache'}: the same command goes on")
     assert error == "s2sent: error: interrupted" and [path.name for path in train.place.iterdir()] == ["cache"]
     assert train("--resume") == 0
@@ -110,8 +111,8 @@ def test_another_training_into_the_same_folder_is_refused(train, capsys, monkeyp
     (train.place / "out").mkdir(parents=True)
     assert train() == 0
     assert codes[0] == 2
-    error = capsys.readouterr().err
-    assert f"{train.place / 'out'}: another process is writing there" in error and error.count("\n") == 1
+    error, size = capsys.readouterr().err.splitlines()
+    assert f"{train.place / 'out'}: another process is writing there" in error and size.startswith("cache: ")
     assert sorted(path.name for path in train.place.iterdir()) == ["cache", "out"]
 
 

@@ -95,7 +95,7 @@ def test_the_help_says_which_ways_of_training_take_an_option(monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     helps = {action.dest: action.help for action in parser_of("train")._actions}
     assert helps["widths"].endswith("[only with --task contrastive, only with --freeze-encoder]")
-    assert helps["resume"].endswith("[not with --freeze-encoder]")
+    assert helps["report_to"].endswith("[not with --freeze-encoder]")
     assert all(("[" in helps[name]) == (name in train._ONLY) for name in helps)
 
 
