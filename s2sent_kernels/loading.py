@@ -17,7 +17,7 @@ from .checkpoints import folders
 from .files import require
 from .parts import Trained, load_model, max_length, read_selector
 from .quiet import quietly
-from .sources import LoadError, Source, cannot_load, config_of, resolve
+from .sources import LoadError, Source, architectures, cannot_load, resolve
 
 
 def _complete(model: Any, folder: Path) -> Any:
@@ -60,7 +60,7 @@ def load_classifier(model: str) -> tuple[Any, Any]:
     transformers = require("transformers", "transformers", "demo")
     if not folder.is_dir():
         raise LoadError(f"model {model}: expected the folder of a classifier, and there is no such directory")
-    if "S2SentForSequenceClassification" not in (config_of(folder, model).get("architectures") or []):
+    if "S2SentForSequenceClassification" not in architectures(model):
         raise LoadError(f"model {model}: expected the folder of a classifier, an S2SentForSequenceClassification")
     try:
         kind: Any = importlib.import_module("s2sent_kernels.transformers").S2SentForSequenceClassification

@@ -169,6 +169,11 @@ def config_of(folder: Path, model: str) -> dict[str, Any]:
         raise cannot_load(model, error) from error
 
 
+def architectures(model: str) -> list[str]:
+    """The classes that a folder's config.json names, as transformers writes them."""
+    return list(config_of(Path(model).expanduser(), model).get("architectures") or ())
+
+
 def cannot_load(model: str, error: BaseException) -> LoadError:
     """The libraries' errors seldom name the file that cannot be read, and of a name that means nothing they tell where they
     looked for it."""

@@ -49,7 +49,7 @@ def _list(folder: Path, found: list[Kept]) -> None:
     for one in found:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.folder.stat().st_mtime))
         print(f"{one.name}  {in_words(one.size):>9}  {when}  {_words(one)}")
-    print(f"{folder}: {len(found)} caches, {in_words(sum(one.size for one in found))}")
+    print(f"{folder}: {len(found)} cache{'' if len(found) == 1 else 's'}, {in_words(sum(one.size for one in found))}")
 
 
 def _words(one: Kept) -> str:

@@ -233,6 +233,19 @@ def within(given: int | None, own: int | None) -> int | None:
 
 
 @contextlib.contextmanager
+def interrupted(what_is_kept: Callable[P, str], *args: P.args, **kwargs: P.kwargs) -> Iterator[None]:
+    """Where the ``with`` block is interrupted, say what is kept and how to go on."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        if sys.stderr is not None:
+            print(what_is_kept(*args, **kwargs), file=sys.stderr)
+        raise
+
+
+@contextlib.contextmanager
 def warnings_in_lines() -> Iterator[None]:
     """Print each warning of the ``with`` block once, in one line on standard error, as errors are, and without a place in the
     code."""

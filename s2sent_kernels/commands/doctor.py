@@ -184,7 +184,7 @@ def _model(model: str) -> Iterator[str]:
 def _kind(folder: Path) -> str:
     if (folder / "modules.json").is_file():
         return "a SentenceTransformer"
-    return (sources.config_of(folder, str(folder)).get("architectures") or ["S2SentModel"])[0]
+    return (sources.architectures(str(folder)) or ["S2SentModel"])[0]
 
 
 def _limit(source: sources.Source) -> int | None:

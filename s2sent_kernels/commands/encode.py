@@ -74,7 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
     engine, about = _engine(arguments, devices)
     request = request_of(arguments, inputs, output)._replace(about=about)
     part = arguments.shard and encoding.Shard(*arguments.shard)
-    with _told(arguments.output):
+    kept = "parts that are finished are kept: the same command goes on with the others"
+    with common.interrupted(lambda: kept), _told(arguments.output):
         write = encoding.encode_folder if as_folder else encoding.encode_file
         count = write(
             request, engine, output, encoding.Options(part, arguments.force, skip=arguments.on_error == "skip")

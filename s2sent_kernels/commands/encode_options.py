@@ -56,7 +56,8 @@ def _add_files(command: Any) -> None:
         "--on-error",
         choices=("skip", "fail"),
         default="fail",
-        help="of a row that cannot be encoded: NaN in its place and a line in failed.jsonl, or an error (default: fail)",
+        help="of a row that cannot be encoded: NaN in its place and a line in OUTPUT.failed.jsonl (of a folder: in its "
+        "failed.jsonl), or an error (default: fail)",
     )
     common.add_force(group)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
     common.quiet_transformers()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is missing, which is not needed
     source = common.resolve(arguments.model, arguments.selector)
+    if source.whole and "S2SentForSequenceClassification" in sources.architectures(str(source.model)):
+        print(f"{source.model}: is a classifier: its embeddings are exported, and not its labels", file=sys.stderr)
     try:
         pipeline = common.load_pipeline(source).to(device)
         if arguments.backend is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -70,10 +71,12 @@ def run(arguments: argparse.Namespace) -> None:
     encoder = _encoder(arguments, index)
     try:
         asked = encoder.encode(queries)
-        found = searching.nearest(asked, index.blocks(), arguments.top, arguments.engine)
+        found, without = searching.nearest(asked, index.blocks(), arguments.top, arguments.engine)
         items = index.items(sorted({hit.row for hits in found for hit in hits}))
     except (ValueError, OSError) as error:
         raise UserError(f"--index {arguments.index}: {error}") from error
+    if without:
+        print(f"{arguments.index}: {without} rows have no embedding, and are left out", file=sys.stderr)
     for number, (query, hits) in enumerate(zip(queries, found, strict=True)):
         if len(queries) > 1 and not arguments.json:
             print("\n" * (number > 0) + " ".join(query.split()))

@@ -7,9 +7,6 @@ else as --model; a classifier's is what `s2sent predict` takes.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -253,10 +250,11 @@ def run(arguments: argparse.Namespace) -> None:
         _check_empty(task)
         way = train_classifier if task.kind == CLASSIFICATION else train_pairs
         if task.frozen:  # the result is there whole or not at all, and no other process makes it
-            with files.new_folder(task.output, alone=True) as whole, _said_to_go_on(task):
+            with files.new_folder(task.output, alone=True) as whole, common.interrupted(_what_is_kept, task):
                 way.run(task._replace(output=whole))
         else:
-            way.run(task)
+            with common.interrupted(_what_is_kept, task):
+                way.run(task)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
     except Exception as error:
@@ -326,18 +324,15 @@ def _check_empty(task: Task) -> None:
         raise UserError(f"output folder {output}: it is not empty{advice}")
 
 
-@contextlib.contextmanager
-def _said_to_go_on(task: Task) -> Iterator[None]:
-    """Where a frozen training is interrupted, a line says what is kept: the encoder's work, by far the longest."""
-    try:
-        yield
-    except Exception:
-        raise
-    except BaseException:  # an interruption
-        if sys.stderr is not None:
-            said = f"what is encoded is kept in {task.cache}: the same command goes on from there, with --resume or without"
-            print(said, file=sys.stderr)
-        raise
+def _what_is_kept(task: Task) -> str:
+    """Of a training that was interrupted."""
+    if task.frozen:  # the encoder's work, by far the longest
+        return f"what is encoded is kept in {task.cache}: the same command goes on from there, with --resume or without"
+    from ..tools import resuming
+
+    if resuming.begun(task.output):
+        return f"the checkpoints in {task.output} are kept: the same command with --resume goes on from the newest"
+    return "nothing is kept: the first checkpoint is written at the end of an epoch"
 
 
 def _is_finished(task: Task) -> bool:

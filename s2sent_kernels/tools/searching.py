@@ -23,6 +23,11 @@ class Hit(NamedTuple):
     score: float  # the cosine
 
 
+class Found(NamedTuple):
+    hits: list[list[Hit]]  # of each query, best first
+    without: int  # rows that have no embedding
+
+
 def by_torch(queries: Tensor, block: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Of equal scores the first row's comes first."""
     scores, rows = torch.sort(queries @ block.T, dim=1, descending=True, stable=True)
@@ -39,8 +44,9 @@ def by_faiss(queries: Tensor, block: Tensor, count: int) -> tuple[Tensor, Tensor
 ENGINES: dict[str, Best] = {"torch": by_torch, "faiss": by_faiss}
 
 
-def nearest(queries: np.ndarray, blocks: Iterable[np.ndarray], count: int, engine: str = "torch") -> list[list[Hit]]:
-    """For each query the ``count`` nearest rows, or all if there are fewer, best first.
+def nearest(queries: np.ndarray, blocks: Iterable[np.ndarray], count: int, engine: str = "torch") -> Found:
+    """For each query the ``count`` nearest rows, or all if there are fewer. A row of NaN alone has no embedding, as one that
+    `s2sent encode --on-error skip` has skipped, and is near to nothing.
 
     Args:
         queries: [Q, D] float32.
@@ -48,25 +54,31 @@ def nearest(queries: np.ndarray, blocks: Iterable[np.ndarray], count: int, engin
         engine: one of ENGINES.
 
     Raises:
-        ValueError: an embedding is not finite; names its row.
+        ValueError: another embedding is not finite; names its row, from 0.
         MissingPackage: the engine's library is not installed; names it.
     """
     best = ENGINES[engine]
     asked = F.normalize(torch.from_numpy(queries), dim=1)
     scores, rows = torch.empty(len(asked), 0), torch.empty(len(asked), 0, dtype=torch.int64)
-    first = 0
+    first = without = 0
     for values in blocks:
         block = F.normalize(torch.from_numpy(values), dim=1)
+        index = first + torch.arange(len(block))
         if not bool((finite := block.isfinite().all(dim=1)).all()):
-            raise ValueError(f"row {first + int(finite.logical_not().nonzero()[0])}: expected finite numbers")
+            missing = torch.from_numpy(values).isnan().all(dim=1)
+            wrong = index[~finite & ~missing]
+            if len(wrong):
+                raise ValueError(f"row {int(wrong[0])}: expected finite numbers")
+            block, index = block[finite], index[finite]
+        first, without = first + len(values), without + len(values) - len(block)
         found = [best(some, block, min(count, len(block))) for some in asked.split(QUERIES)]
         # What was found before stands first, and a stable sort leaves it there among equal scores.
         scores = torch.cat([scores, torch.cat([one for one, _ in found])], dim=1)
-        rows = torch.cat([rows, first + torch.cat([one for _, one in found])], dim=1)
+        rows = torch.cat([rows, index[torch.cat([one for _, one in found])]], dim=1)
         scores, order = torch.sort(scores, dim=1, descending=True, stable=True)
         scores, rows = scores[:, :count], rows.gather(1, order[:, :count])
-        first += len(block)
-    return [
+    hits = [
         [Hit(*pair) for pair in zip(line, some, strict=True)]
         for line, some in zip(rows.tolist(), scores.tolist(), strict=True)
     ]
+    return Found(hits, without)

@@ -162,3 +162,21 @@ def test_a_damaged_cache_is_one_line(train, capsys):
 def test_verifying_needs_a_cache(tmp_path, capsys):
     assert main(["train", "--data", "x.tsv", "--output", str(tmp_path / "out"), "--verify-cache"]) == 2
     assert "--verify-cache: only with --freeze-encoder" in capsys.readouterr().err
+
+
+def test_what_an_interrupted_full_training_keeps_is_said(tmp_path, monkeypatch, capsys):
+    """And how to go on, once there is a checkpoint."""
+    from s2sent_kernels.commands import train_pairs
+
+    (tmp_path / "pairs.tsv").write_text("anchor\tpositive\na\tb\nc\td\n")
+
+    def interrupt(task):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_pairs, "run", interrupt)
+    arguments = ["train", "--data", str(tmp_path / "pairs.tsv"), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    for begun, said in ((False, "nothing is kept"), (True, "the same command with --resume goes on")):
+        monkeypatch.setattr(resuming, "begun", lambda output, begun=begun: begun)
+        assert main(arguments) == 130
+        lines = capsys.readouterr().err.splitlines()
+        assert said in lines[0] and lines[1:] == ["s2sent: error: interrupted"]

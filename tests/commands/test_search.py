@@ -116,7 +116,7 @@ def test_the_engines_find_the_same(engine):
     generator = np.random.default_rng(0)
     queries, rows = generator.standard_normal((300, 8)), generator.standard_normal((50, 8))
     rows[7] = 0  # of an empty text: no direction, and no neighbour
-    found = searching.nearest(queries.astype("f4"), np.split(rows.astype("f4"), [3, 30]), 4, engine)
+    found = searching.nearest(queries.astype("f4"), np.split(rows.astype("f4"), [3, 30]), 4, engine).hits
     length = np.maximum(np.linalg.norm(rows, axis=1), 1e-12)
     want = (queries / np.linalg.norm(queries, axis=1, keepdims=True)) @ (rows / length[:, None]).T
     for hits, scores in zip(found, want, strict=True):
@@ -126,8 +126,20 @@ def test_the_engines_find_the_same(engine):
 
 def test_of_equal_scores_the_first_row_comes_first():
     rows = np.ones((9, 3), "f4")
-    (hits,) = searching.nearest(np.ones((1, 3), "f4"), np.split(rows, [4]), 6)
+    (hits,) = searching.nearest(np.ones((1, 3), "f4"), np.split(rows, [4]), 6).hits
     assert [hit.row for hit in hits] == [0, 1, 2, 3, 4, 5]
+
+
+def test_rows_without_an_embedding_are_left_out():
+    """As rows that encode has skipped."""
+    rows = np.random.default_rng(0).normal(size=(9, 4)).astype("f4")
+    rows[[0, 4, 8]] = np.nan
+    found = searching.nearest(rows[[1, 5]], np.split(rows, [3, 4, 5]), 9)
+    assert found.without == 3 and [hits[0].row for hits in found.hits] == [1, 5]
+    assert all(sorted(hit.row for hit in hits) == [1, 2, 3, 5, 6, 7] for hits in found.hits)
+    rows[6, 2] = np.inf
+    with pytest.raises(ValueError, match="row 6: expected finite numbers"):
+        searching.nearest(rows[[1]], np.split(rows, [3]), 2)
 
 
 def test_memory_is_that_of_a_block(monkeypatch):
