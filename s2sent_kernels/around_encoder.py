@@ -78,9 +78,8 @@ class AroundEncoder(transformers.PreTrainedModel):
     """What both models have in common as they are called: inputs are the encoder's, outputs those of this package."""
 
     base_model_prefix = "model"  # so that a classifier's folder opens as its model, too
-    supports_gradient_checkpointing = (
-        True  # the encoder's own; a reentrant one is refused where it would lose gradients
-    )
+    # The encoder's own; a reentrant one is refused where it would lose gradients.
+    supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # else Trainer would leave it to the loss to divide by the steps of accumulation
     # Names of weights that ``from_pretrained`` did not find, and of those that it found and does not know.
     missing_weights: Sequence[str] = ()

@@ -67,9 +67,7 @@ class S2SentPooling(Pooling):
     """
 
     _is_loaded = False  # until its model is complete
-    provenance: dict[str, Any] | None = (
-        None  # how `s2sent train` made it: an entry of its configuration, where it has one
-    )
+    provenance: dict[str, Any] | None = None  # how `s2sent train` made it, an entry of its configuration
     config_keys = ["selector_arguments", "blocks", "block_norm", "pooling", "include_prompt"]  # noqa: RUF012
 
     def __init__(

@@ -49,9 +49,10 @@ template <class SumRun>
 S2SENT_INLINE void cascade(
     int64_t count, int64_t run, SumRows into, int64_t size, float* scratch, const SumRun& sum_run) {
   const int64_t rows = (into.sums != nullptr) + (into.pools != nullptr);
-  add_spans(0, count, kRuns * run, into, size, scratch, [&](int64_t from, int64_t to, SumRows chunk) __attribute__((always_inline)) {
+  const auto sum_chunk = [&](int64_t from, int64_t to, SumRows chunk) __attribute__((always_inline)) {
     add_spans(from, to, run, chunk, size, scratch + rows * size, sum_run);
-  });
+  };
+  add_spans(0, count, kRuns * run, into, size, scratch, sum_chunk);
 }
 
 }  // namespace s2sent::cpu

@@ -8,7 +8,8 @@ namespace s2sent::cuda {
 // squeeze, in squeeze.cu and sm90/: a sentence's real tokens in ascending order form groups of kGroupTokens. Group i is added to
 // running sum i % kAccumulators. Within a group the first and the second half are chains of fused multiply-adds and their sum is
 // added. After kChunkGroups groups a running sum is added to an outer sum and cleared; that sum chunk bounds how many terms a
-// running sum holds, and so its rounding error. (PyTorch's sums have 16, too; sentences of 512 tokens are one chunk.) The tokens of an incomplete last group are added one by one. Then the
+// running sum holds, and so its rounding error: 16 groups, as many terms as PyTorch's running sums. So sentences of up to 512
+// tokens are one chunk. The tokens of an incomplete last group are added one by one. Then the
 // accumulators form a tree, (0 + 1) + (2 + 3), and the Transformer blocks are added ascending, weighted by alpha.
 constexpr int kGroupTokens = 8;
 constexpr int kGroupHalf = kGroupTokens / 2;

@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     except (ValueError, OSError) as error:
         raise UserError(f"--index {arguments.index}: {error}") from error
     if without:
-        print(f"{arguments.index}: {without} rows have no embedding, and are left out", file=sys.stderr)
+        print(f"{arguments.index}: left out are rows without an embedding: {without}", file=sys.stderr)
     for number, (query, hits) in enumerate(zip(queries, found, strict=True)):
         if len(queries) > 1 and not arguments.json:
             print("\n" * (number > 0) + " ".join(query.split()))

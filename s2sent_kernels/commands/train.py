@@ -302,9 +302,8 @@ def _check_empty(task: Task) -> None:
     output = task.output
     if task.frozen:
         if output.is_dir():
-            files.sweep(
-                output, output.resolve().name
-            )  # of a killed process, where the folder itself cannot be replaced
+            # Of a killed process, where the folder itself cannot be replaced.
+            files.sweep(output, output.resolve().name)
         cache, real = Path(task.cache).resolve(), output.resolve()
         if cache == real or cache in real.parents or real in cache.parents:
             raise UserError(f"output folder {output}: expected one apart from the cache's, {task.cache}")

@@ -10,7 +10,8 @@ from ..files import PROGRESS_EVERY, importing, on_terminal
 from . import processes
 from .recipe import Recipe
 
-with importing("transformers", "train"):
+with importing(None, "train"):
+    from tqdm import tqdm
     from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 
 
@@ -91,10 +92,8 @@ class Lines(_Words, TrainerCallback):
             return
         self._said = now
         each = (now - self._begun) / max(1, state.global_step - self._before)
-        left = round(each * (state.max_steps - state.global_step))
-        time_left = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-        said = f"step {state.global_step:,} of {state.max_steps:,}, {time_left} left"
-        print(said, file=sys.stderr, flush=True)
+        left = tqdm.format_interval(each * (state.max_steps - state.global_step))
+        print(f"step {state.global_step:,} of {state.max_steps:,}, {left} left", file=sys.stderr, flush=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
         line = self.words(state, logs or {})

@@ -17,10 +17,8 @@ from ..files import first_line, importing
 from . import tables
 from .tables import STDIN, Rows
 
-SAVED, DICT = (
-    "state.json",
-    "dataset_dict.json",
-)  # what datasets' save_to_disk writes beside the Arrow files, and above splits
+# What datasets' save_to_disk writes beside the Arrow files, and above splits.
+SAVED, DICT = "state.json", "dataset_dict.json"
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet", ".arrow")
 _MAGIC = b"ARROW1"  # with which an Arrow file begins, and no Arrow stream
 _LONGEST = 2**31 - 1  # characters, what fits a C long on every platform

@@ -13,25 +13,18 @@ from s2sent_kernels.cli import main
 from s2sent_kernels.files import locked
 
 
+def train(output):
+    command = "train --freeze-encoder --data data.tsv --model encoder --device cpu --epochs 1 --batch-size 4 --output"
+    assert main([*command.split(), output]) == 0
+
+
 @pytest.fixture
 def trained(tmp_path, monkeypatch, capsys):
     """A folder with the cache of a training; and what the training said."""
     monkeypatch.chdir(tmp_path)
     save_encoder("encoder")
     write_examples(tmp_path / "data.tsv", pairs(8))
-    arguments = [
-        "train",
-        "--freeze-encoder",
-        "--data",
-        "data.tsv",
-        "--model",
-        "encoder",
-        "--device",
-        "cpu",
-        "--epochs",
-        "1",
-    ]
-    assert main([*arguments, "--batch-size", "4", "--output", "out"]) == 0
+    train("out")
     return capsys.readouterr().err
 
 
@@ -40,7 +33,7 @@ def caches():
 
 
 def test_the_size_is_said_before_the_cache_is_made(tmp_path, trained):
-    """As the files have it, but for their headers; and once."""
+    """As the files have it, but for their headers."""
     (one,) = caches()
     arrays = json.loads((one.folder / "about.json").read_text())["arrays"]
     texts, blocks, frequencies, features = arrays["frequencies"]["shape"]
@@ -50,35 +43,10 @@ def test_the_size_is_said_before_the_cache_is_made(tmp_path, trained):
     assert said[4] == cache_files.in_words(size)
     headers = 128 * len(arrays)
     assert size == sum(path.stat().st_size for path in one.folder.glob("*.npy")) - headers
-    arguments = [
-        "train",
-        "--freeze-encoder",
-        "--data",
-        "data.tsv",
-        "--model",
-        "encoder",
-        "--device",
-        "cpu",
-        "--epochs",
-        "1",
-    ]
-    assert main([*arguments, "--batch-size", "4", "--output", "again"]) == 0
 
 
 def test_a_cache_that_is_there_is_not_announced(trained, capsys):
-    arguments = [
-        "train",
-        "--freeze-encoder",
-        "--data",
-        "data.tsv",
-        "--model",
-        "encoder",
-        "--device",
-        "cpu",
-        "--epochs",
-        "1",
-    ]
-    assert main([*arguments, "--batch-size", "4", "--output", "again"]) == 0
+    train("again")
     assert "cache: " not in capsys.readouterr().err
 
 

@@ -7,8 +7,47 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import save_encoder
 
+from s2sent_kernels import backends
 from s2sent_kernels.cli import main
+
+
+def test_doctor_names_versions_variables_and_backends(capsys, monkeypatch):
+    monkeypatch.setenv("S2SENT_DEBUG", "1")
+    assert main(["doctor"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[0] not in "'b")
+    assert lines["torch"] == torch.__version__ or torch.__version__.startswith(lines["torch"])
+    assert lines["S2SENT_DEBUG"] == "1"
+    assert lines["S2SENT_BACKEND"] == "not set"
+    main(["doctor"])
+    out = capsys.readouterr().out
+    for name, status in backends().items():
+        assert f"backend {name}" in out
+        assert status.reason in out
+
+
+def test_doctor_says_how_a_model_is_run(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    model_dir = tmp_path / "encoder"
+    save_encoder(model_dir, layers=3)
+    assert main(["doctor", "--model", str(model_dir)]) == 0
+    out = capsys.readouterr().out
+    assert "an encoder alone" in out and "BertModel of 3 blocks, float32" in out and "batches without padding" in out
+    config = transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=8, num_layers=2, num_heads=2)
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path / "t5")
+    transformers.AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path / "t5")
+    main(["doctor", "--model", str(tmp_path / "t5")])
+    captured = capsys.readouterr()
+    assert captured.out.count("batches are padded: ") == 1, captured.err
+    assert main(["doctor", "--model", "./nowhere"]) == 2
+    assert capsys.readouterr().err == "s2sent: error: --model ./nowhere: there is no such directory\n"
+
+
+def test_doctor_survives_an_impossible_environment(capsys, monkeypatch):
+    monkeypatch.setenv("S2SENT_BACKEND", "nonsense")
+    assert main(["doctor"]) == 0
+    assert "expected 'auto' or one of" in capsys.readouterr().out
 
 
 def test_doctor_names_every_library_of_the_extras(capsys, monkeypatch):

@@ -9,6 +9,8 @@ import threading
 import pytest
 from builders import save_encoder
 
+from s2sent_kernels import hub as module
+
 pytest.importorskip("sentence_transformers")
 
 NAME = "somebody/encoder"
@@ -108,3 +110,24 @@ def test_offline_no_hub_is_asked(tmp_path, hub):
     said = run(tmp_path, address, "-m", "s2sent_kernels.cli", "doctor", "--model", "somebody/else", offline="1")
     assert said.returncode == 2 and LOOKING not in said.stderr and said.stderr.count("\n") == 1
     assert not asked(connections)
+
+
+def test_an_answer_counts_for_a_while(monkeypatch):
+    """The same for a model that is there, and for one that is not."""
+    library = pytest.importorskip("huggingface_hub")
+    now, questions = [100.0], []
+
+    def model_info(self, name, timeout):
+        questions.append(name)
+        if name == "user/none":
+            raise ValueError("no such model")
+
+    monkeypatch.setattr(library.HfApi, "model_info", model_info)
+    monkeypatch.setattr(library.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(module, "_asked", {})
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    for name in ("user/none", "user/a", "user/b"):
+        assert module.reached(name) == name
+    assert questions == ["user/none"]
+    now[0] += module.ASKED_EVERY
+    assert module.reached("user/b") == "user/b" and questions == ["user/none", "user/b"]

@@ -1,6 +1,7 @@
 """What users of libraries of this kind have reported, where a wrong value would come without an error."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from sentence_transformers import SentenceTransformer  # noqa: E402
 from sentence_transformers.base.modules import Transformer  # noqa: E402
 
 from s2sent_kernels import Embedder, servers  # noqa: E402
+from s2sent_kernels.cli import main  # noqa: E402
+from s2sent_kernels.commands import export  # noqa: E402
 from s2sent_kernels.sentence_transformers import S2SentPooling, load  # noqa: E402
 from s2sent_kernels.sources import LoadError  # noqa: E402
 from s2sent_kernels.transformers import S2SentModel  # noqa: E402
@@ -134,3 +137,11 @@ def test_a_folder_of_t5_gives_its_encoder(tmp_path):
     model = S2SentModel.from_encoder(tmp_path, "last:2", bottleneck=4, frequencies=2)
     assert isinstance(model.encoder, transformers.T5EncoderModel)
     assert model(torch.tensor([[5, 6, 7]]), torch.ones(1, 3)).embedding.shape == (1, 16)
+
+
+@pytest.mark.parametrize("kind, said", [("classifier", True), ("model", False)])
+def test_the_export_of_a_classifier_says_what_it_leaves_out(kind, said, tmp_path, monkeypatch, capsys):
+    saved = Path(__file__).parents[1] / "data" / kind
+    monkeypatch.setitem(export.WRITERS, ".onnx", lambda pipeline, path: path.write_bytes(b""))
+    assert main(["export", "--model", str(saved), "--output", str(tmp_path / "a.onnx"), "--device", "cpu"]) == 0
+    assert ("is a classifier: its embeddings are exported, and not its labels" in capsys.readouterr().err) == said

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from . import config
 
+RUN = tl.constexpr(config.RUN)
 SCAN = tl.constexpr(config.SCAN)
 
 

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from ...formula.call import Batch
 from . import config
-from .common import real_span, row_pointers, sentence_at, sum_slots, wait_for_previous
+from .common import RUN, real_span, row_pointers, sentence_at, sum_slots, wait_for_previous
 from .direct import direct
 from .launch import FUSE_MULTIPLY_ADD, HiddenStates, Mask, cdiv, dense, launches_overlap
 
-RUN = tl.constexpr(config.RUN)
 _RUNTIME = ["num_tokens", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l"]
 # Their alignment must not select another variant, which could sum in another order.
 _UNALIGNED = ["p_mask", "p_cu_seqlens"]

@@ -25,12 +25,11 @@ from torch import Tensor
 from ...formula.call import Batch, PartialSums, Place, Reading
 from . import config
 from .bottleneck import Squeezed, bottleneck_like, down_weight_rows, store_bottleneck
-from .common import allow_next_launch, block_factor, frequency_of, real_span, token_scale
+from .common import RUN, allow_next_launch, block_factor, frequency_of, real_span, token_scale
 from .direct import direct
 from .launch import FUSE_MULTIPLY_ADD, HiddenStates, Mask, dense, launches_overlap
 from .squeeze_sums import sum_tokens
 
-RUN = tl.constexpr(config.RUN)
 _RUNTIME = ["num_tokens", "stride_b", "stride_l", "stride_mask_b", "stride_mask_l", "first_block"]
 # Their alignment must not select another variant, which could sum in another order.
 _UNALIGNED = ["p_mask", "p_cu_seqlens"]

@@ -63,9 +63,8 @@ class Options(NamedTuple):
 
     shard: Shard | None = None  # of a folder of parts
     force: bool = False  # replace the parts of another run, or a whole that is there
-    skip: bool = (
-        False  # rows that cannot be encoded get NaN and are noted; else they fail their part, or the run of a file
-    )
+    # Rows that cannot be encoded get NaN and are noted; else they fail their part, or the run of a file.
+    skip: bool = False
     bar: bool | None = None  # as in Progress
     say: Say = print
 
