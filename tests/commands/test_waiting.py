@@ -113,7 +113,7 @@ def test_lines_where_nobody_watches(callbacks, monkeypatch, capsys):
     lines.on_train_begin(None, state(20), None)  # it goes on from a checkpoint
     for step, now[0] in ((25, 20.0), (30, 30.0), (32, 45.0), (40, 120.0)):
         lines.on_step_end(None, state(step), None)
-    assert capsys.readouterr() == ("", "step 30 of 100, 0:03:30 left\nstep 40 of 100, 0:06:00 left\n")
+    assert capsys.readouterr() == ("", "step 30 of 100, 03:30 left\nstep 40 of 100, 06:00 left\n")
     now[0] = 140.0
     lines.on_log(None, state(50, epoch=1.0), None, {"loss": 0.5, "grad_norm": 1.0})
     lines.on_log(None, state(50, epoch=1.0), None, {"eval_score": 0.75})
