@@ -6,6 +6,7 @@
 # make compare BASE=main       this package and a git revision in alternation: did my change help? Options: bench/compare.py
 # make hub                    build/hub: what the library kernels loads from a hub, in pure Python and Triton
 # make matrix                 the wheel beside other Pythons, torches and libraries: docs/compatibility.md; gigabytes, needs nox
+# make aarch64                 the compiled backend's CPU tests on an emulated aarch64: docs/compatibility.md; needs Debian and 6 GB
 # make sweep                   every text encoder of transformers, made tiny, against docs/encoders.md: tests marked "slow"
 # make fuzz SECONDS=3600       drawn calls against the float64 reference, other ones each time; S2SENT_TEST_BACKEND names the backend
 # make wheel                   builds dist/*.whl, audits its ABI, and loads it in a fresh environment with torch alone beside it
@@ -20,7 +21,7 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
-.PHONY: help demo test sweep fuzz bench accuracy compare release hub matrix sanitize sanitize-threads lint clean package
+.PHONY: help demo test sweep fuzz bench accuracy compare release hub matrix aarch64 sanitize sanitize-threads lint clean package
 
 BOOTSTRAP ?= python3
 WORKERS ?= 2
@@ -156,6 +157,9 @@ matrix: $(RELEASE_READY)
 	rm -rf build
 	S2SENT_BUILD=cpu $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/matrix .
 	$(PY) -m nox $(NOX_OPTIONS)
+
+aarch64:
+	$(BOOTSTRAP) tests/aarch64.py
 
 sweep: $(DEV_READY)
 	env -u TRITON_INTERPRET HF_HUB_OFFLINE=1 $(PY) -m pytest -m slow tests/encoders

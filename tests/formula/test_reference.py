@@ -243,14 +243,16 @@ def test_long_sentences_keep_their_digits():
     assert_close(f, definition_squeeze(hidden_states, None, 7), 1e-11)
 
 
-# ---------------------------------------------------------------- low precision: at most twice PyTorch's own error
+# ---------------------------------------------------------------- low precision: beside PyTorch's own error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @table("N, M, L, mask", [(3, 4, 33, "mixed"), (6, 3, 5, "none"), (7, 7, 33, "holes")])
 @pytest.mark.parametrize("pooling", [None, "mean", "last"])
 def test_low_precision_forward_and_gradients(dtype, N, M, L, mask, pooling, backend):
-    """Against float64 on the same rounded inputs; beside it the formula in PyTorch with everything in ``dtype``."""
+    """Against float64 on the same rounded inputs: the root mean square of the errors is at most 1.5 times that of the formula in
+    PyTorch with everything in ``dtype``. The largest one is at most twice PyTorch's, but for the rounding of the result, in which
+    a BLAS may be lucky."""
     D = 16 * M  # enough numbers for their largest error to be meaningful
     low, attention_mask = make_batch(N, 32, L, D, dtype=dtype, mask=mask)
     parameters = make_parameters(N, D, dtype=torch.float32)
@@ -282,8 +284,10 @@ def test_low_precision_forward_and_gradients(dtype, N, M, L, mask, pooling, back
     mine = run(ours, low)
     for index, (t, a, b) in enumerate(zip(truth, theirs, mine, strict=True)):
         assert b.dtype == dtype
-        allowed = 2 * (a.double() - t).abs().max()
-        assert (b.double() - t).abs().max() <= allowed, f"tensor {index}"
+        error, eager = (b.double() - t).abs(), (a.double() - t).abs()
+        assert error.square().mean() <= 1.5**2 * eager.square().mean(), f"tensor {index}"
+        half_an_ulp = torch.finfo(dtype).eps / 2 * t.abs().max()
+        assert error.max() <= 2 * eager.max() + half_an_ulp, f"tensor {index}"
 
 
 @pytest.mark.parametrize("options", [{}, {"training": True}, {"profile": "official"}], ids=str)

@@ -1,6 +1,7 @@
 """The house rules that a program can check, from the syntax trees of the sources; nothing of the package is imported."""
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,38 @@ def test_launches_and_helpers_of_triton_have_no_more_than_eight_parameters():
             if len(parameters(node)) > MOST_PARAMETERS:
                 found.append(f"{path.name}:{node.lineno}: {node.name} has {len(parameters(node))}")
     assert not found, "\n".join(found)
+
+
+def test_nothing_else_is_committed_at_the_top():
+    """What a command or a test writes into the current folder has been committed before."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if files.returncode:
+        pytest.skip("not a clone")
+    assert {Path(line).parts[0] for line in files.stdout.splitlines()} <= {
+        *(
+            ".ci",
+            ".gitignore",
+            "CHANGELOG.md",
+            "CITATION.cff",
+            "CONTRIBUTING.md",
+            "LICENSE",
+            "MANIFEST.in",
+            "Makefile",
+            "NOTICE",
+        ),
+        *(
+            "README.md",
+            "bench",
+            "csrc",
+            "docs",
+            "hub",
+            "noxfile.py",
+            "pyproject.toml",
+            "s2sent_kernels",
+            "setup.py",
+            "tests",
+        ),
+    }
 
 
 def test_files_are_short():
