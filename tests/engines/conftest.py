@@ -1,6 +1,7 @@
 """Skips what cannot run in this process, and the fixtures of every engine's tests. See harness.py."""
 
 import functools
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,11 @@ from corners import Place
 from harness import BACKEND, DEVICE
 
 from s2sent_kernels import backends
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import quick_interpreter
+
+    quick_interpreter.install()
 
 
 def pytest_collection_modifyitems(items):
