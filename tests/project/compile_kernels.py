@@ -67,8 +67,9 @@ def compile_instead_of_launching(compiled):
     JITFunction.__getitem__ = __getitem__
 
 
-def launch_all(size, frequencies, num_blocks, dtype):
-    """Every launcher, in all variants that differ in what they load: masked and packed, pooled, tokens, backward."""
+def launch_all(size, frequencies, num_blocks, dtype, gates):
+    """Every launcher, in all variants that differ in what they load: masked and packed, pooled, tokens, backward. ``gates``:
+    those that read no hidden states, too, in which M is no more than the length of a loop."""
     from s2sent_kernels import S2SentSelector
     from s2sent_kernels.engines.triton import engine
     from s2sent_kernels.formula.call import Batch, BatchStatistics, Gating, HiddenGradients, PartialSums, Place, Reading
@@ -92,6 +93,10 @@ def launch_all(size, frequencies, num_blocks, dtype):
         engine.fuse_backward(blocks[0], batch)
         engine.squeeze_backward(HiddenGradients(squeezed=f, pooled=p), batch.layout, needed, pooled)
         engine.squeeze_backward(HiddenGradients(squeezed=f, fused=blocks[0], gates=p), batch.layout, needed, tokens)
+    sums = PartialSums(torch.zeros(BATCH, num_blocks, size), p)
+    engine.squeeze_block(batch._replace(hidden_states=blocks[:1]), Place(1, num_blocks), sums, pooled)
+    if not gates:
+        return
     engine.gate_pool_backward(f.to(dtype), f, p, parameters, tanh)
     engine.gate_backward(p, f, parameters, relu)
     statistics = BatchStatistics(*(torch.zeros(num_blocks * size) for _ in range(2)))
@@ -103,8 +108,6 @@ def launch_all(size, frequencies, num_blocks, dtype):
     groups = torch.empty(MANY_SENTENCES, engine.num_groups(num_blocks), size)
     sums = PartialSums(groups, torch.empty(MANY_SENTENCES, num_blocks, size))
     engine.gate_pool(sums, parameters, frequencies, tanh, dtype)
-    sums = PartialSums(torch.zeros(BATCH, num_blocks, size), p)
-    engine.squeeze_block(batch._replace(hidden_states=blocks[:1]), Place(1, num_blocks), sums, pooled)
 
 
 def resources(kernel, capability):
@@ -131,11 +134,12 @@ def resources(kernel, capability):
 def main(capability, cases):
     capability = int(capability)
     driver.set_active(StandInDriver(capability))
-    compiled, failures = [], 0
+    compiled, failures, with_gates = [], 0, set()
     compile_instead_of_launching(compiled)
     for case in cases:
         size, frequencies, num_blocks = (int(number) for number in case.split(","))
-        launch_all(size, frequencies, num_blocks, torch.bfloat16)
+        launch_all(size, frequencies, num_blocks, torch.bfloat16, gates=num_blocks not in with_gates)
+        with_gates.add(num_blocks)
         for name, kernel in {id(kernel): (name, kernel) for name, kernel in compiled}.values():
             registers, spilled = resources(kernel, capability)
             loads = HIDDEN_LOAD.findall(kernel.asm["ptx"]) if name in READERS else []
