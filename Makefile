@@ -1,6 +1,7 @@
 # make demo                    a fresh machine to nearest sentences: makes .venv, installs, runs `s2sent demo`
 # make test                    makes .venv, installs what the tests need, runs them
 # make test PYTHON=/a/python   the same in an environment that exists; installs nothing but this package
+# make changed                 the tests that what has changed since the last such call needs, engines left out; pytest-testmon
 # make bench                   measures what this machine can (without a GPU under ten minutes): bench/results, bench/REPORT.md
 # make accuracy                errors against float64, beside eager PyTorch's: bench/results/accuracy, bench/ACCURACY.md
 # make compare BASE=main       this package and a git revision in alternation: did my change help? Options: bench/compare.py
@@ -21,7 +22,7 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
-.PHONY: help demo test sweep fuzz bench accuracy compare release hub matrix aarch64 sanitize sanitize-threads lint clean package
+.PHONY: help demo test sweep fuzz bench accuracy compare release hub matrix changed aarch64 sanitize sanitize-threads lint clean package
 
 BOOTSTRAP ?= python3
 WORKERS ?= 2
@@ -157,6 +158,11 @@ matrix: $(RELEASE_READY)
 	rm -rf build
 	S2SENT_BUILD=cpu $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/matrix .
 	$(PY) -m nox $(NOX_OPTIONS)
+
+# What was run last is kept in .testmondata, by pytest-testmon, which is in no extra. The first call runs all tests.
+changed: $(DEV_READY)
+	@$(PY) -c 'import testmon' 2>/dev/null || $(PY) -m pip install --quiet pytest-testmon
+	env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(PY) -m pytest --testmon tests --ignore=tests/engines -n $(WORKERS) --dist worksteal
 
 aarch64:
 	$(BOOTSTRAP) tests/aarch64.py
