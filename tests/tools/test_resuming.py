@@ -233,7 +233,7 @@ def test_the_command_goes_on(tmp_path, encoder, capsys, task, monkeypatch):
     assert run() == 2
     assert "not empty; --resume goes on from a checkpoint in it" in capsys.readouterr().err
     assert run("--resume", "--seed", "7") == 2
-    assert "got other seed" in capsys.readouterr().err
+    assert "seed = 0, got 7: repeat those to go on, or name another output" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(resuming, "remove", lambda _: None)
         assert run("--resume") == 0
