@@ -43,6 +43,7 @@ _ONLY = {
     "mini_batch": _Only((CONTRASTIVE,), frozen=False),
     "precision": _Only(frozen=False),
     "report_to": _Only(frozen=False),
+    "save_minutes": _Only(frozen=False),
     "temperature": _Only((CONTRASTIVE, STS)),
     "symmetric": _Only((CONTRASTIVE,), frozen=True),
     "widths": _Only((CONTRASTIVE,), frozen=True),
@@ -210,6 +211,13 @@ def _add_run(group: Any) -> None:
         "as without this option, but a finished result is left as it is",
     )
     group.add_argument(
+        "--save-minutes",
+        type=float,
+        metavar="MINUTES",
+        help="after which there is a checkpoint within an epoch, too, beside those at the ends of epochs; 0: never (default: "
+        f"{recipe.DEFAULT.save_minutes:g})",
+    )
+    group.add_argument(
         "--report-to",
         choices=recipe.REPORTERS,
         help="tell the training to this library, too, without --freeze-encoder; history.jsonl is always written (default: none)",
@@ -331,7 +339,9 @@ def _what_is_kept(task: Task) -> str:
 
     if resuming.begun(task.output):
         return f"the checkpoints in {task.output} are kept: the same command with --resume goes on from the newest"
-    return "nothing is kept: the first checkpoint is written at the end of an epoch"
+    minutes = task.given.get("save_minutes", recipe.DEFAULT.save_minutes)
+    within = f" after {minutes:g} minutes, or" if minutes else ""
+    return f"nothing is kept: the first checkpoint is written{within} at the end of an epoch"
 
 
 def _is_finished(task: Task) -> bool:

@@ -180,3 +180,11 @@ def test_what_an_interrupted_full_training_keeps_is_said(tmp_path, monkeypatch, 
         assert main(arguments) == 130
         lines = capsys.readouterr().err.splitlines()
         assert said in lines[0] and lines[1:] == ["s2sent: error: interrupted"]
+    monkeypatch.setattr(resuming, "begun", lambda output: False)
+    for options, said in (
+        ([], "after 10 minutes, or at the end of an epoch"),
+        (["--save-minutes", "2.5"], "after 2.5 minutes, or at the end of an epoch"),
+        (["--save-minutes", "0"], "at the end of an epoch"),
+    ):
+        assert main([*arguments, *options]) == 130
+        assert f"nothing is kept: the first checkpoint is written {said}\n" in capsys.readouterr().err

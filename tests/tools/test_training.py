@@ -230,8 +230,8 @@ def test_checkpoints_that_name_no_mini_batch_have_none(tmp_path):
     folder.joinpath(resuming._SETTINGS).write_text('{"epochs": 2}')
     known = {"epochs": 2, "processes": 1, "mini_batch": None}
     resuming._check_settings(folder, known)
-    for name, value in (("mini_batch", 4), ("processes", 2)):
-        with pytest.raises(ValueError, match=f"got other {name}"):
+    for name, before, value in (("mini_batch", None, 4), ("processes", 1, 2), ("new", "nothing", 3)):
+        with pytest.raises(ValueError, match=f"begun with: {name} = {before}, got {value}: repeat those"):
             resuming._check_settings(folder, known | {name: value})
 
 
