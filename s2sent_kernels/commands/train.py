@@ -19,7 +19,7 @@ from ..tools.recipe import GATE_SCALE
 from ..tools.tables import STDIN
 from . import common, train_classifier, train_pairs
 from .common import UserError, positive
-from .train_task import CACHE, CLASSIFICATION, CONTRASTIVE, MAX_LENGTH, STS, TASKS, Task
+from .train_task import CACHE, CLASSIFICATION, CONTRASTIVE, MAX_LENGTH, STS, TASKS, Stage, Task
 
 
 class _Only(NamedTuple):
@@ -244,7 +244,7 @@ def _defaults(key: str) -> str:
 
 def run(arguments: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(arguments).items() if value is not None}
-    task = Task(arguments.task, given, Path(arguments.output))
+    task = Task(arguments.task, given, Path(arguments.output), Stage())
     _check_options(task)
     common.check_format(arguments.format, [arguments.data, *([] if arguments.dev is None else [arguments.dev])])
     if processes.count() > 1 and STDIN in (arguments.data, arguments.dev):
@@ -333,8 +333,12 @@ def _check_empty(task: Task) -> None:
 
 def _what_is_kept(task: Task) -> str:
     """Of a training that was interrupted."""
-    if task.frozen:  # the encoder's work, by far the longest
-        return f"what is encoded is kept in {task.cache}: the same command goes on from there, with --resume or without"
+    if task.frozen:  # the encoder's work, by far the longest, is kept; how much of it the cache has said
+        if task.stage.encoded:
+            what = f"all texts are encoded and kept in {task.cache}: the same command begins with the first epoch"
+        else:
+            what = f"the same command goes on after what is encoded and kept in {task.cache}"
+        return f"{what}, with --resume or without"
     from ..tools import resuming
 
     if resuming.begun(task.output):

@@ -104,6 +104,7 @@ def _train_frozen(task: Task, data: _Data) -> None:
     # Sorted, so that the cache does not depend on which of them are held out. A file has texts or pairs, never both.
     texts: Any = sorted({*data.train.texts, *data.dev.texts})
     cached = cache.make(encoder, tokenizer, texts, task.cache, settings, progress=True, verify=task.verify_cache)
+    task.stage.encoded = True
 
     def of(part: labelled.Labelled) -> frozen_tasks.Part:
         features = frozen.Features.of(cached, len(blocks), arguments["frequencies"], cached.rows(part.texts))

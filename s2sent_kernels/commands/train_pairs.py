@@ -93,6 +93,7 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
         progress=True,
         verify=task.verify_cache,
     )
+    task.stage.encoded = True
     epochs = Epochs(VARIED if len(recipes) > 1 else ())
 
     def train(module: torch.nn.Module, one: frozen.Recipe, told: frozen_loop.Told) -> frozen.History:
