@@ -20,8 +20,8 @@ pa = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402
 
 from s2sent_kernels.tools import encoding  # noqa: E402
+from s2sent_kernels.tools import progress as progress_module  # noqa: E402
 from s2sent_kernels.tools.encoding import Columns, Options, Request, Shard, finish, join, parts, plan, run  # noqa: E402
-from s2sent_kernels.tools.encoding import progress as progress_module  # noqa: E402
 
 ALONE = encoding.in_this_process(fake_encoders.lengths("cpu"))
 

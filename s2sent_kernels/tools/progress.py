@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from ...files import PROGRESS_EVERY, importing, on_terminal
+from ..files import PROGRESS_EVERY, importing, on_terminal
 
 with importing(None, "encode"):
     from tqdm import tqdm
