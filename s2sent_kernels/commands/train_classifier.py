@@ -158,7 +158,9 @@ def _mean_of_last(
     if cached.blocks[-1] == len(families.find_blocks(encoder)) - 1:
         return cached.mean_of_last()[cached.rows(part.texts)]
     texts: Any = part.texts
-    return evaluation.side_by_side(encoder, tokenizer, texts, max_length=max_length)[evaluation.MEAN_OF_LAST]
+    return evaluation.side_by_side(encoder, tokenizer, texts, max_length=max_length, progress=True)[
+        evaluation.MEAN_OF_LAST
+    ]
 
 
 def _fine_tune(task: Task, data: _Data) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from time import monotonic as clock
 from typing import Any
 
+from .. import waiting
 from ..files import PROGRESS_EVERY, importing, on_terminal
 from . import processes
 from .recipe import Recipe
@@ -119,22 +120,25 @@ class Bar(_Words, ProgressCallback):
 
 
 class Lines(_Words, TrainerCallback):
-    """What is logged on standard output; on standard error how far it is, where nothing was said for PROGRESS_EVERY seconds."""
+    """What is logged on standard output; on standard error how far it is, where nothing was said for PROGRESS_EVERY seconds;
+    once soon, so that the time left is known."""
 
     def __init__(self, score: str, factor: float = 1.0) -> None:
         super().__init__(score, factor)
         self._begun = self._said = 0.0
+        self._wait = PROGRESS_EVERY
         self._before = 0  # steps of an earlier call
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self._begun = self._said = clock()
+        self._wait = waiting.first(PROGRESS_EVERY)
         self._before = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         now = clock()
-        if not state.is_world_process_zero or now - self._said < PROGRESS_EVERY or sys.stderr is None:
+        if not state.is_world_process_zero or now - self._said < self._wait or sys.stderr is None:
             return
-        self._said = now
+        self._said, self._wait = now, PROGRESS_EVERY
         each = (now - self._begun) / max(1, state.global_step - self._before)
         left = tqdm.format_interval(each * (state.max_steps - state.global_step))
         print(f"step {state.global_step:,} of {state.max_steps:,}, {left} left", file=sys.stderr, flush=True)

@@ -469,7 +469,8 @@ def test_a_bar_or_lines(monkeypatch, capsys):
         for now[0] in (10.0, 20.0, 30.0, 40.0, 70.0):
             lines.advance(100, 500)
     assert capsys.readouterr().err.splitlines() == [
-        "700 of 1,000 texts, 10 texts/s, 50 tokens/s, 00:30 left",
+        "500 of 1,000 texts, 10 texts/s, 50 tokens/s, 00:50 left",  # the first of them soon
+        "800 of 1,000 texts, 10 texts/s, 50 tokens/s, 00:20 left",
         "900 of 1,000 texts, 7 texts/s, 36 tokens/s, 00:14 left",
     ]
 
