@@ -287,6 +287,8 @@ def _check_options(task: Task) -> None:
             raise UserError(f"{option}: {'not' if task.frozen else 'only'} with --freeze-encoder")
         if task.kind not in only.tasks:
             raise UserError(f"{option}: not with --task {task.kind}")
+    if "patience" in task.given and "dev" not in task.given and task.kind != CLASSIFICATION:
+        raise UserError("--patience: expected --dev, whose score it waits for")
     if "report_to" in task.given:
         try:
             files.require(task.given["report_to"], task.given["report_to"], None)

@@ -59,8 +59,6 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
     recipes = [base._replace(**dict(zip(VARIED, each, strict=True))) for each in itertools.product(*values)]
     if len(recipes) > 1 and dev is None:
         raise UserError("--dev: expected a file that chooses among several learning rates and seeds, got none")
-    if base.patience is not None and dev is None:
-        raise UserError("patience: expected dev, whose score it waits for")
     if "widths" in task.given:
         recipes = [one._replace(widths=tuple(task.given["widths"])) for one in recipes]
     for one in recipes:
