@@ -105,8 +105,7 @@ def fine_tune(
 ) -> float:
     """Train encoder, selector and head in place by transformers' Trainer, keep the epoch with the best score on ``dev``, and save
     it in ``folder``. Returns that score, times 100. On several GPUs, start it with torchrun; the first process writes. Until the
-    model is saved, a folder in ``folder`` holds the checkpoints, one per epoch; ``resume`` is that of
-    ``training.fine_tune``.
+    model is saved, a folder in ``folder`` holds the checkpoints; they and ``resume`` are those of ``training.fine_tune``.
 
     Raises:
         ValueError: a number of the recipe is out of range, one process sees several GPUs, the checkpoints to resume from were

@@ -60,9 +60,10 @@ def fine_tune(
     dev: _Dev | None = None,
     resume: bool = False,
 ) -> float | None:
-    """Train ``model`` in place, on in-batch negatives and the examples' own or on scored pairs, and save it in ``output``. Until
-    then a folder in ``output`` holds the checkpoints, one per epoch. With ``dev`` (sentences, their partners, scores) the best
-    epoch's weights are kept, and 100 times their Spearman correlation is returned.
+    """Train ``model`` in place, on in-batch negatives and the examples' own or on scored pairs, and save it in ``output``.
+    Until then a folder in ``output`` holds the checkpoints, one per epoch and, within an epoch, one every
+    ``recipe.save_minutes``. With ``dev`` (sentences, their partners, scores) the best epoch's weights are kept, and 100 times
+    their Spearman correlation is returned.
 
     On several GPUs, start it with torchrun or accelerate; the first process writes. ``resume`` continues from the newest whole
     checkpoint in ``output``, or from the beginning where there is none, with the same result as an uninterrupted training. It
