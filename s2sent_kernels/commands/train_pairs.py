@@ -159,12 +159,13 @@ def _fine_tune(task: Task, examples: Examples | Scored, dev: list[tuple[str, str
     )
     pooling.provenance = task.provenance(settings, len(examples.rows))
     model = SentenceTransformer(modules=[transformer, pooling], device=str(device))
+    columns: Any = None if dev is None else tuple(map(list, zip(*dev, strict=True)))
+    resume = "resume" in task.given
+    training.check(model, examples, task.output, settings, dev=columns, resume=resume)  # before dev is encoded
     before: dict[str, float] = {}
     if dev is not None and processes.is_first():
         encoder, tokenizer = transformer.auto_model, transformer.tokenizer
         before = verdict.untouched(encoder, tokenizer, dev, pooling.blocks, task.pooling, task.max_length)
-    columns: Any = None if dev is None else tuple(map(list, zip(*dev, strict=True)))
-    resume = "resume" in task.given
     score = training.fine_tune(model, examples, task.output, settings, dev=columns, resume=resume)
     if not processes.is_first():
         return

@@ -90,7 +90,7 @@ def own(output: Path, last: str, settings: dict[str, Any], resume: bool) -> Iter
         with locked(checkpoints / _LOCK, wait=False):
             try:
                 if resume:
-                    _check_settings(checkpoints, settings)
+                    check_settings(output, settings)
                 _sweep(checkpoints)
                 start = _start(checkpoints) if resume else Start()
                 if start.checkpoint is None:
@@ -105,7 +105,9 @@ def own(output: Path, last: str, settings: dict[str, Any], resume: bool) -> Iter
         raise
 
 
-def _check_settings(checkpoints: Path, settings: dict[str, Any]) -> None:
+def check_settings(output: Path, settings: dict[str, Any]) -> None:
+    """ValueError where the checkpoints in ``output`` are of a training with other settings."""
+    checkpoints = output / CHECKPOINTS
     note = checkpoints / _SETTINGS
     if not note.exists() and not any(checkpoints.glob("checkpoint-*")):
         return  # killed before it wrote anything

@@ -81,6 +81,21 @@ def fine_tune(
         return _train(model, examples, Path(output), recipe, dev, start)
 
 
+def check(
+    model: SentenceTransformer,
+    examples: Examples | Scored,
+    output: str | os.PathLike[str],
+    recipe: Recipe = DEFAULT,
+    *,
+    dev: _Dev | None = None,
+    resume: bool = False,
+) -> None:
+    """The errors of ``fine_tune`` that can be told at once, for callers that have other work to do before it."""
+    _check(model, examples, recipe, dev)
+    if resume:
+        resuming.check_settings(Path(output), _settings(model, examples, recipe, dev))
+
+
 def _train(
     model: SentenceTransformer,
     examples: Examples | Scored,

@@ -229,10 +229,10 @@ def test_checkpoints_that_name_no_mini_batch_have_none(tmp_path):
     folder.mkdir()
     folder.joinpath(resuming._SETTINGS).write_text('{"epochs": 2}')
     known = {"epochs": 2, "processes": 1, "mini_batch": None}
-    resuming._check_settings(folder, known)
+    resuming.check_settings(tmp_path, known)
     for name, before, value in (("mini_batch", None, 4), ("processes", 1, 2), ("new", "nothing", 3)):
         with pytest.raises(ValueError, match=f"begun with: {name} = {before}, got {value}: repeat those"):
-            resuming._check_settings(folder, known | {name: value})
+            resuming.check_settings(tmp_path, known | {name: value})
 
 
 def test_mini_batches_are_of_negatives(tmp_path, encoder):
