@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import families, validate, waiting
-from .cache_files import ABOUT, Unfinished, announce, check_rows, done_by_all, opened, rank_and_world, sweep
+from .cache_files import ABOUT, Unfinished, announce, check_rows, done_by_all, opened, rank_and_world, say, sweep
 from .cache_files import DamagedCache as DamagedCache  # public under this name
 from .capture import BLOCK_NORMS, BlockCapture
 from .files import locked
@@ -346,7 +346,13 @@ def _fill(
 ) -> None:
     """Compute and write the rank's share of the batches, from its last record of progress on."""
     mine, known = unfinished.share(batches, rank), unfinished.done(batches, rank)
-    done = known.batches
+    done, total = known.batches, sum(map(len, mine))
+
+    def recorded_texts() -> int:
+        return sum(map(len, mine[: known.batches]))
+
+    if progress and done:
+        say(f"cache: going on after {recorded_texts():,} of {total:,} texts")
     todo = encoders.state_batches(
         capture, tokenizer, texts, mine, max_length=settings.max_length, skip=done, progress=progress
     )
@@ -363,10 +369,12 @@ def _fill(
                 due = clock() - recorded >= RECORD_SECONDS
                 if due or done % RECORD_EVERY == 0 or done == len(mine):
                     arrays.flush()
-                    known = known.after(done, arrays)
-                    unfinished.note(rank, known)
-                    recorded = clock()
-    except BaseException:
+                    after = known.after(done, arrays)
+                    unfinished.note(rank, after)
+                    known, recorded = after, clock()
+    except BaseException as error:
+        if progress and not isinstance(error, Exception):
+            say(f"cache: {recorded_texts():,} of {total:,} texts are encoded and kept in {unfinished.folder.parent}")
         if unfinished.world is None and not known.batches:  # no progress to resume from
             unfinished.remove()
         raise

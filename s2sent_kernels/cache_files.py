@@ -117,7 +117,12 @@ def announce(target: Path, shape: tuple[int, int, int, int | None], pooled: bool
     texts, blocks, frequencies, features = shape
     if features is not None:
         size = in_words(size_of(texts, blocks, features, frequencies, pooled))
-        print(f"cache: {texts:,} texts x {blocks} blocks x {features} features, {size}, in {target}", file=sys.stderr)
+        say(f"cache: {texts:,} texts x {blocks} blocks x {features} features, {size}, in {target}")
+
+
+def say(line: str) -> None:
+    if sys.stderr is not None:
+        print(line, file=sys.stderr, flush=True)
 
 
 class Kept(NamedTuple):

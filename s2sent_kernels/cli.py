@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .commands import cache, demo, doctor, encode, evaluate, export, inspect, predict, search, train
 from .commands.common import UserError, first_line
-from .commands.parser import Parser
+from .commands.parser import Parser, in_options, options
 from .files import MissingPackage, disk_is_full
 from .probe import UnknownNorm
 from .sources import LoadError
@@ -43,7 +43,10 @@ def _run(argv: Sequence[str] | None) -> None:
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow, and reads no other output
         _complete(parser)
     arguments = parser.parse_args(argv)
-    COMMANDS[arguments.command].run(arguments)
+    try:
+        COMMANDS[arguments.command].run(arguments)
+    except UserError as error:
+        raise UserError(in_options(str(error), options(parser, arguments.command), arguments)) from error
     if sys.stdout is not None:
         sys.stdout.flush()  # flush here, so that main reports a write error; at interpreter shutdown it would be too late
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from .files import importing
 
@@ -24,7 +25,11 @@ pip install 's2sent_kernels[sentence-transformers]'
 
 
 class S2SentModelCardData(SentenceTransformerModelCardData):
-    """The library's own, but for the example: it names this package, and runs as it stands."""
+    """The library's own, but for the example: it names this package, and runs as it stands. It has no examples of the training's
+    data: they are for the hub's widget, which runs no module of another package, and a bar would show how they are chosen."""
+
+    def set_widget_examples(self, dataset: Any) -> None:
+        """None."""
 
     def generate_usage_snippet(self) -> str:
         code = re.sub(

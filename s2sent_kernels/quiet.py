@@ -1,11 +1,14 @@
-"""The log of transformers and its hub while models are loaded: what is wrong with one is an error here."""
+"""What other libraries say unasked: the log of transformers and its hub while models are loaded, where what is wrong with one is
+an error here; a warning of torch's exporter about itself."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 from .files import require
@@ -44,3 +47,12 @@ def quietly(function: Callable[P, T]) -> Callable[P, T]:
             hub.setLevel(before[2])
 
     return run
+
+
+@contextlib.contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """In the ``with`` block torch's exporter does not warn of what it uses itself and torch will remove: whoever exports a model
+    can do nothing about it. All other warnings stay."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        yield

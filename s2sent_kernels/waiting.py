@@ -1,4 +1,4 @@
-"""A line on standard error where a command has been silent for a while: what it waits for."""
+"""A line on standard error where a command has been silent for a while: what it waits for, or how far it is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import threading
 from collections.abc import Iterator
 
 SILENCE = 3.0  # seconds
+
+
+def first(every: float) -> float:
+    """Seconds until the first of the lines of progress that then come ``every`` so many."""
+    return min(SILENCE, every)
 
 
 @contextlib.contextmanager

@@ -229,7 +229,7 @@ def _ranges(encoder: Encoder, calibration: str, column: str) -> np.ndarray:
     from ..tools import encoding
 
     with _told(calibration):
-        seen = encoder.encode([row.text for row in encoding.read_texts([calibration], column)])
+        seen = encoder.encode_shown([row.text for row in encoding.read_texts([calibration], column)])
     ranges = np.stack([seen.min(axis=0), seen.max(axis=0)])
     if not (ranges[0] < ranges[1]).all():
         count = len(seen)

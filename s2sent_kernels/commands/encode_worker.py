@@ -114,6 +114,19 @@ class Encoder:
         util = require("sentence_transformers.util", "sentence-transformers", "sentence-transformers")
         return util.quantize_embeddings(embeddings, precision=options.precision, ranges=options.ranges)
 
+    def encode_shown(self, texts: list[str]) -> np.ndarray:
+        """``encode``, which shows how far it is where there is more than a moment's work."""
+        if len(texts) <= common.BATCH:
+            return self.encode(texts)
+        from ..tools.progress import Progress
+
+        with Progress(len(texts)) as progress:
+            self.told = progress.advance
+            try:
+                return self.encode(texts)
+            finally:
+                self.told = None
+
 
 def digest_of(made: Embedder) -> str:
     """Of all weights that the embeddings depend on, in the dtype in which they are computed, of the tokenizer's rules, and of

@@ -193,7 +193,11 @@ def _embedder(
             encoder, tokenizer, texts, modules, pooling=pooling or "mean", progress=True, **limits
         )
         if whole is not None:
-            found[evaluation.S2SENT] = torch.from_numpy(whole.encode(list(texts)))
+            from ..tools.progress import Progress
+
+            with Progress(len(texts)) as progress:
+                embeddings = whole.encode(list(texts), progress=progress.advance)
+            found[evaluation.S2SENT] = torch.from_numpy(embeddings)
         return found
 
     return embed, model

@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import export, hub, servers, sources
 from ..engines.choice import BACKENDS
+from ..quiet import quiet_exporter
 from . import common
 from .common import UserError
 
@@ -68,10 +69,11 @@ def run(arguments: argparse.Namespace) -> None:
         pipeline = common.load_pipeline(source).to(device)
         if arguments.backend is not None:
             pipeline.selector.backend = arguments.backend
-        if folder:
-            _write_folder(pipeline.float(), source, path, arguments)
-        else:
-            WRITERS[path.suffix](pipeline, path)
+        with quiet_exporter():
+            if folder:
+                _write_folder(pipeline.float(), source, path, arguments)
+            else:
+                WRITERS[path.suffix](pipeline, path)
     except OSError as error:
         raise UserError(f"--output {path}: {error.strerror or error}") from error
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # RuntimeError: any error of a compiler

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from .common import UserError
@@ -58,6 +58,32 @@ class Parser(argparse.ArgumentParser):
             if meant := near(str(value), map(str, action.choices or ())):
                 error.message += f": did you mean {meant}"
             raise
+
+
+def options(parser: argparse.ArgumentParser, command: str | None = None) -> dict[str, str]:
+    """The options of a parser by the names of the arguments that they give, with those of its subcommands, or of ``command``
+    alone."""
+    found: dict[str, str] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, each in action.choices.items():
+                if command in (None, name):
+                    found |= options(each)
+        elif action.option_strings and not isinstance(action, argparse._HelpAction):
+            found[action.dest] = action.option_strings[0]  # the others are former names
+    return found
+
+
+def in_options(message: str, known: Mapping[str, str], given: argparse.Namespace) -> str:
+    """A message about an argument, which its functions call by its name in Python, in the words of the command line.
+
+    Args:
+        known: ``options``.
+        given: what the command was called with. Messages about a file begin with its name, which may be that of an argument.
+    """
+    name, colon, rest = message.partition(": ")
+    values = [one for value in vars(given).values() for one in (value if isinstance(value, list) else [value])]
+    return f"{known[name]}: {rest}" if colon and name in known and name not in values else message
 
 
 def near(word: str, known: Iterable[str]) -> str | None:

@@ -93,7 +93,7 @@ def _logits(model: Any, tokenizer: Any, texts: list[Text], batch_size: int) -> t
     batches = encoders.in_batches(encoders.longest_first(texts), batch_size)
     encoder, limit = model.model.encoder, tokenizer.model_max_length
     with torch.no_grad():
-        for rows, inputs in encoders.token_batches(encoder, tokenizer, texts, batches, max_length=limit):
+        for rows, inputs in encoders.token_batches(encoder, tokenizer, texts, batches, max_length=limit, progress=True):
             found[rows] = model(**inputs).logits.float().cpu()
     return found
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .. import waiting
 from ..batches import OVERFLOWS
 from ..embedder import DTYPES
 from ..files import require
@@ -70,9 +71,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--index {error}") from error
     encoder = _encoder(arguments, index)
     try:
-        asked = encoder.encode(queries)
-        found, without = searching.nearest(asked, index.blocks(), arguments.top, arguments.engine)
-        items = index.items(sorted({hit.row for hits in found for hit in hits}))
+        asked = encoder.encode_shown(queries)
+        with waiting.told(f"comparing with {arguments.index}"):
+            found, without = searching.nearest(asked, index.blocks(), arguments.top, arguments.engine)
+            items = index.items(sorted({hit.row for hits in found for hit in hits}))
     except (ValueError, OSError) as error:
         raise UserError(f"--index {arguments.index}: {error}") from error
     if without:

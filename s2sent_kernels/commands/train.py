@@ -19,7 +19,7 @@ from ..tools.recipe import GATE_SCALE
 from ..tools.tables import STDIN
 from . import common, train_classifier, train_pairs
 from .common import UserError, positive
-from .train_task import CACHE, CLASSIFICATION, CONTRASTIVE, MAX_LENGTH, STS, TASKS, Task
+from .train_task import CACHE, CLASSIFICATION, CONTRASTIVE, MAX_LENGTH, STS, TASKS, Stage, Task
 
 
 class _Only(NamedTuple):
@@ -43,6 +43,7 @@ _ONLY = {
     "mini_batch": _Only((CONTRASTIVE,), frozen=False),
     "precision": _Only(frozen=False),
     "report_to": _Only(frozen=False),
+    "save_minutes": _Only(frozen=False),
     "temperature": _Only((CONTRASTIVE, STS)),
     "symmetric": _Only((CONTRASTIVE,), frozen=True),
     "widths": _Only((CONTRASTIVE,), frozen=True),
@@ -210,6 +211,13 @@ def _add_run(group: Any) -> None:
         "as without this option, but a finished result is left as it is",
     )
     group.add_argument(
+        "--save-minutes",
+        type=float,
+        metavar="MINUTES",
+        help="after which there is a checkpoint within an epoch, too, beside those at the ends of epochs; 0: never (default: "
+        f"{recipe.DEFAULT.save_minutes:g})",
+    )
+    group.add_argument(
         "--report-to",
         choices=recipe.REPORTERS,
         help="tell the training to this library, too, without --freeze-encoder; history.jsonl is always written (default: none)",
@@ -236,7 +244,7 @@ def _defaults(key: str) -> str:
 
 def run(arguments: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(arguments).items() if value is not None}
-    task = Task(arguments.task, given, Path(arguments.output))
+    task = Task(arguments.task, given, Path(arguments.output), Stage())
     _check_options(task)
     common.check_format(arguments.format, [arguments.data, *([] if arguments.dev is None else [arguments.dev])])
     if processes.count() > 1 and STDIN in (arguments.data, arguments.dev):
@@ -279,6 +287,8 @@ def _check_options(task: Task) -> None:
             raise UserError(f"{option}: {'not' if task.frozen else 'only'} with --freeze-encoder")
         if task.kind not in only.tasks:
             raise UserError(f"{option}: not with --task {task.kind}")
+    if "patience" in task.given and "dev" not in task.given and task.kind != CLASSIFICATION:
+        raise UserError("--patience: expected --dev, whose score it waits for")
     if "report_to" in task.given:
         try:
             files.require(task.given["report_to"], task.given["report_to"], None)
@@ -325,13 +335,19 @@ def _check_empty(task: Task) -> None:
 
 def _what_is_kept(task: Task) -> str:
     """Of a training that was interrupted."""
-    if task.frozen:  # the encoder's work, by far the longest
-        return f"what is encoded is kept in {task.cache}: the same command goes on from there, with --resume or without"
+    if task.frozen:  # the encoder's work, by far the longest, is kept; how much of it the cache has said
+        if task.stage.encoded:
+            what = f"all texts are encoded and kept in {task.cache}: the same command begins with the first epoch"
+        else:
+            what = f"the same command goes on after what is encoded and kept in {task.cache}"
+        return f"{what}, with --resume or without"
     from ..tools import resuming
 
     if resuming.begun(task.output):
         return f"the checkpoints in {task.output} are kept: the same command with --resume goes on from the newest"
-    return "nothing is kept: the first checkpoint is written at the end of an epoch"
+    minutes = task.given.get("save_minutes", recipe.DEFAULT.save_minutes)
+    within = f" after {minutes:g} minutes, or" if minutes else ""
+    return f"nothing is kept: the first checkpoint is written{within} at the end of an epoch"
 
 
 def _is_finished(task: Task) -> bool:

@@ -104,6 +104,7 @@ def _train_frozen(task: Task, data: _Data) -> None:
     # Sorted, so that the cache does not depend on which of them are held out. A file has texts or pairs, never both.
     texts: Any = sorted({*data.train.texts, *data.dev.texts})
     cached = cache.make(encoder, tokenizer, texts, task.cache, settings, progress=True, verify=task.verify_cache)
+    task.stage.encoded = True
 
     def of(part: labelled.Labelled) -> frozen_tasks.Part:
         features = frozen.Features.of(cached, len(blocks), arguments["frequencies"], cached.rows(part.texts))
@@ -157,7 +158,9 @@ def _mean_of_last(
     if cached.blocks[-1] == len(families.find_blocks(encoder)) - 1:
         return cached.mean_of_last()[cached.rows(part.texts)]
     texts: Any = part.texts
-    return evaluation.side_by_side(encoder, tokenizer, texts, max_length=max_length)[evaluation.MEAN_OF_LAST]
+    return evaluation.side_by_side(encoder, tokenizer, texts, max_length=max_length, progress=True)[
+        evaluation.MEAN_OF_LAST
+    ]
 
 
 def _fine_tune(task: Task, data: _Data) -> None:

@@ -59,8 +59,6 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
     recipes = [base._replace(**dict(zip(VARIED, each, strict=True))) for each in itertools.product(*values)]
     if len(recipes) > 1 and dev is None:
         raise UserError("--dev: expected a file that chooses among several learning rates and seeds, got none")
-    if base.patience is not None and dev is None:
-        raise UserError("patience: expected dev, whose score it waits for")
     if "widths" in task.given:
         recipes = [one._replace(widths=tuple(task.given["widths"])) for one in recipes]
     for one in recipes:
@@ -93,6 +91,7 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
         progress=True,
         verify=task.verify_cache,
     )
+    task.stage.encoded = True
     epochs = Epochs(VARIED if len(recipes) > 1 else ())
 
     def train(module: torch.nn.Module, one: frozen.Recipe, told: frozen_loop.Told) -> frozen.History:
@@ -160,12 +159,13 @@ def _fine_tune(task: Task, examples: Examples | Scored, dev: list[tuple[str, str
     )
     pooling.provenance = task.provenance(settings, len(examples.rows))
     model = SentenceTransformer(modules=[transformer, pooling], device=str(device))
+    columns: Any = None if dev is None else tuple(map(list, zip(*dev, strict=True)))
+    resume = "resume" in task.given
+    training.check(model, examples, task.output, settings, dev=columns, resume=resume)  # before dev is encoded
     before: dict[str, float] = {}
     if dev is not None and processes.is_first():
         encoder, tokenizer = transformer.auto_model, transformer.tokenizer
         before = verdict.untouched(encoder, tokenizer, dev, pooling.blocks, task.pooling, task.max_length)
-    columns: Any = None if dev is None else tuple(map(list, zip(*dev, strict=True)))
-    resume = "resume" in task.given
     score = training.fine_tune(model, examples, task.output, settings, dev=columns, resume=resume)
     if not processes.is_first():
         return

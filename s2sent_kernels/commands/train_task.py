@@ -30,12 +30,19 @@ REMEDIES = {  # of a loss that says nothing
 }
 
 
+class Stage:
+    """How far a frozen training is, for what is said where it is interrupted."""
+
+    encoded = False  # all texts are
+
+
 class Task(NamedTuple):
     """The options of `s2sent train`."""
 
     kind: str  # one of TASKS
     given: Mapping[str, Any]  # those that were given, by name
     output: Path
+    stage: Stage
 
     @property
     def frozen(self) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from time import monotonic as clock
 from typing import Any
 
+from .. import waiting
 from ..files import PROGRESS_EVERY, importing, on_terminal
 from . import processes
 from .recipe import Recipe
@@ -30,9 +32,52 @@ class _LossOfEachEpoch(TrainerCallback):
         control.should_log = True
 
 
+class _SavesWithinEpochs(TrainerCallback):
+    """A checkpoint after so many minutes without one, at the next step at which a loss is logged: a training that goes on from it
+    then logs what an uninterrupted one does. An epoch's last step is left to its end: a training that goes on from there begins
+    with the next epoch, and this one must have been evaluated."""
+
+    def __init__(self, minutes: float) -> None:
+        super().__init__()
+        self._seconds = 60 * minutes
+        self._saved = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self._saved = clock()
+
+    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self._saved = clock()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if control.should_log and not float(state.epoch).is_integer():  # the same in every process
+            due = clock() - self._saved >= self._seconds
+            control.should_save = processes.of_first(due, args.device) or control.should_save
+
+
+class _OrderOfEachEpoch(TrainerCallback):
+    """Each epoch has an order of its own, also where a training goes on within it: the trainer then wraps the samplers, and no
+    longer tells all of them the epoch's number."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        for sampler in _samplers(others["train_dataloader"].batch_sampler):
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(int(state.epoch or 0))
+
+
+def _samplers(outer: Any) -> Iterator[Any]:
+    while outer is not None:
+        yield outer
+        yield getattr(outer, "sampler", None)
+        outer = getattr(outer, "batch_sampler", None)
+
+
 def callbacks_of(recipe: Recipe) -> list[TrainerCallback]:
-    patience = [] if recipe.patience is None else [EarlyStoppingCallback(recipe.patience)]
-    return [_OwnDropout(), _LossOfEachEpoch(), *patience]
+    found: list[TrainerCallback] = [_OwnDropout(), _OrderOfEachEpoch(), _LossOfEachEpoch()]
+    if recipe.patience is not None:
+        found.append(EarlyStoppingCallback(recipe.patience))
+    if recipe.save_minutes:
+        found.append(_SavesWithinEpochs(recipe.save_minutes))
+    return found
 
 
 def show(trainer: Any, score: str, factor: float = 1.0) -> None:
@@ -75,22 +120,25 @@ class Bar(_Words, ProgressCallback):
 
 
 class Lines(_Words, TrainerCallback):
-    """What is logged on standard output; on standard error how far it is, where nothing was said for PROGRESS_EVERY seconds."""
+    """What is logged on standard output; on standard error how far it is, where nothing was said for PROGRESS_EVERY seconds;
+    once soon, so that the time left is known."""
 
     def __init__(self, score: str, factor: float = 1.0) -> None:
         super().__init__(score, factor)
         self._begun = self._said = 0.0
+        self._wait = PROGRESS_EVERY
         self._before = 0  # steps of an earlier call
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self._begun = self._said = clock()
+        self._wait = waiting.first(PROGRESS_EVERY)
         self._before = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         now = clock()
-        if not state.is_world_process_zero or now - self._said < PROGRESS_EVERY or sys.stderr is None:
+        if not state.is_world_process_zero or now - self._said < self._wait or sys.stderr is None:
             return
-        self._said = now
+        self._said, self._wait = now, PROGRESS_EVERY
         each = (now - self._begun) / max(1, state.global_step - self._before)
         left = tqdm.format_interval(each * (state.max_steps - state.global_step))
         print(f"step {state.global_step:,} of {state.max_steps:,}, {left} left", file=sys.stderr, flush=True)

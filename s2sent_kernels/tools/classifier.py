@@ -22,7 +22,8 @@ from . import history, processes, resuming
 from .callbacks import callbacks_of, show
 from .encoders import Text
 from .problems import NUMBERS, SCORES, Problem, check_dropout
-from .recipe import DEFAULT, DROPOUT, PRECISIONS, PRIORS, Recipe
+from .recipe import DEFAULT, DROPOUT, PRIORS, Recipe
+from .recipe import check as check_numbers
 
 LAST = resuming.OF_CLASSIFIER
 _SCORE = "eval_score"
@@ -104,8 +105,7 @@ def fine_tune(
 ) -> float:
     """Train encoder, selector and head in place by transformers' Trainer, keep the epoch with the best score on ``dev``, and save
     it in ``folder``. Returns that score, times 100. On several GPUs, start it with torchrun; the first process writes. Until the
-    model is saved, a folder in ``folder`` holds the checkpoints, one per epoch; ``resume`` is that of
-    ``training.fine_tune``.
+    model is saved, a folder in ``folder`` holds the checkpoints; they and ``resume`` are those of ``training.fine_tune``.
 
     Raises:
         ValueError: a number of the recipe is out of range, one process sees several GPUs, the checkpoints to resume from were
@@ -264,13 +264,6 @@ def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _check(recipe: Recipe) -> None:
-    for name in ("epochs", "batch_size", "accumulation"):
-        validate.positive_int(name, getattr(recipe, name))
-    for name in ("selector_learning_rate", "prior_learning_rate"):
-        validate.positive_number(name, getattr(recipe, name))
-    validate.number("learning_rate", recipe.learning_rate)
-    if not 0 <= recipe.learning_rate < float("inf"):
-        raise ValueError(f"learning_rate: expected 0 or more, got {recipe.learning_rate}")
-    validate.option("precision", recipe.precision, PRECISIONS)
+    check_numbers(recipe)
     if recipe.mini_batch is not None:
         raise ValueError(f"mini_batch: expected None for a classifier, which has no negatives, got {recipe.mini_batch}")

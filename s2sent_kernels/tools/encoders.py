@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,7 +12,6 @@ from .. import families
 from ..batches import TextTokenizer, Tokens, ahead, padded, to_device
 from ..capture import BlockCapture
 from ..encoder_runner import EncoderRunner
-from ..files import PROGRESS_EVERY, on_terminal, require
 
 AHEAD = 4  # batches that are tokenized while one is in work
 T = TypeVar("T")
@@ -71,8 +68,8 @@ def token_batches(
         batches: the rows of ``texts`` in each batch.
         max_length: texts are truncated to as many tokens, or to fewer where tokenizer or encoder support fewer. None: to what the
             encoder takes.
-        skip: how many batches to leave out at the beginning; the progress bar counts them.
-        progress: show a progress bar on stderr, or where that is no terminal a line every half minute.
+        skip: how many batches to leave out at the beginning; progress counts their texts.
+        progress: show it as ``Progress`` does.
     """
     tokenize = TextTokenizer(tokenizer, families.max_length(encoder, tokenizer, max_length))
     device = next(encoder.parameters()).device
@@ -108,20 +105,13 @@ def _tokenized(
             yield list(rows), tokenize(some) if isinstance(some[0], str) else tokenize.pairs(some)
 
     ready: Iterator[tuple[list[int], Tokens]] = ahead(made(), AHEAD)
-    return _shown(ready, skip, len(batches)) if progress else ready
+    return _shown(ready, sum(map(len, batches[:skip])), sum(map(len, batches))) if progress else ready
 
 
-def _shown(batches: Iterator[T], done: int, total: int) -> Iterator[T]:
-    """``batches``, of which each that is taken is told on stderr: a bar would fill a log's line without end."""
-    if on_terminal():
-        yield from require("tqdm.auto", "tqdm", "evaluate").tqdm(
-            batches, desc="encode", unit="batch", total=total, initial=done, disable=False
-        )
-        return
-    said = time.monotonic()
-    for number, batch in enumerate(batches, done):
-        now = time.monotonic()
-        if now - said >= PROGRESS_EVERY and sys.stderr is not None:
-            said = now
-            print(f"encode: {number:,} of {total:,} batches", file=sys.stderr, flush=True)
-        yield batch
+def _shown(batches: Iterator[tuple[list[int], T]], done: int, total: int) -> Iterator[tuple[list[int], T]]:
+    from .progress import Progress  # needs tqdm
+
+    with Progress(total, done) as progress:
+        for batch in batches:
+            yield batch
+            progress.advance(len(batch[0]), None)

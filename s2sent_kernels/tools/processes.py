@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from ..files import on_terminal
 from ..synchronised import Joinable, sync_statistics
 from .encoders import in_eval_mode
 from .recipe import Recipe
+
+LOG_EVERY = (
+    100  # steps at most: callbacks.py makes checkpoints where a loss is logged, and steps may last a few seconds
+)
 
 
 def count() -> int:
@@ -23,6 +29,16 @@ def count() -> int:
 def is_first() -> bool:
     """Whether this process is the one that writes and prints."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def of_first(value: bool, device: torch.device) -> bool:
+    """The first process's ``value``, in all of them, which call this together: where each would follow its own clock, some would
+    wait for the others for ever."""
+    if count() < 2:
+        return value
+    word = torch.tensor([int(value)], device=device)
+    torch.distributed.broadcast(word, 0)
+    return bool(word.item())
 
 
 def arguments_of(recipe: Recipe, rows: int, epochs: int | None = None) -> dict[str, Any]:
@@ -35,15 +51,18 @@ def arguments_of(recipe: Recipe, rows: int, epochs: int | None = None) -> dict[s
     share = rows // processes
     if processes > 1 and share < 2:
         raise ValueError(f"data: expected two rows or more for each of {processes} processes, got {rows}")
+    batch = min(recipe.batch_size, share)  # no more, or there would be no full one
+    steps = share / batch / recipe.accumulation  # an epoch's
     return {
         "num_train_epochs": recipe.epochs if epochs is None else epochs,
-        "per_device_train_batch_size": min(recipe.batch_size, share),  # no more, or there would be no full batch
+        "per_device_train_batch_size": batch,
         "per_device_eval_batch_size": recipe.batch_size,
         "dataloader_drop_last": True,  # a batch of one text has no batch statistics
         "gradient_accumulation_steps": recipe.accumulation,
         "warmup_steps": recipe.warmup,
         "bf16": recipe.precision == "bfloat16",
         "fp16": recipe.precision == "float16",
+        "logging_steps": max(1, min(math.ceil(steps / 10), LOG_EVERY)),
         "save_strategy": "epoch",
         "restore_callback_states_from_checkpoint": True,  # what patience has counted
         "ddp_find_unused_parameters": False,  # they are frozen: see ``joined``

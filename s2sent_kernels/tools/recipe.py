@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from .. import validate
+
 PRECISIONS = ("float32", "bfloat16", "float16")  # the latter two by autocast
 LOSSES = ("cosent", "cosine")  # of scored pairs
 PRIORS = ("block_prior", "gate_scale")  # parameters with the prior's learning rate
@@ -26,10 +28,23 @@ class Recipe(NamedTuple):
     seed: int = 0
     mini_batch: int | None = None  # examples that the encoder runs on at once, of a contrastive batch; None: the batch
     report_to: str | None = None  # one of REPORTERS; changes nothing that is computed
+    # Without a checkpoint, after which there is one within an epoch, too; 0: at the ends of epochs alone. Changes nothing.
+    save_minutes: float = 10.0
 
     def computed(self) -> dict[str, Any]:
         """The fields that the result depends on."""
-        return {name: value for name, value in self._asdict().items() if name != "report_to"}
+        return {name: value for name, value in self._asdict().items() if name not in ("report_to", "save_minutes")}
 
 
 DEFAULT = Recipe()
+
+
+def check(recipe: Recipe) -> None:
+    """ValueError or TypeError where a number that every training reads is out of range."""
+    for name in ("epochs", "batch_size", "accumulation"):
+        validate.positive_int(name, getattr(recipe, name))
+    for name in ("selector_learning_rate", "prior_learning_rate"):
+        validate.positive_number(name, getattr(recipe, name))
+    for name in ("learning_rate", "save_minutes"):
+        validate.at_least_zero(name, getattr(recipe, name))
+    validate.option("precision", recipe.precision, PRECISIONS)

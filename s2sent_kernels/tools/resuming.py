@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,12 @@ _SETTINGS = "settings.json"  # of the training that wrote the checkpoints beside
 _LOCK = "lock"
 _STATE = "trainer_state.json"  # the trainer writes it last
 RUNS = "runs"  # what tensorboard reads; in the folder of checkpoints, then in the output folder
+_DIGESTS = {  # settings that are kept as one, and what each is of
+    "examples": "examples (data)",
+    "dev": "examples to choose by (dev)",
+    "labels": "labels",
+    "parameters": "sizes of the model's weights",
+}
 _UNSAVED = "model-"  # a model before its files are moved into the output folder
 # The file that is written last, so that a folder without it is no model.
 OF_MODEL, OF_CLASSIFIER = "modules.json", "config.json"
@@ -84,7 +90,7 @@ def own(output: Path, last: str, settings: dict[str, Any], resume: bool) -> Iter
         with locked(checkpoints / _LOCK, wait=False):
             try:
                 if resume:
-                    _check_settings(checkpoints, settings)
+                    check_settings(output, settings)
                 _sweep(checkpoints)
                 start = _start(checkpoints) if resume else Start()
                 if start.checkpoint is None:
@@ -99,7 +105,9 @@ def own(output: Path, last: str, settings: dict[str, Any], resume: bool) -> Iter
         raise
 
 
-def _check_settings(checkpoints: Path, settings: dict[str, Any]) -> None:
+def check_settings(output: Path, settings: dict[str, Any]) -> None:
+    """ValueError where the checkpoints in ``output`` are of a training with other settings."""
+    checkpoints = output / CHECKPOINTS
     note = checkpoints / _SETTINGS
     if not note.exists() and not any(checkpoints.glob("checkpoint-*")):
         return  # killed before it wrote anything
@@ -110,11 +118,28 @@ def _check_settings(checkpoints: Path, settings: dict[str, Any]) -> None:
         raise ValueError(
             f"{note}: cannot be read: {error}: remove {checkpoints} to train from the beginning"
         ) from error
-    others = [name for name in settings if name not in known or known[name] != settings[name]]
+    others = _differences(known, settings)
     if others:
         raise ValueError(
-            f"resume: expected the settings that {checkpoints} was begun with, got other {', '.join(others)}"
+            f"resume: expected the settings that {checkpoints} was begun with: {'; '.join(others)}: repeat those to go on, or "
+            "name another output folder to begin a training of its own"
         )
+
+
+def _differences(known: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Each setting that is another, in words: of those that are kept as a digest only which."""
+    found = []
+    for name, value in settings.items():
+        before = known.get(name)
+        if name in known and before == value:
+            continue
+        if isinstance(before, dict) and isinstance(value, dict):
+            found += _differences(before, {**dict.fromkeys(before, "nothing"), **value})
+        elif name in _DIGESTS:
+            found.append(f"other {_DIGESTS[name]}")
+        else:
+            found.append(f"{name} = {before if name in known else 'nothing'}, got {value}")
+    return found
 
 
 def _sweep(checkpoints: Path) -> None:

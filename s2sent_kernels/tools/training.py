@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -23,7 +22,8 @@ from . import history, processes, resuming
 from .callbacks import callbacks_of, show
 from .contrastive import CachedGatheredNegatives, GatheredNegatives
 from .examples import Examples, Scored
-from .recipe import DEFAULT, LOSSES, PRECISIONS, PRIORS, Recipe
+from .recipe import DEFAULT, LOSSES, PRIORS, Recipe
+from .recipe import check as check_numbers
 from .scores import SPEARMAN, unit_scores
 
 with importing(None, "train"):
@@ -60,9 +60,10 @@ def fine_tune(
     dev: _Dev | None = None,
     resume: bool = False,
 ) -> float | None:
-    """Train ``model`` in place, on in-batch negatives and the examples' own or on scored pairs, and save it in ``output``. Until
-    then a folder in ``output`` holds the checkpoints, one per epoch. With ``dev`` (sentences, their partners, scores) the best
-    epoch's weights are kept, and 100 times their Spearman correlation is returned.
+    """Train ``model`` in place, on in-batch negatives and the examples' own or on scored pairs, and save it in ``output``.
+    Until then a folder in ``output`` holds the checkpoints, one per epoch and, within an epoch, one every
+    ``recipe.save_minutes``. With ``dev`` (sentences, their partners, scores) the best epoch's weights are kept, and 100 times
+    their Spearman correlation is returned.
 
     On several GPUs, start it with torchrun or accelerate; the first process writes. ``resume`` continues from the newest whole
     checkpoint in ``output``, or from the beginning where there is none, with the same result as an uninterrupted training. It
@@ -78,6 +79,21 @@ def fine_tune(
     _check(model, examples, recipe, dev)
     with resuming.own(Path(output), LAST, _settings(model, examples, recipe, dev), resume) as start:
         return _train(model, examples, Path(output), recipe, dev, start)
+
+
+def check(
+    model: SentenceTransformer,
+    examples: Examples | Scored,
+    output: str | os.PathLike[str],
+    recipe: Recipe = DEFAULT,
+    *,
+    dev: _Dev | None = None,
+    resume: bool = False,
+) -> None:
+    """The errors of ``fine_tune`` that can be told at once, for callers that have other work to do before it."""
+    _check(model, examples, recipe, dev)
+    if resume:
+        resuming.check_settings(Path(output), _settings(model, examples, recipe, dev))
 
 
 def _train(
@@ -100,7 +116,6 @@ def _train(
         load_best_model_at_end=dev is not None,
         metric_for_best_model=None if dev is None else f"eval_{_SCORE}",
         greater_is_better=None if dev is None else True,
-        logging_steps=max(1, math.ceil(len(examples.rows) / recipe.batch_size / 10)),
         use_cpu=model.device.type == "cpu",
     )
     processes.check_one_gpu(arguments)
@@ -155,15 +170,9 @@ def _loss(model: SentenceTransformer, examples: Examples | Scored, recipe: Recip
 
 
 def _check(model: SentenceTransformer, examples: Examples | Scored, recipe: Recipe, dev: Any) -> None:
-    for name in ("epochs", "batch_size", "accumulation"):
-        validate.positive_int(name, getattr(recipe, name))
-    for name in ("temperature", "selector_learning_rate", "prior_learning_rate"):
-        validate.positive_number(name, getattr(recipe, name))
+    check_numbers(recipe)
+    validate.positive_number("temperature", recipe.temperature)
     validate.batch_for_norm("batch_size", recipe.batch_size, model)
-    validate.number("learning_rate", recipe.learning_rate)
-    if not 0 <= recipe.learning_rate < math.inf:
-        raise ValueError(f"learning_rate: expected 0 or more, got {recipe.learning_rate}")
-    validate.option("precision", recipe.precision, PRECISIONS)
     if len(examples.rows) < 2:
         raise ValueError(
             f"examples: expected two or more, since each is the others' negative, got {len(examples.rows)}"

@@ -238,7 +238,7 @@ def test_backend_that_cannot_be_used(backend, model_dir, texts, fails):
     if backends()[backend].usable:
         pytest.skip("can be used")
     error = fails("demo", "--file", texts, "--model", model_dir, "--backend", backend, "--device", "cpu")
-    assert error.startswith(f"backend: '{backend}' cannot be used here: ")
+    assert error.startswith(f"--backend: '{backend}' cannot be used here: ")
 
 
 def test_backend_of_the_environment(model_dir, texts, fails, monkeypatch):
@@ -254,7 +254,7 @@ def test_device(device, model_dir, texts, fails):
 
 @pytest.mark.parametrize("blocks", ["3", "0,0", "-4"])
 def test_blocks_that_are_not_there(blocks, model_dir, texts, fails):
-    assert fails("demo", "--file", texts, "--model", model_dir, f"--blocks={blocks}").startswith("blocks: ")
+    assert fails("demo", "--file", texts, "--model", model_dir, f"--blocks={blocks}").startswith("--blocks: ")
 
 
 def test_output_directory(model_dir, texts, tmp_path, fails):

@@ -310,7 +310,7 @@ def test_training_on_several_processes_takes_no_one_gpu(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(common, "device_of", torch.device)
-    task = train_task.Task("contrastive", {"device": "cuda:0"}, Path("out"))
+    task = train_task.Task("contrastive", {"device": "cuda:0"}, Path("out"), train_task.Stage())
     with pytest.raises(common.UserError, match=r"^--device: expected cuda, .* process 1 .* got cuda:0$"):
         _ = task.device
     assert task._replace(given={"device": "cuda:1"}).device == torch.device("cuda:1")

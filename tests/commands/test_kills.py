@@ -2,6 +2,7 @@
 tests/tools."""
 
 import os
+import re
 import shutil
 
 import killing
@@ -11,6 +12,7 @@ from builders import pairs, save_encoder, sentences, write_examples
 
 from s2sent_kernels import cache, files
 from s2sent_kernels.cli import main
+from s2sent_kernels.commands import train_task
 from s2sent_kernels.tools import resuming
 
 pytest.importorskip("transformers")
@@ -82,13 +84,15 @@ def test_a_frozen_training_goes_on(train, capsys, monkeypatch):
 
     monkeypatch.setattr(cache, "_summaries", interrupted)
     assert train("--resume") == 130
-    size, said, error = capsys.readouterr().err.splitlines()
-    assert size.startswith("cache: ")
-    assert said.startswith(f"what is encoded is kept in {train.place / 'cache'}: the same command goes on")
+    size, kept, said, error = capsys.readouterr().err.splitlines()
+    folder, total = train.place / "cache", int(re.match(r"cache: (\d+) texts x ", size)[1])
+    assert kept == f"cache: 8 of {total} texts are encoded and kept in {folder}" and total > 8
+    assert said == f"the same command goes on after what is encoded and kept in {folder}, with --resume or without"
     assert error == "s2sent: error: interrupted" and [path.name for path in train.place.iterdir()] == ["cache"]
     assert train("--resume") == 0
     assert len(calls) == train.batches + 1  # the third one ran again
-    capsys.readouterr()
+    size, on = capsys.readouterr().err.splitlines()
+    assert on == f"cache: going on after 8 of {total} texts"
     before = killing.contents(train.place)
     assert resuming.finished_frozen(train.place / "out")
     assert train("--resume") == 0
@@ -98,6 +102,34 @@ def test_a_frozen_training_goes_on(train, capsys, monkeypatch):
     shutil.rmtree(train.place / "out")
     monkeypatch.setattr(cache, "_summaries", plain)
     assert train() == 0 and killing.contents(train.place) == before
+
+
+def test_a_frozen_training_that_is_interrupted_before_its_first_record(train, capsys, monkeypatch):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_summaries", interrupted)
+        assert train() == 130
+    assert "cache: 0 of " in capsys.readouterr().err
+    assert train() == 0
+    assert "going on" not in capsys.readouterr().err
+
+
+def test_epochs_behind_a_frozen_encoder_begin_again(train, capsys, monkeypatch):
+    """They last seconds. What is kept is said."""
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_task.Epochs, "__call__", interrupted)
+        assert train() == 130
+    said, error = capsys.readouterr().err.splitlines()[-2:]
+    what = f"all texts are encoded and kept in {train.place / 'cache'}: the same command begins with the first epoch"
+    assert said == f"{what}, with --resume or without" and error == "s2sent: error: interrupted"
+    monkeypatch.setattr(cache, "_summaries", interrupted)
+    assert train() == 0
 
 
 def test_another_training_into_the_same_folder_is_refused(train, capsys, monkeypatch):
@@ -180,3 +212,11 @@ def test_what_an_interrupted_full_training_keeps_is_said(tmp_path, monkeypatch, 
         assert main(arguments) == 130
         lines = capsys.readouterr().err.splitlines()
         assert said in lines[0] and lines[1:] == ["s2sent: error: interrupted"]
+    monkeypatch.setattr(resuming, "begun", lambda output: False)
+    for options, said in (
+        ([], "after 10 minutes, or at the end of an epoch"),
+        (["--save-minutes", "2.5"], "after 2.5 minutes, or at the end of an epoch"),
+        (["--save-minutes", "0"], "at the end of an epoch"),
+    ):
+        assert main([*arguments, *options]) == 130
+        assert f"nothing is kept: the first checkpoint is written {said}\n" in capsys.readouterr().err

@@ -2,16 +2,21 @@
 be one endless line of a log."""
 
 import io
+import re
 import subprocess
 import sys
 
 import pytest
-from builders import TEXTS, make_encoder_and_tokenizer, pairs, save_encoder, write_examples
+from builders import TEXTS, make_encoder_and_tokenizer, pairs, save_encoder, sentences, write_examples
 
+from s2sent_kernels.cli import main
 from s2sent_kernels.tools import encoders
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("transformers")
+pytest.importorskip("tqdm")
+
+from s2sent_kernels.tools import progress
 
 
 class Terminal(io.StringIO):
@@ -21,7 +26,7 @@ class Terminal(io.StringIO):
 
 def encode(monkeypatch, stderr, every):
     monkeypatch.setattr(sys, "stderr", stderr)
-    monkeypatch.setattr(encoders, "PROGRESS_EVERY", every)
+    monkeypatch.setattr(progress, "PROGRESS_EVERY", every)
     encoder, tokenizer = make_encoder_and_tokenizer()
     rows = encoders.in_batches(range(len(TEXTS)), 2)
     batches = encoders.token_batches(encoder, tokenizer, TEXTS, rows, max_length=32, skip=1, progress=True)
@@ -29,18 +34,73 @@ def encode(monkeypatch, stderr, every):
     return "" if stderr is None else stderr.getvalue()
 
 
+def counts(said):
+    """How many texts each line of progress tells of."""
+    return [int(number) for number in re.findall(rf"^(\d+) of {len(TEXTS)} texts, .* left$", said, re.M)]
+
+
 def test_lines_in_a_log(monkeypatch):
     said = encode(monkeypatch, io.StringIO(), every=0.0)
-    total = -(-len(TEXTS) // 2)
-    assert said.splitlines() == [f"encode: {number} of {total} batches" for number in range(1, total)]
+    assert counts(said) == [*range(4, len(TEXTS), 2), len(TEXTS)] and len(said.splitlines()) == len(counts(said))
     assert encode(monkeypatch, io.StringIO(), every=30.0) == ""  # it was done before the first was due
     assert encode(monkeypatch, None, every=0.0) == ""
 
 
 def test_a_bar_on_a_terminal(monkeypatch):
-    pytest.importorskip("tqdm")
     said = encode(monkeypatch, Terminal(), every=0.0)
-    assert "\r" in said and "encode: 100%" in said
+    assert "\r" in said and f"{len(TEXTS)} of {len(TEXTS)} texts" in said
+
+
+def test_evaluate_tells_of_all_that_it_encodes(places, whole, tmp_path, monkeypatch, capsys):
+    """Also of a model with its own selector, which encodes the texts once more."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("scipy")
+    monkeypatch.setattr(progress, "PROGRESS_EVERY", 0.0)
+    command = ["evaluate", "--sts", places / "sts.tsv", "--model", whole[0], "--device", "cpu", "--batch-size", 4]
+    assert main([str(argument) for argument in [*command, "--output-dir", tmp_path]]) == 0
+    found = re.findall(r"^(\d+) of (\d+) texts, .* left$", capsys.readouterr().err, re.M)
+    assert found[:2] == [("4", "8"), ("8", "8")] and found[-1] == ("16", "16")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folders that commands made of an encoder: a classifier, and a selector's embeddings."""
+    folder = tmp_path_factory.mktemp("trained")
+    save_encoder(folder / "encoder")
+    rows = [("yes" if "moon" in text else "no", text) for text in sentences(60)]
+    write_examples(folder / "labels.tsv", rows, ("label", "text"))
+    write_examples(folder / "pairs.tsv", pairs(16))
+    command = ["train", "--freeze-encoder", "--model", folder / "encoder", "--device", "cpu", "--epochs", 1]
+    command += ["--cache", folder / "cache", "--batch-size", 8]
+    classifier = ["--task", "classification", "--data", folder / "labels.tsv", "--output", folder / "classifier"]
+    assert main([str(argument) for argument in [*command, *classifier]]) == 0
+    selector = ["--data", folder / "pairs.tsv", "--output", folder / "selector"]
+    assert main([str(argument) for argument in [*command, *selector]]) == 0
+    (folder / "texts.txt").write_text("\n".join(TEXTS) + "\n")
+    command = ["encode", folder / "texts.txt", "--model", folder / "encoder", "--selector", folder / "selector"]
+    assert (
+        main([str(argument) for argument in [*command, "--device", "cpu", "--output", folder / "index.parquet"]]) == 0
+    )
+    return folder
+
+
+def test_predict_tells_how_far_it_is(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PROGRESS_EVERY", 0.0)
+    command = ["predict", trained / "texts.txt", "--model", trained / "classifier", "--output", tmp_path / "out.tsv"]
+    assert main([str(argument) for argument in [*command, "--device", "cpu", "--batch-size", 2]]) == 0
+    assert counts(capsys.readouterr().err) == list(range(2, len(TEXTS) + 1, 2))
+
+
+def test_search_tells_how_far_it_is_with_many_queries(trained, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PROGRESS_EVERY", 0.0)
+    command = ["search", "--index", trained / "index.parquet", "--device", "cpu", "--top", 1]
+
+    def said(count):
+        assert main([str(argument) for argument in [*command, *sentences(count)]]) == 0
+        return capsys.readouterr().err
+
+    assert "texts" not in said(2)
+    assert re.search(r"^200 of 200 texts, .* left$", said(200), re.M)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -53,9 +113,7 @@ def test_training_in_a_log(frozen, tmp_path):
     run = [sys.executable, "-m", "s2sent_kernels.cli", *map(str, command)]
     done = subprocess.run(run, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
-    # sentence-transformers shows one bar itself, of the examples in the model's card, and has no option for it. Lines say what a
-    # slow machine waits for, and how large the cache will be.
-    known = (b"Computing widget", b"cache: ")
-    lines = [line for line in done.stderr.split(b"\n") if not line.endswith(b" ...")]
-    theirs = [line for line in b"\n".join(lines).split(b"\r") if line.strip() and not line.startswith(known)]
+    # Lines say what a slow machine waits for and how far it is, and how large the cache will be.
+    known = re.compile(rb"cache: .*|.* \.\.\.|.* left")
+    theirs = [line for line in done.stderr.split(b"\n") if line and not known.fullmatch(line)]
     assert not theirs and b"\r" not in done.stdout

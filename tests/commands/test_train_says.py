@@ -91,6 +91,22 @@ def test_the_encoder_before_and_the_result_after(encoder, capsys, frozen, poolin
     assert lines[-1]["step"] == 6 and all(line["loss"] > 0 for line in lines if line["step"])
 
 
+def test_what_is_refused_is_refused_before_the_dev_part_is_encoded(encoder, capsys, monkeypatch):
+    def encoded(*given):
+        raise AssertionError
+
+    monkeypatch.setattr(verdict, "untouched", encoded)
+    assert run(encoder, "--dev", "dev.tsv", "--learning-rate", -1) == 2
+    assert "--learning-rate: expected a finite number, 0 or more, got -1.0" in capsys.readouterr().err
+    (Path("out") / resuming.CHECKPOINTS).mkdir(parents=True)
+    (Path("out") / resuming.CHECKPOINTS / "settings.json").write_text('{"epochs": 9}')
+    assert run(encoder, "--dev", "dev.tsv", "--resume") == 2
+    assert (
+        "--resume: expected the settings that out/checkpoints was begun with: epochs = 9, got 2"
+        in capsys.readouterr().err
+    )
+
+
 def test_the_scalar_mix_is_kept_for_evaluate(encoder):
     assert run(encoder, "--dev", "dev.tsv", "--freeze-encoder") == 0
     weights = json.loads(Path("out/config.json").read_text())["scalar_mix"]

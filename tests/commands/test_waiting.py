@@ -124,6 +124,17 @@ def test_lines_where_nobody_watches(callbacks, monkeypatch, capsys):
     assert capsys.readouterr() == (wanted, "")
 
 
+def test_the_time_left_is_said_soon(callbacks, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(callbacks, "clock", lambda: now[0])
+    monkeypatch.setattr(waiting, "SILENCE", 3.0)
+    lines = callbacks.Lines("eval_score", 100)
+    lines.on_train_begin(None, state(0), None)
+    for step, now[0] in ((1, 2.0), (2, 4.0), (3, 6.0), (10, 33.0), (17, 34.0)):
+        lines.on_step_end(None, state(step), None)
+    assert capsys.readouterr().err == "step 2 of 100, 03:16 left\nstep 17 of 100, 02:46 left\n"
+
+
 def test_a_bar_on_a_terminal(callbacks, monkeypatch, capsys):
     class Terminal(io.StringIO):
         def isatty(self):

@@ -1,5 +1,6 @@
 """The words of every command: options as they are written, near ones suggested, defaults in the help, results not overwritten."""
 
+import argparse
 import json
 import os
 
@@ -10,7 +11,7 @@ from builders import TEXTS, pairs, save_encoder, write_examples
 from s2sent_kernels import files
 from s2sent_kernels.cli import COMMANDS, _parser, main
 from s2sent_kernels.commands import common, train
-from s2sent_kernels.commands.parser import near
+from s2sent_kernels.commands.parser import in_options, near, options
 
 COMMAND_LINES = {
     "demo": ["demo"],
@@ -97,6 +98,44 @@ def test_the_help_says_which_ways_of_training_take_an_option(monkeypatch):
     assert helps["widths"].endswith("[only with --task contrastive, only with --freeze-encoder]")
     assert helps["report_to"].endswith("[not with --freeze-encoder]")
     assert all(("[" in helps[name]) == (name in train._ONLY) for name in helps)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--freeze-encoder", "--learning-rate", "-1"], "--learning-rate: expected a positive number, got -1.0"),
+        (["--learning-rate", "-1"], "--learning-rate: expected a finite number, 0 or more, got -1.0"),
+        (["--save-minutes", "nan"], "--save-minutes: expected a finite number, 0 or more, got nan"),
+        (["--temperature", "0"], "--temperature: expected a positive number, got 0.0"),
+        (["--freeze-encoder", "--prior-learning-rate", "0"], "--prior-learning-rate: expected a positive number, got"),
+        (["--freeze-encoder", "--widths", "4000"], "--widths: expected fewer than all "),
+        (["--frequencies", "5"], "--frequencies: the hidden size D must be divisible by M, got D = 16 and M = 5"),
+        (["--blocks", "9"], "--blocks: expected "),
+        (["--patience", "2"], "--patience: expected --dev, whose score it waits for"),
+        (["--freeze-encoder", "--patience", "2"], "--patience: expected --dev, whose score it waits for"),
+    ],
+)
+def test_what_is_wrong_with_an_argument_names_the_option(tmp_path, monkeypatch, capsys, encoder, arguments, expected):
+    """Also where a function found it, which calls it by its name in Python."""
+    if "--freeze-encoder" not in arguments:
+        pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    data = write_examples(tmp_path / "data.tsv", pairs(8))
+    command = ["train", "--data", data, "--model", encoder, "--device", "cpu", "--output", "out", *arguments]
+    assert refusal(capsys, command).startswith(expected)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_arguments_of_every_command_are_its_options(name):
+    known = options(parser_of(name))
+    assert known and all(option == f"--{argument.replace('_', '-')}" for argument, option in known.items())
+    given = argparse.Namespace(inputs=["text"], model="loss")
+    for argument, option in known.items():
+        if argument not in ("model", "text", "loss"):
+            assert in_options(f"{argument}: expected x: y", known, given) == f"{option}: expected x: y"
+    for message in ("text: line 3: expected x", "loss: no such file", "x: y", "expected x", "no_argument: expected x"):
+        assert in_options(message, known, given) == message
 
 
 # ---------------------------------------------------------------- blocks

@@ -7,10 +7,12 @@ import copy
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 import transformers
+from builders import save_encoder
 from torch import nn
 
 from s2sent_kernels import S2SentSelector, backends
@@ -18,6 +20,7 @@ from s2sent_kernels.capture import BlockCapture
 from s2sent_kernels.cli import main
 from s2sent_kernels.commands import export as command
 from s2sent_kernels.export import OUTPUT, Pipeline, as_pipeline, export_aot, export_onnx
+from s2sent_kernels.quiet import quiet_exporter
 from s2sent_kernels.transformers import S2SentModel
 
 onnx = pytest.importorskip("onnx")
@@ -394,3 +397,23 @@ def test_a_published_head_comes_along():
     with torch.no_grad():
         expected = model(ids, torch.ones_like(ids)).embedding
         torch.testing.assert_close(as_pipeline(model)(ids, torch.ones_like(ids)), expected)
+
+
+def test_exporting_warns_of_nothing(tmp_path):
+    """torch's exporter would warn of what it uses itself, which nobody who exports can change."""
+    pytest.importorskip("onnxscript")
+    save_encoder(tmp_path / "encoder")
+    torch.manual_seed(0)
+    S2SentSelector(16, 2, 4, 4).save_pretrained(tmp_path / "selector")
+    command = ["export", "--model", tmp_path / "encoder", "--selector", tmp_path / "selector", "--device", "cpu"]
+    run = [sys.executable, "-m", "s2sent_kernels.cli", *map(str, command), "--output", str(tmp_path / "out.onnx")]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if not line.endswith(" ...")] == []
+
+
+def test_other_warnings_of_an_export_stay():
+    with pytest.warns(FutureWarning, match="is another") as found, quiet_exporter():
+        warnings.warn("`isinstance(treespec, LeafSpec)` is deprecated, use ...", FutureWarning, stacklevel=1)
+        warnings.warn("`isinstance(treespec, LeafSpec)` is another", FutureWarning, stacklevel=1)
+    assert len(found) == 1

@@ -20,8 +20,8 @@ pa = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402
 
 from s2sent_kernels.tools import encoding  # noqa: E402
+from s2sent_kernels.tools import progress as progress_module  # noqa: E402
 from s2sent_kernels.tools.encoding import Columns, Options, Request, Shard, finish, join, parts, plan, run  # noqa: E402
-from s2sent_kernels.tools.encoding import progress as progress_module  # noqa: E402
 
 ALONE = encoding.in_this_process(fake_encoders.lengths("cpu"))
 
@@ -469,7 +469,8 @@ def test_a_bar_or_lines(monkeypatch, capsys):
         for now[0] in (10.0, 20.0, 30.0, 40.0, 70.0):
             lines.advance(100, 500)
     assert capsys.readouterr().err.splitlines() == [
-        "700 of 1,000 texts, 10 texts/s, 50 tokens/s, 00:30 left",
+        "500 of 1,000 texts, 10 texts/s, 50 tokens/s, 00:50 left",  # the first of them soon
+        "800 of 1,000 texts, 10 texts/s, 50 tokens/s, 00:20 left",
         "900 of 1,000 texts, 7 texts/s, 36 tokens/s, 00:14 left",
     ]
 

@@ -99,20 +99,22 @@ def stopped_before_the_end(train, output, monkeypatch, **options):
 
 
 def test_killed_at_file_operations(tmp_path, train):
+    """With checkpoints within the epochs, too."""
     place, output = tmp_path / "place", tmp_path / "place" / "out"
+    recipe = RECIPE._replace(save_minutes=1e-9)
     place.mkdir()
-    count = killing.operations(place, lambda: train(output))
+    count = killing.operations(place, lambda: train(output, recipe))
     want = contents(output)
     assert train.last in want and not (output / resuming.CHECKPOINTS).exists()
     for step in killing.points(count, killing.POINTS if train.last == training.LAST else killing.POINTS // 2):
         shutil.rmtree(output)
-        assert killing.killed_at(step, place, lambda: train(output))
+        assert killing.killed_at(step, place, lambda: train(output, recipe))
         if resuming.finished(output, train.last):
             with pytest.raises(ValueError, match="holds a finished model already"):
-                train(output, resume=True)
+                train(output, recipe, resume=True)
             assert resuming.remove_leftovers(output, train.last)
         else:
-            train(output, resume=True)
+            train(output, recipe, resume=True)
         assert contents(output) == want, step
         assert os.listdir(place) == ["out"], step
 
@@ -233,7 +235,7 @@ def test_the_command_goes_on(tmp_path, encoder, capsys, task, monkeypatch):
     assert run() == 2
     assert "not empty; --resume goes on from a checkpoint in it" in capsys.readouterr().err
     assert run("--resume", "--seed", "7") == 2
-    assert "got other seed" in capsys.readouterr().err
+    assert "seed = 0, got 7: repeat those to go on, or name another output" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(resuming, "remove", lambda _: None)
         assert run("--resume") == 0

@@ -110,12 +110,20 @@ def test_checkpoints_are_of_one_training(tmp_path, encoder, monkeypatch):
     wider = Transformer(str(encoder))
     wider = SentenceTransformer(modules=[wider, S2SentPooling.behind(wider, blocks=None, bottleneck=5)], device="cpu")
     for model, some, other, word in (
-        (make_model(encoder), examples, recipe._replace(epochs=3), "epochs"),
-        (make_model(encoder), examples._replace(rows=examples.rows[1:]), recipe, "examples"),
-        (wider, examples, recipe, "selector_arguments, parameters"),
+        (make_model(encoder), examples, recipe._replace(epochs=3), "epochs = 2, got 3"),
+        (make_model(encoder), examples._replace(rows=examples.rows[1:]), recipe, "other examples (data)"),
+        (
+            wider,
+            examples,
+            recipe,
+            "bottleneck = 4, got 5; frequencies = 4, got nothing; block_prior = True, got nothing; other sizes",
+        ),
     ):
-        with pytest.raises(ValueError, match=f"resume: expected the settings that .* got other {word}"):
+        with pytest.raises(ValueError) as error:
             training.fine_tune(model, some, tmp_path, other, resume=True)
+        said = str(error.value)
+        assert said.startswith(f"resume: expected the settings that {tmp_path / 'checkpoints'} was begun with: {word}")
+        assert said.endswith(": repeat those to go on, or name another output folder to begin a training of its own")
     training.fine_tune(make_model(encoder), examples, tmp_path, recipe, resume=True)
     assert not (tmp_path / resuming.CHECKPOINTS).exists() and load(tmp_path, device="cpu")
 
@@ -182,7 +190,7 @@ def test_the_selector_has_its_own_learning_rate(tmp_path, encoder):
         ({"recipe": training.Recipe(mini_batch=2)}, "mini_batch: expected None beside the gate's batch norm, got 2"),
         ({"dev": (["a", "b"], ["c", "d"], [1.0, 1.0])}, "dev: expected pairs with different scores"),
         ({"recipe": training.Recipe(temperature=float("nan"))}, "temperature: expected a positive number"),
-        ({"recipe": training.Recipe(learning_rate=float("inf"))}, "learning_rate: expected 0 or more"),
+        ({"recipe": training.Recipe(learning_rate=float("inf"))}, "learning_rate: expected a finite number, 0 or more"),
         ({"recipe": training.Recipe(learning_rate=1e38)}, "training diverged, .* is not finite any more"),
     ],
 )
@@ -221,10 +229,10 @@ def test_checkpoints_that_name_no_mini_batch_have_none(tmp_path):
     folder.mkdir()
     folder.joinpath(resuming._SETTINGS).write_text('{"epochs": 2}')
     known = {"epochs": 2, "processes": 1, "mini_batch": None}
-    resuming._check_settings(folder, known)
-    for name, value in (("mini_batch", 4), ("processes", 2)):
-        with pytest.raises(ValueError, match=f"got other {name}"):
-            resuming._check_settings(folder, known | {name: value})
+    resuming.check_settings(tmp_path, known)
+    for name, before, value in (("mini_batch", None, 4), ("processes", 1, 2), ("new", "nothing", 3)):
+        with pytest.raises(ValueError, match=f"begun with: {name} = {before}, got {value}: repeat those"):
+            resuming.check_settings(tmp_path, known | {name: value})
 
 
 def test_mini_batches_are_of_negatives(tmp_path, encoder):

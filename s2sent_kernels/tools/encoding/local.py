@@ -13,9 +13,9 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from ...files import importing
+from ..progress import Progress
 from .parts import Done, Encoder, Job, Worker
 from .plan import Part
-from .progress import Progress
 
 with importing(None, "encode"):
     from tqdm import tqdm

@@ -7,10 +7,10 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ...files import require
+from ..progress import Progress
 from .local import MakeEncoder
 from .parts import Done, Job, Worker
 from .plan import Part
-from .progress import Progress
 
 RETRIES = 3  # of a part whose worker died
 PATIENCE = 60.0  # seconds without a result after which idle workers take the parts of silent ones

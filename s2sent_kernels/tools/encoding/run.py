@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...files import importing, locked, missing, remove_empty, sync_folder, write_atomically
+from ..progress import Progress
 from ..tables import STDIN
 from .finish import check, finish
 from .join import OUTPUTS, join
 from .local import Engine
 from .parts import Done, Job, restamp
 from .plan import COPY, PLAN, Part, Plan, Request, difference, digest_of, key_of, load, make, state
-from .progress import Progress
 from .provenance import sidecar, sidecar_of
 from .reuse import unchanged
 from .sources import copy_stdin

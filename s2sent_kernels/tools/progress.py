@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, elsewhere a line every half minute."""
+"""How far a command is with its texts: a bar on a terminal, elsewhere a line after three seconds and then every half minute."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import time
 from types import TracebackType
 from typing import Any
 
-from ...files import PROGRESS_EVERY, importing, on_terminal
+from .. import waiting
+from ..files import PROGRESS_EVERY, importing, on_terminal
 
 with importing(None, "encode"):
     from tqdm import tqdm
@@ -25,6 +26,7 @@ class Progress:
     def __init__(self, total: int, done: int = 0, *, bar: bool | None = None) -> None:
         self.total, self.before, self.texts, self.tokens = total, done, 0, 0
         self.start = self.said = time.monotonic()
+        self.wait = waiting.first(PROGRESS_EVERY)
         shown = on_terminal() if bar is None else bar
         form = "{n_fmt} of {total_fmt} texts {bar} {rate_fmt}{postfix}, {remaining} left"
         self.bar: Any = (
@@ -42,8 +44,8 @@ class Progress:
             if self.tokens:
                 self.bar.set_postfix_str(self._rate(self.tokens, now, "tokens"), refresh=False)
             self.bar.update(texts)
-        elif now - self.said >= PROGRESS_EVERY and sys.stderr is not None:
-            self.said = now
+        elif now - self.said >= self.wait and sys.stderr is not None:
+            self.said, self.wait = now, PROGRESS_EVERY
             print(self._line(now), file=sys.stderr, flush=True)
 
     def _rate(self, count: int, now: float, what: str) -> str:
