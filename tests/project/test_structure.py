@@ -78,6 +78,7 @@ def test_nothing_else_is_committed_at_the_top():
     assert {Path(line).parts[0] for line in files.stdout.splitlines()} <= {
         *(
             ".ci",
+            ".gitattributes",
             ".gitignore",
             "CHANGELOG.md",
             "CITATION.cff",
