@@ -202,6 +202,7 @@ def _waiting(function: Callable[P, T]) -> Callable[P, T]:
 
 resolve = functools.partial(_told(_announcing(sources.resolve)), option="--")
 holds_selector = _told(sources.holds_selector)
+check_selector = functools.partial(_told(sources.check_selector), option="--")
 read_selector = _told(parts.read_selector)
 max_length = _told(_announcing(parts.max_length))
 load_model = _told(_announcing(_waiting(_silently(parts.load_model))))
@@ -210,6 +211,14 @@ load_whole = _told(_waiting(_silently(loading.load_whole)))
 load_classifier = _told(_waiting(_silently(loading.load_classifier)))
 load_pipeline = _told(_announcing(_waiting(_silently(loading.load_pipeline))))
 fuse = _told(loading.fuse)
+
+
+def resolve_here(model: str | None, selector: str | None) -> None:
+    """As ``resolve``, of what is judged without asking a hub: a name that is wrong is an error before any long work."""
+    if sources.is_here(model):
+        resolve(model, selector)
+    if selector is not None:
+        check_selector(selector)
 
 
 def batches(encoder: Any, tokenizer: Any, texts: Sequence[str], max_length: int | None) -> list[dict[str, Any]]:

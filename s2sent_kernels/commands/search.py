@@ -16,7 +16,7 @@ from ..tools import searching
 from ..tools.tables import STDIN, read_lines
 from . import common
 from .common import UserError, positive
-from .encode_worker import OPTIONS, Encoder, EncoderOptions, digest_of, make_encoder
+from .encode_worker import OPTIONS, Encoder, EncoderOptions, digest_of, load_encoder
 
 if TYPE_CHECKING:
     from ..tools.encoding import Stored
@@ -64,6 +64,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.engine == "faiss":
         require("faiss", "faiss-cpu", None)
     queries = list(_queries(arguments.queries))
+    if arguments.selector is not None:
+        common.check_selector(arguments.selector)
     try:
         index = encoding.open_stored(arguments.index)
     except (ValueError, ImportError) as error:
@@ -115,8 +117,9 @@ def _encoder(arguments: argparse.Namespace, index: Stored) -> Encoder:
         UserError: the model is not recorded and not given, cannot be loaded, or is another than the recorded one.
     """
     where, about = arguments.index, index.about
-    named = arguments.model is not None or arguments.selector is not None
-    if about is None and not named:
+    given = {name: getattr(arguments, name) for name in ("model", "selector")}
+    typed = " and ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
+    if about is None and not typed:
         raise UserError(
             f"--index {where}: does not say which model wrote it: give --model, and --selector where it had one"
         )
@@ -126,22 +129,27 @@ def _encoder(arguments: argparse.Namespace, index: Stored) -> Encoder:
             f"--index {where}: has embeddings of precision {known['precision']}, which a query's cannot be compared with: "
             "encode with --precision float32"
         )
-    model, selector = (arguments.model, arguments.selector) if named else (about["model"], about["selector"])
+    model, selector = given["model"], given["selector"]
+    recorded = model is None and about is not None  # --selector alone stands behind the model that the index records
+    if recorded:
+        model, selector = about["model"], selector or about["selector"]
     prompt = known["prompt"] if arguments.prompt is None else arguments.prompt
     chosen = known | {"prompt": prompt, "batch_tokens": None, "model": model, "selector": selector}
     device = common.device_of(arguments.device)
     try:
-        made = make_encoder(EncoderOptions(**chosen), str(device))
+        made = load_encoder(EncoderOptions(**chosen), str(device), "" if recorded else "--")
     except UserError as error:
-        if named:
+        if not recorded:
             raise
+        if typed:
+            said = str(error).removeprefix(f"selector {selector}: ").removeprefix("selector: ")
+            raise UserError(f"{typed}: does not go with the model that {where} records, {model}: {said}") from error
         raise UserError(
             f"--index {where}: cannot load the model that it records; --model names another place: {error}"
         ) from error
     if about is not None and digest_of(made.embedder) != about["weights"]:
-        which = f"--model {model or common.BUNDLED}" if named else f"model {model}"
         raise UserError(
-            f"{which}: is another than the one that wrote {where} ({about['model']}"
+            f"{typed or f'model {model}'}: is another than the one that wrote {where} ({about['model']}"
             + (f" with selector {about['selector']}" if about["selector"] else "")
             + "), or was trained since: encode the texts again"
         )
