@@ -241,7 +241,10 @@ def test_a_whole_model_that_cannot_be_loaded(missing, message, whole, places, tm
         ),
         (["evaluate", "--sts", "{sts}", "--selector", "nowhere"], "expected a folder or one of the shipped names"),
         (["evaluate", "--sts", "{sts}", "--model", "./nowhere"], "there is no such directory"),
-        (["evaluate", "--transfer", "{sts}"], "expected a tab-separated column label"),
+        (
+            ["evaluate", "--transfer", "{sts}"],
+            "expected columns split, label and either text or sentence1 and sentence2, got ",
+        ),
         (["evaluate", "--model", "{model}", "--transfer", "{few}"], "few.tsv: "),
         (
             ["evaluate", "--sts", "{sts}", "--model", "{model}", "--selector", "all-MiniLM-L6-v2"],

@@ -231,7 +231,12 @@ SMALL = "label\ttext\nx\ta cat\ny\ta dog\n"
 @pytest.mark.parametrize(
     ("data", "dev", "options", "message"),
     [
-        ("name\ttext\nx\ta\ny\tb\n", SMALL, [], "data.tsv: expected a tab-separated column label"),
+        (
+            "name\ttext\nx\ta\ny\tb\n",
+            SMALL,
+            [],
+            "data.tsv: expected columns label and either text or ",
+        ),
         ("label\tother\nx\ta\ny\tb\n", SMALL, [], "column text or sentence1+sentence2, got label, other"),
         ("label\ttext\nx\ta\nx\tb\n", SMALL, [], "data.tsv: expected at least two labels, got 'x'"),
         (

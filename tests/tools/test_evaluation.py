@@ -110,7 +110,10 @@ def test_transfer_learns_what_is_there_and_nothing_else(cross_validated, pair):
     [
         (None, "cannot be read: No such file"),
         (b"", "an empty file"),
-        (b"split\tscore\tsentence1\n", "expected a tab-separated column sentence2, got split, score, sentence1"),
+        (
+            b"split\tscore\tsentence1\n",
+            "got split, score, sentence1, without sentence2: --columns sentence2=NAME says",
+        ),
         (b"split\tscore\tsentence1\tsentence2\n", "expected rows below the header"),
         (b"split\tscore\tsentence1\tsentence2\ntest\t1\ta\n", "line 2: expected 4 tab-separated fields, got 3"),
         (b"split\tscore\tsentence1\tsentence2\n\ntest\tone\ta\tb\n", "line 3: expected a number as score, got 'one'"),
@@ -137,7 +140,10 @@ def test_sts_files(content, message, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("split\tlabel\nall\t1\n", r"expected a tab-separated column text or sentence1\+sentence2"),
+        (
+            "split\tlabel\nall\t1\n",
+            "label and either text or sentence1 and sentence2, got split, label, without",
+        ),
         ("split\tlabel\ttext\ntrain\t1\ta\n", "expected splits train and test, or all, got train"),
         ("split\tlabel\ttext\tsentence1\tsentence2\nall\t1\ta\tb\tc\n", "text, or sentence1 and .*, got all three"),
         ("split\tlabel\ttext\nall\t1\ta\nall\t1\tb\n", "expected at least two labels, got 1"),

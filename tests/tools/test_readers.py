@@ -121,7 +121,7 @@ def test_fields_within_columns(tmp_path, kind):
     )
     named = columns.parse("anchor=query.text,positive=doc.a.b", examples.COLUMNS)
     assert examples.read_examples(path, columns=Columns(named)).rows == PAIRS
-    with pytest.raises(ValueError, match=r"expected a column query.none, got "):
+    with pytest.raises(ValueError, match=r"expected columns query.none and .*, got .*: --columns names query.none"):
         examples.read_examples(path, columns=Columns({"anchor": "query.none", "positive": "doc.a.b"}))
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ...files import first_line, importing
 from .. import tables
 from ..columns import field
-from .rows import BLOCK, Block, Columns, DataError, Mark, Survey, one_type, storable
+from .rows import BLOCK, Block, Columns, DataError, Mark, Survey, one_type, remedy, storable
 from .sources import Source
 
 with importing(None, "encode"):
@@ -84,8 +84,10 @@ class Lines(NamedTuple):
         try:
             values = [field(row, name) for name in wanted]
         except KeyError:
-            got, name = ", ".join(row), self.source.name
-            raise ValueError(f"{name}: line {number}: expected a column {' and '.join(wanted)}, got {got}") from None
+            place, got = f"{self.source.name}: line {number}", ", ".join(row) or "none"
+            raise ValueError(
+                f"{place}: expected a column {' and '.join(wanted)}, got {got}: {remedy(self.columns, wanted)}"
+            ) from None
         return values[0], values[-1]
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ...files import first_line, importing
 from .. import tables
-from .rows import BLOCK, Block, Columns, DataError, Mark, Survey, numbered, storable
+from .rows import BLOCK, Block, Columns, DataError, Mark, Survey, numbered, remedy, storable
 from .sources import PIECE, Source
 
 with importing(None, "encode"):
@@ -101,7 +101,8 @@ class Tabular(NamedTuple):
         missing = [name for name in self.wanted if name not in names and not _is_nested(schema, name)]
         if missing:
             raise ValueError(
-                f"{self.source.name}: expected a column {' and '.join(missing)}, got {', '.join(map(str, names))}"
+                f"{self.source.name}: expected a column {' and '.join(missing)}, got {', '.join(map(str, names))}: "
+                f"{remedy(self.columns, missing)}"
             )
         tables.unique(self.source.name, [name for name in names if name in self.wanted])
         return self.wanted
