@@ -118,13 +118,15 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def check_writable(directory: Path) -> None:
-    """Raise before any work is done, and create nothing yet."""
+def check_writable(directory: Path, name: Path | None = None) -> None:
+    """Raise before any work is done, and create nothing yet. ``name``: of the directory, as it was given."""
     existing = directory
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"output directory {directory}: {existing} is not a directory that can be written to")
+        if name is not None and existing == directory:
+            existing = name
+        raise UserError(f"output directory {name or directory}: {existing} is not a directory that can be written to")
 
 
 # ---------------------------------------------------------------- loading

@@ -21,6 +21,12 @@ from . import common
 from .common import UserError, positive
 
 FILES = ("evaluation.json", "evaluation.png")
+# Who scores, and which option asks for it: missing ones are told before anything is encoded.
+_LIBRARIES = (
+    ("scipy.stats", "scipy", "evaluate", "sts"),
+    ("sklearn.linear_model", "scikit-learn", "evaluate", "transfer"),
+    ("mteb", "mteb", "mteb", "mteb"),
+)
 
 
 def add(commands: Any) -> None:
@@ -105,10 +111,14 @@ def run(arguments: argparse.Namespace) -> None:
         files = _read(arguments)
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
+    common.check_new((directory / name for name in FILES), arguments.force)
+    common.device_of(arguments.device)
+    for module, package, extra, wanted in _LIBRARIES:
+        if getattr(arguments, wanted):
+            require(module, package, extra)
     source = common.resolve(arguments.model, arguments.selector, required=False)
     if source.whole and arguments.pooling is not None:
         raise UserError(f"--pooling: expected none beside --model {source.model}, which has its own")
-    common.check_new((directory / name for name in FILES), arguments.force)
     limits = {"max_length": arguments.max_length, "batch_size": arguments.batch_size}
     embed, model = _embedder(source, arguments.device, arguments.pooling, limits)
     content: dict[str, Any] = {"model": model, "selector": source.selector, "split": arguments.split}

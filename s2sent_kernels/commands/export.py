@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import export, hub, servers, sources
 from ..engines.choice import BACKENDS
+from ..files import require
 from . import common
 from .common import UserError
 
@@ -59,6 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
     _check_output(arguments, path, folder)
     common.check_writable(path.parent)
     device = common.device_of(arguments.device)
+    if folder or path.suffix == ".onnx":
+        for module in ("onnx", "onnxscript", *(["onnxruntime"] if arguments.quantize else [])):
+            require(module, module, "onnx")
     common.quiet_transformers()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is missing, which is not needed
     source = common.resolve(arguments.model, arguments.selector)

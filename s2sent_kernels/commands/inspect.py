@@ -82,8 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
         what = "--text" if arguments.file is None else arguments.file
         raise UserError(f"{what}: expected at most {MOST} texts, got {len(texts)}")
     device = common.device_of(arguments.device)
-    source = common.resolve(arguments.model, arguments.selector)
     common.check_new((directory / name for name in FILES), arguments.force)
+    source = common.resolve(arguments.model, arguments.selector)
     try:
         pipeline, tokenizer, names, limit = _load(source, device)
         (batch,) = common.batches(pipeline.encoder, tokenizer, texts, limit)

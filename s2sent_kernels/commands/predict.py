@@ -72,11 +72,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(str(error)) from error
     if len({isinstance(text, str) for text in texts}) > 1:
         raise UserError("expected files of texts or files of pairs of sentences, got both")
+    device = common.device_of(arguments.device)
     model, tokenizer = common.load_classifier(arguments.model)
     pairs = getattr(model.config, "pairs", None)  # None where no command trained it
     if pairs is not None and pairs == isinstance(texts[0], str):
         raise UserError(f"{arguments.inputs[0]}: expected {said(pairs)}, of which {arguments.model} is a classifier")
-    logits = _logits(model.to(common.device_of(arguments.device)), tokenizer, texts, arguments.batch_size)
+    logits = _logits(model.to(device), tokenizer, texts, arguments.batch_size)
     rows = _rows(model.config, logits)
     content = _tsv(rows) if output.suffix == ".tsv" else "".join(json.dumps(row) + "\n" for row in rows)
     try:

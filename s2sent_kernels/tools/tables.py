@@ -131,7 +131,7 @@ def check_columns(
     if choices and not any(set(choice) <= set(names) for choice in choices):
         # Of sets that lack equally many the largest is nearest.
         lacking = [[name for name in choice if name not in names] for choice in sorted(choices, key=len, reverse=True)]
-        missing += min(lacking, key=len)
+        missing += sorted(lacking, key=len)[0]
     if not missing:
         return
     either = " or ".join(map(_listed, choices))

@@ -18,6 +18,10 @@ with importing(None, "encode"):
 BOM = b"\xef\xbb\xbf"
 
 
+class NoColumn(ValueError):
+    """A row lacks a column."""
+
+
 class Lines(NamedTuple):
     """A ``rows.Format``."""
 
@@ -55,6 +59,23 @@ class Lines(NamedTuple):
             reason = error.strerror or first_line(error)
             raise DataError(f"{self.source.name}: cannot be read: {reason}", self.source.name) from error
 
+    def check_columns(self) -> None:
+        """ValueError where the first rows of JSONL all lack a column: it has another name, and no row of the file will do."""
+        if self.source.kind == "text":
+            return
+        error = None
+        for block in itertools.islice(self.blocks(Mark(0, 0, 0)), 1):
+            for number, raw in zip(block.numbers, block.content, strict=True):
+                try:
+                    self._row(number, raw)
+                    return
+                except NoColumn as absent:
+                    error = error or absent
+                except ValueError:  # of this row alone: ``decode`` tells
+                    return
+        if error is not None:
+            raise error
+
     def decode(self, block: Block) -> tuple[list[str], Any]:
         texts: list[str] = []
         ids: list[Any] | None = None if self.columns.id is None else []
@@ -85,7 +106,7 @@ class Lines(NamedTuple):
             values = [field(row, name) for name in wanted]
         except KeyError:
             place, got = f"{self.source.name}: line {number}", ", ".join(row) or "none"
-            raise ValueError(
+            raise NoColumn(
                 f"{place}: expected a column {' and '.join(wanted)}, got {got}: {remedy(self.columns, wanted)}"
             ) from None
         return values[0], values[-1]
