@@ -41,7 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
         found = cache_files.kept(folder)
         if arguments.action == "list":
             if arguments.names or arguments.all:
-                raise UserError("list: expected nothing beside it; clear takes names and --all")
+                raise UserError(
+                    f"list: expected neither names nor --all, which clear takes, got {' '.join(arguments.names) or '--all'}"
+                )
             _list(folder, found)
             return
         if not found and arguments.all and not arguments.names:

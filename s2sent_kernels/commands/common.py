@@ -92,7 +92,7 @@ def check_format(given: str | None, paths: Iterable[str]) -> None:
     if given is not None and not count:
         raise UserError(f"--format: expected with {STDIN}, standard input; a file's suffix tells its format")
     if count > 1:
-        raise UserError(f"{STDIN}: expected once")
+        raise UserError(f"{STDIN}: expected once, since standard input can be read once, got it {count} times")
 
 
 def add_device(command: Any) -> None:

@@ -19,7 +19,7 @@ from .. import sources
 from ..capture import BlockCapture
 from ..engines.choice import BACKENDS, backends, choose
 from ..engines.triton.limits import triton_interprets
-from ..files import data_folder, require
+from ..files import data_folder, installs, require
 from ..formula.call import Call
 from ..selector import S2SentSelector
 from ..tools import pictures
@@ -47,7 +47,12 @@ class Timing(NamedTuple):
 
 
 def add(commands: Any) -> None:
-    command = commands.add_parser("demo", help="fuse an encoder's blocks on real sentences", description=__doc__)
+    command = commands.add_parser(
+        "demo",
+        help="fuse an encoder's blocks on real sentences",
+        description=__doc__,
+        epilog=f"It needs the extra demo: {installs('demo')}.",
+    )
     command.add_argument(
         "--model",
         help="path or hub id of an encoder, in front of an untrained selector; or a shipped name, in front of its own "
@@ -88,7 +93,7 @@ def read_texts(path: str | None = None) -> Texts:
         number = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{name}: line {number} is not UTF-8 (byte 0x{error.object[error.start]:02x})") from error
     except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror}") from error
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from error
     texts = Texts([], [])
     for line in map(str.strip, text.split("\n")):
         if line.startswith("? "):
@@ -96,9 +101,9 @@ def read_texts(path: str | None = None) -> Texts:
         elif line not in ("", "?", "#") and not line.startswith("# "):
             texts.sentences.append(line)
     if not texts.sentences:
-        raise UserError(f"{name}: expected sentences, one a line, found none")
+        raise UserError(f"{name}: expected sentences, one a line, got none")
     if not texts.queries:
-        raise UserError(f"{name}: expected queries, lines that begin with '? ', found none")
+        raise UserError(f"{name}: expected queries, lines that begin with '? ', got none")
     return texts
 
 

@@ -109,7 +109,8 @@ def _finish(arguments: argparse.Namespace) -> None:
     defaults = vars(parser.parse_args(["encode"]))
     for name, value in defaults.items():
         if name != "finish" and getattr(arguments, name) != value:
-            raise UserError(f"--finish: expected nothing beside the folder, got {name.replace('_', '-')}")
+            got = ", ".join(arguments.inputs) if name == "inputs" else f"--{name.replace('_', '-')}"
+            raise UserError(f"--finish: expected nothing beside the folder, got {got}")
     with _told(arguments.finish):
         count = encoding.finish(Path(arguments.finish))
     print(f"wrote {Path(arguments.finish) / 'manifest.json'}: {count} texts")
@@ -131,14 +132,21 @@ def _told(output: str) -> Iterator[None]:
 
 def _check_options(arguments: argparse.Namespace) -> None:
     if not arguments.inputs or arguments.output is None:
-        raise UserError("expected files of texts and --output, or --finish")
+        got = "no --output" if arguments.inputs else "no files"
+        raise UserError(f"expected files of texts and --output, or --finish FOLDER/ alone, got {got}")
     scaled = arguments.precision in ("int8", "uint8")
-    if scaled != (arguments.calibration is not None):
-        raise UserError("--calibration: expected with --precision int8 or uint8, and only then")
+    if scaled and arguments.calibration is None:
+        raise UserError(
+            f"--precision {arguments.precision}: expected --calibration FILE beside it, texts that give the ranges"
+        )
+    if not scaled and arguments.calibration is not None:
+        raise UserError(f"--calibration: expected with --precision int8 or uint8, got {arguments.precision}")
     if arguments.output_dtype is not None and arguments.precision != "float32":
         raise UserError(f"--output-dtype: expected with --precision float32, got {arguments.precision}")
     if arguments.on_error == "skip" and arguments.precision != "float32":
-        raise UserError(f"--on-error skip: expected --precision float32, which has NaN, got {arguments.precision}")
+        raise UserError(
+            f"--on-error skip: expected --precision float32, whose NaN a skipped row gets, got {arguments.precision}"
+        )
     common.check_format(arguments.format, arguments.inputs)
     if arguments.engine == "ray" and arguments.device is not None:
         raise UserError("--device: expected with --engine local; --gpus-per-worker tells Ray what a worker uses")

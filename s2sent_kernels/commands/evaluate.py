@@ -89,7 +89,7 @@ def _named(paths: Sequence[str]) -> list[tuple[str, str]]:
     names = [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, paths, strict=True)]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{name}: expected each file once")
+            raise UserError(f"{name}: expected each file once, got it {names.count(name)} times")
     return list(zip(names, paths, strict=True))
 
 
@@ -164,7 +164,8 @@ def _read(arguments: argparse.Namespace) -> _Files:
     chosen = {} if arguments.columns is None else columns.parse(arguments.columns, known)
 
     def of(own: Sequence[str]) -> columns.Columns:  # those of a file: one of STS has no label
-        return columns.Columns({what: name for what, name in chosen.items() if what in own}, format=arguments.format)
+        named = {what: name for what, name in chosen.items() if what in own}
+        return columns.Columns(named, format=arguments.format, judged=False)
 
     named = _named([*sts, *transfer])
     scored, classes = of((*labelled.SCORED, "subset")), of(labelled.LABELLED)

@@ -98,7 +98,7 @@ def _check_output(arguments: argparse.Namespace, path: Path, folder: bool) -> No
     for name in _FOLDER_ONLY:
         if getattr(arguments, name) is not None:
             raise UserError(
-                f"--{name.replace('_', '-')}: expected none beside a file, for which it means nothing: {path}"
+                f"--{name.replace('_', '-')}: expected with an --output FOLDER/ for servers, got the file {path}"
             )
 
 

@@ -94,7 +94,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _queries(given: Sequence[str]) -> Iterator[str]:
     if given.count(STDIN) > 1:
-        raise UserError(f"{STDIN}: expected once")
+        raise UserError(
+            f"{STDIN}: expected once, since standard input can be read once, got it {given.count(STDIN)} times"
+        )
     empty = True
     for one in given:
         try:
@@ -170,8 +172,12 @@ def _record(where: str, about: Any) -> dict[str, Any]:
         options = {name: about["options"][name] for name in OPTIONS}
         names = [about["model"], about["selector"] or "", about["weights"]]
     except (KeyError, TypeError, IndexError) as error:
-        raise UserError(f"--index {where}: its record of the model cannot be read: {error!r}") from error
+        raise UserError(
+            f"--index {where}: its record of the model cannot be read, which lacks {error}: encode the texts again"
+        ) from error
     wrong = [name for name, value in options.items() if not _KNOWN[name](value)]
     if wrong or not all(isinstance(name, str) for name in names):
-        raise UserError(f"--index {where}: its record of the model cannot be read: {', '.join(wrong) or 'model'}")
+        raise UserError(
+            f"--index {where}: its record of the model cannot be read, which has another kind of {', '.join(wrong) or 'model'}"
+        )
     return options

@@ -56,7 +56,13 @@ def read(
     """
     which = kind(path, format)
     if which is None or which == "text":
-        got = "standard input as text" if str(path) == STDIN else f"suffix {Path(path).suffix!r}"
+        if str(path) != STDIN and not os.path.exists(path):
+            raise ValueError(f"{path}: there is no such file")
+        got = f"suffix {Path(path).suffix!r}"
+        if str(path) == STDIN:
+            got = "standard input as text: --format tells another"
+        elif os.path.isdir(path):
+            got = "a folder that datasets has not saved"
         raise ValueError(f"{path}: expected a file of {', '.join(suffixes)}, also with .gz or .zst, got {got}")
     if which == "tsv":
         return [(f"line {line}", row) for line, row in tables.read_table(path, required, *choices, given=given)]

@@ -112,7 +112,7 @@ def test_one_that_is_being_filled_is_kept(trained, capsys):
         (["clear", "abc"], "s2sent_cache: expected the beginning of a cache's name, got 'abc'; there are: none"),
         ([], "expected list, which prints the caches, or clear, which removes some (see 's2sent cache --help')"),
         (["list", "--cache", "mine.txt"], "--cache mine.txt: expected a folder, got a file"),
-        (["list", "--all"], "list: expected nothing beside it"),
+        (["list", "--all"], "list: expected neither names nor --all, which clear takes, got --all"),
         (["show"], "invalid choice: 'show'"),
     ],
 )

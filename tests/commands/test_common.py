@@ -319,7 +319,16 @@ def test_training_on_several_processes_takes_no_one_gpu(monkeypatch):
 # ---------------------------------------------------------------- packages, defaults, modules
 
 
-@pytest.mark.parametrize("extra, command", [("demo", "'s2sent_kernels[demo]'"), (None, "a-package")])
+@pytest.mark.parametrize(
+    "extra, command",
+    [
+        (
+            "demo",
+            "'s2sent_kernels[demo]', or in a checkout of the project: pip install --no-build-isolation -e '.[demo]'",
+        ),
+        (None, "a-package"),
+    ],
+)
 def test_a_missing_package_in_one_wording(monkeypatch, capsys, extra, command):
     monkeypatch.setitem(sys.modules, "a_module", None)
     with pytest.raises(ImportError) as error:

@@ -115,7 +115,7 @@ def test_files(fails, tmp_path, name, content, message):
     else:
         path.write_bytes(content)
     if name == "demo" and content == b"":
-        message = "expected sentences, one a line, found none"
+        message = "expected sentences, one a line, got none"
     assert message in fails(name)
 
 

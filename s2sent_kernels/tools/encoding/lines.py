@@ -33,7 +33,7 @@ class Lines(NamedTuple):
         ``decode``."""
         source, ids = self.source, _Ids(self)
         if source.kind == "text" and self.columns.id is not None:
-            raise ValueError(f"{source.name}: expected columns, of which one is {self.columns.id}, got lines of text")
+            raise ValueError(f"{source.name}: expected a table with the column {self.columns.id}, got lines of text")
         marks, rows, offset = [], 0, 0
         try:
             for line, raw in enumerate(source.lines()):

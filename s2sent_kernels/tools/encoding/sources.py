@@ -176,7 +176,9 @@ def _folder(folder: str, output: str | None, say: Callable[[str], None]) -> list
         for name in filter(_visible, entries):
             (files if kind_of(name) else others).append(os.path.join(place, name))
     if not files:
-        raise ValueError(f"{folder}: expected {EXPECTED} in it, got none")
+        raise ValueError(
+            f"{folder}: expected {EXPECTED} in it, got {f'others, as {min(others)}' if others else 'none'}"
+        )
     if others:
         say(f"{folder}: {len(others)} other files are left out, as {min(others)}")
     return sorted(files)

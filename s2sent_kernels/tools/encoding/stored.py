@@ -70,7 +70,7 @@ def open_stored(path: str) -> Stored:
 def _folder(folder: Path) -> Stored:
     if not (folder / MANIFEST).is_file():
         raise ValueError(
-            f"{folder}: expected a finished folder of parts, got one without {MANIFEST}: give its run again"
+            f"{folder}: expected a finished folder of parts, got one without {MANIFEST}: the command that writes it finishes it"
         )
     manifest = _json(folder / MANIFEST)
     try:
@@ -122,7 +122,7 @@ class _Array:
         self.about = _json(beside) if beside.is_file() else None
         _check_type(path, str(array.dtype), self.about)
         if not array.flags.c_contiguous:
-            raise ValueError(f"{path}: expected an array row by row, got one in Fortran's order")
+            raise ValueError(f"{path}: expected an array row by row, got one column by column (Fortran's order)")
         self._path, self._type, self._offset, (self.rows, self.size) = path, array.dtype, array.offset, array.shape
         if self.about is not None and self.about.get("shape") != [self.rows, self.size]:
             raise ValueError(
