@@ -107,7 +107,7 @@ def check_selector(selector: str, option: str = "") -> None:
         raise LoadError(
             f"{option}selector {selector}: {expected}, got {kind}: {option}model {selector} takes it, beside a selector"
         )
-    if not (place / "config.json").exists():
+    if not _listed(place, f"{option}selector {selector}"):
         raise LoadError(f"{option}selector {selector}: {expected}, got a folder without config.json")
 
 
@@ -125,8 +125,16 @@ def check_encoder(folder: str, name: str) -> None:
         raise LoadError(
             f"{name}: expected an encoder, got {SELECTOR}{f' for the encoder {encoder}' if encoder else ''}"
         )
-    if not (place / "config.json").exists():
+    if not _listed(place, name):
         raise LoadError(f"{name}: {NO_CONFIG}")
+
+
+def _listed(folder: Path, name: str) -> bool:
+    """Whether there is a config.json. LoadError, which begins with ``name``, where that cannot be seen."""
+    try:
+        return (folder / "config.json").exists()
+    except OSError as error:  # the folder is another user's
+        raise LoadError(f"{name}: cannot be read: {error.strerror}") from error
 
 
 def holds_selector(model: str) -> bool:

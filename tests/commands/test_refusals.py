@@ -1,6 +1,7 @@
 """What a message says: what was expected, what came, in which file, under the names that the user typed."""
 
 import json
+import os
 
 import pytest
 
@@ -100,6 +101,43 @@ def test_a_file_that_is_not_there_and_a_folder(tmp_path, refused, command):
     assert refused(*command, "folder").endswith("got a folder that datasets has not saved")
     (tmp_path / "a.pdf").write_text("")
     assert refused(*command, "a.pdf").endswith("also with .gz or .zst, got suffix '.pdf'")
+
+
+def closed(path):
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read everything")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["encode", "folder", "--output", "a.npy"],
+        ["encode", "other", "--output", "a.npy"],
+        ["encode", "other/a.txt", "--output", "a.npy", "--selector", "folder"],
+        ["encode", "other/a.txt", "--output", "a.npy", "--model", "folder"],
+        ["search", "a", "--index", "folder"],
+        ["encode", "a.csv", "--output", "a.npy"],
+    ],
+    ids=" ".join,
+)
+def test_what_may_not_be_read(tmp_path, refused, command):
+    """Also below a folder of texts: nothing is left out in silence."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.txt").write_text("a\n")
+    (tmp_path / "other" / "below").mkdir()
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "a.csv", ROWS)
+    for name in ("folder", "other/below", "a.csv"):
+        closed(tmp_path / name)
+    try:
+        found = refused(*command)
+    finally:
+        for name in ("folder", "other/below"):
+            (tmp_path / name).chmod(0o700)
+    assert (
+        "Permission denied" in found and "Errno" not in found.partition("cannot be loaded")[0] and "Error" not in found
+    )
 
 
 def test_a_folder_of_other_files(tmp_path, refused):

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from ...files import first_line, importing
 from ..tables import COMPRESSIONS, KINDS, STDIN, kind_of
@@ -157,7 +157,7 @@ def _folder(folder: str, output: str | None, say: Callable[[str], None]) -> list
     files: list[str] = []
     others: list[str] = []
     seen = {os.path.realpath(path) for path in (output,) if path}  # also ends a circle of links
-    for place, names, entries in os.walk(folder, followlinks=True):
+    for place, names, entries in os.walk(folder, onerror=_unreadable, followlinks=True):
         if (real := os.path.realpath(place)) in seen:
             names.clear()
             continue
@@ -182,6 +182,11 @@ def _folder(folder: str, output: str | None, say: Callable[[str], None]) -> list
     if others:
         say(f"{folder}: {len(others)} other files are left out, as {min(others)}")
     return sorted(files)
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    """A folder that cannot be read would be left out in silence."""
+    raise ValueError(f"{error.filename}: cannot be read: {error.strerror or first_line(error)}") from error
 
 
 def _is_model(folder: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 import uuid
@@ -118,7 +119,9 @@ class Tabular(NamedTuple):
         except (OSError, pa.ArrowException) as error:
             if str(error).startswith(f"{name}: "):  # pyarrow's errors are ValueErrors, too
                 raise
-            raise DataError(f"{name}: cannot be read: {first_line(error)}", name) from error
+            number = getattr(error, "errno", None)  # of the system's, whose words pyarrow wraps in its own
+            reason = first_line(error).rstrip(":") if number is None else os.strerror(number)
+            raise DataError(f"{name}: cannot be read: {reason}", name) from error
 
     @contextlib.contextmanager
     def seekable(self) -> Iterator[Any]:
