@@ -134,8 +134,9 @@ def check_columns(
         missing += sorted(lacking, key=len)[0]
     if not missing:
         return
-    either = " or ".join(map(_listed, choices))
-    parts = [*columns, f"either {either}" if len(choices) > 1 else either] if choices else list(columns)
+    parts = [*columns, *(choices[0] if len(choices) == 1 else ())]
+    if len(choices) > 1:
+        parts.append(f"either {' or '.join(map(_listed, choices))}")
     known = {name for some in (columns, *choices) for name in some}
     there = ", ".join(names) or "none"
     if not known.isdisjoint(names):
