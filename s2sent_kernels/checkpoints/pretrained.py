@@ -73,6 +73,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ValueError(f"{path}: cannot be read: {reason}: {REMEDY}") from error
+    if isinstance(config, dict) and "model_type" in config:
+        raise ValueError(
+            f"{path}: expected the configuration of a selector, got that of a model of type {config['model_type']!r}: "
+            "a folder of encoder and selector is loaded as a whole"
+        )
     if not isinstance(config, dict) or config.get("format") != FORMAT or not isinstance(config.get("selector"), dict):
         raise ValueError(f"{path}: expected the configuration of a selector, format {FORMAT}: {REMEDY}")
     for name in ARGUMENTS:

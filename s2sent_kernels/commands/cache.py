@@ -18,7 +18,9 @@ from .train_task import CACHE
 def add(commands: Any) -> None:
     about = "list the caches of frozen training, or remove some"
     command = commands.add_parser("cache", help=about, description=__doc__)
-    command.add_argument("action", choices=("list", "clear"), help="print them, or remove those that are named")
+    command.add_argument(
+        "action", nargs="?", choices=("list", "clear"), help="print them, or remove those that are named"
+    )
     command.add_argument(
         "names", nargs="*", metavar="NAME", help="of caches to remove, as list prints them; a beginning will do"
     )
@@ -29,13 +31,23 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.cache)
+    if arguments.action is None:
+        raise UserError(
+            "expected list, which prints the caches, or clear, which removes some (see 's2sent cache --help')"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--cache {folder}: expected a folder, got a file")
     try:
         found = cache_files.kept(folder)
         if arguments.action == "list":
             if arguments.names or arguments.all:
-                raise UserError("list: expected nothing beside it; clear takes names and --all")
+                raise UserError(
+                    f"list: expected neither names nor --all, which clear takes, got {' '.join(arguments.names) or '--all'}"
+                )
             _list(folder, found)
             return
+        if not found and arguments.all and not arguments.names:
+            print(f"no caches in {folder}")
         for one in _chosen(arguments, found):
             cache_files.remove(one)
             print(f"removed {one.folder}: {in_words(one.size)}")
@@ -49,6 +61,9 @@ def _list(folder: Path, found: list[Kept]) -> None:
     for one in found:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.folder.stat().st_mtime))
         print(f"{one.name}  {in_words(one.size):>9}  {when}  {_words(one)}")
+    if not found:
+        print(f"no caches in {folder}")
+        return
     print(f"{folder}: {len(found)} cache{'' if len(found) == 1 else 's'}, {in_words(sum(one.size for one in found))}")
 
 
@@ -69,7 +84,15 @@ def _chosen(arguments: argparse.Namespace, found: list[Kept]) -> list[Kept]:
     chosen: dict[Path, Kept] = {}
     for name in arguments.names:
         some = [one for one in found if name and one.name.startswith(name)]
-        if len({one.name for one in some}) != 1:
-            raise UserError(f"{arguments.cache}: expected one cache {name}, found {len({one.name for one in some})}")
+        names = sorted({one.name for one in some})
+        if not names:
+            there = ", ".join(dict.fromkeys(one.name for one in found)) or "none"
+            raise UserError(
+                f"{arguments.cache}: expected the beginning of a cache's name, got {name!r}; there are: {there}"
+            )
+        if len(names) > 1:
+            raise UserError(
+                f"{arguments.cache}: expected the beginning of one name, got {name!r} of {', '.join(names)}"
+            )
         chosen |= {one.folder: one for one in some}
     return list(chosen.values())

@@ -92,7 +92,7 @@ def check_format(given: str | None, paths: Iterable[str]) -> None:
     if given is not None and not count:
         raise UserError(f"--format: expected with {STDIN}, standard input; a file's suffix tells its format")
     if count > 1:
-        raise UserError(f"{STDIN}: expected once")
+        raise UserError(f"{STDIN}: expected once, since standard input can be read once, got it {count} times")
 
 
 def add_device(command: Any) -> None:
@@ -118,13 +118,15 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def check_writable(directory: Path) -> None:
-    """Raise before any work is done, and create nothing yet."""
+def check_writable(directory: Path, name: Path | None = None) -> None:
+    """Raise before any work is done, and create nothing yet. ``name``: of the directory, as it was given."""
     existing = directory
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"output directory {directory}: {existing} is not a directory that can be written to")
+        if name is not None and existing == directory:
+            existing = name
+        raise UserError(f"output directory {name or directory}: {existing} is not a directory that can be written to")
 
 
 # ---------------------------------------------------------------- loading
@@ -202,6 +204,7 @@ def _waiting(function: Callable[P, T]) -> Callable[P, T]:
 
 resolve = functools.partial(_told(_announcing(sources.resolve)), option="--")
 holds_selector = _told(sources.holds_selector)
+check_selector = functools.partial(_told(sources.check_selector), option="--")
 read_selector = _told(parts.read_selector)
 max_length = _told(_announcing(parts.max_length))
 load_model = _told(_announcing(_waiting(_silently(parts.load_model))))
@@ -210,6 +213,14 @@ load_whole = _told(_waiting(_silently(loading.load_whole)))
 load_classifier = _told(_waiting(_silently(loading.load_classifier)))
 load_pipeline = _told(_announcing(_waiting(_silently(loading.load_pipeline))))
 fuse = _told(loading.fuse)
+
+
+def resolve_here(model: str | None, selector: str | None) -> None:
+    """As ``resolve``, of what is judged without asking a hub: a name that is wrong is an error before any long work."""
+    if sources.is_here(model):
+        resolve(model, selector)
+    if selector is not None:
+        check_selector(selector)
 
 
 def batches(encoder: Any, tokenizer: Any, texts: Sequence[str], max_length: int | None) -> list[dict[str, Any]]:

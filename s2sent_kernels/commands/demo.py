@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import sources
 from ..capture import BlockCapture
 from ..engines.choice import BACKENDS, backends, choose
 from ..engines.triton.limits import triton_interprets
-from ..files import data_folder, require
+from ..files import data_folder, installs, require
 from ..formula.call import Call
 from ..selector import S2SentSelector
 from ..tools import pictures
@@ -46,8 +47,17 @@ class Timing(NamedTuple):
 
 
 def add(commands: Any) -> None:
-    command = commands.add_parser("demo", help="fuse an encoder's blocks on real sentences", description=__doc__)
-    command.add_argument("--model", help="path or hub id of an encoder (default: all-MiniLM-L6-v2, bundled)")
+    command = commands.add_parser(
+        "demo",
+        help="fuse an encoder's blocks on real sentences",
+        description=__doc__,
+        epilog=f"It needs the extra demo: {installs('demo')}.",
+    )
+    command.add_argument(
+        "--model",
+        help="path or hub id of an encoder, in front of an untrained selector; or a shipped name, in front of its own "
+        "(default: all-MiniLM-L6-v2, bundled)",
+    )
     command.add_argument(
         "--file", type=common.path, help="text file, one sentence a line, queries begin with '? ' (default: bundled)"
     )
@@ -83,7 +93,7 @@ def read_texts(path: str | None = None) -> Texts:
         number = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{name}: line {number} is not UTF-8 (byte 0x{error.object[error.start]:02x})") from error
     except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror}") from error
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from error
     texts = Texts([], [])
     for line in map(str.strip, text.split("\n")):
         if line.startswith("? "):
@@ -91,9 +101,9 @@ def read_texts(path: str | None = None) -> Texts:
         elif line not in ("", "?", "#") and not line.startswith("# "):
             texts.sentences.append(line)
     if not texts.sentences:
-        raise UserError(f"{name}: expected sentences, one a line, found none")
+        raise UserError(f"{name}: expected sentences, one a line, got none")
     if not texts.queries:
-        raise UserError(f"{name}: expected queries, lines that begin with '? ', found none")
+        raise UserError(f"{name}: expected queries, lines that begin with '? ', got none")
     return texts
 
 
@@ -208,20 +218,25 @@ def run(arguments: argparse.Namespace) -> None:
     directory = Path(arguments.output_dir)
     common.check_writable(directory)
     device = common.device_of(arguments.device)
-    encoder, tokenizer, name = common.load_model(arguments.model, device)
+    try:
+        chosen = choose(arguments.backend, Call(device, torch.float32))
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+    model = arguments.model
+    if model is not None and (kind := sources.held(model)) not in (sources.ENCODER, None):
+        raise UserError(
+            f"--model {model}: expected an encoder alone, got {kind}: `s2sent inspect --model {model}` shows it"
+        )
+    encoder, tokenizer, name = common.load_model(model, device)
     try:
         capture = BlockCapture(encoder, arguments.blocks)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
     with capture, torch.no_grad():
         size, depth = encoder.config.hidden_size, encoder.config.num_hidden_layers
-        try:
-            chosen = choose(arguments.backend, Call(device, torch.float32))
-        except (ValueError, TypeError) as error:
-            raise UserError(str(error)) from error
-        trained = arguments.model is None and len(capture.blocks) == depth
+        trained = (model is None or sources.is_shipped(model)) and len(capture.blocks) == depth
         if trained:
-            selector = S2SentSelector.from_pretrained(BUNDLED, backend=arguments.backend).to(device)
+            selector = S2SentSelector.from_pretrained(model or BUNDLED, backend=arguments.backend).to(device)
         else:
             selector = make_selector(size, len(capture.blocks), arguments.backend).to(device)
         source = "the bundled file" if arguments.file is None else arguments.file
@@ -230,9 +245,7 @@ def run(arguments: argparse.Namespace) -> None:
         _print_selector(selector, capture.blocks, trained)
         print(f"backend   {chosen}: {backends()[chosen].reason}", flush=True)
 
-        batches = common.batches(
-            encoder, tokenizer, texts.sentences + texts.queries, common.max_length(arguments.model)
-        )
+        batches = common.batches(encoder, tokenizer, texts.sentences + texts.queries, common.max_length(model))
         start = time.perf_counter()
         embeddings = torch.cat([capture.pool(selector, **batch) for batch in batches]).cpu()
         seconds = time.perf_counter() - start
@@ -244,7 +257,7 @@ def run(arguments: argparse.Namespace) -> None:
         selector.backend = "reference"  # pictures need no speed, and the interpreter is slow
         gates = selector.gates(hidden_states, mask)
     tokens = max(1, int(mask.sum(dim=1).median()))
-    title = f"encoder {name}; selector {BUNDLED if trained else f'untrained, seed {SEED}'}"
+    title = f"encoder {name}; selector {(model or BUNDLED) if trained else f'untrained, seed {SEED}'}"
     blocks = capture.blocks
     with common.warnings_in_lines():
         content = {

@@ -70,7 +70,8 @@ def _libraries() -> Iterator[Line]:
         try:
             yield library, importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
-            yield library, f"not installed, of the extra{'s' if len(extras) > 1 else ''} {', '.join(extras)}"
+            which = f"of the extra{'s' if len(extras) > 1 else ''} {', '.join(extras)}"
+            yield library, f"not installed, {which}: pip install 's2sent_kernels[{extras[0]}]'"
 
 
 def _of_extras() -> dict[str, list[str]]:

@@ -67,21 +67,39 @@ def run(arguments: argparse.Namespace) -> None:
     with _told(arguments.output):
         inputs = encoding.expand(arguments.inputs, str(output) if as_folder else None)
     calibration = [arguments.calibration] if arguments.calibration is not None else []
-    _check_inputs([*inputs, *calibration], output)
+    _check_inputs([*inputs, *calibration], output, arguments.output)
+    if arguments.engine == "ray":
+        require("ray", "ray", "ray")
+    if arguments.precision != "float32":
+        require("sentence_transformers.util", "sentence-transformers", "sentence-transformers")
     devices = _devices(arguments)
     if arguments.dtype == "auto":  # settled here, since it is part of the key
         arguments.dtype = "bfloat16" if arguments.gpus_per_worker else settled_dtype(devices)
-    engine, about = _engine(arguments, devices)
-    request = request_of(arguments, inputs, output)._replace(about=about)
+    common.resolve_here(arguments.model, arguments.selector)
+    texts = _calibration(arguments)
+    made = functools.cache(
+        lambda: _engine(arguments, devices, texts)
+    )  # loads the model, once the inputs have been judged
+
+    def engine(job: Any, parts: Any, progress: Any) -> Any:
+        return made()[0](job, parts, progress)
+
+    request = request_of(arguments, inputs, output)._replace(about=lambda: made()[1])
     part = arguments.shard and encoding.Shard(*arguments.shard)
-    kept = "parts that are finished are kept: the same command goes on with the others"
-    with common.interrupted(lambda: kept), _told(arguments.output):
+    with common.interrupted(_kept, output if as_folder else encoding.hidden(output)), _told(arguments.output):
         write = encoding.encode_folder if as_folder else encoding.encode_file
         count = write(
             request, engine, output, encoding.Options(part, arguments.force, skip=arguments.on_error == "skip")
         )
     which = f"shard {part.number} of {part.total}, " if part else ""
     print(f"wrote {arguments.output}: {which}{count} texts")
+
+
+def _kept(folder: Path) -> str:
+    """What an interruption leaves."""
+    if any(folder.glob("part-*")):
+        return "parts that are finished are kept: the same command goes on with the others"
+    return "nothing was encoded yet"
 
 
 def _finish(arguments: argparse.Namespace) -> None:
@@ -91,7 +109,8 @@ def _finish(arguments: argparse.Namespace) -> None:
     defaults = vars(parser.parse_args(["encode"]))
     for name, value in defaults.items():
         if name != "finish" and getattr(arguments, name) != value:
-            raise UserError(f"--finish: expected nothing beside the folder, got {name.replace('_', '-')}")
+            got = ", ".join(arguments.inputs) if name == "inputs" else f"--{name.replace('_', '-')}"
+            raise UserError(f"--finish: expected nothing beside the folder, got {got}")
     with _told(arguments.finish):
         count = encoding.finish(Path(arguments.finish))
     print(f"wrote {Path(arguments.finish) / 'manifest.json'}: {count} texts")
@@ -113,14 +132,21 @@ def _told(output: str) -> Iterator[None]:
 
 def _check_options(arguments: argparse.Namespace) -> None:
     if not arguments.inputs or arguments.output is None:
-        raise UserError("expected files of texts and --output, or --finish")
+        got = "no --output" if arguments.inputs else "no files"
+        raise UserError(f"expected files of texts and --output, or --finish FOLDER/ alone, got {got}")
     scaled = arguments.precision in ("int8", "uint8")
-    if scaled != (arguments.calibration is not None):
-        raise UserError("--calibration: expected with --precision int8 or uint8, and only then")
+    if scaled and arguments.calibration is None:
+        raise UserError(
+            f"--precision {arguments.precision}: expected --calibration FILE beside it, texts that give the ranges"
+        )
+    if not scaled and arguments.calibration is not None:
+        raise UserError(f"--calibration: expected with --precision int8 or uint8, got {arguments.precision}")
     if arguments.output_dtype is not None and arguments.precision != "float32":
         raise UserError(f"--output-dtype: expected with --precision float32, got {arguments.precision}")
     if arguments.on_error == "skip" and arguments.precision != "float32":
-        raise UserError(f"--on-error skip: expected --precision float32, which has NaN, got {arguments.precision}")
+        raise UserError(
+            f"--on-error skip: expected --precision float32, whose NaN a skipped row gets, got {arguments.precision}"
+        )
     common.check_format(arguments.format, arguments.inputs)
     if arguments.engine == "ray" and arguments.device is not None:
         raise UserError("--device: expected with --engine local; --gpus-per-worker tells Ray what a worker uses")
@@ -155,7 +181,7 @@ def _check_output(arguments: argparse.Namespace, output: Path) -> None:
 
     name = arguments.output
     if name.endswith("/"):
-        common.check_writable(output)
+        common.check_writable(output, Path(name))
         return
     if output.is_dir():
         raise UserError(f"--output {name}: expected a file, got a directory; with a slash at the end it gets parts")
@@ -167,14 +193,15 @@ def _check_output(arguments: argparse.Namespace, output: Path) -> None:
         raise UserError(
             f"--keep-text: expected a file of .parquet or a folder, since an array holds no texts, got {name}"
         )
-    common.check_writable(output.parent)
+    common.check_writable(output.parent, Path(name).parent if output.parent == Path(name).parent.absolute() else None)
     beside = [sidecar(output)] if output.suffix.lower() == ".npy" else []
     if output.exists() and not arguments.force:
         remove_leftovers(output)
-    common.check_new([output, *beside], arguments.force)
+    common.check_new([Path(name)], arguments.force)
+    common.check_new(beside, arguments.force)
 
 
-def _check_inputs(paths: list[str], output: Path) -> None:
+def _check_inputs(paths: list[str], output: Path, name: str) -> None:
     for path in paths:
         if path == STDIN:
             continue
@@ -182,9 +209,9 @@ def _check_inputs(paths: list[str], output: Path) -> None:
             raise UserError(f"{path}: there is no such file")
         real = Path(os.path.realpath(path))
         if real == output or (output.exists() and output.samefile(path)):
-            raise UserError(f"output {output}: expected another file than {path}, whose texts would be lost")
+            raise UserError(f"output {name}: expected another file than {path}, whose texts would be lost")
         if output in real.parents:
-            raise UserError(f"output {output}: expected another folder than that of {path}")
+            raise UserError(f"output {name}: expected another folder than that of {path}")
 
 
 # ---------------------------------------------------------------- who encodes
@@ -197,19 +224,19 @@ def _devices(arguments: argparse.Namespace) -> list[str]:
     return [str(common.device_of(name)) for name in arguments.device or [None]]
 
 
-def _engine(arguments: argparse.Namespace, devices: list[str]) -> tuple[encoding.Engine, dict[str, Any]]:
+def _engine(
+    arguments: argparse.Namespace, devices: list[str], calibration: list[str] | None
+) -> tuple[encoding.Engine, dict[str, Any]]:
     """Who encodes, and what the embeddings say of it. Loads the model here in any case: what is wrong with it is told before
     anything is begun."""
     from ..tools import encoding
 
-    if arguments.engine == "ray":
-        require("ray", "ray", "ray")
     options = EncoderOptions(*(getattr(arguments, name) for name in EncoderOptions._fields[:-2]))
     alone = arguments.engine == "local" and len(devices) == 1
     encoder = make_encoder(options, devices[0] if alone else "cpu")
     ranges = None
-    if arguments.calibration is not None:
-        ranges = _ranges(encoder, arguments.calibration, arguments.column)
+    if calibration is not None:
+        ranges = _ranges(encoder, arguments.calibration, calibration)
     options = options._replace(precision=arguments.precision, ranges=ranges)
     encoder = Encoder(encoder.embedder, options)
     about = encoder.about()
@@ -222,14 +249,26 @@ def _engine(arguments: argparse.Namespace, devices: list[str]) -> tuple[encoding
     return encoding.one_process_a_device(make, devices), about
 
 
-def _ranges(encoder: Encoder, calibration: str, column: str) -> np.ndarray:
+def _calibration(arguments: argparse.Namespace) -> list[str] | None:
+    """The calibration texts, read before the model is loaded."""
+    from ..tools import encoding
+
+    if arguments.calibration is None:
+        return None
+    try:
+        return [row.text for row in encoding.read_texts([arguments.calibration], arguments.column)]
+    except (ValueError, ImportError) as error:
+        raise UserError(f"--calibration {error}") from error
+
+
+def _ranges(encoder: Encoder, calibration: str, texts: list[str]) -> np.ndarray:
     """Least and greatest of each feature over the embeddings of the calibration texts."""
     import numpy as np
 
-    from ..tools import encoding
-
-    with _told(calibration):
-        seen = encoder.encode_shown([row.text for row in encoding.read_texts([calibration], column)])
+    try:
+        seen = encoder.encode_shown(texts)
+    except ValueError as error:
+        raise UserError(f"--calibration {calibration}: {error}") from error
     ranges = np.stack([seen.min(axis=0), seen.max(axis=0)])
     if not (ranges[0] < ranges[1]).all():
         count = len(seen)

@@ -40,12 +40,32 @@ class EncoderOptions(NamedTuple):
 
 
 def make_encoder(options: EncoderOptions, device: str) -> Encoder:
-    """The one place where an encoder is made: in each worker once, from the options and the name of a device.
+    """The encoder of `s2sent encode`: in each worker once, from the options and the name of a device.
 
     Raises:
         UserError: model and selector cannot be loaded, or do not fit.
     """
-    common.resolve(options.model, options.selector)  # for errors that name the options
+    made = load_encoder(options, device)
+    common.within(options.max_length, made.embedder.max_length)
+    size = made.embedder.dimension
+    if options.truncate_dim is not None and options.truncate_dim > size:
+        raise UserError(
+            f"--truncate-dim: expected at most {size}, as many features as there are, got {options.truncate_dim}"
+        )
+    return made
+
+
+def load_encoder(options: EncoderOptions, device: str, option: str = "--") -> Encoder:
+    """The one place where an encoder is made, whether or not it can do what the options ask for.
+
+    Args:
+        option: what precedes "model" and "selector" in messages, "--", or nothing where the user has not given them.
+
+    Raises:
+        UserError: model and selector cannot be loaded, or do not fit.
+    """
+    if option:
+        common.resolve(options.model, options.selector)  # for errors that name the options
     name = options.model or common.BUNDLED
     limits = {"max_length": options.max_length, "overflow": options.overflow}
     common.announce(name)
@@ -53,13 +73,7 @@ def make_encoder(options: EncoderOptions, device: str) -> Encoder:
         with waiting.told(f"loading {name}"):
             made = Embedder.from_pretrained(name, options.selector, options.dtype, device, **limits)
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(common.of_option(str(error))) from error
-    common.within(options.max_length, made.max_length)
-    size = made.dimension
-    if options.truncate_dim is not None and options.truncate_dim > size:
-        raise UserError(
-            f"--truncate-dim: expected at most {size}, as many features as there are, got {options.truncate_dim}"
-        )
+        raise UserError(common.of_option(str(error)) if option else str(error)) from error
     return Encoder(made, options)
 
 

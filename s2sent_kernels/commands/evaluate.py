@@ -21,6 +21,12 @@ from . import common
 from .common import UserError, positive
 
 FILES = ("evaluation.json", "evaluation.png")
+# Who scores, and which option asks for it: missing ones are told before anything is encoded.
+_LIBRARIES = (
+    ("scipy.stats", "scipy", "evaluate", "sts"),
+    ("sklearn.linear_model", "scikit-learn", "evaluate", "transfer"),
+    ("mteb", "mteb", "mteb", "mteb"),
+)
 
 
 def add(commands: Any) -> None:
@@ -83,7 +89,7 @@ def _named(paths: Sequence[str]) -> list[tuple[str, str]]:
     names = [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, paths, strict=True)]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{name}: expected each file once")
+            raise UserError(f"{name}: expected each file once, got it {names.count(name)} times")
     return list(zip(names, paths, strict=True))
 
 
@@ -105,10 +111,14 @@ def run(arguments: argparse.Namespace) -> None:
         files = _read(arguments)
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
+    common.check_new((directory / name for name in FILES), arguments.force)
+    common.device_of(arguments.device)
+    for module, package, extra, wanted in _LIBRARIES:
+        if getattr(arguments, wanted):
+            require(module, package, extra)
     source = common.resolve(arguments.model, arguments.selector, required=False)
     if source.whole and arguments.pooling is not None:
         raise UserError(f"--pooling: expected none beside --model {source.model}, which has its own")
-    common.check_new((directory / name for name in FILES), arguments.force)
     limits = {"max_length": arguments.max_length, "batch_size": arguments.batch_size}
     embed, model = _embedder(source, arguments.device, arguments.pooling, limits)
     content: dict[str, Any] = {"model": model, "selector": source.selector, "split": arguments.split}
@@ -154,7 +164,8 @@ def _read(arguments: argparse.Namespace) -> _Files:
     chosen = {} if arguments.columns is None else columns.parse(arguments.columns, known)
 
     def of(own: Sequence[str]) -> columns.Columns:  # those of a file: one of STS has no label
-        return columns.Columns({what: name for what, name in chosen.items() if what in own}, format=arguments.format)
+        named = {what: name for what, name in chosen.items() if what in own}
+        return columns.Columns(named, format=arguments.format, judged=False)
 
     named = _named([*sts, *transfer])
     scored, classes = of((*labelled.SCORED, "subset")), of(labelled.LABELLED)

@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import export, hub, servers, sources
 from ..engines.choice import BACKENDS
+from ..files import require
 from ..quiet import quiet_exporter
 from . import common
 from .common import UserError
@@ -60,6 +61,9 @@ def run(arguments: argparse.Namespace) -> None:
     _check_output(arguments, path, folder)
     common.check_writable(path.parent)
     device = common.device_of(arguments.device)
+    if folder or path.suffix == ".onnx":
+        for module in ("onnx", "onnxscript", *(["onnxruntime"] if arguments.quantize else [])):
+            require(module, module, "onnx")
     common.quiet_transformers()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is missing, which is not needed
     source = common.resolve(arguments.model, arguments.selector)
@@ -96,7 +100,7 @@ def _check_output(arguments: argparse.Namespace, path: Path, folder: bool) -> No
     for name in _FOLDER_ONLY:
         if getattr(arguments, name) is not None:
             raise UserError(
-                f"--{name.replace('_', '-')}: expected none beside a file, for which it means nothing: {path}"
+                f"--{name.replace('_', '-')}: expected with an --output FOLDER/ for servers, got the file {path}"
             )
 
 

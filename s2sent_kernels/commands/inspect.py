@@ -82,8 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
         what = "--text" if arguments.file is None else arguments.file
         raise UserError(f"{what}: expected at most {MOST} texts, got {len(texts)}")
     device = common.device_of(arguments.device)
-    source = common.resolve(arguments.model, arguments.selector)
     common.check_new((directory / name for name in FILES), arguments.force)
+    source = common.resolve(arguments.model, arguments.selector)
     try:
         pipeline, tokenizer, names, limit = _load(source, device)
         (batch,) = common.batches(pipeline.encoder, tokenizer, texts, limit)
@@ -105,15 +105,17 @@ def _texts(arguments: argparse.Namespace) -> Sequence[str]:
             raise UserError("--columns: expected with --file")
         return arguments.text or EXAMPLES
     if arguments.text is not None:
-        raise UserError("--file: expected without --text")
+        raise UserError("--file and --text: expected one of them, got both")
     common.check_format(arguments.format, [arguments.file])
     try:
         named = {} if arguments.columns is None else columns.parse(arguments.columns, TEXT)
-        found = read_texts(arguments.file, columns.Columns(named, format=arguments.format))
+        found = read_texts(arguments.file, columns.Columns(named, format=arguments.format, judged=False))
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
     if not isinstance(found[0], str):
-        raise UserError(f"{arguments.file}: expected texts, got pairs of sentences")
+        raise UserError(
+            f"{arguments.file}: expected texts, one a row, got the columns of pairs, sentence1 and sentence2"
+        )
     return [text for text in found if isinstance(text, str)]
 
 

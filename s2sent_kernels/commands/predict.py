@@ -66,17 +66,22 @@ def run(arguments: argparse.Namespace) -> None:
     common.check_writable(output.parent)
     try:
         named = {} if arguments.columns is None else columns.parse(arguments.columns, (*TEXT, *PAIR))
-        given = columns.Columns(named, format=arguments.format)
-        texts = [text for path in arguments.inputs for text in read_texts(path, given)]
+        given = columns.Columns(named, format=arguments.format, judged=False)
+        files = {path: read_texts(path, given) for path in arguments.inputs}
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
-    if len({isinstance(text, str) for text in texts}) > 1:
-        raise UserError("expected files of texts or files of pairs of sentences, got both")
+    texts = [text for path in arguments.inputs for text in files[path]]
+    kinds = {isinstance(found[0], str): path for path, found in files.items()}
+    if len(kinds) > 1:
+        raise UserError(f"{kinds[False]}: expected texts, as {kinds[True]} has, got pairs of sentences")
+    device = common.device_of(arguments.device)
     model, tokenizer = common.load_classifier(arguments.model)
     pairs = getattr(model.config, "pairs", None)  # None where no command trained it
     if pairs is not None and pairs == isinstance(texts[0], str):
-        raise UserError(f"{arguments.inputs[0]}: expected {said(pairs)}, of which {arguments.model} is a classifier")
-    logits = _logits(model.to(common.device_of(arguments.device)), tokenizer, texts, arguments.batch_size)
+        raise UserError(
+            f"{arguments.inputs[0]}: expected {said(pairs)}, of which {arguments.model} is a classifier, got {said(not pairs)}"
+        )
+    logits = _logits(model.to(device), tokenizer, texts, arguments.batch_size)
     rows = _rows(model.config, logits)
     content = _tsv(rows) if output.suffix == ".tsv" else "".join(json.dumps(row) + "\n" for row in rows)
     try:

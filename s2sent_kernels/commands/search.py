@@ -17,7 +17,7 @@ from ..tools import searching
 from ..tools.tables import STDIN, read_lines
 from . import common
 from .common import UserError, positive
-from .encode_worker import OPTIONS, Encoder, EncoderOptions, digest_of, make_encoder
+from .encode_worker import OPTIONS, Encoder, EncoderOptions, digest_of, load_encoder
 
 if TYPE_CHECKING:
     from ..tools.encoding import Stored
@@ -65,6 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.engine == "faiss":
         require("faiss", "faiss-cpu", None)
     queries = list(_queries(arguments.queries))
+    if arguments.selector is not None:
+        common.check_selector(arguments.selector)
     try:
         index = encoding.open_stored(arguments.index)
     except (ValueError, ImportError) as error:
@@ -94,7 +96,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _queries(given: Sequence[str]) -> Iterator[str]:
     if given.count(STDIN) > 1:
-        raise UserError(f"{STDIN}: expected once")
+        raise UserError(
+            f"{STDIN}: expected once, since standard input can be read once, got it {given.count(STDIN)} times"
+        )
     empty = True
     for one in given:
         try:
@@ -117,8 +121,9 @@ def _encoder(arguments: argparse.Namespace, index: Stored) -> Encoder:
         UserError: the model is not recorded and not given, cannot be loaded, or is another than the recorded one.
     """
     where, about = arguments.index, index.about
-    named = arguments.model is not None or arguments.selector is not None
-    if about is None and not named:
+    given = {name: getattr(arguments, name) for name in ("model", "selector")}
+    typed = " and ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
+    if about is None and not typed:
         raise UserError(
             f"--index {where}: does not say which model wrote it: give --model, and --selector where it had one"
         )
@@ -128,22 +133,27 @@ def _encoder(arguments: argparse.Namespace, index: Stored) -> Encoder:
             f"--index {where}: has embeddings of precision {known['precision']}, which a query's cannot be compared with: "
             "encode with --precision float32"
         )
-    model, selector = (arguments.model, arguments.selector) if named else (about["model"], about["selector"])
+    model, selector = given["model"], given["selector"]
+    recorded = model is None and about is not None  # --selector alone stands behind the model that the index records
+    if recorded:
+        model, selector = about["model"], selector or about["selector"]
     prompt = known["prompt"] if arguments.prompt is None else arguments.prompt
     chosen = known | {"prompt": prompt, "batch_tokens": None, "model": model, "selector": selector}
     device = common.device_of(arguments.device)
     try:
-        made = make_encoder(EncoderOptions(**chosen), str(device))
+        made = load_encoder(EncoderOptions(**chosen), str(device), "" if recorded else "--")
     except UserError as error:
-        if named:
+        if not recorded:
             raise
+        if typed:
+            said = str(error).removeprefix(f"selector {selector}: ").removeprefix("selector: ")
+            raise UserError(f"{typed}: does not go with the model that {where} records, {model}: {said}") from error
         raise UserError(
             f"--index {where}: cannot load the model that it records; --model names another place: {error}"
         ) from error
     if about is not None and digest_of(made.embedder) != about["weights"]:
-        which = f"--model {model or common.BUNDLED}" if named else f"model {model}"
         raise UserError(
-            f"{which}: is another than the one that wrote {where} ({about['model']}"
+            f"{typed or f'model {model}'}: is another than the one that wrote {where} ({about['model']}"
             + (f" with selector {about['selector']}" if about["selector"] else "")
             + "), or was trained since: encode the texts again"
         )
@@ -164,8 +174,12 @@ def _record(where: str, about: Any) -> dict[str, Any]:
         options = {name: about["options"][name] for name in OPTIONS}
         names = [about["model"], about["selector"] or "", about["weights"]]
     except (KeyError, TypeError, IndexError) as error:
-        raise UserError(f"--index {where}: its record of the model cannot be read: {error!r}") from error
+        raise UserError(
+            f"--index {where}: its record of the model cannot be read, which lacks {error}: encode the texts again"
+        ) from error
     wrong = [name for name, value in options.items() if not _KNOWN[name](value)]
     if wrong or not all(isinstance(name, str) for name in names):
-        raise UserError(f"--index {where}: its record of the model cannot be read: {', '.join(wrong) or 'model'}")
+        raise UserError(
+            f"--index {where}: its record of the model cannot be read, which has another kind of {', '.join(wrong) or 'model'}"
+        )
     return options

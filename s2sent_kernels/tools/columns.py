@@ -54,7 +54,7 @@ class Columns(NamedTuple):
         """The rows with the names that the reader expects, without the columns to ignore.
 
         Raises:
-            ValueError: the table has not a column that the user names, or has the expected one beside it.
+            ValueError: the table has not a column that the user names, or has the expected one beside it and is ``judged``.
         """
         if not self.named and not self.ignored:
             return rows
@@ -63,14 +63,15 @@ class Columns(NamedTuple):
         for name, option in given.items():
             if name not in there:
                 raise ValueError(f"{path}: expected the column {name}, which {option} names, got {', '.join(there)}")
-        for what, name in self.named.items():
-            if what in there and what not in given:
-                raise ValueError(
-                    f"{path}: expected one column for {what}, got {what} and {name}: see --ignore-columns {what}"
-                )
-        back = {name: what for what, name in self.named.items()}
+        twice = [what for what in self.named if what in there and what not in given]
+        if twice and self.judged:
+            what, name = twice[0], self.named[twice[0]]
+            raise ValueError(
+                f"{path}: expected one column for {what}, got {what} and {name}: see --ignore-columns {what}"
+            )
+        back, left_out = {name: what for what, name in self.named.items()}, {*self.ignored, *twice}
         return [
-            (place, {back.get(name, name): value for name, value in row.items() if name not in self.ignored})
+            (place, {back.get(name, name): value for name, value in row.items() if name not in left_out})
             for place, row in rows
         ]
 

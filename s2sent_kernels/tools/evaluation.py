@@ -96,7 +96,10 @@ def read_sts(path: str | Path, split: str | None = "test", columns: Columns | No
         one, other = (tables.text(f"{path}: {place}: {name}", row.get(name)) for name in PAIR)
         found.append(Pair(one, other, score, str(row.get("subset") or "")))
     if len(found) < 2:
-        raise ValueError(f"{path}: expected pairs of split {split!r}, got splits {', '.join(sorted(splits))}")
+        wanted = "" if split is None else f" of split {split!r}"
+        raise ValueError(
+            f"{path}: expected two or more pairs{wanted}, got {len(found)}; there are rows of split {', '.join(sorted(splits))}"
+        )
     if len({pair.score for pair in found}) < 2:
         raise ValueError(f"{path}: expected pairs with different scores, got {len(found)} of score {found[0].score:g}")
     return found
@@ -119,10 +122,10 @@ def read_transfer(path: str | Path, columns: Columns | None = None) -> dict[str,
             raise ValueError(f"{path}: {place}: expected a label, got none")
         found.setdefault(str(row.get("split")), []).append(Labelled(texts, str(row["label"])))
     if set(found) != {"all"} and not {"train", "test"} <= set(found) <= {"train", "dev", "test"}:
-        raise ValueError(f"{path}: expected splits train and test, or all, got {', '.join(sorted(found))}")
+        raise ValueError(f"{path}: expected rows of splits train and test, or all, got {', '.join(sorted(found))}")
     labels = {item.label for item in found.get("all", found.get("train", []))}
     if len(labels) < 2:
-        raise ValueError(f"{path}: expected at least two labels, got {len(labels)}")
+        raise ValueError(f"{path}: expected at least two labels, got {', '.join(map(repr, labels))} in each row")
     return found
 
 

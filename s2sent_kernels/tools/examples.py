@@ -125,13 +125,10 @@ def read_rows(
     """
     columns = columns or Columns()
     wanted, alternatives = columns.of(required), [columns.of(choice) for choice in choices]
-    found = columns.unfold(readers.read(path, columns.format, suffixes, wanted, alternatives))
+    given = columns.named.values()
+    found = columns.unfold(readers.read(path, columns.format, suffixes, wanted, alternatives, given))
     if not found:
         raise ValueError(f"{path}: expected rows{' with columns ' * bool(wanted)}{' and '.join(wanted)}, got none")
     names = dict.fromkeys(name for _, row in found for name in row)
-    missing = [name for name in wanted if name not in names]
-    if alternatives and not any(set(choice) <= set(names) for choice in alternatives):
-        missing.append(" or ".join("+".join(choice) for choice in alternatives))
-    if missing:
-        raise ValueError(f"{path}: expected a column {', '.join(missing)}, got {', '.join(names) or 'none'}")
+    tables.check_columns(path, list(names), wanted, alternatives, given)
     return columns.rename(path, found)

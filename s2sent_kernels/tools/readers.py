@@ -9,7 +9,7 @@ import io
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,14 @@ def read(
     suffixes: Sequence[str] = SUFFIXES,
     required: Sequence[str] = (),
     choices: Sequence[Sequence[str]] = (),
+    given: Collection[str] = (),
 ) -> Rows:
     """Places ("line 2", "row 1") and rows of a table. A data set of several splits gets their names in a column ``split``.
 
     Args:
         format: of standard input, "-".
         suffixes: that the error of a wrong one lists.
-        required, choices: columns, as in ``tables.read_table``; of tab-separated files alone, whose first line tells.
+        required, choices, given: columns, as in ``tables.read_table``; of tab-separated files alone, whose first line tells.
 
     Raises:
         ValueError: it is no table, cannot be read, or is broken; or a column is there twice.
@@ -55,10 +56,16 @@ def read(
     """
     which = kind(path, format)
     if which is None or which == "text":
-        got = "standard input as text" if str(path) == STDIN else f"suffix {Path(path).suffix!r}"
+        if str(path) != STDIN and not os.path.exists(path):
+            raise ValueError(f"{path}: there is no such file")
+        got = f"suffix {Path(path).suffix!r}"
+        if str(path) == STDIN:
+            got = "standard input as text: --format tells another"
+        elif os.path.isdir(path):
+            got = "a folder that datasets has not saved"
         raise ValueError(f"{path}: expected a file of {', '.join(suffixes)}, also with .gz or .zst, got {got}")
     if which == "tsv":
-        return [(f"line {line}", row) for line, row in tables.read_table(path, required, *choices)]
+        return [(f"line {line}", row) for line, row in tables.read_table(path, required, *choices, given=given)]
     if which == "csv":
         return _csv(path)
     if which == "jsonl":

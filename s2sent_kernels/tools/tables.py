@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,14 @@ def _opened(path: str | Path) -> Any:
 
 
 def read_table(
-    path: str | Path, columns: Sequence[str], *choices: Sequence[str]
+    path: str | Path, columns: Sequence[str], *choices: Sequence[str], given: Collection[str] = ()
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Line numbers and rows, with all columns of the file. Empty lines are skipped.
 
     Args:
         columns: required columns.
         choices: alternative sets of columns, of which one is required.
+        given: those of them that ``--columns`` has named.
 
     Raises:
         ValueError: the file cannot be read, is not UTF-8 or empty, lacks a column or has one twice; a row has another number
@@ -93,11 +94,13 @@ def read_table(
     names = header.split("\t")
     if not header:
         raise ValueError(f"{path}: expected a header line and rows, got an empty file")
-    missing = [name for name in columns if name not in names]
-    if choices and not any(set(choice) <= set(names) for choice in choices):
-        missing.append(" or ".join("+".join(choice) for choice in choices))
-    if missing:
-        raise ValueError(f"{path}: expected a tab-separated column {', '.join(missing)}, got {', '.join(names)}")
+    try:
+        check_columns(path, names, columns, choices, given)
+    except ValueError as error:
+        if len(names) > 1 or "," not in header:
+            raise
+        got = f"a first line without a tab, {header[:80]!r}"
+        raise ValueError(f"{path}: expected columns that tabs separate, got {got}: one of commas is a .csv") from error
     unique(path, names)
     empty = True
     for number, line in lines:
@@ -108,6 +111,46 @@ def read_table(
         yield number, dict(zip(names, fields, strict=True))
     if empty:
         raise ValueError(f"{path}: expected rows below the header, got none")
+
+
+def check_columns(
+    path: str | Path,
+    names: Sequence[str],
+    columns: Sequence[str],
+    choices: Sequence[Sequence[str]] = (),
+    given: Collection[str] = (),
+) -> None:
+    """ValueError where a table has not all of ``columns``, or none of the sets ``choices``; names those that are wanted, that are
+    there, and that are missing.
+
+    Args:
+        names: of the table.
+        given: those that ``--columns`` has named.
+    """
+    missing = [name for name in columns if name not in names]
+    if choices and not any(set(choice) <= set(names) for choice in choices):
+        # Of sets that lack equally many the largest is nearest.
+        lacking = [[name for name in choice if name not in names] for choice in sorted(choices, key=len, reverse=True)]
+        missing += sorted(lacking, key=len)[0]
+    if not missing:
+        return
+    parts = [*columns, *(choices[0] if len(choices) == 1 else ())]
+    if len(choices) > 1:
+        parts.append(f"either {' or '.join(map(_listed, choices))}")
+    known = {name for some in (columns, *choices) for name in some}
+    there = ", ".join(names) or "none"
+    if not known.isdisjoint(names):
+        there += f", without {_listed(missing)}"
+    named = [name for name in missing if name in given]
+    they = "it is" if len(missing) == 1 else "they are"
+    advice = f"names {_listed(named)}" if named else f"{','.join(f'{name}=NAME' for name in missing)} says which {they}"
+    several = "columns" if len(parts) > 1 or len(choices) else "a column"
+    raise ValueError(f"{path}: expected {several} {_listed(parts)}, got {there}: --columns {advice}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 
 def unique(path: str | Path, names: Sequence[str]) -> None:

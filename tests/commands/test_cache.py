@@ -78,7 +78,9 @@ def test_they_are_listed(trained, capsys):
     assert lines[1].startswith(one.name) and lines[1].endswith("16 texts, blocks 0, 1, mean, 256 tokens")
     assert lines[2].startswith("s2sent_cache: 2 caches, ")
     assert main(["cache", "list", "--cache", "nowhere"]) == 0
-    assert capsys.readouterr().out == "nowhere: 0 caches, 0 bytes\n"
+    assert capsys.readouterr().out == "no caches in nowhere\n"
+    assert main(["cache", "clear", "--all", "--cache", "nowhere"]) == 0
+    assert capsys.readouterr().out == "no caches in nowhere\n"
 
 
 def test_they_are_removed_by_name_or_all(trained, tmp_path, capsys):
@@ -107,16 +109,30 @@ def test_one_that_is_being_filled_is_kept(trained, capsys):
     [
         (["clear"], "clear: expected names, as `s2sent cache list` prints them, or --all"),
         (["clear", "abc", "--all"], "clear: expected names"),
-        (["clear", "abc"], "s2sent_cache: expected one cache abc, found 0"),
-        (["list", "--all"], "list: expected nothing beside it"),
+        (["clear", "abc"], "s2sent_cache: expected the beginning of a cache's name, got 'abc'; there are: none"),
+        ([], "expected list, which prints the caches, or clear, which removes some (see 's2sent cache --help')"),
+        (["list", "--cache", "mine.txt"], "--cache mine.txt: expected a folder, got a file"),
+        (["list", "--all"], "list: expected neither names nor --all, which clear takes, got --all"),
         (["show"], "invalid choice: 'show'"),
     ],
 )
 def test_what_is_refused(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("mine")
     assert main(["cache", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_beginning_of_no_or_several_names(tmp_path, capsys):
+    for name in ("a1" + "0" * 18, "a2" + "0" * 18):
+        (tmp_path / name).mkdir()
+    folder = ["--cache", str(tmp_path)]
+    assert main(["cache", "clear", "b", *folder]) == 2
+    assert "expected the beginning of a cache's name, got 'b'; there are: a1000" in capsys.readouterr().err
+    assert main(["cache", "clear", "a", *folder]) == 2
+    assert f"expected the beginning of one name, got 'a' of a1{'0' * 18}, a2" in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_link_is_no_cache(tmp_path):

@@ -177,9 +177,11 @@ def test_model_directory_missing(model, texts, fails):
 
 
 def test_model_is_a_file_or_an_empty_directory(texts, tmp_path, fails):
-    assert "there is no such directory" in fails("demo", "--file", texts, "--model", texts)
+    assert "expected a folder, got a file" in fails("demo", "--file", texts, "--model", texts)
     (tmp_path / "empty").mkdir()
-    assert "cannot be loaded" in fails("demo", "--file", texts, "--model", tmp_path / "empty")
+    assert "expected a config.json that names a model_type" in fails(
+        "demo", "--file", texts, "--model", tmp_path / "empty"
+    )
 
 
 def test_broken_weights(model_dir, texts, tmp_path, fails):

@@ -89,7 +89,7 @@ def test_a_shipped_name_means_the_encoder_that_its_selector_was_trained_for(fold
         (
             "some/hub-id",
             "--model some/hub-id: expected a folder, a shipped name (all-MiniLM-L6-v2, all-mpnet-base-v2) or a model of the hub, "
-            "and there is none of this name, or the hub cannot be reached",
+            "and none of this name is here or cached; HF_HUB_OFFLINE is set, so the hub was not asked",
         ),
         ("./empty", "--model ./empty: expected a config.json that names a model_type"),
         ("./nowhere", "--model ./nowhere: there is no such directory"),
@@ -319,7 +319,16 @@ def test_training_on_several_processes_takes_no_one_gpu(monkeypatch):
 # ---------------------------------------------------------------- packages, defaults, modules
 
 
-@pytest.mark.parametrize("extra, command", [("demo", "'s2sent_kernels[demo]'"), (None, "a-package")])
+@pytest.mark.parametrize(
+    "extra, command",
+    [
+        (
+            "demo",
+            "'s2sent_kernels[demo]', or in a checkout of the project: pip install --no-build-isolation -e '.[demo]'",
+        ),
+        (None, "a-package"),
+    ],
+)
 def test_a_missing_package_in_one_wording(monkeypatch, capsys, extra, command):
     monkeypatch.setitem(sys.modules, "a_module", None)
     with pytest.raises(ImportError) as error:

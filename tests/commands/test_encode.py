@@ -179,8 +179,11 @@ def test_the_shipped_selector_is_the_default(tmp_path):
     [
         (["--output", "out.csv"], "expected a file of .parquet, .npy"),
         (["--output", "out.npy", "--keep-text"], "an array holds no texts"),
-        (["--output", "out.npy", "--precision", "int8"], "--calibration: expected with --precision int8"),
-        (["--output", "out.npy", "--calibration", "a.txt"], "--calibration: expected with --precision int8"),
+        (["--output", "out.npy", "--precision", "int8"], "--precision int8: expected --calibration FILE beside it"),
+        (
+            ["--output", "out.npy", "--calibration", "a.txt"],
+            "--calibration: expected with --precision int8 or uint8, got f",
+        ),
         (["--output", "out.npy", "--id-column", "name"], "got lines of text"),
         (["--output", "a.txt/out.npy"], "is not a directory that can be written to"),
         (["--output", "out.npy", "--selector", "selector"], "expected none beside --model"),

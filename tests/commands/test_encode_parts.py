@@ -163,10 +163,10 @@ def test_a_folder_of_inputs_and_float16(tmp_path, model):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ([], "expected files of texts and --output, or --finish"),
-        (["a.txt"], "expected files of texts and --output, or --finish"),
-        (["a.txt", "--finish", "out/"], "--finish: expected nothing beside the folder, got inputs"),
-        (["--finish", "out/", "--normalize"], "--finish: expected nothing beside the folder, got normalize"),
+        ([], "expected files of texts and --output, or --finish FOLDER/ alone, got no files"),
+        (["a.txt"], "--finish FOLDER/ alone, got no --output"),
+        (["a.txt", "--finish", "out/"], "--finish: expected nothing beside the folder, got a.txt"),
+        (["--finish", "out/", "--normalize"], "--finish: expected nothing beside the folder, got --normalize"),
         (["--finish", "out/"], "expected a folder of parts, got one without _plan.json"),
         (["a.txt", "--output", "out/", "--shard", "2/2"], "invalid shard I/N with I from 0 to N - 1 value: '2/2'"),
         (["a.txt", "--output", "out/", "--shard", "-1/2"], "--shard: expected one argument"),

@@ -186,7 +186,7 @@ def test_evaluate_scores_a_whole_model_beside_its_encoders_poolings(whole, place
         name: scores for name, scores in found.items() if name != "s2sent"
     }
     for option, value in (("--selector", places / "selector"), ("--pooling", "mean")):
-        assert main([*map(str, arguments), option, str(value)]) == 2
+        assert main([*map(str, arguments), option, str(value), "--force"]) == 2
         assert f"{option}: expected none beside --model {folder}" in capsys.readouterr().err
 
 
@@ -237,11 +237,14 @@ def test_a_whole_model_that_cannot_be_loaded(missing, message, whole, places, tm
         (["evaluate", "--sts", "no/such.tsv"], "no/such.tsv: cannot be read: No such file"),
         (
             ["evaluate", "--sts", "{sts}", "--split", "nothing"],
-            "expected pairs of split 'nothing', got splits dev, test",
+            "expected two or more pairs of split 'nothing', got 0; there are rows of split dev, test",
         ),
         (["evaluate", "--sts", "{sts}", "--selector", "nowhere"], "expected a folder or one of the shipped names"),
         (["evaluate", "--sts", "{sts}", "--model", "./nowhere"], "there is no such directory"),
-        (["evaluate", "--transfer", "{sts}"], "expected a tab-separated column label"),
+        (
+            ["evaluate", "--transfer", "{sts}"],
+            "expected columns split, label and either text or sentence1 and sentence2, got ",
+        ),
         (["evaluate", "--model", "{model}", "--transfer", "{few}"], "few.tsv: "),
         (
             ["evaluate", "--sts", "{sts}", "--model", "{model}", "--selector", "all-MiniLM-L6-v2"],

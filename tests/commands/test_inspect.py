@@ -151,7 +151,7 @@ def test_inspect_looks_into_a_folder_of_encoder_and_selector(whole, tmp_path, ca
     with pipeline.capture, torch.no_grad():
         gates = pipeline.selector.gates(pipeline.capture.collect(**batch), batch["attention_mask"]).mean(dim=(0, 2))
     assert gates_of(out, TEXTS[0]) == pytest.approx(gates.tolist(), abs=1e-3)
-    assert main([*map(str, arguments), "--selector", "all-MiniLM-L6-v2"]) == 2
+    assert main([*map(str, arguments), "--selector", "all-MiniLM-L6-v2", "--force"]) == 2
     assert f"--selector: expected none beside --model {folder}" in capsys.readouterr().err
 
 

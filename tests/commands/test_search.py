@@ -266,6 +266,8 @@ def test_broken_indices(tmp_path, places, capsys):
         refused(tmp_path / "parts", message)
     (tmp_path / "a.parquet").write_bytes(b"nothing")
     refused(tmp_path / "a.parquet", "cannot be read")
+    (tmp_path / "e.npy").write_bytes(b"nothing")
+    refused(tmp_path / "e.npy", "e.npy: cannot be read: it is no array of numpy's, although its suffix is .npy")
     parquet.write_table(pa.table({"text": ["x"]}), tmp_path / "b.parquet")
     refused(tmp_path / "b.parquet", "expected a column embedding, got text")
     np.save(tmp_path / "c.npy", np.ones((2, 16), "f4"))

@@ -283,7 +283,11 @@ def test_train_with_a_frozen_encoder_writes_what_evaluate_reads(places, tmp_path
         ("anchor\tpositive\na\tb\nc\td\n", ["--freeze-encoder", "--frequencies", "5"], "divisible by M"),
         ("anchor\tpositive\na\tb\n", ["--freeze-encoder"], "expected at least two"),
         ("anchor\tpositive\na\t\n", ["--freeze-encoder"], "line 2: expected an anchor and a positive"),
-        ("anchor\tother\na\tb\n", ["--freeze-encoder"], "expected a tab-separated column positive"),
+        (
+            "anchor\tother\na\tb\n",
+            ["--freeze-encoder"],
+            "expected columns anchor and positive, got anchor, other, ",
+        ),
     ],
 )
 def test_training_that_cannot_be(content, options, message, places, tmp_path, capsys):

@@ -111,6 +111,33 @@ def test_folders_and_globs(tmp_path, capsys):
             names(argument)
 
 
+def test_the_folder_of_a_model_is_no_input(tmp_path, capsys):
+    """A training leaves history.jsonl there, whose lines are no texts."""
+    for name in ("selector", "sharded", "library"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "history.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "selector" / "model.safetensors").write_text("")
+    (tmp_path / "sharded" / "pytorch_model.bin.index.json").write_text("")
+    (tmp_path / "library" / "modules.json").write_text("[]")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "config.json").write_text("{}")  # of somebody's data: no weights are beside it
+    (tmp_path / "data" / "a.txt").write_text("a\n")
+    for name in ("selector", "sharded", "library"):
+        for given in (tmp_path / name, f"{tmp_path / name}/"):
+            with pytest.raises(
+                ValueError, match=f"{name}/?: expected a folder of texts, got that of a model: --model "
+            ):
+                expand([str(given)])
+    assert expand([str(tmp_path / "selector" / "history.jsonl")]) == [str(tmp_path / "selector" / "history.jsonl")]
+    capsys.readouterr()
+    for given in (".", "*"):
+        found = expand([os.path.join(tmp_path, given)])
+        assert [os.path.relpath(path, tmp_path) for path in found] == ["data/a.txt"], given
+        said = capsys.readouterr().out
+        assert all(name in said for name in ("selector", "sharded", "library")) and "left out" in said
+
+
 def test_a_dataset_on_disk(tmp_path):
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_dict({"text": TEXTS, "key": list(range(ROWS))})

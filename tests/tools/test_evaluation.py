@@ -110,7 +110,10 @@ def test_transfer_learns_what_is_there_and_nothing_else(cross_validated, pair):
     [
         (None, "cannot be read: No such file"),
         (b"", "an empty file"),
-        (b"split\tscore\tsentence1\n", "expected a tab-separated column sentence2, got split, score, sentence1"),
+        (
+            b"split\tscore\tsentence1\n",
+            "got split, score, sentence1, without sentence2: --columns sentence2=NAME says",
+        ),
         (b"split\tscore\tsentence1\tsentence2\n", "expected rows below the header"),
         (b"split\tscore\tsentence1\tsentence2\ntest\t1\ta\n", "line 2: expected 4 tab-separated fields, got 3"),
         (b"split\tscore\tsentence1\tsentence2\n\ntest\tone\ta\tb\n", "line 3: expected a number as score, got 'one'"),
@@ -122,7 +125,10 @@ def test_transfer_learns_what_is_there_and_nothing_else(cross_validated, pair):
         ),
         (b"split\tscore\tsentence1\tsentence1\tsentence2\n", "expected each column once, got sentence1 twice"),
         (b"split\tscore\tsentence1\tsentence2\ntest\t1\ta\t\xff\n", r"line 2 is not UTF-8 \(byte 0xff\)"),
-        (b"split\tscore\tsentence1\tsentence2\ntrain\t1\ta\tb\n", "expected pairs of split 'test', got splits train"),
+        (
+            b"split\tscore\tsentence1\tsentence2\ntrain\t1\ta\tb\n",
+            "'test', got 0; there are rows of split train",
+        ),
     ],
 )
 def test_sts_files(content, message, tmp_path):
@@ -137,10 +143,13 @@ def test_sts_files(content, message, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("split\tlabel\nall\t1\n", r"expected a tab-separated column text or sentence1\+sentence2"),
-        ("split\tlabel\ttext\ntrain\t1\ta\n", "expected splits train and test, or all, got train"),
+        (
+            "split\tlabel\nall\t1\n",
+            "label and either text or sentence1 and sentence2, got split, label, without",
+        ),
+        ("split\tlabel\ttext\ntrain\t1\ta\n", "expected rows of splits train and test, or all, got train"),
         ("split\tlabel\ttext\tsentence1\tsentence2\nall\t1\ta\tb\tc\n", "text, or sentence1 and .*, got all three"),
-        ("split\tlabel\ttext\nall\t1\ta\nall\t1\tb\n", "expected at least two labels, got 1"),
+        ("split\tlabel\ttext\nall\t1\ta\nall\t1\tb\n", "expected at least two labels, got '1' in each row"),
     ],
 )
 def test_transfer_files(content, message, tmp_path):

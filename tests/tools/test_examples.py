@@ -96,7 +96,9 @@ def test_columns_of_other_names(tmp_path):
     assert told == [f"{path}: not read: language"]
     swapped = read_examples(path, columns=Columns({"anchor": "doc", "positive": "query"}, ["hard_neg"]))
     assert swapped.rows == [("d", "q", "n")]
-    with pytest.raises(ValueError, match="expected a column other, got query, doc"):
+    with pytest.raises(
+        ValueError, match=r"expected columns query and other, got .*, without other: --columns names other"
+    ):
         read_examples(path, columns=Columns({"anchor": "query", "positive": "other"}))
     with pytest.raises(ValueError, match="expected the column Neg, which --columns names, got query, doc"):
         read_examples(path, columns=Columns({"anchor": "query", "positive": "doc", "negative_1": "Neg"}))
@@ -172,9 +174,17 @@ def test_sentences_are_their_own_positives(tmp_path):
         ("data.txt", b"\n \n", "expected sentences, got an empty file"),
         ("data.txt", b"ok\n\xff\n", "line 2 is not UTF-8"),
         ("data.tsv", b"", "got an empty file"),
-        ("data.tsv", b"anchor\tother\na\tb\n", "expected a tab-separated column positive"),
+        (
+            "data.tsv",
+            b"anchor\tother\na\tb\n",
+            "got anchor, other, without positive: --columns positive=NAME",
+        ),
         ("data.csv", b"", "expected rows with columns anchor and positive, got none"),
-        ("data.csv", b"anchor,other\na,b\n", "expected a column positive, got anchor, other"),
+        (
+            "data.csv",
+            b"anchor,other\na,b\n",
+            "got anchor, other, without positive: --columns positive=NAME",
+        ),
         ("data.csv", b"anchor,positive\na\n", "line 2: expected 2 comma-separated fields"),
         ("data.csv", b"anchor,positive\na,b,c\n", "line 2: expected 2 comma-separated fields"),
         ("data.csv", b'anchor,positive\n"a"x,b\n', "line 2 is broken"),
@@ -200,7 +210,7 @@ def test_sentences_are_their_own_positives(tmp_path):
         ),
         ("data.tsv", b"anchor\tpositive\tanchor\na\tb\tc\n", "expected each column once, got anchor twice"),
         ("data.csv", b"anchor,positive,anchor\na,b,c\n", "expected each column once, got anchor twice"),
-        ("data.jsonl", b'{"anchor": "a"}\n', "expected a column positive"),
+        ("data.jsonl", b'{"anchor": "a"}\n', "expected columns anchor and positive, got anchor, without positive"),
         ("data.jsonl", b'{"anchor": "a", "positive": 3}\n', "line 1: positive: expected a text, got 3"),
         (
             "data.jsonl",

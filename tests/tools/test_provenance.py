@@ -23,7 +23,7 @@ ABOUT = {"version": "1", "model": "m", "options": {"normalize": True}}
 @pytest.fixture
 def made(tmp_path):
     (tmp_path / "in.txt").write_text("".join(f"{'x' * i}\n" for i in range(1, 11)))
-    return Request([str(tmp_path / "in.txt")], part_rows=4, about=ABOUT)
+    return Request([str(tmp_path / "in.txt")], part_rows=4, about=lambda: ABOUT)
 
 
 def of_parquet(path):
@@ -51,7 +51,7 @@ def test_a_run_that_goes_on_says_what_the_first_one_said(tmp_path, made):
 
     with pytest.raises(KeyboardInterrupt):
         encoding.encode_folder(made, stopped, tmp_path / "out", QUIET)
-    later = made._replace(about={**ABOUT, "model": "./m"})
+    later = made._replace(about=lambda: {**ABOUT, "model": "./m"})
     encoding.encode_folder(later, ALONE, tmp_path / "out", QUIET)
     assert [of_parquet(path) for path in (tmp_path / "out").glob("part-*")] == [ABOUT] * 3
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["provenance"] == ABOUT
@@ -60,7 +60,7 @@ def test_a_run_that_goes_on_says_what_the_first_one_said(tmp_path, made):
 @pytest.mark.parametrize("what", ["begun", "forced"])
 def test_an_array_killed_at_each_file_operation(tmp_path, made, what):
     """The file beside an array never tells of another array, and is there once the command has ended, or begins again."""
-    place, old = tmp_path / "place", made._replace(about={**ABOUT, "model": "old"})
+    place, old = tmp_path / "place", made._replace(about=lambda: {**ABOUT, "model": "old"})
     start = tmp_path / "start"
     start.mkdir()
     if what == "forced":

@@ -121,7 +121,7 @@ def test_fields_within_columns(tmp_path, kind):
     )
     named = columns.parse("anchor=query.text,positive=doc.a.b", examples.COLUMNS)
     assert examples.read_examples(path, columns=Columns(named)).rows == PAIRS
-    with pytest.raises(ValueError, match=r"expected a column query.none, got "):
+    with pytest.raises(ValueError, match=r"expected columns query.none and .*, got .*: --columns names query.none"):
         examples.read_examples(path, columns=Columns({"anchor": "query.none", "positive": "doc.a.b"}))
 
 
@@ -219,7 +219,7 @@ def test_encode_reads_fields_and_standard_input(place, monkeypatch, kind, way):
         (["predict", "a.txt", "--model", "m", "--output", "a.tsv", "--format", "csv"], "--format: expected with -"),
         (["inspect", "--format", "csv"], "--format: expected with -"),
         (["inspect", "--columns", "text=x"], "--columns: expected with --file"),
-        (["inspect", "--file", "a.txt", "--text", "x"], "--file: expected without --text"),
+        (["inspect", "--file", "a.txt", "--text", "x"], "--file and --text: expected one of them, got both"),
         (["encode", "-", "--output", "a.npy", "--format", "doc"], "invalid choice: 'doc'"),
     ],
 )

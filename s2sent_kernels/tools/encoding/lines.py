@@ -9,13 +9,17 @@ from typing import Any, NamedTuple
 from ...files import first_line, importing
 from .. import tables
 from ..columns import field
-from .rows import BLOCK, Block, Columns, DataError, Mark, Survey, one_type, storable
+from .rows import BLOCK, Block, Columns, DataError, Mark, Survey, one_type, remedy, storable
 from .sources import Source
 
 with importing(None, "encode"):
     import pyarrow as pa
 
 BOM = b"\xef\xbb\xbf"
+
+
+class NoColumn(ValueError):
+    """A row lacks a column."""
 
 
 class Lines(NamedTuple):
@@ -29,7 +33,7 @@ class Lines(NamedTuple):
         ``decode``."""
         source, ids = self.source, _Ids(self)
         if source.kind == "text" and self.columns.id is not None:
-            raise ValueError(f"{source.name}: expected columns, of which one is {self.columns.id}, got lines of text")
+            raise ValueError(f"{source.name}: expected a table with the column {self.columns.id}, got lines of text")
         marks, rows, offset = [], 0, 0
         try:
             for line, raw in enumerate(source.lines()):
@@ -54,6 +58,23 @@ class Lines(NamedTuple):
         except OSError as error:
             reason = error.strerror or first_line(error)
             raise DataError(f"{self.source.name}: cannot be read: {reason}", self.source.name) from error
+
+    def check_columns(self) -> None:
+        """ValueError where the first rows of JSONL all lack a column: it has another name, and no row of the file will do."""
+        if self.source.kind == "text":
+            return
+        error = None
+        for block in itertools.islice(self.blocks(Mark(0, 0, 0)), 1):
+            for number, raw in zip(block.numbers, block.content, strict=True):
+                try:
+                    self._row(number, raw)
+                    return
+                except NoColumn as absent:
+                    error = error or absent
+                except ValueError:  # of this row alone: ``decode`` tells
+                    return
+        if error is not None:
+            raise error
 
     def decode(self, block: Block) -> tuple[list[str], Any]:
         texts: list[str] = []
@@ -84,8 +105,10 @@ class Lines(NamedTuple):
         try:
             values = [field(row, name) for name in wanted]
         except KeyError:
-            got, name = ", ".join(row), self.source.name
-            raise ValueError(f"{name}: line {number}: expected a column {' and '.join(wanted)}, got {got}") from None
+            place, got = f"{self.source.name}: line {number}", ", ".join(row) or "none"
+            raise NoColumn(
+                f"{place}: expected a column {' and '.join(wanted)}, got {got}: {remedy(self.columns, wanted)}"
+            ) from None
         return values[0], values[-1]
 
 

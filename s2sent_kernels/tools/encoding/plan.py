@@ -7,12 +7,13 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...files import importing, write_atomically
 from ..tables import STDIN
+from .lines import Lines
 from .reading import format_of
 from .rows import Columns, Mark, one_type
 from .sources import Source, source
@@ -38,7 +39,8 @@ class Request(NamedTuple):
     part_rows: int = IN_A_FILE
     settings: Any = None  # all else that the result depends on, as JSON
     format: str | None = None  # of standard input: a value of tables.KINDS, or None for lines of text
-    about: dict[str, Any] | None = None  # what wrote the embeddings, see provenance.py; no part of the key
+    # What writes the embeddings, see provenance.py, asked for when all inputs have been judged; no part of the key.
+    about: Callable[[], dict[str, Any]] | None = None
 
 
 class Part(NamedTuple):
@@ -67,7 +69,7 @@ class Plan(NamedTuple):
     keep_text: bool
     dtype: str | None
     parts: list[Part]
-    about: dict[str, Any] | None = None  # that of the request which began the run
+    about: dict[str, Any] | None = None  # what the request which began the run said of who writes it
 
     @property
     def digest(self) -> str:
@@ -147,7 +149,7 @@ CHEAP = 64 << 20  # bytes of a file whose every row is looked at before the work
 
 
 def make(request: Request, key: dict[str, Any], folder: Path, *, strict: bool = False) -> Plan:
-    """The plan, after a look at every input. Standard input was copied to COPY in ``folder``.
+    """The plan, after a look at every input; who writes it is not asked for yet. Standard input was copied to COPY in ``folder``.
 
     Args:
         strict: a row without a text is an error here already where it is found without much work: in files of up to CHEAP bytes,
@@ -169,6 +171,8 @@ def make(request: Request, key: dict[str, Any], folder: Path, *, strict: bool = 
         found = _placed(found, folder)
         reader = format_of(found, request.columns)
         survey = reader.survey(request.part_rows)
+        if isinstance(reader, Lines):
+            reader.check_columns()
         if strict and os.path.getsize(found.path) <= CHEAP:
             for block in reader.blocks(Mark(0, 0, 0)):
                 reader.decode(block)
@@ -184,7 +188,7 @@ def make(request: Request, key: dict[str, Any], folder: Path, *, strict: bool = 
         sources.append(found)
         rows += survey.rows
     kind = pa.int64() if id_type is None else id_type
-    return Plan(key, sources, request.columns, kind, request.keep_text, request.dtype, parts, request.about)
+    return Plan(key, sources, request.columns, kind, request.keep_text, request.dtype, parts, None)
 
 
 def _placed(source: Source, folder: Path) -> Source:

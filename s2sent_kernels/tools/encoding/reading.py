@@ -116,7 +116,7 @@ class Reader:
             return block
         assert self._format is not None
         name = self._format.source.name
-        raise DataError(f"{name}: expected more than {self._next} rows: it has changed", name)
+        raise DataError(f"{name}: expected more than {self._next} rows: it has changed since the run began", name)
 
 
 def read_texts(paths: Sequence[str], column: str = "text", id_column: str | None = None) -> Iterator[Row]:

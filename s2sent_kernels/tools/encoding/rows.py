@@ -76,6 +76,11 @@ class DataError(ValueError):
         self.identity = identity  # the row's id, where it can be read
 
 
+def remedy(columns: Columns, missing: Sequence[str]) -> str:
+    """What names a column that is missing, in the words of the command."""
+    return "--column names that of the texts" if columns.text in missing else "--id-column names that of the ids"
+
+
 def numbered(rows: int, every: int) -> list[Mark]:
     """Marks of a format that finds its rows by their numbers."""
     return [Mark(row, 0, 0) for row in range(0, rows, every)]

@@ -234,8 +234,9 @@ def _begin(folder: Path, request: Request, options: Options, lock: str, *, alone
             return known
         strict = alone and not options.skip
         planned = functools.partial(_planned, request, key, folder, None if digest is None else copy, strict)
+        signed = functools.partial(_signed, request, folder)
         if known is not None and not anew and _differ_in_inputs(known.key, key):
-            return _go_on(folder, planned, options, lock)
+            return _go_on(folder, planned, signed, options, lock)
         if known is not None and not options.force:
             raise ValueError(
                 f"{folder}: holds parts of another run ({difference(known.key, key)}): the same options go on from them, "
@@ -246,10 +247,10 @@ def _begin(folder: Path, request: Request, options: Options, lock: str, *, alone
         others = [path for path in folder.glob("part-*") if path.name not in mine]
         if not options.force and (others or (mine and not alone)):
             raise ValueError(f"{folder}: holds parts without {PLAN}: another folder, or --force to replace it")
+        plan = signed(planned())
         if others and not anew:
             options.say(f"{folder}: parts of another run are thrown away")
-        _clear(folder, keep=(copy.name, *mine))
-        plan = planned()
+        _clear(folder, keep=(*mine, *(() if digest is None else (COPY,))))
         plan.save(folder)
         return plan
     finally:
@@ -261,7 +262,9 @@ def _differ_in_inputs(known: dict[str, Any], wanted: dict[str, Any]) -> bool:
     return {**known, "inputs": None} == {**wanted, "inputs": None}
 
 
-def _go_on(folder: Path, planned: Callable[[], Plan], options: Options, lock: str) -> Plan:
+def _go_on(
+    folder: Path, planned: Callable[[], Plan], signed: Callable[[Plan], Plan], options: Options, lock: str
+) -> Plan:
     """A new plan in the place of one of the same recipe, whose inputs were others: parts whose rows are the same stay, and those
     whose rows have changed are encoded again.
 
@@ -286,6 +289,7 @@ def _go_on(folder: Path, planned: Callable[[], Plan], options: Options, lock: st
         raise ValueError(
             f"{folder}: holds {len(there)} parts of another run (other inputs), {why}: --force throws them away"
         )
+    plan = signed(plan)
     _remove_manifest(folder)
     for name in there - {part.name for part in same}:
         (folder / name).unlink()
@@ -308,6 +312,17 @@ def _planned(request: Request, key: dict[str, Any], folder: Path, copy: Path | N
         return make(request, key, folder, strict=strict)
     except BaseException:
         if copy is not None:
+            (folder / COPY).unlink(missing_ok=True)
+        raise
+
+
+def _signed(request: Request, folder: Path, plan: Plan) -> Plan:
+    """The plan with what writes it, which is asked for when nothing else is left to judge: it may take long, and fail. Nothing of
+    an earlier run is lost by then."""
+    try:
+        return plan if request.about is None else plan._replace(about=request.about())
+    except BaseException:
+        if STDIN in request.inputs:
             (folder / COPY).unlink(missing_ok=True)
         raise
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from ...files import first_line, importing
 from ..tables import COMPRESSIONS, KINDS, STDIN, kind_of
@@ -23,6 +23,12 @@ T = TypeVar("T")
 
 EXPECTED = f"a file of {', '.join(KINDS)}, also with {' or '.join(COMPRESSIONS)}"
 SAVED = "state.json"  # datasets' save_to_disk writes it beside the Arrow files and lists them in it
+WEIGHTS = (
+    ".safetensors",
+    "pytorch_model.bin",
+    ".safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)  # in models' folders
 PIECE = 1 << 20  # bytes
 
 
@@ -78,8 +84,11 @@ def expand(arguments: Sequence[str], output: str | None = None, say: Callable[[s
     """The files that ``arguments`` mean, in order; "-" stays. A folder or a glob means its files in sorted order, but nothing
     within ``output``, and a folder that datasets' save_to_disk wrote the files that its state lists.
 
+    A folder of a model has no texts, although a training's history is a file of JSON lines: it is left out where it is within a
+    folder or a glob.
+
     Raises:
-        ValueError: there is no such file, or a folder has no input.
+        ValueError: there is no such file, a folder has no input, or is a model's.
     """
     found: list[str] = []
     for argument in arguments:
@@ -88,7 +97,11 @@ def expand(arguments: Sequence[str], output: str | None = None, say: Callable[[s
         elif os.path.isdir(argument):
             found += _folder(argument, output, say)
         elif matches := _matches(argument, output) if glob.has_magic(argument) else []:
-            files = (_folder(path, output, say) if os.path.isdir(path) else [path] for path in matches)
+            models = [path for path in matches if _is_model(path)]
+            if models:
+                say(f"{argument}: folders of models are left out: {', '.join(models)}")
+            others = (path for path in matches if path not in models)
+            files = (_folder(path, output, say) if os.path.isdir(path) else [path] for path in others)
             unique: dict[tuple[str, str], str] = {}
             for path in itertools.chain(*files):  # links to folders, and folders beside their files, give some twice
                 unique.setdefault(_place(path), path)
@@ -144,20 +157,43 @@ def _folder(folder: str, output: str | None, say: Callable[[str], None]) -> list
     files: list[str] = []
     others: list[str] = []
     seen = {os.path.realpath(path) for path in (output,) if path}  # also ends a circle of links
-    for place, names, entries in os.walk(folder, followlinks=True):
+    for place, names, entries in os.walk(folder, onerror=_unreadable, followlinks=True):
         if (real := os.path.realpath(place)) in seen:
             names.clear()
             continue
         seen.add(real)
+        if _is_model(place):
+            names.clear()
+            if place == folder:
+                raise ValueError(
+                    f"{folder}: expected a folder of texts, got that of a model: --model {folder} encodes with it; a file in it "
+                    "is read where it is named"
+                )
+            say(f"{place}: the folder of a model is left out")
+            continue
         # Hidden files and those with an underscore are notes of the program that wrote the folder, as _SUCCESS.
         names[:] = filter(_visible, names)
         for name in filter(_visible, entries):
             (files if kind_of(name) else others).append(os.path.join(place, name))
     if not files:
-        raise ValueError(f"{folder}: expected {EXPECTED} in it, got none")
+        raise ValueError(
+            f"{folder}: expected {EXPECTED} in it, got {f'others, as {min(others)}' if others else 'none'}"
+        )
     if others:
         say(f"{folder}: {len(others)} other files are left out, as {min(others)}")
     return sorted(files)
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    """A folder that cannot be read would be left out in silence."""
+    raise ValueError(f"{error.filename}: cannot be read: {error.strerror or first_line(error)}") from error
+
+
+def _is_model(folder: str) -> bool:
+    """Whether it is the folder of a model or a selector: a configuration beside weights or modules."""
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        return False
+    return any(name == "modules.json" or name.endswith(WEIGHTS) for name in os.listdir(folder))
 
 
 def _listed(path: Path, of: Callable[[Any], T]) -> T:

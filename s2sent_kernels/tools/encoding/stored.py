@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.lib.format import MAGIC_PREFIX
 
 from ...files import first_line, importing
 from .provenance import KEY, sidecar
@@ -56,8 +57,11 @@ def open_stored(path: str) -> Stored:
         ValueError: it cannot be read, or holds no embeddings that can be compared with those of a query; names the file.
     """
     place = Path(path)
-    if place.is_dir():
-        return _folder(place)
+    try:
+        if place.is_dir():
+            return _folder(place)
+    except OSError as error:  # what is in it cannot be seen
+        raise ValueError(f"{path}: cannot be read: {error.strerror or first_line(error)}") from error
     if not place.is_file():
         raise ValueError(f"{path}: there is no such file or folder")
     if place.suffix.lower() == ".npy":
@@ -70,7 +74,7 @@ def open_stored(path: str) -> Stored:
 def _folder(folder: Path) -> Stored:
     if not (folder / MANIFEST).is_file():
         raise ValueError(
-            f"{folder}: expected a finished folder of parts, got one without {MANIFEST}: give its run again"
+            f"{folder}: expected a finished folder of parts, got one without {MANIFEST}: the command that writes it finishes it"
         )
     manifest = _json(folder / MANIFEST)
     try:
@@ -113,16 +117,20 @@ class _Array:
 
     def __init__(self, path: Path) -> None:
         try:
+            with open(path, "rb") as file:
+                if file.read(len(MAGIC_PREFIX)) != MAGIC_PREFIX:  # numpy would advise to unpickle it
+                    raise ValueError("it is no array of numpy's, although its suffix is .npy")
             array = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path}: cannot be read: {first_line(error)}") from error
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise ValueError(f"{path}: cannot be read: {reason}") from error
         if array.ndim != 2 or not array.size:
             raise ValueError(f"{path}: expected embeddings [rows, D], got an array {list(array.shape)}")
         beside = sidecar(path)
         self.about = _json(beside) if beside.is_file() else None
         _check_type(path, str(array.dtype), self.about)
         if not array.flags.c_contiguous:
-            raise ValueError(f"{path}: expected an array row by row, got one in Fortran's order")
+            raise ValueError(f"{path}: expected an array row by row, got one column by column (Fortran's order)")
         self._path, self._type, self._offset, (self.rows, self.size) = path, array.dtype, array.offset, array.shape
         if self.about is not None and self.about.get("shape") != [self.rows, self.size]:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 import uuid
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ...files import first_line, importing
 from .. import tables
-from .rows import BLOCK, Block, Columns, DataError, Mark, Survey, numbered, storable
+from .rows import BLOCK, Block, Columns, DataError, Mark, Survey, numbered, remedy, storable
 from .sources import PIECE, Source
 
 with importing(None, "encode"):
@@ -101,7 +102,8 @@ class Tabular(NamedTuple):
         missing = [name for name in self.wanted if name not in names and not _is_nested(schema, name)]
         if missing:
             raise ValueError(
-                f"{self.source.name}: expected a column {' and '.join(missing)}, got {', '.join(map(str, names))}"
+                f"{self.source.name}: expected a column {' and '.join(missing)}, got {', '.join(map(str, names))}: "
+                f"{remedy(self.columns, missing)}"
             )
         tables.unique(self.source.name, [name for name in names if name in self.wanted])
         return self.wanted
@@ -117,7 +119,9 @@ class Tabular(NamedTuple):
         except (OSError, pa.ArrowException) as error:
             if str(error).startswith(f"{name}: "):  # pyarrow's errors are ValueErrors, too
                 raise
-            raise DataError(f"{name}: cannot be read: {first_line(error)}", name) from error
+            number = getattr(error, "errno", None)  # of the system's, whose words pyarrow wraps in its own
+            reason = first_line(error).rstrip(":") if number is None else os.strerror(number)
+            raise DataError(f"{name}: cannot be read: {reason}", name) from error
 
     @contextlib.contextmanager
     def seekable(self) -> Iterator[Any]:
