@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__, families, parts, sources
+from .. import __version__, families, hub, parts, sources
 from ..capture import BlockCapture
 from ..engines.choice import BACKEND_VARIABLE, LIMITS, backends, choose
 from ..export import Pipeline
@@ -166,10 +166,10 @@ def _model(model: str) -> Iterator[str]:
     """What it holds, and what would run."""
     source = common.resolve(model, None, required=False)
     if source.selector is None and not source.whole:
-        encoder, _, _ = common.load_model(source.model, CPU)
+        encoder, tokenizer, _ = common.load_model(source.model, CPU)
         yield "an encoder alone"
         with BlockCapture(encoder) as capture:
-            yield from _how_it_runs(capture, parts.max_seq_length(model))
+            yield from _how_it_runs(capture, tokenizer, parts.max_seq_length(model))
         return
     if source.whole:
         yield f"{_kind(Path(str(source.model)))}, encoder and selector"
@@ -179,13 +179,24 @@ def _model(model: str) -> Iterator[str]:
     selector = pipeline.selector
     yield f"{selector.extra_repr()}: {sum(one.numel() for one in selector.parameters()):,} parameters"
     yield f"blocks {', '.join(map(str, pipeline.capture.blocks))}, pooling {pipeline.pooling!r}, backend {_backend(pipeline)}"
-    yield from _how_it_runs(pipeline.capture, _limit(source))
+    yield from _how_it_runs(pipeline.capture, _tokenizer(source), _limit(source))
 
 
 def _kind(folder: Path) -> str:
     if (folder / "modules.json").is_file():
         return "a SentenceTransformer"
     return (sources.architectures(str(folder)) or ["S2SentModel"])[0]
+
+
+def _tokenizer(source: sources.Source) -> Any:
+    """None where none was saved beside an S2SentModel."""
+    path, name = sources.find_model(source.model)
+    if source.whole and not (Path(path).expanduser() / "tokenizer_config.json").is_file():
+        return None
+    try:
+        return require("transformers", "transformers", "demo").AutoTokenizer.from_pretrained(path, **hub.NO_CODE)
+    except Exception as error:  # the loaders raise errors of many kinds
+        raise sources.cannot_load(name, error) from error
 
 
 def _limit(source: sources.Source) -> int | None:
@@ -204,11 +215,15 @@ def _backend(pipeline: Pipeline) -> str:
         return f"raises: {error}"
 
 
-def _how_it_runs(capture: BlockCapture, limit: int | None) -> Iterator[str]:
+def _how_it_runs(capture: BlockCapture, tokenizer: Any, limit: int | None) -> Iterator[str]:
     encoder: Any = capture.encoder
     dtype = str(families.float_parameter(encoder).dtype).removeprefix("torch.")
     yield f"{type(encoder).__name__} of {len(families.find_blocks(encoder))} blocks, {dtype}"
-    limits = [one for one in (limit, families.positions(encoder)) if one is not None]
-    yield f"texts are cut at {min(limits)} tokens" if limits else "no limit of tokens is known"
+    if tokenizer is None:
+        positions = families.positions(encoder)
+        known = "no limit of tokens is known" if positions is None else f"it takes {positions} tokens"
+        yield f"there is no tokenizer beside it; {known}"
+    else:
+        yield f"texts are cut at {families.max_length(encoder, tokenizer, limit)} tokens"
     reason = refusal(capture, CPU)
     yield "batches without padding" if reason is None else f"batches are padded: {reason}"

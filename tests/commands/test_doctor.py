@@ -1,7 +1,9 @@
 """What `s2sent doctor` prints: libraries, what is usable and why not, and what a model holds."""
 
 import importlib.metadata
+import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -87,7 +89,7 @@ def test_doctor_names_every_library_of_the_extras(capsys, monkeypatch):
     [
         ("sentence_transformer", ["a SentenceTransformer, encoder and selector", "blocks 0, 1, 3, pooling 'last'"]),
         ("classifier", ["S2SentForSequenceClassification, encoder and selector", "blocks 0, 1, 2, pooling 'cls'"]),
-        ("model", ["S2SentModel, encoder and selector", "texts are cut at 16 tokens"]),
+        ("model", ["S2SentModel, encoder and selector", "there is no tokenizer beside it; it takes 16 tokens"]),
     ],
 )
 def test_doctor_says_what_a_folder_holds(folder, expected, capsys):
@@ -101,6 +103,19 @@ def test_doctor_says_what_a_folder_holds(folder, expected, capsys):
     ]
     for words in [*expected, "hidden_size=16, num_blocks=", " parameters", "BertModel of 4 blocks"]:
         assert any(words in line for line in said), (words, said)
+
+
+def test_doctor_says_where_an_embedder_cuts(capsys, tmp_path):
+    """sentence-transformers saves the limit with the tokenizer."""
+    pytest.importorskip("sentence_transformers")
+    from s2sent_kernels import Embedder
+
+    shutil.copytree(Path(__file__).parents[1] / "data" / "sentence_transformer", tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 7}))
+    assert main(["doctor", "--model", str(tmp_path / "model")]) == 0
+    assert "texts are cut at 7 tokens" in capsys.readouterr().out
+    assert Embedder.from_pretrained(str(tmp_path / "model"), device="cpu").max_length == 7
 
 
 def test_doctor_says_which_encoder_a_selector_is_for(capsys):
