@@ -162,7 +162,7 @@ matrix: $(RELEASE_READY)
 # What was run last is kept in .testmondata, by pytest-testmon, which is in no extra. The first call runs all tests.
 changed: $(DEV_READY)
 	@$(PY) -c 'import testmon' 2>/dev/null || $(PY) -m pip install --quiet pytest-testmon
-	env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(PY) -m pytest --testmon tests --ignore=tests/engines -n $(WORKERS) --dist worksteal
+	env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(PY) -m pytest --testmon --testmon-forceselect tests --ignore=tests/engines -n $(WORKERS) --dist worksteal
 
 aarch64:
 	$(BOOTSTRAP) tests/aarch64.py

@@ -172,7 +172,7 @@ def test_the_command(model, tmp_path, capsys, monkeypatch):
         assert "--output: expected a folder that does not exist yet or is empty, got" in capsys.readouterr().err
     for option in (["--quantize", "int8"], ["--max-length", "9"]):
         assert main(["export", "--output", str(tmp_path / "model.onnx"), *option]) == 2
-        assert f"{option[0]}: expected none beside a file" in capsys.readouterr().err
+        assert f"{option[0]}: expected with an --output FOLDER/ for servers, got the file" in capsys.readouterr().err
 
 
 def test_what_is_refused(model, tmp_path, monkeypatch):
