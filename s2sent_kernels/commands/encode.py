@@ -86,7 +86,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     request = request_of(arguments, inputs, output)._replace(about=lambda: made()[1])
     part = arguments.shard and encoding.Shard(*arguments.shard)
-    with common.interrupted(_kept, output if as_folder else encoding.hidden(output)), _told(arguments.output):
+    with (
+        common.interrupted(_kept, output if as_folder else encoding.hidden(output), request.part_rows),
+        _told(arguments.output),
+    ):
         write = encoding.encode_folder if as_folder else encoding.encode_file
         count = write(
             request, engine, output, encoding.Options(part, arguments.force, skip=arguments.on_error == "skip")
@@ -95,11 +98,13 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.output}: {which}{count} texts")
 
 
-def _kept(folder: Path) -> str:
-    """What an interruption leaves."""
-    if any(folder.glob("part-*")):
-        return "parts that are finished are kept: the same command goes on with the others"
-    return "nothing was encoded yet"
+def _kept(folder: Path, rows: int) -> str:
+    """What an interruption leaves of a run with parts of ``rows`` texts."""
+    finished = len({path.name.partition(".")[0] for path in folder.glob("part-*")})
+    if finished:
+        parts = f"{finished:,} finished part{'s' if finished > 1 else ''} of {rows:,} texts"
+        return f"{parts} kept: the same command goes on with the others"
+    return f"nothing is kept: no part of {rows:,} texts was finished; --part-rows makes them smaller"
 
 
 def _finish(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .. import export, hub, servers, sources
+from .. import export, hub, servers, sources, waiting
 from ..engines.choice import BACKENDS
 from ..files import require
 from ..quiet import quiet_exporter
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         pipeline = common.load_pipeline(source).to(device)
         if arguments.backend is not None:
             pipeline.selector.backend = arguments.backend
-        with quiet_exporter():
+        with quiet_exporter(), waiting.told(f"exporting to {path}"):
             if folder:
                 _write_folder(pipeline.float(), source, path, arguments)
             else:

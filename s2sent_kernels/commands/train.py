@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import files, frozen, frozen_tasks
+from .. import files, frozen, frozen_tasks, sources
 from ..files import disk_is_full
 from ..formula.call import POOLINGS
 from ..tools import processes, recipe
@@ -252,6 +252,7 @@ def run(arguments: argparse.Namespace) -> None:
     common.check_writable(task.output)
     try:
         if "resume" in task.given and _is_finished(task):
+            _check_kind(task)
             if processes.is_first():
                 print(f"{task.output}: the model is finished")
             return
@@ -330,6 +331,7 @@ def _check_empty(task: Task) -> None:
                 return  # before the first checkpoint nothing is lost
             found, advice = found or [output], "; --resume goes on from a checkpoint in it"
     if found:
+        advice = advice or "; name another, or remove what is in it"
         raise UserError(f"output folder {output}: it is not empty{advice}")
 
 
@@ -348,6 +350,14 @@ def _what_is_kept(task: Task) -> str:
     minutes = task.given.get("save_minutes", recipe.DEFAULT.save_minutes)
     within = f" after {minutes:g} minutes, or" if minutes else ""
     return f"nothing is kept: the first checkpoint is written{within} at the end of an epoch"
+
+
+def _check_kind(task: Task) -> None:
+    """What is finished is of the kind that was asked for."""
+    wanted = sources.CLASSIFIER if task.kind == CLASSIFICATION else sources.SELECTOR if task.frozen else sources.WHOLE
+    found = sources.held(task.output)
+    if found != wanted:
+        raise UserError(f"output folder {task.output}: expected {wanted}, got {found}: name another")
 
 
 def _is_finished(task: Task) -> bool:

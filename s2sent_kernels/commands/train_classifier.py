@@ -131,10 +131,13 @@ def _train_frozen(task: Task, data: _Data) -> None:
         part._replace(features=frozen.Features(mean, mean[:, None]).to(device))
         for part, mean in zip((train, dev), means, strict=True)
     )
-    scores = {
-        evaluation.MEAN_OF_LAST: other(1, (first, second)),
-        evaluation.SCALAR_MIX: other(len(blocks), (train, dev)),
-    }
+    with waiting.told(
+        "training a head behind the mean of the last block, and one behind a scalar mix, to compare with"
+    ):
+        scores = {
+            evaluation.MEAN_OF_LAST: other(1, (first, second)),
+            evaluation.SCALAR_MIX: other(len(blocks), (train, dev)),
+        }
     best = found.best.history
     result = verdict.Result("selector", verdict.Row(f"trained selector (epoch {best.kept})", best.score))
     print_lines(verdict.report(f"{what} of a head behind each", verdict.rows(scores, TRAINED, TRAINED), result))

@@ -126,7 +126,8 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
     if dev is not None:
         assert prepared.score is not None
         mix = ScalarMix(len(blocks)).to(device)
-        scores = {evaluation.SCALAR_MIX: train(mix, chosen, lambda _: None).score}
+        with waiting.told("training a scalar mix, to compare with"):
+            scores = {evaluation.SCALAR_MIX: train(mix, chosen, lambda _: None).score}
         about["scalar_mix"] = mix.block_prior.detach().double().softmax(dim=0).tolist()
         means = prepared.score.mean_of_last
         if means is None:  # its last block is not in the cache

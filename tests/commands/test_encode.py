@@ -142,7 +142,7 @@ def test_the_command_goes_on_and_asks_before_it_replaces(tmp_path, places, capsy
 
     monkeypatch.setattr(parts.Worker, "part", stop)
     assert run(places, *arguments) == 130
-    assert "parts that are finished are kept: the same command goes on" in capsys.readouterr().err
+    assert "2 finished parts of 4 texts kept: the same command goes on" in capsys.readouterr().err
     monkeypatch.setattr(parts.Worker, "part", part)
     assert run(places, *arguments) == 0
     assert "going on after 8 texts" in capsys.readouterr().out

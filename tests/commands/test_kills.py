@@ -48,7 +48,7 @@ def train(request, tmp_path, encoder, monkeypatch):
     def run(*options):
         return main([*map(str, arguments), *options])
 
-    run.place, run.batches = place, -(-len(texts) // 4)
+    run.place, run.batches, run.kind = place, -(-len(texts) // 4), request.param
     return run
 
 
@@ -98,6 +98,10 @@ def test_a_frozen_training_goes_on(train, capsys, monkeypatch):
     assert train("--resume") == 0
     assert capsys.readouterr().out == f"{train.place / 'out'}: the model is finished\n"
     assert train() == 2 and "it is not empty" in capsys.readouterr().err
+    if train.kind == "contrastive":  # it is no classifier because it is finished
+        assert train("--resume", "--task", "classification") == 2
+        said = "out: expected a classifier, encoder and selector included, got a selector: name another"
+        assert said in capsys.readouterr().err
     assert killing.contents(train.place) == before
     shutil.rmtree(train.place / "out")
     monkeypatch.setattr(cache, "_summaries", plain)

@@ -246,7 +246,7 @@ def test_the_command_goes_on(tmp_path, encoder, capsys, task, monkeypatch):
     for _ in range(2):
         assert run("--resume") == 0
         assert capsys.readouterr().out == f"{output}: the model is finished\n"
-    assert run() == 2 and "it is not empty" in capsys.readouterr().err
+    assert run() == 2 and "it is not empty; name another, or remove what is in it" in capsys.readouterr().err
     assert contents(output) == {name: data for name, data in before.items() if not name.startswith("checkpoints/")}
     shutil.rmtree(output)
     output.mkdir()
