@@ -137,6 +137,7 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
         rows = verdict.rows(scores, "trained alike")
         result = verdict.Result("selector", verdict.Row(f"trained selector (epoch {found.kept})", found.score))
         print_lines(verdict.report(verdict.SPEARMAN, rows, result))
+        print_lines(verdict.against_its_start(found.scores, found.kept))
     print_lines(verdict.hint(found.losses[-1], REMEDIES[task.kind]))
     what = None if dev is None else verdict.SPEARMAN
     history.write(task.output, epochs.lines, what)  # first: a selector replaces an empty folder, which is locked

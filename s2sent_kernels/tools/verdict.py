@@ -65,6 +65,18 @@ def _called(name: str) -> str:
     return f"this: {name}"
 
 
+def against_its_start(scores: Sequence[float], kept: int) -> list[str]:
+    """A line about a training whose best epoch is no better than what it began with.
+
+    Args:
+        scores: on dev, before the first epoch and after each.
+        kept: the best epoch.
+    """
+    if not scores or _order(scores[kept]) > _order(scores[0]):
+        return []
+    return [f"no epoch scored more than the selector before its training, {scores[0]:.2f}: try a smaller learning rate"]
+
+
 def hint(loss: float | None, remedies: str) -> list[str]:
     """A line about a last loss that says nothing any more.
 

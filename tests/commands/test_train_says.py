@@ -139,6 +139,21 @@ def test_a_training_that_lost_says_so(encoder, capsys, monkeypatch, frozen, task
     assert out.endswith("wrote out\n")
 
 
+@pytest.mark.parametrize("rate", [1e-12, 10.0])
+def test_a_training_that_brought_nothing_says_so(encoder, capsys, rate):
+    assert run(encoder, "--dev", "dev.tsv", "--freeze-encoder", "--learning-rate", rate) == 0
+    before, *after = [json.loads(line)["dev"] for line in Path("out/history.jsonl").read_text().splitlines()]
+    said = f"no epoch scored more than the selector before its training, {before:.2f}: "
+    assert (said in capsys.readouterr().out) == (max(after) <= before)
+
+
+@pytest.mark.parametrize(
+    "scores, kept, said", [([], 0, 0), ([5.0, 5.1], 1, 0), ([5.0, 5.0], 1, 1), ([5.0, 4.0, 4.5], 2, 1)]
+)
+def test_what_a_training_is_compared_with(scores, kept, said):
+    assert len(verdict.against_its_start(scores, kept)) == said
+
+
 @pytest.mark.parametrize("frozen", FROZEN, ids=["tuned", "frozen"])
 def test_a_classifier_beside_what_it_has_to_beat(encoder, capsys, frozen):
     assert run(encoder, "--task", "classification", *frozen, data="labels.tsv") == 0
