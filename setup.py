@@ -25,8 +25,12 @@ from pathlib import Path
 
 from setuptools import setup
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # of torch, where numpy is not installed: no build needs it
-warnings.filterwarnings("ignore", r"\s*Editable installation")  # of setuptools: that the checkout is what will be imported
+warnings.filterwarnings(
+    "ignore", "Failed to initialize NumPy"
+)  # of torch, where numpy is not installed: no build needs it
+warnings.filterwarnings(
+    "ignore", r"\s*Editable installation"
+)  # of setuptools: that the checkout is what will be imported
 
 CHOICES = ("auto", "0", "cpu", "cuda")
 ROOT = Path(__file__).parent

@@ -44,7 +44,7 @@ def positive(text: str) -> int:
     return value
 
 
-positive.__name__ = "positive number"  # argparse quotes it: "invalid positive number value: '0'"
+positive.__name__ = "a whole number from 1"  # as the parser quotes it: "expected a whole number from 1, got '0'"
 
 
 def seed(text: str) -> int:
@@ -53,6 +53,9 @@ def seed(text: str) -> int:
     if not 0 <= value < 2**32:
         raise ValueError
     return value
+
+
+seed.__name__ = "a whole number from 0, under 2^32"
 
 
 def blocks(text: str) -> str | list[int]:
@@ -64,7 +67,7 @@ def blocks(text: str) -> str | list[int]:
     return [int(number) for number in text.split(",")]
 
 
-blocks.__name__ = "list of block numbers, or last:N,"
+blocks.__name__ = "block numbers, as 3,4,5, or last:N"
 BLOCKS = "0,2,5 or last:N"  # its metavar
 
 
@@ -73,6 +76,9 @@ def path(text: str) -> str:
     if not text:
         raise ValueError
     return os.path.expanduser(text)
+
+
+path.__name__ = "the path of a file or a folder"
 
 
 def say_modes(command: Any, modes: Mapping[str, str]) -> None:

@@ -142,7 +142,7 @@ def shard(text: str) -> tuple[int, int]:
     return index, count
 
 
-shard.__name__ = "shard I/N with I from 0 to N - 1"  # as argparse quotes it
+shard.__name__ = "I/N with I from 0 to N - 1"  # as the parser quotes it
 
 
 def share(text: str) -> float:
@@ -153,4 +153,4 @@ def share(text: str) -> float:
     return value
 
 
-share.__name__ = "number of GPUs"
+share.__name__ = "a whole number of GPUs, or a part of one"

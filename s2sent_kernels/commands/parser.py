@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from .common import UserError
 
+_NUMBERS = {"int": "a whole number", "float": "a number"}  # Python's types, in words
 _OPTION = re.compile(r"--[a-z][a-z0-9-]*")
 
 
@@ -22,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see '{self.prog} --help')")
+        raise UserError(f"{message.removeprefix('argument ')} (see '{self.prog} --help')")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
         """Of a subcommand's parser also its unknown arguments are errors: the parser above it would name its own help. They come
@@ -50,6 +51,14 @@ class Parser(argparse.ArgumentParser):
         meant = [near(one.partition("=")[0], self._option_string_actions) for one in arguments if one.startswith("-")]
         advice = f": did you mean {', '.join(found)}" if (found := [name for name in meant if name]) else ""
         self.error(f"unrecognized arguments: {' '.join(arguments)}{advice}")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            kind = getattr(action.type, "__name__", "")
+            error.message = f"expected {_NUMBERS.get(kind, kind)}, got {arg_string!r}"
+            raise
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:

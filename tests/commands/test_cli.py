@@ -153,9 +153,9 @@ def test_a_folder_of_files_that_could_not_be_written_is_not_left(tmp_path, monke
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "--top", "0"], "invalid positive number value: '0'"),
-        (["demo", "--top", "many"], "invalid positive number value: 'many'"),
-        (["demo", "--blocks", "1,x"], "invalid list of block numbers, or last:N, value: '1,x'"),
+        (["demo", "--top", "0"], "--top: expected a whole number from 1, got '0'"),
+        (["demo", "--top", "many"], "--top: expected a whole number from 1, got 'many'"),
+        (["demo", "--blocks", "1,x"], "--blocks: expected block numbers, as 3,4,5, or last:N, got '1,x'"),
         (["demo", "--backend", "abacus"], "invalid choice: 'abacus'"),
         (["demo", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["dance"], "invalid choice: 'dance'"),

@@ -168,9 +168,9 @@ def test_a_folder_of_inputs_and_float16(tmp_path, model):
         (["a.txt", "--finish", "out/"], "--finish: expected nothing beside the folder, got a.txt"),
         (["--finish", "out/", "--normalize"], "--finish: expected nothing beside the folder, got --normalize"),
         (["--finish", "out/"], "expected a folder of parts, got one without _plan.json"),
-        (["a.txt", "--output", "out/", "--shard", "2/2"], "invalid shard I/N with I from 0 to N - 1 value: '2/2'"),
+        (["a.txt", "--output", "out/", "--shard", "2/2"], "--shard: expected I/N with I from 0 to N - 1, got '2/2'"),
         (["a.txt", "--output", "out/", "--shard", "-1/2"], "--shard: expected one argument"),
-        (["a.txt", "--output", "out/", "--shard", "one"], "invalid shard I/N"),
+        (["a.txt", "--output", "out/", "--shard", "one"], "--shard: expected I/N"),
         (["a.txt", "--output", "o.npy", "--shard", "0/2"], "--shard: expected a folder as --output"),
         (["a.txt", "--output", "out/", "--shard", "0/2", "--force"], "--shard: expected without --force"),
         (["-", "--output", "out/", "--shard", "0/2"], "--shard: expected files, which every shard can read"),
@@ -179,9 +179,18 @@ def test_a_folder_of_inputs_and_float16(tmp_path, model):
         (["a.txt", "--output", "out/", "--address", "auto"], "--address: expected with --engine ray"),
         (["a.txt", "--output", "out/", "--gpus-per-worker", "0"], "--gpus-per-worker: expected with --engine ray"),
         (["a.txt", "--output", "out/", "--engine", "ray", "--device", "cpu"], "--device: expected with --engine local"),
-        (["a.txt", "--output", "out/", "--engine", "ray", "--gpus-per-worker", "1.5"], "invalid number of GPUs"),
-        (["a.txt", "--output", "out/", "--engine", "ray", "--gpus-per-worker", "-1"], "invalid number of GPUs"),
-        (["a.txt", "--output", "out/", "--engine", "ray", "--gpus-per-worker", "nan"], "invalid number of GPUs"),
+        (
+            ["a.txt", "--output", "out/", "--engine", "ray", "--gpus-per-worker", "1.5"],
+            "--gpus-per-worker: expected a whole number of GPUs, or a part of one, got",
+        ),
+        (
+            ["a.txt", "--output", "out/", "--engine", "ray", "--gpus-per-worker", "-1"],
+            "--gpus-per-worker: expected a whole number of GPUs, or a part of one, got",
+        ),
+        (
+            ["a.txt", "--output", "out/", "--engine", "ray", "--gpus-per-worker", "nan"],
+            "--gpus-per-worker: expected a whole number of GPUs, or a part of one, got",
+        ),
         (
             ["a.txt", "--output", "out/", "--output-dtype", "float16", "--precision", "binary"],
             "--output-dtype: expected",

@@ -207,7 +207,7 @@ def test_texts_that_are_longer_than_the_model(tmp_path, monkeypatch, name):
 def test_a_home_and_an_empty_name(fails, encoder, tmp_path, monkeypatch, name):
     """No shell replaces the ~ in --output=~/out."""
     option = "--output" if name in WRITING else "--output-dir"
-    assert "invalid path value: ''" in fails(name, f"{option}=")
+    assert "expected the path of a file or a folder, got ''" in fails(name, f"{option}=")
     monkeypatch.setenv("HOME", str(tmp_path / "texts.txt"))
     assert f"{tmp_path / 'texts.txt'} is not a directory" in fails(name, f"{option}=~/{WRITING.get(name, 'out')}")
 
