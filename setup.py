@@ -25,12 +25,9 @@ from pathlib import Path
 
 from setuptools import setup
 
-warnings.filterwarnings(
-    "ignore", "Failed to initialize NumPy"
-)  # of torch, where numpy is not installed: no build needs it
-warnings.filterwarnings(
-    "ignore", r"\s*Editable installation"
-)  # of setuptools: that the checkout is what will be imported
+# torch says that numpy is missing, and setuptools that the checkout is what will be imported: nobody can act on either.
+for said in ("Failed to initialize NumPy", r"\s*Editable installation"):
+    warnings.filterwarnings("ignore", said)
 
 CHOICES = ("auto", "0", "cpu", "cuda")
 ROOT = Path(__file__).parent
