@@ -46,6 +46,10 @@ CPU part\t: 0xd0c
 CPU revision\t: 1
 
 """
+INTERPRETER = """#!/bin/sh
+export QEMU_CPU={cpu} QEMU_STACK_SIZE={stack}
+exec qemu-aarch64-static -L {root} {root}/usr/bin/python3.11 "$@"
+"""
 TRIED = ("golden files, formulas", "ops", "native")  # of compatibility.GROUPS: what needs the extension and torch alone
 
 
@@ -83,6 +87,11 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         self.root, self.site, self.source = system(folder), libraries(folder), folder / "source"
+        # Linux starts programs of this machine alone: what the tests start as sys.executable is a script of it.
+        self.interpreter = folder / "python"
+        self.interpreter.write_text(INTERPRETER.format(stack=2**27, cpu=CPU, root=self.root))
+        self.interpreter.chmod(0o755)
+        (self.site / "sitecustomize.py").write_text(f"import sys\nsys.executable = {str(self.interpreter)!r}\n")
         shutil.rmtree(self.source, ignore_errors=True)
         self.source.mkdir()
         files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
@@ -91,14 +100,9 @@ class Machine:
         subprocess.run(["tar", "--extract"], cwd=self.source, input=packed, check=True)
 
     def python(self, *arguments: str, check: bool = True, **environment: str) -> None:
-        emulator = ["qemu-aarch64-static", "-L", self.root, self.root / "usr/bin/python3.11"]
-        settings = {
-            "PYTHONPATH": str(self.site),
-            "QEMU_CPU": CPU,
-            "QEMU_STACK_SIZE": str(2**27),
-            "OMP_NUM_THREADS": "1",
-        }
-        subprocess.run([*emulator, *arguments], cwd=self.source, env=os.environ | settings | environment, check=check)
+        settings = {"PYTHONPATH": str(self.site), "OMP_NUM_THREADS": "1"}
+        command = [self.interpreter, *arguments]
+        subprocess.run(command, cwd=self.source, env=os.environ | settings | environment, check=check)
 
     def build(self) -> None:
         """setup.py runs in the emulator; the cross compiler that it starts is a program of this machine."""
