@@ -18,9 +18,9 @@ TRACERS = {
     "make_fx": "make_fx(module)(*states)",
     "torch.fx": "torch.fx.symbolic_trace(module)",
     "torch.compile": "torch.compile(module, backend='eager', fullgraph=True)(*states)",
-    "fake tensors": "FakeTensorMode(allow_non_fake_inputs=True).__enter__(); module(*states)",
+    "fake tensors": "with FakeTensorMode(allow_non_fake_inputs=True): module(*states)",
     "vmap": "torch.vmap(module)(*(state[None] for state in states))",
-    "a mode of functions": "torch.set_default_device('meta'); module(*states)",
+    "a mode of functions": "with torch.device('meta'): module(*states)",
 }
 SCRIPT = """
 import contextlib, io, sys, threading, warnings
@@ -42,7 +42,7 @@ def traced():
         warnings.simplefilter("ignore")
         exec(sys.argv[1])
 
-thread = threading.Thread(target=traced)  # a mode that is left on ends with it
+thread = threading.Thread(target=traced)  # a mode that a tracer leaves on ends with it
 thread.start(), thread.join()
 assert backends()["native"].usable, backends()["native"]
 wanted = S2SentSelector(32, 2, bottleneck=8, backend="reference").eval()
