@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import families, validate, waiting
-from .cache_files import ABOUT, Unfinished, announce, check_rows, done_by_all, opened, rank_and_world, say, sweep
+from .cache_files import ABOUT, Unfinished, announce, check_rows, done_by_all, opened, rank_and_world, sweep
 from .cache_files import DamagedCache as DamagedCache  # public under this name
 from .capture import BLOCK_NORMS, BlockCapture
 from .files import locked
@@ -352,7 +352,7 @@ def _fill(
         return sum(map(len, mine[: known.batches]))
 
     if progress and done:
-        say(f"cache: going on after {recorded_texts():,} of {total:,} texts")
+        waiting.say(f"cache: going on after {recorded_texts():,} of {total:,} texts")
     todo = encoders.state_batches(
         capture, tokenizer, texts, mine, max_length=settings.max_length, skip=done, progress=progress
     )
@@ -374,7 +374,9 @@ def _fill(
                     known, recorded = after, clock()
     except BaseException as error:
         if progress and not isinstance(error, Exception):
-            say(f"cache: {recorded_texts():,} of {total:,} texts are encoded and kept in {unfinished.folder.parent}")
+            waiting.say(
+                f"cache: {recorded_texts():,} of {total:,} texts are encoded and kept in {unfinished.folder.parent}"
+            )
         if unfinished.world is None and not known.batches:  # no progress to resume from
             unfinished.remove()
         raise

@@ -15,13 +15,13 @@ import json
 import os
 import re
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import waiting
 from .files import first_line, locked, sync_folder, write_atomically
 
 ABOUT = "about.json"
@@ -117,12 +117,7 @@ def announce(target: Path, shape: tuple[int, int, int, int | None], pooled: bool
     texts, blocks, frequencies, features = shape
     if features is not None:
         size = in_words(size_of(texts, blocks, features, frequencies, pooled))
-        say(f"cache: {texts:,} texts x {blocks} blocks x {features} features, {size}, in {target}")
-
-
-def say(line: str) -> None:
-    if sys.stderr is not None:
-        print(line, file=sys.stderr, flush=True)
+        waiting.say(f"cache: {texts:,} texts x {blocks} blocks x {features} features, {size}, in {target}")
 
 
 class Kept(NamedTuple):

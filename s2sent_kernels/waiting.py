@@ -22,7 +22,7 @@ def told(what: str, wanted: bool = True) -> Iterator[None]:
     Args:
         wanted: whether anything may be said.
     """
-    timer = threading.Timer(SILENCE, _say, [what])
+    timer = threading.Timer(SILENCE, say, [f"{what} ..."])
     timer.daemon = True
     if wanted:
         timer.start()
@@ -32,6 +32,7 @@ def told(what: str, wanted: bool = True) -> Iterator[None]:
         timer.cancel()
 
 
-def _say(what: str) -> None:
+def say(line: str) -> None:
+    """Print it on standard error, if there is one."""
     if sys.stderr is not None:
-        print(f"{what} ...", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)

@@ -218,6 +218,7 @@ load_transformer = _told(_announcing(_waiting(_silently(parts.load_transformer))
 load_whole = _told(_waiting(_silently(loading.load_whole)))
 load_classifier = _told(_waiting(_silently(loading.load_classifier)))
 load_pipeline = _told(_announcing(_waiting(_silently(loading.load_pipeline))))
+load_parts = _told(_announcing(_waiting(_silently(loading.load_parts))))
 fuse = _told(loading.fuse)
 
 
@@ -257,8 +258,7 @@ def interrupted(what_is_kept: Callable[P, str], *args: P.args, **kwargs: P.kwarg
     except Exception:
         raise
     except BaseException:
-        if sys.stderr is not None:
-            print(what_is_kept(*args, **kwargs), file=sys.stderr)
+        waiting.say(what_is_kept(*args, **kwargs))
         raise
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__, families, hub, parts, sources
+from .. import __version__, families, parts, sources
 from ..capture import BlockCapture
 from ..engines.choice import BACKEND_VARIABLE, LIMITS, backends, choose
 from ..export import Pipeline
@@ -175,35 +175,20 @@ def _model(model: str) -> Iterator[str]:
         yield f"{_kind(Path(str(source.model)))}, encoder and selector"
     else:
         yield f"the selector {source.selector} for the encoder {source.model or sources.BUNDLED}"
-    pipeline = common.load_pipeline(source)
+    if source.whole and not (Path(str(source.model)).expanduser() / "tokenizer_config.json").is_file():
+        pipeline, tokenizer, limit = common.load_pipeline(source), None, None
+    else:  # as an Embedder's
+        pipeline, tokenizer, limit = common.load_parts(model, None)[:3]
     selector = pipeline.selector
     yield f"{selector.extra_repr()}: {sum(one.numel() for one in selector.parameters()):,} parameters"
     yield f"blocks {', '.join(map(str, pipeline.capture.blocks))}, pooling {pipeline.pooling!r}, backend {_backend(pipeline)}"
-    yield from _how_it_runs(pipeline.capture, _tokenizer(source), _limit(source))
+    yield from _how_it_runs(pipeline.capture, tokenizer, limit)
 
 
 def _kind(folder: Path) -> str:
     if (folder / "modules.json").is_file():
         return "a SentenceTransformer"
     return (sources.architectures(str(folder)) or ["S2SentModel"])[0]
-
-
-def _tokenizer(source: sources.Source) -> Any:
-    """None where none was saved beside an S2SentModel."""
-    path, name = sources.find_model(source.model)
-    if source.whole and not (Path(path).expanduser() / "tokenizer_config.json").is_file():
-        return None
-    try:
-        return require("transformers", "transformers", "demo").AutoTokenizer.from_pretrained(path, **hub.NO_CODE)
-    except Exception as error:  # the loaders raise errors of many kinds
-        raise sources.cannot_load(name, error) from error
-
-
-def _limit(source: sources.Source) -> int | None:
-    if source.whole:
-        return parts.max_seq_length(source.model)
-    assert source.selector is not None
-    return parts.max_length(source.model, parts.read_selector(source.selector))
 
 
 def _backend(pipeline: Pipeline) -> str:

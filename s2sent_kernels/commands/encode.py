@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     texts = _calibration(arguments)
     made = functools.cache(
         lambda: _engine(arguments, devices, texts)
-    )  # loads the model, once the inputs have been judged
+    )  # it loads the model: after all inputs are judged
 
     def engine(job: Any, parts: Any, progress: Any) -> Any:
         return made()[0](job, parts, progress)

@@ -252,7 +252,6 @@ def run(arguments: argparse.Namespace) -> None:
     common.check_writable(task.output)
     try:
         if "resume" in task.given and _is_finished(task):
-            _check_kind(task)
             if processes.is_first():
                 print(f"{task.output}: the model is finished")
             return
@@ -364,7 +363,8 @@ def _is_finished(task: Task) -> bool:
     """Whether there is nothing left to do but to remove checkpoints: a model is never trained again unasked."""
     from ..tools import resuming
 
-    if task.frozen:
-        return resuming.finished_frozen(task.output)
     last = resuming.OF_CLASSIFIER if task.kind == CLASSIFICATION else resuming.OF_MODEL
-    return resuming.remove_leftovers(task.output, last)
+    if not (resuming.finished_frozen(task.output) if task.frozen else resuming.finished(task.output, last)):
+        return False
+    _check_kind(task)
+    return task.frozen or resuming.remove_leftovers(task.output, last)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from time import monotonic as clock
 from typing import Any
@@ -136,12 +135,12 @@ class Lines(_Words, TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         now = clock()
-        if not state.is_world_process_zero or now - self._said < self._wait or sys.stderr is None:
+        if not state.is_world_process_zero or now - self._said < self._wait:
             return
         self._said, self._wait = now, PROGRESS_EVERY
         each = (now - self._begun) / max(1, state.global_step - self._before)
         left = tqdm.format_interval(each * (state.max_steps - state.global_step))
-        print(f"step {state.global_step:,} of {state.max_steps:,}, {left} left", file=sys.stderr, flush=True)
+        waiting.say(f"step {state.global_step:,} of {state.max_steps:,}, {left} left")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
         line = self.words(state, logs or {})

@@ -17,9 +17,8 @@ from ..synchronised import Joinable, sync_statistics
 from .encoders import in_eval_mode
 from .recipe import Recipe
 
-LOG_EVERY = (
-    100  # steps at most: callbacks.py makes checkpoints where a loss is logged, and steps may last a few seconds
-)
+# Steps at most: callbacks.py makes checkpoints where a loss is logged, and steps may last a few seconds.
+LOG_EVERY = 100
 
 
 def count() -> int:

@@ -44,9 +44,9 @@ class Progress:
             if self.tokens:
                 self.bar.set_postfix_str(self._rate(self.tokens, now, "tokens"), refresh=False)
             self.bar.update(texts)
-        elif now - self.said >= self.wait and sys.stderr is not None:
+        elif now - self.said >= self.wait:
             self.said, self.wait = now, PROGRESS_EVERY
-            print(self._line(now), file=sys.stderr, flush=True)
+            waiting.say(self._line(now))
 
     def _rate(self, count: int, now: float, what: str) -> str:
         return f"{count / max(now - self.start, 1e-9):,.0f} {what}/s"

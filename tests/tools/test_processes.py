@@ -1,15 +1,12 @@
 """Training on two processes: what one trains on the same global batches."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from builders import pairs, save_encoder, sentences
 from torch import nn
+from two_processes import run_both
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("transformers")
@@ -86,27 +83,7 @@ def trained(tmp_path_factory):
     save_encoder(folder / "encoder")
     train(folder, BATCH)
     train_in_parts(folder, BATCH, None)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}"
-    code += f"; import test_processes as t; t.in_a_process({str(folder)!r})"
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**os.environ, **address, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    try:
-        told = [process.communicate(timeout=300)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0]
-    return folder, told
+    return folder, run_both(__file__, f"in_a_process({str(folder)!r})")
 
 
 def test_two_processes_train_what_one_trains(trained):

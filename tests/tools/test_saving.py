@@ -2,14 +2,12 @@
 
 import contextlib
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from builders import pairs, save_encoder, sentences
+from two_processes import run_both
 
 pytest.importorskip("pyarrow")
 transformers = pytest.importorskip("transformers")
@@ -176,26 +174,7 @@ def in_a_process(folder, name, step, resume):
 
 
 def two_processes(folder, name, step, resume):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}"
-    code += f"; import test_saving as t; t.in_a_process({str(folder)!r}, {name!r}, {step}, {resume})"
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**os.environ, **address, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    try:
-        told = [process.communicate(timeout=300)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0]
+    told = run_both(__file__, f"in_a_process({str(folder)!r}, {name!r}, {step}, {resume})")
     return [[line for line in text.splitlines() if " saved" in line] for text in told]
 
 

@@ -23,12 +23,8 @@ T = TypeVar("T")
 
 EXPECTED = f"a file of {', '.join(KINDS)}, also with {' or '.join(COMPRESSIONS)}"
 SAVED = "state.json"  # datasets' save_to_disk writes it beside the Arrow files and lists them in it
-WEIGHTS = (
-    ".safetensors",
-    "pytorch_model.bin",
-    ".safetensors.index.json",
-    "pytorch_model.bin.index.json",
-)  # in models' folders
+# How the names of weights end in models' folders.
+WEIGHTS = (".safetensors", "pytorch_model.bin", ".safetensors.index.json", "pytorch_model.bin.index.json")
 PIECE = 1 << 20  # bytes
 
 
