@@ -241,6 +241,8 @@ def test_the_command_goes_on(tmp_path, encoder, capsys, task, monkeypatch):
         assert run("--resume") == 0
     assert f"training goes on from {output}/checkpoints/checkpoint-" in capsys.readouterr().out
     before = contents(output)
+    assert run("--resume", "--task", "contrastive" if task == "classification" else "classification") == 2
+    assert contents(output) == before and capsys.readouterr().out == ""  # it is no other task's because it is finished
     (output / resuming.CHECKPOINTS / "settings.json").unlink()
     os.truncate(next(output.rglob("trainer_state.json")), 9)
     for _ in range(2):
