@@ -34,19 +34,11 @@ the median: these are single numbers, sums of terms that cancel, so that one cas
 same vector but for a percent, so that roundings add up instead of cancelling. f, p and gates are float32 for bfloat16 hidden
 states too, and are judged after rounding to bfloat16, in which eager has them."""
 # Why a result may be beyond the limit. The page says so beside what is, and a test that each has a reason.
-_LONG_RUNS = (
-    "a thread's running sum over tokens has up to 128 terms, where PyTorch reduces by a tree; shorter runs need a second set of "
-    "sums in registers or in memory (bench/NOTES.md)"
-)
 _ONE_CASE = "one case of the row, by chance: its other magnitudes and lengths are below"
 REASONS: dict[str, str] = {  # by a result, or by backend and result
     PRIOR_AND_SCALE: "single numbers, sums of N D terms and more that cancel: both errors are remainders, drawn once or twice a "
     "case, and the reference's are as often beyond",
-    **dict.fromkeys(
-        (f"triton, {what}" for what in ("f", "p", "pooled", "d hidden, pooled", "d hidden, tokens")), _LONG_RUNS
-    ),
-    **dict.fromkeys((f"triton, {what}" for what in ("d weights, pooled", "d weights, tokens")), _LONG_RUNS),
-    **dict.fromkeys(("native, d hidden, pooled", "native, d weights, tokens"), _ONE_CASE),
+    **dict.fromkeys(("triton, d hidden, pooled", "native, d hidden, pooled", "native, d weights, tokens"), _ONE_CASE),
 }
 
 

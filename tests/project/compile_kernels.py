@@ -4,7 +4,7 @@ and, in kernels that promise bits, no arithmetic that the assembler could still 
 Run as a script in a process of its own (as ``test_compile_kernels.py`` does), because it installs a stand-in for the GPU's
 driver and makes every launch stop after compilation:
 
-    python tests/project/compile_kernels.py 90 "768,4,12" "384,8,6"          # sm_90; D,M,N of each case
+    python tests/project/compile_kernels.py 90 "768,4,12" "384,8,6,float32"  # sm_90; D,M,N of each case, and a dtype but bfloat16
 
 Prints a line for each kernel, and exits with 1 if a kernel spills, loads narrowly, leaves bits to the assembler or uses more
 shared memory than some GPUs have.
@@ -137,8 +137,10 @@ def main(capability, cases):
     compiled, failures, with_gates = [], 0, set()
     compile_instead_of_launching(compiled)
     for case in cases:
-        size, frequencies, num_blocks = (int(number) for number in case.split(","))
-        launch_all(size, frequencies, num_blocks, torch.bfloat16, gates=num_blocks not in with_gates)
+        size, frequencies, num_blocks, *dtype = case.split(",")
+        num_blocks = int(num_blocks)
+        dtype = getattr(torch, dtype[0] if dtype else "bfloat16")
+        launch_all(int(size), int(frequencies), num_blocks, dtype, gates=num_blocks not in with_gates)
         with_gates.add(num_blocks)
         for name, kernel in {id(kernel): (name, kernel) for name, kernel in compiled}.values():
             registers, spilled = resources(kernel, capability)

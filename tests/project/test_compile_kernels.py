@@ -12,14 +12,18 @@ import pytest
 
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
 CAPABILITIES, SIZES = (80, 90, 100), (384, 768, 1024)
+FLOAT32 = ("768,4,6", "1024,4,24", "768,4,12")  # whose sums over tokens keep more in registers
 
 
 def cases():
-    """Every N with every M; D and the capability rotate so that every pair of values occurs: {capability: ["D,M,N", ...]}."""
+    """Every N with every M; D and the capability rotate so that every pair of values occurs, and one in
+    float32: {capability: ["D,M,N", ...]}."""
     found = {capability: [] for capability in CAPABILITIES}
     for (i, num_blocks), (j, frequencies) in itertools.product(enumerate((3, 6, 12, 24)), enumerate((1, 2, 4, 8))):
         capability, size = CAPABILITIES[(i + 2 * j) % 3], SIZES[(i + j) % 3]
         found[capability].append(f"{size},{frequencies},{num_blocks}")
+    for capability, case in zip(CAPABILITIES, FLOAT32, strict=True):
+        found[capability].append(f"{case},float32")
     return found
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from . import config
 
 RUN = tl.constexpr(config.RUN)
+FLOAT32_RUN = tl.constexpr(config.FLOAT32_RUN)
 SCAN = tl.constexpr(config.SCAN)
 
 
@@ -135,6 +136,33 @@ def row_pointers(p_hidden, j: tl.constexpr, i_g, DEAL: tl.constexpr):
 def sum_slots(values, GROUPS: tl.constexpr, SLOTS: tl.constexpr):
     """[GROUPS * SLOTS, BLOCK_D] -> [GROUPS, BLOCK_D], inside a warp."""
     return tl.sum(tl.reshape(values, [GROUPS, SLOTS, values.shape[1]]), axis=1)
+
+
+@triton.jit
+def run_ends(start, first, ROWS: tl.constexpr, SLOTS: tl.constexpr):
+    """Whether the tile at token ``start`` holds the last terms of each slot's run. The first run began at ``first``."""
+    return tl.cast(start - first, tl.int32) % (FLOAT32_RUN * SLOTS) == (FLOAT32_RUN - ROWS) * SLOTS
+
+
+@triton.jit
+def end_run(ends, sums, totals, PER: tl.constexpr):
+    """(sums, totals), ``per_group`` tensors [GROUPS * SLOTS, BLOCK_D] each: where a run ``ends``, its sums are added to the
+    totals and begin anew. Selected, so that the loop whose loads are prefetched has no branch."""
+    new_sums = ()
+    new_totals = ()
+    for j in tl.static_range(PER):
+        new_totals = new_totals + (tl.where(ends, totals[j] + sums[j], totals[j]),)
+        new_sums = new_sums + (tl.where(ends, 0.0, sums[j]),)
+    return new_sums, new_totals
+
+
+@triton.jit
+def add_runs(sums, totals, PER: tl.constexpr):
+    """totals + sums, of ``per_group`` tensors each."""
+    added = ()
+    for j in tl.static_range(PER):
+        added = added + (totals[j] + sums[j],)
+    return added
 
 
 @triton.jit

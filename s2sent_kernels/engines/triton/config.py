@@ -15,7 +15,8 @@ import torch
 from ...formula import dct
 from ...formula.call import Profile
 
-RUN = 128  # terms of a running sum over tokens, which bounds its rounding; a multiple of every tile's rows
+RUN = 256  # terms of a slot in a chunk, which bounds their sum's rounding; a multiple of every tile's rows
+FLOAT32_RUN = 16  # of them in a running sum in float32, whose inputs hide no rounding; likewise, and a divisor of RUN
 SCAN = 256  # mask tokens, or sentence ends, that are loaded at once
 BACKWARD_AHEAD = 4  # blocks whose rows of g and dp squeeze's backward loads before it stores
 GATE_PROGRAMS = 132  # fewer would leave multiprocessors of the largest GPUs idle

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from ...formula.call import Batch
 from . import config
-from .common import RUN, real_span, row_pointers, sentence_at, sum_slots, wait_for_previous
+from .common import (
+    RUN,
+    add_runs,
+    end_run,
+    real_span,
+    row_pointers,
+    run_ends,
+    sentence_at,
+    sum_slots,
+    wait_for_previous,
+)
 from .direct import direct
 from .launch import FUSE_MULTIPLY_ADD, HiddenStates, Mask, cdiv, dense, launches_overlap
 
@@ -110,6 +120,7 @@ def sum_products(
     N: tl.constexpr = DEAL.num_blocks
     GROUPS: tl.constexpr = DEAL.groups
     PER: tl.constexpr = DEAL.per_group
+    IN_RUNS: tl.constexpr = p_hidden[0].dtype.element_ty == tl.float32
     o_row, o_dv_row = rows
     o_d, m_d = features
     first, end = span
@@ -117,6 +128,7 @@ def sum_products(
     o_r = tl.arange(0, GROUPS * SLOTS)  # [GROUPS * SLOTS] row of a tile: (GROUPS, SLOTS)
     i_g = o_r // SLOTS
     sums = (tl.zeros([GROUPS * SLOTS, o_d.shape[0]], tl.float32),) * PER
+    totals = sums  # of the runs that have ended, with IN_RUNS
     for start in tl.range(first, end, ROWS * SLOTS, num_stages=STAGES):
         for i in tl.static_range(ROWS):
             o_l = start + i * SLOTS + o_r % SLOTS  # [GROUPS * SLOTS]
@@ -134,6 +146,10 @@ def sum_products(
                 u = tl.load(p_u[:, None] + o_u, mask=m_u, other=0.0, eviction_policy="evict_first")
                 new_sums = new_sums + (tl.fma(dv, u.to(tl.float32), sums[j]),)
             sums = new_sums
+        if IN_RUNS:
+            sums, totals = end_run(run_ends(start, first, ROWS, SLOTS), sums, totals, PER)
+    if IN_RUNS:
+        sums = add_runs(sums, totals, PER)
     return sums
 
 

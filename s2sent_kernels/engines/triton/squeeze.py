@@ -9,10 +9,10 @@ one tile. Copies into shared memory are prefetched (``num_stages``), which keeps
 multiplies its f with its slice of W1, because the gate would have to read all of W1 in every one of its programs.
 
 Order of summation, on which every bit depends: a sentence's tokens, from its first real one on, are cut into chunks of
-RUN * SLOTS; a chunk's tokens are dealt to SLOTS running sums in turn; at the chunk's end the slots are summed as a tree; then the
-chunks ascending; then the blocks of a group ascending, weighted by alpha; then the groups ascending; for t the features of a
-tile as a tree. SLOTS is the number of tokens of a block that a warp holds side by side; RUN bounds the terms of one
-running sum, and with them its rounding (bench/ACCURACY.md).
+RUN * SLOTS; a chunk's tokens are dealt to SLOTS slots in turn, each a running sum, which in float32 is cut into runs of
+FLOAT32_RUN terms that are added ascending; at the chunk's end the slots are summed as a tree; then the chunks ascending; then
+the blocks of a group ascending, weighted by alpha; then the groups ascending; for t the features of a tile as a tree. SLOTS is
+the number of tokens of a block that a warp holds side by side; the runs bound the sums' rounding (bench/ACCURACY.md).
 """
 
 from typing import NamedTuple

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import across_groups, pooling_weight, row_pointers, sum_slots, token_factor
+from .common import across_groups, add_runs, end_run, pooling_weight, row_pointers, run_ends, sum_slots, token_factor
 
 
 @triton.jit
@@ -30,6 +30,7 @@ def running_sums(
     ROWS: tl.constexpr = TILE.rows
     SLOTS: tl.constexpr = TILE.slots
     STAGES: tl.constexpr = 1 if READ_MASK else TILE.stages
+    IN_RUNS: tl.constexpr = p_hidden[0].dtype.element_ty == tl.float32
     o_row, o_d, m_d = where
     begin, stop, seen = window
     first, end, length = span
@@ -41,6 +42,8 @@ def running_sums(
     nothing = tl.zeros([GROUPS * SLOTS, o_d.shape[0]], tl.float32)
     sums = (nothing,) * PER
     pools = (nothing,) * PER
+    totals = sums  # of the runs that have ended, with IN_RUNS
+    pool_totals = pools
     for start in tl.range(begin, stop, ROWS * SLOTS, num_stages=STAGES):
         for i in tl.static_range(ROWS):
             o_l = start + i * SLOTS + o_r % SLOTS  # [GROUPS * SLOTS]
@@ -77,6 +80,14 @@ def running_sums(
                     new_pools = new_pools + (nothing,)
             sums = new_sums
             pools = new_pools
+        if IN_RUNS:
+            ends = run_ends(start, begin, ROWS, SLOTS)
+            sums, totals = end_run(ends, sums, totals, PER)
+            if POOLING is not None:
+                pools, pool_totals = end_run(ends, pools, pool_totals, PER)
+    if IN_RUNS:
+        sums = add_runs(sums, totals, PER)
+        pools = add_runs(pools, pool_totals, PER)
     return sums, pools, seen
 
 
