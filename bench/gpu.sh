@@ -68,7 +68,7 @@ for step in "$@"; do
           | tee "$OUT/fuzz-$backend.log" | tail -40 || failed=1
       done ;;
     sanitize)
-      IFS=, read -r -a runs <<<"${SANITIZE_RUNS:-native memcheck,native racecheck --one-pass,native racecheck,native initcheck,native synccheck,triton memcheck,triton racecheck,triton initcheck,triton synccheck}"
+      IFS=, read -r -a runs <<<"${SANITIZE_RUNS:-native memcheck,native racecheck --one-pass,native racecheck,native initcheck --narrow,native synccheck,triton memcheck,triton racecheck,triton initcheck,triton synccheck}"
       rm -f "$OUT"/sanitize-*.log
       if [[ "${runs[*]}" == *triton* ]]; then  # fills Triton's cache, the batches side by side
         for number in 0 1 2 3 4; do "$python" tests/sanitize_cuda.py --triton "$number" >"$OUT/warm-$number.log" 2>&1 & done
@@ -80,13 +80,30 @@ for step in "$@"; do
         read -r backend tool options <<<"$run"
         only=(--kernel-name kernel_substring=s2sent)
         [ "$backend" = native ] || only=() options="--triton $options"
+        [ "$tool" != initcheck ] || only=()  # it has to see who writes what these kernels read
         log="$OUT/sanitize-$backend-$tool${options// /}.log" since=$SECONDS
-        # shellcheck disable=SC2086
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "${SANITIZE_SECONDS:-300}" compute-sanitizer --tool "$tool" --error-exitcode 1 "${only[@]}" \
-          "$python" tests/sanitize_cuda.py $options >"$log" 2>&1
-        code=$?
-        [ $code = 0 ] || failed=1
-        table+=("$(printf '%-30s code %-4s %4d s  %-10s %s' "$run" "$code" $((SECONDS - since)) "$(grep -E '^[0-9]+ cases' "$log" | tail -1)" "$(grep -E 'SUMMARY' "$log" | tail -1)")")
+        # The many cases of the native backend in shares side by side: most of the time is the tool's, on the host. Under racecheck
+        # CTAs that wait for each other do not end beside other processes.
+        shares=1 chosen=$options
+        [ "$backend" != native ] || [ "$tool" = racecheck ] || shares=${SANITIZE_SHARES:-12}
+        pids=()
+        for share in $(seq "$shares"); do
+          [ "$shares" = 1 ] || options="$chosen --share $share/$shares"
+          # shellcheck disable=SC2086
+          PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "${SANITIZE_SECONDS:-300}" compute-sanitizer --tool "$tool" --error-exitcode 1 "${only[@]}" \
+            "$python" tests/sanitize_cuda.py $options >"$log.$share" 2>&1 &
+          pids+=($!)
+        done
+        codes=()
+        for pid in "${pids[@]}"; do
+          wait "$pid"
+          code=$?
+          codes+=($code)
+          [ $code = 0 ] || failed=1
+        done
+        for share in $(seq "$shares"); do cat "$log.$share"; rm "$log.$share"; done >"$log"
+        cases=$(sed -n 's/^\([0-9]*\) cases$/\1/p' "$log" | awk '{ sum += $1 } END { print sum + 0 }')
+        table+=("$(printf '%-30s codes %-4s %4d s  %4d cases  %s' "$run" "$(printf '%s\n' "${codes[@]}" | sort -u | paste -sd,)" $((SECONDS - since)) "$cases" "$(grep -oE '(ERROR|RACECHECK) SUMMARY.*' "$log" | sort | uniq -c | paste -sd';')")")
         printf '%s\n' "${table[-1]}"
       done
       printf '%s\n' "-- all runs:" "${table[@]}" ;;

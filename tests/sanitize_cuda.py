@@ -1,12 +1,14 @@
 """Every CUDA kernel of the native backend, or every Triton kernel, forward and backward, for compute-sanitizer:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck|racecheck|initcheck|synccheck --error-exitcode 1 \\
-        python tests/sanitize_cuda.py [--one-pass | --triton [NUMBER]]
+        python tests/sanitize_cuda.py [--narrow] [--share K/N] | --one-pass | --triton [NUMBER]
 
 Without PyTorch's cache every tensor is an allocation of its own, so that a read beyond its end or of what was never written is
 seen. PyTorch's own kernels run under the tool too; --kernel-name kernel_substring=s2sent leaves them out. Triton's kernels have
 no such prefix: with --triton all are checked. Prints how many cases it ran.
 
+--narrow: the cases of few features. With more, squeeze's backward writes by bulk copies, of which initcheck sees the first bytes.
+--share K/N: every N-th case from the K-th on, K from 1: the tools are slow, and N processes take the shares side by side.
 --one-pass: a few batches through csrc/cuda/sm90/ alone, for a tool that is slow with CTAs that wait for each other.
 --triton: the batches of TRITON, or the one of that number. A first run without the tool fills Triton's cache; its compiler's
 processes would run under the tool else.
@@ -22,6 +24,7 @@ from s2sent_kernels.engines.native import engine as native
 from s2sent_kernels.formula.call import Batch, BatchStatistics, Gating, Reading
 
 KINDS = ("none", "mask", "packed")
+SIZES = (12, 192)
 # blocks, sentences, tokens, features, bottleneck, frequencies, dtype, kind, pooling, training. Few, because each is compiled:
 # vector loads and none, every dtype, layout and path, batch statistics, and sentences of several sum chunks.
 TRITON = (
@@ -29,7 +32,7 @@ TRITON = (
     (12, 2, 70, 192, 33, 4, torch.bfloat16, "packed", "last", True),
     (6, 2, 20, 21, 5, 3, torch.float16, "mask", None, False),
     (5, 3, 33, 64, 16, 4, torch.float32, "none", None, True),
-    (1, 1, 1030, 32, 5, 1, torch.float32, "none", "mean", False),
+    (1, 1, 2060, 32, 5, 1, torch.float32, "none", "mean", False),
 )
 
 
@@ -125,14 +128,20 @@ def triton(number=None):
     print(f"{len(chosen)} cases")
 
 
-def main():
-    torch.manual_seed(0)
-    count = 0
-    shapes = itertools.product((1, 5, 20), (1, 3), (1, 37, 70), (12, 192), (5, 33))
+def chosen_cases():
+    """(shape, dtype, kind): a third of all, because the tools are slow."""
+    shapes = itertools.product((1, 5, 20), (1, 3), (1, 37, 70), SIZES, (5, 33))
     dtypes = (torch.float32, torch.bfloat16)
     for (num_blocks, batch, length, size, width), dtype, kind in itertools.product(shapes, dtypes, KINDS):
-        if (num_blocks + batch + length + size + width) % 3:  # a third of them: it is slow
-            continue
+        if (num_blocks + batch + length + size + width) % 3 == 0:
+            yield (num_blocks, batch, length, size, width), dtype, kind
+
+
+def main(share=1, shares=1, narrow=False):
+    torch.manual_seed(0)
+    count = 0
+    cases = [case for case in chosen_cases() if not narrow or case[0][3] == min(SIZES)]
+    for (num_blocks, batch, length, size, width), dtype, kind in cases[share - 1 :: shares]:
         shape = (batch * length, size) if kind == "packed" else (batch, length, size)
         hidden = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(num_blocks)]
         options = {"frequencies": 1 if num_blocks == 1 else 4, "backend": "native"}
@@ -156,4 +165,5 @@ if __name__ == "__main__":
     elif "--one-pass" in sys.argv:
         one_pass()
     else:
-        main()
+        share = sys.argv[sys.argv.index("--share") + 1] if "--share" in sys.argv else "1/1"
+        main(*map(int, share.split("/")), narrow="--narrow" in sys.argv)

@@ -16,7 +16,7 @@ norm over sentences that are alike, a large gate scale. So the bound of each ten
    sums are fewer or smaller, and stay below that.
 3. A spread is drawn and the error is too. The largest of a few draws underestimates, most of all for a tensor of one element,
    so the error is allowed three of it, times few = sqrt(1 + 4 / elements), or logits where those are fewer: all elements of
-   a gradient then hang on the same few roundings.
+   a gradient then hang on the same few roundings. A result beyond that is judged again by the largest of MANY draws.
 
        |actual - truth| <= 3 few spread + u(output) |truth| + smallest(output)
 
@@ -39,7 +39,7 @@ from torch import Tensor
 
 from s2sent_kernels.formula import dct
 
-DRAWS = 4
+DRAWS, MANY = 4, 64
 ULPS_OF_FUNCTIONS = {"cpu": 0.5, "cuda": 2.0}
 UNDERFLOW = 2.0**-100  # a number below float32's range, times gradients and inverse deviations of up to 2^26
 
@@ -146,17 +146,17 @@ class _Repeat(torch.autograd.Function):
 
 
 class Wobbled:
-    """The selector of DRAWS + 1 draws at once: every tensor has them in front, and the first is not moved."""
+    """The selector of ``draws`` + 1 draws at once: every tensor has them in front, and the first is not moved."""
 
-    def __init__(self, case: Case, inputs: Inputs, share: float) -> None:
-        self.case, self.inputs, self.share = case, inputs, share
+    def __init__(self, case: Case, inputs: Inputs, share: float, draws: int = DRAWS) -> None:
+        self.case, self.inputs, self.share, self.draws = case, inputs, share, draws
         self.share_of_functions = share * 2 * ULPS_OF_FUNCTIONS[inputs.hidden_states[0].device.type]
         self.generator = torch.Generator().manual_seed(case.seed)
         self.leaves: dict[str, Tensor] = {}
         for name, tensor in self._tensors().items():
-            self.leaves[name] = tensor.double().cpu().expand(DRAWS + 1, *tensor.shape).requires_grad_()
+            self.leaves[name] = tensor.double().cpu().expand(draws + 1, *tensor.shape).requires_grad_()
         self.statistics: dict[str, Tensor] = {}
-        self.before_relu = torch.ones(DRAWS + 1, 0)
+        self.before_relu = torch.ones(draws + 1, 0)
 
     def _tensors(self) -> dict[str, Tensor]:
         hidden = [self.inputs.padded(u.double()) for u in self.inputs.hidden_states]
@@ -187,7 +187,7 @@ class Wobbled:
         return self.wobble(values) if self.share_of_functions > self.share else values
 
     def __call__(self) -> Tensor:
-        """o [1 + DRAWS, B, D] or v [1 + DRAWS, B, L, D]"""
+        """o [1 + draws, B, D] or v [1 + draws, B, L, D]"""
         case, real, wobble = self.case, self.inputs.real, self.wobble
         w = {name: wobble(leaf) for name, leaf in self.leaves.items()}
         u = w["hidden states"]  # [draw, N, B, L, D]
@@ -265,12 +265,12 @@ class Wobbled:
         return wobble(wobble(normed * weight) + bias)
 
     def results(self, grad: Tensor | None) -> dict[str, Tensor]:
-        """Every result by its name, [1 + DRAWS, ...]; hidden states' gradients one by one."""
+        """Every result by its name, [1 + draws, ...]; hidden states' gradients one by one."""
         out = self()
         found = {"output": out.detach(), **self.statistics}
         if grad is not None:
             wanted = {name: leaf for name, leaf in self.leaves.items() if not name.startswith("running")}
-            moved = _moved(grad.double().cpu().expand(DRAWS + 1, *grad.shape), self.share, self.generator)
+            moved = _moved(grad.double().cpu().expand(self.draws + 1, *grad.shape), self.share, self.generator)
             grads = torch.autograd.grad(out, list(wanted.values()), moved, allow_unused=True)
             for (name, leaf), got in zip(wanted.items(), grads, strict=True):
                 found[f"gradient of {name}"] = torch.zeros_like(leaf) if got is None else got

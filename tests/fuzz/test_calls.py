@@ -73,6 +73,24 @@ def test_a_case_is_replayed_from_its_text():
     assert Case.from_json(PLAIN.as_json()) == PLAIN
 
 
+@pytest.mark.parametrize("beyond_many", [False, True])
+def test_what_few_draws_refuse_is_judged_by_many(beyond_many, monkeypatch):
+    judge, judged = fuzz_errors.judge, []
+
+    def refuse(case, actual, truth, draws):
+        judged.append(len(draws) - 1)
+        bound = judge(case, actual, truth, draws)
+        return bound._replace(ratio=2.0) if beyond_many or judged[-1] == fuzz_errors.DRAWS else bound
+
+    monkeypatch.setattr(fuzz_errors, "judge", refuse)
+    if beyond_many:
+        with pytest.raises(fuzz_calls.Wrong, match="output: error"):
+            fuzz_calls.check(PLAIN, "reference")
+    else:
+        fuzz_calls.check(PLAIN, "reference")
+    assert judged[:2] == [fuzz_errors.DRAWS, fuzz_errors.MANY]
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("pooling", [None, "mean"])
 def test_the_bound_is_tight(pooling, training):
