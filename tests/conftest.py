@@ -1,5 +1,7 @@
-"""Threads, and the backends "reference" and "op" as a fixture."""
+"""Threads, one compilation of model cards' template, and the backends "reference" and "op" as a fixture."""
 
+import functools
+import importlib.util
 import os
 
 import pytest
@@ -9,6 +11,30 @@ from builders import through_ops
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network, or waits for one
 if os.environ.get("S2SENT_TEST_BACKEND") != "native":  # it divides work among threads itself
     torch.set_num_threads(1)  # the tensors are tiny, and under pytest -n the workers would compete for the cores
+
+
+@pytest.fixture(scope="session", autouse=True)
+def the_template_of_cards_is_compiled_once():
+    """Whoever saves a model compiles its card's long template anew: more than half of the time of a small training, which saves
+    its checkpoints."""
+    if not importlib.util.find_spec("jinja2"):
+        yield
+        return
+    import jinja2
+
+    compile, known = jinja2.Environment.compile, {}
+
+    @functools.wraps(compile)
+    def once(self, source, *rest, **options):
+        if rest or options or not isinstance(source, str):
+            return compile(self, source, *rest, **options)
+        if (self, source) not in known:
+            known[self, source] = compile(self, source)
+        return known[self, source]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2.Environment, "compile", once)
+        yield
 
 
 @pytest.fixture(params=["reference", "op"])
