@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     request = request_of(arguments, inputs, output)._replace(about=lambda: made()[1])
     part = arguments.shard and encoding.Shard(*arguments.shard)
     with (
-        common.interrupted(_kept, output if as_folder else encoding.hidden(output), request.part_rows),
+        common.interrupted(_kept, output if as_folder else encoding.hidden(output)),
         _told(arguments.output),
     ):
         write = encoding.encode_folder if as_folder else encoding.encode_file
@@ -95,16 +95,17 @@ def run(arguments: argparse.Namespace) -> None:
             request, engine, output, encoding.Options(part, arguments.force, skip=arguments.on_error == "skip")
         )
     which = f"shard {part.number} of {part.total}, " if part else ""
-    print(f"wrote {arguments.output}: {which}{count} texts")
+    print(f"wrote {arguments.output}: {which}{count:,} texts")
 
 
-def _kept(folder: Path, rows: int) -> str:
-    """What an interruption leaves of a run with parts of ``rows`` texts."""
-    finished = len({path.name.partition(".")[0] for path in folder.glob("part-*")})
-    if finished:
-        parts = f"{finished:,} finished part{'s' if finished > 1 else ''} of {rows:,} texts"
-        return f"{parts} kept: the same command goes on with the others"
-    return f"nothing is kept: no part of {rows:,} texts was finished; --part-rows makes them smaller"
+def _kept(folder: Path) -> str:
+    """What an interruption leaves."""
+    from ..tools import encoding
+
+    texts = encoding.kept(folder)
+    if texts:
+        return f"{texts:,} text{'s are' if texts > 1 else ' is'} encoded and kept: the same command goes on after them"
+    return "nothing is kept: no text was encoded yet"
 
 
 def _finish(arguments: argparse.Namespace) -> None:
@@ -118,7 +119,7 @@ def _finish(arguments: argparse.Namespace) -> None:
             raise UserError(f"--finish: expected nothing beside the folder, got {got}")
     with _told(arguments.finish):
         count = encoding.finish(Path(arguments.finish))
-    print(f"wrote {Path(arguments.finish) / 'manifest.json'}: {count} texts")
+    print(f"wrote {Path(arguments.finish) / 'manifest.json'}: {count:,} texts")
 
 
 @contextlib.contextmanager

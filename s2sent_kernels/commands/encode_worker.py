@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .. import __version__, cache, embedder, waiting
+from ..batch_runner import Record
 from ..embedder import Embedder
 from ..files import require
 from . import common
@@ -83,6 +84,15 @@ class Encoder:
     def __init__(self, embedder: Embedder, options: EncoderOptions) -> None:
         self.embedder, self.options = embedder, options
         self.told: Callable[[int, int], None] | None = None
+
+    @property
+    def record(self) -> Record | None:
+        """Of its batches: those that it knows are not run."""
+        return self.embedder._run.record
+
+    @record.setter
+    def record(self, record: Record | None) -> None:
+        self.embedder._run.record = record
 
     @property
     def tokens(self) -> int:

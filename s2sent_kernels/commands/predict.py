@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
         write_atomically(output, content.encode())
     except OSError as error:
         raise UserError(f"output {output}: {error.strerror}") from error
-    print(f"wrote {output}: {len(rows)} rows")
+    print(f"wrote {output}: {len(rows):,} rows")
 
 
 def _logits(model: Any, tokenizer: Any, texts: list[Text], batch_size: int) -> torch.Tensor:

@@ -142,10 +142,10 @@ def test_the_command_goes_on_and_asks_before_it_replaces(tmp_path, places, capsy
 
     monkeypatch.setattr(parts.Worker, "part", stop)
     assert run(places, *arguments) == 130
-    assert "2 finished parts of 4 texts kept: the same command goes on" in capsys.readouterr().err
+    assert "8 texts are encoded and kept: the same command goes on after them" in capsys.readouterr().err
     monkeypatch.setattr(parts.Worker, "part", part)
     assert run(places, *arguments) == 0
-    assert "going on after 8 texts" in capsys.readouterr().out
+    assert "going on after 8 of 10 texts" in capsys.readouterr().out
     assert run(places, *arguments) == 2
     assert "--force replaces it" in capsys.readouterr().err
     before = np.load(tmp_path / "a.npy")

@@ -213,5 +213,5 @@ def test_an_interruption_before_anything_was_encoded_says_so(there, monkeypatch,
 
     monkeypatch.setattr(embedder.Embedder, "from_pretrained", interrupt)
     assert main(["encode", "texts.txt", "--output", "out.npy"]) == 130
-    said = "nothing is kept: no part of 4,096 texts was finished; --part-rows makes them smaller"
+    said = "nothing is kept: no text was encoded yet"
     assert capsys.readouterr().err == f"{said}\ns2sent: error: interrupted\n"

@@ -185,7 +185,7 @@ def test_parts_of_a_whole_that_is_there_are_removed(tmp_path, made, monkeypatch,
         monkeypatch.undo()
         unlink = type(place).unlink
         monkeypatch.setattr(type(place), "unlink", lambda self, **_: (removed.append(self.name), unlink(self)))
-        run._clear(place, locks=True)
+        run.clear(place, locks=True)
         monkeypatch.undo()
         assert len(removed) == 8 and removed[-2:] == ["_plan.json", ".joined.json"]
         for name in removed[:step]:
