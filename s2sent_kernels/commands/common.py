@@ -273,11 +273,24 @@ def warnings_in_lines() -> Iterator[None]:
         print(f"s2sent: warning: {message}", file=sys.stderr)
 
 
+REPLACED = "name another, or --force replaces it"
+EMPTIED = "name another, or remove what is in it"
+
+
+def taken(path: Path, remedy: str) -> UserError:
+    """The error of every command whose output is there: nothing is overwritten unasked.
+
+    Args:
+        remedy: REPLACED where the command has --force, EMPTIED of a folder, or what else the command can do.
+    """
+    return UserError(f"output {path}: it is there already{' and not empty' if path.is_dir() else ''}; {remedy}")
+
+
 def check_new(paths: Iterable[Path], force: bool) -> None:
     """UserError where a file of a result is there already, unless it is to be replaced; before any work is done."""
     there = [path for path in paths if path.exists()]
     if there and not force:
-        raise UserError(f"output {there[0]}: it is there already; --force replaces it")
+        raise taken(there[0], REPLACED)
 
 
 def add_force(command: Any) -> None:

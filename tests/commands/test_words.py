@@ -240,7 +240,7 @@ def test_results_are_replaced_by_force_alone(tmp_path, monkeypatch, capsys, enco
     (tmp_path / there).write_text("mine")
     output = ["--output", there] if name == "export" else ["--output-dir", "out"]
     command = [*COMMAND_LINES[name], *output, "--model", encoder, "--selector", "selector", "--device", "cpu"]
-    assert refusal(capsys, command) == f"output {there}: it is there already; --force replaces it"
+    assert refusal(capsys, command) == f"output {there}: it is there already; name another, or --force replaces it"
     assert (tmp_path / there).read_text() == "mine" and os.listdir("out") == [there.partition("/")[2]]
     assert main([*map(str, command), "--force"]) == 0
     assert (tmp_path / there).read_bytes() != b"mine"
