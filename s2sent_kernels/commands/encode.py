@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     part = arguments.shard and encoding.Shard(*arguments.shard)
     with (
         common.interrupted(_kept, output if as_folder else encoding.hidden(output)),
-        _told(arguments.output),
+        _told(arguments.output, arguments),
     ):
         write = encoding.encode_folder if as_folder else encoding.encode_file
         count = write(
@@ -123,10 +123,16 @@ def _finish(arguments: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _told(output: str) -> Iterator[None]:
-    """Errors of the tools, as those of the user."""
+def _told(output: str, arguments: argparse.Namespace | None = None) -> Iterator[None]:
+    """Errors of the tools, as those of the user. With the ``arguments`` of a run that of a row says how to do without it."""
+    from ..tools import encoding
+
     try:
         yield
+    except (encoding.DataError, encoding.Failed) as error:
+        skips = arguments is None or arguments.on_error == "skip" or arguments.precision != "float32"
+        hint = "" if skips or error.row is None else "; --on-error skip goes on with NaN in its place"
+        raise UserError(f"{error}{hint}") from error
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
     except OSError as error:

@@ -284,7 +284,8 @@ def test_overflow_windows_and_error(long_texts, places, tmp_path, monkeypatch, c
     capsys.readouterr()
     assert main([*command, "--output", "none.parquet", "--overflow", "error"]) == 2
     reason = "texts: expected at most 12 tokens, got a text, which is longer"
-    assert capsys.readouterr().err == f"s2sent: error: long.txt: line 4: {reason}\n"
+    hint = "--on-error skip goes on with NaN in its place"
+    assert capsys.readouterr().err == f"s2sent: error: long.txt: line 4: {reason}; {hint}\n"
     assert not (tmp_path / "none.parquet").exists()
 
 

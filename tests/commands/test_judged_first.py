@@ -56,6 +56,7 @@ def there(tmp_path, monkeypatch):
     (tmp_path / "a.tsv").write_text("name\tbody\nx\ty\n")
     (tmp_path / "texts.tsv").write_text("text\nx\ny\n")
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"name": "b"}\n')
     parquet.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
     (tmp_path / "sts.tsv").write_text(STS)
     (tmp_path / "book.pdf").write_bytes(b"%PDF")
@@ -74,11 +75,19 @@ ENCODE = [
     (["book.pdf"], "book.pdf: expected a file of .txt, "),
     (["a.tsv"], "a.tsv: expected a column text, got name, body: --column names that of the texts"),
     (["a.tsv", "--column", "body", "--id-column", "key"], "got name, body: --id-column names that of the ids"),
-    (["a.jsonl"], "a.jsonl: line 2: text: expected a text, got None"),
-    (["a.parquet"], "a.parquet: row 2: text: expected a text, got None"),
-    (["a.jsonl", "--output", "parts/", "--column", "b"], "a.jsonl: line 1: expected a column b, got text"),
+    (["a.jsonl"], "a.jsonl: line 2: text: expected a text, got null; --on-error skip goes on"),
+    (["a.jsonl", "--output", "out.npy", "--precision", "binary"], "line 2: text: expected a text, got null\n"),
+    (["b.jsonl"], "b.jsonl: line 2: expected a column text, got name; --on-error skip goes on with NaN in its place\n"),
+    (["a.parquet"], "a.parquet: row 2: text: expected a text, got null; --on-error skip goes on"),
+    (
+        ["a.jsonl", "--output", "parts/", "--column", "b"],
+        "a.jsonl: line 1: expected a column b, got text: --column names",
+    ),
     (["texts.txt", "--output", "there/out.npy"], "output directory there: there is not a directory"),
-    (["texts.txt", "--output", "there.npy"], "output there.npy: it is there already"),
+    (
+        ["texts.txt", "--output", "there.npy"],
+        "output there.npy: it is there already; name another, or --force replaces it\n",
+    ),
     (["texts.txt", "--output", "out.csv"], "--output out.csv: expected a file of .parquet, .npy"),
     (["texts.txt", "--output", "nothing"], "expected a file, got a directory"),
     (["texts.txt", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
@@ -102,13 +111,19 @@ OTHERS = [
     (["inspect", "--file", "a.tsv"], "a.tsv: expected columns either text or sentence1 and sentence2, got name, body"),
     (["inspect", "--text", " "], "--text: expected texts, got an empty one"),
     (["inspect", "--text", "a", "--output-dir", "there/out"], "output directory there/out"),
-    (["export", "--output", "there.onnx"], "output there.onnx: it is there already"),
+    (
+        ["export", "--output", "there.onnx"],
+        "output there.onnx: it is there already; name another, or --force replaces it\n",
+    ),
     (["export", "--output", "there/out.onnx"], "output directory there"),
     (["export", "--output", "out.bin"], "--output: expected a name that ends in .onnx, .pt2 or /, got out.bin"),
     (["export", "--output", "nothing.onnx", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     (["predict", "a.tsv"], "a.tsv: expected columns either text or sentence1 and sentence2, got name, body"),
     (["predict", "latin.txt"], "latin.txt: line 2 is not UTF-8"),
-    (["predict", "texts.txt", "--output", "there.tsv"], "output there.tsv: it is there already"),
+    (
+        ["predict", "texts.txt", "--output", "there.tsv"],
+        "output there.tsv: it is there already; name another, or --force replaces it\n",
+    ),
     (["predict", "texts.txt", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     (["demo", "--file", "latin.txt"], "latin.txt: line 2 is not UTF-8"),
     (["demo", "--output-dir", "there/out"], "output directory there/out"),

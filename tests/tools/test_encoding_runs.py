@@ -214,7 +214,7 @@ def test_a_folder_goes_on_and_refuses_another_plan(tmp_path, path, texts):
 def test_a_folder_with_other_files_is_left_alone(tmp_path, path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("")
-    with pytest.raises(ValueError, match=r"expected an empty folder or one of parts, got one with mine.txt"):
+    with pytest.raises(ValueError, match=r"it is there already and not empty, and mine.txt in it is no part"):
         encoding.encode_folder(request(path), ALONE, tmp_path / "out", Options(force=True))
 
 
@@ -253,14 +253,14 @@ def test_what_fails_by_its_data_is_noted_and_the_run_goes_on(tmp_path, texts):
         (9, str(other), 2),
         (10, str(other), 3),
     ]
-    assert failed[0]["error"] == f"{path}: row 7: text: expected a text, got None"
+    assert failed[0]["error"] == f"{path}: row 7: text: expected a text, got null"
     assert len(list(folder.glob("part-*"))) == 8 and not (folder / "manifest.json").exists()
     with pytest.raises(ValueError, match=r"3 of 11 parts are missing.*failed.jsonl says which failed"):
         finish(folder)
     with pytest.raises(encoding.Failed):  # tried again, noted once
         encoding.encode_folder(both, ALONE, folder, Options(say=lambda _: None))
     assert len((folder / "failed.jsonl").read_text().splitlines()) == 3
-    with pytest.raises(ValueError, match="row 7: text: expected a text, got None"):
+    with pytest.raises(ValueError, match="row 7: text: expected a text, got null"):
         encoding.encode_file(both, ALONE, tmp_path / "a.npy")
 
 

@@ -90,7 +90,7 @@ def test_texts_beside_pairs_are_not_read_for_either(tmp_path):
 @pytest.mark.parametrize(
     ("row", "kind", "message"),
     [
-        ({"text": "b"}, CLASSES, "line 2: label: expected a text, got None"),
+        ({"text": "b"}, CLASSES, "line 2: label: expected a text, got null"),
         ({"text": "b", "label": 1.5}, CLASSES, "line 2: label: expected a text, got 1.5"),
         ({"text": 5, "label": "x"}, CLASSES, "line 2: text: expected a text, got 5"),
         ({"text": "b", "label": "x\ty"}, CLASSES, "line 2: label: expected a label without tabs"),

@@ -11,7 +11,7 @@ from .plan import IN_A_FILE, IN_A_FOLDER, Request, state
 from .provenance import sidecar
 from .ray_engine import Cluster
 from .reading import Row, read_texts
-from .rows import Columns
+from .rows import Columns, DataError
 from .run import Failed, encode_file, encode_folder, remove_leftovers
 from .sources import expand
 from .stored import Stored, open_stored
@@ -22,6 +22,7 @@ __all__ = [
     "OUTPUTS",
     "Cluster",
     "Columns",
+    "DataError",
     "Encoder",
     "Engine",
     "Failed",

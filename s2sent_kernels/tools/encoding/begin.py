@@ -68,7 +68,10 @@ def check_owner(folder: Path) -> None:
     """ValueError if files of other programs are there, which a run would replace."""
     # The plan is looked for last: another shard may just have written it.
     if (others := strangers(folder)) and not (folder / PLAN).exists():
-        raise ValueError(f"{folder}: expected an empty folder or one of parts, got one with {others[0]}")
+        raise ValueError(
+            f"output {folder}: it is there already and not empty, and {others[0]} in it is no part; name another, or remove "
+            "what is in it"
+        )
 
 
 def begin(folder: Path, request: Request, options: Options, lock: str, *, alone: bool = False) -> Plan:

@@ -34,7 +34,11 @@ with importing(None, "encode"):
 
 
 class Failed(ValueError):
-    """Parts could not be encoded because of their data."""
+    """Parts could not be encoded because of their data. ``row``: the first line or row of which that is said, if it is of one."""
+
+    def __init__(self, message: str, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
 
 
 def encode_file(request: Request, engine: Engine, output: Path, options: Options = DEFAULTS) -> int:
@@ -58,7 +62,7 @@ def encode_file(request: Request, engine: Engine, output: Path, options: Options
             for done in _encode(plan, folder, engine, plan.parts, options):
                 if done.failure is not None:
                     kept = ": what is encoded stays for the same command after a repair"
-                    raise Failed(done.failure + (kept if has_work(folder) else ""))
+                    raise Failed(done.failure + (kept if has_work(folder) else ""), done.row)
         except BaseException:
             if not has_work(folder):
                 _remove(folder)
@@ -120,16 +124,18 @@ def encode_folder(request: Request, engine: Engine, folder: Path, options: Optio
         parts = [part for part in plan.parts if shard is None or shard.takes(part)]
         note = folder / FAILED.replace(".", f"{own}.")
         note.unlink(missing_ok=True)
-        failures = 0
+        failures: list[int | None] = []
         for done in _encode(plan, folder, engine, parts, options):
             if done.failure is not None:
-                failures += 1
+                failures.append(done.row)
                 file = plan.sources[done.part.source].name
                 failure = {"part": done.part.number, "file": file, "row": done.row, "error": done.failure}
                 with open(note, "a", encoding="utf-8") as notes:
                     notes.write(json.dumps(failure) + "\n")
         if failures:
-            raise Failed(f"{folder}: {failures:,} of {len(parts):,} parts could not be encoded: see {note}")
+            raise Failed(
+                f"{folder}: {len(failures):,} of {len(parts):,} parts could not be encoded: see {note}", failures[0]
+            )
         if shard is None:
             finish(folder, options.say)
     return sum(part.rows for part in parts)
