@@ -206,7 +206,7 @@ def test_hub_id_without_network(texts, tmp_path):
         timeout=120,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("s2sent: error: --model no-such/model: expected a folder, a shipped name (")
+    assert done.stderr.startswith("s2sent: error: --model no-such/model: there is no folder and no shipped name (")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "demo_output").exists()
 
