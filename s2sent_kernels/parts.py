@@ -14,7 +14,7 @@ from .checkpoints import folders, pretrained
 from .files import importing, require
 from .quiet import quietly
 from .selector import S2SentSelector
-from .sources import LoadError, cannot_load, check_encoder, config_of, find_model, read_json
+from .sources import LoadError, Source, cannot_load, check_encoder, config_of, find_model, read_json
 
 # Arguments of a Transformer that it hands on to what it loads.
 OF_TRANSFORMER = ("model_kwargs", "processor_kwargs", "config_kwargs")
@@ -65,6 +65,48 @@ def read_selector(name: str) -> Trained:
         return Trained(name, S2SentSelector.from_pretrained(name), config)
     except (ValueError, TypeError, ImportError) as error:
         raise LoadError(f"selector {name}: {str(error).removeprefix('name_or_folder: ')}") from error
+
+
+class Sizes(NamedTuple):
+    """Of an encoder, as its configuration says."""
+
+    depth: int  # blocks
+    features: int  # D
+
+
+@quietly
+def sizes(model: str | None) -> Sizes | None:
+    """Those of the encoder ``model``, without its weights: what does not fit them is an error before these are loaded. None where
+    there is no such encoder, or its configuration does not tell, which whoever loads it words."""
+    try:
+        path, _ = find_model(model)
+        transformers = require("transformers", "transformers", "demo")
+        config = transformers.AutoConfig.from_pretrained(hub.reached(path), **hub.NO_CODE)
+    except Exception:  # the loaders raise errors of many kinds
+        return None
+    depth, features = families.depth_of(config), families.features_of(config)
+    return None if depth is None or features is None else Sizes(depth, features)
+
+
+def features(source: Source) -> int | None:
+    """How many features the embeddings of ``source``, a folder or a selector, have, without its weights. None where its files do
+    not tell."""
+    try:
+        if not source.whole:
+            return int(pretrained.read_config(pretrained.find(str(source.selector)))["selector"]["hidden_size"])
+        folder = Path(str(source.model)).expanduser()
+        config = read_json(folder / "config.json") or {}
+        if config.get("model_type") == "s2sent":
+            return int(config["selector"]["hidden_size"])
+        for entry in reversed(read_json(folder / "modules.json") or []):
+            own = read_json(folder / entry["path"] / "config.json") or {}
+            if "out_features" in own:  # a Dense behind the pooling
+                return int(own["out_features"])
+            if "selector_arguments" in own:
+                return int(own["selector_arguments"]["hidden_size"])
+    except Exception:  # a file that is not there, or of another structure: who reads it says so
+        return None
+    return None
 
 
 @quietly

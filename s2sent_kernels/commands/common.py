@@ -212,6 +212,8 @@ resolve = functools.partial(_told(_announcing(sources.resolve)), option="--")
 holds_selector = _told(sources.holds_selector)
 check_selector = functools.partial(_told(sources.check_selector), option="--")
 read_selector = _told(parts.read_selector)
+sizes = _told(_announcing(_silently(parts.sizes)))
+features = parts.features
 max_length = _told(_announcing(parts.max_length))
 load_model = _told(_announcing(_waiting(_silently(parts.load_model))))
 load_transformer = _told(_announcing(_waiting(_silently(parts.load_transformer))))
@@ -222,12 +224,19 @@ load_parts = _told(_announcing(_waiting(_silently(loading.load_parts))))
 fuse = _told(loading.fuse)
 
 
-def resolve_here(model: str | None, selector: str | None) -> None:
-    """As ``resolve``, of what is judged without asking a hub: a name that is wrong is an error before any long work."""
-    if sources.is_here(model):
-        resolve(model, selector)
+def resolve_here(model: str | None, selector: str | None) -> Source | None:
+    """As ``resolve``, of what is judged without asking a hub: a name that is wrong is an error before any long work. None where
+    a hub would have to be asked."""
+    found = resolve(model, selector) if sources.is_here(model) else None
     if selector is not None:
         check_selector(selector)
+    return found
+
+
+def check_truncation(given: int | None, features: int | None) -> None:
+    """UserError where ``--truncate-dim`` asks for more features than there are; None: they are not known."""
+    if given is not None and features is not None and given > features:
+        raise UserError(f"--truncate-dim: expected at most {features}, as many features as there are, got {given}")
 
 
 def batches(encoder: Any, tokenizer: Any, texts: Sequence[str], max_length: int | None) -> list[dict[str, Any]]:

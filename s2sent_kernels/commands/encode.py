@@ -75,7 +75,9 @@ def run(arguments: argparse.Namespace) -> None:
     devices = _devices(arguments)
     if arguments.dtype == "auto":  # settled here, since it is part of the key
         arguments.dtype = "bfloat16" if arguments.gpus_per_worker else settled_dtype(devices)
-    common.resolve_here(arguments.model, arguments.selector)
+    source = common.resolve_here(arguments.model, arguments.selector)
+    if source is not None and arguments.truncate_dim is not None:
+        common.check_truncation(arguments.truncate_dim, common.features(source))
     texts = _calibration(arguments)
     made = functools.cache(
         lambda: _engine(arguments, devices, texts)

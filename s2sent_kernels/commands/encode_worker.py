@@ -48,11 +48,7 @@ def make_encoder(options: EncoderOptions, device: str) -> Encoder:
     """
     made = load_encoder(options, device)
     common.within(options.max_length, made.embedder.max_length)
-    size = made.embedder.dimension
-    if options.truncate_dim is not None and options.truncate_dim > size:
-        raise UserError(
-            f"--truncate-dim: expected at most {size}, as many features as there are, got {options.truncate_dim}"
-        )
+    common.check_truncation(options.truncate_dim, made.embedder.dimension)
     return made
 
 

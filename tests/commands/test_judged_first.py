@@ -59,6 +59,8 @@ def there(tmp_path, monkeypatch):
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"name": "b"}\n')
     parquet.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
     (tmp_path / "sts.tsv").write_text(STS)
+    (tmp_path / "pairs.tsv").write_text("anchor\tpositive\na cat\ta dog\na sun\ta moon\n")
+    (tmp_path / "words.tsv").write_text("label\ttext\n" + "".join(f"{i % 2}\ttext {i}\n" for i in range(40)))
     (tmp_path / "book.pdf").write_bytes(b"%PDF")
     (tmp_path / "nothing").mkdir()
     (tmp_path / "there").write_text("")
@@ -98,6 +100,11 @@ ENCODE = [
         "--calibration a.tsv: expected a column text, got name, body",
     ),
     (
+        ["texts.txt", "--truncate-dim", "1000"],
+        "--truncate-dim: expected at most 384, as many features as there are, got 1000",
+    ),
+    (["texts.txt", "--truncate-dim", "20", "--model", "{whole}"], "--truncate-dim: expected at most 16, as many"),
+    (
         ["texts.txt", "--precision", "int8", "--calibration", "empty.txt"],
         "empty.txt: expected texts, got an empty file",
     ),
@@ -118,6 +125,29 @@ OTHERS = [
     (["export", "--output", "there/out.onnx"], "output directory there"),
     (["export", "--output", "out.bin"], "--output: expected a name that ends in .onnx, .pt2 or /, got out.bin"),
     (["export", "--output", "nothing.onnx", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+    (["demo", "--blocks", "last:9"], "--blocks: expected indices or 'last:N' with N from 1 to 6, got 'last:9'"),
+    *(
+        (["train", "--data", "pairs.tsv", "--output", "out", *way, *options], said)
+        for options, said in (
+            (["--blocks", "last:9"], "--blocks: expected indices or 'last:N' with N from 1 to 6, got 'last:9'"),
+            (["--blocks", "3,6"], "--blocks: expected indices from -6 to 5 of 6 blocks, got 6"),
+            (["--batch-size", "1"], "--batch-size: expected 2 or more, since the gate's batch norm has no statistics"),
+            (["--frequencies", "9"], "--frequencies: the hidden size D must be divisible by M, got D = 384 and M = 9"),
+        )
+        for way in ([], ["--freeze-encoder"])
+    ),
+    *(
+        (["train", "--task", "classification", "--data", "words.tsv", "--output", "out", *way, *options], said)
+        for options, said in (
+            (["--blocks", "last:9"], "--blocks: expected indices or 'last:N' with N from 1 to 6, got 'last:9'"),
+            (["--batch-size", "1"], "--batch-size: expected 2 or more, since the gate's batch norm has no statistics"),
+        )
+        for way in ([], ["--freeze-encoder"])
+    ),
+    (
+        ["train", "--freeze-encoder", "--data", "pairs.tsv", "--output", "out", "--widths", "999"],
+        "--widths: expected fewer than all 384 features, got 999",
+    ),
     (["predict", "a.tsv"], "a.tsv: expected columns either text or sentence1 and sentence2, got name, body"),
     (["predict", "latin.txt"], "latin.txt: line 2 is not UTF-8"),
     (
@@ -145,7 +175,8 @@ def refused(capsys, arguments, message):
 
 
 @pytest.mark.parametrize("arguments, message", ENCODE, ids=[" ".join(arguments) for arguments, _ in ENCODE])
-def test_encode(there, capsys, arguments, message):
+def test_encode(there, model, capsys, arguments, message):
+    arguments = [argument.format(whole=model / "whole") for argument in arguments]
     output = [] if "--output" in arguments else ["--output", "out.npy"]
     refused(capsys, ["encode", *arguments, *output], message)
 
@@ -169,6 +200,9 @@ def test_the_others(there, model, capsys, arguments, message):
         ["export", "--output", "out.onnx"],
         ["predict", "texts.txt", "--model", "x", "--output", "out.tsv"],
         ["demo"],
+        ["train", "--data", "pairs.tsv", "--output", "out"],
+        ["train", "--data", "pairs.tsv", "--output", "out", "--freeze-encoder", "--widths", "383"],
+        ["train", "--data", "words.tsv", "--output", "out", "--freeze-encoder", "--task", "classification"],
         ["search", "a", "--index", "{index}"],
     ],
     ids=lambda command: command[0],
