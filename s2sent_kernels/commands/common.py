@@ -208,7 +208,14 @@ def _waiting(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-resolve = functools.partial(_told(_announcing(sources.resolve)), option="--")
+def _resolve(model: str | None, selector: str | None, **options: Any) -> Source:
+    """``sources.resolve``, and whether what it finds goes together."""
+    found = sources.resolve(model, selector, **options)
+    parts.check_fit(found, options["option"])
+    return found
+
+
+resolve = functools.partial(_told(_announcing(_resolve)), option="--")
 holds_selector = _told(sources.holds_selector)
 check_selector = functools.partial(_told(sources.check_selector), option="--")
 read_selector = _told(parts.read_selector)

@@ -147,7 +147,7 @@ class Task(NamedTuple):
                 statistics.
         """
         sizes = common.sizes(self.given.get("model"))
-        if sizes is None:
+        if sizes is None or sizes.features is None:
             return None
         blocks = families.indices(self.blocks, sizes.depth)
         with torch.device("meta"):

@@ -126,7 +126,7 @@ def test_killed_within_a_part(encode, output, monkeypatch):
     assert spared > count // 2
 
 
-@pytest.mark.parametrize("harm", ["shortened", "changed", "empty", "foreign", "longer"])
+@pytest.mark.parametrize("harm", ["shortened", "changed", "empty", "foreign", "huge", "longer"])
 def test_what_is_kept_is_not_believed(encode, harm):
     want, count = whole(encode, "out.npy")
     assert encode("out.npy", stop=6) == 130
@@ -143,10 +143,11 @@ def test_what_is_kept_is_not_believed(encode, harm):
             "changed": bytes(flipped),
             "empty": b"",
             "foreign": b"\xff" * 500,
+            "huge": content[: begun.HEAD.size - 12] + b"\xff" * 12 + content[begun.HEAD.size :],
             "longer": content + content[:50],
         }[harm]
     )
-    least, most = {"shortened": (4, 4), "changed": (1, 4), "empty": (0, 0), "foreign": (0, 0), "longer": (5, 5)}[harm]
+    least, most = {"shortened": (4, 4), "changed": (1, 4), "longer": (5, 5)}.get(harm, (0, 0))
     assert encode("out.npy") == 0
     assert least <= count - encode.batches <= most
     assert result("out.npy") == want

@@ -93,6 +93,11 @@ ENCODE = [
     (["texts.txt", "--output", "out.csv"], "--output out.csv: expected a file of .parquet, .npy"),
     (["texts.txt", "--output", "nothing"], "expected a file, got a directory"),
     (["texts.txt", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+    (
+        ["texts.txt", "--selector", "all-mpnet-base-v2"],
+        "--selector all-mpnet-base-v2: expected an encoder with blocks [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11] of 768 features, "
+        "got BertModel with 6 of 384\n",
+    ),
     (["texts.txt", "--model", "nosuch/"], "--model nosuch/"),
     (["texts.txt", "--selector", "nosuch"], "--selector nosuch: expected a folder or one of the shipped names"),
     (
@@ -147,6 +152,17 @@ OTHERS = [
     (
         ["train", "--freeze-encoder", "--data", "pairs.tsv", "--output", "out", "--widths", "999"],
         "--widths: expected fewer than all 384 features, got 999",
+    ),
+    *(
+        (
+            [*command, "--selector", "all-mpnet-base-v2"],
+            "--selector all-mpnet-base-v2: expected an encoder with blocks [0",
+        )
+        for command in (
+            ["evaluate", "--sts", "sts.tsv"],
+            ["inspect", "--text", "a"],
+            ["export", "--output", "out.onnx"],
+        )
     ),
     (["predict", "a.tsv"], "a.tsv: expected columns either text or sentence1 and sentence2, got name, body"),
     (["predict", "latin.txt"], "latin.txt: line 2 is not UTF-8"),

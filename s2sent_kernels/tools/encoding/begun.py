@@ -162,11 +162,13 @@ def kept(folder: Path) -> int:
 def _heads(path: Path) -> Iterator[tuple[Any, bytes]]:
     """Head and numbers of each batch in a file, up to the first that is not whole: a process may have been killed there."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
+        end = os.fstat(file.fileno()).st_size
         while len(head := file.read(HEAD.size)) == HEAD.size:
             known = HEAD.unpack(head)
-            if known[0] != MARK:
+            size = 4 * known[3] * known[4]
+            if known[0] != MARK or file.tell() + size > end:  # a broken head may ask for more than there is memory
                 return
-            data = file.read(4 * known[3] * known[4])
+            data = file.read(size)
             if file.read(SUM) != hashlib.sha256(head + data).digest():
                 return
             yield known, data
