@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +22,18 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+class Record(Protocol):
+    """Embeddings of batches that were run before, and of those that are run now."""
+
+    def find(self, tokens: Tokens, rows: np.ndarray, skip: int) -> np.ndarray | None:
+        """float32 [B, D] of the rows, or None where they have to be run."""
+        ...
+
+    def add(self, tokens: Tokens, rows: np.ndarray, skip: int, values: np.ndarray) -> None:
+        """Told of what was run: float32 [B, D]."""
+        ...
+
+
 class BatchRunner:
     """Runs batches, one at a time; several threads may call it, and several runners may share an encoder.
 
@@ -31,6 +45,7 @@ class BatchRunner:
     Attributes:
         device: the encoder's.
         padded_because: why batches are not packed, or None.
+        record: batches that it knows are not run.
 
     Raises:
         ValueError: as EncoderRunner; or ``cuda_graphs=True`` and the encoder is not on a GPU.
@@ -40,6 +55,7 @@ class BatchRunner:
         self, pipeline: Pipeline, tokenizer: TextTokenizer, pack: bool | None, cuda_graphs: bool | None
     ) -> None:
         self._pipeline = pipeline
+        self.record: Record | None = None
         self._modules = list(pipeline.modules())
         self.check_mode()
         self._encoder = EncoderRunner(pipeline.capture, tokenizer, pack)
@@ -73,10 +89,15 @@ class BatchRunner:
         Args:
             skip: tokens at the start of a text that do not count in the pooling. Such batches are padded.
         """
+        record = self.record
+        known = None if record is None else record.find(tokens, rows, skip)
+        if known is not None:
+            return Result(torch.from_numpy(known))
         # Streams and events are those of the current device.
         here = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         with self._encoder.lock, here:
-            return Result(self._run(tokens, rows, skip))
+            then = None if record is None else functools.partial(record.add, tokens, rows, skip)
+            return Result(self._run(tokens, rows, skip), then)
 
     def _run(self, tokens: Tokens, rows: np.ndarray, skip: int) -> Tensor:
         if self._graphs is not None and not skip and self._fits_a_graph(tokens, rows):
@@ -112,10 +133,15 @@ class BatchRunner:
 
 
 class Result:
-    """A batch's output on its way to the host."""
+    """A batch's output on its way to the host.
 
-    def __init__(self, output: Tensor) -> None:
+    Args:
+        then: told of it, float32, when it is there.
+    """
+
+    def __init__(self, output: Tensor, then: Callable[[np.ndarray], None] | None = None) -> None:
         self._event = None
+        self._then = then
         if output.device.type == "cuda":
             host = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
             output = host.copy_(output, non_blocking=True)
@@ -127,4 +153,7 @@ class Result:
         """The output, float32 on the host."""
         if self._event is not None:
             self._event.synchronize()
-        return self._output.float()
+        output = self._output.float()
+        if self._then is not None:
+            self._then(output.numpy())
+        return output

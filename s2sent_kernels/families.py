@@ -23,9 +23,19 @@ def _first(config: Any, names: Sequence[str]) -> int | None:
     return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
 
 
+def depth_of(config: Any) -> int | None:
+    """How many blocks a configuration has, or None where it does not say."""
+    return _first(config, _NUM_BLOCKS)
+
+
+def features_of(config: Any) -> int | None:
+    """D by a configuration, or None where it does not say."""
+    return _first(config, _HIDDEN_SIZE)
+
+
 def hidden_size(encoder: nn.Module) -> int | None:
     """D by the encoder's configuration, or None where it has none."""
-    return _first(getattr(encoder, "config", None), _HIDDEN_SIZE)
+    return features_of(getattr(encoder, "config", None))
 
 
 def _find_lists(encoder: Any) -> tuple[list[tuple[nn.Module, nn.ModuleList]], int]:

@@ -92,24 +92,24 @@ def data_folder() -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[None]:
+def locked(path: Path, *, wait: bool, name: Path | None = None) -> Iterator[None]:
     """Hold an exclusive lock on the file ``path``, which is created if missing. The operating system releases the lock when the
     process ends, even if it is killed. Whoever holds the lock may remove the file.
 
     Raises:
-        ValueError: another process holds the lock and ``wait`` is False; names the folder. ``path`` is a link.
+        ValueError: another process holds the lock and ``wait`` is False; names the folder, or ``name``. ``path`` is a link.
     """
-    file = _lock(path, wait)
+    file = _lock(path, wait, name)
     while not _is_at(file, path):  # it was removed while this process waited, and locks nothing any more
         os.close(file)
-        file = _lock(path, wait)
+        file = _lock(path, wait, name)
     try:
         yield
     finally:
         os.close(file)
 
 
-def _lock(path: Path, wait: bool) -> int:
+def _lock(path: Path, wait: bool, name: Path | None) -> int:
     try:
         # Not truncated, and no link followed: the file may be anybody's.
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -122,7 +122,7 @@ def _lock(path: Path, wait: bool) -> int:
     except BaseException as error:
         os.close(file)
         if isinstance(error, BlockingIOError):
-            raise ValueError(f"{path.parent}: another process is writing there") from error
+            raise ValueError(f"{name or path.parent}: another process is writing there") from error
         raise
     return file
 

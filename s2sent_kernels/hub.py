@@ -41,15 +41,19 @@ def reached(path: str) -> str:
     Raises:
         ValueError: the hub does not answer, and nothing is cached.
     """
-    if not is_asked(path) or (reason := _why_silent(path)) is None:
+    if silent(path) is None:
         return path
     try:
         return str(_library().snapshot_download(path, local_files_only=True))
     except (OSError, ValueError) as error:
-        endpoint = _library("huggingface_hub.constants").ENDPOINT
-        raise ValueError(
-            f"expected a folder, or a model that is cached or on a hub that answers, got {endpoint}: {reason}"
-        ) from error
+        raise ValueError(f"it is not cached, and {silent(path)}") from error
+
+
+def silent(path: str) -> str | None:
+    """That the hub of this id does not answer, in words with the reason; None where it does, or is not asked."""
+    if not is_asked(path) or (reason := _why_silent(path)) is None:
+        return None
+    return f"the hub {_library('huggingface_hub.constants').ENDPOINT} does not answer ({reason})"
 
 
 def _why_silent(path: str) -> str | None:

@@ -14,7 +14,7 @@ from .checkpoints import folders, pretrained
 from .files import importing, require
 from .quiet import quietly
 from .selector import S2SentSelector
-from .sources import LoadError, cannot_load, check_encoder, config_of, find_model, read_json
+from .sources import LoadError, Source, cannot_load, check_encoder, config_of, find_model, read_json
 
 # Arguments of a Transformer that it hands on to what it loads.
 OF_TRANSFORMER = ("model_kwargs", "processor_kwargs", "config_kwargs")
@@ -43,19 +43,46 @@ class Trained(NamedTuple):
         Raises:
             LoadError: the encoder has no such blocks, or another D.
         """
-        wanted = self.config["selector"]
-        blocks = self.config.get("blocks", f"last:{wanted['num_blocks']}")
-        depth, size = len(families.find_blocks(encoder)), families.hidden_size(encoder)
-        try:
-            chosen = families.indices(blocks, depth)
-        except (ValueError, TypeError):
-            chosen = ()
-        if len(chosen) != wanted["num_blocks"] or size not in (None, wanted["hidden_size"]):
-            raise LoadError(
-                f"selector {self.name}: selector: expected an encoder with blocks {blocks} of {wanted['hidden_size']} "
-                f"features, got {type(encoder).__name__} with {depth} of {size}"
-            )
-        return chosen
+        found = Sizes(type(encoder).__name__, len(families.find_blocks(encoder)), families.hidden_size(encoder))
+        return _fitting(self.name, self.config, found)
+
+
+class Sizes(NamedTuple):
+    """Of an encoder."""
+
+    name: str  # of its class
+    depth: int  # blocks
+    features: int | None  # D
+
+
+def _fitting(name: str, config: dict[str, Any], encoder: Sizes, option: str = "") -> tuple[int, ...]:
+    """The blocks of an encoder for which the selector ``name`` was trained. LoadError, which begins with ``option``, where there
+    are none."""
+    wanted = config["selector"]
+    blocks = config.get("blocks", f"last:{wanted['num_blocks']}")
+    try:
+        chosen = families.indices(blocks, encoder.depth)
+    except (ValueError, TypeError):
+        chosen = ()
+    if len(chosen) != wanted["num_blocks"] or encoder.features not in (None, wanted["hidden_size"]):
+        raise LoadError(
+            f"{option}selector {name}: expected an encoder with blocks {blocks} of {wanted['hidden_size']} features, got "
+            f"{encoder.name} with {encoder.depth} of {encoder.features}"
+        )
+    return chosen
+
+
+def check_fit(source: Source, option: str = "") -> None:
+    """LoadError where the selector was trained for other blocks than the encoder has, as far as files without weights tell."""
+    if source.whole or source.selector is None or (found := sizes(source.model)) is None:
+        return
+    try:
+        config = pretrained.read_config(pretrained.find(source.selector))
+        known = isinstance(config["selector"]["num_blocks"], int) and isinstance(config["selector"]["hidden_size"], int)
+    except Exception:  # a file that is not there, or of another structure: who reads it says so
+        return
+    if known:
+        _fitting(source.selector, config, found, option)
 
 
 def read_selector(name: str) -> Trained:
@@ -65,6 +92,41 @@ def read_selector(name: str) -> Trained:
         return Trained(name, S2SentSelector.from_pretrained(name), config)
     except (ValueError, TypeError, ImportError) as error:
         raise LoadError(f"selector {name}: {str(error).removeprefix('name_or_folder: ')}") from error
+
+
+@quietly
+def sizes(model: str | None) -> Sizes | None:
+    """Those of the encoder ``model``, without its weights: what does not fit them is an error before these are loaded. None where
+    there is no such encoder, or its configuration does not tell, which whoever loads it words."""
+    try:
+        path, _ = find_model(model)
+        transformers = require("transformers", "transformers", "demo")
+        config = transformers.AutoConfig.from_pretrained(hub.reached(path), **hub.NO_CODE)
+    except Exception:  # the loaders raise errors of many kinds
+        return None
+    depth, name = families.depth_of(config), (getattr(config, "architectures", None) or ["an encoder"])[0]
+    return None if depth is None else Sizes(name, depth, families.features_of(config))
+
+
+def features(source: Source) -> int | None:
+    """How many features the embeddings of ``source``, a folder or a selector, have, without its weights. None where its files do
+    not tell."""
+    try:
+        if not source.whole:
+            return int(pretrained.read_config(pretrained.find(str(source.selector)))["selector"]["hidden_size"])
+        folder = Path(str(source.model)).expanduser()
+        config = read_json(folder / "config.json") or {}
+        if config.get("model_type") == "s2sent":
+            return int(config["selector"]["hidden_size"])
+        for entry in reversed(read_json(folder / "modules.json") or []):
+            own = read_json(folder / entry["path"] / "config.json") or {}
+            if "out_features" in own:  # a Dense behind the pooling
+                return int(own["out_features"])
+            if "selector_arguments" in own:
+                return int(own["selector_arguments"]["hidden_size"])
+    except Exception:  # a file that is not there, or of another structure: who reads it says so
+        return None
+    return None
 
 
 @quietly

@@ -255,16 +255,22 @@ def cannot_load(model: str, error: BaseException) -> LoadError:
     reason = folders.broken(folder) if folder.is_dir() else None
     offline = None if is_here(model) else hub.offline()
     if not is_here(model) and _json_of_hub(model, "config.json") is None:
-        return LoadError(_unknown(model) + ("" if offline else f": {first_line(error)}"))
+        gated = (
+            f": {first_line(error)}" if "gated" in str(error) else ""
+        )  # then there is one, and the library says how to get it
+        return LoadError(_unknown(model) + gated)
     # The libraries take a file that is not cached for a hub that cannot be reached.
     why = f" ({offline})" if offline and isinstance(error, OSError) else ""
     return LoadError(f"model {model} cannot be loaded: {reason or first_line(error)}{why}")
 
 
 def _unknown(model: str) -> str:
+    """A name is wrong, or the hub could not be asked: each in words of its own."""
+    here = f"model {model}: there is no folder and no shipped name ({', '.join(pretrained.shipped())}) of this name"
     if offline := hub.offline():
-        absent = f"none of this name is here or cached; {offline}"
-    else:
-        absent = "there is none of this name, or the hub cannot be reached"
-    names = ", ".join(pretrained.shipped())
-    return f"model {model}: expected a folder, a shipped name ({names}) or a model of the hub, and {absent}"
+        return f"{here}, and no model of the hub is cached under it; {offline}"
+    if silent := hub.silent(model):
+        return (
+            f"{here}, no model of the hub is cached under it, and {silent}; HF_HUB_OFFLINE=1 takes cached ones unasked"
+        )
+    return f"{here}, and no model of the hub"

@@ -208,10 +208,19 @@ def _waiting(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-resolve = functools.partial(_told(_announcing(sources.resolve)), option="--")
+def _resolve(model: str | None, selector: str | None, **options: Any) -> Source:
+    """``sources.resolve``, and whether what it finds goes together."""
+    found = sources.resolve(model, selector, **options)
+    parts.check_fit(found, options["option"])
+    return found
+
+
+resolve = functools.partial(_told(_announcing(_resolve)), option="--")
 holds_selector = _told(sources.holds_selector)
 check_selector = functools.partial(_told(sources.check_selector), option="--")
 read_selector = _told(parts.read_selector)
+sizes = _told(_announcing(_silently(parts.sizes)))
+features = parts.features
 max_length = _told(_announcing(parts.max_length))
 load_model = _told(_announcing(_waiting(_silently(parts.load_model))))
 load_transformer = _told(_announcing(_waiting(_silently(parts.load_transformer))))
@@ -222,12 +231,19 @@ load_parts = _told(_announcing(_waiting(_silently(loading.load_parts))))
 fuse = _told(loading.fuse)
 
 
-def resolve_here(model: str | None, selector: str | None) -> None:
-    """As ``resolve``, of what is judged without asking a hub: a name that is wrong is an error before any long work."""
-    if sources.is_here(model):
-        resolve(model, selector)
+def resolve_here(model: str | None, selector: str | None) -> Source | None:
+    """As ``resolve``, of what is judged without asking a hub: a name that is wrong is an error before any long work. None where
+    a hub would have to be asked."""
+    found = resolve(model, selector) if sources.is_here(model) else None
     if selector is not None:
         check_selector(selector)
+    return found
+
+
+def check_truncation(given: int | None, features: int | None) -> None:
+    """UserError where ``--truncate-dim`` asks for more features than there are; None: they are not known."""
+    if given is not None and features is not None and given > features:
+        raise UserError(f"--truncate-dim: expected at most {features}, as many features as there are, got {given}")
 
 
 def batches(encoder: Any, tokenizer: Any, texts: Sequence[str], max_length: int | None) -> list[dict[str, Any]]:
@@ -273,11 +289,24 @@ def warnings_in_lines() -> Iterator[None]:
         print(f"s2sent: warning: {message}", file=sys.stderr)
 
 
+REPLACED = "name another, or --force replaces it"
+EMPTIED = "name another, or remove what is in it"
+
+
+def taken(path: Path, remedy: str) -> UserError:
+    """The error of every command whose output is there: nothing is overwritten unasked.
+
+    Args:
+        remedy: REPLACED where the command has --force, EMPTIED of a folder, or what else the command can do.
+    """
+    return UserError(f"output {path}: it is there already{' and not empty' if path.is_dir() else ''}; {remedy}")
+
+
 def check_new(paths: Iterable[Path], force: bool) -> None:
     """UserError where a file of a result is there already, unless it is to be replaced; before any work is done."""
     there = [path for path in paths if path.exists()]
     if there and not force:
-        raise UserError(f"output {there[0]}: it is there already; --force replaces it")
+        raise taken(there[0], REPLACED)
 
 
 def add_force(command: Any) -> None:

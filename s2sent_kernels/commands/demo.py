@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import sources
+from .. import families, sources
 from ..capture import BlockCapture
 from ..engines.choice import BACKENDS, backends, choose
 from ..engines.triton.limits import triton_interprets
@@ -227,6 +227,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--model {model}: expected an encoder alone, got {kind}: `s2sent inspect --model {model}` shows it"
         )
+    sizes = common.sizes(model)
+    try:
+        if sizes is not None:
+            families.indices(arguments.blocks, sizes.depth)  # for its error, before weights are loaded
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
     encoder, tokenizer, name = common.load_model(model, device)
     try:
         capture = BlockCapture(encoder, arguments.blocks)

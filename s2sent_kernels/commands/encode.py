@@ -75,7 +75,9 @@ def run(arguments: argparse.Namespace) -> None:
     devices = _devices(arguments)
     if arguments.dtype == "auto":  # settled here, since it is part of the key
         arguments.dtype = "bfloat16" if arguments.gpus_per_worker else settled_dtype(devices)
-    common.resolve_here(arguments.model, arguments.selector)
+    source = common.resolve_here(arguments.model, arguments.selector)
+    if source is not None and arguments.truncate_dim is not None:
+        common.check_truncation(arguments.truncate_dim, common.features(source))
     texts = _calibration(arguments)
     made = functools.cache(
         lambda: _engine(arguments, devices, texts)
@@ -87,24 +89,25 @@ def run(arguments: argparse.Namespace) -> None:
     request = request_of(arguments, inputs, output)._replace(about=lambda: made()[1])
     part = arguments.shard and encoding.Shard(*arguments.shard)
     with (
-        common.interrupted(_kept, output if as_folder else encoding.hidden(output), request.part_rows),
-        _told(arguments.output),
+        common.interrupted(_kept, output if as_folder else encoding.hidden(output)),
+        _told(arguments.output, arguments),
     ):
         write = encoding.encode_folder if as_folder else encoding.encode_file
         count = write(
             request, engine, output, encoding.Options(part, arguments.force, skip=arguments.on_error == "skip")
         )
     which = f"shard {part.number} of {part.total}, " if part else ""
-    print(f"wrote {arguments.output}: {which}{count} texts")
+    print(f"wrote {arguments.output}: {which}{count:,} texts")
 
 
-def _kept(folder: Path, rows: int) -> str:
-    """What an interruption leaves of a run with parts of ``rows`` texts."""
-    finished = len({path.name.partition(".")[0] for path in folder.glob("part-*")})
-    if finished:
-        parts = f"{finished:,} finished part{'s' if finished > 1 else ''} of {rows:,} texts"
-        return f"{parts} kept: the same command goes on with the others"
-    return f"nothing is kept: no part of {rows:,} texts was finished; --part-rows makes them smaller"
+def _kept(folder: Path) -> str:
+    """What an interruption leaves."""
+    from ..tools import encoding
+
+    texts = encoding.kept(folder)
+    if texts:
+        return f"{texts:,} text{'s are' if texts > 1 else ' is'} encoded and kept: the same command goes on after them"
+    return "nothing is kept: no text was encoded yet"
 
 
 def _finish(arguments: argparse.Namespace) -> None:
@@ -118,14 +121,20 @@ def _finish(arguments: argparse.Namespace) -> None:
             raise UserError(f"--finish: expected nothing beside the folder, got {got}")
     with _told(arguments.finish):
         count = encoding.finish(Path(arguments.finish))
-    print(f"wrote {Path(arguments.finish) / 'manifest.json'}: {count} texts")
+    print(f"wrote {Path(arguments.finish) / 'manifest.json'}: {count:,} texts")
 
 
 @contextlib.contextmanager
-def _told(output: str) -> Iterator[None]:
-    """Errors of the tools, as those of the user."""
+def _told(output: str, arguments: argparse.Namespace | None = None) -> Iterator[None]:
+    """Errors of the tools, as those of the user. With the ``arguments`` of a run that of a row says how to do without it."""
+    from ..tools import encoding
+
     try:
         yield
+    except (encoding.DataError, encoding.Failed) as error:
+        skips = arguments is None or arguments.on_error == "skip" or arguments.precision != "float32"
+        hint = "" if skips or error.row is None else "; --on-error skip goes on with NaN in its place"
+        raise UserError(f"{error}{hint}") from error
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
     except OSError as error:

@@ -114,7 +114,8 @@ def _add_run(group: Any) -> None:
         "--chunk",
         type=positive,
         metavar="N",
-        help="texts of a part, between two places to go on from (default: 65536 in a folder, 4096 on the way to a file)",
+        help="texts of a part, within which they are sorted by length (default: 65536 in a folder, 4096 on the way to a "
+        "file)",
     )
     group.add_argument(
         "--shard", type=shard, metavar="I/N", help="every N-th part from part I on, I from 0 to N - 1 (default: all)"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .. import __version__, cache, embedder, waiting
+from ..batch_runner import Record
 from ..embedder import Embedder
 from ..files import require
 from . import common
@@ -47,11 +48,7 @@ def make_encoder(options: EncoderOptions, device: str) -> Encoder:
     """
     made = load_encoder(options, device)
     common.within(options.max_length, made.embedder.max_length)
-    size = made.embedder.dimension
-    if options.truncate_dim is not None and options.truncate_dim > size:
-        raise UserError(
-            f"--truncate-dim: expected at most {size}, as many features as there are, got {options.truncate_dim}"
-        )
+    common.check_truncation(options.truncate_dim, made.embedder.dimension)
     return made
 
 
@@ -83,6 +80,15 @@ class Encoder:
     def __init__(self, embedder: Embedder, options: EncoderOptions) -> None:
         self.embedder, self.options = embedder, options
         self.told: Callable[[int, int], None] | None = None
+
+    @property
+    def record(self) -> Record | None:
+        """Of its batches: those that it knows are not run."""
+        return self.embedder._run.record
+
+    @record.setter
+    def record(self, record: Record | None) -> None:
+        self.embedder._run.record = record
 
     @property
     def tokens(self) -> int:

@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _check_output(arguments: argparse.Namespace, path: Path, folder: bool) -> None:
     if folder:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"--output: expected a folder that does not exist yet or is empty, got {arguments.output}")
+            raise common.taken(path, common.EMPTIED)
         if arguments.force:
             raise UserError("--force: expected with a file; a folder is filled only where it is empty")
         return

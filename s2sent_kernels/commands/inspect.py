@@ -109,7 +109,7 @@ def _texts(arguments: argparse.Namespace) -> Sequence[str]:
     common.check_format(arguments.format, [arguments.file])
     try:
         named = {} if arguments.columns is None else columns.parse(arguments.columns, TEXT)
-        found = read_texts(arguments.file, columns.Columns(named, format=arguments.format, judged=False))
+        found = read_texts(arguments.file, columns.Columns(named, format=arguments.format, judged=False), pairs=False)
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
     if not isinstance(found[0], str):

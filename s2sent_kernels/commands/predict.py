@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import sources
 from ..files import write_atomically
 from ..tools import columns, encoders
 from ..tools.encoders import Text
@@ -64,23 +65,23 @@ def run(arguments: argparse.Namespace) -> None:
         if output.exists() and os.path.exists(path) and output.samefile(path):
             raise UserError(f"output {output}: expected another file than {path}, whose texts would be lost")
     common.check_writable(output.parent)
+    pairs = _takes_pairs(arguments.model)
     try:
         named = {} if arguments.columns is None else columns.parse(arguments.columns, (*TEXT, *PAIR))
         given = columns.Columns(named, format=arguments.format, judged=False)
-        files = {path: read_texts(path, given) for path in arguments.inputs}
+        files = {path: read_texts(path, given, pairs) for path in arguments.inputs}
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
     texts = [text for path in arguments.inputs for text in files[path]]
     kinds = {isinstance(found[0], str): path for path, found in files.items()}
     if len(kinds) > 1:
         raise UserError(f"{kinds[False]}: expected texts, as {kinds[True]} has, got pairs of sentences")
-    device = common.device_of(arguments.device)
-    model, tokenizer = common.load_classifier(arguments.model)
-    pairs = getattr(model.config, "pairs", None)  # None where no command trained it
     if pairs is not None and pairs == isinstance(texts[0], str):
         raise UserError(
             f"{arguments.inputs[0]}: expected {said(pairs)}, of which {arguments.model} is a classifier, got {said(not pairs)}"
         )
+    device = common.device_of(arguments.device)
+    model, tokenizer = common.load_classifier(arguments.model)
     logits = _logits(model.to(device), tokenizer, texts, arguments.batch_size)
     rows = _rows(model.config, logits)
     content = _tsv(rows) if output.suffix == ".tsv" else "".join(json.dumps(row) + "\n" for row in rows)
@@ -89,7 +90,17 @@ def run(arguments: argparse.Namespace) -> None:
         write_atomically(output, content.encode())
     except OSError as error:
         raise UserError(f"output {output}: {error.strerror}") from error
-    print(f"wrote {output}: {len(rows)} rows")
+    print(f"wrote {output}: {len(rows):,} rows")
+
+
+def _takes_pairs(model: str) -> bool | None:
+    """Whether the classifier labels pairs, by its folder's config.json; None where no command trained it, or there is no such
+    folder, which who loads it says."""
+    try:
+        found = sources.config_of(Path(model), model).get("pairs")
+    except sources.LoadError:
+        return None
+    return found if isinstance(found, bool) else None
 
 
 def _logits(model: Any, tokenizer: Any, texts: list[Text], batch_size: int) -> torch.Tensor:

@@ -328,10 +328,9 @@ def _check_empty(task: Task) -> None:
                 return
             if not found and not resuming.begun(output):
                 return  # before the first checkpoint nothing is lost
-            found, advice = found or [output], "; --resume goes on from a checkpoint in it"
+            found, advice = found or [output], "--resume goes on from a checkpoint in it"
     if found:
-        advice = advice or "; name another, or remove what is in it"
-        raise UserError(f"output folder {output}: it is not empty{advice}")
+        raise common.taken(output, advice or common.EMPTIED)
 
 
 def _what_is_kept(task: Task) -> str:

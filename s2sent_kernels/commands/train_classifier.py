@@ -41,6 +41,7 @@ class _Data(NamedTuple):
 
 def run(task: Task) -> None:
     data = _read(task)
+    task.judge()
     (_train_frozen if task.frozen else _fine_tune)(task, data)
 
 

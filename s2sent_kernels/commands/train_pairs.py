@@ -31,6 +31,7 @@ def run(task: Task) -> None:
         examples = read_examples(task.given["data"], task.given.get("split"), task.columns)
     dev = _read_dev(task)
     if not task.frozen:
+        task.judge()
         _fine_tune(task, examples, dev)
         return
     if isinstance(examples, Examples) and not examples.supervised:
@@ -63,7 +64,10 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
         recipes = [one._replace(widths=tuple(task.given["widths"])) for one in recipes]
     for one in recipes:
         frozen_loop.check(one)  # before the encoder is loaded
-    device = task.device
+    device, known = task.device, task.judge()
+    if known is not None:
+        for one in recipes:
+            frozen.check(one, len(examples.rows), known)
     encoder, tokenizer, name = common.load_model(task.given.get("model"), device)
     blocks = families.indices(task.blocks, len(families.find_blocks(encoder)))
     size = encoder.config.hidden_size

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import __version__
+from .. import __version__, families, validate
 from ..frozen_loop import Epoch, History
+from ..selector import S2SentSelector
 from ..tools import columns, examples, labelled, processes
 from ..tools.columns import Columns
 from ..tools.history import Line
@@ -137,6 +138,22 @@ class Task(NamedTuple):
             "block_prior": prior,
             "gate_scale": self.given.get("gate_scale", scale),
         }
+
+    def judge(self) -> int | None:
+        """What can be told by the encoder's configuration, before its weights are loaded: its D, or None where it does not say.
+
+        Raises:
+            ValueError, TypeError: there are no such blocks, the selector cannot be made, or a batch of one example has no
+                statistics.
+        """
+        sizes = common.sizes(self.given.get("model"))
+        if sizes is None or sizes.features is None:
+            return None
+        blocks = families.indices(self.blocks, sizes.depth)
+        with torch.device("meta"):
+            selector = S2SentSelector(sizes.features, len(blocks), **self.selector_arguments(sizes.features))
+        validate.batch_for_norm("batch_size", self.given.get("batch_size", 2), selector)
+        return sizes.features
 
 
 def _say(line: str) -> None:

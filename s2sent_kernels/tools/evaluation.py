@@ -30,9 +30,9 @@ from . import encoders, tables
 from .baselines import ScalarMix
 from .columns import Columns
 from .examples import read_rows
+from .labelled import PAIR, all_three, named_pairs
 from .scores import Correlations, correlations
 
-PAIR = ("sentence1", "sentence2")
 STRENGTHS = (0.1, 1.0, 10.0)  # scikit-learn's C, never chosen on the test split
 FOLDS = 10
 HELD_OUT = 0.1  # fraction of the training split on which C is chosen if a file has no split "dev"
@@ -113,10 +113,11 @@ def read_transfer(path: str | Path, columns: Columns | None = None) -> dict[str,
             train on.
     """
     found: dict[str, list[Labelled]] = {}
+    named = named_pairs(columns)
     for place, row in read_rows(path, ("split", "label"), ("text",), PAIR, columns=columns):
-        if {"text", *PAIR} <= row.keys():
-            raise ValueError(f"{path}: expected a column text, or sentence1 and sentence2, got all three")
-        names = ("text",) if "text" in row else PAIR
+        if {"text", *PAIR} <= row.keys() and named is None:
+            raise all_three(path)
+        names = PAIR if named or "text" not in row else ("text",)
         texts = tuple(tables.text(f"{path}: {place}: {name}", row.get(name)) for name in names)
         if row.get("label") is None:
             raise ValueError(f"{path}: {place}: expected a label, got none")

@@ -51,6 +51,21 @@ def said(pairs: bool) -> str:
     return "pairs of sentences" if pairs else "texts"
 
 
+def named_pairs(columns: Columns | None) -> bool | None:
+    """Whether the columns that the user names are those of pairs, or of texts; None where no name tells, or both do."""
+    named = [choice for choice in (TEXT, PAIR) if columns is not None and not columns.named.keys().isdisjoint(choice)]
+    return named[0] == PAIR if len(named) == 1 else None
+
+
+def all_three(path: str | Path) -> ValueError:
+    """The error of a table that has texts and pairs, where nothing tells which are meant."""
+    pair = ",".join(f"{name}={name}" for name in PAIR)
+    return ValueError(
+        f"{path}: expected a column text, or {' and '.join(PAIR)}, got all three: --columns text=text or --columns {pair} says "
+        "which are meant"
+    )
+
+
 def read_labelled(
     path: str | Path, kind: str, split: str | None = None, usual: str = "train", columns: Columns | None = None
 ) -> Labelled:
@@ -78,9 +93,13 @@ def read_scored(
     return found
 
 
-def read_texts(path: str | Path, columns: Columns | None = None) -> list[Text]:
+def read_texts(path: str | Path, columns: Columns | None = None, pairs: bool | None = None) -> list[Text]:
     """The texts or pairs of a table, or the lines of a .txt file. ValueError as ``read_labelled``, but of labels; other columns
-    are passed over."""
+    are passed over.
+
+    Args:
+        pairs: whether pairs are wanted, of a table that has both; None: nobody knows, unless the columns' names tell.
+    """
     if readers.kind(path, None if columns is None else columns.format) == "text":
         if columns is not None and columns.named:
             raise ValueError(f"{path}: expected a table, whose columns are named, got texts")
@@ -92,7 +111,11 @@ def read_texts(path: str | Path, columns: Columns | None = None) -> list[Text]:
         if not lines:
             raise ValueError(f"{path}: expected texts, got an empty file")
         return lines
-    return _texts(path, read_rows(path, (), TEXT, PAIR, suffixes=SUFFIXES, columns=columns), (TEXT, PAIR))
+    rows = read_rows(path, (), TEXT, PAIR, suffixes=SUFFIXES, columns=columns)
+    there = {name for _, row in rows for name in row}
+    pairs = pairs if (named := named_pairs(columns)) is None else named
+    wanted = PAIR if pairs else TEXT
+    return _texts(path, rows, (TEXT, PAIR) if pairs is None or not there.issuperset(wanted) else (wanted,))
 
 
 def _read(
@@ -120,8 +143,8 @@ def _texts(path: str | Path, rows: Rows, choices: Sequence[Sequence[str]]) -> li
     """The text of each row, or its pair where no row has a text."""
     names = {name for _, row in rows for name in row}
     single = TEXT in choices and "text" in names
-    if single and names.issuperset(PAIR):
-        raise ValueError(f"{path}: expected a column text, or {' and '.join(PAIR)}, got all three")
+    if single and PAIR in choices and names.issuperset(PAIR):
+        raise all_three(path)
     texts: list[Text] = []
     for place, row in rows:
         of_row = [tables.text(f"{path}: {place}: {name}", row.get(name)) for name in (TEXT if single else PAIR)]

@@ -52,11 +52,13 @@ class Progress:
         return f"{count / max(now - self.start, 1e-9):,.0f} {what}/s"
 
     def _line(self, now: float) -> str:
+        if not self.texts:
+            return f"{self.before:,} of {self.total:,} texts"
         rates = [self._rate(self.texts, now, "texts")]
         if self.tokens:
             rates.append(self._rate(self.tokens, now, "tokens"))
         done = self.before + self.texts
-        left = (self.total - done) * (now - self.start) / max(self.texts, 1)
+        left = (self.total - done) * (now - self.start) / self.texts
         return f"{done:,} of {self.total:,} texts, {', '.join(rates)}, {tqdm.format_interval(left)} left"
 
     def __enter__(self) -> Progress:

@@ -193,6 +193,11 @@ def number(value: Any) -> float:
         return math.nan
 
 
+def shown(value: Any) -> str:
+    """A value of a table in messages. What Python calls None is null in every format that has it."""
+    return "null" if value is None else repr(value)
+
+
 def text(place: str, value: Any) -> str:
     """``value``, checked to be a text.
 
@@ -201,7 +206,7 @@ def text(place: str, value: Any) -> str:
             ``place``.
     """
     if not isinstance(value, str):
-        raise ValueError(f"{place}: expected a text, got {value!r}")
+        raise ValueError(f"{place}: expected a text, got {shown(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -88,8 +88,8 @@ def test_a_shipped_name_means_the_encoder_that_its_selector_was_trained_for(fold
         ),
         (
             "some/hub-id",
-            "--model some/hub-id: expected a folder, a shipped name (all-MiniLM-L6-v2, all-mpnet-base-v2) or a model of the hub, "
-            "and none of this name is here or cached; HF_HUB_OFFLINE is set, so the hub was not asked",
+            "--model some/hub-id: there is no folder and no shipped name (all-MiniLM-L6-v2, all-mpnet-base-v2) of this name, "
+            "and no model of the hub is cached under it; HF_HUB_OFFLINE is set, so the hub was not asked",
         ),
         ("./empty", "--model ./empty: expected a config.json that names a model_type"),
         ("./nowhere", "--model ./nowhere: there is no such directory"),

@@ -142,10 +142,10 @@ def test_the_command_goes_on_and_asks_before_it_replaces(tmp_path, places, capsy
 
     monkeypatch.setattr(parts.Worker, "part", stop)
     assert run(places, *arguments) == 130
-    assert "2 finished parts of 4 texts kept: the same command goes on" in capsys.readouterr().err
+    assert "8 texts are encoded and kept: the same command goes on after them" in capsys.readouterr().err
     monkeypatch.setattr(parts.Worker, "part", part)
     assert run(places, *arguments) == 0
-    assert "going on after 8 texts" in capsys.readouterr().out
+    assert "going on after 8 of 10 texts" in capsys.readouterr().out
     assert run(places, *arguments) == 2
     assert "--force replaces it" in capsys.readouterr().err
     before = np.load(tmp_path / "a.npy")
@@ -284,7 +284,8 @@ def test_overflow_windows_and_error(long_texts, places, tmp_path, monkeypatch, c
     capsys.readouterr()
     assert main([*command, "--output", "none.parquet", "--overflow", "error"]) == 2
     reason = "texts: expected at most 12 tokens, got a text, which is longer"
-    assert capsys.readouterr().err == f"s2sent: error: long.txt: line 4: {reason}\n"
+    hint = "--on-error skip goes on with NaN in its place"
+    assert capsys.readouterr().err == f"s2sent: error: long.txt: line 4: {reason}; {hint}\n"
     assert not (tmp_path / "none.parquet").exists()
 
 

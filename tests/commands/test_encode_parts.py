@@ -66,7 +66,7 @@ def test_a_folder_by_shards(tmp_path, model, capsys):
     capsys.readouterr()  # what loading the expected model said
     assert run(model, "a.txt", "--output", "out/", "--part-rows", 4, "--normalize") == 2
     error = capsys.readouterr().err
-    assert "holds parts of another run (normalize false, not true)" in error and error.count("\n") == 1
+    assert "the work of another run is kept (normalize false, not true)" in error and error.count("\n") == 1
 
 
 def test_bad_rows_exit_2_without_a_manifest(tmp_path, model, capsys):
@@ -119,7 +119,7 @@ def test_an_output_within_the_model_goes_on(tmp_path, model, capsys, monkeypatch
             with pytest.raises(ZeroDivisionError):
                 run(folder, "a.txt", "--output", output, "--part-rows", 4)
         assert run(folder, "a.txt", "--output", output, "--part-rows", 4) == 0
-        assert "going on after 8 texts" in capsys.readouterr().out
+        assert "going on after 8 of 10 texts" in capsys.readouterr().out
     assert run(folder, "a.txt", "--output", "model/out/", "--part-rows", 4) == 0
     (folder / "config.json").touch()  # the model itself counts
     assert run(folder, "a.txt", "--output", "model/out/", "--part-rows", 4) == 2
@@ -219,7 +219,7 @@ def test_the_dtype_is_settled_before_a_run_and_in_its_key(tmp_path, model, monke
     assert main([*arguments, "--shard", "0/2"]) == 0
     monkeypatch.setattr(embedder, "usual_dtype", lambda device: torch.bfloat16)
     assert main([*arguments, "--shard", "1/2"]) == 2
-    assert "holds parts of another run" in capsys.readouterr().err
+    assert "the work of another run is kept" in capsys.readouterr().err
     assert main([*arguments, "--shard", "1/2", "--dtype", "float32"]) == 0
     kinds = iter((torch.bfloat16, torch.float32))
     monkeypatch.setattr(embedder, "usual_dtype", lambda device: next(kinds))

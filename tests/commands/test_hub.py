@@ -90,10 +90,40 @@ def test_a_command_says_for_whom_it_looks(tmp_path, hub, command):
     assert lines[0] == LOOKING
     error = "".join(lines[1:])
     assert (
-        error.startswith(f"s2sent: error: --model {NAME}: expected a folder, a shipped name") and error.count("\n") == 1
+        error.startswith(f"s2sent: error: --model {NAME}: there is no folder and no shipped name (")
+        and error.count("\n") == 1
     )
     assert asked(connections) == 1
-    assert "is cached or on a hub that answers" in error and address in error
+    why = f"no model of the hub is cached under it, and the hub {address} does not answer ("
+    assert (
+        why in error and error.endswith("); HF_HUB_OFFLINE=1 takes cached ones unasked\n") and "expected" not in error
+    )
+
+
+def test_a_hub_that_does_not_know_the_name(tmp_path):
+    """It answers, and is not blamed."""
+    import http.server
+
+    class Unknown(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Unknown) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        for command in (["inspect", "--text", "a", "--model", NAME], COMMANDS[1]):
+            (tmp_path / "pairs.tsv").write_text("anchor\tpositive\n" + "".join(f"a {i}\tb {i}\n" for i in range(4)))
+            said = run(tmp_path, address, "-m", "s2sent_kernels.cli", *command)
+            error = said.stderr.splitlines()[-1]
+            names = "(all-MiniLM-L6-v2, all-mpnet-base-v2)"
+            wanted = f"there is no folder and no shipped name {names} of this name, and no model of the hub"
+            assert said.returncode == 2 and error == f"s2sent: error: --model {NAME}: {wanted}"
+        server.shutdown()
 
 
 LOAD = f"""

@@ -56,8 +56,11 @@ def there(tmp_path, monkeypatch):
     (tmp_path / "a.tsv").write_text("name\tbody\nx\ty\n")
     (tmp_path / "texts.tsv").write_text("text\nx\ny\n")
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"name": "b"}\n')
     parquet.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
     (tmp_path / "sts.tsv").write_text(STS)
+    (tmp_path / "pairs.tsv").write_text("anchor\tpositive\na cat\ta dog\na sun\ta moon\n")
+    (tmp_path / "words.tsv").write_text("label\ttext\n" + "".join(f"{i % 2}\ttext {i}\n" for i in range(40)))
     (tmp_path / "book.pdf").write_bytes(b"%PDF")
     (tmp_path / "nothing").mkdir()
     (tmp_path / "there").write_text("")
@@ -74,20 +77,38 @@ ENCODE = [
     (["book.pdf"], "book.pdf: expected a file of .txt, "),
     (["a.tsv"], "a.tsv: expected a column text, got name, body: --column names that of the texts"),
     (["a.tsv", "--column", "body", "--id-column", "key"], "got name, body: --id-column names that of the ids"),
-    (["a.jsonl"], "a.jsonl: line 2: text: expected a text, got None"),
-    (["a.parquet"], "a.parquet: row 2: text: expected a text, got None"),
-    (["a.jsonl", "--output", "parts/", "--column", "b"], "a.jsonl: line 1: expected a column b, got text"),
+    (["a.jsonl"], "a.jsonl: line 2: text: expected a text, got null; --on-error skip goes on"),
+    (["a.jsonl", "--output", "out.npy", "--precision", "binary"], "line 2: text: expected a text, got null\n"),
+    (["b.jsonl"], "b.jsonl: line 2: expected a column text, got name; --on-error skip goes on with NaN in its place\n"),
+    (["a.parquet"], "a.parquet: row 2: text: expected a text, got null; --on-error skip goes on"),
+    (
+        ["a.jsonl", "--output", "parts/", "--column", "b"],
+        "a.jsonl: line 1: expected a column b, got text: --column names",
+    ),
     (["texts.txt", "--output", "there/out.npy"], "output directory there: there is not a directory"),
-    (["texts.txt", "--output", "there.npy"], "output there.npy: it is there already"),
+    (
+        ["texts.txt", "--output", "there.npy"],
+        "output there.npy: it is there already; name another, or --force replaces it\n",
+    ),
     (["texts.txt", "--output", "out.csv"], "--output out.csv: expected a file of .parquet, .npy"),
     (["texts.txt", "--output", "nothing"], "expected a file, got a directory"),
     (["texts.txt", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+    (
+        ["texts.txt", "--selector", "all-mpnet-base-v2"],
+        "--selector all-mpnet-base-v2: expected an encoder with blocks [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11] of 768 features, "
+        "got BertModel with 6 of 384\n",
+    ),
     (["texts.txt", "--model", "nosuch/"], "--model nosuch/"),
     (["texts.txt", "--selector", "nosuch"], "--selector nosuch: expected a folder or one of the shipped names"),
     (
         ["texts.txt", "--precision", "int8", "--calibration", "a.tsv"],
         "--calibration a.tsv: expected a column text, got name, body",
     ),
+    (
+        ["texts.txt", "--truncate-dim", "1000"],
+        "--truncate-dim: expected at most 384, as many features as there are, got 1000",
+    ),
+    (["texts.txt", "--truncate-dim", "20", "--model", "{whole}"], "--truncate-dim: expected at most 16, as many"),
     (
         ["texts.txt", "--precision", "int8", "--calibration", "empty.txt"],
         "empty.txt: expected texts, got an empty file",
@@ -102,13 +123,53 @@ OTHERS = [
     (["inspect", "--file", "a.tsv"], "a.tsv: expected columns either text or sentence1 and sentence2, got name, body"),
     (["inspect", "--text", " "], "--text: expected texts, got an empty one"),
     (["inspect", "--text", "a", "--output-dir", "there/out"], "output directory there/out"),
-    (["export", "--output", "there.onnx"], "output there.onnx: it is there already"),
+    (
+        ["export", "--output", "there.onnx"],
+        "output there.onnx: it is there already; name another, or --force replaces it\n",
+    ),
     (["export", "--output", "there/out.onnx"], "output directory there"),
     (["export", "--output", "out.bin"], "--output: expected a name that ends in .onnx, .pt2 or /, got out.bin"),
     (["export", "--output", "nothing.onnx", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+    (["demo", "--blocks", "last:9"], "--blocks: expected indices or 'last:N' with N from 1 to 6, got 'last:9'"),
+    *(
+        (["train", "--data", "pairs.tsv", "--output", "out", *way, *options], said)
+        for options, said in (
+            (["--blocks", "last:9"], "--blocks: expected indices or 'last:N' with N from 1 to 6, got 'last:9'"),
+            (["--blocks", "3,6"], "--blocks: expected indices from -6 to 5 of 6 blocks, got 6"),
+            (["--batch-size", "1"], "--batch-size: expected 2 or more, since the gate's batch norm has no statistics"),
+            (["--frequencies", "9"], "--frequencies: the hidden size D must be divisible by M, got D = 384 and M = 9"),
+        )
+        for way in ([], ["--freeze-encoder"])
+    ),
+    *(
+        (["train", "--task", "classification", "--data", "words.tsv", "--output", "out", *way, *options], said)
+        for options, said in (
+            (["--blocks", "last:9"], "--blocks: expected indices or 'last:N' with N from 1 to 6, got 'last:9'"),
+            (["--batch-size", "1"], "--batch-size: expected 2 or more, since the gate's batch norm has no statistics"),
+        )
+        for way in ([], ["--freeze-encoder"])
+    ),
+    (
+        ["train", "--freeze-encoder", "--data", "pairs.tsv", "--output", "out", "--widths", "999"],
+        "--widths: expected fewer than all 384 features, got 999",
+    ),
+    *(
+        (
+            [*command, "--selector", "all-mpnet-base-v2"],
+            "--selector all-mpnet-base-v2: expected an encoder with blocks [0",
+        )
+        for command in (
+            ["evaluate", "--sts", "sts.tsv"],
+            ["inspect", "--text", "a"],
+            ["export", "--output", "out.onnx"],
+        )
+    ),
     (["predict", "a.tsv"], "a.tsv: expected columns either text or sentence1 and sentence2, got name, body"),
     (["predict", "latin.txt"], "latin.txt: line 2 is not UTF-8"),
-    (["predict", "texts.txt", "--output", "there.tsv"], "output there.tsv: it is there already"),
+    (
+        ["predict", "texts.txt", "--output", "there.tsv"],
+        "output there.tsv: it is there already; name another, or --force replaces it\n",
+    ),
     (["predict", "texts.txt", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     (["demo", "--file", "latin.txt"], "latin.txt: line 2 is not UTF-8"),
     (["demo", "--output-dir", "there/out"], "output directory there/out"),
@@ -130,7 +191,8 @@ def refused(capsys, arguments, message):
 
 
 @pytest.mark.parametrize("arguments, message", ENCODE, ids=[" ".join(arguments) for arguments, _ in ENCODE])
-def test_encode(there, capsys, arguments, message):
+def test_encode(there, model, capsys, arguments, message):
+    arguments = [argument.format(whole=model / "whole") for argument in arguments]
     output = [] if "--output" in arguments else ["--output", "out.npy"]
     refused(capsys, ["encode", *arguments, *output], message)
 
@@ -154,6 +216,9 @@ def test_the_others(there, model, capsys, arguments, message):
         ["export", "--output", "out.onnx"],
         ["predict", "texts.txt", "--model", "x", "--output", "out.tsv"],
         ["demo"],
+        ["train", "--data", "pairs.tsv", "--output", "out"],
+        ["train", "--data", "pairs.tsv", "--output", "out", "--freeze-encoder", "--widths", "383"],
+        ["train", "--data", "words.tsv", "--output", "out", "--freeze-encoder", "--task", "classification"],
         ["search", "a", "--index", "{index}"],
     ],
     ids=lambda command: command[0],
@@ -213,5 +278,5 @@ def test_an_interruption_before_anything_was_encoded_says_so(there, monkeypatch,
 
     monkeypatch.setattr(embedder.Embedder, "from_pretrained", interrupt)
     assert main(["encode", "texts.txt", "--output", "out.npy"]) == 130
-    said = "nothing is kept: no part of 4,096 texts was finished; --part-rows makes them smaller"
+    said = "nothing is kept: no text was encoded yet"
     assert capsys.readouterr().err == f"{said}\ns2sent: error: interrupted\n"

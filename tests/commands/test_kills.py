@@ -97,7 +97,7 @@ def test_a_frozen_training_goes_on(train, capsys, monkeypatch):
     assert resuming.finished_frozen(train.place / "out")
     assert train("--resume") == 0
     assert capsys.readouterr().out == f"{train.place / 'out'}: the model is finished\n"
-    assert train() == 2 and "it is not empty" in capsys.readouterr().err
+    assert train() == 2 and "it is there already and not empty" in capsys.readouterr().err
     if train.kind == "contrastive":  # it is no classifier because it is finished
         assert train("--resume", "--task", "classification") == 2
         said = "out: expected a classifier, encoder and selector included, got a selector: name another"

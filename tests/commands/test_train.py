@@ -89,7 +89,7 @@ def test_the_command(tmp_path, encoder, capsys):
     model = load(tmp_path / "out", device="cpu")
     assert model[1].blocks == [1] and model[1].selector.block_prior is not None
     assert main(list(map(str, arguments))) == 2
-    assert "it is not empty" in capsys.readouterr().err
+    assert "it is there already and not empty" in capsys.readouterr().err
 
 
 def test_the_command_stops_when_the_sts_file_says_no_more(tmp_path, encoder, capsys):
@@ -181,7 +181,7 @@ def test_the_encoder_is_not_written_over(tmp_path, encoder, capsys, monkeypatch,
         main(["train", "--data", str(path), "--model", "./encoder", "--output", "encoder", "--device", "cpu", *options])
         == 2
     )
-    assert "output folder encoder: it is not empty" in capsys.readouterr().err
+    assert "output encoder: it is there already and not empty" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in Path("encoder").iterdir()} == before
     assert sorted(os.listdir()) == ["data.tsv", "encoder"]
 

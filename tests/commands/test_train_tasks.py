@@ -198,6 +198,13 @@ def test_predict_takes_what_the_classifier_was_trained_on(tmp_path, encoder, cap
     pairs = scored(tmp_path / "pairs.tsv")
     assert run("predict", pairs, "--model", "model", "--device", "cpu", "--output", "out.tsv") == 2
     assert "pairs.tsv: expected texts, of which model is a classifier" in capsys.readouterr().err
+    rows = [f"{one}\tother {one}\tanother" for one in sentences(6)]
+    (tmp_path / "both.tsv").write_text("\n".join(["text\tsentence1\tsentence2", *rows]) + "\n")
+    (tmp_path / "texts.tsv").write_text("\n".join(["text", *sentences(6)]) + "\n")
+    for name in ("both", "texts"):
+        command = ["predict", f"{name}.tsv", "--model", "model", "--device", "cpu", "--output", f"of_{name}.tsv"]
+        assert run(*command) == 0
+    assert (tmp_path / "of_both.tsv").read_text() == (tmp_path / "of_texts.tsv").read_text()
 
 
 def test_the_output_may_be_an_empty_folder_but_not_the_caches(tmp_path, encoder, monkeypatch, capsys):

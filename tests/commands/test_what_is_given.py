@@ -206,7 +206,7 @@ def test_a_hub_that_is_switched_off_was_not_asked(refused, name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     command = COMMANDS.get(name, [name, "--output-dir", "out"] if name == "demo" else [name])
     found = refused(*command, "--model", "somebody/something")
-    assert found.endswith("and none of this name is here or cached; HF_HUB_OFFLINE is set, so the hub was not asked")
+    assert found.endswith("and no model of the hub is cached under it; HF_HUB_OFFLINE is set, so the hub was not asked")
     assert "reached" not in found and "connect" not in found
 
 

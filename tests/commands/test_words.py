@@ -185,9 +185,7 @@ def test_a_model_of_no_known_name(tmp_path, monkeypatch, capsys, name):
     (tmp_path / "a.txt").write_text("a cat\n")
     rows = "split\tscore\tsentence1\tsentence2\n" + "test\t1\ta\tb\ntest\t2\tc\td\n"
     (tmp_path / "a.tsv").write_text("anchor\tpositive\na\tb\nc\td\n" if name == "train" else rows)
-    known = (
-        "--model nosuch: expected a folder, a shipped name (all-MiniLM-L6-v2, all-mpnet-base-v2) or a model of the hub"
-    )
+    known = "--model nosuch: there is no folder and no shipped name (all-MiniLM-L6-v2, all-mpnet-base-v2) of this name"
     assert refusal(capsys, [*COMMAND_LINES[name], "--model", "nosuch"]).startswith(known)
     if name in ("evaluate", "inspect", "encode", "export"):
         command = [*COMMAND_LINES[name], "--selector", "all-MiniLM-L6-v2"]
@@ -240,7 +238,7 @@ def test_results_are_replaced_by_force_alone(tmp_path, monkeypatch, capsys, enco
     (tmp_path / there).write_text("mine")
     output = ["--output", there] if name == "export" else ["--output-dir", "out"]
     command = [*COMMAND_LINES[name], *output, "--model", encoder, "--selector", "selector", "--device", "cpu"]
-    assert refusal(capsys, command) == f"output {there}: it is there already; --force replaces it"
+    assert refusal(capsys, command) == f"output {there}: it is there already; name another, or --force replaces it"
     assert (tmp_path / there).read_text() == "mine" and os.listdir("out") == [there.partition("/")[2]]
     assert main([*map(str, command), "--force"]) == 0
     assert (tmp_path / there).read_bytes() != b"mine"

@@ -169,7 +169,7 @@ def test_the_command(model, tmp_path, capsys, monkeypatch):
         assert capsys.readouterr().out.startswith(f"wrote {tmp_path / name}: input_ids, attention_mask")
         assert (tmp_path / name / "tokenizer.json").is_file()
         assert main(arguments) == 2
-        assert "--output: expected a folder that does not exist yet or is empty, got" in capsys.readouterr().err
+        assert ": it is there already and not empty; name another, or remove what is in it\n" in capsys.readouterr().err
     for option in (["--quantize", "int8"], ["--max-length", "9"]):
         assert main(["export", "--output", str(tmp_path / "model.onnx"), *option]) == 2
         assert f"{option[0]}: expected with an --output FOLDER/ for servers, got the file" in capsys.readouterr().err

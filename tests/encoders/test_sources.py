@@ -131,6 +131,6 @@ def test_what_a_hub_id_means(hub):
         sources.resolve("user/encoder", None, option="--")
     for name in ("user/nothing", "nothing"):
         with pytest.raises(
-            sources.LoadError, match=rf"^--model {name}: expected a folder, a shipped name \(all-MiniLM-L6-v2, "
+            sources.LoadError, match=rf"^--model {name}: there is no folder and no shipped name \(all-MiniLM-L6-v2, "
         ):
             sources.resolve(name, None, option="--")

@@ -96,6 +96,7 @@ def test_nothing_else_is_committed_at_the_top():
             "hub",
             "noxfile.py",
             "pyproject.toml",
+            "s2sent_command.py",
             "s2sent_kernels",
             "setup.py",
             "tests",

@@ -189,7 +189,7 @@ def test_a_text_that_is_not_utf8_has_a_row(tmp_path):
     with pytest.raises(ValueError, match="text: expected texts, got int64"):
         make([str(tmp_path / "b.parquet")])
     parquet.write_table(pa.table({"text": ["x", None]}), tmp_path / "c.parquet")
-    with pytest.raises(DataError, match="row 2: text: expected a text, got None"):
+    with pytest.raises(DataError, match="row 2: text: expected a text, got null"):
         list(read_texts([str(tmp_path / "c.parquet")]))
 
 

@@ -152,7 +152,7 @@ def test_a_call_that_could_not_begin_removes_nothing_of_another(tmp_path, made):
     """It found no folder, and another process made the folder and took its lock before it could."""
     folder = tmp_path / "out"
 
-    def taken(path, *, wait, plain=run.locked):
+    def taken(path, *, wait, name=None, plain=run.locked):
         encoding.encode_folder(made, ALONE, folder, QUIET)
         (folder / plan.PLAN).unlink()
         raise ValueError(f"{path.parent}: another process is writing there")
@@ -160,7 +160,7 @@ def test_a_call_that_could_not_begin_removes_nothing_of_another(tmp_path, made):
     with pytest.MonkeyPatch.context() as patch:
         calls = iter([taken])
         plain = run.locked
-        patch.setattr(run, "locked", lambda path, *, wait: next(calls, plain)(path, wait=wait))
+        patch.setattr(run, "locked", lambda path, **options: next(calls, plain)(path, **options))
         with pytest.raises(ValueError, match="another process"):
             encoding.encode_folder(made, ALONE, folder, QUIET)
     assert len(list(folder.glob("part-*"))) == 5 and (folder / "manifest.json").exists()

@@ -115,7 +115,7 @@ def test_nothing_is_lost_unless_it_is_forced(tmp_path):
         (TEXTS[:10], "2 of rows that are no more"),
     ):
         write(path, texts)
-        with pytest.raises(ValueError, match=rf"holds 5 parts of another run \(other inputs\), {why}.*--force"):
+        with pytest.raises(ValueError, match=rf"work of another run is kept \(other inputs\), 5 parts, {why}.*--force"):
             encoding.encode_folder(request(path), ALONE, tmp_path / "out", quiet())
         found = killing.contents(tmp_path / "out")
         assert {file: content for file, content in found.items() if not file.startswith(".lock")} == before
@@ -262,7 +262,7 @@ def test_rows_are_skipped(tmp_path, name):
     assert said[-1] == f"7 of 18 texts could not be encoded, and their embeddings are NaN: see {place}"
     notes = [json.loads(line) for line in place.read_text().splitlines()]
     assert [note["row"] for note in notes] == [4, 7, 8, 13, 14, 15, 16]
-    assert notes[0]["error"] == f"{path}: line 4: text: expected a text, got None"
+    assert notes[0]["error"] == f"{path}: line 4: text: expected a text, got null"
     assert notes[2] == {
         "part": 1,
         "file": str(path),
@@ -337,7 +337,7 @@ def test_the_footer_of_a_large_file_is_looked_at(tmp_path, monkeypatch):
     table = pa.table({"id": [str(i) for i in range(9)], "text": [*TEXTS[:7], None, "x"]})
     parquet.write_table(table, path, row_group_size=3)
     engine, given = recording()
-    with pytest.raises(ValueError, match=r"in.parquet: rows 7 to 9: text: expected texts, got None among them"):
+    with pytest.raises(ValueError, match=r"in.parquet: row 8: text: expected a text, got null"):
         encoding.encode_file(request(path), engine, tmp_path / "b.npy", quiet())
     assert not given
 

@@ -124,7 +124,7 @@ def test_an_interrupted_run_goes_on(tmp_path, path, suffix):
     engine, rest = stopping(9)
     encoding.encode_file(request(path), engine, output, Options(say=said.append))
     # The third part was written when the interruption came.
-    assert (done, rest) == ([0, 1], [3, 4]) and "going on after 12 texts" in said[0]
+    assert (done, rest) == ([0, 1], [3, 4]) and said[0] == f"{output}: going on after 12 of 18 texts"
     encoding.encode_file(request(path), ALONE, tmp_path / f"b{suffix}")
     assert output.read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
@@ -140,7 +140,7 @@ def test_another_run_starts_anew_by_force_alone(tmp_path, path, texts, change):
     before = {
         name: (tmp_path / ".a.parquet.parts" / name).read_bytes() for name in os.listdir(tmp_path / ".a.parquet.parts")
     }
-    with pytest.raises(ValueError, match=r"holds .*parts of another run \(.*--force throws them away"):
+    with pytest.raises(ValueError, match=r"a.parquet: the work of another run is kept \(.*--force throws it away"):
         encoding.encode_file(other, engine, tmp_path / "a.parquet", Options(say=said.append))
     assert before == {name: (tmp_path / ".a.parquet.parts" / name).read_bytes() for name in before} and not done
     encoding.encode_file(other, engine, tmp_path / "a.parquet", Options(say=said.append, force=True))
@@ -149,7 +149,7 @@ def test_another_run_starts_anew_by_force_alone(tmp_path, path, texts, change):
 
 def test_one_process_an_output(tmp_path, path):
     def rival(job, todo, progress):
-        with pytest.raises(ValueError, match="another process is writing there"):
+        with pytest.raises(ValueError, match=r"/a\.npy: another process is writing there"):
             encoding.encode_file(request(path), ALONE, tmp_path / "a.npy")
         yield from ALONE(job, todo, progress)
 
@@ -197,11 +197,11 @@ def test_a_folder_goes_on_and_refuses_another_plan(tmp_path, path, texts):
     (folder / ".part-000004.parquet.0123").write_text("half")  # of a worker that was killed
     before = {name: (folder / name).stat().st_mtime_ns for name in os.listdir(folder) if name.startswith("part")}
     for change, why in (({"part_rows": 5}, "part-rows 4, not 5"), ({"settings": {"a": 1}}, "settings")):
-        with pytest.raises(ValueError, match=f"holds parts of another run .*{why}"):
+        with pytest.raises(ValueError, match=f"the work of another run is kept .*{why}"):
             encoding.encode_folder(request(path, **change), ALONE, folder)
     said, (engine, done) = [], stopping(9)
     assert encoding.encode_folder(request(path), engine, folder, Options(say=said.append)) == 18
-    assert done == [3, 4] and said == [f"{folder}: going on after 12 texts"]
+    assert done == [3, 4] and said == [f"{folder}: going on after 12 of 18 texts"]
     assert all((folder / name).stat().st_mtime_ns == time for name, time in before.items())
     check(folder, texts)
     engine, done = stopping(9)
@@ -214,7 +214,7 @@ def test_a_folder_goes_on_and_refuses_another_plan(tmp_path, path, texts):
 def test_a_folder_with_other_files_is_left_alone(tmp_path, path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("")
-    with pytest.raises(ValueError, match=r"expected an empty folder or one of parts, got one with mine.txt"):
+    with pytest.raises(ValueError, match=r"it is there already and not empty, and mine.txt in it is no part"):
         encoding.encode_folder(request(path), ALONE, tmp_path / "out", Options(force=True))
 
 
@@ -253,14 +253,14 @@ def test_what_fails_by_its_data_is_noted_and_the_run_goes_on(tmp_path, texts):
         (9, str(other), 2),
         (10, str(other), 3),
     ]
-    assert failed[0]["error"] == f"{path}: row 7: text: expected a text, got None"
+    assert failed[0]["error"] == f"{path}: row 7: text: expected a text, got null"
     assert len(list(folder.glob("part-*"))) == 8 and not (folder / "manifest.json").exists()
     with pytest.raises(ValueError, match=r"3 of 11 parts are missing.*failed.jsonl says which failed"):
         finish(folder)
     with pytest.raises(encoding.Failed):  # tried again, noted once
         encoding.encode_folder(both, ALONE, folder, Options(say=lambda _: None))
     assert len((folder / "failed.jsonl").read_text().splitlines()) == 3
-    with pytest.raises(ValueError, match="row 7: text: expected a text, got None"):
+    with pytest.raises(ValueError, match="row 7: text: expected a text, got null"):
         encoding.encode_file(both, ALONE, tmp_path / "a.npy")
 
 
@@ -282,7 +282,7 @@ def test_standard_input_goes_on_if_it_is_the_same(tmp_path, monkeypatch):
     made = Request(["-"], part_rows=1)
     for texts, said_first in (
         ("a\nbb\nccc\n", None),
-        ("a\nbb\nccc\n", "going on after 2 texts"),
+        ("a\nbb\nccc\n", "going on after 2 of 3 texts"),
         ("a\n", "another run"),
     ):
         monkeypatch.setattr("sys.stdin", io.StringIO(texts))

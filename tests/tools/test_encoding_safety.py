@@ -47,7 +47,7 @@ def test_files_of_other_programs_are_not_touched(tmp_path, made, name, force):
     folder.mkdir()
     parquet.write_table(pa.table({"x": [1]}), folder / name)
     before = killing.contents(folder)
-    with pytest.raises(ValueError, match=rf"expected an empty folder or one of parts, got one with {name}|is broken"):
+    with pytest.raises(ValueError, match=rf"it is there already and not empty, and {name} in it is no part|is broken"):
         encoding.encode_folder(made, ALONE, folder, Options(force=force))
     locks = [".lock", ".lock-plan"] if name == "_plan.json" else []  # only a lock allows to read what may be a plan
     assert killing.contents(folder) == before | dict.fromkeys(locks, b"")
@@ -63,7 +63,7 @@ def test_parts_without_their_plan_are_replaced_by_force_alone(tmp_path, made):
         encoding.encode_folder(made, ALONE, folder)
     assert killing.contents(folder).keys() - {".lock", ".lock-plan"} == before.keys()
     parquet.write_table(pa.table({"x": [1]}), folder / "part-0.parquet")
-    with pytest.raises(ValueError, match="expected an empty folder"):
+    with pytest.raises(ValueError, match="it is there already and not empty"):
         encoding.encode_folder(made, ALONE, folder, FORCE)
     (folder / "part-0.parquet").unlink()
     assert encoding.encode_folder(made, ALONE, folder, FORCE) == 10
@@ -185,7 +185,7 @@ def test_parts_of_a_whole_that_is_there_are_removed(tmp_path, made, monkeypatch,
         monkeypatch.undo()
         unlink = type(place).unlink
         monkeypatch.setattr(type(place), "unlink", lambda self, **_: (removed.append(self.name), unlink(self)))
-        run._clear(place, locks=True)
+        run.clear(place, locks=True)
         monkeypatch.undo()
         assert len(removed) == 8 and removed[-2:] == ["_plan.json", ".joined.json"]
         for name in removed[:step]:

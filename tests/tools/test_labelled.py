@@ -83,14 +83,30 @@ def test_other_columns_and_other_names(tmp_path):
 
 def test_texts_beside_pairs_are_not_read_for_either(tmp_path):
     path = write(tmp_path / "a.jsonl", {"text": "a", "sentence1": "b", "sentence2": "c", "id": 1})
-    with pytest.raises(ValueError, match="expected a column text, or sentence1 and sentence2, got all three"):
+    why = (
+        "expected a column text, or sentence1 and sentence2, got all three: --columns text=text or --columns sentence1="
+    )
+    with pytest.raises(ValueError, match=why):
         read_texts(path)
+
+
+def test_of_texts_beside_pairs_those_are_read_that_are_wanted(tmp_path):
+    """Which the caller knows, or the names that the user gives, which come first."""
+    path = write(tmp_path / "a.jsonl", {"text": "a", "sentence1": "b", "sentence2": "c", "body": "d"})
+    one = Columns({"text": "body"}, judged=False)
+    two = Columns({"sentence1": "sentence1", "sentence2": "body"}, judged=False)
+    assert read_texts(path, None, False) == ["a"] == read_texts(path, Columns({"text": "text"}, judged=False))
+    assert read_texts(path, None, True) == [("b", "c")]
+    assert read_texts(path, one) == ["d"] == read_texts(path, one, True)
+    assert read_texts(path, two) == [("b", "d")] == read_texts(path, two, False)
+    alone = write(tmp_path / "b.jsonl", {"text": "a"})
+    assert read_texts(alone, None, True) == ["a"]  # what it has; whoever wants pairs says so
 
 
 @pytest.mark.parametrize(
     ("row", "kind", "message"),
     [
-        ({"text": "b"}, CLASSES, "line 2: label: expected a text, got None"),
+        ({"text": "b"}, CLASSES, "line 2: label: expected a text, got null"),
         ({"text": "b", "label": 1.5}, CLASSES, "line 2: label: expected a text, got 1.5"),
         ({"text": 5, "label": "x"}, CLASSES, "line 2: text: expected a text, got 5"),
         ({"text": "b", "label": "x\ty"}, CLASSES, "line 2: label: expected a label without tabs"),

@@ -163,7 +163,7 @@ def test_evaluation_reads_what_training_reads(tmp_path, kind):
 def test_evaluation_refuses_what_is_no_text(tmp_path):
     path = tmp_path / "sts.jsonl"
     path.write_text('{"split": "test", "score": 1, "sentence1": "a", "sentence2": null}\n')
-    with pytest.raises(ValueError, match=r"line 1: sentence2: expected a text, got None"):
+    with pytest.raises(ValueError, match=r"line 1: sentence2: expected a text, got null"):
         evaluation.read_sts(path)
     path.write_text('{"split": "train", "label": null, "text": "a"}\n')
     with pytest.raises(ValueError, match=r"line 1: expected a label, got none"):

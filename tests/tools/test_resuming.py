@@ -248,13 +248,16 @@ def test_the_command_goes_on(tmp_path, encoder, capsys, task, monkeypatch):
     for _ in range(2):
         assert run("--resume") == 0
         assert capsys.readouterr().out == f"{output}: the model is finished\n"
-    assert run() == 2 and "it is not empty; name another, or remove what is in it" in capsys.readouterr().err
+    assert (
+        run() == 2
+        and "it is there already and not empty; name another, or remove what is in it" in capsys.readouterr().err
+    )
     assert contents(output) == {name: data for name, data in before.items() if not name.startswith("checkpoints/")}
     shutil.rmtree(output)
     output.mkdir()
     (output / "notes.txt").write_text("mine")
     for _ in range(2):  # also beside somebody's empty folder of that name
-        assert run("--resume") == 2 and "it is not empty" in capsys.readouterr().err
+        assert run("--resume") == 2 and "it is there already and not empty" in capsys.readouterr().err
         assert os.listdir(output)[0] in ("notes.txt", resuming.CHECKPOINTS)
         (output / resuming.CHECKPOINTS).mkdir(exist_ok=True)
     assert sorted(os.listdir(output)) == [resuming.CHECKPOINTS, "notes.txt"]

@@ -1,6 +1,8 @@
 """Files of texts to embeddings, in constant memory. A run is divided into parts, ranges of rows of an input file, each written
 whole or not at all, so that any number of workers on any number of machines can take them, and an interrupted run goes on."""
 
+from .begin import Options, Shard, hidden
+from .begun import kept
 from .finish import finish
 from .join import OUTPUTS
 from .local import Engine, MakeEncoder, in_this_process, one_process_a_device
@@ -9,8 +11,8 @@ from .plan import IN_A_FILE, IN_A_FOLDER, Request, state
 from .provenance import sidecar
 from .ray_engine import Cluster
 from .reading import Row, read_texts
-from .rows import Columns
-from .run import Failed, Options, Shard, encode_file, encode_folder, hidden, remove_leftovers
+from .rows import Columns, DataError
+from .run import Failed, encode_file, encode_folder, remove_leftovers
 from .sources import expand
 from .stored import Stored, open_stored
 
@@ -20,6 +22,7 @@ __all__ = [
     "OUTPUTS",
     "Cluster",
     "Columns",
+    "DataError",
     "Encoder",
     "Engine",
     "Failed",
@@ -35,6 +38,7 @@ __all__ = [
     "finish",
     "hidden",
     "in_this_process",
+    "kept",
     "one_process_a_device",
     "open_stored",
     "read_texts",

@@ -27,7 +27,7 @@ class Checked(NamedTuple):
         if self.cut:
             cut = f"more than {self.limit} tokens and were cut"
             what = "more tokens than the model takes" if self.limit is None else cut
-            say(f"{self.cut} of {sum(part.rows for part in plan.parts)} texts have {what}")
+            say(f"{self.cut:,} of {sum(part.rows for part in plan.parts):,} texts have {what}")
 
     def notes(self) -> bytes:
         """A line of JSON for each row that could not be encoded."""
@@ -36,7 +36,9 @@ class Checked(NamedTuple):
     def say_skipped(self, plan: Plan, place: Path, say: Callable[[str], None]) -> None:
         if self.skipped:
             rows = sum(part.rows for part in plan.parts)
-            say(f"{len(self.skipped)} of {rows} texts could not be encoded, and their embeddings are NaN: see {place}")
+            say(
+                f"{len(self.skipped):,} of {rows:,} texts could not be encoded, and their embeddings are NaN: see {place}"
+            )
 
 
 def finish(folder: Path, say: Callable[[str], None] = print) -> int:
@@ -57,7 +59,7 @@ def finish(folder: Path, say: Callable[[str], None] = print) -> int:
         notes = [name for name in names if re.fullmatch(NOTE, name)]
         failed = f"; {' and '.join(sorted(notes))} says which failed" if notes else ""
         raise ValueError(
-            f"{folder}: {len(absent)} of {len(plan.parts)} parts are missing, the first {part.name}, {where}{failed}"
+            f"{folder}: {len(absent):,} of {len(plan.parts):,} parts are missing, the first {part.name}, {where}{failed}"
         )
     check_extra(folder, plan)
     checked = check(plan, folder)

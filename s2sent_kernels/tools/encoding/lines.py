@@ -19,7 +19,11 @@ BOM = b"\xef\xbb\xbf"
 
 
 class NoColumn(ValueError):
-    """A row lacks a column."""
+    """A row lacks a column. ``missing`` says so without the remedy for a file of which all rows do."""
+
+    def __init__(self, missing: str, remedy: str) -> None:
+        super().__init__(f"{missing}: {remedy}")
+        self.missing = missing
 
 
 class Lines(NamedTuple):
@@ -84,6 +88,8 @@ class Lines(NamedTuple):
             try:
                 text, identity = self._row(number, raw)
                 texts.append(tables.text(f"{self.source.name}: line {number}: {self.columns.text}", text))
+            except NoColumn as error:
+                raise DataError(error.missing, self.source.name, number, identity) from error
             except ValueError as error:
                 raise DataError(str(error), self.source.name, number, identity) from error
             if ids is not None:
@@ -106,9 +112,8 @@ class Lines(NamedTuple):
             values = [field(row, name) for name in wanted]
         except KeyError:
             place, got = f"{self.source.name}: line {number}", ", ".join(row) or "none"
-            raise NoColumn(
-                f"{place}: expected a column {' and '.join(wanted)}, got {got}: {remedy(self.columns, wanted)}"
-            ) from None
+            missing = f"{place}: expected a column {' and '.join(wanted)}, got {got}"
+            raise NoColumn(missing, remedy(self.columns, wanted)) from None
         return values[0], values[-1]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from ...batches import TextError
 from ...files import first_line, importing, sync_folder
+from .begun import Begun, left
 from .plan import Part, Plan
 from .provenance import metadata
 from .reading import Reader, Rows
@@ -36,7 +37,8 @@ EMBEDDING = "embedding.list.element"  # Parquet's name of the column of numbers
 class Encoder(Protocol):
     """What a worker makes once. Of its attributes, if it has them, ``tokens`` counts the tokens that it has encoded, ``cut`` the
     texts that were longer than it takes, and ``max_length`` says at how many tokens these were cut; ``told`` is set to what it
-    calls with the texts and tokens of each batch. A ValueError of one text is a TextError, which knows its index."""
+    calls with the texts and tokens of each batch; ``record`` is set to what keeps its batches, a ``batch_runner.Record``. A
+    ValueError of one text is a TextError, which knows its index."""
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """[rows, D]"""
@@ -81,7 +83,8 @@ class Worker:
     """Encodes parts, one after the other.
 
     Args:
-        advance: told the rows and tokens of a batch once it is encoded, or of a slice where the encoder tells of no batches.
+        advance: told the rows and tokens of a batch once it is encoded, or of a slice where the encoder tells of no batches. Not
+            told of the batches that an earlier run encoded.
     """
 
     def __init__(
@@ -89,12 +92,18 @@ class Worker:
     ) -> None:
         self.job, self.encoder, self.advance, self.reader = job, encoder, advance, Reader(job.columns, job.skip)
         self._told = (0, 0)  # rows and tokens of the slice in work
+        self._again = (0, 0)  # of the part in work: those that an earlier run encoded
+        self._left = left(Path(job.folder))  # looked for once: a folder may have a million parts
+        self._begun: Begun | None = None  # the part in work, where the encoder tells of its batches
         if hasattr(encoder, "told"):
             encoder.told = self._batch
 
     def _batch(self, rows: int, tokens: int) -> None:
         self._told = (self._told[0] + rows, self._told[1] + tokens)
-        self.advance(rows, tokens)
+        if self._begun is not None and self._begun.found:
+            self._again = (self._again[0] + rows, self._again[1] + tokens)
+        else:
+            self.advance(rows, tokens)
 
     def part(self, part: Part) -> Done:
         """Write the part, unless it is there. One that is damaged, or of another plan, is replaced.
@@ -107,15 +116,37 @@ class Worker:
             return Done(part)
         temporary = target.with_name(f".{part.name}.{uuid.uuid4().hex}")  # never that of another worker
         before = getattr(self.encoder, "tokens", None)
+        self._again = (0, 0)
         try:
-            self._write(part, temporary)
-            os.replace(temporary, target)  # the later of two workers replaces equal rows
-            sync_folder(target.parent)
+            with self._recorded(part, target):
+                self._write(part, temporary)
+                os.replace(temporary, target)  # the later of two workers replaces equal rows
+                sync_folder(target.parent)
         except DataError as error:
             return Done(part, failure=str(error), row=error.row)
         finally:
             temporary.unlink(missing_ok=True)
-        return Done(part, part.rows, None if before is None else self.encoder.tokens - before)  # type: ignore[attr-defined]
+        rows, tokens = self._again
+        count = None if before is None else self.encoder.tokens - before - tokens  # type: ignore[attr-defined]
+        return Done(part, part.rows - rows, count)
+
+    @contextlib.contextmanager
+    def _recorded(self, part: Part, target: Path) -> Iterator[None]:
+        """The encoder's batches are kept until the part is whole, and longer if it does not become so."""
+        if not hasattr(self.encoder, "record"):
+            yield
+            return
+        self._begun = Begun(target, self.job.digest, self.job.recipe, self._left.pop(part.name, []))
+        self.encoder.record = self._begun
+        try:
+            yield
+            self._begun.remove()
+        except BaseException:
+            with contextlib.suppress(OSError):  # the error that is on its way says more
+                self._begun.write()
+            raise
+        finally:
+            self.encoder.record = self._begun = None
 
     def _write(self, part: Part, path: Path) -> None:
         """While a slice is encoded, one thread reads the next slice and another writes the last."""

@@ -144,6 +144,8 @@ def _rows(path: str, columns: Columns) -> Iterator[tuple[str, Any]]:
         return
     where = format_of(source(path), columns)
     where.survey(1 << 40)
+    if isinstance(where, Lines):
+        where.check_columns()
     for block in where.blocks(Mark(0, 0, 0)):
         texts, ids = where.decode(block)
         if ids is None:

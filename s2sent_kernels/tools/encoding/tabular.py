@@ -55,7 +55,9 @@ class Tabular(NamedTuple):
             if isinstance(text, bytes):
                 byte = _bad_byte(text)
                 raise DataError(f"{name}: row {number} is not UTF-8 (byte 0x{byte:02x})", name, number, identity)
-            raise DataError(f"{name}: row {number}: {column}: expected a text, got {text!r}", name, number, identity)
+            raise DataError(
+                f"{name}: row {number}: {column}: expected a text, got {tables.shown(text)}", name, number, identity
+            )
         if self.columns.id is None:
             return texts, None
         if self.columns.id == column and self.source.kind in ("csv", "tsv"):
@@ -76,9 +78,15 @@ class Tabular(NamedTuple):
                 about = file.metadata.row_group(group)
                 counted = about.column(at).statistics
                 if counted is not None and counted.has_null_count and counted.null_count:
-                    rows = f"rows {first + 1} to {first + about.num_rows}"
-                    raise DataError(f"{name}: {rows}: {self.columns.text}: expected texts, got None among them", name)
-                first += about.num_rows
+                    for batch in file.iter_batches(BLOCK, row_groups=[group], columns=[self.columns.text]):
+                        column = _field(batch, self.columns.text)
+                        if column.null_count:
+                            row = first + compute.index(column.is_null(), True).as_py() + 1
+                            message = f"{name}: row {row}: {self.columns.text}: expected a text, got null"
+                            raise DataError(message, name, row)
+                        first += len(batch)
+                else:
+                    first += about.num_rows
 
     @property
     def wanted(self) -> list[str]:
