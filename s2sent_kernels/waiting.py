@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from time import monotonic as clock
+from types import TracebackType
 
 SILENCE = 3.0  # seconds
+LOOK = 1.0  # seconds between two looks at the clock
 
 
 def first(every: float) -> float:
@@ -30,6 +33,60 @@ def told(what: str, wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+class Lines:
+    """In its ``with`` block says how far the work is wherever nothing was said for a while: soon the first time, so that the time
+    left is known. A thread looks at the clock, since a single step may last for minutes.
+
+    Args:
+        line: what is said now.
+        every: seconds between two lines.
+    """
+
+    def __init__(self, line: Callable[[], str], every: float) -> None:
+        self._line, self._every, self._wait = line, every, first(every)
+        self._said = clock()
+        self._others = 0  # who are inside ``left_to_another``
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def look(self) -> None:
+        """Say the line if it is due."""
+        with self._lock:
+            now = clock()
+            if self._others or self._over.is_set() or now - self._said < self._wait:
+                return
+            self._said, self._wait = now, self._every
+            say(self._line())
+
+    def heard(self) -> None:
+        """Something else was said."""
+        self._said = clock()
+
+    @contextlib.contextmanager
+    def left_to_another(self) -> Iterator[None]:
+        """In here something else says how far it is."""
+        self._others += 1
+        try:
+            yield
+        finally:
+            self._others -= 1
+            self.heard()
+
+    def __enter__(self) -> Lines:
+        self._said = clock()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(LOOK):
+            self.look()
 
 
 def say(line: str) -> None:

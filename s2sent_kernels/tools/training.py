@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import validate
+from .. import validate, waiting
 from ..files import importing, open_to_umask, sync_files, sync_folder
 from ..sentence_transformers import S2SentPooling, SentenceTransformer, load
 from . import history, processes, resuming
-from .callbacks import callbacks_of, show
+from .callbacks import Dev, Display, callbacks_of, show
 from .contrastive import CachedGatheredNegatives, GatheredNegatives
 from .examples import Examples, Scored
 from .recipe import DEFAULT, LOSSES, PRIORS, Recipe
@@ -46,6 +46,12 @@ _Dev = tuple[list[str], list[str], list[float]]  # sentences, their partners, sc
 
 
 class _Trainer(SentenceTransformerTrainer):
+    display: Display
+
+    def evaluate(self, *given: Any, **named: Any) -> Any:
+        with self.display.scoring():
+            return super().evaluate(*given, **named)
+
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
         # The base method requires trust_remote_code in older releases.
         self.model.load_state_dict(load(checkpoint_path, device="cpu").state_dict())
@@ -120,22 +126,24 @@ def _train(
     )
     processes.check_one_gpu(arguments)
     evaluator = None if dev is None else EmbeddingSimilarityEvaluator(*dev, name="dev", write_csv=False)
-    trainer = _Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_dict(_columns(examples)),
-        loss=_loss(model, examples, recipe),
-        evaluator=evaluator,
-        callbacks=callbacks_of(recipe),
-    )
-    show(trainer, f"eval_{_SCORE}", 100)
+    with waiting.told("preparing the training", processes.is_first()):
+        trainer = _Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_dict(_columns(examples)),
+            loss=_loss(model, examples, recipe),
+            evaluator=evaluator,
+            callbacks=callbacks_of(recipe),
+        )
+    scored = None if dev is None else Dev(2 * len(dev[2]), model[-1], partial(_rows, model))
+    trainer.display = show(trainer, f"eval_{_SCORE}", 100, scored)
     if len(next(iter(trainer.get_train_dataloader()), ())) == 0:
         share = "" if processes.count() == 1 else f" for each of {processes.count()} processes"
         raise ValueError(
             f"examples: expected {arguments.per_device_train_batch_size} at once{share} without a text that repeats, got "
             f"{len(examples.rows)} of which too many share a text"
         )
-    with processes.joined(model, partial(_embed_a_few, model)):
+    with processes.joined(model, partial(_embed_a_few, model)), trainer.display:
         trainer.train(resume_from_checkpoint=start.checkpoint)
     trainer.accelerator.wait_for_everyone()  # _save deletes the checkpoints that the others may still read
     validate.finite_state("model", model)
@@ -149,6 +157,12 @@ def _train(
 def _embed_a_few(model: SentenceTransformer) -> torch.Tensor:
     read = getattr(model, "preprocess", None) or model.tokenize  # the name in earlier releases
     return model(batch_to_device(read(["a text", "another"]), model.device))["sentence_embedding"]
+
+
+def _rows(model: SentenceTransformer, output: Any) -> int:
+    """How many texts are embedded with a batch of the first process. Later releases share them among all of an evaluation."""
+    shared = getattr(model, "_distributed_inference", None) is not None
+    return len(output["sentence_embedding"]) * (processes.count() if shared else 1)
 
 
 def _columns(examples: Examples | Scored) -> dict[str, list[Any]]:

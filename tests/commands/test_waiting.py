@@ -1,17 +1,23 @@
 """What a command says while it is silent, and how far a training with the encoder is. No clock runs here."""
 
 import io
+import re
 import sys
+import threading
 import types
 
 import pytest
-from builders import pairs, save_encoder, write_examples
+import torch
+from builders import pairs, save_encoder, sentences, write_examples
 
 from s2sent_kernels import waiting
 from s2sent_kernels.cli import main
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("transformers")
+pytest.importorskip("tqdm")
+
+from s2sent_kernels.tools import progress
 
 
 class Timer:
@@ -106,33 +112,118 @@ def callbacks():
     return callbacks
 
 
-def test_lines_where_nobody_watches(callbacks, monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr(callbacks, "clock", lambda: now[0])
-    lines = callbacks.Lines("eval_score", 100)
-    lines.on_train_begin(None, state(20), None)  # it goes on from a checkpoint
-    for step, now[0] in ((25, 20.0), (30, 30.0), (32, 45.0), (40, 120.0)):
-        lines.on_step_end(None, state(step), None)
-    assert capsys.readouterr() == ("", "step 30 of 100, 03:30 left\nstep 40 of 100, 06:00 left\n")
-    now[0] = 140.0
-    lines.on_log(None, state(50, epoch=1.0), None, {"loss": 0.5, "grad_norm": 1.0})
-    lines.on_log(None, state(50, epoch=1.0), None, {"eval_score": 0.75})
-    lines.on_log(None, state(50, epoch=1.0), None, {"train_runtime": 9.0})
-    now[0] = 160.0  # something was said 20 seconds ago
-    lines.on_step_end(None, state(55), None)
-    wanted = "epoch 1.00, step 50 of 100: loss 0.5000\nepoch 1.00, step 50 of 100: dev 75.00\n"
-    assert capsys.readouterr() == (wanted, "")
-
-
-def test_the_time_left_is_said_soon(callbacks, monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr(callbacks, "clock", lambda: now[0])
+@pytest.fixture
+def now(monkeypatch):
+    """A clock that the test sets, and at which nobody looks unasked."""
+    time = [0.0]
+    monkeypatch.setattr(waiting, "clock", lambda: time[0])
+    monkeypatch.setattr(waiting, "LOOK", 1e6)
     monkeypatch.setattr(waiting, "SILENCE", 3.0)
-    lines = callbacks.Lines("eval_score", 100)
-    lines.on_train_begin(None, state(0), None)
-    for step, now[0] in ((1, 2.0), (2, 4.0), (3, 6.0), (10, 33.0), (17, 34.0)):
-        lines.on_step_end(None, state(step), None)
-    assert capsys.readouterr().err == "step 2 of 100, 03:16 left\nstep 17 of 100, 02:46 left\n"
+    return time
+
+
+def steps_at(display, known, now, *places):
+    for known.global_step, now[0] in places:
+        display.on_step_end(None, known, None)
+
+
+def test_lines_where_nobody_watches(callbacks, now, capsys):
+    known = state(20)  # it goes on from a checkpoint
+    with callbacks.Lines("eval_score", 100) as lines:
+        lines.on_train_begin(None, known, None)
+        steps_at(lines, known, now, (25, 2.5), (30, 5.0), (32, 14.0), (40, 20.0))
+        assert capsys.readouterr() == ("", "step 30 of 100, 00:35 left\nstep 40 of 100, 01:00 left\n")
+        known.global_step, known.epoch, now[0] = 50, 1.0, 29.0
+        lines.on_log(None, known, None, {"loss": 0.5, "grad_norm": 1.0})
+        lines.on_log(None, known, None, {"eval_score": 0.75})
+        lines.on_log(None, known, None, {"train_runtime": 9.0})
+        steps_at(lines, known, now, (55, 38.0))  # something was said 9 seconds ago
+        wanted = "epoch 1.00, step 50 of 100: loss 0.5000\nepoch 1.00, step 50 of 100: dev 75.00\n"
+        assert capsys.readouterr() == (wanted, "")
+
+
+def test_the_time_left_is_said_soon(callbacks, now, capsys):
+    known = state(0)
+    with callbacks.Lines("eval_score", 100) as lines:
+        lines.on_train_begin(None, known, None)
+        steps_at(lines, known, now, (1, 2.0), (2, 4.0), (3, 6.0), (10, 13.0), (17, 34.0))
+        assert capsys.readouterr().err == "step 2 of 100, 03:16 left\nstep 17 of 100, 02:46 left\n"
+
+
+def test_other_processes_and_others_scorings_are_silent(callbacks, now, capsys, monkeypatch):
+    known = state(0)
+    known.is_world_process_zero = False
+    with callbacks.Lines("eval_score", 100) as lines:
+        lines.on_train_begin(None, known, None)
+        steps_at(lines, known, now, (1, 100.0))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(callbacks, "Progress", None)
+    with callbacks.Lines("eval_score", 100, callbacks.Dev(8, None, len)) as lines, lines.scoring():
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_time_of_a_scoring_is_told_by_it(callbacks, now, capsys, monkeypatch):
+    """By the rows of each batch, and no line about steps beside them."""
+    monkeypatch.setattr(callbacks, "PROGRESS_EVERY", 0.0)
+    monkeypatch.setattr(progress, "PROGRESS_EVERY", 0.0)
+    module, known = torch.nn.Identity(), state(5)
+    with callbacks.Lines("eval_score", 100, callbacks.Dev(8, module, len)) as lines:
+        lines.on_train_begin(None, known, None)
+        with lines.scoring():
+            for rows in (3, 3, 3):  # a batch may have been filled up
+                module(torch.zeros(rows, 1))
+                lines.on_step_end(None, known, None)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in said] == [f"dev: {count} of 8 texts" for count in (3, 6, 8)]
+    assert not module._forward_hooks
+
+
+def test_a_step_that_lasts_is_told_while_it_does(callbacks, capsys, monkeypatch):
+    """By a thread: each step of this training ends once a line was said in it."""
+    monkeypatch.setattr(waiting, "LOOK", 1e-3)
+    monkeypatch.setattr(callbacks, "PROGRESS_EVERY", 0.0)
+    said, spoke, known = [], threading.Event(), state(0, 2)
+
+    def say(line):
+        said.append(line)
+        spoke.set()
+
+    monkeypatch.setattr(waiting, "say", say)
+    with callbacks.Lines("eval_score") as lines:
+        lines.on_train_begin(None, known, None)
+        assert spoke.wait(60) and said[0] == "step 0 of 2 ..."
+        known.global_step = 1
+        lines.on_step_end(None, known, None)
+        count = len(said)
+        spoke.clear()
+        assert spoke.wait(60) and said[count].startswith("step 1 of 2, ")
+    count = len(said)
+    assert not any(thread.name == lines._lines._thread.name for thread in threading.enumerate()) and len(said) == count
+
+
+@pytest.mark.parametrize("task", ["contrastive", "sts", "classification"])
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_training_tells_how_far_its_scoring_is(callbacks, task, watched, tmp_path, monkeypatch, capsys):
+    """Each epoch, to the last text of the dev part, on a terminal as elsewhere."""
+    if watched:
+        monkeypatch.setattr(callbacks, "on_terminal", lambda: True)
+        monkeypatch.setattr(progress, "on_terminal", lambda: True)
+    monkeypatch.setattr(progress, "PROGRESS_EVERY", 0.0)
+    monkeypatch.setattr(waiting, "LOOK", 1e6)
+    save_encoder(tmp_path / "encoder")
+    rows = [(str(i % 5), one, other) for i, (one, other) in enumerate(pairs(24))]
+    labels = [("yes" if "moon" in text else "no", text) for text in sentences(24)]
+    dev = write_examples(tmp_path / "dev.tsv", rows, ("score", "sentence1", "sentence2"))
+    data = write_examples(tmp_path / "data.tsv", pairs(16)) if task == "contrastive" else dev
+    if task == "classification":
+        dev = data = write_examples(tmp_path / "labels.tsv", labels, ("label", "text"))
+    command = ["train", "--task", task, "--data", data, "--dev", dev, "--model", tmp_path / "encoder", "--epochs", 2]
+    command += ["--output", tmp_path / "out", "--device", "cpu", "--batch-size", 8, "--bottleneck", 4]
+    assert main([str(argument) for argument in command]) == 0
+    total = 24 if task == "classification" else 48
+    said = re.findall(rf"dev: (\d+) of {total} texts", capsys.readouterr().err)
+    assert said.count(str(total)) >= 2 and len(set(said)) > 1
 
 
 def test_a_bar_on_a_terminal(callbacks, monkeypatch, capsys):
