@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -10,24 +11,29 @@ from time import monotonic as clock
 from types import TracebackType
 
 SILENCE = 3.0  # seconds
+SHORT = 1.0  # seconds that are no wait, however long the silence before
 LOOK = 1.0  # seconds between two looks at the clock
 
 
-def first(every: float) -> float:
-    """Seconds until the first of the lines of progress that then come ``every`` so many."""
-    return min(SILENCE, every)
+def _until_due(silence: float) -> float:
+    """Seconds until nothing was said for ``silence``, since this command began or since its last line on standard error."""
+    return min(silence, max(SHORT, silence - (clock() - _last)))
+
+
+_last = clock()
 
 
 @contextlib.contextmanager
 def told(what: str, wanted: bool = True) -> Iterator[None]:
-    """Say ``what``, as "loading the encoder", if the ``with`` block lasts longer than SILENCE.
+    """Say ``what``, as "loading the encoder", if the ``with`` block lasts until nothing was said for SILENCE: several short waits
+    are a long one. Of a training's processes the first one says it.
 
     Args:
         wanted: whether anything may be said.
     """
-    timer = threading.Timer(SILENCE, say, [f"{what} ..."])
+    timer = threading.Timer(_until_due(SILENCE), say, [f"{what} ..."])
     timer.daemon = True
-    if wanted:
+    if wanted and os.environ.get("RANK", "0") == "0":
         timer.start()
     try:
         yield
@@ -45,8 +51,8 @@ class Lines:
     """
 
     def __init__(self, line: Callable[[], str], every: float) -> None:
-        self._line, self._every, self._wait = line, every, first(every)
-        self._said = clock()
+        self._line, self._every, self._wait = line, every, 0.0
+        self._said = 0.0
         self._others = 0  # who are inside ``left_to_another``
         self._lock = threading.Lock()
         self._over = threading.Event()
@@ -63,7 +69,8 @@ class Lines:
 
     def heard(self) -> None:
         """Something else was said."""
-        self._said = clock()
+        global _last
+        _last = self._said = clock()
 
     @contextlib.contextmanager
     def left_to_another(self) -> Iterator[None]:
@@ -76,7 +83,7 @@ class Lines:
             self.heard()
 
     def __enter__(self) -> Lines:
-        self._said = clock()
+        self._said, self._wait = clock(), _until_due(min(SILENCE, self._every))
         self._thread.start()
         return self
 
@@ -91,5 +98,7 @@ class Lines:
 
 def say(line: str) -> None:
     """Print it on standard error, if there is one."""
+    global _last
+    _last = clock()
     if sys.stderr is not None:
         print(line, file=sys.stderr, flush=True)

@@ -50,7 +50,7 @@ def timer(monkeypatch):
     return Timer
 
 
-def test_a_silence_is_told_once_it_is_long(timer, capsys):
+def test_a_silence_is_told_once_it_is_long(timer, now, capsys):
     with waiting.told("loading the encoder"):
         (one,) = timer.made
         assert one.running and one.daemon and one.seconds == waiting.SILENCE
@@ -63,12 +63,26 @@ def test_a_silence_is_told_once_it_is_long(timer, capsys):
     assert not timer.made[1].running
 
 
+@pytest.mark.parametrize("since, left", [(0.0, 3.0), (1.5, 1.5), (2.5, 1.0), (60.0, 1.0)])
+def test_several_short_silences_are_a_long_one(timer, now, since, left):
+    """And what takes less than a second is never told."""
+    now[0] = since
+    with waiting.told("loading the encoder"):
+        assert timer.made[0].seconds == left
+    waiting.say("x")
+    with waiting.told("loading the encoder"):
+        assert timer.made[1].seconds == 3.0
+
+
 def test_nothing_is_said_unasked_or_to_nobody(timer, monkeypatch):
     with waiting.told("x", False):
         assert not timer.made[0].running
     monkeypatch.setattr(sys, "stderr", None)
     with waiting.told("x"):
         timer.made[1].end()
+    monkeypatch.setenv("RANK", "1")
+    with waiting.told("x"):
+        assert not timer.made[2].running
 
 
 def test_commands_say_what_they_load(tmp_path, monkeypatch, capsys):
@@ -119,6 +133,7 @@ def now(monkeypatch):
     monkeypatch.setattr(waiting, "clock", lambda: time[0])
     monkeypatch.setattr(waiting, "LOOK", 1e6)
     monkeypatch.setattr(waiting, "SILENCE", 3.0)
+    monkeypatch.setattr(waiting, "_last", 0.0)
     return time
 
 
