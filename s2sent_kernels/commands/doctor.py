@@ -62,12 +62,8 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     source = None if arguments.model is None else common.resolve(arguments.model, None, required=False)
-    rows = [
-        *_libraries(),
-        *_devices(),
-        *_settings(),
-        *((name, partial(_usable, ask)) for name, ask in ABILITIES.items()),
-    ]
+    rows: list[Row] = [*_libraries(), *_devices(), *_settings()]
+    rows += [(name, partial(_usable, tried)) for name, tried in ABILITIES.items()]
     about = f"model {arguments.model}"
     width = max(len(name) for name in (*(name for name, _ in rows), "" if source is None else about))
 
