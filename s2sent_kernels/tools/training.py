@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ with importing(None, "train"):
     import accelerate  # noqa: F401  the trainer imports it late, and its error names another extra
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
     from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
     from sentence_transformers.sentence_transformer.losses import (
         CachedMultipleNegativesRankingLoss,
@@ -55,6 +56,20 @@ class _Trainer(SentenceTransformerTrainer):
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
         # The base method requires trust_remote_code in older releases.
         self.model.load_state_dict(load(checkpoint_path, device="cpu").state_dict())
+
+
+class FullEpochs(NoDuplicatesBatchSampler):
+    """No batch has a text twice, and each epoch as many batches as its length says, by which the trainer counts epochs where it
+    goes on from a checkpoint, and the scheduler steps. Where too many rows share a text, the base class has fewer: those of the
+    epoch are then repeated."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        found = []
+        for batch in super().__iter__():
+            found.append(batch)
+            yield batch
+        for number in range(len(self) - len(found) if found else 0):
+            yield found[number % len(found)]
 
 
 def fine_tune(
@@ -116,7 +131,7 @@ def _train(
         **processes.arguments_of(recipe, len(examples.rows), start.epochs),
         learning_rate=recipe.learning_rate,
         learning_rate_mapping=_learning_rates(model, recipe),
-        batch_sampler=BatchSamplers.BATCH_SAMPLER if isinstance(examples, Scored) else BatchSamplers.NO_DUPLICATES,
+        batch_sampler=BatchSamplers.BATCH_SAMPLER if isinstance(examples, Scored) else FullEpochs,
         eval_strategy="no" if dev is None else "epoch",
         save_total_limit=2,
         load_best_model_at_end=dev is not None,
