@@ -151,7 +151,7 @@ def _train_frozen(task: Task, data: _Data) -> None:
     model.classifier.load_state_dict(found.trained.head.state_dict())
     limit = families.max_length(encoder, tokenizer, task.max_length)
     classifier.write(model, tokenizer, task.output, limit)
-    history.write(task.output, epochs.lines, what)
+    history.write(task.output, epochs.lines, what, history.title_of(model.config.provenance))
 
 
 def _mean_of_last(

@@ -134,13 +134,13 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
             scores = verdict.untouched(encoder, tokenizer, dev, blocks, task.pooling, task.max_length) | scores
         else:
             scores[evaluation.MEAN_OF_LAST] = prepared.score.of(means)
-        rows = verdict.rows(scores, "trained alike")
+        rows = verdict.rows(scores | {verdict.UNTRAINED: found.scores[0]}, "trained alike")
         result = verdict.Result("selector", verdict.Row(f"trained selector (epoch {found.kept})", found.score))
         print_lines(verdict.report(verdict.SPEARMAN, rows, result))
-        print_lines(verdict.against_its_start(found.scores, found.kept))
     print_lines(verdict.hint(found.losses[-1], REMEDIES[task.kind]))
     what = None if dev is None else verdict.SPEARMAN
-    history.write(task.output, epochs.lines, what)  # first: a selector replaces an empty folder, which is locked
+    title = history.title_of(task.provenance(chosen, len(examples.rows)))
+    history.write(task.output, epochs.lines, what, title)  # first: a selector replaces an empty folder, which is locked
     selector.save_pretrained(task.output, about=about)
 
 
@@ -167,7 +167,9 @@ def _fine_tune(task: Task, examples: Examples | Scored, dev: list[tuple[str, str
     before: dict[str, float] = {}
     if dev is not None and processes.is_first():
         encoder, tokenizer = transformer.auto_model, transformer.tokenizer
-        before = verdict.untouched(encoder, tokenizer, dev, pooling.blocks, task.pooling, task.max_length)
+        before = verdict.untouched(
+            encoder, tokenizer, dev, pooling.blocks, task.pooling, task.max_length, pooling.selector
+        )
     score = training.fine_tune(model, examples, task.output, settings, dev=columns, resume=resume)
     if not processes.is_first():
         return

@@ -133,7 +133,8 @@ def fine_tune(
         if processes.is_first():
             with resuming.unsaved(output) as temporary:
                 write(model, tokenizer, temporary, limit)
-                history.write(temporary, lines, SCORES[problem.kind])
+                title = history.title_of(getattr(model.config, "provenance", None))
+                history.write(temporary, lines, SCORES[problem.kind], title)
                 # Whatever a killed process may have moved already is replaced.
                 for name in sorted(os.listdir(temporary), key=LAST.__eq__):
                     os.replace(temporary / name, output / name)

@@ -265,7 +265,8 @@ def _save(model: SentenceTransformer, folder: Path, lines: Sequence[history.Line
     with resuming.unsaved(folder) as temporary:
         whole = temporary / "model"
         model.save(str(whole))
-        history.write(whole, lines, what)
+        made = next((module.provenance for module in model if isinstance(module, S2SentPooling)), None)
+        history.write(whole, lines, what, history.title_of(made))
         open_to_umask(whole)
         shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(LAST), dirs_exist_ok=True)
         sync_files(folder / path.relative_to(whole) for path in whole.rglob("*") if path.name != LAST)
