@@ -308,6 +308,7 @@ def curves_picture(
             if curves[field]:
                 axes.plot(*zip(*curves[field], strict=True), marker="o", markersize=3, label=name)
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         if place == 1 and 1 < len(trials) <= MOST_CURVES:

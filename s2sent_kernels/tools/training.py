@@ -53,6 +53,11 @@ class _Trainer(SentenceTransformerTrainer):
         with self.display.scoring():
             return super().evaluate(*given, **named)
 
+    def get_batch_sampler(self, dataset: Any, *given: Any, **named: Any) -> Any:
+        if self.args.batch_sampler == BatchSamplers.NO_DUPLICATES:  # as which the model's card knows it
+            return FullEpochs(dataset, *given, **named)
+        return super().get_batch_sampler(dataset, *given, **named)
+
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
         # The base method requires trust_remote_code in older releases.
         self.model.load_state_dict(load(checkpoint_path, device="cpu").state_dict())
@@ -131,7 +136,7 @@ def _train(
         **processes.arguments_of(recipe, len(examples.rows), start.epochs),
         learning_rate=recipe.learning_rate,
         learning_rate_mapping=_learning_rates(model, recipe),
-        batch_sampler=BatchSamplers.BATCH_SAMPLER if isinstance(examples, Scored) else FullEpochs,
+        batch_sampler=BatchSamplers.BATCH_SAMPLER if isinstance(examples, Scored) else BatchSamplers.NO_DUPLICATES,
         eval_strategy="no" if dev is None else "epoch",
         save_total_limit=2,
         load_best_model_at_end=dev is not None,
