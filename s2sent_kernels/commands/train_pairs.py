@@ -17,7 +17,7 @@ from ..tools.baselines import ScalarMix
 from ..tools.examples import Examples, Scored, read_examples
 from . import common
 from .common import UserError
-from .train_task import REMEDIES, STS, Epochs, Task, print_lines, print_trial
+from .train_task import REMEDIES, STS, Epochs, Pace, Task, print_lines, print_trial
 
 VARIED = ("learning_rate", "seed")  # with --freeze-encoder
 
@@ -92,7 +92,7 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
         verify=task.verify_cache,
     )
     task.stage.encoded = True
-    epochs = Epochs(VARIED if len(recipes) > 1 else ())
+    epochs = Epochs(recipes, VARIED)
 
     def train(module: torch.nn.Module, one: frozen.Recipe, told: frozen_loop.Told) -> frozen.History:
         if isinstance(examples, Scored):
@@ -100,13 +100,14 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
         return prepared.train(module, one, told)
 
     best: tuple[S2SentSelector, frozen.Recipe, frozen.History] | None = None
-    for one in recipes:
-        selector = make(one.seed)
-        found = train(selector, one, partial(epochs, one))
-        if len(recipes) > 1:
-            print_trial(one, found, VARIED, "dev")
-        if best is None or frozen_loop.order(found.score) > frozen_loop.order(best[2].score):
-            best = selector, one, found
+    with epochs:
+        for one in recipes:
+            selector = make(one.seed)
+            found = train(selector, one, partial(epochs, one))
+            if len(recipes) > 1:
+                print_trial(one, found, VARIED, "dev")
+            if best is None or frozen_loop.order(found.score) > frozen_loop.order(best[2].score):
+                best = selector, one, found
     assert best is not None
     selector, chosen, found = best
     if len(recipes) > 1:
@@ -126,8 +127,8 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
     if dev is not None:
         assert prepared.score is not None
         mix = ScalarMix(len(blocks)).to(device)
-        with waiting.told("training a scalar mix, to compare with"):
-            scores = {evaluation.SCALAR_MIX: train(mix, chosen, lambda _: None).score}
+        with Pace([chosen], "scalar mix, to compare with") as pace:
+            scores = {evaluation.SCALAR_MIX: train(mix, chosen, partial(pace, chosen)).score}
         about["scalar_mix"] = mix.block_prior.detach().double().softmax(dim=0).tolist()
         means = prepared.score.mean_of_last
         if means is None:  # its last block is not in the cache
@@ -140,7 +141,9 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
     print_lines(verdict.hint(found.losses[-1], REMEDIES[task.kind]))
     what = None if dev is None else verdict.SPEARMAN
     title = history.title_of(task.provenance(chosen, len(examples.rows)))
-    history.write(task.output, epochs.lines, what, title)  # first: a selector replaces an empty folder, which is locked
+    history.write(
+        task.output, epochs.history, what, title
+    )  # first: a selector replaces an empty folder, which is locked
     selector.save_pretrained(task.output, about=about)
 
 

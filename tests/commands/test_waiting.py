@@ -12,6 +12,9 @@ from builders import pairs, save_encoder, sentences, write_examples
 
 from s2sent_kernels import waiting
 from s2sent_kernels.cli import main
+from s2sent_kernels.commands.train_task import Epochs, Pace
+from s2sent_kernels.frozen import Recipe
+from s2sent_kernels.frozen_loop import Epoch
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("transformers")
@@ -275,3 +278,49 @@ def test_the_trainers_dictionaries_are_gone(callbacks, monkeypatch, watched):
     monkeypatch.setattr(callbacks, "on_terminal", lambda: watched)
     callbacks.show(Trainer(), "eval_score")
     assert kept == ["-PrinterCallback", "-ProgressCallback", "+Bar" if watched else "+Lines"]
+
+
+# ---------------------------------------------------------------- frozen trainings
+
+
+def ends(pace, now, *epochs):
+    for number, now[0] in epochs:
+        pace(None, Epoch(number, number, 0.5, 1.0))
+
+
+def test_an_epoch_that_lasts_is_told(now, capsys):
+    with Pace([Recipe(epochs=4)], "scalar mix") as pace:
+        now[0] = 3.0
+        pace.lines.look()  # as its thread does
+        ends(pace, now, (0, 4.0), (1, 8.0), (2, 13.0), (3, 20.0))
+        now[0] = 24.0
+        pace.lines.look()
+    said = "scalar mix: epoch 1 of 4 ...\nscalar mix: epoch 3 of 4, 00:13 left\nscalar mix: epoch 4 of 4, 00:07 left\n"
+    assert capsys.readouterr() == ("", said)
+
+
+def test_trials_are_told_apart(now, capsys):
+    """Also where patience ends one, with a dev part or without; an epoch that was printed was told."""
+    recipes = [Recipe(epochs=3, seed=seed) for seed in range(3)]
+    with Epochs(recipes, ("seed",)) as epochs:
+        for recipe, *ended in ((recipes[0], 0, 1, 2), (recipes[1], 0, 1)):
+            for number in ended:
+                now[0] += 2.0
+                epochs(recipe, Epoch(number, number, 0.5 if number else None, 1.0))
+        now[0] += 10.0
+        epochs.lines.look()
+    assert capsys.readouterr().err == "trial 2 of 3, epoch 2 of 3, 00:17 left\n"
+    assert [(line.trial["seed"], line.epoch) for line in epochs.history] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    with Pace(recipes) as pace:
+        ends(pace, now, (1, now[0] + 1), (2, now[0] + 2), (3, now[0] + 3), (1, now[0] + 20))
+    assert capsys.readouterr().err == "trial 2 of 3, epoch 2 of 3, 00:25 left\n"
+
+
+def test_evaluate_says_what_it_fits(places, monkeypatch, capsys, tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(waiting.threading, "Timer", Over)
+    command = ["evaluate", "--transfer", places / "words.tsv", "--model", places / "model", "--device", "cpu"]
+    assert main([str(argument) for argument in [*command, "--output-dir", tmp_path / "out"]]) == 0
+    said = capsys.readouterr().err
+    assert all(f"fitting classifiers behind {name} ...\n" in said for name in ("mean of last", "cls"))
