@@ -313,7 +313,8 @@ def test_trials_are_told_apart(now, capsys):
     assert [(line.trial["seed"], line.epoch) for line in epochs.history] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     with Pace(recipes) as pace:
         ends(pace, now, (1, now[0] + 1), (2, now[0] + 2), (3, now[0] + 3), (1, now[0] + 20))
-    assert capsys.readouterr().err == "trial 2 of 3, epoch 2 of 3, 00:25 left\n"
+    said = "trial 1 of 3, epoch 3 of 3, 00:06 left\ntrial 2 of 3, epoch 2 of 3, 00:25 left\n"
+    assert capsys.readouterr().err == said
 
 
 def test_evaluate_says_what_it_fits(places, monkeypatch, capsys, tmp_path):
