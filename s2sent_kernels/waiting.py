@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from time import monotonic as clock
+from time import process_time
 from types import TracebackType
 
 SILENCE = 3.0  # seconds
@@ -20,7 +21,8 @@ def _until_due(silence: float) -> float:
     return min(silence, max(SHORT, silence - (clock() - _last)))
 
 
-_last = clock()
+# What was imported before, as torch, was silent, too: about as long as this process has computed.
+_last = clock() - process_time()
 
 
 @contextlib.contextmanager
