@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from types import TracebackType
 from typing import Any
 
@@ -27,7 +26,7 @@ class Progress:
 
     def __init__(self, total: int, done: int = 0, *, bar: bool | None = None, part: str = "") -> None:
         self.total, self.before, self.texts, self.tokens = total, done, 0, 0
-        self.start = time.monotonic()
+        self.start = waiting.clock()
         self.prefix = f"{part}: " if part else ""
         shown = on_terminal() if bar is None else bar
         form = self.prefix + "{n_fmt} of {total_fmt} texts {bar} {rate_fmt}{postfix}, {remaining} left"
@@ -55,7 +54,7 @@ class Progress:
             self.lines.look()
             return
         if self.tokens:
-            self.bar.set_postfix_str(self._rate(self.tokens, time.monotonic(), "tokens"), refresh=False)
+            self.bar.set_postfix_str(self._rate(self.tokens, waiting.clock(), "tokens"), refresh=False)
         self.bar.update(texts)
 
     def _rate(self, count: int, now: float, what: str) -> str:
@@ -66,7 +65,7 @@ class Progress:
         said = f"{self.prefix}{done:,} of {self.total:,} texts"
         if not self.texts:  # the first batch is in work
             return f"{said} ..."
-        now = time.monotonic()
+        now = waiting.clock()
         rates = [self._rate(self.texts, now, "texts")]
         if self.tokens:
             rates.append(self._rate(self.tokens, now, "tokens"))
