@@ -78,7 +78,7 @@ def disk_is_full(error: BaseException | None) -> bool:
     return False
 
 
-PROGRESS_EVERY = 30.0  # seconds between two lines of progress where it is none
+PROGRESS_EVERY = 10.0  # seconds between two lines of progress where it is none
 
 
 def on_terminal() -> bool:

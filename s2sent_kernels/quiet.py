@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 
 def quiet_transformers() -> Any:
-    """The library transformers, silenced for good, as for a whole command."""
+    """The library transformers, silenced for good, as for a whole command. What a hub sends keeps its bar."""
     transformers = require("transformers", "transformers", "demo")
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    _show_bars(transformers.logging, False)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     return transformers
 
@@ -42,11 +42,38 @@ def quietly(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
         finally:
             log.set_verbosity(before[0])
-            if before[1]:
-                log.enable_progress_bar()
+            _show_bars(log, before[1])
             hub.setLevel(before[2])
 
     return run
+
+
+def without_bars(function: Callable[P, T]) -> Callable[P, T]:
+    """``function``, a loader, during which transformers has no bars for weights that it reads, unless its user has asked for its
+    whole log (``transformers.logging.set_verbosity_info()``). Its warnings stay, and so does a hub's bar."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        log: Any = importlib.import_module("transformers").logging
+        if log.get_verbosity() <= logging.INFO or not log.is_progress_bar_enabled():
+            return function(*args, **kwargs)
+        _show_bars(log, False)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _show_bars(log, True)
+
+    return run
+
+
+def _show_bars(log: Any, shown: bool) -> None:
+    """Those of transformers alone, whose functions switch the hub's, too."""
+    hub: Any = importlib.import_module("huggingface_hub.utils")
+    of_hub = not hub.are_progress_bars_disabled()
+    (log.enable_progress_bar if shown else log.disable_progress_bar)()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # HF_HUB_DISABLE_PROGRESS_BARS decides, and says so
+        (hub.enable_progress_bars if of_hub else hub.disable_progress_bars)()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch import nn
 from . import hub
 from .checkpoints import pretrained
 from .files import WEIGHTS, importing, open_to_umask
+from .quiet import without_bars
 from .selector import S2SentSelector
 
 with importing("transformers", "transformers"):
@@ -124,6 +125,7 @@ def auto_class(config: Any) -> Any:
     return transformers.AutoModelForTextEncoding if encodes else transformers.AutoModel
 
 
+@without_bars
 def load_encoder(
     path: str | os.PathLike[str], model_kwargs: Mapping[str, Any] | None = None, **options: Any
 ) -> transformers.PreTrainedModel:

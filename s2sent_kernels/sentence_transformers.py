@@ -23,6 +23,7 @@ from .checkpoints import folders, pretrained
 from .consumers import KeptStates
 from .features import Kept, Stream, pool, streams
 from .files import WEIGHTS, importing, open_to_umask
+from .quiet import without_bars
 from .selector import S2SentSelector
 
 if TYPE_CHECKING:
@@ -289,6 +290,7 @@ class S2SentPooling(Pooling):
         return model
 
 
+@without_bars
 def load(path: str | os.PathLike[str], **options: Any) -> SentenceTransformer:
     """A SentenceTransformer with an S2SentPooling among its modules, without ``trust_remote_code``: only modules of
     sentence-transformers and of this package are loaded.

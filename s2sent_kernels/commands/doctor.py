@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 
-from .. import __version__, families, parts, sources
+from .. import __version__, families, parts, sources, waiting
 from ..capture import BlockCapture
 from ..engines.choice import BACKEND_VARIABLE, LIMITS, backends, choose
+from ..engines.native import limits as native_limits
 from ..export import Pipeline
 from ..files import first_line, require
 from ..formula.call import Call
@@ -26,8 +32,22 @@ from . import common
 
 VARIABLES = (BACKEND_VARIABLE, DEBUG_VARIABLE, "TRITON_INTERPRET", "HF_HUB_OFFLINE")
 OF_DEVELOPERS = ("test", "bench", "lint")  # extras that no user installs
+PURPOSES = {  # what the others are for: commands, or what is imported
+    "triton": "backend triton",
+    "transformers": "S2SentModel",
+    "sentence-transformers": "S2SentPooling",
+    "onnx": "export",
+    "demo": "demo, inspect",
+    "evaluate": "evaluate",
+    "encode": "encode, search, predict",
+    "ray": "encode --engine ray",
+    "train": "train",
+    "completion": "completion in a shell",
+    "mteb": "evaluate --mteb",
+}
 CPU = torch.device("cpu")
-Line = tuple[str, str]
+NO_CUDA = "this torch is built for the CPU, without CUDA"
+Row = tuple[str, Callable[[], str]]  # its name, known at once, and what looks at the rest
 
 
 def add(commands: Any) -> None:
@@ -41,37 +61,64 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    lines = [("s2sent_kernels", __version__), ("python", f"{platform.python_version()}, {platform.platform()}")]
-    lines += [*_libraries(), *_devices(), *((name, os.environ.get(name, "not set")) for name in VARIABLES)]
-    for name, status in backends().items():
-        lines.append((f"backend {name}", f"{'usable' if status.usable else 'not usable'}: {status.reason}"))
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        lines.append((f"'auto' on {device}", _chosen(device)))
-    lines += [(name, _usable(ask)) for name, ask in ABILITIES.items()]
-    if arguments.model is not None:
-        lines += [(f"model {arguments.model}", line) for line in _model(arguments.model)]
-    width = max(len(name) for name, _ in lines)
-    for name, value in lines:
-        print(f"{name:<{width}}  {value}")
+    source = None if arguments.model is None else common.resolve(arguments.model, None, required=False)
+    rows: list[Row] = [*_libraries(), *_devices(), *_settings()]
+    rows += [(name, partial(_usable, tried)) for name, tried in ABILITIES.items()]
+    about = f"model {arguments.model}"
+    width = max(len(name) for name in (*(name for name, _ in rows), "" if source is None else about))
+
+    def show(name: str, value: str) -> None:
+        print(f"{name:<{width}}  {value}", flush=True)
+
+    for name, ask in rows:
+        with waiting.told(f"looking at {name}"):
+            value = ask()
+        show(name, value)
+    if source is not None:
+        for line in _model(source, arguments.model):
+            show(about, line)
+
+
+def _said(value: str) -> Callable[[], str]:
+    return lambda: value
 
 
 # ---------------------------------------------------------------- what is installed
 
 
-def _libraries() -> Iterator[Line]:
-    """torch, and every library that an extra installs."""
-    yield "torch", torch.__version__
+def _libraries() -> Iterator[Row]:
+    """This package and torch, and every library that an extra installs: its version or how to install it, and what it is for."""
+    yield "s2sent_kernels", _said(__version__)
+    yield "python", _said(f"{platform.python_version()}, {platform.platform()}")
+    yield "torch", _said(f"{torch.__version__}, for everything")
     try:
         importlib.metadata.requires("s2sent_kernels")
     except importlib.metadata.PackageNotFoundError:
-        yield "extras", f"unknown: the package is not installed, but imported from {Path(__file__).parents[1]}"
+        what = f"unknown: the package is not installed, but imported from {Path(__file__).parents[1]}"
+        yield "extras", _said(what)
         return
     for library, extras in sorted(_of_extras().items()):
-        try:
-            yield library, importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            which = f"of the extra{'s' if len(extras) > 1 else ''} {', '.join(extras)}"
-            yield library, f"not installed, {which}: pip install 's2sent_kernels[{extras[0]}]'"
+        yield library, partial(_library, library, extras)
+
+
+def _library(name: str, extras: list[str]) -> str:
+    what = f"for {', '.join(PURPOSES[extra] for extra in extras)}"
+    try:
+        return f"{importlib.metadata.version(name)}, {what}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"not installed, {what}: {_installs(extras[0])}"
+
+
+def _installs(extra: str) -> str:
+    """The command that adds an extra to this installation, which may be one of a checkout."""
+    try:
+        origin = json.loads(importlib.metadata.distribution("s2sent_kernels").read_text("direct_url.json") or "{}")
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        origin = {}
+    if not origin.get("dir_info", {}).get("editable"):
+        return f"pip install 's2sent_kernels[{extra}]'"
+    folder = url2pathname(urlsplit(origin["url"]).path)
+    return f"pip install --no-build-isolation -e {shlex.quote(f'{folder}[{extra}]')}"
 
 
 def _of_extras() -> dict[str, list[str]]:
@@ -85,15 +132,31 @@ def _of_extras() -> dict[str, list[str]]:
     return found
 
 
-def _devices() -> Iterator[Line]:
-    built = f"torch was built with {torch.version.cuda or 'none'}"
-    if not torch.cuda.is_available():
-        yield "CUDA", f"{built}; no device"
-        return
-    yield "CUDA", built
-    for index in range(torch.cuda.device_count()):
-        capability = "sm_{}{}".format(*torch.cuda.get_device_capability(index))
-        yield f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {capability}"
+def _devices() -> Iterator[Row]:
+    if torch.version.cuda is None:
+        yield "CUDA", _said(NO_CUDA)
+    elif not torch.cuda.is_available():
+        yield "CUDA", _said(f"torch was built for CUDA {torch.version.cuda}, and sees no device")
+    else:
+        yield "CUDA", _said(f"torch was built for CUDA {torch.version.cuda}")
+        for index in range(torch.cuda.device_count()):
+            capability = "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+            yield f"cuda:{index}", _said(f"{torch.cuda.get_device_name(index)}, {capability}")
+
+
+def _settings() -> Iterator[Row]:
+    """What the environment sets, and the backends that are taken there."""
+    for name in VARIABLES:
+        yield name, _said(os.environ.get(name, "not set"))
+    for name in LIMITS:
+        yield f"backend {name}", partial(_backend_status, name)
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        yield f"'auto' on {device}", partial(_chosen, device)
+
+
+def _backend_status(name: str) -> str:
+    status = backends()[name]
+    return f"{'usable' if status.usable else 'not usable'}: {status.reason}"
 
 
 # ---------------------------------------------------------------- what is usable
@@ -115,11 +178,14 @@ def _usable(ask: Callable[[], str]) -> str:
 
 
 def _compiled_for_cuda() -> str:
-    reason = LIMITS["native"].refuses(Call(torch.device("cuda"), torch.float32))
-    if reason is None and not torch.cuda.is_available():
-        reason = "there is no device"
-    if reason is not None:
+    if torch.version.cuda is None:
+        raise ValueError(NO_CUDA)
+    usable, reason = native_limits.status()
+    if not usable:
         raise ValueError(reason)
+    refusal = native_limits.cuda_refusal(None)
+    if refusal is not None:
+        raise ValueError(refusal)
     return torch.cuda.get_device_name()
 
 
@@ -162,9 +228,8 @@ ABILITIES: dict[str, Callable[[], str]] = {
 # ---------------------------------------------------------------- a model
 
 
-def _model(model: str) -> Iterator[str]:
+def _model(source: common.Source, model: str) -> Iterator[str]:
     """What it holds, and what would run."""
-    source = common.resolve(model, None, required=False)
     if source.selector is None and not source.whole:
         encoder, tokenizer, _ = common.load_model(source.model, CPU)
         yield "an encoder alone"
@@ -210,5 +275,6 @@ def _how_it_runs(capture: BlockCapture, tokenizer: Any, limit: int | None) -> It
         yield f"there is no tokenizer beside it; {known}"
     else:
         yield f"texts are cut at {families.max_length(encoder, tokenizer, limit)} tokens"
-    reason = refusal(capture, CPU)
+    with waiting.told("running it on a few tokens, with padding and without"):
+        reason = refusal(capture, CPU)
     yield "batches without padding" if reason is None else f"batches are padded: {reason}"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import waiting
 from ..embedder import Embedder
 from ..files import require
 from ..formula.call import POOLINGS
@@ -186,7 +187,8 @@ def _embedder(
     whole: Embedder | None = None
     if source.model is not None and source.whole:
         try:
-            whole = Embedder.from_pretrained(source.model, None, "float32", device, max_length=limits["max_length"])
+            with waiting.told(f"loading {source.model}"):
+                whole = Embedder.from_pretrained(source.model, None, "float32", device, max_length=limits["max_length"])
             limit = common.within(limits["max_length"], whole.max_length)
         except ValueError as error:
             raise UserError(common.of_option(str(error))) from error

@@ -16,7 +16,7 @@ from ..tools.baselines import ScalarMix
 from ..tools.problems import CLASSES, LABELS, NUMBERS, SCORES, Problem
 from . import common
 from .common import UserError
-from .train_task import REMEDIES, Epochs, Task, print_lines, print_trial
+from .train_task import REMEDIES, Epochs, Pace, Task, print_lines, print_trial
 
 VARIED = ("learning_rate", "dropout", "seed")  # with --freeze-encoder
 TRAINED = "the best of the same trials"
@@ -112,33 +112,32 @@ def _train_frozen(task: Task, data: _Data) -> None:
         return frozen_tasks.Part(features.to(device), data.targets(part).to(device))
 
     train, dev = of(data.train), of(data.dev)
-    epochs = Epochs(VARIED if len(recipes) > 1 else ())
+    epochs = Epochs(recipes, VARIED)
     what = SCORES[data.problem.kind]
 
     def say(trial: frozen_tasks.Trial) -> None:
         print_trial(trial.recipe, trial.history, VARIED, f"dev {what}")
 
-    found = frozen_tasks.search(make, train, dev, data.problem, recipes, told=epochs, ended=say)
+    with epochs:
+        found = frozen_tasks.search(make, train, dev, data.problem, recipes, told=epochs, ended=say)
     print("kept: ", end="")
     say(found.best)
 
-    def other(num_blocks: int, parts: tuple[frozen_tasks.Part, frozen_tasks.Part]) -> float:
+    def other(name: str, num_blocks: int, parts: tuple[frozen_tasks.Part, frozen_tasks.Part]) -> float:
         """The best score of a scalar mix in the place of the selector: of one block that block itself."""
         mix = partial(ScalarMix, num_blocks)
-        return frozen_tasks.search(mix, *parts, data.problem, recipes).best.history.score
+        with Pace(recipes, f"{name}, to compare with") as pace:
+            return frozen_tasks.search(mix, *parts, data.problem, recipes, told=pace).best.history.score
 
     means = [_mean_of_last(cached, encoder, tokenizer, part, task.max_length) for part in (data.train, data.dev)]
     first, second = (
         part._replace(features=frozen.Features(mean, mean[:, None]).to(device))
         for part, mean in zip((train, dev), means, strict=True)
     )
-    with waiting.told(
-        "training a head behind the mean of the last block, and one behind a scalar mix, to compare with"
-    ):
-        scores = {
-            evaluation.MEAN_OF_LAST: other(1, (first, second)),
-            evaluation.SCALAR_MIX: other(len(blocks), (train, dev)),
-        }
+    scores = {
+        evaluation.MEAN_OF_LAST: other(evaluation.MEAN_OF_LAST, 1, (first, second)),
+        evaluation.SCALAR_MIX: other(evaluation.SCALAR_MIX, len(blocks), (train, dev)),
+    }
     best = found.best.history
     result = verdict.Result("selector", verdict.Row(f"trained selector (epoch {best.kept})", best.score))
     print_lines(verdict.report(f"{what} of a head behind each", verdict.rows(scores, TRAINED, TRAINED), result))
@@ -152,7 +151,7 @@ def _train_frozen(task: Task, data: _Data) -> None:
     model.classifier.load_state_dict(found.trained.head.state_dict())
     limit = families.max_length(encoder, tokenizer, task.max_length)
     classifier.write(model, tokenizer, task.output, limit)
-    history.write(task.output, epochs.lines, what)
+    history.write(task.output, epochs.history, what, history.title_of(model.config.provenance))
 
 
 def _mean_of_last(

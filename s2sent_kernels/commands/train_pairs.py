@@ -17,7 +17,7 @@ from ..tools.baselines import ScalarMix
 from ..tools.examples import Examples, Scored, read_examples
 from . import common
 from .common import UserError
-from .train_task import REMEDIES, STS, Epochs, Task, print_lines, print_trial
+from .train_task import REMEDIES, STS, Epochs, Pace, Task, print_lines, print_trial
 
 VARIED = ("learning_rate", "seed")  # with --freeze-encoder
 
@@ -96,7 +96,7 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
         verify=task.verify_cache,
     )
     task.stage.encoded = True
-    epochs = Epochs(VARIED if len(recipes) > 1 else ())
+    epochs = Epochs(recipes, VARIED)
 
     def train(module: torch.nn.Module, one: frozen.Recipe, told: frozen_loop.Told) -> frozen.History:
         if isinstance(examples, Scored):
@@ -104,13 +104,14 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
         return prepared.train(module, one, told)
 
     best: tuple[S2SentSelector, frozen.Recipe, frozen.History] | None = None
-    for one in recipes:
-        selector = make(one.seed)
-        found = train(selector, one, partial(epochs, one))
-        if len(recipes) > 1:
-            print_trial(one, found, VARIED, "dev")
-        if best is None or frozen_loop.order(found.score) > frozen_loop.order(best[2].score):
-            best = selector, one, found
+    with epochs:
+        for one in recipes:
+            selector = make(one.seed)
+            found = train(selector, one, partial(epochs, one))
+            if len(recipes) > 1:
+                print_trial(one, found, VARIED, "dev")
+            if best is None or frozen_loop.order(found.score) > frozen_loop.order(best[2].score):
+                best = selector, one, found
     assert best is not None
     selector, chosen, found = best
     if len(recipes) > 1:
@@ -130,21 +131,23 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
     if dev is not None:
         assert prepared.score is not None
         mix = ScalarMix(len(blocks)).to(device)
-        with waiting.told("training a scalar mix, to compare with"):
-            scores = {evaluation.SCALAR_MIX: train(mix, chosen, lambda _: None).score}
+        with Pace([chosen], "scalar mix, to compare with") as pace:
+            scores = {evaluation.SCALAR_MIX: train(mix, chosen, partial(pace, chosen)).score}
         about["scalar_mix"] = mix.block_prior.detach().double().softmax(dim=0).tolist()
         means = prepared.score.mean_of_last
         if means is None:  # its last block is not in the cache
             scores = verdict.untouched(encoder, tokenizer, dev, blocks, task.pooling, task.max_length) | scores
         else:
             scores[evaluation.MEAN_OF_LAST] = prepared.score.of(means)
-        rows = verdict.rows(scores, "trained alike")
+        rows = verdict.rows(scores | {verdict.UNTRAINED: found.scores[0]}, "trained alike")
         result = verdict.Result("selector", verdict.Row(f"trained selector (epoch {found.kept})", found.score))
         print_lines(verdict.report(verdict.SPEARMAN, rows, result))
-        print_lines(verdict.against_its_start(found.scores, found.kept))
     print_lines(verdict.hint(found.losses[-1], REMEDIES[task.kind]))
     what = None if dev is None else verdict.SPEARMAN
-    history.write(task.output, epochs.lines, what)  # first: a selector replaces an empty folder, which is locked
+    title = history.title_of(task.provenance(chosen, len(examples.rows)))
+    history.write(
+        task.output, epochs.history, what, title
+    )  # first: a selector replaces an empty folder, which is locked
     selector.save_pretrained(task.output, about=about)
 
 
@@ -171,7 +174,9 @@ def _fine_tune(task: Task, examples: Examples | Scored, dev: list[tuple[str, str
     before: dict[str, float] = {}
     if dev is not None and processes.is_first():
         encoder, tokenizer = transformer.auto_model, transformer.tokenizer
-        before = verdict.untouched(encoder, tokenizer, dev, pooling.blocks, task.pooling, task.max_length)
+        before = verdict.untouched(
+            encoder, tokenizer, dev, pooling.blocks, task.pooling, task.max_length, pooling.selector
+        )
     score = training.fine_tune(model, examples, task.output, settings, dev=columns, resume=resume)
     if not processes.is_first():
         return

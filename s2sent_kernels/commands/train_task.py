@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import __version__, families, validate
+from .. import __version__, families, files, validate, waiting
 from ..frozen_loop import Epoch, History
 from ..selector import S2SentSelector
 from ..tools import columns, examples, labelled, processes
@@ -160,23 +160,69 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-class Epochs:
+class Pace:
+    """In its ``with`` block says on standard error how far frozen trainings are, where an epoch of theirs lasts. Called with each
+    epoch.
+
+    Args:
+        recipes: of the trainings, one after another.
+        what: is trained, where that is not what was asked for.
+    """
+
+    def __init__(self, recipes: Sequence[Any], what: str = "") -> None:
+        self._planned = [recipe.epochs for recipe in recipes]
+        self._prefix = f"{what}: " if what else ""
+        self._trial = self._epoch = 0  # in work, from 0; those of it that ended
+        self._count = 0  # epochs that ended, of all
+        self._begun = self._ended = waiting.clock()
+        self.lines = waiting.Lines(self._line, files.PROGRESS_EVERY)
+
+    def __call__(self, recipe: Any, epoch: Epoch) -> None:
+        if epoch.number <= self._epoch and self._count:  # the next training begins
+            self._trial, self._epoch = self._trial + 1, 0
+        self._count += epoch.number - self._epoch
+        self._epoch, self._ended = epoch.number, waiting.clock()
+        self.lines.look()
+
+    def _line(self) -> str:
+        planned = self._planned[self._trial]
+        trial = f"trial {self._trial + 1} of {len(self._planned)}, " if len(self._planned) > 1 else ""
+        said = f"{self._prefix}{trial}epoch {min(self._epoch + 1, planned)} of {planned}"
+        if not self._count:
+            return f"{said} ..."
+        left = sum(self._planned[self._trial :]) - self._epoch
+        seconds = round((self._ended - self._begun) / self._count * left)
+        return f"{said}, {seconds // 60:02}:{seconds % 60:02} left"
+
+    def __enter__(self) -> Pace:
+        self._begun = self._ended = waiting.clock()
+        self.lines.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.lines.__exit__(*error)
+
+
+class Epochs(Pace):
     """Prints each epoch of a frozen training as it ends, and keeps them for its history.
 
     Args:
-        varied: the fields of a recipe that tell trials apart; none where there is one trial.
+        varied: the fields of a recipe that tell trials apart.
     """
 
-    def __init__(self, varied: tuple[str, ...]) -> None:
-        self.varied = varied
-        self.lines: list[Line] = []
+    def __init__(self, recipes: Sequence[Any], varied: tuple[str, ...]) -> None:
+        super().__init__(recipes)
+        self.varied = varied if len(recipes) > 1 else ()
+        self.history: list[Line] = []
 
     def __call__(self, recipe: Any, epoch: Epoch) -> None:
         trial = {name: getattr(recipe, name) for name in self.varied}
-        self.lines.append(Line(epoch.step, epoch.number, epoch.loss, epoch.score, trial))
+        self.history.append(Line(epoch.step, epoch.number, epoch.loss, epoch.score, trial))
         if epoch.loss is not None:
             score = "" if epoch.score is None else f", dev {epoch.score:.2f}"
+            self.lines.heard()
             print(f"epoch {epoch.number}: loss {epoch.loss:.4f}{score}", flush=True)
+        super().__call__(recipe, epoch)
 
 
 def print_lines(lines: Sequence[str]) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from time import monotonic as clock
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from .. import waiting
 from ..files import PROGRESS_EVERY, importing, on_terminal
 from . import processes
+from .progress import Progress
 from .recipe import Recipe
 
 with importing(None, "train"):
@@ -79,7 +84,15 @@ def callbacks_of(recipe: Recipe) -> list[TrainerCallback]:
     return found
 
 
-def show(trainer: Any, score: str, factor: float = 1.0) -> None:
+class Dev(NamedTuple):
+    """The dev part that a trainer scores."""
+
+    texts: int
+    module: nn.Module  # called with each batch of them
+    rows: Callable[[Any], int]  # of a batch, from what ``module`` returns
+
+
+def show(trainer: Any, score: str, factor: float = 1.0, dev: Dev | None = None) -> Display:
     """Put words in the place of the dictionaries that the trainer prints: beside its bar on a terminal, else by lines alone.
 
     Args:
@@ -88,15 +101,46 @@ def show(trainer: Any, score: str, factor: float = 1.0) -> None:
     """
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback((Bar if on_terminal() else Lines)(score, factor))
+    display = (Bar if on_terminal() else Lines)(score, factor, dev)
+    trainer.add_callback(display)
+    return display
 
 
-class _Words:
-    """Turns what a trainer logs into a line."""
+class Display:
+    """Turns what a trainer logs into lines, and tells how far its scoring of the dev part is. In a ``with`` block around all that
+    the trainer does: an error ends it, too."""
 
-    def __init__(self, score: str, factor: float = 1.0) -> None:
+    def __init__(self, score: str, factor: float = 1.0, dev: Dev | None = None) -> None:
         super().__init__()
-        self._score, self._factor = score, factor
+        self._score, self._factor, self._dev = score, factor, dev
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[None]:
+        """In here the dev part is scored. The first process speaks, as elsewhere."""
+        if self._dev is None or not processes.is_first():
+            yield
+            return
+        texts, module, rows = self._dev
+        done = 0
+        with Progress(texts, part="dev") as progress:
+
+            def advance(_: nn.Module, given: Any, output: Any) -> None:
+                nonlocal done
+                more = min(rows(output), texts - done)
+                done += more
+                progress.advance(more, None)
+
+            handle = module.register_forward_hook(advance)
+            try:
+                yield
+            finally:
+                handle.remove()
 
     def words(self, state: Any, logs: Any) -> str | None:
         found = []
@@ -109,8 +153,11 @@ class _Words:
         return f"epoch {state.epoch:.2f}, step {state.global_step:,} of {state.max_steps:,}: {', '.join(found)}"
 
 
-class Bar(_Words, ProgressCallback):
+class Bar(Display, ProgressCallback):
     """The trainer's bar, which has the time left."""
+
+    def on_prediction_step(self, *given: Any, **named: Any) -> None:
+        """``scoring`` has a bar."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
         line = self.words(state, logs or {})
@@ -118,32 +165,49 @@ class Bar(_Words, ProgressCallback):
             self.training_bar.write(line)
 
 
-class Lines(_Words, TrainerCallback):
-    """What is logged on standard output; on standard error how far it is, where nothing was said for PROGRESS_EVERY seconds;
-    once soon, so that the time left is known."""
+class Lines(Display, TrainerCallback):
+    """What is logged on standard output; on standard error how far it is, where nothing was said for PROGRESS_EVERY seconds."""
 
-    def __init__(self, score: str, factor: float = 1.0) -> None:
-        super().__init__(score, factor)
-        self._begun = self._said = 0.0
-        self._wait = PROGRESS_EVERY
+    def __init__(self, score: str, factor: float = 1.0, dev: Dev | None = None) -> None:
+        super().__init__(score, factor, dev)
+        self._lines = waiting.Lines(self._line, PROGRESS_EVERY)
+        self._state: Any = None
+        self._begun = self._ended = 0.0  # the training, and the last step
         self._before = 0  # steps of an earlier call
+        self._open = contextlib.ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self._begun = self._said = clock()
-        self._wait = waiting.first(PROGRESS_EVERY)
-        self._before = state.global_step
+        self._state, self._before = state, state.global_step
+        self._begun = self._ended = waiting.clock()
+        if state.is_world_process_zero:
+            self._open.enter_context(self._lines)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        now = clock()
-        if not state.is_world_process_zero or now - self._said < self._wait:
-            return
-        self._said, self._wait = now, PROGRESS_EVERY
-        each = (now - self._begun) / max(1, state.global_step - self._before)
-        left = tqdm.format_interval(each * (state.max_steps - state.global_step))
-        waiting.say(f"step {state.global_step:,} of {state.max_steps:,}, {left} left")
+        self._ended = waiting.clock()
+        if state.is_world_process_zero:
+            self._lines.look()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
         line = self.words(state, logs or {})
         if line is not None and state.is_world_process_zero:
-            self._said = clock()
+            self._lines.heard()
             print(line, flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self._open.close()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._open.close()
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[None]:
+        with self._lines.left_to_another(), super().scoring():
+            yield
+
+    def _line(self) -> str:
+        step, steps = self._state.global_step, self._state.max_steps
+        said = f"step {step:,} of {steps:,}"
+        if step <= self._before:  # the first step is in work
+            return f"{said} ..."
+        left = (self._ended - self._begun) / (step - self._before) * (steps - step)
+        return f"{said}, {tqdm.format_interval(left)} left"

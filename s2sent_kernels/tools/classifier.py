@@ -19,7 +19,7 @@ from ..batches import TextTokenizer, Tokens, padded
 from ..files import importing, open_to_umask, sync_files, sync_folder
 from ..transformers import S2SentForSequenceClassification, S2SentModel, transformers
 from . import history, processes, resuming
-from .callbacks import callbacks_of, show
+from .callbacks import Dev, Display, callbacks_of, show
 from .encoders import Text
 from .problems import NUMBERS, SCORES, Problem, check_dropout
 from .recipe import DEFAULT, DROPOUT, PRIORS, Recipe
@@ -133,7 +133,8 @@ def fine_tune(
         if processes.is_first():
             with resuming.unsaved(output) as temporary:
                 write(model, tokenizer, temporary, limit)
-                history.write(temporary, lines, SCORES[problem.kind])
+                title = history.title_of(getattr(model.config, "provenance", None))
+                history.write(temporary, lines, SCORES[problem.kind], title)
                 # Whatever a killed process may have moved already is replaced.
                 for name in sorted(os.listdir(temporary), key=LAST.__eq__):
                     os.replace(temporary / name, output / name)
@@ -195,22 +196,24 @@ def _train(
         return {_SCORE: problem.score(torch.tensor(found.predictions), torch.tensor(found.label_ids))}
 
     tokenize = TextTokenizer(tokenizer, limit)
-    with waiting.told("tokenizing the texts"):
+    with waiting.told("tokenizing the texts", processes.is_first()):
         rows, dev_rows = (_rows(tokenize, part) for part in parts)
-    trainer = _Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=dev_rows,
-        data_collator=partial(_collate, pad_id=tokenize.pad_id),
-        compute_metrics=metrics,
-        optimizers=(torch.optim.AdamW(_groups(model, recipe), weight_decay=0.0), None),
-        callbacks=callbacks_of(recipe),
-    )
-    show(trainer, _SCORE)
+    with waiting.told("preparing the training", processes.is_first()):
+        trainer = _Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=dev_rows,
+            data_collator=partial(_collate, pad_id=tokenize.pad_id),
+            compute_metrics=metrics,
+            optimizers=(torch.optim.AdamW(_groups(model, recipe), weight_decay=0.0), None),
+            callbacks=callbacks_of(recipe),
+        )
+    scored = Dev(len(dev_rows), model, lambda output: len(output["logits"]) * processes.count())  # in shares
+    trainer.display = show(trainer, _SCORE, dev=scored)
     some = _collate(_rows(tokenize, Examples(parts[0].texts[:2], parts[0].targets[:2])), tokenize.pad_id)
     some = {name: tensor.to(model.device) for name, tensor in some.items() if name != "labels"}
-    with processes.joined(model, lambda: model(**some).logits):
+    with processes.joined(model, lambda: model(**some).logits), trainer.display:
         trainer.train(resume_from_checkpoint=start.checkpoint)
     trainer.accelerator.wait_for_everyone()
     validate.finite_state("model", model)
@@ -224,6 +227,12 @@ def _problem_of(model: S2SentForSequenceClassification) -> Problem:
 
 
 class _Trainer(transformers.Trainer):
+    display: Display
+
+    def evaluate(self, *given: Any, **named: Any) -> Any:
+        with self.display.scoring():
+            return super().evaluate(*given, **named)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """All of the dev part: the base method drops its last batch where training does."""
         rows: Any = self.eval_dataset

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import families
+from .. import families, waiting
 from ..capture import BlockCapture
 from ..files import require
 from ..formula.call import Batch
@@ -238,7 +238,8 @@ def transfer(embed: Embed, splits: Mapping[str, Sequence[Labelled]]) -> dict[str
         inputs = (
             values if width == 1 else torch.cat([(values[::2] - values[1::2]).abs(), values[::2] * values[1::2]], 1)
         )
-        predicted, expected = _predict(inputs.numpy(), labels, bounds)
+        with waiting.told(f"fitting classifiers behind {name}"):
+            predicted, expected = _predict(inputs.numpy(), labels, bounds)
         result[name] = _accuracy(predicted, expected)
     return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import sys
@@ -10,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..files import MissingPackage, require, write_atomically
+from ..files import MissingPackage, write_atomically
+from . import pictures
 
 FILE, PICTURE = "history.jsonl", "history.png"
-MOST_CURVES = 8  # of which a picture has a legend
 
 
 class Line(NamedTuple):
@@ -52,18 +51,40 @@ def of_trainer(log: Sequence[Mapping[str, Any]], score: str, factor: float = 1.0
     return list(found.values())
 
 
-def write(folder: Path, lines: Sequence[Line], what: str | None) -> None:
+def title_of(provenance: Mapping[str, Any] | None) -> str:
+    """The title of the picture of a model, from what `s2sent train` records of it."""
+    known = provenance or {}
+    if "encoder" not in known:
+        return ""
+    frozen = known.get("freeze_encoder", False)
+    return f"{known['encoder']}, {'the selector' if frozen else 'encoder and selector'} trained ({known['task']})"
+
+
+def write(folder: Path, lines: Sequence[Line], what: str | None, title: str = "") -> None:
     """Write both files into ``folder``. Without matplotlib the picture is left out, and standard error has a line.
 
     Args:
         what: the dev score, in words; None without one.
+        title: of the picture, as the model's name.
     """
     text = "".join(f"{json.dumps(line.content())}\n" for line in lines)
     write_atomically(folder / FILE, text.encode())
     try:
-        write_atomically(folder / PICTURE, picture(lines, what))
+        write_atomically(folder / PICTURE, pictures.curves_picture(_curves(lines), what, title))
     except MissingPackage as error:
         print(f"{PICTURE} is left out: {error}", file=sys.stderr)
+
+
+def _curves(lines: Sequence[Line]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """By what was varied, the points of loss and dev score over epochs."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for line in lines:
+        name = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in line.trial.items())
+        curves = found.setdefault(name, {"loss": [], "dev": []})
+        for field, value in (("loss", line.loss), ("dev", line.dev)):
+            if value is not None:
+                curves[field].append((line.epoch, value))
+    return found
 
 
 def read(folder: Path) -> list[Line]:
@@ -81,29 +102,3 @@ def of_best(lines: Sequence[Line]) -> str:
 def last_loss(lines: Sequence[Line]) -> float | None:
     """The loss of the last line that has one."""
     return next((line.loss for line in reversed(lines) if line.loss is not None), None)
-
-
-def picture(lines: Sequence[Line], what: str | None) -> bytes:
-    """A PNG of loss and dev score by epochs, a curve for each trial.
-
-    Raises:
-        MissingPackage: matplotlib is missing; names the extra.
-    """
-    figure = require("matplotlib.figure", "matplotlib", "train").Figure(figsize=(7, 4), layout="constrained")
-    panels = [("loss", "loss")] + ([] if what is None else [("dev", f"{what} on dev")])
-    trials: dict[str, list[Line]] = {}
-    for line in lines:
-        name = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in line.trial.items())
-        trials.setdefault(name, []).append(line)
-    for place, (field, label) in enumerate(panels, 1):
-        axes = figure.add_subplot(1, len(panels), place)
-        for name, some in trials.items():
-            points = [(line.epoch, getattr(line, field)) for line in some if getattr(line, field) is not None]
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name) if points else None
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
-        if place == 1 and 1 < len(trials) <= MOST_CURVES:
-            axes.legend(fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()

@@ -16,10 +16,12 @@ from ..files import require
 from ..formula import dct
 from . import fonts
 
+MOST_CURVES = 8  # of which a picture has a legend
 
-def _figure(width: float, height: float) -> Any:
-    """An empty figure that needs no display: no pyplot, no global state."""
-    figure = require("matplotlib.figure", "matplotlib", "demo").Figure
+
+def _figure(width: float, height: float, extra: str = "demo") -> Any:
+    """An empty figure that needs no display: no pyplot, no global state. ``extra``: of the command that draws it."""
+    figure = require("matplotlib.figure", "matplotlib", extra).Figure
     return figure(figsize=(width, height), layout="constrained")
 
 
@@ -282,4 +284,35 @@ def scores_picture(
     axes.set_ylabel("score, times 100")
     _titled(figure, title)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return _png(figure)
+
+
+def curves_picture(
+    trials: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], what: str | None, title: str = ""
+) -> bytes:
+    """A PNG of a training: its loss over epochs and, beside it, its score on the dev part, a curve for each trial.
+
+    Args:
+        trials: by name, the points (epoch, value) of "loss" and of "dev".
+        what: the score, in words; None without one.
+        title: over all, as the model's name.
+
+    Raises:
+        MissingPackage: matplotlib is missing; names the extra.
+    """
+    panels = [("loss", "training loss")] + ([] if what is None else [("dev", f"{what}, on dev")])
+    figure = _figure(1 + 4.5 * len(panels), 4.2, "train")
+    for place, (field, label) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), place)
+        for name, curves in trials.items():
+            if curves[field]:
+                axes.plot(*zip(*curves[field], strict=True), marker="o", markersize=3, label=name)
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        if place == 1 and 1 < len(trials) <= MOST_CURVES:
+            axes.legend(fontsize=7)
+    measure = "loss" if what is None else f"loss, and {what} on dev"
+    _titled(figure, title, measure)
     return _png(figure)

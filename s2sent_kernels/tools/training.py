@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import validate
+from .. import validate, waiting
 from ..files import importing, open_to_umask, sync_files, sync_folder
 from ..sentence_transformers import S2SentPooling, SentenceTransformer, load
 from . import history, processes, resuming
-from .callbacks import callbacks_of, show
+from .callbacks import Dev, Display, callbacks_of, show
 from .contrastive import CachedGatheredNegatives, GatheredNegatives
 from .examples import Examples, Scored
 from .recipe import DEFAULT, LOSSES, PRIORS, Recipe
@@ -30,6 +30,7 @@ with importing(None, "train"):
     import accelerate  # noqa: F401  the trainer imports it late, and its error names another extra
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
     from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
     from sentence_transformers.sentence_transformer.losses import (
         CachedMultipleNegativesRankingLoss,
@@ -46,9 +47,34 @@ _Dev = tuple[list[str], list[str], list[float]]  # sentences, their partners, sc
 
 
 class _Trainer(SentenceTransformerTrainer):
+    display: Display
+
+    def evaluate(self, *given: Any, **named: Any) -> Any:
+        with self.display.scoring():
+            return super().evaluate(*given, **named)
+
+    def get_batch_sampler(self, dataset: Any, *given: Any, **named: Any) -> Any:
+        if self.args.batch_sampler == BatchSamplers.NO_DUPLICATES:  # as which the model's card knows it
+            return FullEpochs(dataset, *given, **named)
+        return super().get_batch_sampler(dataset, *given, **named)
+
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
         # The base method requires trust_remote_code in older releases.
         self.model.load_state_dict(load(checkpoint_path, device="cpu").state_dict())
+
+
+class FullEpochs(NoDuplicatesBatchSampler):
+    """No batch has a text twice, and each epoch as many batches as its length says, by which the trainer counts epochs where it
+    goes on from a checkpoint, and the scheduler steps. Where too many rows share a text, the base class has fewer: those of the
+    epoch are then repeated."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        found = []
+        for batch in super().__iter__():
+            found.append(batch)
+            yield batch
+        for number in range(len(self) - len(found) if found else 0):
+            yield found[number % len(found)]
 
 
 def fine_tune(
@@ -120,22 +146,24 @@ def _train(
     )
     processes.check_one_gpu(arguments)
     evaluator = None if dev is None else EmbeddingSimilarityEvaluator(*dev, name="dev", write_csv=False)
-    trainer = _Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_dict(_columns(examples)),
-        loss=_loss(model, examples, recipe),
-        evaluator=evaluator,
-        callbacks=callbacks_of(recipe),
-    )
-    show(trainer, f"eval_{_SCORE}", 100)
+    with waiting.told("preparing the training", processes.is_first()):
+        trainer = _Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_dict(_columns(examples)),
+            loss=_loss(model, examples, recipe),
+            evaluator=evaluator,
+            callbacks=callbacks_of(recipe),
+        )
+    scored = None if dev is None else Dev(2 * len(dev[2]), model[-1], partial(_rows, model))
+    trainer.display = show(trainer, f"eval_{_SCORE}", 100, scored)
     if len(next(iter(trainer.get_train_dataloader()), ())) == 0:
         share = "" if processes.count() == 1 else f" for each of {processes.count()} processes"
         raise ValueError(
             f"examples: expected {arguments.per_device_train_batch_size} at once{share} without a text that repeats, got "
             f"{len(examples.rows)} of which too many share a text"
         )
-    with processes.joined(model, partial(_embed_a_few, model)):
+    with processes.joined(model, partial(_embed_a_few, model)), trainer.display:
         trainer.train(resume_from_checkpoint=start.checkpoint)
     trainer.accelerator.wait_for_everyone()  # _save deletes the checkpoints that the others may still read
     validate.finite_state("model", model)
@@ -149,6 +177,12 @@ def _train(
 def _embed_a_few(model: SentenceTransformer) -> torch.Tensor:
     read = getattr(model, "preprocess", None) or model.tokenize  # the name in earlier releases
     return model(batch_to_device(read(["a text", "another"]), model.device))["sentence_embedding"]
+
+
+def _rows(model: SentenceTransformer, output: Any) -> int:
+    """How many texts are embedded with a batch of the first process. Later releases share them among all of an evaluation."""
+    shared = getattr(model, "_distributed_inference", None) is not None
+    return len(output["sentence_embedding"]) * (processes.count() if shared else 1)
 
 
 def _columns(examples: Examples | Scored) -> dict[str, list[Any]]:
@@ -236,7 +270,8 @@ def _save(model: SentenceTransformer, folder: Path, lines: Sequence[history.Line
     with resuming.unsaved(folder) as temporary:
         whole = temporary / "model"
         model.save(str(whole))
-        history.write(whole, lines, what)
+        made = next((module.provenance for module in model if isinstance(module, S2SentPooling)), None)
+        history.write(whole, lines, what, history.title_of(made))
         open_to_umask(whole)
         shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(LAST), dirs_exist_ok=True)
         sync_files(folder / path.relative_to(whole) for path in whole.rglob("*") if path.name != LAST)

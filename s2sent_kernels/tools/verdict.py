@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import evaluation
+from ..selector import S2SentSelector
+from . import encoders, evaluation
 from .baselines import ScalarMix
 from .evaluation import MEAN_OF_LAST, SCALAR_MIX
 from .scores import SPEARMAN as SPEARMAN
 from .scores import correlations
 
+UNTRAINED = "untrained selector"  # the row of what a training began with
 SAYS_NOTHING = 1e-3  # a loss below it has hardly a gradient
 
 
@@ -38,13 +40,20 @@ def report(what: str, before: Sequence[Row], result: Result) -> list[str]:
 
     Args:
         what: the score, in words.
-        before: the encoder's own mean pooling first, or whatever a training has to beat.
+        before: the encoder's own mean pooling first, or whatever a training has to beat; UNTRAINED is to be beaten, too, and
+            the others to be reached.
     """
     rows = [*before, result.row]
     width = max(len(row.name) for row in rows)
     lines = [f"on dev ({what}):", *(f"  {row.name:{width}}  {row.score:6.2f}" for row in rows)]
     for number, row in enumerate(before):
-        if _order(result.row.score) >= _order(row.score):
+        reached, wanted = _order(result.row.score), _order(row.score)
+        if row.name == UNTRAINED:
+            if reached <= wanted:
+                start = f"the selector before its training, {row.score:.2f}"
+                lines.append(f"no epoch scored more than {start}: try a smaller learning rate")
+            continue
+        if reached >= wanted:
             continue
         said = f"the trained {result.name} scores less than {_called(row.name)}"
         advice = ": do not use it, or train longer, or with a smaller learning rate" if number == 0 else ""
@@ -65,18 +74,6 @@ def _called(name: str) -> str:
     return f"this: {name}"
 
 
-def against_its_start(scores: Sequence[float], kept: int) -> list[str]:
-    """A line about a training whose best epoch is no better than what it began with.
-
-    Args:
-        scores: on dev, before the first epoch and after each.
-        kept: the best epoch.
-    """
-    if not scores or _order(scores[kept]) > _order(scores[0]):
-        return []
-    return [f"no epoch scored more than the selector before its training, {scores[0]:.2f}: try a smaller learning rate"]
-
-
 def hint(loss: float | None, remedies: str) -> list[str]:
     """A line about a last loss that says nothing any more.
 
@@ -95,16 +92,20 @@ def untouched(
     blocks: Sequence[int],
     pooling: str,
     max_length: int,
+    selector: S2SentSelector | None = None,
 ) -> dict[str, float]:
-    """Spearman's correlation times 100 of the encoder as it is: the mean of its last block, and a scalar mix of ``blocks`` with
-    equal weights. The random numbers of a training that follows stay what they were."""
+    """Spearman's correlation times 100 of the encoder as it is: the mean of its last block, a scalar mix of ``blocks`` with
+    equal weights and, where one is given, a selector of them. The random numbers of a training that follows stay what they
+    were."""
     texts = [text for first, second, _ in dev for text in (first, second)]
     modules = {SCALAR_MIX: evaluation.Fusion(ScalarMix(len(blocks)), blocks)}
-    with torch.random.fork_rng(devices=[]):
+    if selector is not None:
+        modules[UNTRAINED] = evaluation.Fusion(selector, blocks)
+    with torch.random.fork_rng(devices=[]), encoders.in_eval_mode(selector or encoder):
         found = evaluation.side_by_side(
             encoder, tokenizer, texts, modules, pooling=pooling, max_length=max_length, progress=True
         )
-    return {name: _spearman(found[name], [gold for _, _, gold in dev]) for name in (MEAN_OF_LAST, SCALAR_MIX)}
+    return {name: _spearman(found[name], [gold for _, _, gold in dev]) for name in (MEAN_OF_LAST, *modules)}
 
 
 def _spearman(embeddings: Tensor, gold: Sequence[float]) -> float:
@@ -112,9 +113,10 @@ def _spearman(embeddings: Tensor, gold: Sequence[float]) -> float:
 
 
 def rows(scores: Mapping[str, float], mixed: str, alone: str = "before") -> list[Row]:
-    """Those of the scores of MEAN_OF_LAST and SCALAR_MIX.
+    """Those of the scores of MEAN_OF_LAST, of SCALAR_MIX and, where it is known, of UNTRAINED.
 
     Args:
         mixed, alone: how the scalar mix, or the mean, came to its score.
     """
-    return [Row(f"{MEAN_OF_LAST}, {alone}", scores[MEAN_OF_LAST]), Row(f"{SCALAR_MIX}, {mixed}", scores[SCALAR_MIX])]
+    found = [Row(f"{MEAN_OF_LAST}, {alone}", scores[MEAN_OF_LAST]), Row(f"{SCALAR_MIX}, {mixed}", scores[SCALAR_MIX])]
+    return found + ([Row(UNTRAINED, scores[UNTRAINED])] if UNTRAINED in scores else [])

@@ -11,15 +11,16 @@ import pytest
 import torch
 from builders import save_encoder
 
-from s2sent_kernels import backends
+from s2sent_kernels import backends, waiting
 from s2sent_kernels.cli import main
+from s2sent_kernels.commands import doctor
 
 
 def test_doctor_names_versions_variables_and_backends(capsys, monkeypatch):
     monkeypatch.setenv("S2SENT_DEBUG", "1")
     assert main(["doctor"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[0] not in "'b")
-    assert lines["torch"] == torch.__version__ or torch.__version__.startswith(lines["torch"])
+    assert lines["torch"] == f"{torch.__version__}, for everything"
     assert lines["S2SENT_DEBUG"] == "1"
     assert lines["S2SENT_BACKEND"] == "not set"
     main(["doctor"])
@@ -72,16 +73,66 @@ def test_doctor_names_every_library_of_the_extras(capsys, monkeypatch):
     for library in extras:
         assert any(one.startswith(library) for one in found) and re.search(rf"^{library} ", out, re.M)
     assert re.search(
-        r"^pyarrow +not installed, of the extras encode, train: pip install .s2sent_kernels.encode..$", out, re.M
+        r"^pyarrow +not installed, for encode, search, predict, train: pip install .*\[encode\]'?$", out, re.M
     )
-    assert re.search(r"^ray +not installed, of the extra ray: pip install .s2sent_kernels.ray..$", out, re.M)
+    assert re.search(r"^ray +not installed, for encode --engine ray: pip install .*\[ray\]'?$", out, re.M)
     assert not re.search(
         r"^(pytest|ruff|s2sent-kernels)", out, re.M
     )  # what developers need, and the package's own extras
     assert re.search(r"^packed encoding +usable: a tiny BertModel", out, re.M)
     assert re.search(r"^export to ONNX +not usable: onnxscript cannot be imported .*\[onnx\]", out, re.M)
-    if not torch.cuda.is_available():
-        assert re.search(r"^compiled CUDA part +not usable: ", out, re.M)
+    assert {extra for of_one in doctor._of_extras().values() for extra in of_one} == doctor.PURPOSES.keys()
+    assert re.search(rf"^onnxruntime +{re.escape(real('onnxruntime'))}, for export$", out, re.M)
+    if torch.version.cuda is None:
+        assert re.search(r"^compiled CUDA part +not usable: this torch is built for the CPU, without CUDA$", out, re.M)
+
+
+@pytest.mark.parametrize(
+    "origin, command",
+    [
+        (None, "pip install 's2sent_kernels[ray]'"),
+        ({"url": "file:///a/s.whl", "archive_info": {}}, "pip install 's2sent_kernels[ray]'"),
+        ({"url": "file:///a", "dir_info": {}}, "pip install 's2sent_kernels[ray]'"),
+        (
+            {"url": "file:///a%20b", "dir_info": {"editable": True}},
+            "pip install --no-build-isolation -e '/a b[ray]'",
+        ),
+    ],
+)
+def test_the_command_fits_the_installation(origin, command, monkeypatch):
+    class Installed:
+        def read_text(self, name):
+            assert name == "direct_url.json"
+            return None if origin is None else json.dumps(origin)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Installed())
+    assert doctor._installs("ray") == command
+
+
+def test_doctor_says_what_it_looks_at(capsys, monkeypatch):
+    """Each row is printed before the next is looked at; one that takes long is named."""
+    seen = []
+
+    def slow():
+        seen.append(capsys.readouterr())
+        return "at last"
+
+    monkeypatch.setattr(doctor, "ABILITIES", {"packed encoding": slow})
+    monkeypatch.setattr(waiting.threading, "Timer", Over)
+    assert main(["doctor"]) == 0
+    (before,) = seen
+    assert "'auto' on cpu" in before.out and before.err.endswith("looking at packed encoding ...\n")
+    assert capsys.readouterr().out.endswith("usable: at last\n")
+
+
+class Over:
+    """A timer whose time is up at once."""
+
+    def __init__(self, seconds, function, arguments):
+        self.start = lambda: function(*arguments)
+
+    def cancel(self):
+        pass
 
 
 @pytest.mark.parametrize(

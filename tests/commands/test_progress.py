@@ -9,6 +9,7 @@ import sys
 import pytest
 from builders import TEXTS, make_encoder_and_tokenizer, pairs, save_encoder, sentences, write_examples
 
+from s2sent_kernels import waiting
 from s2sent_kernels.cli import main
 from s2sent_kernels.tools import encoders
 
@@ -17,6 +18,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
 
 from s2sent_kernels.tools import progress
+
+
+@pytest.fixture(autouse=True)
+def no_thread_looks(monkeypatch):
+    """So that lines come where a batch ended."""
+    monkeypatch.setattr(waiting, "LOOK", 1e6)
 
 
 class Terminal(io.StringIO):
@@ -44,6 +51,16 @@ def test_lines_in_a_log(monkeypatch):
     assert counts(said) == [*range(4, len(TEXTS), 2), len(TEXTS)] and len(said.splitlines()) == len(counts(said))
     assert encode(monkeypatch, io.StringIO(), every=30.0) == ""  # it was done before the first was due
     assert encode(monkeypatch, None, every=0.0) == ""
+
+
+def test_the_first_batch_is_told_while_it_lasts(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(waiting, "clock", lambda: now[0])
+    monkeypatch.setattr(waiting, "SILENCE", 3.0)
+    with progress.Progress(1000, bar=False) as shown:
+        now[0] = 4.0
+        shown.lines.look()
+        assert capsys.readouterr().err == "0 of 1,000 texts ...\n"
 
 
 def test_a_bar_on_a_terminal(monkeypatch):

@@ -1,17 +1,26 @@
 """What a command says while it is silent, and how far a training with the encoder is. No clock runs here."""
 
 import io
+import re
 import sys
+import threading
 import types
 
 import pytest
-from builders import pairs, save_encoder, write_examples
+import torch
+from builders import pairs, save_encoder, sentences, write_examples
 
 from s2sent_kernels import waiting
 from s2sent_kernels.cli import main
+from s2sent_kernels.commands.train_task import Epochs, Pace
+from s2sent_kernels.frozen import Recipe
+from s2sent_kernels.frozen_loop import Epoch
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("transformers")
+pytest.importorskip("tqdm")
+
+from s2sent_kernels.tools import progress
 
 
 class Timer:
@@ -44,7 +53,7 @@ def timer(monkeypatch):
     return Timer
 
 
-def test_a_silence_is_told_once_it_is_long(timer, capsys):
+def test_a_silence_is_told_once_it_is_long(timer, now, capsys):
     with waiting.told("loading the encoder"):
         (one,) = timer.made
         assert one.running and one.daemon and one.seconds == waiting.SILENCE
@@ -57,12 +66,26 @@ def test_a_silence_is_told_once_it_is_long(timer, capsys):
     assert not timer.made[1].running
 
 
+@pytest.mark.parametrize("since, left", [(0.0, 3.0), (1.5, 1.5), (2.5, 1.0), (60.0, 1.0)])
+def test_several_short_silences_are_a_long_one(timer, now, since, left):
+    """And what takes less than a second is never told."""
+    now[0] = since
+    with waiting.told("loading the encoder"):
+        assert timer.made[0].seconds == left
+    waiting.say("x")
+    with waiting.told("loading the encoder"):
+        assert timer.made[1].seconds == 3.0
+
+
 def test_nothing_is_said_unasked_or_to_nobody(timer, monkeypatch):
     with waiting.told("x", False):
         assert not timer.made[0].running
     monkeypatch.setattr(sys, "stderr", None)
     with waiting.told("x"):
         timer.made[1].end()
+    monkeypatch.setenv("RANK", "1")
+    with waiting.told("x"):
+        assert not timer.made[2].running
 
 
 def test_commands_say_what_they_load(tmp_path, monkeypatch, capsys):
@@ -106,33 +129,119 @@ def callbacks():
     return callbacks
 
 
-def test_lines_where_nobody_watches(callbacks, monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr(callbacks, "clock", lambda: now[0])
-    lines = callbacks.Lines("eval_score", 100)
-    lines.on_train_begin(None, state(20), None)  # it goes on from a checkpoint
-    for step, now[0] in ((25, 20.0), (30, 30.0), (32, 45.0), (40, 120.0)):
-        lines.on_step_end(None, state(step), None)
-    assert capsys.readouterr() == ("", "step 30 of 100, 03:30 left\nstep 40 of 100, 06:00 left\n")
-    now[0] = 140.0
-    lines.on_log(None, state(50, epoch=1.0), None, {"loss": 0.5, "grad_norm": 1.0})
-    lines.on_log(None, state(50, epoch=1.0), None, {"eval_score": 0.75})
-    lines.on_log(None, state(50, epoch=1.0), None, {"train_runtime": 9.0})
-    now[0] = 160.0  # something was said 20 seconds ago
-    lines.on_step_end(None, state(55), None)
-    wanted = "epoch 1.00, step 50 of 100: loss 0.5000\nepoch 1.00, step 50 of 100: dev 75.00\n"
-    assert capsys.readouterr() == (wanted, "")
-
-
-def test_the_time_left_is_said_soon(callbacks, monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr(callbacks, "clock", lambda: now[0])
+@pytest.fixture
+def now(monkeypatch):
+    """A clock that the test sets, and at which nobody looks unasked."""
+    time = [0.0]
+    monkeypatch.setattr(waiting, "clock", lambda: time[0])
+    monkeypatch.setattr(waiting, "LOOK", 1e6)
     monkeypatch.setattr(waiting, "SILENCE", 3.0)
-    lines = callbacks.Lines("eval_score", 100)
-    lines.on_train_begin(None, state(0), None)
-    for step, now[0] in ((1, 2.0), (2, 4.0), (3, 6.0), (10, 33.0), (17, 34.0)):
-        lines.on_step_end(None, state(step), None)
-    assert capsys.readouterr().err == "step 2 of 100, 03:16 left\nstep 17 of 100, 02:46 left\n"
+    monkeypatch.setattr(waiting, "_last", 0.0)
+    return time
+
+
+def steps_at(display, known, now, *places):
+    for known.global_step, now[0] in places:
+        display.on_step_end(None, known, None)
+
+
+def test_lines_where_nobody_watches(callbacks, now, capsys):
+    known = state(20)  # it goes on from a checkpoint
+    with callbacks.Lines("eval_score", 100) as lines:
+        lines.on_train_begin(None, known, None)
+        steps_at(lines, known, now, (25, 2.5), (30, 5.0), (32, 14.0), (40, 20.0))
+        assert capsys.readouterr() == ("", "step 30 of 100, 00:35 left\nstep 40 of 100, 01:00 left\n")
+        known.global_step, known.epoch, now[0] = 50, 1.0, 29.0
+        lines.on_log(None, known, None, {"loss": 0.5, "grad_norm": 1.0})
+        lines.on_log(None, known, None, {"eval_score": 0.75})
+        lines.on_log(None, known, None, {"train_runtime": 9.0})
+        steps_at(lines, known, now, (55, 38.0))  # something was said 9 seconds ago
+        wanted = "epoch 1.00, step 50 of 100: loss 0.5000\nepoch 1.00, step 50 of 100: dev 75.00\n"
+        assert capsys.readouterr() == (wanted, "")
+
+
+def test_the_time_left_is_said_soon(callbacks, now, capsys):
+    known = state(0)
+    with callbacks.Lines("eval_score", 100) as lines:
+        lines.on_train_begin(None, known, None)
+        steps_at(lines, known, now, (1, 2.0), (2, 4.0), (3, 6.0), (10, 13.0), (17, 34.0))
+        assert capsys.readouterr().err == "step 2 of 100, 03:16 left\nstep 17 of 100, 02:46 left\n"
+
+
+def test_other_processes_and_others_scorings_are_silent(callbacks, now, capsys, monkeypatch):
+    known = state(0)
+    known.is_world_process_zero = False
+    with callbacks.Lines("eval_score", 100) as lines:
+        lines.on_train_begin(None, known, None)
+        steps_at(lines, known, now, (1, 100.0))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(callbacks, "Progress", None)
+    with callbacks.Lines("eval_score", 100, callbacks.Dev(8, None, len)) as lines, lines.scoring():
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_time_of_a_scoring_is_told_by_it(callbacks, now, capsys, monkeypatch):
+    """By the rows of each batch, and no line about steps beside them."""
+    monkeypatch.setattr(callbacks, "PROGRESS_EVERY", 0.0)
+    monkeypatch.setattr(progress, "PROGRESS_EVERY", 0.0)
+    module, known = torch.nn.Identity(), state(5)
+    with callbacks.Lines("eval_score", 100, callbacks.Dev(8, module, len)) as lines:
+        lines.on_train_begin(None, known, None)
+        with lines.scoring():
+            for rows in (3, 3, 3):  # a batch may have been filled up
+                module(torch.zeros(rows, 1))
+                lines.on_step_end(None, known, None)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in said] == [f"dev: {count} of 8 texts" for count in (3, 6, 8)]
+    assert not module._forward_hooks
+
+
+def test_a_step_that_lasts_is_told_while_it_does(callbacks, capsys, monkeypatch):
+    """By a thread: each step of this training ends once a line was said in it."""
+    monkeypatch.setattr(waiting, "LOOK", 1e-3)
+    monkeypatch.setattr(callbacks, "PROGRESS_EVERY", 0.0)
+    said, spoke, known = [], threading.Event(), state(0, 2)
+
+    def say(line):
+        said.append(line)
+        spoke.set()
+
+    monkeypatch.setattr(waiting, "say", say)
+    with callbacks.Lines("eval_score") as lines:
+        lines.on_train_begin(None, known, None)
+        assert spoke.wait(60) and said[0] == "step 0 of 2 ..."
+        known.global_step = 1
+        lines.on_step_end(None, known, None)
+        count = len(said)
+        spoke.clear()
+        assert spoke.wait(60) and said[count].startswith("step 1 of 2, ")
+    count = len(said)
+    assert not any(thread.name == lines._lines._thread.name for thread in threading.enumerate()) and len(said) == count
+
+
+@pytest.mark.parametrize("task", ["contrastive", "sts", "classification"])
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_training_tells_how_far_its_scoring_is(callbacks, task, watched, tmp_path, monkeypatch, capsys):
+    """Each epoch, to the last text of the dev part, on a terminal as elsewhere."""
+    if watched:
+        monkeypatch.setattr(callbacks, "on_terminal", lambda: True)
+        monkeypatch.setattr(progress, "on_terminal", lambda: True)
+    monkeypatch.setattr(progress, "PROGRESS_EVERY", 0.0)
+    monkeypatch.setattr(waiting, "LOOK", 1e6)
+    save_encoder(tmp_path / "encoder")
+    rows = [(str(i % 5), one, other) for i, (one, other) in enumerate(pairs(24))]
+    labels = [("yes" if "moon" in text else "no", text) for text in sentences(24)]
+    dev = write_examples(tmp_path / "dev.tsv", rows, ("score", "sentence1", "sentence2"))
+    data = write_examples(tmp_path / "data.tsv", pairs(16)) if task == "contrastive" else dev
+    if task == "classification":
+        dev = data = write_examples(tmp_path / "labels.tsv", labels, ("label", "text"))
+    command = ["train", "--task", task, "--data", data, "--dev", dev, "--model", tmp_path / "encoder", "--epochs", 2]
+    command += ["--output", tmp_path / "out", "--device", "cpu", "--batch-size", 8, "--bottleneck", 4]
+    assert main([str(argument) for argument in command]) == 0
+    total = 24 if task == "classification" else 48
+    said = re.findall(rf"dev: (\d+) of {total} texts", capsys.readouterr().err)
+    assert said.count(str(total)) >= 2 and len(set(said)) > 1
 
 
 def test_a_bar_on_a_terminal(callbacks, monkeypatch, capsys):
@@ -169,3 +278,50 @@ def test_the_trainers_dictionaries_are_gone(callbacks, monkeypatch, watched):
     monkeypatch.setattr(callbacks, "on_terminal", lambda: watched)
     callbacks.show(Trainer(), "eval_score")
     assert kept == ["-PrinterCallback", "-ProgressCallback", "+Bar" if watched else "+Lines"]
+
+
+# ---------------------------------------------------------------- frozen trainings
+
+
+def ends(pace, now, *epochs):
+    for number, now[0] in epochs:
+        pace(None, Epoch(number, number, 0.5, 1.0))
+
+
+def test_an_epoch_that_lasts_is_told(now, capsys):
+    with Pace([Recipe(epochs=4)], "scalar mix") as pace:
+        now[0] = 3.0
+        pace.lines.look()  # as its thread does
+        ends(pace, now, (0, 4.0), (1, 8.0), (2, 13.0), (3, 20.0))
+        now[0] = 24.0
+        pace.lines.look()
+    said = "scalar mix: epoch 1 of 4 ...\nscalar mix: epoch 3 of 4, 00:13 left\nscalar mix: epoch 4 of 4, 00:07 left\n"
+    assert capsys.readouterr() == ("", said)
+
+
+def test_trials_are_told_apart(now, capsys):
+    """Also where patience ends one, with a dev part or without; an epoch that was printed was told."""
+    recipes = [Recipe(epochs=3, seed=seed) for seed in range(3)]
+    with Epochs(recipes, ("seed",)) as epochs:
+        for recipe, *ended in ((recipes[0], 0, 1, 2), (recipes[1], 0, 1)):
+            for number in ended:
+                now[0] += 2.0
+                epochs(recipe, Epoch(number, number, 0.5 if number else None, 1.0))
+        now[0] += 10.0
+        epochs.lines.look()
+    assert capsys.readouterr().err == "trial 2 of 3, epoch 2 of 3, 00:17 left\n"
+    assert [(line.trial["seed"], line.epoch) for line in epochs.history] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    with Pace(recipes) as pace:
+        ends(pace, now, (1, now[0] + 1), (2, now[0] + 2), (3, now[0] + 3), (1, now[0] + 20))
+    said = "trial 1 of 3, epoch 3 of 3, 00:06 left\ntrial 2 of 3, epoch 2 of 3, 00:25 left\n"
+    assert capsys.readouterr().err == said
+
+
+def test_evaluate_says_what_it_fits(places, monkeypatch, capsys, tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(waiting.threading, "Timer", Over)
+    command = ["evaluate", "--transfer", places / "words.tsv", "--model", places / "model", "--device", "cpu"]
+    assert main([str(argument) for argument in [*command, "--output-dir", tmp_path / "out"]]) == 0
+    said = capsys.readouterr().err
+    assert all(f"fitting classifiers behind {name} ...\n" in said for name in ("mean of last", "cls"))

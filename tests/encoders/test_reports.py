@@ -9,6 +9,7 @@ from builders import TEXTS, save_encoder
 
 pytest.importorskip("sentence_transformers")
 transformers = pytest.importorskip("transformers")
+import huggingface_hub  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 from sentence_transformers.base.modules import Transformer  # noqa: E402
 
@@ -101,6 +102,48 @@ def test_the_features_of_another_call_are_refused(folder, grad, pooling):
             module(first)
         again = transformer(model.preprocess([TEXTS[1], TEXTS[0]]))
         assert module(again)["sentence_embedding"].shape == (2, 16)
+
+
+LOADERS = {
+    "load": lambda whole, encoder: load(whole, device="cpu"),
+    "Embedder": lambda whole, encoder: Embedder.from_pretrained(whole, device="cpu"),
+    "from_encoder": lambda whole, encoder: S2SentModel.from_encoder(encoder, "last:2", bottleneck=4),
+}
+
+
+@pytest.mark.parametrize("of_hub", [True, False])
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("name", LOADERS)
+def test_no_bar_of_weights_unasked(name, asked, of_hub, folder, tmp_path, capfd):
+    """And those of a hub are left as they were, within and after."""
+    model_of(folder).save(str(tmp_path / "model"))
+    log, hub = transformers.logging, huggingface_hub.utils
+    if not hasattr(log, "set_tqdm_hook"):
+        pytest.skip("an earlier release of transformers")
+    before = log.get_verbosity(), log.is_progress_bar_enabled(), hub.are_progress_bars_disabled()
+    seen = []
+
+    def watched(factory, args, kwargs):
+        seen.append(hub.are_progress_bars_disabled())
+        return factory(*args, **kwargs)
+
+    hook = log.set_tqdm_hook(watched)
+    try:
+        log.enable_progress_bar()
+        if not of_hub:
+            hub.disable_progress_bars()
+        (log.set_verbosity_info if asked else log.set_verbosity_warning)()
+        capfd.readouterr()
+        LOADERS[name](tmp_path / "model", folder)
+        shown = "Loading weights" in capfd.readouterr().err
+        assert shown == (asked and name != "Embedder")
+        assert log.is_progress_bar_enabled() and hub.are_progress_bars_disabled() != of_hub
+        assert seen and set(seen) == {not of_hub}
+    finally:
+        log.set_tqdm_hook(hook)
+        log.set_verbosity(before[0])
+        (log.enable_progress_bar if before[1] else log.disable_progress_bar)()
+        (hub.disable_progress_bars if before[2] else hub.enable_progress_bars)()
 
 
 def test_the_log_of_transformers_stays_its_users(folder, tmp_path):

@@ -19,6 +19,7 @@ pa = pytest.importorskip("pyarrow")
 
 from pyarrow import parquet  # noqa: E402
 
+from s2sent_kernels import waiting  # noqa: E402
 from s2sent_kernels.tools import encoding  # noqa: E402
 from s2sent_kernels.tools import progress as progress_module  # noqa: E402
 from s2sent_kernels.tools.encoding import Columns, Options, Request, Shard, finish, join, parts, plan, run  # noqa: E402
@@ -464,13 +465,14 @@ def test_a_bar_or_lines(monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "100 of 100 texts" in error and "texts/s" in error and "tokens/s" in error and "left" in error
     now = [0.0]
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(waiting, "clock", lambda: now[0])
+    monkeypatch.setattr(waiting, "LOOK", 1e6)  # no thread says a line between these
     with progress_module.Progress(1000, 400) as lines:
-        for now[0] in (10.0, 20.0, 30.0, 40.0, 70.0):
+        for now[0] in (5.0, 14.0, 20.0, 29.0, 70.0):
             lines.advance(100, 500)
     assert capsys.readouterr().err.splitlines() == [
-        "500 of 1,000 texts, 10 texts/s, 50 tokens/s, 00:50 left",  # the first of them soon
-        "800 of 1,000 texts, 10 texts/s, 50 tokens/s, 00:20 left",
+        "500 of 1,000 texts, 20 texts/s, 100 tokens/s, 00:25 left",  # the first of them soon
+        "700 of 1,000 texts, 15 texts/s, 75 tokens/s, 00:20 left",
         "900 of 1,000 texts, 7 texts/s, 36 tokens/s, 00:14 left",
     ]
 

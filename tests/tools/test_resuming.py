@@ -18,7 +18,7 @@ from sentence_transformers.base.modules import Transformer  # noqa: E402
 
 from s2sent_kernels.cli import main  # noqa: E402
 from s2sent_kernels.sentence_transformers import S2SentPooling  # noqa: E402
-from s2sent_kernels.tools import classifier, resuming, training  # noqa: E402
+from s2sent_kernels.tools import classifier, history, resuming, training  # noqa: E402
 from s2sent_kernels.tools.examples import Examples  # noqa: E402
 from s2sent_kernels.tools.problems import CLASSES, Problem  # noqa: E402
 
@@ -261,3 +261,70 @@ def test_the_command_goes_on(tmp_path, encoder, capsys, task, monkeypatch):
         assert os.listdir(output)[0] in ("notes.txt", resuming.CHECKPOINTS)
         (output / resuming.CHECKPOINTS).mkdir(exist_ok=True)
     assert sorted(os.listdir(output)) == [resuming.CHECKPOINTS, "notes.txt"]
+
+
+# ---------------------------------------------------------------- epochs of repeated texts
+
+
+class Repeats(Sentences):
+    """Few texts, of which no batch takes one twice: a pass over the data has fewer batches than its rows would fill."""
+
+    rows = tuple((f"a {word}", f"the {word}") for word in ("cat", "dog", "moon") for _ in range(3)) + tuple(pairs(9))
+
+    def __call__(self, output, recipe=RECIPE, **options):
+        transformer = Transformer(str(self.encoder))
+        torch.manual_seed(0)
+        pooling = S2SentPooling.behind(transformer, blocks=None, bottleneck=4, frequencies=4)
+        model = SentenceTransformer(modules=[transformer, pooling], device="cpu")
+        examples = Examples(("anchor", "positive"), list(self.rows), True)
+        return training.fine_tune(model, examples, output, recipe, **{"dev": DEV, **options})
+
+
+REPEATING = RECIPE._replace(epochs=3, batch_size=6, save_minutes=1e-9)
+
+
+@pytest.fixture
+def one_pass(monkeypatch):
+    """As earlier releases of sentence-transformers draw an epoch, and later ones where a few passes do not fill it."""
+    monkeypatch.setattr("sentence_transformers.base.sampler._MAX_RESAMPLE_PASSES", 0, raising=False)
+
+
+@pytest.mark.parametrize("step", [3, 5, 6, 8])
+def test_repeated_texts_shorten_no_epoch(tmp_path, encoder, one_pass, monkeypatch, step):
+    """A training that goes on counts epochs by their full number of batches."""
+    train = Repeats(encoder)
+    train(tmp_path / "want", REPEATING)
+    want = contents(tmp_path / "want")
+    lines = history.read(tmp_path / "want")
+    assert [line.step for line in lines if line.dev is not None] == [3, 6, 9]  # of 18 rows in batches of 6
+
+    class Killed(Exception):
+        pass
+
+    class Kill(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **others):
+            if state.global_step == step:
+                raise Killed
+
+    with monkeypatch.context() as patch:
+        plain = training.callbacks_of
+        patch.setattr(training, "callbacks_of", lambda recipe: [*plain(recipe), Kill()])
+        with pytest.raises(Killed):
+            train(tmp_path / "out", REPEATING)
+    train(tmp_path / "out", REPEATING, resume=True)
+    assert contents(tmp_path / "out") == want
+
+
+def test_each_epoch_has_its_order_and_no_batch_a_text_twice(encoder, one_pass):
+    dataset = training.Dataset.from_dict(training._columns(Examples(("anchor", "positive"), list(Repeats.rows), True)))
+    sampler = training.FullEpochs(dataset, 6, True, generator=torch.Generator(), seed=0)
+    found = []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        found.append(list(sampler))
+        assert len(found[-1]) == len(sampler) == 3
+        for batch in found[-1]:
+            texts = [text for row in batch for text in Repeats.rows[row]]
+            assert len(texts) == len(set(texts)) == 12
+    assert any(len(set(map(tuple, batches))) < 3 for batches in found)  # some were short
+    assert len({tuple(map(tuple, batches)) for batches in found}) == 4

@@ -36,6 +36,15 @@ def test_a_result_that_lost_is_said_to_have(score, lost):
     assert sum("a scalar mix" in line for line in words) == (lost > 0)
 
 
+@pytest.mark.parametrize("score, said", [(91.1, 0), (91.0, 1), (90.95, 1), (math.nan, 1)])
+def test_what_it_began_with_is_a_row_to_be_beaten(score, said):
+    before = verdict.rows({"mean of last": 0.5, "scalar mix": 0.5, verdict.UNTRAINED: 91.0}, "trained alike")
+    lines = verdict.report("a score", before, verdict.Result("selector", verdict.Row("trained selector", score)))
+    assert lines[3] == "  untrained selector          91.00"
+    words = "no epoch scored more than the selector before its training, 91.00: try a smaller learning rate"
+    assert lines.count(words) == said and not any("less than this" in line for line in lines)
+
+
 def test_two_scores_that_are_no_numbers_are_equal():
     nothing = [verdict.Row("mean of last, before", math.nan)]
     assert len(verdict.report("x", nothing, verdict.Result("selector", verdict.Row("it", math.nan)))) == 3
@@ -75,7 +84,8 @@ def test_what_is_written_is_json_and_a_picture(tmp_path):
     assert history.last_loss(found) == 0.25 and history.of_best(found) == " (epoch 2)" and history.of_best([]) == ""
 
 
-def test_the_picture_has_every_point_of_every_trial():
+def test_the_picture_has_every_point_of_every_trial(tmp_path):
+    """And says of what it is."""
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
@@ -83,14 +93,21 @@ def test_the_picture_has_every_point_of_every_trial():
 
     class Seen(Figure):
         def savefig(self, *args, **options):
-            drawn.extend(self.axes)
+            drawn.append(self)
+            super().savefig(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.figure.Figure", Seen)
-        history.picture([*LINES, Line(3, 1, 0.75, 9.0, {"seed": 1})], "a score")
-    loss, dev = ([[tuple(point) for point in curve.get_xydata()] for curve in axes.lines] for axes in drawn)
+        title = history.title_of({"encoder": "my $x$ encoder", "freeze_encoder": True, "task": "sts"})
+        history.write(tmp_path, [*LINES, Line(3, 1, 0.75, 9.0, {"seed": 1})], "a score", title)
+        history.write(tmp_path, LINES, None)
+    loss, dev = ([[tuple(point) for point in curve.get_xydata()] for curve in axes.lines] for axes in drawn[0].axes)
     assert loss == [[(1, 0.5), (2, 0.25)], [(1, 0.75)]]
     assert dev[0][0] == (0, 12.5) and dev[0][2] == (2, 14.0) and dev[1] == [(1, 9.0)]
+    assert [axes.get_ylabel() for axes in drawn[0].axes] == ["training loss", "a score, on dev"]
+    assert all(axes.get_xlabel() == "epoch" for figure in drawn for axes in figure.axes)
+    assert drawn[0].get_suptitle() == "my $x$ encoder, the selector trained (sts)\nloss, and a score on dev"
+    assert drawn[1].get_suptitle() == "loss" and len(drawn[1].axes) == 1
 
 
 def test_without_matplotlib_the_lines_are_kept(tmp_path, monkeypatch, capsys):
