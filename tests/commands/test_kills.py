@@ -31,6 +31,8 @@ def encoder(tmp_path_factory):
 @pytest.fixture(params=["contrastive", "classification"])
 def train(request, tmp_path, encoder, monkeypatch):
     """The command of a frozen training, into ``place``."""
+    if request.param == "classification":
+        pytest.importorskip("datasets")
     monkeypatch.setattr(cache, "RECORD_SECONDS", 1e9)  # equal runs have equal file operations
     path = tmp_path / "data.tsv"
     texts = {*sentences(24)} if request.param == "classification" else {text for pair in pairs(16) for text in pair}

