@@ -17,7 +17,7 @@ from ..tools import processes, recipe
 from ..tools.problems import CLASSES, PROBLEMS
 from ..tools.recipe import GATE_SCALE
 from ..tools.tables import STDIN
-from . import common, train_classifier, train_pairs
+from . import common, train_classifier, train_finished, train_pairs
 from .common import UserError, positive
 from .train_task import CACHE, CLASSIFICATION, CONTRASTIVE, MAX_LENGTH, STS, TASKS, Stage, Task
 
@@ -366,4 +366,9 @@ def _is_finished(task: Task) -> bool:
     if not (resuming.finished_frozen(task.output) if task.frozen else resuming.finished(task.output, last)):
         return False
     _check_kind(task)
+    if others := train_finished.differences(task):
+        raise UserError(
+            f"--resume: {task.output} holds a finished result, made with {'; '.join(others)}: name another --output, or give "
+            "the options that it was made with"
+        )
     return task.frozen or resuming.remove_leftovers(task.output, last)

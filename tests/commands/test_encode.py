@@ -185,6 +185,7 @@ def test_the_shipped_selector_is_the_default(tmp_path):
             "--calibration: expected with --precision int8 or uint8, got f",
         ),
         (["--output", "out.npy", "--id-column", "name"], "got lines of text"),
+        (["--output", "out.npy", "--column", "body"], "expected a table with the column body, got lines of text"),
         (["--output", "a.txt/out.npy"], "is not a directory that can be written to"),
         (["--output", "out.npy", "--selector", "selector"], "expected none beside --model"),
         (

@@ -26,6 +26,7 @@ with importing(None, "encode"):
 PLAN = "_plan.json"
 CHECKSUM = "sha256"  # in the plan's file: of all else in it
 COPY = ".stdin.txt"  # of standard input
+TEXT = "text"  # the column of texts, if no other is named
 IN_A_FOLDER, IN_A_FILE = 65536, 4096  # rows of a part
 
 
@@ -33,7 +34,7 @@ class Request(NamedTuple):
     """What a caller asks for."""
 
     inputs: Sequence[str]  # files, or "-"
-    columns: Columns = Columns("text", None)
+    columns: Columns = Columns(TEXT, None)
     keep_text: bool = False
     dtype: str | None = None  # in which floating embeddings are stored; None: as the encoder gives them
     part_rows: int = IN_A_FILE
@@ -187,6 +188,8 @@ def make(request: Request, key: dict[str, Any], folder: Path, *, strict: bool = 
             parts.append(Part(len(parts), len(sources), start, stop, rows + start.row))
         sources.append(found)
         rows += survey.rows
+    if request.columns.text != TEXT and all(one.kind == "text" for one in sources):
+        raise ValueError(f"{sources[0].name}: expected a table with the column {request.columns.text}, got lines of text")
     kind = pa.int64() if id_type is None else id_type
     return Plan(key, sources, request.columns, kind, request.keep_text, request.dtype, parts, None)
 
