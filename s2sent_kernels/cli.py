@@ -18,6 +18,7 @@ from . import __version__
 from .commands import cache, demo, doctor, encode, evaluate, export, inspect, predict, search, train
 from .commands.common import UserError, first_line
 from .commands.parser import Parser, in_options, options
+from .engines import choice
 from .files import MissingPackage, disk_is_full
 from .probe import UnknownNorm
 from .sources import LoadError
@@ -27,6 +28,7 @@ COMMANDS = {
     module.__name__.rpartition(".")[2]: module
     for module in (demo, doctor, train, predict, evaluate, encode, search, export, inspect, cache)
 }
+COMPUTE_NOTHING = (doctor, cache)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,11 +46,21 @@ def _run(argv: Sequence[str] | None) -> None:
         _complete(parser)
     arguments = parser.parse_args(argv)
     try:
+        if COMMANDS[arguments.command] not in COMPUTE_NOTHING:
+            _check_environment()
         COMMANDS[arguments.command].run(arguments)
     except UserError as error:
         raise UserError(in_options(str(error), options(parser, arguments.command), arguments)) from error
     if sys.stdout is not None:
         sys.stdout.flush()  # flush here, so that main reports a write error; at interpreter shutdown it would be too late
+
+
+def _check_environment() -> None:
+    """Before a model is loaded, and before what it names is taken for a fault of the inputs."""
+    try:
+        choice.check_environment()
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _complete(parser: argparse.ArgumentParser) -> NoReturn:

@@ -71,12 +71,27 @@ def choose(backend: str, call: Call) -> str:
     return _choose(backend, *call)
 
 
-def _choose(backend: str, *fields: object) -> str:
-    call = Call(*fields)  # type: ignore[arg-type]
+def check_environment() -> None:
+    """ValueError where S2SENT_BACKEND names no backend, or one that is not usable on this machine."""
+    named = _named("auto")
+    if named != "auto":
+        usable, reason = LIMITS[named].status()
+        if not usable:
+            raise ValueError(f"{BACKEND_VARIABLE}: {named!r} cannot be used here: {reason}")
+
+
+def _named(backend: str) -> str:
+    """``backend``, or what S2SENT_BACKEND names in place of "auto". ValueError where there is none of this name."""
     named = (os.environ.get(BACKEND_VARIABLE) or "auto") if backend == "auto" else backend
     if named not in ("auto", *BACKENDS):
         source = f"{BACKEND_VARIABLE} (in place of 'auto')" if backend == "auto" else "backend"
         raise ValueError(f"{source}: expected 'auto' or one of {BACKENDS}, got {named!r}")
+    return named
+
+
+def _choose(backend: str, *fields: object) -> str:
+    call = Call(*fields)  # type: ignore[arg-type]
+    named = _named(backend)
     if named != "auto":
         refusal = _refusal(named, call)
         if refusal is not None:

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from builders import save_encoder
 
 pytest.importorskip("sentence_transformers")
@@ -233,3 +234,26 @@ def test_a_package_that_is_not_installed(tmp_path, name, package, extra):
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("s2sent: error: ") and f"s2sent_kernels[{extra}]" in line and "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sts.tsv", "texts.txt", "triplets.tsv"]
+
+
+@pytest.mark.parametrize(
+    "value, told",
+    [
+        (
+            "foo",
+            "S2SENT_BACKEND (in place of 'auto'): expected 'auto' or one of ('reference', 'triton', 'native'), got 'foo'",
+        ),
+        ("triton", "S2SENT_BACKEND: 'triton' cannot be used here: torch sees no CUDA device"),
+    ],
+)
+def test_a_backend_of_the_environment_that_is_none_or_not_usable(value, told, tmp_path, monkeypatch, capsys):
+    """No input is blamed for it, and no model loaded."""
+    if torch.cuda.is_available() and value == "triton":
+        pytest.skip("it is usable here")
+    pytest.importorskip("triton")
+    monkeypatch.setenv("S2SENT_BACKEND", value)
+    (tmp_path / "texts.txt").write_text("a cat\n")
+    assert main(["encode", str(tmp_path / "texts.txt"), "--output", str(tmp_path / "out.npy")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"s2sent: error: {told}") and error.count("\n") == 1
+    assert main(["doctor"]) == 0

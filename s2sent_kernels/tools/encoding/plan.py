@@ -189,7 +189,9 @@ def make(request: Request, key: dict[str, Any], folder: Path, *, strict: bool = 
         sources.append(found)
         rows += survey.rows
     if request.columns.text != TEXT and all(one.kind == "text" for one in sources):
-        raise ValueError(f"{sources[0].name}: expected a table with the column {request.columns.text}, got lines of text")
+        raise ValueError(
+            f"{sources[0].name}: expected a table with the column {request.columns.text}, got lines of text"
+        )
     kind = pa.int64() if id_type is None else id_type
     return Plan(key, sources, request.columns, kind, request.keep_text, request.dtype, parts, None)
 
