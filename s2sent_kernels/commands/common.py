@@ -113,6 +113,9 @@ def device_of(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device("cuda" if name is None else name)
+    except RuntimeError as error:  # which lists all that torch was ever built for
+        raise UserError(f"--device: expected cpu, cuda, cuda:N or another device of torch, got {name!r}") from error
+    try:
         if device.type == "cuda" and device.index is None and rank is not None:
             device = torch.device(f"cuda:{rank}")
         if device.type == "cuda" and str(device.index) == rank:
@@ -124,15 +127,15 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def check_writable(directory: Path, name: Path | None = None) -> None:
-    """Raise before any work is done, and create nothing yet. ``name``: of the directory, as it was given."""
+def check_writable(directory: Path, name: Path | None = None, what: str = "output directory") -> None:
+    """Raise before any work is done, and create nothing yet. ``name``: of the directory, as it was given; ``what``: it is."""
     existing = directory
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         if name is not None and existing == directory:
             existing = name
-        raise UserError(f"output directory {name or directory}: {existing} is not a directory that can be written to")
+        raise UserError(f"{what} {name or directory}: {existing} is not a directory that can be written to")
 
 
 # ---------------------------------------------------------------- loading

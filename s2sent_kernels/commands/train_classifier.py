@@ -77,7 +77,7 @@ def _train_frozen(task: Task, data: _Data) -> None:
     with waiting.told("importing transformers"):
         from ..tools import classifier
 
-    common.check_writable(Path(task.cache))
+    common.check_writable(Path(task.cache), what="--cache")
     base = frozen_tasks.DEFAULT._replace(**task.fields(frozen_tasks.Recipe))
     recipes = frozen_tasks.grid(
         base,

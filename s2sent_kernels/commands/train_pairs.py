@@ -54,7 +54,7 @@ def _pairs(found: labelled.Labelled) -> list[tuple[str, str]]:
 
 
 def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, str, float]] | None) -> None:
-    common.check_writable(Path(task.cache))
+    common.check_writable(Path(task.cache), what="--cache")
     base = (frozen.SCORED if task.kind == STS else frozen.DEFAULT)._replace(**task.fields(frozen.Recipe))
     values = [task.several(name) or [getattr(base, name)] for name in VARIED]
     recipes = [base._replace(**dict(zip(VARIED, each, strict=True))) for each in itertools.product(*values)]

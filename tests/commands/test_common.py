@@ -390,3 +390,16 @@ def test_every_subcommand_is_a_module_with_add_and_run():
 def _parser_of(name):
     (action,) = (action for action in _parser()._actions if action.dest == "command")
     return action.choices[name]
+
+
+def test_a_device_of_no_kind_is_one_short_line():
+    with pytest.raises(
+        common.UserError, match=r"^--device: expected cpu, cuda, cuda:N or another device of torch, got 'gpu'$"
+    ):
+        common.device_of("gpu")
+
+
+def test_a_place_that_is_a_file_is_named_for_what_it_was_given_as(tmp_path):
+    (tmp_path / "a.tsv").write_text("a")
+    with pytest.raises(common.UserError, match=r"^--cache .*a\.tsv: .* is not a directory that can be written to$"):
+        common.check_writable(tmp_path / "a.tsv", what="--cache")
