@@ -250,10 +250,15 @@ def test_backend_of_the_environment(model_dir, texts, fails, monkeypatch):
     assert "S2SENT_BACKEND" in fails("demo", "--file", texts, "--model", model_dir)
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "abacus", "meta"])
-def test_device(device, model_dir, texts, fails):
+@pytest.mark.parametrize("device", ["cuda:99", "meta"])
+def test_device_that_cannot_be_used(device, model_dir, texts, fails):
     error = fails("demo", "--file", texts, "--model", model_dir, "--device", device)
     assert error.startswith(f"device '{device}' cannot be used")
+
+
+def test_device_that_is_none(model_dir, texts, fails):
+    error = fails("demo", "--file", texts, "--model", model_dir, "--device", "abacus")
+    assert error == "--device: expected cpu, cuda, cuda:N or another device of torch, got 'abacus'"
 
 
 @pytest.mark.parametrize("blocks", ["3", "0,0", "-4"])
