@@ -62,19 +62,19 @@ help:
 	@$(BOOTSTRAP) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: BOOTSTRAP=python3.x")'
 	$(BOOTSTRAP) -m venv .venv
 	.venv/bin/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	.venv/bin/python -m pip install --quiet $(TORCH)
+	.venv/bin/python -m pip install $(TORCH)
 	@touch $@
 
 .venv/demo.installed: .venv/created pyproject.toml setup.py $(CSRC)
-	.venv/bin/python -m pip install --quiet --no-build-isolation -e ".[demo]"
+	.venv/bin/python -m pip install --no-build-isolation -e ".[demo]"
 	@touch $@
 
 .venv/dev.installed: .venv/created pyproject.toml setup.py $(CSRC)
-	.venv/bin/python -m pip install --quiet --no-build-isolation -e ".[test,lint]" $(TRITON)
+	.venv/bin/python -m pip install --no-build-isolation -e ".[test,lint]" $(TRITON)
 	@touch $@
 
 .venv/bench.installed: .venv/created pyproject.toml setup.py $(CSRC)
-	.venv/bin/python -m pip install --quiet --no-build-isolation -e ".[bench]" $(TRITON)
+	.venv/bin/python -m pip install --no-build-isolation -e ".[bench]" $(TRITON)
 	@touch $@
 
 .venv/release.installed: .venv/created

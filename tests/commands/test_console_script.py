@@ -1,5 +1,5 @@
 """The console script, as an installer writes it: an interruption at any time ends it with exit code 130 and without a traceback,
-also while torch is imported, which is before the command can take care of anything."""
+also while torch is imported, which is before the command can take care of anything. An import that lasts is told."""
 
 import os
 import re
@@ -15,14 +15,17 @@ ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a checkout")
 
-# Tells when torch is looked for.
+# Tells when torch is looked for, which then may last.
 WATCH = """
+import os
 import sys
+import time
 
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
             print("torch", flush=True)
+            time.sleep(float(os.environ.get("LASTS", "0")))
 
 sys.meta_path.insert(0, Watch())
 """
@@ -41,9 +44,9 @@ def script(tmp_path_factory):
     return path
 
 
-def begun(script, *arguments, **options):
+def begun(script, *arguments, environment=(), **options):
     """The process, which imports torch."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **dict(environment)}
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen([sys.executable, script, *arguments], env=environment, text=True, **pipes, **options)
     assert process.stdout.readline() == "torch\n"
@@ -59,8 +62,23 @@ def test_an_interruption_while_libraries_are_imported(tmp_path, script, delay):
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
-    assert "Traceback" not in error and error.endswith("s2sent: error: interrupted\n") and error.count("\n") <= 2
+    assert "Traceback" not in error and error.endswith("s2sent: error: interrupted\n")
+    told = [line for line in error.splitlines() if not line.endswith(" ...")]  # but for what it waits for
+    assert len(told) <= 2  # the other one says what is kept
     assert list(tmp_path.iterdir()) == [] and out == ""
+
+
+def test_an_import_that_lasts_is_told(script):
+    process = begun(script, "--version", environment={"LASTS": "4"})
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0 and error == "importing torch ...\n"
+
+
+@pytest.mark.parametrize("quiet", [{"_ARGCOMPLETE": "1"}, {"RANK": "1"}])
+def test_an_import_that_lasts_is_not_told(script, quiet):
+    process = begun(script, "--version", environment={"LASTS": "4", **quiet})
+    _, error = process.communicate(timeout=120)
+    assert "torch" not in error
 
 
 def test_a_process_that_ignores_interruptions_still_does(script):
