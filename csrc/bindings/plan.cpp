@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <mutex>
 #include <unordered_map>
 
@@ -69,15 +71,6 @@ bool is_like(const Checks& check, const Tensor& tensor, const Ints& shape, Scala
   return tensor.stride(int64_t(shape.size()) - 1) == 1 || shape.back() == 1;
 }
 
-}  // namespace
-
-int64_t keep(std::shared_ptr<const Plan> plan) {
-  static int64_t last = 0;
-  const std::lock_guard<std::mutex> lock(mutex);
-  plans().emplace(++last, std::move(plan));
-  return last;
-}
-
 void forget(int64_t number) {
   std::shared_ptr<const Plan> gone;  // lets its tensors go after the lock
   const std::lock_guard<std::mutex> lock(mutex);
@@ -85,6 +78,25 @@ void forget(int64_t number) {
   if (found == plans().end()) return;
   gone = std::move(found->second);
   plans().erase(found);
+}
+
+}  // namespace
+
+std::tuple<int64_t, Tensor> keep(std::shared_ptr<const Plan> plan) {
+  static int64_t last = 0;
+  int64_t number;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    number = ++last;
+    plans().emplace(number, std::move(plan));
+  }
+  const auto let_go = [](void* data) {
+    const std::unique_ptr<int64_t> held(static_cast<int64_t*>(data));
+    forget(*held);
+  };
+  const Ints one{1};
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return {number, torch::stable::from_blob(new int64_t(number), one, one, cpu, ScalarType::Long, let_go)};
 }
 
 std::shared_ptr<const Plan> plan_of(int64_t number) {

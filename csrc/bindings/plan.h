@@ -5,6 +5,7 @@
 #pragma once
 
 #include <memory>
+#include <tuple>
 
 #include "arguments.h"
 #include "memory.h"
@@ -25,9 +26,11 @@ struct Plan {
 };
 
 // Plans by number. An unknown number has none.
-int64_t keep(std::shared_ptr<const Plan> plan);
-void forget(int64_t number);
 std::shared_ptr<const Plan> plan_of(int64_t number);
+
+// The number of a plan, and its owner: a tensor of one number whose memory, once let go, lets the plan go. Python may let its
+// objects go at any moment, also while something records the ops that a thread calls: an op that forgets would be recorded.
+std::tuple<int64_t, Tensor> keep(std::shared_ptr<const Plan> plan);
 
 inline const float* data_of(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 inline const float* data_of(const Optional& tensor) { return tensor ? data_of(*tensor) : nullptr; }

@@ -30,8 +30,8 @@ using s2sent::ops::Ints, s2sent::ops::Optional, s2sent::ops::Tensor, s2sent::ops
 
 int64_t interface_version() { return S2SENT_INTERFACE; }
 
-// The number of a new plan, which holds the gate's tensors until it is forgotten.
-int64_t plan(S2SENT_GATE_PARAMETERS const Tensor& alpha, const Ints& y, int64_t activation, double eps) {
+// The number of a new plan, which holds the gate's tensors, and its owner.
+std::tuple<int64_t, Tensor> plan(S2SENT_GATE_PARAMETERS const Tensor& alpha, const Ints& y, int64_t activation, double eps) {
   require(
       alpha.dim() == 2 && alpha.size(0) == int64_t(y.size()) && alpha.size(0) > 0 && alpha.size(0) <= s2sent::kMaxParts &&
           alpha.size(1) > 0 &&
@@ -71,8 +71,7 @@ STABLE_TORCH_LIBRARY(s2sent_native, m) {
   m.def("cuda_maximum_blocks() -> int");   // the largest N of the CUDA part, built or not
   m.def("cuda_architectures() -> int[]");  // the CUDA part's, as 90 for sm_90; empty if it was not built
   m.def("cuda_error(int device) -> str");  // why its kernels cannot run on a device, or ""
-  m.def("plan(" S2SENT_GATE_SCHEMA "Tensor alpha, int[] y, int activation, float eps) -> int");
-  m.def("forget(int plan) -> ()");
+  m.def("plan(" S2SENT_GATE_SCHEMA "Tensor alpha, int[] y, int activation, float eps) -> (int, Tensor)");
   S2SENT_FOR_EACH_OP(S2SENT_DEFINE)
   S2SENT_FOR_EACH_PLANNED_OP(S2SENT_DEFINE)
   S2SENT_FOR_EACH_CUDA_OP(S2SENT_DEFINE)
@@ -86,7 +85,6 @@ STABLE_TORCH_LIBRARY_IMPL(s2sent_native, CompositeExplicitAutograd, m) {
   m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
   m.impl("cuda_error", TORCH_BOX(&cuda_error));
   m.impl("plan", TORCH_BOX(&plan));
-  m.impl("forget", TORCH_BOX(&s2sent::ops::forget));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(s2sent_native, CPU, m) {

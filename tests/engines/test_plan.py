@@ -10,6 +10,7 @@ import pytest
 import torch
 from harness import BACKEND, DEVICE, F32, INTERPRETED, make_selector, run
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 from s2sent_kernels import functional
@@ -394,3 +395,32 @@ def test_the_library_forgets_a_plan_with_its_selector():
     del selector, how
     gc.collect()
     assert pool(hidden_states, None, None, number, 1, False) == []
+
+
+def selector_with_a_plan():
+    selector = make_selector(backend=BACKEND)
+    with torch.no_grad():
+        selector.pool(make_batch(3, 2, 4, 24, dtype=F32)[0])
+    assert any(plan_of(selector)._hows.values())
+    return selector
+
+
+TRACERS = {
+    "export": lambda module, x: torch.export.export(module, (x,), strict=False).graph,
+    "make_fx": lambda module, x: make_fx(module)(x).graph,
+    "jit": lambda module, x: torch.jit.trace(module, x, check_trace=False).graph,
+}
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_a_plan_that_goes_while_something_is_traced_leaves_no_trace(tracer):
+    dying = [selector_with_a_plan()]
+
+    class Doubling(nn.Module):
+        def forward(self, x):
+            dying.clear()
+            gc.collect()
+            return 2 * x
+
+    assert "s2sent" not in str(TRACERS[tracer](Doubling(), torch.ones(2)))
+    assert dying == []

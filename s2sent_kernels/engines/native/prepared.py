@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 
 import torch
@@ -19,9 +18,8 @@ class Prepared:
 
     def __init__(self, parameters: GateParameters, num_blocks: int, reading: Reading, gating: Gating) -> None:
         alpha, y = block_factors(num_blocks, reading.frequencies, reading.profile, parameters.down_weight.device)
-        number = _ops.plan(*parameters, alpha, y, activation_number(gating.activation), gating.eps)
-        weakref.finalize(self, _ops.forget, number).atexit = False  # a process that ends forgets by itself
-        self._number = number
+        # The library knows the number for as long as its owner lives.
+        self._number, self._owner = _ops.plan(*parameters, alpha, y, activation_number(gating.activation), gating.eps)
         # An overload is found once. These take tensors, and no gradient is wanted of them.
         self._pool, self._select = _ops.planned_pool.default._op, _ops.planned_select.default._op
         self._pool_in_training = _ops.planned_pool_in_training.default._op
