@@ -277,7 +277,7 @@ def interrupted(what_is_kept: Callable[P, str], *args: P.args, **kwargs: P.kwarg
     except Exception:
         raise
     except BaseException:
-        waiting.say(what_is_kept(*args, **kwargs))
+        waiting.say_last(what_is_kept(*args, **kwargs))
         raise
 
 
