@@ -143,9 +143,11 @@ def check_columns(
         there += f", without {_listed(missing)}"
     named = [name for name in missing if name in given]
     they = "it is" if len(missing) == 1 else "they are"
-    advice = f"names {_listed(named)}" if named else f"{','.join(f'{name}=NAME' for name in missing)} says which {they}"
+    advice = f": --columns {','.join(f'{name}=NAME' for name in missing)} says which {they}"
+    if named:
+        advice = f"; --columns says that there is {'one' if len(named) == 1 else 'each'} named {_listed(named)}"
     several = "columns" if len(parts) > 1 or len(choices) else "a column"
-    raise ValueError(f"{path}: expected {several} {_listed(parts)}, got {there}: --columns {advice}")
+    raise ValueError(f"{path}: expected {several} {_listed(parts)}, got {there}{advice}")
 
 
 def _listed(names: Sequence[str]) -> str:
