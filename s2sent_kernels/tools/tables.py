@@ -195,9 +195,17 @@ def number(value: Any) -> float:
         return math.nan
 
 
+class _Absent:
+    def __repr__(self) -> str:
+        return "a row without it"
+
+
+ABSENT = _Absent()  # the value of a column that a row of JSON lines has not
+
+
 def shown(value: Any) -> str:
     """A value of a table in messages. What Python calls None is null in every format that has it."""
-    return "null" if value is None else repr(value)
+    return "null" if value is None else "an empty text" if value == "" else repr(value)
 
 
 def text(place: str, value: Any) -> str:
@@ -213,6 +221,13 @@ def text(place: str, value: Any) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{place}: expected a text, got half a character, {value[error.start]!a}") from error
+    return value
+
+
+def filled(place: str, value: Any) -> str:
+    """As ``text``, and ValueError where there is nothing in it."""
+    if not text(place, value).strip():
+        raise ValueError(f"{place}: expected a text, got {shown(value) if value else 'an empty one'}")
     return value
 
 

@@ -227,7 +227,7 @@ def test_sentences_are_their_own_positives(tmp_path):
             b'{"anchor": "a", "positive": "b", "negative": 0}\n',
             "line 1: negative: expected a text, got 0",
         ),
-        ("data.jsonl", b'{"anchor": "a", "positive": " "}\n', "line 1: expected an anchor and a positive"),
+        ("data.jsonl", b'{"anchor": "a", "positive": " "}\n', "line 1: positive: expected a text, got ' '"),
         ("data.parquet", b"PAR1 no", "cannot be read"),
     ],
 )
@@ -240,3 +240,22 @@ def test_broken_files(tmp_path, capsys, name, content, message):
     assert main(["train", "--data", str(path), "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("column", ["anchor", "positive"])
+@pytest.mark.parametrize(
+    "row, got",
+    [
+        ("null", "null"),
+        ('""', "an empty one"),
+        ('" "', "' '"),
+        (None, "a row without it"),
+    ],
+)
+def test_null_empty_and_absent_are_three_things(tmp_path, column, row, got):
+    other = "positive" if column == "anchor" else "anchor"
+    broken = f'{{"{other}": "x"' + ("" if row is None else f', "{column}": {row}') + "}"
+    (tmp_path / "data.jsonl").write_text('{"anchor": "a", "positive": "b"}\n' + broken + "\n")
+    with pytest.raises(ValueError) as error:
+        read_examples(tmp_path / "data.jsonl")
+    assert str(error.value) == f"{tmp_path / 'data.jsonl'}: line 2: {column}: expected a text, got {got}"

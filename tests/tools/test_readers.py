@@ -169,7 +169,7 @@ def test_evaluation_refuses_what_is_no_text(tmp_path):
     with pytest.raises(ValueError, match=r"line 1: sentence2: expected a text, got null"):
         evaluation.read_sts(path)
     path.write_text('{"split": "train", "label": null, "text": "a"}\n')
-    with pytest.raises(ValueError, match=r"line 1: expected a label, got none"):
+    with pytest.raises(ValueError, match=r"line 1: label: expected a label, got null"):
         evaluation.read_transfer(path)
 
 
