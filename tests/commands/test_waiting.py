@@ -250,15 +250,16 @@ def test_a_bar_on_a_terminal(callbacks, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", terminal)
     assert callbacks.on_terminal()
     bar = callbacks.Bar("eval_score")
-    bar.on_train_begin(None, state(0, 4), None)
-    bar.training_bar.fp = terminal
-    bar.on_step_end(None, state(2, 4), None)
-    bar.training_bar.refresh()
-    bar.on_log(None, state(2, 4, 0.5), None, {"loss": 0.25})
-    shown = terminal.getvalue()
-    assert "2/4" in shown and "<" in shown  # tqdm's elapsed<left
-    assert "epoch 0.50, step 2 of 4: loss 0.2500" in capsys.readouterr().out
-    bar.on_train_end(None, state(4, 4), None)
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    bar.on_train_begin(None, state(40, 100), None)  # it goes on from a checkpoint
+    now[0] = 30.0
+    bar.on_step_end(None, state(70, 100), None)
+    bar.on_log(None, state(70, 100, 0.5), None, {"loss": 0.25})
+    # As the bars of texts; 30 steps took 30 seconds, and as many are left.
+    assert re.search(r"\r70 of 100 steps .*, 00:30 left", terminal.getvalue())
+    assert "epoch 0.50, step 70 of 100: loss 0.2500" in capsys.readouterr().out
+    bar.on_train_end(None, state(100, 100), None)
 
 
 @pytest.mark.parametrize("watched", [False, True])
