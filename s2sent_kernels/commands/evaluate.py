@@ -161,7 +161,11 @@ def _draw(content: Mapping[str, Any]) -> bytes:
 
 def _read(arguments: argparse.Namespace) -> _Files:
     sts, transfer = arguments.sts, arguments.transfer
-    known = (*labelled.SCORED, *labelled.LABELLED, "subset")
+    known = dict.fromkeys([*((*labelled.SCORED, "subset") if sts else ()), *(labelled.LABELLED if transfer else ())])
+    if arguments.columns is not None and not known:
+        raise ValueError(
+            f"--columns: expected --sts or --transfer, whose columns it names, got {arguments.columns!r} beside --mteb alone"
+        )
     chosen = {} if arguments.columns is None else columns.parse(arguments.columns, known)
 
     def of(own: Sequence[str]) -> columns.Columns:  # those of a file: one of STS has no label

@@ -217,6 +217,14 @@ def test_encode_reads_fields_and_standard_input(place, monkeypatch, kind, way):
             "--columns: expected no --column and --id-column, which say the same, got 'text=x' beside one",
         ),
         (["evaluate", "--sts", "a.tsv", "--format", "csv"], "--format: expected with -"),
+        (
+            ["evaluate", "--sts", "a.tsv", "--columns", "label=x"],
+            "--columns: expected score or sentence1 or sentence2 or split or subset before the sign =, got 'label' in 'label=x'",
+        ),
+        (
+            ["evaluate", "--mteb", "Task", "--columns", "label=x"],
+            "--columns: expected --sts or --transfer, whose columns it names, got 'label=x' beside --mteb alone",
+        ),
         (["evaluate", "--sts", "-", "--transfer", "-"], "-: expected once"),
         (["train", "--data", "-", "--dev", "-", "--output", "out"], "-: expected once"),
         (["predict", "a.txt", "--model", "m", "--output", "a.tsv", "--format", "csv"], "--format: expected with -"),
