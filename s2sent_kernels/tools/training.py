@@ -85,7 +85,7 @@ class _CardOfAll(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         model, all_epochs = others["model"], copy.copy(args)
         all_epochs.num_train_epochs = self._epochs
-        self._told.on_train_begin(all_epochs, state, control, model)
+        self._told.on_train_begin(all_epochs, state, control, model=model)
         for logs in state.log_history:
             then = dataclasses.replace(state, epoch=logs["epoch"], global_step=logs["step"])
             if self._evaluator is not None and f"eval_{_SCORE}" in logs:
@@ -93,9 +93,9 @@ class _CardOfAll(TrainerCallback):
                 scores = {name.removeprefix("eval_"): logs[name] for name in logs if name.startswith(prefix)}
                 self._evaluator.primary_metric = _SCORE  # which it else knows once it is called
                 self._evaluator.store_metrics_in_model_card_data(model, scores, logs["epoch"], logs["step"])
-                self._told.on_evaluate(args, then, control, model, logs)
+                self._told.on_evaluate(args, then, control, model=model, metrics=logs)
             else:
-                self._told.on_log(args, then, control, model, logs)
+                self._told.on_log(args, then, control, model=model, logs=logs)
 
 
 class FullEpochs(NoDuplicatesBatchSampler):
