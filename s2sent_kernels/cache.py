@@ -374,7 +374,7 @@ def _fill(
                     known, recorded = after, clock()
     except BaseException as error:
         if progress and not isinstance(error, Exception):
-            waiting.say(
+            waiting.say_last(
                 f"cache: {recorded_texts():,} of {total:,} texts are encoded and kept in {unfinished.folder.parent}"
             )
         if unfinished.world is None and not known.batches:  # no progress to resume from

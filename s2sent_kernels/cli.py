@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from . import __version__
+from . import __version__, waiting
 from .commands import cache, demo, doctor, encode, evaluate, export, inspect, predict, search, train
 from .commands.common import UserError, first_line
 from .commands.parser import Parser, in_options, options
@@ -126,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
+    waiting.end_bars()
     print("s2sent: error:", " ".join(message.split()), file=sys.stderr)
     return code
 

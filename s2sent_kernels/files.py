@@ -82,8 +82,15 @@ PROGRESS_EVERY = 10.0  # seconds between two lines of progress where it is none
 
 
 def on_terminal() -> bool:
-    """Whether somebody watches standard error: only there is a bar of progress one, and not a line without end."""
-    return sys.stderr is not None and sys.stderr.isatty()
+    """Whether somebody watches standard error: only there is a bar of progress one, and not a line without end. A terminal
+    without a size, as some runners of CI and containers have, is none: tqdm draws nothing there."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return False
+    try:
+        columns, lines = os.get_terminal_size(sys.stderr.fileno())
+    except (OSError, ValueError):  # a stream without a descriptor, as a notebook's
+        return True
+    return columns > 0 and lines > 1  # of a single line tqdm keeps none for a bar
 
 
 def data_folder() -> Path:

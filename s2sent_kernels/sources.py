@@ -147,6 +147,17 @@ def holds_selector(model: str) -> bool:
         raise cannot_load(model, error) from error
 
 
+def leaves_selector(model: str | None) -> bool:
+    """Whether ``model`` is a SentenceTransformer with a selector, which who loads its encoder alone leaves out."""
+    if model is None or is_shipped(model):
+        return False
+    try:
+        place = Path(model).expanduser() / "modules.json"
+        return _are_both(read_json(place) if _looks_local(model) else _json_of_hub(model, "modules.json"), None)
+    except Exception as error:  # as in ``holds_selector``
+        raise cannot_load(model, error) from error
+
+
 def _are_both(modules: Any, config: Any) -> bool:
     """By the content of modules.json and of config.json, None for a file that is not there."""
     if any(entry["type"].startswith("s2sent_kernels.") for entry in modules or ()):

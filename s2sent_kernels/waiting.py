@@ -104,3 +104,17 @@ def say(line: str) -> None:
     _last = clock()
     if sys.stderr is not None:
         print(line, file=sys.stderr, flush=True)
+
+
+def end_bars() -> None:
+    """Close every bar of progress that is drawn, whosever it is: a generator or the trainer may still have one open. The line
+    that is printed next says why the command ends, and no bar may follow it."""
+    drawn = getattr(getattr(sys.modules.get("tqdm.std"), "tqdm", None), "_instances", ())
+    for bar in sorted(drawn, key=lambda bar: abs(getattr(bar, "pos", 0)), reverse=True):  # the lowest first
+        bar.close()
+
+
+def say_last(line: str) -> None:
+    """As ``say``, of a command that ends before its work does."""
+    end_bars()
+    say(line)

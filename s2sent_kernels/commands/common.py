@@ -220,6 +220,7 @@ def _resolve(model: str | None, selector: str | None, **options: Any) -> Source:
 
 resolve = functools.partial(_told(_announcing(_resolve)), option="--")
 holds_selector = _told(sources.holds_selector)
+leaves_selector = _told(_announcing(sources.leaves_selector))
 check_selector = functools.partial(_told(sources.check_selector), option="--")
 read_selector = _told(parts.read_selector)
 sizes = _told(_announcing(_silently(parts.sizes)))
@@ -277,7 +278,7 @@ def interrupted(what_is_kept: Callable[P, str], *args: P.args, **kwargs: P.kwarg
     except Exception:
         raise
     except BaseException:
-        waiting.say(what_is_kept(*args, **kwargs))
+        waiting.say_last(what_is_kept(*args, **kwargs))
         raise
 
 

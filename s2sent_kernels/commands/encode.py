@@ -181,7 +181,9 @@ def _take_columns(arguments: argparse.Namespace) -> None:
     if arguments.columns is None:
         return
     if arguments.column != "text" or arguments.id_column is not None:
-        raise UserError("--columns: expected without --column and --id-column")
+        raise UserError(
+            f"--columns: expected no --column and --id-column, which say the same, got {arguments.columns!r} beside one"
+        )
     try:
         named = columns.parse(arguments.columns, ("text", "id"))
     except ValueError as error:

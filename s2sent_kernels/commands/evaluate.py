@@ -161,7 +161,11 @@ def _draw(content: Mapping[str, Any]) -> bytes:
 
 def _read(arguments: argparse.Namespace) -> _Files:
     sts, transfer = arguments.sts, arguments.transfer
-    known = (*labelled.SCORED, *labelled.LABELLED, "subset")
+    known = dict.fromkeys([*((*labelled.SCORED, "subset") if sts else ()), *(labelled.LABELLED if transfer else ())])
+    if arguments.columns is not None and not known:
+        raise ValueError(
+            f"--columns: expected --sts or --transfer, whose columns it names, got {arguments.columns!r} beside --mteb alone"
+        )
     chosen = {} if arguments.columns is None else columns.parse(arguments.columns, known)
 
     def of(own: Sequence[str]) -> columns.Columns:  # those of a file: one of STS has no label
@@ -251,7 +255,8 @@ def _columns(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """A row per pooling, a column per task: Spearman/Pearson on STS, accuracy (and F1) on transfer."""
+    """A row per pooling, a column per task: Spearman/Pearson on STS, accuracy (and F1) on transfer. A line says which row there
+    cannot be: a scalar mix whose weights nobody has trained."""
     cells: dict[str, dict[str, str]] = {}
     for task, found in content["sts"].items():
         for pooling, values in found.items():
@@ -271,4 +276,10 @@ def table(content: Mapping[str, Any]) -> str:
         lines.append(f"{pooling:<{first}}" + "".join(f"  {row.get(task, ''):>{widths[task]}}" for task in tasks))
     legend = ["STS: Spearman/Pearson"] if content["sts"] else []
     legend += ["classification: accuracy, with F1 of label 1 where labels are 0 and 1"] if content["transfer"] else []
-    return "\n".join([*lines, *(["", "; ".join(legend) + "; all times 100"] if legend else [])])
+    notes = ["; ".join(legend) + "; all times 100"] if legend else []
+    if evaluation.S2SENT in cells and evaluation.SCALAR_MIX not in cells:
+        notes.append(
+            f"no row {evaluation.SCALAR_MIX}: {content['selector'] or content['model']} has no weights of one, which "
+            "s2sent train --freeze-encoder learns with --dev"
+        )
+    return "\n".join([*lines, *([""] if notes else []), *notes])

@@ -102,7 +102,9 @@ def _texts(arguments: argparse.Namespace) -> Sequence[str]:
     if arguments.file is None:
         common.check_format(arguments.format, [])
         if arguments.columns is not None:
-            raise UserError("--columns: expected with --file")
+            raise UserError(
+                f"--columns: expected --file, whose columns it names, got {arguments.columns!r} without one"
+            )
         return arguments.text or EXAMPLES
     if arguments.text is not None:
         raise UserError("--file and --text: expected one of them, got both")

@@ -7,6 +7,7 @@ else as --model; a classifier's is what `s2sent predict` takes.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +114,11 @@ def _add_data(group: Any) -> None:
 
 
 def _add_selector(group: Any) -> None:
-    group.add_argument("--model", help="path or hub id of an encoder (default: all-MiniLM-L6-v2, bundled)")
+    group.add_argument(
+        "--model",
+        help="path or hub id of an encoder (default: all-MiniLM-L6-v2, bundled); of a whole model the encoder alone, with a "
+        "new selector",
+    )
     group.add_argument(
         "--blocks", type=common.blocks, metavar=common.BLOCKS, help="blocks to fuse, 0 the lowest (default: all)"
     )
@@ -256,6 +261,7 @@ def run(arguments: argparse.Namespace) -> None:
                 print(f"{task.output}: the model is finished")
             return
         _check_empty(task)
+        _say_left_out(task)
         way = train_classifier if task.kind == CLASSIFICATION else train_pairs
         if task.frozen:  # the result is there whole or not at all, and no other process makes it
             with files.new_folder(task.output, alone=True) as whole, common.interrupted(_what_is_kept, task):
@@ -275,6 +281,17 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{place}: {error.strerror or error}") from error
     if processes.is_first():
         print(f"wrote {task.output}")
+
+
+def _say_left_out(task: Task) -> None:
+    """What is in the folder of the encoder and not trained."""
+    model = task.given.get("model")
+    if processes.is_first() and common.leaves_selector(model):
+        print(
+            f"{model}: its encoder is taken, and its selector left out: a new one is trained; to go on with both, train what "
+            "s2sent_kernels.sentence_transformers.load returns, as any SentenceTransformer",
+            file=sys.stderr,
+        )
 
 
 def _check_options(task: Task) -> None:

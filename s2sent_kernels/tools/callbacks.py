@@ -13,7 +13,7 @@ from torch import nn
 from .. import waiting
 from ..files import PROGRESS_EVERY, importing, on_terminal
 from . import processes
-from .progress import Progress
+from .progress import Progress, drawn
 from .recipe import Recipe
 
 with importing(None, "train"):
@@ -154,7 +154,12 @@ class Display:
 
 
 class Bar(Display, ProgressCallback):
-    """The trainer's bar, which has the time left."""
+    """The trainer's bar, drawn as those of texts are. A resumed training counts its own steps alone for the time left."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if state.is_world_process_zero:
+            self.training_bar = drawn(state.max_steps, state.global_step, "steps")
+        self.current_step = state.global_step
 
     def on_prediction_step(self, *given: Any, **named: Any) -> None:
         """``scoring`` has a bar."""

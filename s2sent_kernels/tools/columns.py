@@ -130,20 +130,33 @@ def parse(text: str, known: Collection[str], numbered: str | None = None) -> dic
     for part in text.split(","):
         what, equals, name = (piece.strip() for piece in part.partition("="))
         if not (what and equals and name):
-            raise ValueError(f"--columns: expected WHAT=COLUMN,WHAT=COLUMN, got {text!r}")
+            raise ValueError(
+                f"--columns: expected what a column holds and its name, as {next(iter(known))}=NAME, with commas between "
+                f"several, got {part!r}{_within(part, text)}"
+            )
         if what not in known and not (numbered and re.fullmatch(rf"{numbered}_\d+", what)):
-            raise ValueError(f"--columns: expected one of {', '.join(known)} before the =, got {what!r}")
+            raise ValueError(
+                f"--columns: expected {' or '.join(known)} before the sign =, got {what!r}{_within(what, text)}"
+            )
         if what in found or name in found.values():
-            raise ValueError(f"--columns: expected each once, got {what}={name} beside another, in {text!r}")
+            raise ValueError(
+                f"--columns: expected one column for each word and one word for each column, got {text!r}, which names "
+                f"{what if what in found else name} twice"
+            )
         found[what] = name
     return found
+
+
+def _within(part: str, text: str) -> str:
+    """Where a part of an option's value stands, for a message that quotes it."""
+    return "" if part.strip() == text.strip() else f" in {text!r}"
 
 
 def names(text: str) -> list[str]:
     """ "genre,year" as a list. ValueError where one is empty."""
     found = [name.strip() for name in text.split(",")]
     if not all(found):
-        raise ValueError(f"--ignore-columns: expected COLUMN,COLUMN, got {text!r}")
+        raise ValueError(f"--ignore-columns: expected names of columns with commas between them, got {text!r}")
     return found
 
 

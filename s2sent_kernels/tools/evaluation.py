@@ -92,8 +92,9 @@ def read_sts(path: str | Path, split: str | None = "test", columns: Columns | No
             continue
         score = tables.number(row.get("score"))
         if not math.isfinite(score):
-            raise ValueError(f"{path}: {place}: expected a number as score, got {row.get('score')!r}")
-        one, other = (tables.text(f"{path}: {place}: {name}", row.get(name)) for name in PAIR)
+            got = tables.shown(row.get("score", tables.ABSENT))
+            raise ValueError(f"{path}: {place}: expected a number as score, got {got}")
+        one, other = (tables.text(f"{path}: {place}: {name}", row.get(name, tables.ABSENT)) for name in PAIR)
         found.append(Pair(one, other, score, str(row.get("subset") or "")))
     if len(found) < 2:
         wanted = "" if split is None else f" of split {split!r}"
@@ -118,9 +119,10 @@ def read_transfer(path: str | Path, columns: Columns | None = None) -> dict[str,
         if {"text", *PAIR} <= row.keys() and named is None:
             raise all_three(path)
         names = PAIR if named or "text" not in row else ("text",)
-        texts = tuple(tables.text(f"{path}: {place}: {name}", row.get(name)) for name in names)
+        texts = tuple(tables.text(f"{path}: {place}: {name}", row.get(name, tables.ABSENT)) for name in names)
         if row.get("label") is None:
-            raise ValueError(f"{path}: {place}: expected a label, got none")
+            got = tables.shown(row.get("label", tables.ABSENT))
+            raise ValueError(f"{path}: {place}: label: expected a label, got {got}")
         found.setdefault(str(row.get("split")), []).append(Labelled(texts, str(row["label"])))
     if set(found) != {"all"} and not {"train", "test"} <= set(found) <= {"train", "dev", "test"}:
         raise ValueError(f"{path}: expected rows of splits train and test, or all, got {', '.join(sorted(found))}")

@@ -72,11 +72,9 @@ def read_examples(path: str | Path, split: str | None = None, columns: Columns |
     used = ("anchor", "positive", *single)
     rows = []
     for (place, row), several in zip(found, lists, strict=True):
-        values = ["" if row.get(name) is None else row[name] for name in used]
-        for name, value in zip(used, values, strict=True):
-            tables.text(f"{path}: {place}: {name}", value)
-        if not values[0].strip() or not values[1].strip():
-            raise ValueError(f"{path}: {place}: expected an anchor and a positive, got an empty field")
+        values = [tables.filled(f"{path}: {place}: {name}", row.get(name, tables.ABSENT)) for name in used[:2]]
+        for name in single:  # of which a row may have none
+            values.append("" if row.get(name) is None else tables.text(f"{path}: {place}: {name}", row[name]))
         rows.append((*values, *several, *[""] * (longest - len(several))))
     return Examples((*used, *(f"negatives_{n + 1}" for n in range(longest))), rows, supervised=True)
 
@@ -84,7 +82,7 @@ def read_examples(path: str | Path, split: str | None = None, columns: Columns |
 def _negatives(place: str, value: Any) -> list[str]:
     """A row's list of negatives, empty where it has none."""
     if value is not None and not isinstance(value, list):
-        raise ValueError(f"{place}: expected a list of texts, as .jsonl and .parquet have, got {value!r}")
+        raise ValueError(f"{place}: expected a list of texts, as .jsonl and .parquet have, got {tables.shown(value)}")
     return [tables.text(place, text) for text in value or ()]
 
 

@@ -133,7 +133,8 @@ def _read(
     columns.check(path, whole, (column, *texts_of), other_tasks=("label", "score"))
     rows = of_split(path, whole, split, usual)
     texts = _texts(path, rows, choices)
-    labels = [_label(f"{path}: {place}: {column}", row.get(column), kind) for place, row in rows]
+    absent = None if kind == LABELS else tables.ABSENT  # of several labels there may be none
+    labels = [_label(f"{path}: {place}: {column}", row.get(column, absent), kind) for place, row in rows]
     if len(texts) < 2:
         raise ValueError(f"{path}: expected two or more rows, got {len(texts)}")
     return Labelled(str(path), texts, labels, [place for place, _ in rows])
@@ -147,9 +148,8 @@ def _texts(path: str | Path, rows: Rows, choices: Sequence[Sequence[str]]) -> li
         raise all_three(path)
     texts: list[Text] = []
     for place, row in rows:
-        of_row = [tables.text(f"{path}: {place}: {name}", row.get(name)) for name in (TEXT if single else PAIR)]
-        if not all(text.strip() for text in of_row):
-            raise ValueError(f"{path}: {place}: expected a text, got an empty field")
+        columns = TEXT if single else PAIR
+        of_row = [tables.filled(f"{path}: {place}: {name}", row.get(name, tables.ABSENT)) for name in columns]
         texts.append(of_row[0] if single else (of_row[0], of_row[1]))
     return texts
 
@@ -158,7 +158,7 @@ def _label(place: str, value: Any, kind: str) -> Any:
     if kind == NUMBERS:
         number = tables.number(value)
         if not abs(number) <= torch.finfo(torch.float32).max:  # or NaN; it is trained on in float32
-            raise ValueError(f"{place}: expected a finite number, got {value!r}")
+            raise ValueError(f"{place}: expected a finite number, got {tables.shown(value)}")
         return number
     if kind == LABELS:
         several = value
@@ -175,7 +175,7 @@ def _name(place: str, value: Any) -> str:
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     name = str(value) if is_integer else tables.text(place, value).strip()
     if not name:
-        raise ValueError(f"{place}: expected a label, got an empty field")
+        raise ValueError(f"{place}: expected a label, got {tables.shown(value)}")
     if any(character in name for character in "\t\r\n"):  # a table of predictions has the label in a column
         raise ValueError(f"{place}: expected a label without tabs and line ends, got {name!r}")
     return name

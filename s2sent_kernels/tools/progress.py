@@ -14,6 +14,19 @@ with importing(None, "encode"):
     from tqdm import tqdm
 
 
+def drawn(total: int, done: int, unit: str, *, prefix: str = "", leave: bool = True) -> Any:
+    """The bar of every command, of tqdm, on standard error: how many of all, how fast, and the time left.
+
+    Args:
+        unit: what is counted, as "texts".
+        leave: whether the bar stays when it is closed.
+    """
+    form = prefix + f"{{n_fmt}} of {{total_fmt}} {unit} {{bar}} {{rate_fmt}}{{postfix}}, {{remaining}} left"
+    return tqdm(
+        total=total, initial=done, unit=f" {unit}", bar_format=form, file=sys.stderr, disable=False, leave=leave
+    )
+
+
 class Progress:
     """Texts, tokens a second and time left, on standard error.
 
@@ -29,20 +42,7 @@ class Progress:
         self.start = waiting.clock()
         self.prefix = f"{part}: " if part else ""
         shown = on_terminal() if bar is None else bar
-        form = self.prefix + "{n_fmt} of {total_fmt} texts {bar} {rate_fmt}{postfix}, {remaining} left"
-        self.bar: Any = (
-            tqdm(
-                total=total,
-                initial=done,
-                unit=" texts",
-                bar_format=form,
-                file=sys.stderr,
-                disable=False,
-                leave=not part,
-            )
-            if shown
-            else None
-        )
+        self.bar: Any = drawn(total, done, "texts", prefix=self.prefix, leave=not part) if shown else None
         self.lines = waiting.Lines(self._line, PROGRESS_EVERY)
         self._ends = contextlib.ExitStack()
 

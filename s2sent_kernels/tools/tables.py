@@ -143,9 +143,11 @@ def check_columns(
         there += f", without {_listed(missing)}"
     named = [name for name in missing if name in given]
     they = "it is" if len(missing) == 1 else "they are"
-    advice = f"names {_listed(named)}" if named else f"{','.join(f'{name}=NAME' for name in missing)} says which {they}"
+    advice = f": --columns {','.join(f'{name}=NAME' for name in missing)} says which {they}"
+    if named:
+        advice = f"; --columns says that there is {'one' if len(named) == 1 else 'each'} named {_listed(named)}"
     several = "columns" if len(parts) > 1 or len(choices) else "a column"
-    raise ValueError(f"{path}: expected {several} {_listed(parts)}, got {there}: --columns {advice}")
+    raise ValueError(f"{path}: expected {several} {_listed(parts)}, got {there}{advice}")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -193,9 +195,17 @@ def number(value: Any) -> float:
         return math.nan
 
 
+class _Absent:
+    def __repr__(self) -> str:
+        return "a row without it"
+
+
+ABSENT = _Absent()  # the value of a column that a row of JSON lines has not
+
+
 def shown(value: Any) -> str:
     """A value of a table in messages. What Python calls None is null in every format that has it."""
-    return "null" if value is None else repr(value)
+    return "null" if value is None else "an empty text" if value == "" else repr(value)
 
 
 def text(place: str, value: Any) -> str:
@@ -211,6 +221,13 @@ def text(place: str, value: Any) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{place}: expected a text, got half a character, {value[error.start]!a}") from error
+    return value
+
+
+def filled(place: str, value: Any) -> str:
+    """As ``text``, and ValueError where there is nothing in it."""
+    if not text(place, value).strip():
+        raise ValueError(f"{place}: expected a text, got {shown(value) if value else 'an empty one'}")
     return value
 
 

@@ -3,6 +3,8 @@ sentence-transformers. Needs the extra train."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -30,6 +32,7 @@ with importing(None, "train"):
     import accelerate  # noqa: F401  the trainer imports it late, and its error names another extra
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.base.model_card import BaseModelCardCallback
     from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
     from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
     from sentence_transformers.sentence_transformer.losses import (
@@ -40,6 +43,7 @@ with importing(None, "train"):
     )
     from sentence_transformers.sentence_transformer.training_args import BatchSamplers
     from sentence_transformers.util import batch_to_device
+    from transformers import TrainerCallback
 
 LAST = resuming.OF_MODEL
 _SCORE = "dev_spearman_cosine"
@@ -61,6 +65,37 @@ class _Trainer(SentenceTransformerTrainer):
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
         # The base method requires trust_remote_code in older releases.
         self.model.load_state_dict(load(checkpoint_path, device="cpu").state_dict())
+
+
+class _CardOfAll(TrainerCallback):
+    """The model's card has what was logged before a training went on, too. The library writes down there what it is called back
+    for, but starts with nothing: the checkpoint's log is told to it again. Added behind the library's own callback.
+
+    Args:
+        evaluator: of the dev part.
+        epochs: of the recipe; a training whose patience was used up goes on with fewer.
+    """
+
+    def __init__(self, trainer: _Trainer, evaluator: EmbeddingSimilarityEvaluator | None, epochs: int) -> None:
+        super().__init__()
+        found = trainer.callback_handler.callbacks
+        self._told = next(each for each in found if isinstance(each, BaseModelCardCallback))
+        self._evaluator, self._epochs = evaluator, epochs
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        model, all_epochs = others["model"], copy.copy(args)
+        all_epochs.num_train_epochs = self._epochs
+        self._told.on_train_begin(all_epochs, state, control, model=model)
+        for logs in state.log_history:
+            then = dataclasses.replace(state, epoch=logs["epoch"], global_step=logs["step"])
+            if self._evaluator is not None and f"eval_{_SCORE}" in logs:
+                prefix = f"eval_{self._evaluator.name}_"
+                scores = {name.removeprefix("eval_"): logs[name] for name in logs if name.startswith(prefix)}
+                self._evaluator.primary_metric = _SCORE  # which it else knows once it is called
+                self._evaluator.store_metrics_in_model_card_data(model, scores, logs["epoch"], logs["step"])
+                self._told.on_evaluate(args, then, control, model=model, metrics=logs)
+            else:
+                self._told.on_log(args, then, control, model=model, logs=logs)
 
 
 class FullEpochs(NoDuplicatesBatchSampler):
@@ -155,6 +190,7 @@ def _train(
             evaluator=evaluator,
             callbacks=callbacks_of(recipe),
         )
+    trainer.add_callback(_CardOfAll(trainer, evaluator, recipe.epochs))
     scored = None if dev is None else Dev(2 * len(dev[2]), model[-1], partial(_rows, model))
     trainer.display = show(trainer, f"eval_{_SCORE}", 100, scored)
     if len(next(iter(trainer.get_train_dataloader()), ())) == 0:

@@ -37,6 +37,27 @@ def test_evaluate_prints_a_table_and_writes_json_and_a_picture(places, tmp_path,
     assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(PNG)
 
 
+def test_a_row_that_cannot_be_is_named(places, tmp_path, capsys):
+    """Of a selector that was trained without --dev, as of a whole model; not of an encoder alone, which has no selector's row."""
+    pytest.importorskip("matplotlib")
+    shutil.copytree(places / "selector", tmp_path / "selector")
+    path = tmp_path / "selector" / "config.json"
+    config = json.loads(path.read_text())
+    del config["scalar_mix"]
+    path.write_text(json.dumps(config))
+    command = ["evaluate", "--model", places / "model", "--sts", places / "sts.tsv", "--device", "cpu", "--force"]
+    command = [*map(str, command), "--output-dir", str(tmp_path / "out")]
+    wanted = f"no row scalar mix: {tmp_path / 'selector'} has no weights of one, which "
+    for options, said in (
+        (["--selector", str(tmp_path / "selector")], True),
+        (["--selector", str(places / "selector")], False),
+        ([], False),
+    ):
+        assert main([*command, *options]) == 0
+        out = capsys.readouterr().out
+        assert ("no row" in out) == (wanted in out) == said
+
+
 def test_the_picture_says_what_was_measured_on_how_much(places, tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
@@ -176,6 +197,7 @@ def test_evaluate_scores_a_whole_model_beside_its_encoders_poolings(whole, place
     assert main(list(map(str, arguments))) == 0
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sts"]["sts"]
     assert list(found) == ["mean of last", "first-last average", "average of blocks", "cls", "s2sent"]
+    assert f"\nno row scalar mix: {folder} has no weights of one, which " in capsys.readouterr().out
     model, _ = load_whole(folder)
     model.max_seq_length = 5
     pairs = evaluation.read_sts(places / "sts.tsv")

@@ -76,15 +76,18 @@ ENCODE = [
     (["texts.txt", "latin.txt"], "latin.txt: line 2 is not UTF-8"),
     (["nothing"], "nothing: expected a file of .txt, "),
     (["book.pdf"], "book.pdf: expected a file of .txt, "),
-    (["a.tsv"], "a.tsv: expected a column text, got name, body: --column names that of the texts"),
-    (["a.tsv", "--column", "body", "--id-column", "key"], "got name, body: --id-column names that of the ids"),
+    (["a.tsv"], "a.tsv: expected a column text, got name, body: --column NAME says which one holds the texts"),
+    (
+        ["a.tsv", "--column", "body", "--id-column", "key"],
+        "got name, body: --id-column NAME says which one holds the ids",
+    ),
     (["a.jsonl"], "a.jsonl: line 2: text: expected a text, got null; --on-error skip goes on"),
     (["a.jsonl", "--output", "out.npy", "--precision", "binary"], "line 2: text: expected a text, got null\n"),
     (["b.jsonl"], "b.jsonl: line 2: expected a column text, got name; --on-error skip goes on with NaN in its place\n"),
     (["a.parquet"], "a.parquet: row 2: text: expected a text, got null; --on-error skip goes on"),
     (
         ["a.jsonl", "--output", "parts/", "--column", "b"],
-        "a.jsonl: line 1: expected a column b, got text: --column names",
+        "a.jsonl: line 1: expected a column b, got text: --column NAME says",
     ),
     (["texts.txt", "--output", "there/out.npy"], "output directory there: there is not a directory"),
     (

@@ -3,6 +3,7 @@ be one endless line of a log."""
 
 import io
 import re
+import struct
 import subprocess
 import sys
 
@@ -66,6 +67,23 @@ def test_the_first_batch_is_told_while_it_lasts(monkeypatch, capsys):
 def test_a_bar_on_a_terminal(monkeypatch):
     said = encode(monkeypatch, Terminal(), every=0.0)
     assert "\r" in said and f"{len(TEXTS)} of {len(TEXTS)} texts" in said
+
+
+@pytest.mark.parametrize("size, drawn", [((24, 80), True), ((0, 0), False), ((24, 0), False), ((0, 80), False)])
+def test_a_terminal_without_a_size_gets_lines(monkeypatch, size, drawn):
+    """As `docker -t` and some runners of CI have one: tqdm draws nothing there."""
+    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+    with open(controller, "rb", buffering=0) as screen, open(terminal, "w") as stderr, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stderr)
+        patch.setattr(progress, "PROGRESS_EVERY", 0.0)
+        with progress.Progress(30) as shown:
+            shown.advance(20, 40)
+        stderr.flush()
+        said = screen.read(4096).decode()
+    assert ("\r0 of 30 texts " in said) == drawn
+    assert (re.fullmatch(r"20 of 30 texts, .* left\r\n", said) is not None) != drawn
 
 
 def test_evaluate_tells_of_all_that_it_encodes(places, whole, tmp_path, monkeypatch, capsys):

@@ -50,8 +50,8 @@ def test_predict_names_the_columns_wanted_and_found(tmp_path, refused, suffix):
     name = write(tmp_path / f"a.{suffix}", {"review": ["good"], "stars": ["5"]})
     wanted = f"{name}: expected columns either text or sentence1 and sentence2, got review, stars: --columns "
     assert refused(*PREDICT, name) == wanted + "text=NAME says which it is"
-    wanted = f"{name}: expected columns either body or sentence1 and sentence2, got review, stars: --columns "
-    assert refused(*PREDICT, name, "--columns", "text=body") == wanted + "names body"
+    wanted = f"{name}: expected columns either body or sentence1 and sentence2, got review, stars; --columns "
+    assert refused(*PREDICT, name, "--columns", "text=body") == wanted + "says that there is one named body"
     name = write(tmp_path / f"b.{suffix}", {"sentence1": ["good"], "other": ["5"]})
     wanted = "got sentence1, other, without sentence2: --columns sentence2=NAME says which it is"
     assert refused(*PREDICT, name).endswith(wanted)

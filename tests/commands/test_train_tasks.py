@@ -259,8 +259,8 @@ SMALL = "label\ttext\nx\ta cat\ny\ta dog\n"
             "dev.tsv: expected texts, as in data.tsv, got pairs",
         ),
         ("label\ttext\nx\ta\tb\ny\tb\n", SMALL, [], "line 2: expected 2 tab-separated fields, got 3"),
-        ("label\ttext\n\ta\ny\tb\n", SMALL, [], "line 2: label: expected a label, got an empty field"),
-        ("label\ttext\nx\t\ny\tb\n", SMALL, [], "line 2: expected a text, got an empty field"),
+        ("label\ttext\n\ta\ny\tb\n", SMALL, [], "line 2: label: expected a label, got an empty text"),
+        ("label\ttext\nx\t\ny\tb\n", SMALL, [], "line 2: text: expected a text, got an empty one"),
         (
             "label\ttext\n1\ta\nnan\tb\n",
             SMALL,

@@ -1,5 +1,6 @@
 """What a command says while it is silent, and how far a training with the encoder is. No clock runs here."""
 
+import gc
 import io
 import re
 import sys
@@ -245,23 +246,20 @@ def test_a_training_tells_how_far_its_scoring_is(callbacks, task, watched, tmp_p
 
 
 def test_a_bar_on_a_terminal(callbacks, monkeypatch, capsys):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     assert callbacks.on_terminal()
     bar = callbacks.Bar("eval_score")
-    bar.on_train_begin(None, state(0, 4), None)
-    bar.training_bar.fp = terminal
-    bar.on_step_end(None, state(2, 4), None)
-    bar.training_bar.refresh()
-    bar.on_log(None, state(2, 4, 0.5), None, {"loss": 0.25})
-    shown = terminal.getvalue()
-    assert "2/4" in shown and "<" in shown  # tqdm's elapsed<left
-    assert "epoch 0.50, step 2 of 4: loss 0.2500" in capsys.readouterr().out
-    bar.on_train_end(None, state(4, 4), None)
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    bar.on_train_begin(None, state(40, 100), None)  # it goes on from a checkpoint
+    now[0] = 30.0
+    bar.on_step_end(None, state(70, 100), None)
+    bar.on_log(None, state(70, 100, 0.5), None, {"loss": 0.25})
+    # As the bars of texts; 30 steps took 30 seconds, and as many are left.
+    assert re.search(r"\r70 of 100 steps .*, 00:30 left", terminal.getvalue())
+    assert "epoch 0.50, step 70 of 100: loss 0.2500" in capsys.readouterr().out
+    bar.on_train_end(None, state(100, 100), None)
 
 
 @pytest.mark.parametrize("watched", [False, True])
@@ -278,6 +276,72 @@ def test_the_trainers_dictionaries_are_gone(callbacks, monkeypatch, watched):
     monkeypatch.setattr(callbacks, "on_terminal", lambda: watched)
     callbacks.show(Trainer(), "eval_score")
     assert kept == ["-PrinterCallback", "-ProgressCallback", "+Bar" if watched else "+Lines"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+INTERRUPTED = {  # what is at work under a bar, of each way
+    "contrastive": "tools.callbacks.Bar.on_log",
+    "classification": "tools.callbacks.Bar.on_log",
+    "frozen": "cache._summaries",
+    "evaluate": "tools.evaluation._pooled",
+    "predict": "transformers.S2SentForSequenceClassification.forward",
+}
+
+
+@pytest.mark.parametrize("way", INTERRUPTED)
+def test_no_bar_follows_the_error(way, tmp_path, monkeypatch):
+    """Whosever the bar is: the trainer's, or one that a generator has open. What is kept has a line of its own."""
+    for name in ("datasets", "matplotlib", "sklearn"):
+        pytest.importorskip(name)
+    save_encoder(tmp_path / "encoder")
+    (tmp_path / "texts.txt").write_text("\n".join(sentences(40)))
+    labels = [(part, "yes" if "moon" in text else "no", text) for part in ("train", "test") for text in sentences(40)]
+    labels = write_examples(tmp_path / "labels.tsv", labels, ("split", "label", "text"))
+    data = labels if way in ("classification", "predict") else write_examples(tmp_path / "data.tsv", pairs(40))
+    train = [
+        "train",
+        "--data",
+        data,
+        "--epochs",
+        1,
+        "--batch-size",
+        4,
+        "--model",
+        tmp_path / "encoder",
+        "--device",
+        "cpu",
+    ]
+    train += ["--task", "classification"] if data == labels else []
+    frozen = [*train, "--freeze-encoder", "--cache", tmp_path / "cache", "--output", tmp_path / "trained"]
+    command, kept = [*train, "--output", tmp_path / "out"], "nothing is kept: the first checkpoint is written"
+    if way == "frozen":
+        command, kept = frozen, "the same command goes on after what is encoded and kept"
+    elif way == "evaluate":
+        command, kept = ["evaluate", "--transfer", labels, "--model", tmp_path / "encoder", "--device", "cpu"], None
+    elif way == "predict":
+        assert main([str(argument) for argument in frozen]) == 0
+        command, kept = ["predict", tmp_path / "texts.txt", "--model", tmp_path / "trained", "--device", "cpu"], None
+        command += ["--output", tmp_path / "out.tsv"]
+
+    def interrupt(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"s2sent_kernels.{INTERRUPTED[way]}", interrupt)
+    monkeypatch.chdir(tmp_path)
+    screen = Terminal()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", screen)
+        patch.setattr(sys, "stdout", screen)
+        assert main([str(argument) for argument in command]) == 130
+        gc.collect()  # whatever ends with its bar has ended
+    assert "\r" in screen.getvalue()
+    *others, last = screen.getvalue().rstrip("\n").split("\n")
+    assert last == "s2sent: error: interrupted"
+    assert kept is None or others[-1].startswith(kept)
 
 
 # ---------------------------------------------------------------- frozen trainings

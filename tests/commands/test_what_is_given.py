@@ -129,6 +129,22 @@ def test_training_from_a_selector(refused, frozen):
     assert refused(*sts, "--model", "frozen", "--device", "cpu").startswith(wanted)
 
 
+@pytest.mark.parametrize("way", ["frozen", "tuned", "classifier", "frozen classifier"])
+def test_training_from_a_whole_model_says_that_its_selector_is_left_out(folder, tmp_path, capsys, way):
+    pytest.importorskip("datasets")
+    rows = "".join(f"{'yes' if 'moon' in text else 'no'}\t{text}\n" for text in sentences(40))
+    (tmp_path / "labels.tsv").write_text(f"label\ttext\n{rows}")
+    (tmp_path / "sts.tsv").write_text(STS.replace("test\t", "train\t"))
+    task = ["classification", "--data", "labels.tsv"] if "classifier" in way else ["sts", "--data", "sts.tsv"]
+    command = ["train", "--task", task[0], "--data", tmp_path / task[2], "--device", "cpu", "--epochs", 1]
+    command += ["--freeze-encoder", "--cache", tmp_path / "cache"] if "frozen" in way else []
+    said = "{}: its encoder is taken, and its selector left out: a new one is trained; to go on with both, train what "
+    for name in ("whole", "encoder"):
+        model = str(folder / name)
+        assert main([str(one) for one in [*command, "--model", model, "--output", tmp_path / name]]) == 0
+        assert capsys.readouterr().err.count(said.format(model)) == (name == "whole")
+
+
 @pytest.mark.parametrize(
     "given, got",
     [

@@ -106,7 +106,15 @@ def test_of_texts_beside_pairs_those_are_read_that_are_wanted(tmp_path):
 @pytest.mark.parametrize(
     ("row", "kind", "message"),
     [
-        ({"text": "b"}, CLASSES, "line 2: label: expected a text, got null"),
+        ({"text": "b"}, CLASSES, "line 2: label: expected a text, got a row without it"),
+        ({"text": "b", "label": None}, CLASSES, "line 2: label: expected a text, got null"),
+        ({"text": "b", "label": None}, NUMBERS, "line 2: label: expected a finite number, got null"),
+        ({"text": "b", "label": ""}, NUMBERS, "line 2: label: expected a finite number, got an empty text"),
+        ({"text": "b", "label": ""}, CLASSES, "line 2: label: expected a label, got an empty text"),
+        ({"text": None, "label": "x"}, CLASSES, "line 2: text: expected a text, got null"),
+        ({"text": "", "label": "x"}, CLASSES, "line 2: text: expected a text, got an empty one"),
+        ({"text": " ", "label": "x"}, CLASSES, "line 2: text: expected a text, got ' '"),
+        ({"label": "x"}, CLASSES, "line 2: text: expected a text, got a row without it"),
         ({"text": "b", "label": 1.5}, CLASSES, "line 2: label: expected a text, got 1.5"),
         ({"text": 5, "label": "x"}, CLASSES, "line 2: text: expected a text, got 5"),
         ({"text": "b", "label": "x\ty"}, CLASSES, "line 2: label: expected a label without tabs"),

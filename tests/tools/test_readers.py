@@ -121,7 +121,10 @@ def test_fields_within_columns(tmp_path, kind):
     )
     named = columns.parse("anchor=query.text,positive=doc.a.b", examples.COLUMNS)
     assert examples.read_examples(path, columns=Columns(named)).rows == PAIRS
-    with pytest.raises(ValueError, match=r"expected columns query.none and .*, got .*: --columns names query.none"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected columns query.none and .*, got .*; --columns says that there is one named query.none",
+    ):
         examples.read_examples(path, columns=Columns({"anchor": "query.none", "positive": "doc.a.b"}))
 
 
@@ -166,7 +169,7 @@ def test_evaluation_refuses_what_is_no_text(tmp_path):
     with pytest.raises(ValueError, match=r"line 1: sentence2: expected a text, got null"):
         evaluation.read_sts(path)
     path.write_text('{"split": "train", "label": null, "text": "a"}\n')
-    with pytest.raises(ValueError, match=r"line 1: expected a label, got none"):
+    with pytest.raises(ValueError, match=r"line 1: label: expected a label, got null"):
         evaluation.read_transfer(path)
 
 
@@ -207,18 +210,29 @@ def test_encode_reads_fields_and_standard_input(place, monkeypatch, kind, way):
         (["encode", "-", "-", "--output", "a.npy"], "-: expected once"),
         (
             ["encode", "a.txt", "--output", "a.npy", "--columns", "body=x"],
-            "--columns: expected one of text, id before the =",
+            "--columns: expected text or id before the sign =, got 'body' in 'body=x'",
         ),
         (
             ["encode", "a.txt", "--output", "a.npy", "--columns", "text=x", "--column", "y"],
-            "--columns: expected without",
+            "--columns: expected no --column and --id-column, which say the same, got 'text=x' beside one",
         ),
         (["evaluate", "--sts", "a.tsv", "--format", "csv"], "--format: expected with -"),
+        (
+            ["evaluate", "--sts", "a.tsv", "--columns", "label=x"],
+            "--columns: expected score or sentence1 or sentence2 or split or subset before the sign =, got 'label' in 'label=x'",
+        ),
+        (
+            ["evaluate", "--mteb", "Task", "--columns", "label=x"],
+            "--columns: expected --sts or --transfer, whose columns it names, got 'label=x' beside --mteb alone",
+        ),
         (["evaluate", "--sts", "-", "--transfer", "-"], "-: expected once"),
         (["train", "--data", "-", "--dev", "-", "--output", "out"], "-: expected once"),
         (["predict", "a.txt", "--model", "m", "--output", "a.tsv", "--format", "csv"], "--format: expected with -"),
         (["inspect", "--format", "csv"], "--format: expected with -"),
-        (["inspect", "--columns", "text=x"], "--columns: expected with --file"),
+        (
+            ["inspect", "--columns", "text=x"],
+            "--columns: expected --file, whose columns it names, got 'text=x' without one",
+        ),
         (["inspect", "--file", "a.txt", "--text", "x"], "--file and --text: expected one of them, got both"),
         (["encode", "-", "--output", "a.npy", "--format", "doc"], "invalid choice: 'doc'"),
     ],

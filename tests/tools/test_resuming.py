@@ -189,13 +189,46 @@ def test_without_its_best_a_checkpoint_is_not_whole(tmp_path, train, monkeypatch
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def card(folder):
+    """The README of a model without the times that it took."""
+    lines = (folder / "README.md").read_text().splitlines()
+    return [line for line in lines if not line.startswith(("- **Training**", "- **Evaluation**", "- **Total**"))]
+
+
+@pytest.mark.parametrize("dev", [DEV, None], ids=["dev", "no dev"])
+@pytest.mark.parametrize("step", [2, 3, 4, None])
+def test_the_card_of_a_resumed_training_has_all_of_it(tmp_path, encoder, monkeypatch, step, dev):
+    """Stopped within an epoch, behind its end, and with nothing left to train."""
+    train, recipe = Sentences(encoder), RECIPE._replace(save_minutes=1e-9)
+    train(tmp_path / "whole", recipe, dev=dev)
+
+    class Interrupt(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **others):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    plain = training.callbacks_of
+    if step is None:
+        stopped_before_the_end(train, tmp_path / "out", monkeypatch, recipe=recipe, dev=dev)
+    else:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(training, "callbacks_of", lambda recipe: [*plain(recipe), Interrupt()])
+            train(tmp_path / "out", recipe, dev=dev)
+    train(tmp_path / "out", recipe, dev=dev, resume=True)
+    want = card(tmp_path / "whole")
+    assert card(tmp_path / "out") == want
+    assert sum(line.startswith(("| 0.5 ", "| 1.0 ", "| **1.0** ", "| 2.0 ", "| **2.0** ")) for line in want) == 3
+
+
 def test_patience_that_is_used_up_stays_so(tmp_path, encoder, monkeypatch):
     scores, calls = [0.7, 0.5, 0.4, 0.9], []
 
     class Evaluator(training.EmbeddingSimilarityEvaluator):
-        def __call__(self, model, *args, **kwargs):
+        def __call__(self, model, output_path=None, epoch=-1, steps=-1):
             calls.append(scores[len(calls)])
-            return {"dev_spearman_cosine": calls[-1]}
+            metrics, self.primary_metric = {"dev_spearman_cosine": calls[-1]}, "dev_spearman_cosine"
+            self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
+            return metrics
 
     monkeypatch.setattr(training, "EmbeddingSimilarityEvaluator", Evaluator)
     train, recipe = Sentences(encoder), RECIPE._replace(epochs=4, patience=2)
@@ -206,6 +239,7 @@ def test_patience_that_is_used_up_stays_so(tmp_path, encoder, monkeypatch):
     calls.clear()
     assert train(tmp_path / "whole", recipe) == pytest.approx(70)
     assert contents(tmp_path / "moved") == contents(tmp_path / "whole")
+    assert card(tmp_path / "moved") == card(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("task", ["contrastive", "classification"])

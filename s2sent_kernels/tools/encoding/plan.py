@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...files import importing, write_atomically
+from ...files import importing, on_terminal, write_atomically
 from ..tables import STDIN
 from .lines import Lines
 from .reading import format_of
@@ -163,8 +163,7 @@ def make(request: Request, key: dict[str, Any], folder: Path, *, strict: bool = 
     sources: list[Source] = []
     parts: list[Part] = []
     rows, id_type = 0, None
-    # Disabled where standard error is no terminal.
-    for path in tqdm(request.inputs, "planning", delay=2, leave=False, unit=" files", disable=None):
+    for path in tqdm(request.inputs, "planning", delay=2, leave=False, unit=" files", disable=not on_terminal()):
         # A link's own suffix counts. Its path is absolute: workers may have another working directory.
         found = source(COPY if path == STDIN else path)._replace(name=path, path=os.path.realpath(path))
         if path == STDIN and request.format is not None:

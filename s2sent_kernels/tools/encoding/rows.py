@@ -78,7 +78,8 @@ class DataError(ValueError):
 
 def remedy(columns: Columns, missing: Sequence[str]) -> str:
     """What names a column that is missing, in the words of the command."""
-    return "--column names that of the texts" if columns.text in missing else "--id-column names that of the ids"
+    option, what = ("--column", "texts") if columns.text in missing else ("--id-column", "ids")
+    return f"{option} NAME says which one holds the {what}"
 
 
 def numbered(rows: int, every: int) -> list[Mark]:

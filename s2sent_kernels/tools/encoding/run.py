@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ...files import importing, locked, missing, remove_empty, sync_folder, write_atomically
+from ...files import importing, locked, missing, on_terminal, remove_empty, sync_folder, write_atomically
 from ..progress import Progress
 from . import begun
 from .begin import DEFAULTS, Options, begin, check_owner, clear, has_work, hidden, remove_manifest, shown
@@ -181,8 +181,7 @@ def _encode(plan: Plan, folder: Path, engine: Engine, parts: Sequence[Part], opt
     absent = [part for part in parts if part.name not in names]
     known, digest = [part for part in parts if part.name in names], plan.digest
     whole = each(lambda part: is_there(folder, part, digest, options.skip), known)
-    # Disabled where standard error is no terminal.
-    checked = tqdm(whole, "checking", len(known), delay=2, leave=False, unit=" parts", disable=None)
+    checked = tqdm(whole, "checking", len(known), delay=2, leave=False, unit=" parts", disable=not on_terminal())
     broken = [part for part, good in zip(known, checked, strict=True) if not good]
     job = Job.of(plan, folder, options.skip)
     for part in unchanged(plan, folder, [part for part in broken if is_of_another(folder, part, digest)]):
