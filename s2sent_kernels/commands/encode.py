@@ -84,7 +84,9 @@ def run(arguments: argparse.Namespace) -> None:
     )  # it loads the model: after all inputs are judged
 
     def engine(job: Any, parts: Any, progress: Any) -> Any:
-        return made()[0](job, parts, progress)
+        chosen = made()[0]
+        progress.begin()  # the model may have been loaded just now
+        return chosen(job, parts, progress)
 
     request = request_of(arguments, inputs, output)._replace(about=lambda: made()[1])
     part = arguments.shard and encoding.Shard(*arguments.shard)
