@@ -192,7 +192,7 @@ class TextTokenizer:
             if len(ids) <= self.limit:
                 starts, own = [0], [ids]
             else:
-                self._too_long(first + number)
+                self._too_long(first + number, len(ids))
                 cut += 1
                 starts = (
                     self._windows(len(ids)) if self.overflow == "windows" else [self._kept_from(len(ids), self.limit)]
@@ -223,7 +223,7 @@ class TextTokenizer:
         whole = self._tokenizer(*columns)
         long = [row for row, ids in enumerate(whole["input_ids"]) if len(ids) > self.limit]
         if long:
-            self._too_long(first + long[0])
+            self._too_long(first + long[0], len(whole["input_ids"][long[0]]))
         # Only a call that truncates is told the limit: some tokenizers warn of texts beyond it.
         kept = self._tokenizer(*columns, truncation=True, max_length=self.limit) if long else whole
         ids, types = ([np.array(each, np.int32) for each in kept.get(n, ())] for n in ("input_ids", "token_type_ids"))
@@ -233,9 +233,11 @@ class TextTokenizer:
             dropped = np.array([len(all_) - len(some) for all_, some in zip(whole["input_ids"], ids, strict=True)])
         return Tokens(ids, np.arange(len(ids)), len(long), types if typed else None, dropped)
 
-    def _too_long(self, number: int) -> None:
+    def _too_long(self, number: int, length: int) -> None:
         if self.overflow == "error":
-            raise TextError(number, f"texts: expected at most {self.limit} tokens, got text {number}, which is longer")
+            raise TextError(
+                number, f"texts: expected at most {self.limit} tokens, got text {number}, which has {length:,}"
+            )
 
 
 def lone_surrogate(text: str) -> bool:

@@ -83,11 +83,17 @@ def run(arguments: argparse.Namespace) -> None:
         lambda: _engine(arguments, devices, texts)
     )  # it loads the model: after all inputs are judged
 
+    asked = []  # once where something was left to encode
+
     def engine(job: Any, parts: Any, progress: Any) -> Any:
-        return made()[0](job, parts, progress)
+        asked.append(job)
+        chosen = made()[0]
+        progress.begin()  # the model may have been loaded just now
+        return chosen(job, parts, progress)
 
     request = request_of(arguments, inputs, output)._replace(about=lambda: made()[1])
     part = arguments.shard and encoding.Shard(*arguments.shard)
+    before = _manifest(output)
     with (
         common.interrupted(_kept, output if as_folder else encoding.hidden(output)),
         _told(arguments.output, arguments),
@@ -97,7 +103,20 @@ def run(arguments: argparse.Namespace) -> None:
             request, engine, output, encoding.Options(part, arguments.force, skip=arguments.on_error == "skip")
         )
     which = f"shard {part.number} of {part.total}, " if part else ""
-    print(f"wrote {arguments.output}: {which}{count:,} texts")
+    nothing = as_folder and not asked and (part is not None or _manifest(output) == before)
+    _report(arguments.output, f"{which}{count:,} texts", wrote=not nothing)
+
+
+def _manifest(folder: Path) -> bytes | None:
+    """That of a finished folder."""
+    try:
+        return (folder / "manifest.json").read_bytes()
+    except OSError:  # there is none, or ``folder`` is a file
+        return None
+
+
+def _report(place: object, what: str, *, wrote: bool) -> None:
+    print(f"wrote {place}: {what}" if wrote else f"{place}: is finished already: {what}")
 
 
 def _kept(folder: Path) -> str:
@@ -119,9 +138,17 @@ def _finish(arguments: argparse.Namespace) -> None:
         if name != "finish" and getattr(arguments, name) != value:
             got = ", ".join(arguments.inputs) if name == "inputs" else f"--{name.replace('_', '-')}"
             raise UserError(f"--finish: expected nothing beside the folder, got {got}")
+    folder = Path(arguments.finish)
+    if not folder.is_dir():
+        got = "got a file" if folder.exists() else "there is no such folder"
+        raise UserError(f"--finish {arguments.finish}: expected the folder that shards were written into, {got}")
+    before = _manifest(folder)
     with _told(arguments.finish):
-        count = encoding.finish(Path(arguments.finish))
-    print(f"wrote {Path(arguments.finish) / 'manifest.json'}: {count:,} texts")
+        count = encoding.finish(folder)
+    if _manifest(folder) == before:
+        _report(arguments.finish, f"{count:,} texts", wrote=False)
+    else:
+        _report(folder / "manifest.json", f"{count:,} texts", wrote=True)
 
 
 @contextlib.contextmanager

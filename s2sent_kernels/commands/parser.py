@@ -12,6 +12,14 @@ from typing import Any, NoReturn
 from .common import UserError
 
 _NUMBERS = {"int": "a whole number", "float": "a number"}  # Python's types, in words
+# What users give without an option, by the option that takes it.
+_GIVEN_WITH = {
+    "--model": "a model or its folder",
+    "--data": "files to train on",
+    "--sts": "STS files",
+    "--file": "a file of texts",
+    "--text": "a text",
+}
 _OPTION = re.compile(r"--[a-z][a-z0-9-]*")
 
 
@@ -50,7 +58,14 @@ class Parser(argparse.ArgumentParser):
             return
         meant = [near(one.partition("=")[0], self._option_string_actions) for one in arguments if one.startswith("-")]
         advice = f": did you mean {', '.join(found)}" if (found := [name for name in meant if name]) else ""
+        if not advice and not any(one.startswith("-") for one in arguments):
+            advice = self._given_by_options()
         self.error(f"unrecognized arguments: {' '.join(arguments)}{advice}")
+
+    def _given_by_options(self) -> str:
+        """With which options a parser takes what was given without one."""
+        known = [f"{what} with {name}" for name, what in _GIVEN_WITH.items() if name in self._option_string_actions]
+        return f": it takes options alone, {', '.join(known)}" if known else ""
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         try:

@@ -39,12 +39,21 @@ class Progress:
 
     def __init__(self, total: int, done: int = 0, *, bar: bool | None = None, part: str = "") -> None:
         self.total, self.before, self.texts, self.tokens = total, done, 0, 0
-        self.start = waiting.clock()
         self.prefix = f"{part}: " if part else ""
         shown = on_terminal() if bar is None else bar
         self.bar: Any = drawn(total, done, "texts", prefix=self.prefix, leave=not part) if shown else None
+        self.begin()
         self.lines = waiting.Lines(self._line, PROGRESS_EVERY)
         self._ends = contextlib.ExitStack()
+
+    def begin(self) -> None:
+        """Count the time from now on, if nothing is encoded yet: rate and time left are those of what is encoded, and loading a
+        model, and reading again what an earlier run encoded, is another kind of work."""
+        if self.texts:
+            return
+        self.start = waiting.clock()
+        if self.bar is not None:
+            self.bar.start_t = self.bar.last_print_t = self.bar._time()
 
     def advance(self, texts: int, tokens: int | None) -> None:
         """So many more are encoded; ``tokens`` is None where nobody counts them."""

@@ -159,6 +159,24 @@ def test_a_folder_of_files_that_could_not_be_written_is_not_left(tmp_path, monke
         (["demo", "--blocks", "1,x"], "--blocks: expected block numbers, as 3,4,5, or last:N, got '1,x'"),
         (["demo", "--backend", "abacus"], "invalid choice: 'abacus'"),
         (["demo", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (
+            ["doctor", "m1"],
+            "unrecognized arguments: m1: it takes options alone, a model or its folder with --model (see",
+        ),
+        (
+            ["evaluate", "m1"],
+            "m1: it takes options alone, a model or its folder with --model, STS files with --sts (see",
+        ),
+        (
+            ["train", "a.tsv", "--data", "b.tsv", "--output", "o"],
+            "a.tsv: it takes options alone, a model or its folder with",
+        ),
+        (["export", "m1", "--output", "o.onnx"], "m1: it takes options alone, a model or its folder with --model (see"),
+        (["inspect", "m1"], "with --model, a file of texts with --file, a text with --text (see"),
+        (
+            ["demo", "m1"],
+            "m1: it takes options alone, a model or its folder with --model, a file of texts with --file (see",
+        ),
         (["dance"], "invalid choice: 'dance'"),
         ([], "required: command"),
     ],

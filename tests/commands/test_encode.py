@@ -284,7 +284,7 @@ def test_overflow_windows_and_error(long_texts, places, tmp_path, monkeypatch, c
     assert (np.abs(windows[3:] - cut[3:]).max(axis=1) > 1e-3).all()
     capsys.readouterr()
     assert main([*command, "--output", "none.parquet", "--overflow", "error"]) == 2
-    reason = "texts: expected at most 12 tokens, got a text, which is longer"
+    reason = "texts: expected at most 12 tokens, got a text, which has 20"
     hint = "--on-error skip goes on with NaN in its place"
     assert capsys.readouterr().err == f"s2sent: error: long.txt: line 4: {reason}; {hint}\n"
     assert not (tmp_path / "none.parquet").exists()

@@ -200,11 +200,15 @@ def test_progress_counts_what_is_encoded_now(encode, monkeypatch, capsys):
         plain(self, *given, **options)
         made.append(self)
 
+    begun = []
     monkeypatch.setattr(progress.Progress, "__init__", init)
+    monkeypatch.setattr(progress.Progress, "begin", lambda self: begun.append(self.texts))
     assert encode("out.npy", stop=6) == 130
     first = made[0].texts
+    begun.clear()
     assert encode("out.npy") == 0
     assert made[1].before == first > 0 and made[1].before + made[1].texts == made[1].total == 40
+    assert len(begun) > 2 and begun.count(0) > 2  # at the start, with the model, and after batches that were found
 
 
 def test_memory_does_not_grow_with_what_waits(encode, monkeypatch):

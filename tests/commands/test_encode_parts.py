@@ -62,11 +62,29 @@ def test_a_folder_by_shards(tmp_path, model, capsys):
     assert main(["encode", "--finish", "out/"]) == 0
     assert capsys.readouterr().out == "wrote out/manifest.json: 10 texts\n"
     np.testing.assert_array_equal(embeddings(tmp_path / "out"), expected(model, 4))
-    assert run(model, "a.txt", "--output", "out/", "--part-rows", 4) == 0  # nothing to do
     capsys.readouterr()  # what loading the expected model said
-    assert run(model, "a.txt", "--output", "out/", "--part-rows", 4, "--normalize") == 2
+    command = ["a.txt", "--output", "out/", "--part-rows", 4]
+    assert run(model, *command) == 0 and main(["encode", "--finish", "out/"]) == 0
+    assert capsys.readouterr().out == "out/: is finished already: 10 texts\n" * 2
+    assert run(model, *command, "--shard", "1/2") == 0
+    assert capsys.readouterr().out == "out/: is finished already: shard 1 of 2, 4 texts\n"
+    damaged = sorted((tmp_path / "out").glob("part-*"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    assert run(model, *command) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "wrote out/: 10 texts"
+
+
+def test_a_finished_folder_is_not_replaced_unasked(tmp_path, model, capsys):
+    assert run(model, "a.txt", "--output", "out/", "--part-rows", 4) == 0
+    capsys.readouterr()
+    assert run(model, "a.txt", "--output", "out/", "--part-rows", 5, "--normalize") == 2
     error = capsys.readouterr().err
-    assert "the work of another run is kept (normalize false, not true)" in error and error.count("\n") == 1
+    assert "out: is finished already, with other options (normalize false, not true, part-rows 4, not 5)" in error
+    assert error.endswith(": name another --output, or --force throws it away\n") and error.count("\n") == 1
+    (tmp_path / "a.txt").write_text("another\n")
+    assert run(model, "a.txt", "--output", "out/", "--part-rows", 4) == 2
+    error = capsys.readouterr().err
+    assert "out: is finished already, with other inputs, 3 parts" in error and "name another --output" in error
 
 
 def test_bad_rows_exit_2_without_a_manifest(tmp_path, model, capsys):
@@ -167,7 +185,12 @@ def test_a_folder_of_inputs_and_float16(tmp_path, model):
         (["a.txt"], "--finish FOLDER/ alone, got no --output"),
         (["a.txt", "--finish", "out/"], "--finish: expected nothing beside the folder, got a.txt"),
         (["--finish", "out/", "--normalize"], "--finish: expected nothing beside the folder, got --normalize"),
-        (["--finish", "out/"], "expected a folder of parts, got one without _plan.json"),
+        (
+            ["--finish", "out/"],
+            "--finish out/: expected the folder that shards were written into, there is no such folder",
+        ),
+        (["--finish", "a.txt"], "--finish a.txt: expected the folder that shards were written into, got a file"),
+        (["--finish", "."], "expected a folder of parts, which shards were written into, got one without _plan.json"),
         (["a.txt", "--output", "out/", "--shard", "2/2"], "--shard: expected I/N with I from 0 to N - 1, got '2/2'"),
         (["a.txt", "--output", "out/", "--shard", "-1/2"], "--shard: expected one argument"),
         (["a.txt", "--output", "out/", "--shard", "one"], "--shard: expected I/N"),

@@ -64,6 +64,29 @@ def test_the_first_batch_is_told_while_it_lasts(monkeypatch, capsys):
         assert capsys.readouterr().err == "0 of 1,000 texts ...\n"
 
 
+@pytest.mark.parametrize("bar", [False, True])
+def test_the_time_left_is_that_of_what_is_encoded_now(monkeypatch, capsys, bar):
+    """100 texts are of an earlier run, whose batches take 900 s to be found; then ten new texts take 10 s."""
+    now = [0.0]
+    monkeypatch.setattr(waiting, "clock", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    with progress.Progress(200, 100, bar=bar) as shown:
+        if bar:
+            shown.bar._time = lambda: now[0]
+            shown.bar.start_t = shown.bar.last_print_t = now[0]
+        now[0] = 900.0
+        shown.begin()
+        now[0] = 910.0
+        shown.advance(10, 50)
+        if not bar:
+            shown.lines.look()
+        assert "01:30 left" in capsys.readouterr().err
+        now[0] = 920.0
+        shown.begin()  # between new batches it changes nothing
+        shown.advance(10, 50)
+        assert shown.start == 900.0
+
+
 def test_a_bar_on_a_terminal(monkeypatch):
     said = encode(monkeypatch, Terminal(), every=0.0)
     assert "\r" in said and f"{len(TEXTS)} of {len(TEXTS)} texts" in said

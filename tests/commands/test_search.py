@@ -225,14 +225,30 @@ def test_an_index_without_a_record(tmp_path, places, capsys):
 
 # ---------------------------------------------------------------- what it refuses
 
+WANTED = "what encode wrote, a file of .parquet or .npy or a finished folder of parts"
+
+
+def test_a_folder_that_holds_no_parts(places, tmp_path, capsys):
+    capsys.readouterr()
+    assert search(tmp_path, QUERY) == 2
+    assert f"{tmp_path}: expected {WANTED}, got an empty folder" in capsys.readouterr().err
+    shutil.copy(places / "int8.parquet", tmp_path / "b.parquet")
+    assert search(tmp_path, QUERY) == 2
+    error = capsys.readouterr().err
+    assert f"got a folder without manifest.json: name the file in it, as {tmp_path / 'b.parquet'}" in error
+    shutil.copytree(places / "parts", tmp_path / "parts")
+    (tmp_path / "parts" / "manifest.json").unlink()
+    assert search(tmp_path / "parts", QUERY) == 2
+    assert "expected a finished folder of parts, got one without manifest.json" in capsys.readouterr().err
+
 
 @pytest.mark.parametrize(
     "name, message",
     [
         ("int8.parquet", "expected embeddings of float16, float32, float64, got int8"),
         ("binary.npy", "expected embeddings of float16, float32, float64, got binary, stored as int8"),
-        ("texts.txt", "expected a file of .parquet or .npy, or a folder of parts"),
-        ("whole", "expected a finished folder of parts, got one without manifest.json"),
+        ("texts.txt", f"expected {WANTED}, got a file of suffix '.txt'"),
+        ("whole", f"expected {WANTED}, got the folder of a model or selector"),
         ("nosuch.parquet", "there is no such file or folder"),
     ],
 )

@@ -115,7 +115,7 @@ def test_nothing_is_lost_unless_it_is_forced(tmp_path):
         (TEXTS[:10], "2 of rows that are no more"),
     ):
         write(path, texts)
-        with pytest.raises(ValueError, match=rf"work of another run is kept \(other inputs\), 5 parts, {why}.*--force"):
+        with pytest.raises(ValueError, match=rf"is finished already, with other inputs, 5 parts, {why}.*--force"):
             encoding.encode_folder(request(path), ALONE, tmp_path / "out", quiet())
         found = killing.contents(tmp_path / "out")
         assert {file: content for file, content in found.items() if not file.startswith(".lock")} == before

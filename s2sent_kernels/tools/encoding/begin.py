@@ -103,6 +103,11 @@ def begin(folder: Path, request: Request, options: Options, lock: str, *, alone:
             return _go_on(folder, planned, signed, options, lock)
         nothing = alone and not has_work(folder)  # in a folder that other shards fill, one may be about to write a part
         if known is not None and not options.force and not nothing:
+            if (folder / MANIFEST).exists():
+                raise ValueError(
+                    f"{shown(folder)}: is finished already, with other options ({difference(known.key, key)}): name another "
+                    "--output, or --force throws it away"
+                )
             raise ValueError(
                 f"{shown(folder)}: the work of another run is kept ({difference(known.key, key)}): the same options go on from "
                 "it, --force throws it away"
@@ -152,10 +157,12 @@ def _go_on(
             if beyond
             else "none with the texts that the inputs have now"
         )
-        raise ValueError(
-            f"{shown(folder)}: the work of another run is kept (other inputs), {len(there):,} parts, {why}: --force throws "
-            "it away"
+        finished = (folder / MANIFEST).exists()
+        what = (
+            "is finished already, with other inputs" if finished else "the work of another run is kept (other inputs)"
         )
+        remedy = "name another --output, or --force throws it away" if finished else "--force throws it away"
+        raise ValueError(f"{shown(folder)}: {what}, {len(there):,} parts, {why}: {remedy}")
     plan = signed(plan)
     remove_manifest(folder)
     for name in there - {part.name for part in same}:

@@ -50,7 +50,9 @@ def finish(folder: Path, say: Callable[[str], None] = print) -> int:
     """
     plan = load(folder)
     if plan is None:
-        raise ValueError(f"{folder}: expected a folder of parts, got one without {PLAN}")
+        raise ValueError(
+            f"{folder}: expected a folder of parts, which shards were written into, got one without {PLAN}"
+        )
     names = set(os.listdir(folder))
     absent = [part for part in plan.parts if part.name not in names]
     if absent:

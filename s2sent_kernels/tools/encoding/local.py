@@ -30,7 +30,7 @@ def in_this_process(encoder: Encoder) -> Engine:
     """An ``Engine`` of one encoder."""
 
     def engine(job: Job, parts: Sequence[Part], progress: Progress) -> Generator[Done, None, None]:
-        worker = Worker(job, encoder, progress.advance)
+        worker = Worker(job, encoder, progress.advance, progress.begin)
         yield from map(worker.part, parts)
 
     return engine
@@ -48,11 +48,14 @@ def one_process_a_device(make: MakeEncoder, devices: Sequence[str]) -> Engine:
         names = context.SimpleQueue()
         for place in enumerate(devices):
             names.put(place)
-        counts = context.RawArray("q", 2 * len(devices))  # rows and tokens of each worker, which alone writes there
-        seen = [0, 0]
+        # Of each worker, which alone writes there: rows, tokens, and how often its time was to be counted anew.
+        counts = context.RawArray("q", 3 * len(devices))
+        seen = [0, 0, 0]
 
         def look() -> None:
-            now = [sum(counts[0::2]), sum(counts[1::2])]
+            now = [sum(counts[0::3]), sum(counts[1::3]), sum(counts[2::3])]
+            if now[0] == seen[0] and (not now[2] or now[2] != seen[2]):
+                progress.begin()
             progress.advance(now[0] - seen[0], now[1] - seen[1])
             seen[:] = now
 
@@ -98,14 +101,18 @@ def _begin(job: Job, make: MakeEncoder, names: Any, counts: Any) -> None:
     tqdm.set_lock(threading.RLock())  # its own is the system's, and would be left behind by a worker that is ended
     threading.Thread(target=_end_with_parent, daemon=True).start()
     number, device = names.get()
-    _take(device, len(counts) // 2)
+    _take(device, len(counts) // 3)
 
     def advance(rows: int, tokens: int | None) -> None:
-        counts[2 * number] += rows
-        counts[2 * number + 1] += tokens or 0
+        counts[3 * number] += rows
+        counts[3 * number + 1] += tokens or 0
+
+    def again() -> None:
+        counts[3 * number + 2] += 1
 
     global _worker
-    _worker = Worker(job, make(device), advance)
+    _worker = Worker(job, make(device), advance, again)
+    again()  # until now it was loaded
 
 
 def _take(device: str, count: int) -> None:

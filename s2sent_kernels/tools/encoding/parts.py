@@ -85,12 +85,18 @@ class Worker:
     Args:
         advance: told the rows and tokens of a batch once it is encoded, or of a slice where the encoder tells of no batches. Not
             told of the batches that an earlier run encoded.
+        again: called for each of those.
     """
 
     def __init__(
-        self, job: Job, encoder: Encoder, advance: Callable[[int, int | None], None] = lambda *_: None
+        self,
+        job: Job,
+        encoder: Encoder,
+        advance: Callable[[int, int | None], None] = lambda *_: None,
+        again: Callable[[], None] = lambda: None,
     ) -> None:
         self.job, self.encoder, self.advance, self.reader = job, encoder, advance, Reader(job.columns, job.skip)
+        self.again = again
         self._told = (0, 0)  # rows and tokens of the slice in work
         self._again = (0, 0)  # of the part in work: those that an earlier run encoded
         self._left = left(Path(job.folder))  # looked for once: a folder may have a million parts
@@ -102,6 +108,7 @@ class Worker:
         self._told = (self._told[0] + rows, self._told[1] + tokens)
         if self._begun is not None and self._begun.found:
             self._again = (self._again[0] + rows, self._again[1] + tokens)
+            self.again()
         else:
             self.advance(rows, tokens)
 

@@ -201,11 +201,12 @@ def _placed(source: Source, folder: Path) -> Source:
 
 
 def difference(known: Any, wanted: Any, name: str = "") -> str:
-    """The first value in which two keys differ, in words: the version and the settings explain more than the inputs."""
+    """The values in which two keys differ, in words: the version and the settings first, which explain more than the inputs."""
     if isinstance(known, dict) and isinstance(wanted, dict):
-        for one in sorted({*known, *wanted}, key=lambda name: (name not in ("settings", "version"), name)):
-            if known.get(one) != wanted.get(one):
-                return difference(known.get(one), wanted.get(one), one)
+        names = sorted({*known, *wanted}, key=lambda name: (name not in ("settings", "version"), name))
+        return ", ".join(
+            difference(known.get(one), wanted.get(one), one) for one in names if known.get(one) != wanted.get(one)
+        )
     if isinstance(known, list | dict) or isinstance(wanted, list | dict):
         return f"other {name}"
     return f"{name.replace('_', '-')} {json.dumps(known)}, not {json.dumps(wanted)}"

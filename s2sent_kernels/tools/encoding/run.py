@@ -190,7 +190,7 @@ def _encode(plan: Plan, folder: Path, engine: Engine, parts: Sequence[Part], opt
     todo = sorted([*absent, *broken])
     total, left = (sum(part.rows for part in some) for some in (parts, todo))
     before = total - left + begun.texts(folder, plan, todo)
-    if before:
+    if before and todo:
         options.say(f"{shown(folder)}: going on after {before:,} of {total:,} texts")
     if broken:
         options.say(f"{shown(folder)}: {len(broken):,} parts are damaged, as {broken[0].name}, and are encoded again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 from numpy.lib.format import MAGIC_PREFIX
 
 from ...files import first_line, importing
+from .join import OUTPUTS
+from .plan import PLAN
 from .provenance import KEY, sidecar
 from .stock import MANIFEST, PART
 
@@ -19,6 +22,7 @@ with importing(None, "encode"):
     import pyarrow as pa
     from pyarrow import parquet
 
+WANTED = "what encode wrote, a file of .parquet or .npy or a finished folder of parts"
 ROWS = 16384  # of a block
 FLOATS = ("float16", "float32", "float64")  # numbers that can be compared with those of a query
 
@@ -68,10 +72,12 @@ def open_stored(path: str) -> Stored:
         return _Array(place)
     if place.suffix.lower() == ".parquet":
         return _Tables([place])
-    raise ValueError(f"{path}: expected a file of .parquet or .npy, or a folder of parts")
+    raise ValueError(f"{path}: expected {WANTED}, got a file of suffix {place.suffix!r}")
 
 
 def _folder(folder: Path) -> Stored:
+    if not (folder / MANIFEST).is_file() and not (folder / PLAN).is_file():
+        raise ValueError(f"{folder}: expected {WANTED}, got {_kind(folder)}")
     if not (folder / MANIFEST).is_file():
         raise ValueError(
             f"{folder}: expected a finished folder of parts, got one without {MANIFEST}: the command that writes it finishes it"
@@ -89,6 +95,17 @@ def _folder(folder: Path) -> Stored:
         if one.rows != rows:
             raise ValueError(f"{one.path}: expected {rows} rows, as {MANIFEST} says, got {one.rows}")
     return found
+
+
+def _kind(folder: Path) -> str:
+    """What there is where a folder of parts was expected."""
+    names = sorted(os.listdir(folder))
+    files = [name for name in names if Path(name).suffix.lower() in OUTPUTS and not name.startswith(".")]
+    if "config.json" in names or "modules.json" in names:
+        what = "the folder of a model or selector"
+    else:
+        what = "an empty folder" if not names else f"a folder without {MANIFEST}"
+    return what + (f": name the file in it, as {folder / files[0]}" if files else "")
 
 
 def _json(path: Path) -> dict[str, Any]:
