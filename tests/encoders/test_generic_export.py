@@ -17,7 +17,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-N, D, VOCABULARY = 3, 16, 40
+N, D, VOCABULARY = 2, 16, 40
 SHAPES = ((1, 1), (3, 6), (4, 11))  # none of them is the traced one
 SIZES = {"hidden_size": D, "num_hidden_layers": N, "num_attention_heads": 2, "intermediate_size": 32}
 NAMES = ("input_ids", "attention_mask")

@@ -158,33 +158,37 @@ def test_minutes_that_are_none(tmp_path, encoder, train, minutes):
 # ---------------------------------------------------------------- two processes
 
 
-def in_a_process(folder, name, step, resume):
-    """One of two, whose clocks differ: the second's would never make a checkpoint."""
+def in_a_process(folder, runs):
+    """One of two, whose clocks differ: the second's would never make a checkpoint. Of a run: its name, the step at which it is
+    interrupted or 0, and whether it goes on."""
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    one, plain = Interrupt(step or None), callbacks.callbacks_of
-    for module in (training, classifier):
-        module.callbacks_of = lambda recipe: [*plain(recipe), one]
     recipe = RECIPE._replace(batch_size=2, save_minutes=1e9 if rank else OFTEN)
-    for train in (contrastive, labels):
-        with contextlib.suppress(Interrupted):
-            train(Path(folder) / "encoder", Path(folder) / f"{name}-{train.__name__}", recipe, resume=resume)
-        print(train.__name__, "saved", *one.saved)
-        one.saved.clear()
+    plain = callbacks.callbacks_of
+    for name, step, resume in runs:
+        one = Interrupt(step or None)
+        for module in (training, classifier):
+            module.callbacks_of = lambda recipe, one=one: [*plain(recipe), one]
+        for train in (contrastive, labels):
+            with contextlib.suppress(Interrupted):
+                train(Path(folder) / "encoder", Path(folder) / f"{name}-{train.__name__}", recipe, resume=resume)
+            print(name, train.__name__, "saved", *one.saved)
+            one.saved.clear()
 
 
-def two_processes(folder, name, step, resume):
-    told = run_both(__file__, f"in_a_process({str(folder)!r}, {name!r}, {step}, {resume})")
+def two_processes(folder, *runs):
+    told = run_both(__file__, f"in_a_process({str(folder)!r}, {runs})")
     return [[line for line in text.splitlines() if " saved" in line] for text in told]
 
 
 def test_two_processes_save_together_and_go_on(tmp_path):
     save_encoder(tmp_path / "encoder")
-    both = two_processes(tmp_path, "whole", 0, False)
-    assert both[0] == both[1] == ["contrastive saved 1 2 3 4 5 6", "labels saved 1 2 3 4 5 6"]
-    both = two_processes(tmp_path, "parts", 5, False)  # in the second epoch, whose order is another
-    assert both[0] == both[1] == ["contrastive saved 1 2 3 4", "labels saved 1 2 3 4"]
-    two_processes(tmp_path, "parts", 0, True)
+    # The second run ends in its second epoch, whose order is another.
+    both = two_processes(tmp_path, ("whole", 0, False), ("parts", 5, False))
+    expected = {"whole": "1 2 3 4 5 6", "parts": "1 2 3 4"}
+    lines = [f"{name} {task} saved {steps}" for name, steps in expected.items() for task in ("contrastive", "labels")]
+    assert both[0] == both[1] == lines
+    two_processes(tmp_path, ("parts", 0, True))
     for train in (contrastive, labels):
         whole, parts = (contents(tmp_path / f"{name}-{train.__name__}") for name in ("whole", "parts"))
         assert whole and parts == whole, train.__name__
