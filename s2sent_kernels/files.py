@@ -7,8 +7,11 @@ import contextlib
 import errno
 import fcntl
 import importlib
+import importlib.metadata
+import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import sys
@@ -17,6 +20,8 @@ from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 
 class MissingPackage(ImportError):
@@ -53,11 +58,15 @@ def importing(package: str | None, extra: str | None) -> Iterator[None]:
 
 
 def installs(extra: str) -> str:
-    """The command that installs an extra of this package: of a release, and in a checkout."""
-    return (
-        f"pip install 's2sent_kernels[{extra}]', or in a checkout of the project: "
-        f"pip install --no-build-isolation -e '.[{extra}]'"
-    )
+    """The command that adds an extra to this installation, which may be one of a checkout."""
+    try:
+        origin = json.loads(importlib.metadata.distribution("s2sent_kernels").read_text("direct_url.json") or "{}")
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        origin = {}
+    if not origin.get("dir_info", {}).get("editable"):
+        return f"pip install 's2sent_kernels[{extra}]'"
+    folder = url2pathname(urlsplit(origin["url"]).path)
+    return f"pip install --no-build-isolation -e {shlex.quote(f'{folder}[{extra}]')}"
 
 
 def first_line(error: BaseException) -> str:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import re
-import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import torch
 
@@ -24,7 +20,7 @@ from ..capture import BlockCapture
 from ..engines.choice import BACKEND_VARIABLE, LIMITS, backends, choose
 from ..engines.native import limits as native_limits
 from ..export import Pipeline
-from ..files import first_line, require
+from ..files import first_line, installs, require
 from ..formula.call import Call
 from ..packed import refusal
 from ..validate import DEBUG_VARIABLE
@@ -106,19 +102,7 @@ def _library(name: str, extras: list[str]) -> str:
     try:
         return f"{importlib.metadata.version(name)}, {what}"
     except importlib.metadata.PackageNotFoundError:
-        return f"not installed, {what}: {_installs(extras[0])}"
-
-
-def _installs(extra: str) -> str:
-    """The command that adds an extra to this installation, which may be one of a checkout."""
-    try:
-        origin = json.loads(importlib.metadata.distribution("s2sent_kernels").read_text("direct_url.json") or "{}")
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        origin = {}
-    if not origin.get("dir_info", {}).get("editable"):
-        return f"pip install 's2sent_kernels[{extra}]'"
-    folder = url2pathname(urlsplit(origin["url"]).path)
-    return f"pip install --no-build-isolation -e {shlex.quote(f'{folder}[{extra}]')}"
+        return f"not installed, {what}: {installs(extras[0])}"
 
 
 def _of_extras() -> dict[str, list[str]]:

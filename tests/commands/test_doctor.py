@@ -11,7 +11,7 @@ import pytest
 import torch
 from builders import save_encoder
 
-from s2sent_kernels import backends, waiting
+from s2sent_kernels import backends, files, waiting
 from s2sent_kernels.cli import main
 from s2sent_kernels.commands import doctor
 
@@ -106,7 +106,7 @@ def test_the_command_fits_the_installation(origin, command, monkeypatch):
             return None if origin is None else json.dumps(origin)
 
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Installed())
-    assert doctor._installs("ray") == command
+    assert files.installs("ray") == command
 
 
 def test_doctor_says_what_it_looks_at(capsys, monkeypatch):

@@ -8,6 +8,7 @@ import os
 
 import torch
 
+from ...files import installs
 from ...formula.call import KERNEL_DTYPES, Call
 from ..interface import KERNEL_DTYPE_TEXT, BackendStatus
 
@@ -30,7 +31,7 @@ def status() -> BackendStatus:
 @functools.cache
 def _status(device_index: int | None, interprets: bool) -> BackendStatus:
     if importlib.util.find_spec("triton") is None:
-        return BackendStatus(False, "Triton is not installed: pip install 's2sent_kernels[triton]'")
+        return BackendStatus(False, f"Triton is not installed: {installs('triton')}")
     if interprets:
         return BackendStatus(True, "in Triton's interpreter, on the CPU (TRITON_INTERPRET=1): for tests, very slow")
     if not torch.cuda.is_available():
