@@ -14,6 +14,26 @@ if os.environ.get("S2SENT_TEST_BACKEND") != "native":  # it divides work among t
     torch.set_num_threads(1)  # the tensors are tiny, and under pytest -n the workers would compete for the cores
 
 
+# Of minutes of CPU time each, or of tests that keep a worker for long.
+LONG = (
+    "project/test_compile_kernels.py",
+    "project/test_build.py",
+    "project/test_readme.py",
+    "project/test_walkthrough.py",
+    "project/test_servers_of_docs.py",
+    "tools/test_resuming.py",
+    "tools/test_saving.py",
+    "tools/test_ray_engine.py",
+    "tools/test_processes.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first. A worker without tests steals those that another has left, but not the one that it is in, nor the next:
+    with long tests at the end a worker ran two minutes alone."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+
+
 def pytest_collection_finish(session):
     """The libraries' million objects live until the end: looking for garbage among them again and again was a fifth of the time.
     A test that needs garbage to be gone calls gc.collect, which finds what was made since."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import TEXTS, make_encoder_and_tokenizer
 
-from s2sent_kernels import S2SentSelector, frozen
+from s2sent_kernels import S2SentSelector, files, frozen
 from s2sent_kernels.capture import BlockCapture
 from s2sent_kernels.cli import main
 from s2sent_kernels.commands.common import holds_selector, load_whole
@@ -229,7 +229,7 @@ def test_evaluate_takes_a_whole_model_in_bfloat16(places, tmp_path):
 
 @pytest.mark.parametrize(
     ("missing", "message"),
-    [("weights", "cannot be loaded: "), ("sentence_transformers", "s2sent_kernels[sentence-transformers]")],
+    [("weights", "cannot be loaded: "), ("sentence_transformers", files.installs("sentence-transformers"))],
 )
 def test_a_whole_model_that_cannot_be_loaded(missing, message, whole, places, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
@@ -311,4 +311,4 @@ def test_a_missing_extra_is_named(missing, places, tmp_path, capsys, monkeypatch
         places / "words.tsv",
     ]
     assert main([*map(str, arguments), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]) == 2
-    assert "pip install 's2sent_kernels[evaluate]'" in capsys.readouterr().err
+    assert files.installs("evaluate") in capsys.readouterr().err

@@ -179,7 +179,10 @@ OTHERS = [
     (["demo", "--output-dir", "there/out"], "output directory there/out"),
     (["demo", "--backend", "triton", "--device", "cpu"], "triton"),
     (["search", "a", "--index", "nosuch.npy"], "--index nosuch.npy: there is no such file or folder"),
-    (["search", "a", "--index", "texts.txt"], "--index texts.txt: expected a file of .parquet or .npy"),
+    (
+        ["search", "a", "--index", "texts.txt"],
+        "--index texts.txt: expected what encode wrote, a file of .parquet or .npy",
+    ),
     (["search", " ", "--index", "{index}"], "expected a query, got an empty text"),
     (["search", "a", "--index", "{index}", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     (["search", "a", "--index", "{index}", "--selector", "nosuch"], "--selector nosuch: expected a folder or one of"),

@@ -47,7 +47,10 @@ def refusal(capsys, arguments):
         (["evaluate", "--output=q.csv"], "--output: did you mean --output-dir (see 's2sent evaluate --help')"),
         (["inspect", "--txt", "a"], "--txt: did you mean --text (see 's2sent inspect --help')"),
         (["doctor", "--nonsense"], "--nonsense (see 's2sent doctor --help')"),
-        (["doctor", "what"], "what (see 's2sent doctor --help')"),
+        (
+            ["doctor", "what"],
+            "what: it takes options alone, a model or its folder with --model (see 's2sent doctor --help')",
+        ),
         (["predict", "-x"], "(see 's2sent predict --help')"),
     ],
 )

@@ -88,7 +88,7 @@ def test_a_compressed_file_that_is_broken(tmp_path, ending, harm):
 def test_zst_without_its_package(tmp_path, monkeypatch):
     (tmp_path / "a.txt.zst").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r"a.txt.zst: pyarrow cannot be imported .*s2sent_kernels\[train\]"):
+    with pytest.raises(ImportError, match=r"a.txt.zst: pyarrow cannot be imported .*\[train\]'"):
         labelled.read_texts(tmp_path / "a.txt.zst")
 
 
