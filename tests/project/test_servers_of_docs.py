@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -67,7 +68,13 @@ def running(folder, *command):
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), str(ROOT), environment.get("PYTHONPATH", "")])
     with open(folder / "log", "w+") as log:
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
+            [sys.executable, *command],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
         try:
             yield process
@@ -80,7 +87,8 @@ def running(folder, *command):
                 process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(30)
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what it started and left: LitServe's manager outlives it
             process.wait()
 
 
