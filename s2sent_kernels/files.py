@@ -59,9 +59,11 @@ def importing(package: str | None, extra: str | None) -> Iterator[None]:
 
 def installs(extra: str) -> str:
     """The command that adds an extra to this installation, which may be one of a checkout."""
+    # A checkout may hold metadata of a build, too, which come first there and do not say how it was installed.
+    known = (one.read_text("direct_url.json") for one in importlib.metadata.distributions(name="s2sent_kernels"))
     try:
-        origin = json.loads(importlib.metadata.distribution("s2sent_kernels").read_text("direct_url.json") or "{}")
-    except (importlib.metadata.PackageNotFoundError, ValueError):
+        origin = json.loads(next(filter(None, known), "{}"))
+    except ValueError:
         origin = {}
     if not origin.get("dir_info", {}).get("editable"):
         return f"pip install 's2sent_kernels[{extra}]'"

@@ -100,12 +100,18 @@ def test_doctor_names_every_library_of_the_extras(capsys, monkeypatch):
     ],
 )
 def test_the_command_fits_the_installation(origin, command, monkeypatch):
+    """Also beside a build's metadata, which do not say where it was installed from."""
+
     class Installed:
+        def __init__(self, text):
+            self.text = text
+
         def read_text(self, name):
             assert name == "direct_url.json"
-            return None if origin is None else json.dumps(origin)
+            return self.text
 
-    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Installed())
+    found = [Installed(None), Installed(None if origin is None else json.dumps(origin))]
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda name: found)
     assert files.installs("ray") == command
 
 
