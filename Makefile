@@ -88,8 +88,7 @@ demo: $(DEMO_READY)
 	$(PY) -m s2sent_kernels.cli demo
 
 # Several processes, because Triton decides when a kernel is decorated whether it is compiled or interpreted:
-# 1. all tests but those of tests/engines; where nvcc is installed they also compile every CUDA source (tests/project). One process
-#    more than WORKERS, since some tests wait for servers and other processes;
+# 1. all tests but those of tests/engines; where nvcc is installed they also compile every CUDA source (tests/project);
 # 2. tests/engines on Triton: on the GPU, without one in the interpreter;
 # 3. tests/engines on every other backend: the native one, where it is built, on a GPU with its CUDA part, else its CPU part;
 # 4. with a GPU, tests/engines on the native backend's CPU part.
@@ -102,8 +101,7 @@ test: $(DEV_READY)
 		if grep -qw avx2 /proc/cpuinfo 2>/dev/null; then interpret="$$interpret OPENBLAS_CORETYPE=Haswell"; fi; \
 		if $(PY) -c 'import xdist' 2>/dev/null; then workers="-n $(WORKERS) --dist worksteal"; export OMP_NUM_THREADS=1; fi; \
 	fi; \
-	env -u TRITON_INTERPRET $(PY) -m pytest tests --ignore=tests/engines $${workers:+$$workers -n $$(($(WORKERS) + 1))} 2>&1 \
-		| tee "$$logs/1" || failed=1; \
+	env -u TRITON_INTERPRET $(PY) -m pytest tests --ignore=tests/engines $$workers 2>&1 | tee "$$logs/1" || failed=1; \
 	env -u TRITON_INTERPRET $$interpret $(PY) -m pytest tests/engines $$workers 2>&1 | tee "$$logs/2" || failed=1; \
 	others=$$($(PY) -c 'from s2sent_kernels.engines.choice import BACKENDS; print(*BACKENDS)' \
 		| sed 's/reference//; s/triton//') || failed=1; \
