@@ -30,9 +30,8 @@ def main() -> int:
     """The exit code of the command, as ``s2sent_kernels.cli.main`` says it."""
     timer = threading.Timer(SILENCE, _tell)
     timer.daemon = True
-    if (
-        "_ARGCOMPLETE" not in os.environ and os.environ.get("RANK", "0") == "0"
-    ):  # of a training's processes the first one
+    # A shell that completes reads no line, and of a training's processes the first one speaks.
+    if "_ARGCOMPLETE" not in os.environ and os.environ.get("RANK", "0") == "0":
         timer.start()
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # else SIGINT is ignored, as of a process in the background, and stays so

@@ -109,8 +109,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _manifest(folder: Path) -> bytes | None:
     """That of a finished folder."""
+    from ..tools import encoding
+
     try:
-        return (folder / "manifest.json").read_bytes()
+        return (folder / encoding.MANIFEST).read_bytes()
     except OSError:  # there is none, or ``folder`` is a file
         return None
 
@@ -148,7 +150,7 @@ def _finish(arguments: argparse.Namespace) -> None:
     if _manifest(folder) == before:
         _report(arguments.finish, f"{count:,} texts", wrote=False)
     else:
-        _report(folder / "manifest.json", f"{count:,} texts", wrote=True)
+        _report(folder / encoding.MANIFEST, f"{count:,} texts", wrote=True)
 
 
 @contextlib.contextmanager

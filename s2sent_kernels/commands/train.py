@@ -116,8 +116,8 @@ def _add_data(group: Any) -> None:
 def _add_selector(group: Any) -> None:
     group.add_argument(
         "--model",
-        help="path or hub id of an encoder (default: all-MiniLM-L6-v2, bundled); of a whole model the encoder alone, with a "
-        "new selector",
+        help="path or hub id of an encoder (default: all-MiniLM-L6-v2, bundled); of a SentenceTransformer with a selector the "
+        "encoder alone, with a new selector",
     )
     group.add_argument(
         "--blocks", type=common.blocks, metavar=common.BLOCKS, help="blocks to fuse, 0 the lowest (default: all)"

@@ -480,11 +480,11 @@ def test_a_bar_or_lines(monkeypatch, capsys):
 class Told:
     """In the place of a Progress: what it is told."""
 
-    def begin(self):
-        pass
-
     def __init__(self, then=lambda: None):
         self.rows, self.tokens, self.steps, self.then = 0, 0, [], then
+
+    def begin(self):
+        pass
 
     def advance(self, rows, tokens):
         self.rows, self.tokens = self.rows + rows, self.tokens + (tokens or 0)

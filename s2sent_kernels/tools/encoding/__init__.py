@@ -14,11 +14,13 @@ from .reading import Row, read_texts
 from .rows import Columns, DataError
 from .run import Failed, encode_file, encode_folder, remove_leftovers
 from .sources import expand
+from .stock import MANIFEST
 from .stored import Stored, open_stored
 
 __all__ = [
     "IN_A_FILE",
     "IN_A_FOLDER",
+    "MANIFEST",
     "OUTPUTS",
     "Cluster",
     "Columns",
