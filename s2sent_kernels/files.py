@@ -151,6 +151,17 @@ def _is_at(file: int, path: Path) -> bool:
     return False
 
 
+def made_folder(name: str, path: str | os.PathLike[str]) -> Path:
+    """A folder, made where there is none. ValueError that names the argument where a file is in its place or above it."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        there = next(some for some in (folder, *folder.parents) if some.exists() and not some.is_dir())
+        raise ValueError(f"{name}: expected a folder, got a file, {there}") from error
+    return folder
+
+
 def missing(folder: Path) -> list[Path]:
     """``folder`` and those of its parents that do not exist yet, innermost first."""
     return [path for path in (folder, *folder.parents) if not path.exists()]
