@@ -9,7 +9,7 @@ What is checked where, once in a call:
     an op, also its fake        words and numbers; shapes, dtypes and devices of tensors; N, D, M   ``batch``, ``gate``
       (and functional, where plain PyTorch computes and no op does)
     an op alone                 forward mode: plain PyTorch has it, also for the gate's parameters  ``forward_mode``
-    an op, with values at hand  what ``cu_seqlens`` and a mask of floats hold                       ``token_values``
+    an op, with values at hand  what ``cu_seqlens`` and a mask of numbers hold                      ``token_values``
     a backward op               words, the batch's layout, the shapes of the gradients it receives  ``layout``, ...
     BlockwisePool               at the first block what the op ``squeeze_block`` checks; later      ``tensors``, ...
                                 only that a block is like the first
@@ -255,16 +255,20 @@ def _cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
 
 def token_values(batch: Batch | Layout) -> None:
     """What the tensors hold that say which tokens are real."""
-    if batch.attention_mask is not None and batch.attention_mask.is_floating_point():
-        _float_mask_values(batch.attention_mask)
+    if batch.attention_mask is not None and batch.attention_mask.dtype.is_signed:
+        _mask_values(batch.attention_mask)
     _cu_seqlens_values(batch)
 
 
-def _float_mask_values(mask: Tensor) -> None:
-    """Refuse the mask that attention adds to its scores, 0 at real tokens and a large negative number at padding: where nonzero
-    means real, it would say the opposite. Of a CUDA tensor this waits for the GPU, which a mask of another dtype never does."""
-    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
+def _mask_values(mask: Tensor) -> None:
+    """Refuse the mask that attention adds to its scores, 0 at real tokens and a negative number at padding: where nonzero means
+    real, it would say the opposite. Reading a CUDA tensor waits for the GPU. There floats are read, since they are rarely
+    anything else than such a mask; integers, in which tokenizers give theirs, only under S2SENT_DEBUG=1."""
+    if mask.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return
+        if not mask.is_floating_point() and os.environ.get(DEBUG_VARIABLE) != "1":
+            return
     if (mask < 0).any():
         raise ValueError(
             "attention_mask: expected nonzero at real tokens and 0 at padding, got negative numbers, as in a mask that attention "
