@@ -59,6 +59,7 @@ from .scalars import positive_int as positive_int
 from .scalars import positive_number as positive_number
 from .scalars import share as share
 from .scalars import word as word
+from .scalars import working_device as working_device
 
 DEBUG_VARIABLE = "S2SENT_DEBUG"
 _REQUIRED = GateParameters.required()

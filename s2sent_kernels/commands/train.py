@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import files, frozen, frozen_tasks, sources
+from .. import files, frozen, frozen_tasks, model_kinds
 from ..files import disk_is_full
 from ..formula.call import POOLINGS
 from ..tools import processes, recipe
@@ -369,8 +369,14 @@ def _what_is_kept(task: Task) -> str:
 
 def _check_kind(task: Task) -> None:
     """What is finished is of the kind that was asked for."""
-    wanted = sources.CLASSIFIER if task.kind == CLASSIFICATION else sources.SELECTOR if task.frozen else sources.WHOLE
-    found = sources.held(task.output)
+    wanted = (
+        model_kinds.CLASSIFIER
+        if task.kind == CLASSIFICATION
+        else model_kinds.SELECTOR
+        if task.frozen
+        else model_kinds.WHOLE
+    )
+    found = model_kinds.held(task.output)
     if found != wanted:
         raise UserError(f"output folder {task.output}: expected {wanted}, got {found}: name another")
 
