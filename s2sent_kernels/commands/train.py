@@ -369,13 +369,8 @@ def _what_is_kept(task: Task) -> str:
 
 def _check_kind(task: Task) -> None:
     """What is finished is of the kind that was asked for."""
-    wanted = (
-        model_kinds.CLASSIFIER
-        if task.kind == CLASSIFICATION
-        else model_kinds.SELECTOR
-        if task.frozen
-        else model_kinds.WHOLE
-    )
+    selector = model_kinds.SELECTOR if task.frozen else model_kinds.WHOLE
+    wanted = model_kinds.CLASSIFIER if task.kind == CLASSIFICATION else selector
     found = model_kinds.held(task.output)
     if found != wanted:
         raise UserError(f"output folder {task.output}: expected {wanted}, got {found}: name another")
