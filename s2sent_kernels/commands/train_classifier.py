@@ -16,7 +16,7 @@ from ..tools.baselines import ScalarMix
 from ..tools.problems import CLASSES, LABELS, NUMBERS, SCORES, Problem
 from . import common
 from .common import UserError
-from .train_task import REMEDIES, Epochs, Pace, Task, print_lines, print_trial
+from .train_task import REMEDIES, Epochs, Pace, Task, Used, print_lines, print_trial
 
 VARIED = ("learning_rate", "dropout", "seed")  # with --freeze-encoder
 TRAINED = "the best of the same trials"
@@ -30,6 +30,7 @@ ALWAYS = {  # what needs no text
 class _Data(NamedTuple):
     """What is trained on, what chooses, and the names of the head's outputs."""
 
+    whole: labelled.Labelled  # of --data: the training's, and what is held out of it where there is no --dev
     train: labelled.Labelled
     dev: labelled.Labelled
     problem: Problem
@@ -38,11 +39,20 @@ class _Data(NamedTuple):
     def targets(self, part: labelled.Labelled) -> Any:
         return labelled.targets(part, self.problem.kind, self.names)
 
+    def used(self, task: Task) -> Used:
+        data, dev = ([part.texts, part.labels] for part in (self.whole, self.dev))
+        return Used.of(len(self.train.texts), data, dev if "dev" in task.given else None)
+
 
 def run(task: Task) -> None:
     data = _read(task)
     task.judge()
     (_train_frozen if task.frozen else _fine_tune)(task, data)
+
+
+def used(task: Task) -> Used:
+    """What the options give to a training."""
+    return _read(task).used(task)
 
 
 def _read(task: Task) -> _Data:
@@ -61,7 +71,7 @@ def _read(task: Task) -> _Data:
         raise UserError("--dev-split: expected --dev, whose split it names")
     else:
         part, dev = labelled.hold_out(whole)
-    data = _Data(part, dev, Problem(kind, len(names) or 1), names)
+    data = _Data(whole, part, dev, Problem(kind, len(names) or 1), names)
     data.targets(dev)  # for its error, before anything is encoded
     try:
         labelled.tell_apart(dev, kind)
@@ -146,7 +156,7 @@ def _train_frozen(task: Task, data: _Data) -> None:
     model = classifier.make(
         encoder, fusion, data.problem, data.names, found.best.recipe.dropout, pairs=data.train.pairs
     )
-    model.config.provenance = task.provenance(found.best.recipe, len(data.train.texts))
+    model.config.provenance = task.provenance(found.best.recipe, data.used(task))
     model.model.selector.load_state_dict(found.trained.module.state_dict())
     model.classifier.load_state_dict(found.trained.head.state_dict())
     limit = families.max_length(encoder, tokenizer, task.max_length)
@@ -177,7 +187,7 @@ def _fine_tune(task: Task, data: _Data) -> None:
     fusion = classifier.Fusion(task.blocks, task.pooling, task.selector_arguments(encoder.config.hidden_size))
     dropout = task.one("dropout").get("dropout", recipe.DROPOUT)
     model = classifier.make(encoder, fusion, data.problem, data.names, dropout, pairs=data.train.pairs)
-    model.config.provenance = task.provenance(settings, len(data.train.texts))
+    model.config.provenance = task.provenance(settings, data.used(task))
     examples, dev = (classifier.Examples(part.texts, data.targets(part)) for part in (data.train, data.dev))
     score = classifier.fine_tune(
         model, tokenizer, examples, dev, task.output, settings, task.max_length, resume="resume" in task.given

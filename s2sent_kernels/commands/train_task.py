@@ -37,6 +37,24 @@ class Stage:
     encoded = False  # all texts are
 
 
+class Used(NamedTuple):
+    """What a training was given."""
+
+    examples: int
+    data: str  # digests, by which other texts, labels and scores are told from these
+    dev: str | None
+
+    @classmethod
+    def of(cls, examples: int, data: Any, dev: Any) -> Used:
+        from ..tools.resuming import digest
+
+        return cls(examples, digest(data), None if dev is None else digest(dev))
+
+    def entries(self) -> dict[str, Any]:
+        """Those of a model's configuration."""
+        return {"examples": self.examples, "digests": {"data": self.data, "dev": self.dev}}
+
+
 class Task(NamedTuple):
     """The options of `s2sent train`."""
 
@@ -115,7 +133,7 @@ class Task(NamedTuple):
             if name in self.given and not isinstance(self.given[name], list)
         }
 
-    def provenance(self, recipe: Any, examples: int) -> dict[str, Any]:
+    def provenance(self, recipe: Any, used: Used) -> dict[str, Any]:
         """How a model was made, for its configuration. No times: the same training writes the same bytes."""
         encoder = self.given.get("model") or common.BUNDLED
         return {
@@ -124,7 +142,7 @@ class Task(NamedTuple):
             "task": self.kind,
             "freeze_encoder": self.frozen,
             "recipe": recipe._asdict(),
-            "examples": examples,
+            **used.entries(),
         }
 
     def selector_arguments(self, size: int) -> dict[str, Any]:

@@ -341,7 +341,9 @@ def test_a_device_that_cannot_be_used(device, kind, message):
 
 
 def test_a_device_by_its_number(monkeypatch):
-    monkeypatch.setattr(embedder.validate, "working_device", lambda _, given: torch.device(given))  # which has no GPU to try
+    monkeypatch.setattr(
+        embedder.validate, "working_device", lambda _, given: torch.device(given)
+    )  # which has no GPU to try
     assert embedder._device(0) == torch.device("cuda", 0) and embedder._device("cuda:1") == torch.device("cuda", 1)
     assert embedder._device("cpu") == torch.device("cpu")
 
