@@ -46,8 +46,7 @@ def _gating(activation: str, eps: float, profile: str, training: bool, momentum:
 def _validate_plain(batch: Batch, reading: Reading) -> None:
     """What an op would validate, for plain PyTorch without one."""
     validate.batch(batch, reading)
-    if not torch.compiler.is_compiling():
-        validate.token_values(batch)
+    validate.token_values(batch)
 
 
 def _choose(backend: str, batch: Batch, others: Sequence[Tensor | None] = ()) -> str:
