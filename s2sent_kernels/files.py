@@ -89,9 +89,6 @@ def disk_is_full(error: BaseException | None) -> bool:
     return False
 
 
-PROGRESS_EVERY = 10.0  # seconds between two lines of progress where it is none
-
-
 def on_terminal() -> bool:
     """Whether somebody watches standard error: only there is a bar of progress one, and not a line without end. A terminal
     without a size, as some runners of CI and containers have, is none: tqdm draws nothing there."""

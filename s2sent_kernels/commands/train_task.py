@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import __version__, families, files, validate, waiting
+from .. import __version__, families, validate, waiting
 from ..frozen_loop import Epoch, History
 from ..selector import S2SentSelector
 from ..tools import columns, examples, labelled, processes
@@ -193,7 +193,7 @@ class Pace:
         self._trial = self._epoch = 0  # in work, from 0; those of it that ended
         self._count = 0  # epochs that ended, of all
         self._begun = self._ended = waiting.clock()
-        self.lines = waiting.Lines(self._line, files.PROGRESS_EVERY)
+        self.lines = waiting.Lines(self._line, waiting.PROGRESS_EVERY)
 
     def __call__(self, recipe: Any, epoch: Epoch) -> None:
         if epoch.number <= self._epoch and self._count:  # the next training begins

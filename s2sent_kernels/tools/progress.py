@@ -1,28 +1,56 @@
-"""How far a command is with its texts: a bar on a terminal, elsewhere a line after three seconds and then every ten."""
+"""How far a command is with its texts: a bar on a terminal, elsewhere a line after three seconds and then every five."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import threading
+import weakref
 from types import TracebackType
 from typing import Any
 
 from .. import waiting
-from ..files import PROGRESS_EVERY, importing, on_terminal
+from ..files import importing, on_terminal
+from ..waiting import PROGRESS_EVERY
 
 with importing(None, "encode"):
     from tqdm import tqdm
 
 
+class _Bar(tqdm):
+    """A bar that is drawn again every second: the time that it counts moves while one step lasts."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._over = threading.Event()
+        threading.Thread(target=_draw_until, args=[self._over, weakref.ref(self)], daemon=True).start()
+
+    def close(self) -> None:
+        if hasattr(self, "_over"):  # the constructor came to its end
+            self._over.set()
+        super().close()
+
+
+def _draw_until(over: threading.Event, bar: weakref.ref[_Bar]) -> None:
+    while not over.wait(waiting.LOOK):
+        shown = bar()
+        if shown is None:
+            return
+        shown.refresh()
+
+
 def drawn(total: int, done: int, unit: str, *, prefix: str = "", leave: bool = True) -> Any:
-    """The bar of every command, of tqdm, on standard error: how many of all, how fast, and the time left.
+    """The bar of every command, of tqdm, on standard error: how many of all, how fast, the time it took and the time left.
 
     Args:
         unit: what is counted, as "texts".
         leave: whether the bar stays when it is closed.
     """
-    form = prefix + f"{{n_fmt}} of {{total_fmt}} {unit} {{bar}} {{rate_fmt}}{{postfix}}, {{remaining}} left"
-    return tqdm(
+    form = (
+        prefix
+        + f"{{n_fmt}} of {{total_fmt}} {unit} {{bar}} {{rate_fmt}}{{postfix}}, {{elapsed}} gone, {{remaining}} left"
+    )
+    return _Bar(
         total=total, initial=done, unit=f" {unit}", bar_format=form, file=sys.stderr, disable=False, leave=leave
     )
 
