@@ -3,6 +3,7 @@ with it. Both ways write an S2SentForSequenceClassification."""
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,24 +134,29 @@ def _train_frozen(task: Task, data: _Data) -> None:
     print("kept: ", end="")
     say(found.best)
 
-    def other(name: str, num_blocks: int, parts: tuple[frozen_tasks.Part, frozen_tasks.Part]) -> float:
-        """The best score of a scalar mix in the place of the selector: of one block that block itself."""
+    def other(name: str, num_blocks: int, parts: tuple[frozen_tasks.Part, frozen_tasks.Part]) -> frozen_tasks.Found:
+        """The trials of a scalar mix in the place of the selector: of one block that block itself."""
         mix = partial(ScalarMix, num_blocks)
         with Pace(recipes, f"{name}, to compare with") as pace:
-            return frozen_tasks.search(mix, *parts, data.problem, recipes, told=pace).best.history.score
+            return frozen_tasks.search(mix, *parts, data.problem, recipes, told=pace)
 
     means = [_mean_of_last(cached, encoder, tokenizer, part, task.max_length) for part in (data.train, data.dev)]
     first, second = (
         part._replace(features=frozen.Features(mean, mean[:, None]).to(device))
         for part, mean in zip((train, dev), means, strict=True)
     )
-    scores = {
+    others = {
         evaluation.MEAN_OF_LAST: other(evaluation.MEAN_OF_LAST, 1, (first, second)),
         evaluation.SCALAR_MIX: other(evaluation.SCALAR_MIX, len(blocks), (train, dev)),
     }
+    scores = {name: each.best.history.score for name, each in others.items()}
     best = found.best.history
-    result = verdict.Result("selector", verdict.Row(f"trained selector (epoch {best.kept})", best.score))
+    row = verdict.Row(f"trained selector (epoch {best.kept})", best.score)
+    result = verdict.Result("selector", row, best.rising)
     print_lines(verdict.report(f"{what} of a head behind each", verdict.rows(scores, TRAINED, TRAINED), result))
+    mixed = others[evaluation.SCALAR_MIX]
+    steps = mixed.best.history.kept * math.ceil(len(data.train.texts) / mixed.best.recipe.batch_size)
+    print_lines(verdict.hardly_trained(scores, mixed.trained.module, steps))
     print_lines(verdict.hint(best.losses[-1], REMEDIES[task.kind]))
     fusion = classifier.Fusion(blocks, task.pooling, arguments)
     model = classifier.make(
@@ -197,6 +203,8 @@ def _fine_tune(task: Task, data: _Data) -> None:
         print(f"dev {what} {score:.2f}, the best epoch's")
         constant = data.problem.score_of_constant(examples.targets, dev.targets)
         always = verdict.Row(ALWAYS[data.problem.kind], constant)
-        result = verdict.Result("classifier", verdict.Row(f"trained classifier{history.of_best(lines)}", score))
+        result = verdict.Result(
+            "classifier", verdict.Row(f"trained classifier{history.of_best(lines)}", score), history.ends_best(lines)
+        )
         print_lines(verdict.report(what, [always], result))
         print_lines(verdict.hint(history.last_loss(lines), REMEDIES[task.kind]))

@@ -4,6 +4,7 @@ both as a SentenceTransformer."""
 from __future__ import annotations
 
 import itertools
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,8 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: Dev | None) -> N
         assert prepared.score is not None
         mix = ScalarMix(len(blocks)).to(device)
         with Pace([chosen], "scalar mix, to compare with") as pace:
-            scores = {evaluation.SCALAR_MIX: train(mix, chosen, partial(pace, chosen)).score}
+            mixed = train(mix, chosen, partial(pace, chosen))
+        scores = {evaluation.SCALAR_MIX: mixed.score}
         about["scalar_mix"] = mix.block_prior.detach().double().softmax(dim=0).tolist()
         means = prepared.score.mean_of_last
         if means is None:  # its last block is not in the cache
@@ -158,8 +160,10 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: Dev | None) -> N
         else:
             scores[evaluation.MEAN_OF_LAST] = prepared.score.of(means)
         rows = verdict.rows(scores | {verdict.UNTRAINED: found.scores[0]}, "trained alike")
-        result = verdict.Result("selector", verdict.Row(f"trained selector (epoch {found.kept})", found.score))
-        print_lines(verdict.report(verdict.SPEARMAN, rows, result))
+        best_row = verdict.Row(f"trained selector (epoch {found.kept})", found.score)
+        print_lines(verdict.report(verdict.SPEARMAN, rows, verdict.Result("selector", best_row, found.rising)))
+        steps = mixed.kept * math.ceil(len(examples.rows) / chosen.batch_size)
+        print_lines(verdict.hardly_trained(scores, mix, steps))
     print_lines(verdict.hint(found.losses[-1], REMEDIES[task.kind]))
     what = None if dev is None else verdict.SPEARMAN
     title = history.title_of(task.provenance(chosen, _used(examples, dev)))
@@ -201,6 +205,8 @@ def _fine_tune(task: Task, examples: Examples | Scored, dev: Dev | None) -> None
     lines = history.read(task.output)
     if score is not None:
         rows = verdict.rows(before, "equal weights, before")
-        result = verdict.Result("model", verdict.Row(f"trained model{history.of_best(lines)}", score))
+        result = verdict.Result(
+            "model", verdict.Row(f"trained model{history.of_best(lines)}", score), history.ends_best(lines)
+        )
         print_lines(verdict.report(verdict.SPEARMAN, rows, result))
     print_lines(verdict.hint(history.last_loss(lines), REMEDIES[task.kind]))
