@@ -203,8 +203,7 @@ def _fine_tune(task: Task, data: _Data) -> None:
         print(f"dev {what} {score:.2f}, the best epoch's")
         constant = data.problem.score_of_constant(examples.targets, dev.targets)
         always = verdict.Row(ALWAYS[data.problem.kind], constant)
-        result = verdict.Result(
-            "classifier", verdict.Row(f"trained classifier{history.of_best(lines)}", score), history.ends_best(lines)
-        )
+        row = verdict.Row(f"trained classifier{history.of_best(lines)}", score)
+        result = verdict.Result("classifier", row, history.ends_best(lines))
         print_lines(verdict.report(what, [always], result))
         print_lines(verdict.hint(history.last_loss(lines), REMEDIES[task.kind]))

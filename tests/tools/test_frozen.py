@@ -301,7 +301,8 @@ def test_patience_stops_a_training():
     history = frozen.train(
         S2SentSelector(8, 3, 4, 4), _features(), rows[:32], rows[32:], None, recipe, score=lambda _: next(values)
     )
-    assert (history.kept, len(history.losses)) == (2, 4)
+    assert (history.kept, len(history.losses)) == (2, 4) and not history.rising
+    assert history._replace(kept=4).rising
 
 
 def test_prior_and_scale_have_their_own_learning_rate():
