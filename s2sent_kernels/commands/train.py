@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import files, frozen, frozen_tasks, model_kinds
+from .. import cache_files, files, frozen, frozen_tasks, model_kinds
 from ..files import disk_is_full
 from ..formula.call import POOLINGS
 from ..tools import processes, recipe
@@ -357,8 +357,10 @@ def _what_is_kept(task: Task) -> str:
     if task.frozen:  # the encoder's work, by far the longest, is kept; how much of it the cache has said
         if task.stage.encoded:
             what = f"all texts are encoded and kept in {task.cache}: the same command begins with the first epoch"
-        else:
+        elif cache_files.kept(Path(task.cache)):
             what = f"the same command goes on after what is encoded and kept in {task.cache}"
+        else:
+            return "nothing is encoded yet: the same command begins anew"
         return f"{what}, with --resume or without"
     from ..tools import resuming
 

@@ -336,7 +336,7 @@ def test_no_bar_follows_the_error(way, tmp_path, monkeypatch):
     frozen = [*train, "--freeze-encoder", "--cache", tmp_path / "cache", "--output", tmp_path / "trained"]
     command, kept = [*train, "--output", tmp_path / "out"], "nothing is kept: the first checkpoint is written"
     if way == "frozen":
-        command, kept = frozen, "the same command goes on after what is encoded and kept"
+        command, kept = frozen, "nothing is encoded yet: the same command begins anew"
     elif way == "evaluate":
         command, kept = ["evaluate", "--transfer", labels, "--model", tmp_path / "encoder", "--device", "cpu"], None
     elif way == "predict":
