@@ -89,7 +89,7 @@ def disk_is_full(error: BaseException | None) -> bool:
     return False
 
 
-PROGRESS_EVERY = 10.0  # seconds between two lines of progress where it is none
+PROGRESS_EVERY = 5.0  # seconds between two lines of progress where it is none
 
 
 def on_terminal() -> bool:
