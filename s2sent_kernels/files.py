@@ -89,6 +89,8 @@ def disk_is_full(error: BaseException | None) -> bool:
     return False
 
 
+# What a message about a file of another encoding ends with.
+TO_UTF8 = "convert it, as `iconv -f LATIN1 -t UTF-8` does from Latin-1"
 PROGRESS_EVERY = 5.0  # seconds between two lines of progress where it is none
 
 

@@ -76,6 +76,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dtype == "auto":  # settled here, since it is part of the key
         arguments.dtype = "bfloat16" if arguments.gpus_per_worker else settled_dtype(devices)
     source = common.resolve_here(arguments.model, arguments.selector)
+    if source is not None:
+        common.say_of_classifier(source, "written")
     if source is not None and arguments.truncate_dim is not None:
         common.check_truncation(arguments.truncate_dim, common.features(source))
     texts = _calibration(arguments)
@@ -244,7 +246,8 @@ def _check_output(arguments: argparse.Namespace, output: Path) -> None:
         raise UserError(
             f"--keep-text: expected a file of .parquet or a folder, since an array holds no texts, got {name}"
         )
-    common.check_writable(output.parent, Path(name).parent if output.parent == Path(name).parent.absolute() else None)
+    parent = Path(name).parent if output.parent == Path(name).parent.absolute() else None
+    common.check_writable(output.parent, parent, of_file=True)
     beside = [sidecar(output)] if output.suffix.lower() == ".npy" else []
     if output.exists() and not arguments.force:
         remove_leftovers(output)

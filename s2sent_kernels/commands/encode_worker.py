@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,9 +68,11 @@ def load_encoder(options: EncoderOptions, device: str, option: str = "--") -> En
         common.resolve(options.model, options.selector)  # for errors that name the options
     name = options.model or common.BUNDLED
     limits = {"max_length": options.max_length, "overflow": options.overflow}
-    common.announce(name)
+    shown = multiprocessing.parent_process() is None  # the lines of a worker would stand in its parent's bar
+    if shown:
+        common.announce(name)
     try:
-        with waiting.told(f"loading {name}"):
+        with waiting.told(f"loading {name}", shown):
             made = Embedder.from_pretrained(name, options.selector, options.dtype, device, **limits)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(common.of_option(str(error)) if option else str(error)) from error
