@@ -130,8 +130,8 @@ def device_of(name: str | None) -> torch.device:
 def check_writable(
     directory: Path, name: Path | None = None, what: str = "output directory", *, of_file: bool = False
 ) -> None:
-    """Raise before any work is done, and create nothing yet. Every command makes the folders that an output's path lacks, and this
-    says so, since it may be a typing error: a line on standard error.
+    """Raise before any work is done, and create nothing yet. Every command makes the folders that an output's path lacks, and
+    this says so in a line on standard error, since it may be a typing error.
 
     Args:
         name: of the directory, as it was given.

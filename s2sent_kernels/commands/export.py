@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
         type=common.path,
         required=True,
         metavar="FILE",
-        help="FILE.onnx for ONNX Runtime, FILE.pt2 for torch, or FOLDER/, with the slash: model.onnx and tokenizer, for servers",
+        help="FILE.onnx for ONNX Runtime, FILE.pt2 for torch, or FOLDER/, with the slash, for servers: model.onnx and tokenizer",
     )
     model.add_argument(
         "--model",
@@ -96,8 +96,8 @@ def _check_output(arguments: argparse.Namespace, path: Path, folder: bool) -> No
         return
     if path.suffix not in WRITERS:
         raise UserError(
-            f"--output: expected a name that ends in {', '.join(WRITERS)} or, as a folder of model.onnx and tokenizer for servers, "
-            f"in /, got {arguments.output}"
+            f"--output: expected a name that ends in {', '.join(WRITERS)} or, as a folder of model.onnx and tokenizer for "
+            f"servers, in /, got {arguments.output}"
         )
     if path.is_dir():
         raise UserError(f"--output: expected a file, got a directory, {path}")

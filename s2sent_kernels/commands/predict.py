@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
         nargs="+",
         metavar="FILE",
         help=".txt (one text a line), or .tsv, .csv, .jsonl or .parquet with the columns that it was trained on: text, or "
-        "sentence1 and sentence2",
+        "sentence1 and sentence2; an empty text gets a label, too",
     )
     files.add_argument(
         "--columns",
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
         named = {} if arguments.columns is None else columns.parse(arguments.columns, (*TEXT, *PAIR))
         given = columns.Columns(named, format=arguments.format, judged=False)
         with waiting.told("reading the texts"):
-            files = {path: read_texts(path, given, pairs) for path in arguments.inputs}
+            files = {path: read_texts(path, given, pairs, empty=True) for path in arguments.inputs}
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
     texts = [text for path in arguments.inputs for text in files[path]]

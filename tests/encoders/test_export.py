@@ -338,9 +338,7 @@ def test_what_cannot_be_exported(tmp_path):
 
 def test_outputs_that_are_refused_before_the_work(tmp_path, fails, monkeypatch):
     monkeypatch.setattr(command.common, "load_pipeline", None)
-    assert "ends in .onnx, .pt2 or, as a folder of model.onnx and tokenizer for servers, in /, got model.bin" in fails(
-        output="model.bin"
-    )
+    assert "as a folder of model.onnx and tokenizer for servers, in /, got model.bin" in fails(output="model.bin")
     (tmp_path / "folder.onnx").mkdir()
     assert "expected a file, got a directory" in fails(output=tmp_path / "folder.onnx")
     (tmp_path / "file").write_text("")
