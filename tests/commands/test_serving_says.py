@@ -1,4 +1,4 @@
-"""What encode, search, predict, export, inspect and doctor say unasked: what is made, left out or kept, and how to mend inputs."""
+"""What encode, search, predict, export, inspect and doctor say unasked: what is made, left out or kept, how to mend an input."""
 
 import multiprocessing
 import sys
