@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -36,7 +37,9 @@ class _Bar(tqdm):
             "done": f"{done:,}",
             "whole": f"{known['total']:,}",
             "speed": _speed(rate, unit) if rate else f"? {unit}/s",
-            "left": "?" if seconds is None else tqdm.format_interval(seconds),
+            "left": f"{tqdm.format_interval(known['elapsed'])} passed, ?"
+            if seconds is None
+            else tqdm.format_interval(seconds),
         }
 
 
@@ -90,6 +93,7 @@ class Progress:
         self.begin()
         self.lines = waiting.Lines(self._line, PROGRESS_EVERY)
         self._ends = contextlib.ExitStack()
+        self._over = threading.Event()
 
     def begin(self) -> None:
         """Count the time from now on, if nothing is encoded yet: rate and time left are those of what is encoded, and loading a
@@ -147,7 +151,17 @@ class Progress:
     def __enter__(self) -> Progress:
         if self.bar is None:
             self._ends.enter_context(self.lines)
+        else:
+            watch = threading.Thread(target=self._redraw, daemon=True)
+            watch.start()
+            self._ends.callback(watch.join)
+            self._ends.callback(self._over.set)  # the last one first
         return self
+
+    def _redraw(self) -> None:
+        """A batch of long texts may last for many seconds, in which the bar would stand still."""
+        while not self._over.wait(waiting.LOOK):
+            self.bar.refresh()
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ends.close()
