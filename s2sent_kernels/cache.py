@@ -31,7 +31,7 @@ from . import families, validate, waiting
 from .cache_files import ABOUT, Unfinished, announce, check_rows, done_by_all, opened, rank_and_world, sweep
 from .cache_files import DamagedCache as DamagedCache  # public under this name
 from .capture import BLOCK_NORMS, BlockCapture
-from .files import locked
+from .files import locked, made_folder
 from .formula import dct
 from .formula.call import POOLINGS, Batch
 from .formula.tokens import Tokens
@@ -269,10 +269,10 @@ def make(
 
     Raises:
         DamagedCache: a file is not what was written; the message names it, and what to remove.
-        ValueError, TypeError: a setting or the shard is wrong, or ``texts`` is empty. Another process is at work on this shard.
+        ValueError, TypeError: a setting or the shard is wrong, or the texts are. Another process is at work on this shard.
             Without ``shard``: ranks have begun, and not all of them are done; names those.
     """
-    texts = unique(texts)
+    texts = unique(encoders.checked(texts))
     if not texts:
         raise ValueError("texts: expected at least one, got none")
     validate.positive_int("token_frequencies", settings.token_frequencies)
@@ -294,8 +294,7 @@ def make(
             "blocks": list(capture.blocks),
         }
         name = _name(about)
-        parent = Path(folder)
-        parent.mkdir(parents=True, exist_ok=True)
+        parent = made_folder("folder", folder)
         target, lock, unfinished = parent / name, parent / f".{name}.lock", Unfinished(parent, name, world)
 
         def fill() -> None:

@@ -375,7 +375,7 @@ def _device(given: str | int | torch.device | None) -> torch.device:
     """The device, with its number where it is a GPU."""
     if given is None:
         given = "cuda" if torch.cuda.is_available() else "cpu"
-    where = torch.device("cuda", given) if isinstance(given, int) else torch.device(given)
+    where = validate.working_device("device", f"cuda:{given}" if isinstance(given, int) else given)
     if where.type == "cuda" and where.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return where

@@ -91,7 +91,6 @@ def disk_is_full(error: BaseException | None) -> bool:
 
 # What a message about a file of another encoding ends with.
 TO_UTF8 = "convert it, as `iconv -f LATIN1 -t UTF-8` does from Latin-1"
-PROGRESS_EVERY = 5.0  # seconds between two lines of progress where it is none
 
 
 def on_terminal() -> bool:
@@ -151,6 +150,17 @@ def _is_at(file: int, path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file), os.stat(path, follow_symlinks=False))
     return False
+
+
+def made_folder(name: str, path: str | os.PathLike[str]) -> Path:
+    """A folder, made where there is none. ValueError that names the argument where a file is in its place or above it."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        there = next(some for some in (folder, *folder.parents) if some.exists() and not some.is_dir())
+        raise ValueError(f"{name}: expected a folder, got a file, {there}") from error
+    return folder
 
 
 def missing(folder: Path) -> list[Path]:

@@ -8,8 +8,9 @@ encoder: an epoch takes seconds in plain PyTorch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -257,6 +258,7 @@ def prepare(
     """Encode once (or open the cache), for any number of trainings. Arguments and errors as ``fit``."""
     if selector.profile != "paper":
         raise ValueError(f"selector: expected profile 'paper', got {selector.profile!r}")
+    _check_texts(examples, dev)
     texts = [text for row in examples for text in row if text]
     cached = cache.make(encoder, tokenizer, texts, folder, settings, progress=progress, verify=verify)
     if selector.hidden_size != cached.hidden_size:
@@ -293,15 +295,19 @@ def fit(
     """Encode once (or open the cache), and train ``selector`` in place from it.
 
     Args:
-        examples: (anchor, positive, hard negatives ...), all of one length; a negative that is empty or None is skipped.
+        examples: tuples or lists (anchor, positive, hard negatives ...), all of one length; a negative that is empty or None is
+            skipped.
         folder: of the caches.
         dev: (sentence, sentence, score); chooses the epoch.
         settings: of the cache. The selector reads the last N of its blocks.
         verify: compare a cache that is opened with its checksums.
 
     Raises:
-        ValueError: the selector does not fit the cached blocks, there are fewer than two examples, or a setting is wrong.
+        ValueError: the selector does not fit the cached blocks, there are fewer than two examples, an anchor or a positive is
+            empty, an example has another length than the first, or a setting is wrong.
+        TypeError: an example is no tuple or list, or a text no string.
     """
+    _check_texts(examples, dev)  # before its length is believed
     check(recipe, len(examples), selector.hidden_size)  # before encoding, which may take hours
     prepared = prepare(
         encoder,
@@ -315,3 +321,36 @@ def fit(
         verify=verify,
     )
     return prepared.train(selector, recipe)
+
+
+def _check_texts(examples: Sequence[Sequence[str | None]], dev: Sequence[tuple[str, str, float]] | None) -> None:
+    """Judge what ``fit`` is given."""
+    for place, row in _rows("examples", examples):
+        if len(row) < 2:
+            raise ValueError(f"{place}: expected anchor and positive at least, got {len(row)}")
+        if len(row) != len(examples[0]):
+            raise ValueError(f"{place}: expected {len(examples[0])} texts, as examples[0] has, got {len(row)}")
+        for number, text in enumerate(row):
+            name = ("anchor", "positive", "negative")[min(number, 2)]
+            if text is not None and not isinstance(text, str):
+                raise TypeError(f"{place}: expected a string as {name}, got {type(text).__name__}")
+            if number < 2 and not text:
+                raise ValueError(f"{place}: expected {name} to have a text, got {text!r}")
+    for place, row in _rows("dev", () if dev is None else dev):
+        if len(row) != 3:
+            raise ValueError(f"{place}: expected (sentence, sentence, score), got {len(row)} values")
+        for text in row[:2]:
+            if not isinstance(text, str):
+                raise TypeError(f"{place}: expected a string as sentence, got {type(text).__name__}")
+        score = float(row[2]) if isinstance(row[2], Real) else row[2]  # numpy's too
+        validate.finite_number(f"{place}: score", score)
+
+
+def _rows(name: str, rows: Any) -> Iterator[tuple[str, Sequence[Any]]]:
+    """The rows and their names, where they are tuples or lists: of a string or a dict the letters or keys would pass as texts."""
+    if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Sequence):
+        raise TypeError(f"{name}: expected a sequence of tuples, got {type(rows).__name__}")
+    for number, row in enumerate(rows):
+        if not isinstance(row, (tuple, list)):
+            raise TypeError(f"{name}[{number}]: expected a tuple, got {type(row).__name__}")
+        yield f"{name}[{number}]", row

@@ -54,6 +54,11 @@ class History(NamedTuple):
     kept: int
 
     @property
+    def rising(self) -> bool:
+        """Whether the last epoch was kept."""
+        return self.kept == len(self.losses)
+
+    @property
     def score(self) -> float:
         """The kept epoch's; NaN without scores."""
         return self.scores[self.kept] if self.scores else math.nan

@@ -46,8 +46,7 @@ def _gating(activation: str, eps: float, profile: str, training: bool, momentum:
 def _validate_plain(batch: Batch, reading: Reading) -> None:
     """What an op would validate, for plain PyTorch without one."""
     validate.batch(batch, reading)
-    if not torch.compiler.is_compiling():
-        validate.token_values(batch)
+    validate.token_values(batch)
 
 
 def _choose(backend: str, batch: Batch, others: Sequence[Tensor | None] = ()) -> str:
@@ -77,8 +76,9 @@ def squeeze(
 
     Args:
         hidden_states: N tensors [B, L, D], lowest block first, any strides; or packed [T, D] with ``cu_seqlens``.
-        attention_mask: [B, L] bool, integer or float, nonzero at real tokens; None means that every token is real. One of floats
-            on a GPU is waited for, since its numbers are judged: a mask that attention adds to its scores means the opposite.
+        attention_mask: [B, L] bool, integer or float, nonzero at real tokens; None means that every token is real. Negative
+            numbers are refused: a mask that attention adds to its scores means the opposite. On a GPU that is seen of floats,
+            for which the call waits, and of integers under S2SENT_DEBUG=1.
         cu_seqlens: int32 [B + 1], the packed sentences' first tokens and T.
         frequencies: M, the number of DCT components; divides D.
         pooling: "mean", "cls" (the first real token) or "last" (the last one).

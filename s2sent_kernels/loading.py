@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import absent, export, hub
+from . import absent, export, hub, model_kinds
 from .capture import BlockCapture
 from .checkpoints import folders
 from .files import require
 from .parts import Trained, load_model, max_length, read_selector
 from .quiet import quietly
-from .sources import LoadError, Source, architectures, cannot_load, held, resolve
+from .sources import LoadError, Source, architectures, cannot_load, resolve
 
 
 def _complete(model: Any, folder: Path) -> Any:
@@ -62,7 +62,7 @@ def load_classifier(model: str) -> tuple[Any, Any]:
     if not folder.is_dir():
         raise LoadError(f"{expected}, {'got a file' if folder.exists() else 'and there is no such directory'}")
     if "S2SentForSequenceClassification" not in architectures(model):
-        got = held(folder) or "a folder without a config.json that says so"
+        got = model_kinds.held(folder) or "a folder without a config.json that says so"
         raise LoadError(f"{expected}, as `s2sent train --task classification` writes it, got {got}")
     try:
         kind: Any = importlib.import_module("s2sent_kernels.transformers").S2SentForSequenceClassification

@@ -12,9 +12,10 @@ from torch import nn
 from . import absent, families, hub
 from .checkpoints import folders, pretrained
 from .files import importing, require
+from .model_kinds import held, read_json
 from .quiet import quietly
 from .selector import S2SentSelector
-from .sources import LoadError, Source, cannot_load, check_encoder, config_of, find_model, read_json
+from .sources import LoadError, Source, cannot_load, check_encoder, config_of, find_model
 
 # Arguments of a Transformer that it hands on to what it loads.
 OF_TRANSFORMER = ("model_kwargs", "processor_kwargs", "config_kwargs")
@@ -148,7 +149,10 @@ def _load_encoder(path: str, name: str, dtype: torch.dtype | str) -> Any:
     """An encoder whose weights are all in its checkpoint. Of an encoder with a decoder, the encoder alone."""
     transformers = require("transformers", "transformers", "demo")
     if config_of(Path(path), name).get("model_type") == "s2sent":
-        raise LoadError(f"model {name}: expected an encoder alone, got one with its selector")
+        raise LoadError(
+            f"model {name}: expected an encoder alone, got {held(path)}: in Python, S2SentModel.from_pretrained(folder).encoder "
+            "is one, to be saved beside the tokenizer"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(path, **hub.NO_CODE)
         kind = importlib.import_module("s2sent_kernels.saved_model").auto_class(config)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import hub
+from . import hub, model_kinds
 from .checkpoints import pretrained
 from .files import WEIGHTS, importing, open_to_umask
 from .quiet import without_bars
@@ -50,6 +50,21 @@ class S2SentConfig(transformers.PreTrainedConfig):
         self.block_norm, self.pooling, self.selector = block_norm, pooling, selector
         self.head, self.classifier_dropout = head, classifier_dropout
         super().__init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in the library, which takes another model's configuration with a warning.
+
+        Raises:
+            ValueError: it is that of another model; tells what loads it.
+        """
+        found, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if found and found.get("model_type") != cls.model_type:
+            expected = "pretrained_model_name_or_path: expected an S2SentModel or its classifier"
+            raise ValueError(f"{expected}, {model_kinds.got(pretrained_model_name_or_path)}")
+        return found, unused
 
     @property
     def vocab_size(self) -> int | None:
@@ -135,6 +150,9 @@ def load_encoder(
         if name in (model_kwargs or ()):
             raise ValueError(f"model_kwargs: expected none of the other arguments in it, got {name}, which is one")
     given = {**hub.NO_CODE, **options, **(model_kwargs or {})}
+    # The encoder of a SentenceTransformer lies in its folder as one alone does.
+    if model_kinds.held(path) not in (model_kinds.ENCODER, None) and not model_kinds.has_modules(path):
+        raise ValueError(f"path_or_model: expected an encoder, {model_kinds.got(path)}")
     try:
         config = given.get("config")
         if config is None:

@@ -72,6 +72,17 @@ def device(name: str, value: Any) -> torch.device | None:
         raise ValueError(f"{name}: expected a torch.device, its name or None, got {value!r}") from error
 
 
+def working_device(name: str, value: Any) -> torch.device:
+    """The device that ``value`` means, where a tensor can be made and read on it."""
+    where = device(name, value) or torch.get_default_device()
+    try:
+        torch.zeros(1, device=where).item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        reason, _, _ = str(error).partition("\n")
+        raise ValueError(f"{name}: {str(where)!r} cannot be used: {reason}") from error
+    return where
+
+
 def dtype(name: str, value: Any) -> torch.dtype | None:
     """``value``, where it is a floating dtype; None means torch's default."""
     if value is not None and (not isinstance(value, torch.dtype) or not value.is_floating_point):

@@ -383,6 +383,7 @@ class S2SentSelector(Joinable):
 
         Raises:
             ValueError: a key is missing or has an unexpected shape; names it.
+            TypeError: ``state_dict`` is no mapping, as the path of a file.
         """
         arguments, state = published.convert(state_dict, prefix, frequencies)
         selector = cls(**arguments, backend=backend)

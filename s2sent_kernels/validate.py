@@ -9,7 +9,7 @@ What is checked where, once in a call:
     an op, also its fake        words and numbers; shapes, dtypes and devices of tensors; N, D, M   ``batch``, ``gate``
       (and functional, where plain PyTorch computes and no op does)
     an op alone                 forward mode: plain PyTorch has it, also for the gate's parameters  ``forward_mode``
-    an op, with values at hand  what ``cu_seqlens`` and a mask of floats hold                       ``token_values``
+    an op, with values at hand  what ``cu_seqlens`` and a mask of numbers hold                      ``token_values``
     a backward op               words, the batch's layout, the shapes of the gradients it receives  ``layout``, ...
     BlockwisePool               at the first block what the op ``squeeze_block`` checks; later      ``tensors``, ...
                                 only that a block is like the first
@@ -59,6 +59,7 @@ from .scalars import positive_int as positive_int
 from .scalars import positive_number as positive_number
 from .scalars import share as share
 from .scalars import word as word
+from .scalars import working_device as working_device
 
 DEBUG_VARIABLE = "S2SENT_DEBUG"
 _REQUIRED = GateParameters.required()
@@ -254,17 +255,32 @@ def _cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
 
 
 def token_values(batch: Batch | Layout) -> None:
-    """What the tensors hold that say which tokens are real."""
-    if batch.attention_mask is not None and batch.attention_mask.is_floating_point():
-        _float_mask_values(batch.attention_mask)
-    _cu_seqlens_values(batch)
-
-
-def _float_mask_values(mask: Tensor) -> None:
-    """Refuse the mask that attention adds to its scores, 0 at real tokens and a large negative number at padding: where nonzero
-    means real, it would say the opposite. Of a CUDA tensor this waits for the GPU, which a mask of another dtype never does."""
-    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+    """What the tensors hold that say which tokens are real, as far as it can be read: a compiler judges nothing, and the ops do
+    when they run. Reading a CUDA tensor waits for the GPU, so there only masks of floats are judged, which are rarely anything
+    else than what attention adds to its scores; under S2SENT_DEBUG=1 all are."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
+    mask, cu_seqlens = batch.attention_mask, batch.cu_seqlens
+    try:
+        if mask is not None and mask.dtype.is_signed and _is_read(mask, mask.is_floating_point()):
+            _mask_values(mask)
+        if cu_seqlens is not None and _is_read(cu_seqlens, False):
+            _cu_seqlens_values(cu_seqlens, batch.shape[0])
+    except RuntimeError:  # a tensor that has a shape alone, as a fake one's and inside torch.func.vmap
+        return
+
+
+def _is_read(tensor: Tensor, waited_for: bool) -> bool:
+    if tensor.device.type == "cpu":
+        return True
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return waited_for or os.environ.get(DEBUG_VARIABLE) == "1"
+
+
+def _mask_values(mask: Tensor) -> None:
+    """Refuse the mask that attention adds to its scores, 0 at real tokens and a negative number at padding: where nonzero means
+    real, it would say the opposite."""
     if (mask < 0).any():
         raise ValueError(
             "attention_mask: expected nonzero at real tokens and 0 at padding, got negative numbers, as in a mask that attention "
@@ -272,12 +288,8 @@ def _float_mask_values(mask: Tensor) -> None:
         )
 
 
-def _cu_seqlens_values(batch: Batch | Layout) -> None:
-    """Starts at 0, never decreases, ends at T. Reading a CUDA tensor waits for the GPU, so there it is done only under
-    S2SENT_DEBUG=1."""
-    cu_seqlens, num_tokens = batch.cu_seqlens, batch.shape[0]
-    if cu_seqlens is None or (cu_seqlens.device.type != "cpu" and os.environ.get(DEBUG_VARIABLE) != "1"):
-        return
+def _cu_seqlens_values(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """Starts at 0, never decreases, ends at T."""
     values = cu_seqlens.tolist()
     if values[0] != 0:
         raise ValueError(f"cu_seqlens: expected to start at 0, got {values[0]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import threading
@@ -10,8 +11,10 @@ from collections.abc import Callable, Iterator
 from time import monotonic as clock
 from time import process_time
 from types import TracebackType
+from typing import Any
 
 SILENCE = 3.0  # seconds
+PROGRESS_EVERY = 5.0  # seconds between two lines about the same
 SHORT = 1.0  # seconds that are no wait, however long the silence before
 LOOK = 1.0  # seconds between two looks at the clock
 
@@ -28,19 +31,22 @@ _last = clock() - process_time()
 @contextlib.contextmanager
 def told(what: str, wanted: bool = True) -> Iterator[None]:
     """Say ``what``, as "loading the encoder", if the ``with`` block lasts until nothing was said for SILENCE: several short waits
-    are a long one. Of a training's processes the first one says it.
+    are a long one. After that, for how long it has lasted. Of a training's processes the first one says it.
 
     Args:
         wanted: whether anything may be said.
     """
-    timer = threading.Timer(_until_due(SILENCE), say, [f"{what} ..."])
-    timer.daemon = True
-    if wanted and os.environ.get("RANK", "0") == "0":
-        timer.start()
-    try:
+    if not wanted or os.environ.get("RANK", "0") != "0":
         yield
-    finally:
-        timer.cancel()
+        return
+    begun, said = clock(), itertools.count()
+
+    def line() -> str:
+        return f"{what} ..." + (f" {clock() - begun:.0f} s" if next(said) else "")
+
+    with Lines(line, PROGRESS_EVERY, SILENCE) as lines:
+        lines.look()
+        yield
 
 
 class Lines:
@@ -50,10 +56,12 @@ class Lines:
     Args:
         line: what is said now.
         every: seconds between two lines.
+        first: seconds of silence before the first one; by default SILENCE, or ``every`` where that is less.
     """
 
-    def __init__(self, line: Callable[[], str], every: float) -> None:
+    def __init__(self, line: Callable[[], str], every: float, first: float | None = None) -> None:
         self._line, self._every, self._wait = line, every, 0.0
+        self._first = first
         self._said = 0.0
         self._others = 0  # who are inside ``left_to_another``
         self._lock = threading.Lock()
@@ -85,7 +93,8 @@ class Lines:
             self.heard()
 
     def __enter__(self) -> Lines:
-        self._said, self._wait = clock(), _until_due(min(SILENCE, self._every))
+        first = min(SILENCE, self._every) if self._first is None else self._first
+        self._said, self._wait = clock(), _until_due(first)
         self._thread.start()
         return self
 
@@ -99,18 +108,28 @@ class Lines:
 
 
 def say(line: str) -> None:
-    """Print it on standard error, if there is one."""
+    """Print it on standard error, if there is one: on a line of its own where a bar of progress is drawn."""
     global _last
     _last = clock()
     if sys.stderr is not None:
-        print(line, file=sys.stderr, flush=True)
+        bars = _tqdm().external_write_mode(sys.stderr) if _drawn() else contextlib.nullcontext()
+        with bars:
+            print(line, file=sys.stderr, flush=True)
+
+
+def _tqdm() -> Any:
+    """Its class of bars, if anybody has imported it."""
+    return getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+
+
+def _drawn() -> list[Any]:
+    return list(getattr(_tqdm(), "_instances", ()))
 
 
 def end_bars() -> None:
     """Close every bar of progress that is drawn, whosever it is: a generator or the trainer may still have one open. The line
     that is printed next says why the command ends, and no bar may follow it."""
-    drawn = getattr(getattr(sys.modules.get("tqdm.std"), "tqdm", None), "_instances", ())
-    for bar in sorted(drawn, key=lambda bar: abs(getattr(bar, "pos", 0)), reverse=True):  # the lowest first
+    for bar in sorted(_drawn(), key=lambda bar: abs(getattr(bar, "pos", 0)), reverse=True):  # the lowest first
         bar.close()
 
 

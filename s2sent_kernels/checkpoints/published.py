@@ -60,7 +60,13 @@ def convert(
 
     Raises:
         ValueError: a key is missing or has an unexpected shape; names it.
+        TypeError: ``state_dict`` is no mapping, as the path of a file.
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            "state_dict: expected a mapping from names to tensors, as safetensors.torch.load_file gives it, got "
+            f"{type(state_dict).__name__}"
+        )
     down_weight = _take(state_dict, prefix, "dense_z.0.weight")
     width, hidden_size = down_weight.shape
     stem = f"{prefix}dense_select_weights."

@@ -105,6 +105,11 @@ def add_device(command: Any) -> None:
     command.add_argument("--device", help="a torch device (default: cuda where there is one, else cpu)")
 
 
+def option(name: str) -> str:
+    """As ``name`` is typed on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 def device_of(name: str | None) -> torch.device:
     """The device of an option ``--device``. Under torchrun each process has a GPU of its own, which is also made the current one
     before anything touches a GPU: what asks for the current device would else take memory of the first."""

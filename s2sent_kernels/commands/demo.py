@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import families, sources
+from .. import families, model_kinds, sources
 from ..capture import BlockCapture
 from ..engines.choice import BACKENDS, backends, choose
 from ..engines.triton.limits import triton_interprets
@@ -224,7 +224,7 @@ def run(arguments: argparse.Namespace) -> None:
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
     model = arguments.model
-    if model is not None and (kind := sources.held(model)) not in (sources.ENCODER, None):
+    if model is not None and (kind := model_kinds.held(model)) not in (model_kinds.ENCODER, None):
         raise UserError(
             f"--model {model}: expected an encoder alone, got {kind}: `s2sent inspect --model {model}` shows it"
         )

@@ -146,7 +146,7 @@ def _finish(arguments: argparse.Namespace) -> None:
     defaults = vars(parser.parse_args(["encode"]))
     for name, value in defaults.items():
         if name != "finish" and getattr(arguments, name) != value:
-            got = ", ".join(arguments.inputs) if name == "inputs" else f"--{name.replace('_', '-')}"
+            got = ", ".join(arguments.inputs) if name == "inputs" else common.option(name)
             raise UserError(f"--finish: expected nothing beside the folder, got {got}")
     folder = Path(arguments.finish)
     if not folder.is_dir():
@@ -203,7 +203,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UserError("--device: expected with --engine local; --gpus-per-worker tells Ray what a worker uses")
     for name in OF_RAY:
         if arguments.engine != "ray" and getattr(arguments, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')}: expected with --engine ray")
+            raise UserError(f"{common.option(name)}: expected with --engine ray")
     if arguments.shard is not None:
         if not arguments.output.endswith("/"):
             raise UserError(f"--shard: expected a folder as --output, with a slash at its end, got {arguments.output}")

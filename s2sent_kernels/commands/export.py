@@ -105,7 +105,7 @@ def _check_output(arguments: argparse.Namespace, path: Path, folder: bool) -> No
     for name in _FOLDER_ONLY:
         if getattr(arguments, name) is not None:
             raise UserError(
-                f"--{name.replace('_', '-')}: expected with an --output FOLDER/ for servers, got the file {path}"
+                f"{common.option(name)}: expected with an --output FOLDER/ for servers, got the file {path}"
             )
 
 

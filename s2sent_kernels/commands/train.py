@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import files, frozen, frozen_tasks, sources
+from .. import files, frozen, frozen_tasks, model_kinds
 from ..files import disk_is_full
 from ..formula.call import POOLINGS
 from ..tools import processes, recipe
@@ -256,13 +256,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{STDIN}: expected a file, which every process can read")
     common.check_writable(task.output)
     try:
-        if "resume" in task.given and _is_finished(task):
+        way = train_classifier if task.kind == CLASSIFICATION else train_pairs
+        if "resume" in task.given and _is_finished(task, way):
             if processes.is_first():
                 print(f"{task.output}: the model is finished")
             return
         _check_empty(task)
         _say_left_out(task)
-        way = train_classifier if task.kind == CLASSIFICATION else train_pairs
         if task.frozen:  # the result is there whole or not at all, and no other process makes it
             with files.new_folder(task.output, alone=True) as whole, common.interrupted(_what_is_kept, task):
                 way.run(task._replace(output=whole))
@@ -297,7 +297,7 @@ def _say_left_out(task: Task) -> None:
 def _check_options(task: Task) -> None:
     """No option is taken and ignored."""
     for name, only in _ONLY.items():
-        option = f"--{name.replace('_', '-')}"
+        option = common.option(name)
         if name not in task.given:
             continue
         if only.frozen is not None and only.frozen != task.frozen:
@@ -313,7 +313,7 @@ def _check_options(task: Task) -> None:
             raise UserError(f"--report-to: {error}") from error
     for name in _SEVERAL:
         if not task.frozen and len(task.several(name) or ()) > 1:
-            raise UserError(f"--{name.replace('_', '-')}: several values only with --freeze-encoder")
+            raise UserError(f"{common.option(name)}: several values only with --freeze-encoder")
     if "mini_batch" in task.given and not task.given["no_norm"]:
         raise UserError(
             "--mini-batch: expected --no-norm beside it: batch norm would normalise each mini-batch by its own"
@@ -369,23 +369,28 @@ def _what_is_kept(task: Task) -> str:
 
 def _check_kind(task: Task) -> None:
     """What is finished is of the kind that was asked for."""
-    wanted = sources.CLASSIFIER if task.kind == CLASSIFICATION else sources.SELECTOR if task.frozen else sources.WHOLE
-    found = sources.held(task.output)
+    selector = model_kinds.SELECTOR if task.frozen else model_kinds.WHOLE
+    wanted = model_kinds.CLASSIFIER if task.kind == CLASSIFICATION else selector
+    found = model_kinds.held(task.output)
     if found != wanted:
         raise UserError(f"output folder {task.output}: expected {wanted}, got {found}: name another")
 
 
-def _is_finished(task: Task) -> bool:
-    """Whether there is nothing left to do but to remove checkpoints: a model is never trained again unasked."""
+def _is_finished(task: Task, way: Any) -> bool:
+    """Whether there is nothing left to do but to remove checkpoints: a model is never trained again unasked.
+
+    Args:
+        way: the module that trains.
+    """
     from ..tools import resuming
 
     last = resuming.OF_CLASSIFIER if task.kind == CLASSIFICATION else resuming.OF_MODEL
     if not (resuming.finished_frozen(task.output) if task.frozen else resuming.finished(task.output, last)):
         return False
     _check_kind(task)
-    if others := train_finished.differences(task):
+    if others := train_finished.differences(task, way.used):
         raise UserError(
             f"--resume: {task.output} holds a finished result, made with {'; '.join(others)}: name another --output, or give "
-            "the options that it was made with"
+            "what it was made with"
         )
     return task.frozen or resuming.remove_leftovers(task.output, last)

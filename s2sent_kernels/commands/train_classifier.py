@@ -3,6 +3,7 @@ with it. Both ways write an S2SentForSequenceClassification."""
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from ..tools.baselines import ScalarMix
 from ..tools.problems import CLASSES, LABELS, NUMBERS, SCORES, Problem
 from . import common
 from .common import UserError
-from .train_task import REMEDIES, Epochs, Pace, Task, print_lines, print_trial
+from .train_task import REMEDIES, Epochs, Pace, Task, Used, print_lines, print_trial
 
 VARIED = ("learning_rate", "dropout", "seed")  # with --freeze-encoder
 TRAINED = "the best of the same trials"
@@ -30,6 +31,7 @@ ALWAYS = {  # what needs no text
 class _Data(NamedTuple):
     """What is trained on, what chooses, and the names of the head's outputs."""
 
+    whole: labelled.Labelled  # of --data: the training's, and what is held out of it where there is no --dev
     train: labelled.Labelled
     dev: labelled.Labelled
     problem: Problem
@@ -38,11 +40,20 @@ class _Data(NamedTuple):
     def targets(self, part: labelled.Labelled) -> Any:
         return labelled.targets(part, self.problem.kind, self.names)
 
+    def used(self, task: Task) -> Used:
+        data, dev = ([part.texts, part.labels] for part in (self.whole, self.dev))
+        return Used.of(len(self.train.texts), data, dev if "dev" in task.given else None)
+
 
 def run(task: Task) -> None:
     data = _read(task)
     task.judge()
     (_train_frozen if task.frozen else _fine_tune)(task, data)
+
+
+def used(task: Task) -> Used:
+    """What the options give to a training."""
+    return _read(task).used(task)
 
 
 def _read(task: Task) -> _Data:
@@ -61,7 +72,7 @@ def _read(task: Task) -> _Data:
         raise UserError("--dev-split: expected --dev, whose split it names")
     else:
         part, dev = labelled.hold_out(whole)
-    data = _Data(part, dev, Problem(kind, len(names) or 1), names)
+    data = _Data(whole, part, dev, Problem(kind, len(names) or 1), names)
     data.targets(dev)  # for its error, before anything is encoded
     try:
         labelled.tell_apart(dev, kind)
@@ -123,30 +134,35 @@ def _train_frozen(task: Task, data: _Data) -> None:
     print("kept: ", end="")
     say(found.best)
 
-    def other(name: str, num_blocks: int, parts: tuple[frozen_tasks.Part, frozen_tasks.Part]) -> float:
-        """The best score of a scalar mix in the place of the selector: of one block that block itself."""
+    def other(name: str, num_blocks: int, parts: tuple[frozen_tasks.Part, frozen_tasks.Part]) -> frozen_tasks.Found:
+        """The trials of a scalar mix in the place of the selector: of one block that block itself."""
         mix = partial(ScalarMix, num_blocks)
         with Pace(recipes, f"{name}, to compare with") as pace:
-            return frozen_tasks.search(mix, *parts, data.problem, recipes, told=pace).best.history.score
+            return frozen_tasks.search(mix, *parts, data.problem, recipes, told=pace)
 
     means = [_mean_of_last(cached, encoder, tokenizer, part, task.max_length) for part in (data.train, data.dev)]
     first, second = (
         part._replace(features=frozen.Features(mean, mean[:, None]).to(device))
         for part, mean in zip((train, dev), means, strict=True)
     )
-    scores = {
+    others = {
         evaluation.MEAN_OF_LAST: other(evaluation.MEAN_OF_LAST, 1, (first, second)),
         evaluation.SCALAR_MIX: other(evaluation.SCALAR_MIX, len(blocks), (train, dev)),
     }
+    scores = {name: each.best.history.score for name, each in others.items()}
     best = found.best.history
-    result = verdict.Result("selector", verdict.Row(f"trained selector (epoch {best.kept})", best.score))
+    row = verdict.Row(f"trained selector (epoch {best.kept})", best.score)
+    result = verdict.Result("selector", row, best.rising)
     print_lines(verdict.report(f"{what} of a head behind each", verdict.rows(scores, TRAINED, TRAINED), result))
+    mixed = others[evaluation.SCALAR_MIX]
+    steps = mixed.best.history.kept * math.ceil(len(data.train.texts) / mixed.best.recipe.batch_size)
+    print_lines(verdict.hardly_trained(scores, mixed.trained.module, steps))
     print_lines(verdict.hint(best.losses[-1], REMEDIES[task.kind]))
     fusion = classifier.Fusion(blocks, task.pooling, arguments)
     model = classifier.make(
         encoder, fusion, data.problem, data.names, found.best.recipe.dropout, pairs=data.train.pairs
     )
-    model.config.provenance = task.provenance(found.best.recipe, len(data.train.texts))
+    model.config.provenance = task.provenance(found.best.recipe, data.used(task))
     model.model.selector.load_state_dict(found.trained.module.state_dict())
     model.classifier.load_state_dict(found.trained.head.state_dict())
     limit = families.max_length(encoder, tokenizer, task.max_length)
@@ -177,7 +193,7 @@ def _fine_tune(task: Task, data: _Data) -> None:
     fusion = classifier.Fusion(task.blocks, task.pooling, task.selector_arguments(encoder.config.hidden_size))
     dropout = task.one("dropout").get("dropout", recipe.DROPOUT)
     model = classifier.make(encoder, fusion, data.problem, data.names, dropout, pairs=data.train.pairs)
-    model.config.provenance = task.provenance(settings, len(data.train.texts))
+    model.config.provenance = task.provenance(settings, data.used(task))
     examples, dev = (classifier.Examples(part.texts, data.targets(part)) for part in (data.train, data.dev))
     score = classifier.fine_tune(
         model, tokenizer, examples, dev, task.output, settings, task.max_length, resume="resume" in task.given
@@ -187,6 +203,7 @@ def _fine_tune(task: Task, data: _Data) -> None:
         print(f"dev {what} {score:.2f}, the best epoch's")
         constant = data.problem.score_of_constant(examples.targets, dev.targets)
         always = verdict.Row(ALWAYS[data.problem.kind], constant)
-        result = verdict.Result("classifier", verdict.Row(f"trained classifier{history.of_best(lines)}", score))
+        row = verdict.Row(f"trained classifier{history.of_best(lines)}", score)
+        result = verdict.Result("classifier", row, history.ends_best(lines))
         print_lines(verdict.report(what, [always], result))
         print_lines(verdict.hint(history.last_loss(lines), REMEDIES[task.kind]))

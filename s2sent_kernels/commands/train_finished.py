@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import families
+from ..tools.recipe import LOSSES
 from . import common
-from .train_task import Task
+from .train_task import Task, Used
 
 _NOT_OF_THE_RESULT = {"save_minutes", "report_to"}  # fields of a recipe
 _SELECTOR = ("bottleneck", "frequencies", "gate_norm", "block_prior")  # the gate's scale is learned
+_SWITCHES = {"gate_norm": "--no-norm", "block_prior": "--no-prior"}  # which leave it out
+_OPTIONS = {"encoder": "model"}
 
 
-def differences(task: Task) -> list[str]:
-    """Each given option that the model in ``task.output`` was not made with, in words. Its data are not known."""
+def differences(task: Task, used: Callable[[Task], Used]) -> list[str]:
+    """Each given option that the model in ``task.output`` was not made with, as it is typed, and whether the data are others.
+
+    Args:
+        used: what the options give to a training; reads the data.
+    """
     made = _made(task.output)
     if made is None:
         return []
@@ -27,13 +34,32 @@ def differences(task: Task) -> list[str]:
         before = recipe.get(name, made.get(name))
         one_of_several = isinstance(value, list) and before in value
         if not one_of_several and value != before:
-            found.append(f"{name} = {before}, got {value}")
+            found.append(f"{common.option(_OPTIONS.get(name, name))} {_typed(name, before)}, got {_typed(name, value)}")
     if selector.get("hidden_size") is not None:
         wanted = task.selector_arguments(selector["hidden_size"])
-        found += [
-            f"{n} = {selector[n]}, got {wanted[n]}" for n in _SELECTOR if n in selector and selector[n] != wanted[n]
-        ]
+        for name in _SELECTOR:
+            if name in selector and selector[name] != wanted[name]:
+                found.append(_said_of_selector(name, selector[name], wanted[name]))
+    given = used(task)
+    for name, digest in (("data", given.data), ("dev", given.dev)):
+        if "digests" in made and made["digests"][name] != digest:  # models of earlier releases do not say
+            found.append(f"other examples as {common.option(name)}")
     return found
+
+
+def _typed(name: str, value: Any) -> str:
+    """A value as it is given on the command line."""
+    if isinstance(value, (list, tuple)):
+        return ("," if name == "blocks" else " ").join(map(str, value))
+    return "none" if value is None else str(value)
+
+
+def _said_of_selector(name: str, before: Any, wanted: Any) -> str:
+    """One of its arguments, by the option that decides on it."""
+    if name not in _SWITCHES:
+        return f"{common.option(name)} {before}, got {wanted}"
+    switch = _SWITCHES[name]
+    return f"{switch}, got none" if wanted else f"no {switch}, got it"
 
 
 def _wanted(task: Task, recipe: Mapping[str, Any], made: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -47,6 +73,8 @@ def _wanted(task: Task, recipe: Mapping[str, Any], made: Mapping[str, Any]) -> I
             yield "blocks", list(families.indices(task.blocks, sizes.depth))
     if "pooling" in made:
         yield "pooling", task.given["pooling"]
+    if "loss" in made:
+        yield "loss", task.given.get("loss", LOSSES[0])
     for name in recipe:
         if name in task.given and name not in _NOT_OF_THE_RESULT:
             yield name, task.given[name]

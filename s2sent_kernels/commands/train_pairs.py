@@ -4,6 +4,7 @@ both as a SentenceTransformer."""
 from __future__ import annotations
 
 import itertools
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,16 @@ from ..tools.baselines import ScalarMix
 from ..tools.examples import Examples, Scored, read_examples
 from . import common
 from .common import UserError
-from .train_task import REMEDIES, STS, Epochs, Pace, Task, print_lines, print_trial
+from .train_task import REMEDIES, STS, Epochs, Pace, Task, Used, print_lines, print_trial
 
 VARIED = ("learning_rate", "seed")  # with --freeze-encoder
 
 
+Dev = list[tuple[str, str, float]]  # sentence, sentence, score
+
+
 def run(task: Task) -> None:
-    examples: Examples | Scored
-    if task.kind == STS:
-        found = labelled.read_scored(task.given["data"], task.given.get("split"), columns=task.columns)
-        examples = Scored(_pairs(found), found.labels, task.given.get("loss", recipe.LOSSES[0]))
-    else:
-        examples = read_examples(task.given["data"], task.given.get("split"), task.columns)
-    dev = _read_dev(task)
+    examples, dev = _read(task)
     if not task.frozen:
         task.judge()
         _fine_tune(task, examples, dev)
@@ -40,7 +38,27 @@ def run(task: Task) -> None:
     _train_frozen(task, examples, dev)
 
 
-def _read_dev(task: Task) -> list[tuple[str, str, float]] | None:
+def used(task: Task) -> Used:
+    """What the options give to a training."""
+    return _used(*_read(task))
+
+
+def _used(examples: Examples | Scored, dev: Dev | None) -> Used:
+    scores = examples.scores if isinstance(examples, Scored) else None
+    return Used.of(len(examples.rows), [examples.rows, scores], dev)
+
+
+def _read(task: Task) -> tuple[Examples | Scored, Dev | None]:
+    examples: Examples | Scored
+    if task.kind == STS:
+        found = labelled.read_scored(task.given["data"], task.given.get("split"), columns=task.columns)
+        examples = Scored(_pairs(found), found.labels, task.given.get("loss", recipe.LOSSES[0]))
+    else:
+        examples = read_examples(task.given["data"], task.given.get("split"), task.columns)
+    return examples, _read_dev(task)
+
+
+def _read_dev(task: Task) -> Dev | None:
     if "dev" not in task.given:
         if "dev_split" in task.given:
             raise UserError("--dev-split: expected --dev, whose split it names")
@@ -53,7 +71,7 @@ def _pairs(found: labelled.Labelled) -> list[tuple[str, str]]:
     return [text for text in found.texts if isinstance(text, tuple)]  # all of them
 
 
-def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, str, float]] | None) -> None:
+def _train_frozen(task: Task, examples: Examples | Scored, dev: Dev | None) -> None:
     common.check_writable(Path(task.cache), what="--cache")
     base = (frozen.SCORED if task.kind == STS else frozen.DEFAULT)._replace(**task.fields(frozen.Recipe))
     values = [task.several(name) or [getattr(base, name)] for name in VARIED]
@@ -125,14 +143,16 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
         "max_length": task.max_length,
         "task": task.kind,
         "recipe": chosen._asdict(),
-        "examples": len(examples.rows),
+        **_used(examples, dev).entries(),
+        **({"loss": examples.loss} if isinstance(examples, Scored) else {}),
         "epoch": found.kept,
     }
     if dev is not None:
         assert prepared.score is not None
         mix = ScalarMix(len(blocks)).to(device)
         with Pace([chosen], "scalar mix, to compare with") as pace:
-            scores = {evaluation.SCALAR_MIX: train(mix, chosen, partial(pace, chosen)).score}
+            mixed = train(mix, chosen, partial(pace, chosen))
+        scores = {evaluation.SCALAR_MIX: mixed.score}
         about["scalar_mix"] = mix.block_prior.detach().double().softmax(dim=0).tolist()
         means = prepared.score.mean_of_last
         if means is None:  # its last block is not in the cache
@@ -140,18 +160,20 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: list[tuple[str, 
         else:
             scores[evaluation.MEAN_OF_LAST] = prepared.score.of(means)
         rows = verdict.rows(scores | {verdict.UNTRAINED: found.scores[0]}, "trained alike")
-        result = verdict.Result("selector", verdict.Row(f"trained selector (epoch {found.kept})", found.score))
-        print_lines(verdict.report(verdict.SPEARMAN, rows, result))
+        best_row = verdict.Row(f"trained selector (epoch {found.kept})", found.score)
+        print_lines(verdict.report(verdict.SPEARMAN, rows, verdict.Result("selector", best_row, found.rising)))
+        steps = mixed.kept * math.ceil(len(examples.rows) / chosen.batch_size)
+        print_lines(verdict.hardly_trained(scores, mix, steps))
     print_lines(verdict.hint(found.losses[-1], REMEDIES[task.kind]))
     what = None if dev is None else verdict.SPEARMAN
-    title = history.title_of(task.provenance(chosen, len(examples.rows)))
+    title = history.title_of(task.provenance(chosen, _used(examples, dev)))
     history.write(
         task.output, epochs.history, what, title
     )  # first: a selector replaces an empty folder, which is locked
     selector.save_pretrained(task.output, about=about)
 
 
-def _fine_tune(task: Task, examples: Examples | Scored, dev: list[tuple[str, str, float]] | None) -> None:
+def _fine_tune(task: Task, examples: Examples | Scored, dev: Dev | None) -> None:
     with waiting.told("importing sentence-transformers"):
         from ..sentence_transformers import S2SentPooling, SentenceTransformer
         from ..tools import training
@@ -166,7 +188,7 @@ def _fine_tune(task: Task, examples: Examples | Scored, dev: list[tuple[str, str
         pooling=task.pooling,
         **task.selector_arguments(transformer.get_embedding_dimension()),
     )
-    pooling.provenance = task.provenance(settings, len(examples.rows))
+    pooling.provenance = task.provenance(settings, _used(examples, dev))
     model = SentenceTransformer(modules=[transformer, pooling], device=str(device))
     columns: Any = None if dev is None else tuple(map(list, zip(*dev, strict=True)))
     resume = "resume" in task.given
@@ -183,6 +205,8 @@ def _fine_tune(task: Task, examples: Examples | Scored, dev: list[tuple[str, str
     lines = history.read(task.output)
     if score is not None:
         rows = verdict.rows(before, "equal weights, before")
-        result = verdict.Result("model", verdict.Row(f"trained model{history.of_best(lines)}", score))
+        result = verdict.Result(
+            "model", verdict.Row(f"trained model{history.of_best(lines)}", score), history.ends_best(lines)
+        )
         print_lines(verdict.report(verdict.SPEARMAN, rows, result))
     print_lines(verdict.hint(history.last_loss(lines), REMEDIES[task.kind]))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import __version__, families, files, validate, waiting
+from .. import __version__, families, validate, waiting
 from ..frozen_loop import Epoch, History
 from ..selector import S2SentSelector
 from ..tools import columns, examples, labelled, processes
@@ -35,6 +35,24 @@ class Stage:
     """How far a frozen training is, for what is said where it is interrupted."""
 
     encoded = False  # all texts are
+
+
+class Used(NamedTuple):
+    """What a training was given."""
+
+    examples: int
+    data: str  # digests, by which other texts, labels and scores are told from these
+    dev: str | None
+
+    @classmethod
+    def of(cls, examples: int, data: Any, dev: Any) -> Used:
+        from ..tools.resuming import digest
+
+        return cls(examples, digest(data), None if dev is None else digest(dev))
+
+    def entries(self) -> dict[str, Any]:
+        """Those of a model's configuration."""
+        return {"examples": self.examples, "digests": {"data": self.data, "dev": self.dev}}
 
 
 class Task(NamedTuple):
@@ -115,7 +133,7 @@ class Task(NamedTuple):
             if name in self.given and not isinstance(self.given[name], list)
         }
 
-    def provenance(self, recipe: Any, examples: int) -> dict[str, Any]:
+    def provenance(self, recipe: Any, used: Used) -> dict[str, Any]:
         """How a model was made, for its configuration. No times: the same training writes the same bytes."""
         encoder = self.given.get("model") or common.BUNDLED
         return {
@@ -124,7 +142,7 @@ class Task(NamedTuple):
             "task": self.kind,
             "freeze_encoder": self.frozen,
             "recipe": recipe._asdict(),
-            "examples": examples,
+            **used.entries(),
         }
 
     def selector_arguments(self, size: int) -> dict[str, Any]:
@@ -175,7 +193,7 @@ class Pace:
         self._trial = self._epoch = 0  # in work, from 0; those of it that ended
         self._count = 0  # epochs that ended, of all
         self._begun = self._ended = waiting.clock()
-        self.lines = waiting.Lines(self._line, files.PROGRESS_EVERY)
+        self.lines = waiting.Lines(self._line, waiting.PROGRESS_EVERY)
 
     def __call__(self, recipe: Any, epoch: Epoch) -> None:
         if epoch.number <= self._epoch and self._count:  # the next training begins

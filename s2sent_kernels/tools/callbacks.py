@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .. import waiting
-from ..files import PROGRESS_EVERY, importing, on_terminal
+from ..files import importing, on_terminal
+from ..waiting import PROGRESS_EVERY
 from . import processes
 from .progress import Progress, drawn
 from .recipe import Recipe

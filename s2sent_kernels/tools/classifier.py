@@ -3,7 +3,6 @@ Trainer in between. Needs the extra train for the trainer, else transformers alo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -148,9 +147,6 @@ def _settings(
 ) -> dict[str, Any]:
     """What identifies a training, apart from its initial weights."""
 
-    def digest(content: Any) -> str:
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
     config, fused = model.config, model.model
     found = {
         **recipe.computed(),
@@ -159,12 +155,12 @@ def _settings(
         "selector": fused.selector.arguments,
         "dropout": config.classifier_dropout,
         "problem_type": config.problem_type,
-        "labels": digest(config.id2label),
+        "labels": resuming.digest(config.id2label),
         "max_length": limit,
         "processes": processes.count(),
-        "examples": digest([[list(part.texts), part.targets.tolist()] for part in parts[:1]]),
-        "dev": digest([[list(part.texts), part.targets.tolist()] for part in parts[1:]]),
-        "parameters": digest([[name, *p.shape] for name, p in model.named_parameters()]),
+        "examples": resuming.digest([[list(part.texts), part.targets.tolist()] for part in parts[:1]]),
+        "dev": resuming.digest([[list(part.texts), part.targets.tolist()] for part in parts[1:]]),
+        "parameters": resuming.digest([[name, *p.shape] for name, p in model.named_parameters()]),
     }
     return json.loads(json.dumps(found))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -38,6 +38,25 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(was_training)
+
+
+def checked(texts: Sequence[Text]) -> Sequence[Text]:
+    """``texts``, where each is a string, or each a tuple of two.
+
+    Raises:
+        TypeError: one is something else, or both kinds are there. A string, whose letters would pass, is no sequence of texts.
+    """
+    if isinstance(texts, (str, bytes, Mapping)):
+        raise TypeError(f"texts: expected a sequence of strings, or of tuples of two, got {type(texts).__name__}")
+    paired = None
+    for number, text in enumerate(texts):
+        pair = isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text)
+        if not (pair or isinstance(text, str)):
+            raise TypeError(f"texts: expected strings, or tuples of two, got {type(text).__name__} as text {number}")
+        if paired not in (None, pair):
+            raise TypeError(f"texts: expected strings or pairs of them alone, got both, text {number} as the first")
+        paired = pair
+    return texts
 
 
 def longest_first(texts: Sequence[Text]) -> list[int]:

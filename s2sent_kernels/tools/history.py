@@ -95,8 +95,22 @@ def read(folder: Path) -> list[Line]:
 
 def of_best(lines: Sequence[Line]) -> str:
     """The epoch of the highest dev score, of equal ones the first, as " (epoch 2)"; empty where there is none."""
-    scored = [line for line in lines if line.dev is not None]
-    return f" (epoch {max(scored, key=lambda line: line.dev or 0.0).epoch:g})" if scored else ""
+    scored = _scored(lines)
+    return f" (epoch {max(scored, key=_dev).epoch:g})" if scored else ""
+
+
+def ends_best(lines: Sequence[Line]) -> bool:
+    """Whether no dev score before the last one reaches it."""
+    scored = _scored(lines)
+    return bool(scored) and max(scored, key=_dev) is scored[-1]
+
+
+def _scored(lines: Sequence[Line]) -> list[Line]:
+    return [line for line in lines if line.dev is not None]
+
+
+def _dev(line: Line) -> float:
+    return line.dev or 0.0
 
 
 def last_loss(lines: Sequence[Line]) -> float | None:

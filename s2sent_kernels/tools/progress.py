@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
 from .. import waiting
-from ..files import PROGRESS_EVERY, importing, on_terminal
+from ..files import importing, on_terminal
+from ..waiting import PROGRESS_EVERY
 
 with importing(None, "encode"):
     from tqdm import tqdm
@@ -19,9 +21,20 @@ T = TypeVar("T")
 
 
 class _Bar(tqdm):
-    """tqdm's, with numbers as lines have them: thousands apart, and a rate in words."""
+    """A bar that is drawn again every second: the time that it counts moves while one step lasts. Its numbers are as lines have
+    them, thousands apart and a rate in words."""
 
     time_left: Callable[[], float | None] | None = None  # seconds, where its owner knows better than the rate
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._over = threading.Event()
+        threading.Thread(target=_draw_until, args=[self._over, weakref.ref(self)], daemon=True).start()
+
+    def close(self) -> None:
+        if hasattr(self, "_over"):  # the constructor came to its end
+            self._over.set()
+        super().close()
 
     @property
     def format_dict(self) -> dict[str, Any]:
@@ -37,9 +50,7 @@ class _Bar(tqdm):
             "done": f"{done:,}",
             "whole": f"{known['total']:,}",
             "speed": _speed(rate, unit) if rate else f"? {unit}/s",
-            "left": f"{tqdm.format_interval(known['elapsed'])} passed, ?"
-            if seconds is None
-            else tqdm.format_interval(seconds),
+            "left": "?" if seconds is None else tqdm.format_interval(seconds),
         }
 
 
@@ -49,14 +60,22 @@ def _speed(rate: float, unit: str) -> str:
     return f"{rate:.1f} {unit}/s" if rate >= 1 else f"{1 / rate:.1f} s a {unit.removesuffix('s')}"
 
 
+def _draw_until(over: threading.Event, bar: weakref.ref[_Bar]) -> None:
+    while not over.wait(waiting.LOOK):
+        shown = bar()
+        if shown is None:
+            return
+        shown.refresh()
+
+
 def drawn(total: int, done: int, unit: str, *, prefix: str = "", leave: bool = True) -> Any:
-    """The bar of every command, of tqdm, on standard error: how many of all, how fast, and the time left.
+    """The bar of every command, of tqdm, on standard error: how many of all, how fast, the time it took and the time left.
 
     Args:
         unit: what is counted, as "texts".
         leave: whether the bar stays when it is closed.
     """
-    form = prefix + f"{{done}} of {{whole}} {unit} {{bar}} {{speed}}{{postfix}}, {{left}} left"
+    form = prefix + f"{{done}} of {{whole}} {unit} {{bar}} {{speed}}{{postfix}}, {{elapsed}} gone, {{left}} left"
     return _Bar(
         total=total, initial=done, unit=f" {unit}", bar_format=form, file=sys.stderr, disable=False, leave=leave
     )
@@ -93,7 +112,6 @@ class Progress:
         self.begin()
         self.lines = waiting.Lines(self._line, PROGRESS_EVERY)
         self._ends = contextlib.ExitStack()
-        self._over = threading.Event()
 
     def begin(self) -> None:
         """Count the time from now on, if nothing is encoded yet: rate and time left are those of what is encoded, and loading a
@@ -151,17 +169,7 @@ class Progress:
     def __enter__(self) -> Progress:
         if self.bar is None:
             self._ends.enter_context(self.lines)
-        else:
-            watch = threading.Thread(target=self._redraw, daemon=True)
-            watch.start()
-            self._ends.callback(watch.join)
-            self._ends.callback(self._over.set)  # the last one first
         return self
-
-    def _redraw(self) -> None:
-        """A batch of long texts may last for many seconds, in which the bar would stand still."""
-        while not self._over.wait(waiting.LOOK):
-            self.bar.refresh()
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ends.close()

@@ -4,6 +4,7 @@ trainers have in common here is that going on is one command, which works howeve
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -39,6 +40,11 @@ class Start(NamedTuple):
 
     checkpoint: str | None = None  # None: at its beginning
     epochs: int | None = None  # that are all there will be, since patience was used up
+
+
+def digest(content: Any) -> str:
+    """Tells a training's texts, labels or scores from others."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def begun(output: Path) -> bool:

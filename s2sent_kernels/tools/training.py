@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -276,9 +275,6 @@ def _check_mini_batch(mini_batch: int, model: SentenceTransformer, examples: Exa
 def _settings(model: SentenceTransformer, examples: Examples | Scored, recipe: Recipe, dev: Any) -> dict[str, Any]:
     """What identifies a training, apart from its initial weights."""
 
-    def digest(content: Any) -> str:
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
     pooling = {
         key: getattr(module, key) for module in model if isinstance(module, S2SentPooling) for key in module.config_keys
     }
@@ -287,9 +283,9 @@ def _settings(model: SentenceTransformer, examples: Examples | Scored, recipe: R
         **pooling,
         "max_seq_length": model.max_seq_length,
         "processes": processes.count(),
-        "examples": digest(examples),
-        "dev": digest(dev),
-        "parameters": digest([[name, *p.shape] for name, p in model.named_parameters()]),
+        "examples": resuming.digest(examples),
+        "dev": resuming.digest(dev),
+        "parameters": resuming.digest([[name, *p.shape] for name, p in model.named_parameters()]),
     }
     return json.loads(json.dumps(found))
 

@@ -33,6 +33,7 @@ class Result(NamedTuple):
 
     name: str  # "selector"
     row: Row
+    rising: bool  # the last epoch is the best one, so that more of them may be better
 
 
 def report(what: str, before: Sequence[Row], result: Result) -> list[str]:
@@ -56,8 +57,8 @@ def report(what: str, before: Sequence[Row], result: Result) -> list[str]:
         if reached >= wanted:
             continue
         said = f"the trained {result.name} scores less than {_called(row.name)}"
-        advice = ": do not use it, or train longer, or with a smaller learning rate" if number == 0 else ""
-        lines.append(said + advice)
+        ways = "longer, or with a smaller learning rate" if result.rising else "with a smaller learning rate"
+        lines.append(said + (f": do not use it, or train {ways}" if number == 0 else ""))
     return lines
 
 
@@ -72,6 +73,18 @@ def _called(name: str) -> str:
     if name.startswith(SCALAR_MIX):
         return "a scalar mix, one number for each block"
     return f"this: {name}"
+
+
+def hardly_trained(scores: Mapping[str, float], mix: nn.Module, steps: int) -> list[str]:
+    """A line about a scalar mix that was trained, where it scores less than the mean of the last block: few steps move its
+    weights little, and the selector seems good beside it."""
+    if _order(scores[SCALAR_MIX]) >= _order(scores[MEAN_OF_LAST]):
+        return []
+    assert isinstance(mix, ScalarMix)
+    weights = ", ".join(f"{weight:.2f}" for weight in mix.block_prior.detach().softmax(dim=0).tolist())
+    many = f"{steps:,} step{'' if steps == 1 else 's'}"
+    said = f"the scalar mix began with equal weights and has {weights} after {many}"
+    return [f"{said}: more steps or a larger --prior-learning-rate may bring it further"]
 
 
 def hint(loss: float | None, remedies: str) -> list[str]:

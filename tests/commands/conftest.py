@@ -16,6 +16,14 @@ def plain_environment(monkeypatch):
     monkeypatch.setattr(waiting, "SILENCE", 1e6)  # no line more on a slow machine
 
 
+@pytest.fixture
+def all_too_long(monkeypatch):
+    """Whatever is waited for takes too long."""
+    for name in ("SILENCE", "SHORT"):
+        monkeypatch.setattr(waiting, name, 0.0)
+    monkeypatch.setattr(waiting, "LOOK", 1e6)
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """A folder with a model, a selector, an STS file and transfer files."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from builders import save_encoder
 
-from s2sent_kernels import backends, files, waiting
+from s2sent_kernels import backends, files
 from s2sent_kernels.cli import main
 from s2sent_kernels.commands import doctor
 
@@ -115,7 +115,7 @@ def test_the_command_fits_the_installation(origin, command, monkeypatch):
     assert files.installs("ray") == command
 
 
-def test_doctor_says_what_it_looks_at(capsys, monkeypatch):
+def test_doctor_says_what_it_looks_at(all_too_long, capsys, monkeypatch):
     """Each row is printed before the next is looked at; one that takes long is named."""
     seen = []
 
@@ -124,21 +124,10 @@ def test_doctor_says_what_it_looks_at(capsys, monkeypatch):
         return "at last"
 
     monkeypatch.setattr(doctor, "ABILITIES", {"packed encoding": slow})
-    monkeypatch.setattr(waiting.threading, "Timer", Over)
     assert main(["doctor"]) == 0
     (before,) = seen
     assert "'auto' on cpu" in before.out and before.err.endswith("looking at packed encoding ...\n")
     assert capsys.readouterr().out.endswith("usable: at last\n")
-
-
-class Over:
-    """A timer whose time is up at once."""
-
-    def __init__(self, seconds, function, arguments):
-        self.start = lambda: function(*arguments)
-
-    def cancel(self):
-        pass
 
 
 @pytest.mark.parametrize(
@@ -180,7 +169,7 @@ def test_doctor_says_which_encoder_a_selector_is_for(capsys):
     assert main(["doctor", "--model", "all-MiniLM-L6-v2"]) == 0
     out = capsys.readouterr().out
     assert (
-        "the selector all-MiniLM-L6-v2 for the encoder all-MiniLM-L6-v2" in out and "texts are cut at 256 tokens" in out
+        "a selector alone, all-MiniLM-L6-v2, for the encoder all-MiniLM-L6-v2" in out and "texts are cut at 256 tokens" in out
     )
 
 

@@ -6,8 +6,6 @@ import re
 import struct
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 from builders import TEXTS, make_encoder_and_tokenizer, pairs, save_encoder, sentences, write_examples
@@ -85,20 +83,6 @@ def test_the_longest_first_say_nothing_of_the_others_time(monkeypatch, capsys, b
         )  # the texts' own rate wins in the end
     if bar:
         assert "9,500 tokens" not in (said := capsys.readouterr().err) and "990 of 1,000 texts" in said
-
-
-def test_a_bar_moves_while_the_first_batch_lasts(monkeypatch, capsys):
-    monkeypatch.setattr(waiting, "LOOK", 0.001)
-    now = [100.0]
-    with progress.Progress(1000, bar=True) as shown:
-        shown.bar._time, shown.bar.start_t = lambda: now[0], 100.0
-        for now[0] in (105.0, 107.0):
-            said, ends = "", time.monotonic() + 60
-            while f"00:0{now[0] - 100:.0f} passed, ? left" not in said:
-                said += capsys.readouterr().err
-                assert time.monotonic() < ends
-            assert "0 of 1,000 texts" in said
-    assert not [thread for thread in threading.enumerate() if "_redraw" in thread.name]
 
 
 def test_what_predict_expects_is_told_by_a_sample(monkeypatch):

@@ -75,7 +75,10 @@ def test_a_classifier_that_a_pipeline_loads(tmp_path, encoder, capsys, frozen):
     assert json.loads((tmp_path / "model" / "tokenizer.json").read_text())["truncation"]["max_length"] == limit > 9
     assert torch.equal(S2SentModel.from_pretrained("model").selector.up.weight, model.model.selector.up.weight)
     assert run(*CLASSIFICATION, "--model", "model", "--data", data, "--output", "again", *frozen) == 2
-    assert "model model: expected an encoder alone, got one with its selector" in capsys.readouterr().err
+    assert (
+        "model model: expected an encoder alone, got a classifier, encoder and selector included"
+        in capsys.readouterr().err
+    )
     texts = sentences(5, seed=3)
     pipeline = transformers.pipeline("text-classification", model="model", device="cpu")
     found = pipeline(texts, top_k=None)

@@ -24,82 +24,99 @@ pytest.importorskip("tqdm")
 from s2sent_kernels.tools import progress
 
 
-class Timer:
-    """A timer whose time is up when the test says so."""
-
-    made: list = []  # noqa: RUF012
-
-    def __init__(self, seconds, function, arguments):
-        self.seconds, self.end, self.running = seconds, lambda: function(*arguments), False
-        self.made.append(self)
-
-    def start(self):
-        self.running = True
-
-    def cancel(self):
-        self.running = False
+def lines_of(wait):
+    """The one that looks at the clock for a ``told``."""
+    return wait.gen.gi_frame.f_locals["lines"]
 
 
-class Over(Timer):
-    """Whatever is waited for takes too long."""
-
-    def start(self):
-        self.end()
-
-
-@pytest.fixture
-def timer(monkeypatch):
-    monkeypatch.setattr(Timer, "made", [])
-    monkeypatch.setattr(waiting.threading, "Timer", Timer)
-    return Timer
-
-
-def test_a_silence_is_told_once_it_is_long(timer, now, capsys):
-    with waiting.told("loading the encoder"):
-        (one,) = timer.made
-        assert one.running and one.daemon and one.seconds == waiting.SILENCE
-        assert capsys.readouterr().err == ""
-        one.end()
-        assert capsys.readouterr().err == "loading the encoder ...\n"
-    assert not one.running
+def test_a_silence_is_told_once_it_is_long(now, capsys):
+    """And for how long it has lasted, as long as it does."""
+    wait = waiting.told("loading the encoder")
+    with wait:
+        lines = lines_of(wait)
+        for now[0], wanted in (
+            (2.9, ""),
+            (3.0, "loading the encoder ...\n"),
+            (7.9, ""),
+            (8.0, "loading the encoder ... 8 s\n"),
+            (13.2, "loading the encoder ... 13 s\n"),
+        ):
+            lines.look()
+            assert capsys.readouterr().err == wanted
+    now[0] = 100.0
+    lines.look()
     with pytest.raises(RuntimeError), waiting.told("more"):
         raise RuntimeError
-    assert not timer.made[1].running
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("since, left", [(0.0, 3.0), (1.5, 1.5), (2.5, 1.0), (60.0, 1.0)])
-def test_several_short_silences_are_a_long_one(timer, now, since, left):
+def test_several_short_silences_are_a_long_one(now, capsys, since, left):
     """And what takes less than a second is never told."""
     now[0] = since
-    with waiting.told("loading the encoder"):
-        assert timer.made[0].seconds == left
-    waiting.say("x")
-    with waiting.told("loading the encoder"):
-        assert timer.made[1].seconds == 3.0
+    for wanted in (left, 3.0):
+        begun, wait = now[0], waiting.told("loading the encoder")
+        with wait:
+            for now[0], said in ((begun + wanted - 0.1, ""), (begun + wanted, "loading the encoder ...\n")):
+                lines_of(wait).look()
+                assert capsys.readouterr().err == said
 
 
-def test_nothing_is_said_unasked_or_to_nobody(timer, monkeypatch):
+def test_nothing_is_said_unasked_or_to_nobody(all_too_long, monkeypatch, capsys):
+    with waiting.told("x"):
+        assert capsys.readouterr().err == "x ...\n"
     with waiting.told("x", False):
-        assert not timer.made[0].running
+        pass
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "1")
+        with waiting.told("x"):
+            pass
+    assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys, "stderr", None)
     with waiting.told("x"):
-        timer.made[1].end()
-    monkeypatch.setenv("RANK", "1")
-    with waiting.told("x"):
-        assert not timer.made[2].running
+        pass
 
 
-def test_commands_say_what_they_load(tmp_path, monkeypatch, capsys):
+def test_a_line_is_not_written_into_a_bar(now, monkeypatch):
+    """The bar is cleared before, and drawn again below."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress.Progress(30, bar=True) as shown:
+        shown.advance(10, None)
+        before = len(sys.stderr.getvalue())
+        waiting.say("loading the encoder ...")
+        said = sys.stderr.getvalue()[before:]
+    assert re.match(r"\r *\rloading the encoder \.\.\.\n\r10 of 30 texts ", said)
+
+
+def test_a_bar_moves_while_a_step_lasts(monkeypatch):
+    """The time it took is drawn again and again, until it is closed; a thread does not keep it alive."""
+    monkeypatch.setattr(waiting, "LOOK", 1e-3)
+    drawn = threading.Event()
+    bar = progress.drawn(30, 0, "steps")
+    monkeypatch.setattr(bar, "refresh", lambda *_, **__: drawn.set())
+    assert drawn.wait(60)
+    threads = [thread for thread in threading.enumerate() if thread.name.endswith("(_draw_until)")]
+    monkeypatch.undo()
+    bar.close()
+    lost = progress.drawn(30, 0, "steps")
+    threads += [thread for thread in threading.enumerate() if thread.name.endswith("(_draw_until)")]
+    del lost
+    gc.collect()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def test_commands_say_what_they_load(all_too_long, tmp_path, capsys):
     """One place: the loaders of commands/common.py; and what a cache does before its first batch."""
     save_encoder(tmp_path / "encoder")
     data = write_examples(tmp_path / "data.tsv", pairs(8))
-    monkeypatch.setattr(waiting.threading, "Timer", Over)
     command = ["train", "--data", data, "--model", tmp_path / "encoder", "--device", "cpu", "--epochs", 1]
     frozen = ["--freeze-encoder", "--cache", tmp_path / "cache", "--output", tmp_path / "selector"]
     assert main([str(argument) for argument in [*command, *frozen]]) == 0
     said = capsys.readouterr().err
     (cache,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
-    assert [line for line in said.splitlines() if line.endswith(" ...")] == [
+    assert [line for line in said.splitlines() if line.endswith(" ...") and " texts " not in line] == [
         f"loading {tmp_path / 'encoder'} ...",
         "computing the digest of the encoder's weights ...",
         f"waiting for another process that fills {cache} ...",
@@ -150,13 +167,13 @@ def test_lines_where_nobody_watches(callbacks, now, capsys):
     known = state(20)  # it goes on from a checkpoint
     with callbacks.Lines("eval_score", 100) as lines:
         lines.on_train_begin(None, known, None)
-        steps_at(lines, known, now, (25, 2.5), (30, 5.0), (32, 14.0), (40, 20.0))
+        steps_at(lines, known, now, (25, 2.5), (30, 5.0), (32, 9.0), (40, 20.0))
         assert capsys.readouterr() == ("", "step 30 of 100, 00:35 left\nstep 40 of 100, 01:00 left\n")
         known.global_step, known.epoch, now[0] = 50, 1.0, 29.0
         lines.on_log(None, known, None, {"loss": 0.5, "grad_norm": 1.0})
         lines.on_log(None, known, None, {"eval_score": 0.75})
         lines.on_log(None, known, None, {"train_runtime": 9.0})
-        steps_at(lines, known, now, (55, 38.0))  # something was said 9 seconds ago
+        steps_at(lines, known, now, (55, 33.0))  # something was said 4 seconds ago
         wanted = "epoch 1.00, step 50 of 100: loss 0.5000\nepoch 1.00, step 50 of 100: dev 75.00\n"
         assert capsys.readouterr() == (wanted, "")
 
@@ -165,7 +182,7 @@ def test_the_time_left_is_said_soon(callbacks, now, capsys):
     known = state(0)
     with callbacks.Lines("eval_score", 100) as lines:
         lines.on_train_begin(None, known, None)
-        steps_at(lines, known, now, (1, 2.0), (2, 4.0), (3, 6.0), (10, 13.0), (17, 34.0))
+        steps_at(lines, known, now, (1, 2.0), (2, 4.0), (3, 6.0), (10, 8.0), (17, 34.0))
         assert capsys.readouterr().err == "step 2 of 100, 03:16 left\nstep 17 of 100, 02:46 left\n"
 
 
@@ -356,7 +373,7 @@ def test_an_epoch_that_lasts_is_told(now, capsys):
     with Pace([Recipe(epochs=4)], "scalar mix") as pace:
         now[0] = 3.0
         pace.lines.look()  # as its thread does
-        ends(pace, now, (0, 4.0), (1, 8.0), (2, 13.0), (3, 20.0))
+        ends(pace, now, (0, 4.0), (1, 7.0), (2, 13.0), (3, 20.0))
         now[0] = 24.0
         pace.lines.look()
     said = "scalar mix: epoch 1 of 4 ...\nscalar mix: epoch 3 of 4, 00:13 left\nscalar mix: epoch 4 of 4, 00:07 left\n"
@@ -381,10 +398,9 @@ def test_trials_are_told_apart(now, capsys):
     assert capsys.readouterr().err == said
 
 
-def test_evaluate_says_what_it_fits(places, monkeypatch, capsys, tmp_path):
+def test_evaluate_says_what_it_fits(all_too_long, places, capsys, tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(waiting.threading, "Timer", Over)
     command = ["evaluate", "--transfer", places / "words.tsv", "--model", places / "model", "--device", "cpu"]
     assert main([str(argument) for argument in [*command, "--output-dir", tmp_path / "out"]]) == 0
     said = capsys.readouterr().err

@@ -13,7 +13,7 @@ pytest.importorskip("sentence_transformers")
 pytest.importorskip("pyarrow")
 pytest.importorskip("matplotlib")
 
-from s2sent_kernels import S2SentSelector, hub, sources
+from s2sent_kernels import S2SentSelector, hub, model_kinds
 from s2sent_kernels.cli import main
 
 COMMANDS = {
@@ -61,19 +61,20 @@ def refused(folder, monkeypatch, capsys):
 
 def test_what_a_folder_holds(folder, tmp_path):
     found = {
-        name: sources.held(folder / name) for name in ("whole", "model", "classifier", "selector", "encoder", "empty")
+        name: model_kinds.held(folder / name)
+        for name in ("whole", "model", "classifier", "selector", "encoder", "empty")
     }
     assert found == {
-        "whole": sources.WHOLE,
-        "model": sources.WHOLE,
-        "classifier": sources.CLASSIFIER,
-        "selector": sources.SELECTOR,
-        "encoder": sources.ENCODER,
+        "whole": model_kinds.WHOLE,
+        "model": model_kinds.WHOLE,
+        "classifier": model_kinds.CLASSIFIER,
+        "selector": model_kinds.SELECTOR,
+        "encoder": model_kinds.ENCODER,
         "empty": None,
     }
     for content in ("{", "[1]", "7"):
         (tmp_path / "config.json").write_text(content)
-        assert sources.held(tmp_path) is None
+        assert model_kinds.held(tmp_path) is None
 
 
 @pytest.mark.parametrize("name", COMMANDS)

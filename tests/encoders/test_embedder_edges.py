@@ -325,7 +325,25 @@ def test_wrong_options():
         Embedder.from_pretrained("all-MiniLM-L6-v2", max_length="12", device="cpu")
 
 
-def test_a_device_by_its_number():
+@pytest.mark.parametrize(
+    ("device", "kind", "message"),
+    [
+        ("cuda:99", ValueError, "device: 'cuda:99' cannot be used: "),
+        (99, ValueError, "device: 'cuda:99' cannot be used: "),
+        ("meta", ValueError, "device: 'meta' cannot be used: "),
+        ("gpu", ValueError, "device: expected a torch.device, its name or None, got 'gpu'"),
+        (1.0, TypeError, "device: expected a torch.device, its name or None, got float"),
+    ],
+)
+def test_a_device_that_cannot_be_used(device, kind, message):
+    with pytest.raises(kind, match=f"^{message}"):
+        Embedder.from_pretrained("all-MiniLM-L6-v2", device=device)
+
+
+def test_a_device_by_its_number(monkeypatch):
+    monkeypatch.setattr(
+        embedder.validate, "working_device", lambda _, given: torch.device(given)
+    )  # which has no GPU to try
     assert embedder._device(0) == torch.device("cuda", 0) and embedder._device("cuda:1") == torch.device("cuda", 1)
     assert embedder._device("cpu") == torch.device("cpu")
 

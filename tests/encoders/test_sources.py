@@ -1,6 +1,7 @@
 """From a name to embeddings: shipped selectors, selectors that were trained on frozen encoders, and models on the hub."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -12,8 +13,9 @@ from model_folders import save_kinds
 pytest.importorskip("sentence_transformers")
 transformers = pytest.importorskip("transformers")
 
-from s2sent_kernels import Embedder, S2SentSelector, sources  # noqa: E402
+from s2sent_kernels import Embedder, S2SentSelector, parts, sources  # noqa: E402
 from s2sent_kernels.sentence_transformers import load  # noqa: E402
+from s2sent_kernels.transformers import S2SentForSequenceClassification, S2SentModel  # noqa: E402
 
 LONG = " ".join(TEXTS * 4)
 
@@ -30,6 +32,55 @@ def folders(tmp_path_factory):
     about = {"encoder": str(root / "encoder"), "blocks": [0, 1], "pooling": "mean", "max_length": 6}
     S2SentSelector.from_pretrained(root / "selector").save_pretrained(root / "frozen", about=about)
     return root
+
+
+# ---------------------------------------------------------------- another kind of folder
+
+
+WHOLE_MODEL = "a whole model, encoder and selector"
+MODEL, CLASSIFIER = "S2SentModel.from_pretrained", "S2SentForSequenceClassification.from_pretrained"
+SELECTOR, ENCODER = "S2SentSelector.from_pretrained", "S2SentModel.from_encoder"
+SAVED = "s2sent_kernels.sentence_transformers.load"
+
+
+@pytest.mark.parametrize(
+    ("loader", "kind", "message"),
+    [
+        (S2SentModel.from_pretrained, "whole", f"{WHOLE_MODEL}, which {SAVED} takes"),
+        (S2SentModel.from_pretrained, "selector", f"a selector, which {SELECTOR} takes"),
+        (S2SentModel.from_pretrained, "encoder", f"an encoder alone, which {ENCODER} takes"),
+        (S2SentForSequenceClassification.from_pretrained, "whole", f"{WHOLE_MODEL}, which {SAVED} takes"),
+        (S2SentForSequenceClassification.from_pretrained, "frozen", f"a selector, which {SELECTOR} takes"),
+        (S2SentModel.from_encoder, "model", f"{WHOLE_MODEL}, which {MODEL} takes"),
+        (
+            S2SentModel.from_encoder,
+            "classifier",
+            f"a classifier, encoder and selector included, which {CLASSIFIER} takes",
+        ),
+        (S2SentModel.from_encoder, "selector", f"a selector, which {SELECTOR} takes"),
+        (load, "model", f"{WHOLE_MODEL}, which {MODEL} takes"),
+        (load, "classifier", f"a classifier, encoder and selector included, which {CLASSIFIER} takes"),
+        (load, "encoder", f"an encoder alone, which {ENCODER} takes"),
+    ],
+)
+def test_a_folder_of_another_kind(folders, loader, kind, message, capfd):
+    with pytest.raises(ValueError, match=f"got '{re.escape(str(folders / kind))}', {message}$"):
+        loader(folders / kind)
+    assert capfd.readouterr() == ("", "")  # the library warns of a configuration that is not its own
+
+
+@pytest.mark.parametrize("kind", ["model", "classifier"])
+def test_the_encoder_of_a_whole_model_is_taken_out(folders, kind, tmp_path):
+    with pytest.raises(
+        sources.LoadError, match=r"expected an encoder alone, got a .*\.encoder is one, to be saved beside"
+    ):
+        parts.load_model(str(folders / kind), torch.device("cpu"))
+    S2SentModel.from_pretrained(folders / kind).encoder.save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(folders / kind).save_pretrained(tmp_path)
+    encoder, _, _ = parts.load_model(str(tmp_path), torch.device("cpu"))
+    wanted, _, _ = parts.load_model(str(folders / "encoder"), torch.device("cpu"))
+    assert encoder.state_dict().keys() == wanted.state_dict().keys()
+    assert all(torch.equal(tensor, wanted.state_dict()[name]) for name, tensor in encoder.state_dict().items())
 
 
 # ---------------------------------------------------------------- a selector names its encoder

@@ -55,7 +55,9 @@ ADDED = torch.zeros(B, L).masked_fill(torch.arange(L) > 2, -1e4)  # as attention
 def test_a_mask_that_attention_adds(backend, batch):
     hidden_states, _ = batch
     expected = ("attention_mask", "nonzero at real tokens", "negative numbers", "pass (attention_mask == 0)")
-    for mask in (ADDED, torch.where(ADDED < 0, torch.finfo(torch.float32).min, 0.0), ADDED.bfloat16()):
+    floats = (ADDED, torch.where(ADDED < 0, torch.finfo(torch.float32).min, 0.0), ADDED.bfloat16())
+    integers = (ADDED.long(), ADDED.int().clamp(min=-1), ADDED.clamp(min=-100).to(torch.int8))
+    for mask in floats + integers:
         each_raises(everything(hidden_states, mask, backend=backend), ValueError, *expected)
         selector = S2SentSelector(D, N, backend=backend if backend == "reference" else "auto")
         each_raises(calls_of(selector.eval(), hidden_states, mask), ValueError, *expected)

@@ -9,6 +9,7 @@ import torch
 from builders import make_batch, pack
 from small import B, D, H, L, M, N, trained
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from s2sent_kernels import S2SentSelector
 
@@ -160,6 +161,41 @@ def test_shapes_on_meta(backend, profile, training, form):
         assert out.is_meta and out.shape == expected.shape and out.dtype == expected.dtype
         out.sum().backward()
         assert all(u.grad.is_meta and u.grad.shape == u.shape for u in inputs)
+
+
+def all_calls(selector, hidden_states, mask):
+    stream = selector.blockwise(mask)
+    for block, u in enumerate(hidden_states):
+        stream.add(block, u)
+    return [stream.result(), selector.pool(hidden_states, mask), selector(hidden_states, mask)]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_masks_without_numbers(backend, dtype):
+    """A mask's values are judged where they can be read, and these have a shape alone."""
+    shapes = [(B, D), (B, D), (B, L, D)]
+
+    def called(device):
+        selector = S2SentSelector(D, N, H, M, backend=backend, device=device).eval()
+        blocks = [torch.ones(B, L, D, device=device) for _ in range(N)]
+        return all_calls(selector, blocks, torch.ones(B, L, dtype=dtype, device=device))
+
+    with torch.no_grad():
+        assert [out.shape for out in called("meta")] == shapes
+        with FakeTensorMode():
+            assert [out.shape for out in called("cpu")] == shapes
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_masks_inside_vmap(dtype):
+    selector = S2SentSelector(D, N, H, M, backend="reference").eval()
+    (one, mask), (two, other) = (make_batch(N, B, L, D, torch.float32, kind) for kind in ("right", "holes"))
+    both = tuple(torch.stack(pair) for pair in zip(one, two, strict=True))
+    masks = torch.stack([mask, other]).to(dtype)
+    found = torch.func.vmap(lambda u, m: selector.pool(list(u), m))(both, masks)
+    wanted = torch.stack([selector.pool(one, mask), selector.pool(two, other)])
+    torch.testing.assert_close(found, wanted)
 
 
 def test_blockwise_on_meta():

@@ -40,6 +40,11 @@ def published(selector, prefix="", basis=None):
     return out
 
 
+def test_a_path_is_no_state():
+    with pytest.raises(TypeError, match=r"state_dict: expected a mapping from names to tensors, .* got str"):
+        S2SentSelector.from_published("pytorch_model.bin")
+
+
 @pytest.mark.parametrize("prefix", ["", "S2A."])
 def test_from_published(prefix, batch):
     original = trained(profile="official")

@@ -492,7 +492,7 @@ def test_a_bar_or_lines(monkeypatch, capsys):
     monkeypatch.setattr(waiting, "clock", lambda: now[0])
     monkeypatch.setattr(waiting, "LOOK", 1e6)  # no thread says a line between these
     with progress_module.Progress(1000, 400) as lines:
-        for now[0] in (5.0, 9.0, 20.0, 24.0, 70.0):
+        for now[0] in (5.0, 8.0, 20.0, 24.0, 70.0):
             lines.advance(100, 500)
     assert capsys.readouterr().err.splitlines() == [
         "500 of 1,000 texts, 20 texts/s, 100 tokens/s, 00:25 left",  # the first of them soon

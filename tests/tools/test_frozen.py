@@ -29,6 +29,32 @@ SETTINGS = cache.Settings(token_frequencies=7, batch_size=3, max_length=32)
 # ---------------------------------------------------------------- cache
 
 
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("abc", "texts: expected a sequence of strings, or of tuples of two, got str"),
+        ({"a": "b"}, "texts: expected a sequence of strings, or of tuples of two, got dict"),
+        (["a", None], "texts: expected strings, or tuples of two, got NoneType as text 1"),
+        (["a", ["b", "c"]], "texts: expected strings, or tuples of two, got list as text 1"),
+        ([("a", "b"), ("a", "b", "c")], "texts: expected strings, or tuples of two, got tuple as text 1"),
+        (["a", ("b", "c")], "texts: expected strings or pairs of them alone, got both, text 1 as the first"),
+    ],
+)
+def test_texts_that_cannot_be(encoder_and_tokenizer, tmp_path, texts, message):
+    with pytest.raises(TypeError, match=message):
+        cache.make(*encoder_and_tokenizer, texts, tmp_path / "cache", SETTINGS)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_file_in_place_of_the_folder(encoder_and_tokenizer, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for folder in (file, file / "cache"):
+        with pytest.raises(ValueError, match=f"folder: expected a folder, got a file, {file}$"):
+            cache.make(*encoder_and_tokenizer, TEXTS, folder, SETTINGS)
+    assert file.read_text() == "mine"
+
+
 @pytest.mark.parametrize(("num_blocks", "frequencies"), [(1, 1), (1, 4), (2, 8), (3, 2), (4, 16), (4, 4)])
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_f_and_p_of_the_cache_are_those_of_the_hidden_states(
@@ -275,7 +301,8 @@ def test_patience_stops_a_training():
     history = frozen.train(
         S2SentSelector(8, 3, 4, 4), _features(), rows[:32], rows[32:], None, recipe, score=lambda _: next(values)
     )
-    assert (history.kept, len(history.losses)) == (2, 4)
+    assert (history.kept, len(history.losses)) == (2, 4) and not history.rising
+    assert history._replace(kept=4).rising
 
 
 def test_prior_and_scale_have_their_own_learning_rate():
@@ -292,7 +319,7 @@ def test_fit_from_texts(encoder_and_tokenizer, tmp_path):
     encoder, tokenizer = encoder_and_tokenizer
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     triplets = [(TEXTS[i], TEXTS[(i + 1) % 8], TEXTS[(i + 3) % 8] if i % 2 else None) for i in range(8)]
-    dev = [(TEXTS[i], TEXTS[i + 1], float(i)) for i in range(5)]
+    dev = [(TEXTS[i], TEXTS[i + 1], numpy.float32(i)) for i in range(5)]
     selector = S2SentSelector(16, 4, 4, 4, block_prior=True)
     start = selector.up.weight.clone()
     recipe = frozen.Recipe(epochs=2, batch_size=4)
@@ -305,6 +332,45 @@ def test_fit_from_texts(encoder_and_tokenizer, tmp_path):
     assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
     with pytest.raises(ValueError, match="selector: expected hidden_size = 16"):
         frozen.fit(encoder, tokenizer, S2SentSelector(8, 4, 4, 4), triplets, folder=tmp_path, settings=SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ([{"anchor": "a", "positive": "b"}] * 2, r"examples\[0\]: expected a tuple, got dict"),
+        (["ab", "cd"], r"examples\[0\]: expected a tuple, got str"),
+        ({"a": "b", "c": "d"}, "examples: expected a sequence of tuples, got dict"),
+        (iter([("a", "b")]), "examples: expected a sequence of tuples, got list_iterator"),
+        ([("a", "b"), ("a",)], r"examples\[1\]: expected anchor and positive at least, got 1"),
+        ([("a", "b"), ("a", "b", "c")], r"examples\[1\]: expected 2 texts, as examples\[0\] has, got 3"),
+        ([("a", "b"), ("a", None)], r"examples\[1\]: expected positive to have a text, got None"),
+        ([("", "b"), ("a", "b")], r"examples\[0\]: expected anchor to have a text, got ''"),
+        ([("a", "b", 3), ("a", "b", None)], r"examples\[0\]: expected a string as negative, got int"),
+        ([("a", ["b"]), ("a", "b")], r"examples\[0\]: expected a string as positive, got list"),
+    ],
+)
+def test_examples_that_cannot_be(encoder_and_tokenizer, tmp_path, examples, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        frozen.fit(*encoder_and_tokenizer, S2SentSelector(16, 4, 4, 4), examples, folder=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("dev", "message"),
+    [
+        (["abc"], r"dev\[0\]: expected a tuple, got str"),
+        ([("a", "b")], r"dev\[0\]: expected \(sentence, sentence, score\), got 2 values"),
+        ([("a", None, 1.0)], r"dev\[0\]: expected a string as sentence, got NoneType"),
+        ([("a", "b", "1.0")], r"dev\[0\]: score: expected a number"),
+        ([("a", "b", float("nan"))], r"dev\[0\]: score: expected a finite number"),
+    ],
+)
+def test_dev_that_cannot_be(encoder_and_tokenizer, tmp_path, dev, message):
+    encoder, tokenizer = encoder_and_tokenizer
+    examples = [("a", "b"), ("c", "d")]
+    with pytest.raises((TypeError, ValueError), match=message):
+        frozen.fit(encoder, tokenizer, S2SentSelector(16, 4, 4, 4), examples, folder=tmp_path / "cache", dev=dev)
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,19 @@ import pytest
 import torch
 
 from s2sent_kernels.tools import history, verdict
+from s2sent_kernels.tools.baselines import ScalarMix
 from s2sent_kernels.tools.history import Line
 from s2sent_kernels.tools.problems import CLASSES, LABELS, NUMBERS, Problem
 
 BEFORE = verdict.rows({"mean of last": 90.78, "scalar mix": 90.9}, "trained alike")
 
 
-def report(score):
-    return verdict.report("a score", BEFORE, verdict.Result("selector", verdict.Row("trained selector", score)))
+def result(score, rising=True):
+    return verdict.Result("selector", verdict.Row("trained selector", score), rising)
+
+
+def report(score, rising=True):
+    return verdict.report("a score", BEFORE, result(score, rising))
 
 
 def test_a_result_that_won_is_a_table_alone():
@@ -39,7 +44,7 @@ def test_a_result_that_lost_is_said_to_have(score, lost):
 @pytest.mark.parametrize("score, said", [(91.1, 0), (91.0, 1), (90.95, 1), (math.nan, 1)])
 def test_what_it_began_with_is_a_row_to_be_beaten(score, said):
     before = verdict.rows({"mean of last": 0.5, "scalar mix": 0.5, verdict.UNTRAINED: 91.0}, "trained alike")
-    lines = verdict.report("a score", before, verdict.Result("selector", verdict.Row("trained selector", score)))
+    lines = verdict.report("a score", before, result(score))
     assert lines[3] == "  untrained selector          91.00"
     words = "no epoch scored more than the selector before its training, 91.00: try a smaller learning rate"
     assert lines.count(words) == said and not any("less than this" in line for line in lines)
@@ -47,7 +52,21 @@ def test_what_it_began_with_is_a_row_to_be_beaten(score, said):
 
 def test_two_scores_that_are_no_numbers_are_equal():
     nothing = [verdict.Row("mean of last, before", math.nan)]
-    assert len(verdict.report("x", nothing, verdict.Result("selector", verdict.Row("it", math.nan)))) == 3
+    assert len(verdict.report("x", nothing, result(math.nan))) == 3
+
+
+@pytest.mark.parametrize("rising, advice", [(True, "train longer, or with a"), (False, "train with a")])
+def test_longer_is_advised_where_the_last_epoch_was_the_best(rising, advice):
+    assert report(80.0, rising)[4].endswith(f": do not use it, or {advice} smaller learning rate")
+
+
+@pytest.mark.parametrize("mix, steps, said", [(90.0, 40, "40 steps"), (90.0, 1, "1 step"), (90.78, 40, None)])
+def test_a_scalar_mix_that_hardly_trained_is_said_to_have(mix, steps, said):
+    lines = verdict.hardly_trained({"mean of last": 90.78, "scalar mix": mix}, ScalarMix.of_weights([1, 1, 2]), steps)
+    began = f"the scalar mix began with equal weights and has 0.25, 0.25, 0.50 after {said}: "
+    assert lines == (
+        [] if said is None else [f"{began}more steps or a larger --prior-learning-rate may bring it further"]
+    )
 
 
 @pytest.mark.parametrize(("loss", "said"), [(None, 0), (1e-3, 0), (9e-4, 1), (0.0, 1), (math.nan, 0)])
@@ -82,6 +101,8 @@ def test_what_is_written_is_json_and_a_picture(tmp_path):
     assert (tmp_path / history.PICTURE).read_bytes().startswith(b"\x89PNG")
     found = history.read(tmp_path)
     assert history.last_loss(found) == 0.25 and history.of_best(found) == " (epoch 2)" and history.of_best([]) == ""
+    assert history.ends_best(found) and not history.ends_best(found[:2] + [Line(9, 3, 0.1, 12.5)])
+    assert not history.ends_best([])
 
 
 def test_the_picture_has_every_point_of_every_trial(tmp_path):
