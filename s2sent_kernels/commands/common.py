@@ -151,7 +151,7 @@ def check_writable(
             existing = name
         raise UserError(f"{what} {name or directory}: {existing} is not a directory that can be written to")
     made = directory if of_file else directory.parent
-    if what == "output directory" and not made.exists():
+    if what == "output directory" and not made.exists() and os.environ.get("RANK", "0") == "0":
         shown = (name or directory) if of_file else (name or directory).parent
         print(f"{shown}: there is no such folder yet: it is made", file=sys.stderr)
 
