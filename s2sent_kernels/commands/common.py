@@ -153,7 +153,7 @@ def check_writable(
     made = directory if of_file else directory.parent
     if what == "output directory" and not made.exists() and os.environ.get("RANK", "0") == "0":
         shown = (name or directory) if of_file else (name or directory).parent
-        print(f"{shown}: there is no such folder yet: it is made", file=sys.stderr)
+        print(f"{shown}: there is no such folder yet: it is made with the output", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- loading
