@@ -302,9 +302,9 @@ def make(
                 _fill(unfinished, rank, batches, capture, tokenizer, texts, settings, progress)
 
         found = target.exists()
-        if progress and not found and rank == 0:
+        if progress and rank == 0:
             shape = (len(texts), len(capture.blocks), settings.token_frequencies, families.hidden_size(encoder))
-            announce(target, shape, settings.pooling != "mean")
+            announce(target, shape, settings.pooling != "mean", found)
         if world is None:
             with ExitStack() as stack:  # a second process finds the cache complete when it has the lock
                 with waiting.told(f"waiting for another process that fills {target}", progress):

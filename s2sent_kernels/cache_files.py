@@ -111,11 +111,13 @@ def in_words(size: int) -> str:
     return f"{size} bytes"
 
 
-def announce(target: Path, shape: tuple[int, int, int, int | None], pooled: bool) -> None:
+def announce(target: Path, shape: tuple[int, int, int, int | None], pooled: bool, found: bool) -> None:
     """The size of C [texts, blocks, frequencies, features] and what goes with it, on stderr, before anything is computed; of an
-    encoder that does not tell its features nothing."""
+    encoder that does not tell its features nothing. Where it is ``found``, that nothing is."""
     texts, blocks, frequencies, features = shape
-    if features is not None:
+    if found:
+        waiting.say(f"cache: all {texts:,} texts are in {target} already")
+    elif features is not None:
         size = in_words(size_of(texts, blocks, features, frequencies, pooled))
         waiting.say(f"cache: {texts:,} texts x {blocks} blocks x {features} features, {size}, in {target}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +48,7 @@ def add(commands: Any) -> None:
         action="extend",
         default=[],
         metavar="FILE",
-        help=".tsv, .csv, .jsonl or .parquet with columns split, score, sentence1, sentence2 (default: none)",
+        help=".tsv, .csv, .jsonl or .parquet with columns score, sentence1, sentence2 and optionally split (default: none)",
     )
     data.add_argument(
         "--transfer",
@@ -57,7 +57,7 @@ def add(commands: Any) -> None:
         action="extend",
         default=[],
         metavar="FILE",
-        help="with columns split, label and text, or sentence1 and sentence2; splits train and test, or all (default: none)",
+        help="with columns label, text or sentence1 and sentence2, and optionally split: train and test, or all (default: none)",
     )
     data.add_argument(
         "--mteb",
@@ -67,7 +67,7 @@ def add(commands: Any) -> None:
         metavar="TASK",
         help="tasks of mteb; needs a network (default: none)",
     )
-    data.add_argument("--split", default="test", help="split of STS files (default: test)")
+    data.add_argument("--split", help="split of STS files (default: test; all rows of a file without the column)")
     model.add_argument("--pooling", choices=POOLINGS, help="of the selector (default: what it was trained for)")
     model.add_argument("--max-length", type=positive, help="tokens at most (default: the model's)")
     run.add_argument("--batch-size", type=positive, default=128, help="texts at once (default: 128)")
@@ -94,11 +94,15 @@ def _named(paths: Sequence[str]) -> list[tuple[str, str]]:
     return list(zip(names, paths, strict=True))
 
 
+SCORED = (*labelled.SCORED, "subset")  # columns of an STS file
+
+
 class _Files(NamedTuple):
     """The data to score on, by name in the table."""
 
     sts: dict[str, list[evaluation.Pair]]
     transfer: dict[str, tuple[str, dict[str, list[evaluation.Labelled]]]]  # path and splits
+    split: str | None  # of ``sts``; None where no file of them has any
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -122,7 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--pooling: expected none beside --model {source.model}, which has its own")
     limits = {"max_length": arguments.max_length, "batch_size": arguments.batch_size}
     embed, model = _embedder(source, arguments.device, arguments.pooling, limits)
-    content: dict[str, Any] = {"model": model, "selector": source.selector, "split": arguments.split}
+    content: dict[str, Any] = {"model": model, "selector": source.selector, "split": files.split}
     content["examples"] = _examples(files)
     try:
         content |= _scores(embed, files)
@@ -161,23 +165,30 @@ def _draw(content: Mapping[str, Any]) -> bytes:
 
 def _read(arguments: argparse.Namespace) -> _Files:
     sts, transfer = arguments.sts, arguments.transfer
-    known = dict.fromkeys([*((*labelled.SCORED, "subset") if sts else ()), *(labelled.LABELLED if transfer else ())])
+    known = dict.fromkeys([*(SCORED if sts else ()), *(labelled.LABELLED if transfer else ())])
     if arguments.columns is not None and not known:
         raise ValueError(
             f"--columns: expected --sts or --transfer, whose columns it names, got {arguments.columns!r} beside --mteb alone"
         )
     chosen = {} if arguments.columns is None else columns.parse(arguments.columns, known)
 
-    def of(own: Sequence[str]) -> columns.Columns:  # those of a file: one of STS has no label
+    def of(
+        tell: Callable[[str], None], own: Sequence[str]
+    ) -> columns.Columns:  # those of a file: one of STS has no label
         named = {what: name for what, name in chosen.items() if what in own}
-        return columns.Columns(named, format=arguments.format, judged=False)
+        return columns.Columns(named, tell=tell, format=arguments.format, judged=False)
 
-    named = _named([*sts, *transfer])
-    scored, classes = of((*labelled.SCORED, "subset")), of(labelled.LABELLED)
-    return _Files(
-        {task: evaluation.read_sts(path, arguments.split, scored) for task, path in named[: len(sts)]},
-        {task: (path, evaluation.read_transfer(path, classes)) for task, path in named[len(sts) :]},
-    )
+    named, unsplit = _named([*sts, *transfer]), []
+
+    def tell(line: str) -> None:
+        unsplit.append(line)
+        waiting.say(line)
+
+    scored = {task: evaluation.read_sts(path, arguments.split, of(tell, SCORED)) for task, path in named[: len(sts)]}
+    split = None if len(unsplit) == len(sts) else arguments.split or "test"
+    classes = of(tell, labelled.LABELLED)
+    labels = {task: (path, evaluation.read_transfer(path, classes)) for task, path in named[len(sts) :]}
+    return _Files(scored, labels, split)
 
 
 def _embedder(

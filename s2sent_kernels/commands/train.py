@@ -17,10 +17,10 @@ from ..formula.call import POOLINGS
 from ..tools import processes, recipe
 from ..tools.problems import CLASSES, PROBLEMS
 from ..tools.recipe import GATE_SCALE
-from ..tools.tables import STDIN
+from ..tools.tables import STDIN, WrongColumns
 from . import common, train_classifier, train_finished, train_pairs
 from .common import UserError, positive
-from .train_task import CACHE, CLASSIFICATION, CONTRASTIVE, MAX_LENGTH, STS, TASKS, Stage, Task
+from .train_task import CACHE, CLASSIFICATION, CONTRASTIVE, MAX_LENGTH, STS, TASKS, Stage, Task, another_task
 
 
 class _Only(NamedTuple):
@@ -269,6 +269,8 @@ def run(arguments: argparse.Namespace) -> None:
         else:
             with common.interrupted(_what_is_kept, task):
                 way.run(task)
+    except WrongColumns as error:
+        raise UserError(another_task(error, task) or str(error)) from error
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
     except Exception as error:

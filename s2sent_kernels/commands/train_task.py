@@ -14,7 +14,7 @@ import torch
 from .. import __version__, families, validate, waiting
 from ..frozen_loop import Epoch, History
 from ..selector import S2SentSelector
-from ..tools import columns, examples, labelled, processes
+from ..tools import columns, examples, labelled, processes, tables
 from ..tools.columns import Columns
 from ..tools.history import Line
 from ..tools.recipe import GATE_SCALE
@@ -29,6 +29,23 @@ REMEDIES = {  # of a loss that says nothing
     STS: "more pairs, or with --loss cosent a higher --temperature, leave more",
     CLASSIFICATION: "more data, a higher --dropout or fewer --epochs may do better",
 }
+
+
+_READS = (  # columns that a task needs
+    (CONTRASTIVE, {"anchor", "positive"}),
+    (STS, {"score", *labelled.PAIR}),
+    (CLASSIFICATION, {"label", *labelled.TEXT}),
+    (CLASSIFICATION, {"label", *labelled.PAIR}),
+)
+
+
+def another_task(error: tables.WrongColumns, task: Task) -> str | None:
+    """The error of ``--data`` whose columns are those of another task, which was not asked for."""
+    names = set(error.names)
+    others = [kind for kind, needed in _READS if kind != task.kind and needed <= names]
+    if not others or error.path != task.given["data"]:
+        return None
+    return f"{error.said}, as --task {others[0]} reads them"
 
 
 class Stage:

@@ -29,7 +29,8 @@ from ..selector import S2SentSelector
 from . import encoders, tables
 from .baselines import ScalarMix
 from .columns import Columns
-from .examples import read_rows
+from .examples import of_split, read_rows
+from .examples import splits as splits_of
 from .labelled import PAIR, all_three, named_pairs
 from .scores import Correlations, correlations
 
@@ -78,36 +79,36 @@ class Fusion(NamedTuple):
 # ---------------------------------------------------------------- files
 
 
-def read_sts(path: str | Path, split: str | None = "test", columns: Columns | None = None) -> list[Pair]:
-    """The pairs of one split, or of all with None.
+def read_sts(path: str | Path, split: str | None = None, columns: Columns | None = None) -> list[Pair]:
+    """The pairs of one split; by default of "test" where the file has a column split, else all, which ``columns.tell`` is told.
 
     Raises:
-        ValueError: as ``read_rows``; a text is none; a score is no finite number (names the line); the split has fewer than two
-            pairs, or only equal scores, for which a correlation is undefined.
+        ValueError: as ``read_rows``; a text is none; a score is no finite number (names the line); there is no such split, or it
+            has fewer than two pairs, or only equal scores, for which a correlation is undefined.
     """
-    found, splits = [], set()
-    for place, row in read_rows(path, ("split", "score", *PAIR), columns=columns):
-        splits.add(str(row.get("split")))
-        if split is not None and str(row.get("split")) != split:
-            continue
+    found = []
+    whole = read_rows(path, ("score", *PAIR), columns=columns)
+    for place, row in of_split(path, whole, split, "test"):
         score = tables.number(row.get("score"))
         if not math.isfinite(score):
             got = tables.shown(row.get("score", tables.ABSENT))
             raise ValueError(f"{path}: {place}: expected a number as score, got {got}")
         one, other = (tables.text(f"{path}: {place}: {name}", row.get(name, tables.ABSENT)) for name in PAIR)
         found.append(Pair(one, other, score, str(row.get("subset") or "")))
+    splits = splits_of(path, whole)
     if len(found) < 2:
-        wanted = "" if split is None else f" of split {split!r}"
-        raise ValueError(
-            f"{path}: expected two or more pairs{wanted}, got {len(found)}; there are rows of split {', '.join(sorted(splits))}"
-        )
+        of = f" of split {split or 'test'!r}" if splits else ""
+        raise ValueError(f"{path}: expected two or more pairs{of}, got {len(found)}")
+    if not splits and columns is not None and columns.tell is not None:
+        columns.tell(f"{path}: no column split: all {len(found):,} pairs are scored")
     if len({pair.score for pair in found}) < 2:
         raise ValueError(f"{path}: expected pairs with different scores, got {len(found)} of score {found[0].score:g}")
     return found
 
 
 def read_transfer(path: str | Path, columns: Columns | None = None) -> dict[str, list[Labelled]]:
-    """The texts of each split. Splits are "train", "test" and optionally "dev"; or "all", for cross-validation.
+    """The texts of each split. Splits are "train", "test" and optionally "dev"; or "all", for cross-validation, as which a file
+    without a column split is read, and ``columns.tell`` told.
 
     Raises:
         ValueError: as ``read_rows``; texts beside pairs; a text or a label is none; other splits, or fewer than two labels to
@@ -115,7 +116,9 @@ def read_transfer(path: str | Path, columns: Columns | None = None) -> dict[str,
     """
     found: dict[str, list[Labelled]] = {}
     named = named_pairs(columns)
-    for place, row in read_rows(path, ("split", "label"), ("text",), PAIR, columns=columns):
+    whole = read_rows(path, ("label",), ("text",), PAIR, columns=columns)
+    splits = splits_of(path, whole)
+    for place, row in whole:
         if {"text", *PAIR} <= row.keys() and named is None:
             raise all_three(path)
         names = PAIR if named or "text" not in row else ("text",)
@@ -123,12 +126,14 @@ def read_transfer(path: str | Path, columns: Columns | None = None) -> dict[str,
         if row.get("label") is None:
             got = tables.shown(row.get("label", tables.ABSENT))
             raise ValueError(f"{path}: {place}: label: expected a label, got {got}")
-        found.setdefault(str(row.get("split")), []).append(Labelled(texts, str(row["label"])))
+        found.setdefault(str(row["split"]) if splits else "all", []).append(Labelled(texts, str(row["label"])))
     if set(found) != {"all"} and not {"train", "test"} <= set(found) <= {"train", "dev", "test"}:
         raise ValueError(f"{path}: expected rows of splits train and test, or all, got {', '.join(sorted(found))}")
     labels = {item.label for item in found.get("all", found.get("train", []))}
     if len(labels) < 2:
         raise ValueError(f"{path}: expected at least two labels, got {', '.join(map(repr, labels))} in each row")
+    if not splits and columns is not None and columns.tell is not None:
+        columns.tell(f"{path}: no column split: classifiers are cross-validated over all {len(whole):,} rows")
     return found
 
 

@@ -89,18 +89,24 @@ def _negatives(place: str, value: Any) -> list[str]:
 def of_split(path: str | Path, rows: Rows, split: str | None, usual: str) -> Rows:
     """The rows of ``split``; by default those of ``usual`` where the file has a column split, else all. ValueError where there is
     no such split, or a row of such a file is of none."""
-    there = list(dict.fromkeys(str(row[SPLIT]) for _, row in rows if row.get(SPLIT) is not None))
+    there = splits(path, rows)
     if not there:
         if split is not None:
             raise ValueError(f"{path}: expected a column split, whose {split!r} is asked for, and there is none")
         return rows
-    without = [place for place, row in rows if row.get(SPLIT) is None]
-    if without:
-        raise ValueError(f"{path}: {without[0]}: expected a split, as other rows have, got none")
     wanted = usual if split is None else split
     if wanted not in there:
         raise ValueError(f"{path}: expected rows of split {wanted!r}, got splits {', '.join(sorted(there))}")
     return [(place, row) for place, row in rows if str(row[SPLIT]) == wanted]
+
+
+def splits(path: str | Path, rows: Rows) -> list[str]:
+    """Those in a file's column split, none without one. ValueError where some rows alone are of one."""
+    there = list(dict.fromkeys(str(row[SPLIT]) for _, row in rows if row.get(SPLIT) is not None))
+    without = [place for place, row in rows if row.get(SPLIT) is None]
+    if there and without:
+        raise ValueError(f"{path}: {without[0]}: expected a split, as other rows have, got none")
+    return there
 
 
 def read_rows(

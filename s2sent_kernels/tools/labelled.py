@@ -139,7 +139,8 @@ def _read(
     absent = None if kind == LABELS else tables.ABSENT  # of several labels there may be none
     labels = [_label(f"{path}: {place}: {column}", row.get(column, absent), kind) for place, row in rows]
     if len(texts) < 2:
-        raise ValueError(f"{path}: expected two or more rows, got {len(texts)}")
+        of = f" of split {split or usual!r}" if len(rows) < len(whole) else ""
+        raise ValueError(f"{path}: expected two or more rows{of}, got {len(texts)}")
     return Labelled(str(path), texts, labels, [place for place, _ in rows])
 
 

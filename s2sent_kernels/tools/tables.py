@@ -96,7 +96,7 @@ def read_table(
         raise ValueError(f"{path}: expected a header line and rows, got an empty file")
     try:
         check_columns(path, names, columns, choices, given)
-    except ValueError as error:
+    except WrongColumns as error:
         if len(names) > 1 or "," not in header:
             raise
         got = f"a first line without a tab, {header[:80]!r}"
@@ -147,7 +147,20 @@ def check_columns(
     if named:
         advice = f"; --columns says that there is {'one' if len(named) == 1 else 'each'} named {_listed(named)}"
     several = "columns" if len(parts) > 1 or len(choices) else "a column"
-    raise ValueError(f"{path}: expected {several} {_listed(parts)}, got {there}{advice}")
+    raise WrongColumns(str(path), names, f"{path}: expected {several} {_listed(parts)}, got {there}", advice)
+
+
+class WrongColumns(ValueError):
+    """A table lacks columns.
+
+    Attributes:
+        path, names: of the table, and of its columns.
+        said: the message without its advice.
+    """
+
+    def __init__(self, path: str, names: Sequence[str], said: str, advice: str) -> None:
+        super().__init__(said + advice)
+        self.path, self.names, self.said = path, list(names), said
 
 
 def _listed(names: Sequence[str]) -> str:

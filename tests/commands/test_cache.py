@@ -45,9 +45,11 @@ def test_the_size_is_said_before_the_cache_is_made(tmp_path, trained):
     assert size == sum(path.stat().st_size for path in one.folder.glob("*.npy")) - headers
 
 
-def test_a_cache_that_is_there_is_not_announced(trained, capsys):
+def test_a_cache_that_is_there_is_told_instead(trained, capsys):
     train("again")
-    assert "cache: " not in capsys.readouterr().err
+    (one,) = caches()
+    there = f"cache: all {one.texts} texts are in {one.folder} already"
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("cache: ")] == [there]
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])

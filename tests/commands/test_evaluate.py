@@ -260,13 +260,13 @@ def test_a_whole_model_that_cannot_be_loaded(missing, message, whole, places, tm
         (["evaluate", "--sts", "no/such.tsv"], "no/such.tsv: cannot be read: No such file"),
         (
             ["evaluate", "--sts", "{sts}", "--split", "nothing"],
-            "expected two or more pairs of split 'nothing', got 0; there are rows of split dev, test",
+            "expected rows of split 'nothing', got splits dev, test",
         ),
         (["evaluate", "--sts", "{sts}", "--selector", "nowhere"], "expected a folder or one of the shipped names"),
         (["evaluate", "--sts", "{sts}", "--model", "./nowhere"], "there is no such directory"),
         (
             ["evaluate", "--transfer", "{sts}"],
-            "expected columns split, label and either text or sentence1 and sentence2, got ",
+            "expected columns label and either text or sentence1 and sentence2, got ",
         ),
         (["evaluate", "--model", "{model}", "--transfer", "{few}"], "few.tsv: "),
         (

@@ -2,6 +2,7 @@
 be one endless line of a log."""
 
 import io
+import json
 import re
 import struct
 import subprocess
@@ -165,6 +166,22 @@ def test_a_terminal_without_a_size_gets_lines(monkeypatch, size, drawn):
         said = screen.read(4096).decode()
     assert ("\r0 of 30 texts " in said) == drawn
     assert (re.fullmatch(r"20 of 30 texts, .* left\r\n", said) is not None) != drawn
+
+
+def test_evaluate_takes_all_rows_of_files_without_splits(places, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("scipy")
+    header, *rows = (places / "sts.tsv").read_text().splitlines()
+    lines = [line.partition("\t")[2] for line in (header, *rows)]
+    (tmp_path / "whole.tsv").write_text("\n".join(lines) + "\n")
+    command = ["evaluate", "--model", places / "model", "--device", "cpu", "--output-dir", tmp_path / "out", "--sts"]
+    assert main([str(argument) for argument in [*command, tmp_path / "whole.tsv"]]) == 0
+    assert f"{tmp_path / 'whole.tsv'}: no column split: all 9 pairs are scored\n" in capsys.readouterr().err
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["split"] is None and found["examples"] == {"whole": 9}
+    assert main([str(argument) for argument in [*command, tmp_path / "whole.tsv", places / "sts.tsv", "--force"]]) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["split"] == "test" and found["examples"] == {"whole": 9, "sts": 8}
 
 
 def test_evaluate_tells_of_all_that_it_encodes(places, whole, tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ from builders import TEXTS, make_encoder_and_tokenizer
 from s2sent_kernels import S2SentSelector, cache, frozen
 from s2sent_kernels.packed import PackedEncoder
 from s2sent_kernels.tools import evaluation, tables
+from s2sent_kernels.tools.columns import Columns
 
 stats = pytest.importorskip("scipy.stats")
 POOLINGS = ["mean of last", "first-last average", "average of blocks", "cls", "s2sent", "scalar mix"]
@@ -127,7 +128,7 @@ def test_transfer_learns_what_is_there_and_nothing_else(cross_validated, pair):
         (b"split\tscore\tsentence1\tsentence2\ntest\t1\ta\t\xff\n", r"line 2 is not UTF-8 \(byte 0xff\)"),
         (
             b"split\tscore\tsentence1\tsentence2\ntrain\t1\ta\tb\n",
-            "'test', got 0; there are rows of split train",
+            "expected rows of split 'test', got splits train",
         ),
     ],
 )
@@ -156,6 +157,30 @@ def test_transfer_files(content, message, tmp_path):
     path = tmp_path / "file.tsv"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
+        evaluation.read_transfer(path)
+
+
+def test_files_without_a_column_split_are_read_whole(tmp_path):
+    told = []
+    columns = Columns(tell=told.append)
+    pairs, labelled = tmp_path / "pairs.tsv", tmp_path / "labels.tsv"
+    pairs.write_text("score\tsentence1\tsentence2\n1\ta\tb\n2\tc\td\n")
+    labelled.write_text("label\ttext\n0\ta\n1\tb\n1\tc\n")
+    assert [pair.score for pair in evaluation.read_sts(pairs, columns=columns)] == [1, 2]
+    found = evaluation.read_transfer(labelled, columns)
+    assert list(found) == ["all"] and [item.label for item in found["all"]] == ["0", "1", "1"]
+    assert told == [
+        f"{pairs}: no column split: all 2 pairs are scored",
+        f"{labelled}: no column split: classifiers are cross-validated over all 3 rows",
+    ]
+    with pytest.raises(ValueError, match="expected a column split, whose 'dev' is asked for, and there is none"):
+        evaluation.read_sts(pairs, "dev")
+
+
+def test_a_row_without_the_split_that_others_have_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"split": "test", "label": 1, "text": "a"}\n{"label": 0, "text": "b"}\n')
+    with pytest.raises(ValueError, match="line 2: expected a split, as other rows have, got none"):
         evaluation.read_transfer(path)
 
 

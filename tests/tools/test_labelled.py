@@ -140,6 +140,13 @@ def test_rows_that_are_none(tmp_path, row, kind, message):
         read_labelled(path, kind)
 
 
+@pytest.mark.parametrize("splits, told", [("aab", " of split 'b'"), ("bbb", "")])
+def test_too_few_rows_are_told_by_their_split(tmp_path, splits, told):
+    rows = [{"split": split, "text": f"{n}", "label": n} for n, split in enumerate(splits)]
+    with pytest.raises(ValueError, match=f"expected two or more rows{told}, got 1$"):
+        read_labelled(write(tmp_path / "a.jsonl", *(rows if told else rows[:1])), CLASSES, "b")
+
+
 def test_a_tenth_of_each_class_is_held_out():
     labels = ["x"] * 60 + ["y"] * 30 + ["z"]
     rest, held = hold_out(made(labels))
