@@ -89,6 +89,10 @@ def disk_is_full(error: BaseException | None) -> bool:
     return False
 
 
+# What a message about a file of another encoding ends with.
+TO_UTF8 = "convert it, as `iconv -f LATIN1 -t UTF-8` does from Latin-1"
+
+
 def on_terminal() -> bool:
     """Whether somebody watches standard error: only there is a bar of progress one, and not a line without end. A terminal
     without a size, as some runners of CI and containers have, is none: tqdm draws nothing there."""

@@ -132,8 +132,17 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def check_writable(directory: Path, name: Path | None = None, what: str = "output directory") -> None:
-    """Raise before any work is done, and create nothing yet. ``name``: of the directory, as it was given; ``what``: it is."""
+def check_writable(
+    directory: Path, name: Path | None = None, what: str = "output directory", *, of_file: bool = False
+) -> None:
+    """Raise before any work is done, and create nothing yet. Every command makes the folders that an output's path lacks, and
+    this says so in a line on standard error, since it may be a typing error.
+
+    Args:
+        name: of the directory, as it was given.
+        what: it is.
+        of_file: it is to hold a file that the user has named; else it is itself what is made, and only folders above are told.
+    """
     existing = directory
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -141,6 +150,10 @@ def check_writable(directory: Path, name: Path | None = None, what: str = "outpu
         if name is not None and existing == directory:
             existing = name
         raise UserError(f"{what} {name or directory}: {existing} is not a directory that can be written to")
+    made = directory if of_file else directory.parent
+    if what == "output directory" and not made.exists() and os.environ.get("RANK", "0") == "0":
+        shown = (name or directory) if of_file else (name or directory).parent
+        print(f"{shown}: there is no such folder yet: it is made with the output", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- loading
@@ -247,6 +260,12 @@ def resolve_here(model: str | None, selector: str | None) -> Source | None:
     if selector is not None:
         check_selector(selector)
     return found
+
+
+def say_of_classifier(source: Source, what: str) -> None:
+    """Say of a classifier, from which a command takes embeddings, that its head is left out. ``what``: what embeddings are."""
+    if source.whole and "S2SentForSequenceClassification" in sources.architectures(str(source.model)):
+        print(f"{source.model}: is a classifier: its embeddings are {what}, and not its labels", file=sys.stderr)
 
 
 def check_truncation(given: int | None, features: int | None) -> None:

@@ -19,7 +19,7 @@ from .. import families, model_kinds, sources
 from ..capture import BlockCapture
 from ..engines.choice import BACKENDS, backends, choose
 from ..engines.triton.limits import triton_interprets
-from ..files import data_folder, installs, require
+from ..files import TO_UTF8, data_folder, installs, require
 from ..formula.call import Call
 from ..selector import S2SentSelector
 from ..tools import pictures
@@ -91,7 +91,8 @@ def read_texts(path: str | None = None) -> Texts:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{name}: line {number} is not UTF-8 (byte 0x{error.object[error.start]:02x})") from error
+        byte = error.object[error.start]
+        raise UserError(f"{name}: line {number} is not UTF-8 (byte 0x{byte:02x}): {TO_UTF8}") from error
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror}") from error
     texts = Texts([], [])

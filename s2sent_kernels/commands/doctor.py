@@ -223,7 +223,7 @@ def _model(source: common.Source, model: str) -> Iterator[str]:
     if source.whole:
         yield f"{_kind(Path(str(source.model)))}, encoder and selector"
     else:
-        yield f"the selector {source.selector} for the encoder {source.model or sources.BUNDLED}"
+        yield f"a selector alone, {source.selector}, for the encoder {source.model or sources.BUNDLED}"
     if source.whole and not (Path(str(source.model)).expanduser() / "tokenizer_config.json").is_file():
         pipeline, tokenizer, limit = common.load_pipeline(source), None, None
     else:  # as an Embedder's

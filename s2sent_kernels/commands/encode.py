@@ -76,6 +76,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dtype == "auto":  # settled here, since it is part of the key
         arguments.dtype = "bfloat16" if arguments.gpus_per_worker else settled_dtype(devices)
     source = common.resolve_here(arguments.model, arguments.selector)
+    if source is not None:
+        common.say_of_classifier(source, "written")
     if source is not None and arguments.truncate_dim is not None:
         common.check_truncation(arguments.truncate_dim, common.features(source))
     texts = _calibration(arguments)
@@ -87,8 +89,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     def engine(job: Any, parts: Any, progress: Any) -> Any:
         asked.append(job)
-        chosen = made()[0]
-        progress.begin()  # the model may have been loaded just now
+        chosen, _, encoder = made()
+        with contextlib.suppress(ValueError, OSError):  # of a row or a file, which who encodes it says
+            if (tokens := encoder.tokens_a_text(encoding.sample(job, parts))) is not None:
+                progress.expect(tokens)
+        progress.begin()
         return chosen(job, parts, progress)
 
     request = request_of(arguments, inputs, output)._replace(about=lambda: made()[1])
@@ -100,7 +105,10 @@ def run(arguments: argparse.Namespace) -> None:
     ):
         write = encoding.encode_folder if as_folder else encoding.encode_file
         count = write(
-            request, engine, output, encoding.Options(part, arguments.force, skip=arguments.on_error == "skip")
+            request,
+            engine,
+            output,
+            encoding.Options(part, arguments.force, skip=arguments.on_error == "skip", ready=made),
         )
     which = f"shard {part.number} of {part.total}, " if part else ""
     nothing = as_folder and not asked and (part is not None or _manifest(output) == before)
@@ -238,7 +246,8 @@ def _check_output(arguments: argparse.Namespace, output: Path) -> None:
         raise UserError(
             f"--keep-text: expected a file of .parquet or a folder, since an array holds no texts, got {name}"
         )
-    common.check_writable(output.parent, Path(name).parent if output.parent == Path(name).parent.absolute() else None)
+    parent = Path(name).parent if output.parent == Path(name).parent.absolute() else None
+    common.check_writable(output.parent, parent, of_file=True)
     beside = [sidecar(output)] if output.suffix.lower() == ".npy" else []
     if output.exists() and not arguments.force:
         remove_leftovers(output)
@@ -271,9 +280,9 @@ def _devices(arguments: argparse.Namespace) -> list[str]:
 
 def _engine(
     arguments: argparse.Namespace, devices: list[str], calibration: list[str] | None
-) -> tuple[encoding.Engine, dict[str, Any]]:
-    """Who encodes, and what the embeddings say of it. Loads the model here in any case: what is wrong with it is told before
-    anything is begun."""
+) -> tuple[encoding.Engine, dict[str, Any], Encoder]:
+    """Who encodes, what the embeddings say of it, and the model, which is loaded here in any case: what is wrong with it is told
+    before anything is begun."""
     from ..tools import encoding
 
     options = EncoderOptions(*(getattr(arguments, name) for name in EncoderOptions._fields[:-2]))
@@ -287,11 +296,15 @@ def _engine(
     about = encoder.about()
     about["options"] |= {"output_dtype": arguments.output_dtype, "calibration": arguments.calibration}
     if alone:
-        return encoding.in_this_process(encoder), about
+        return encoding.in_this_process(encoder), about, encoder
     make = functools.partial(make_encoder, options)
     if arguments.engine == "ray":
-        return encoding.Cluster(make, arguments.address, arguments.workers, arguments.gpus_per_worker).engine, about
-    return encoding.one_process_a_device(make, devices), about
+        return (
+            encoding.Cluster(make, arguments.address, arguments.workers, arguments.gpus_per_worker).engine,
+            about,
+            encoder,
+        )
+    return encoding.one_process_a_device(make, devices), about, encoder
 
 
 def _calibration(arguments: argparse.Namespace) -> list[str] | None:

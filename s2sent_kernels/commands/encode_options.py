@@ -36,7 +36,7 @@ def _add_files(command: Any) -> None:
         nargs="*",
         metavar="FILE",
         help=".txt (one text a line), .jsonl, .parquet, .csv, .tsv, .arrow, .feather, also .gz and .zst, in this order; folders "
-        "and globs of them; a dataset on disk; - is standard input",
+        "and globs of them; a dataset on disk; - is standard input; an empty text gets an embedding, too",
     )
     group = command.add_argument_group("files")
     group.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # Those of EncoderOptions that embeddings record: what they are, not how they were computed.
 OPTIONS = ("dtype", "max_length", "overflow", "prompt", "normalize", "truncate_dim", "precision")
+
+SAMPLED = 256  # texts from which it is told how many tokens a text has
 
 
 class EncoderOptions(NamedTuple):
@@ -65,9 +68,11 @@ def load_encoder(options: EncoderOptions, device: str, option: str = "--") -> En
         common.resolve(options.model, options.selector)  # for errors that name the options
     name = options.model or common.BUNDLED
     limits = {"max_length": options.max_length, "overflow": options.overflow}
-    common.announce(name)
+    shown = multiprocessing.parent_process() is None  # the lines of a worker would stand in its parent's bar
+    if shown:
+        common.announce(name)
     try:
-        with waiting.told(f"loading {name}"):
+        with waiting.told(f"loading {name}", shown):
             made = Embedder.from_pretrained(name, options.selector, options.dtype, device, **limits)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(common.of_option(str(error)) if option else str(error)) from error
@@ -134,6 +139,16 @@ class Encoder:
         util = require("sentence_transformers.util", "sentence-transformers", "sentence-transformers")
         return util.quantize_embeddings(embeddings, precision=options.precision, ranges=options.ranges)
 
+    def tokens_a_text(self, texts: list[str]) -> float | None:
+        """The mean of these texts, as they are encoded; None where there are none, or one of them cannot be."""
+        own, prompt = self.embedder, self.options.prompt
+        prompt = own.default_prompt if prompt is None else prompt
+        try:
+            found = own._texts([prompt + text for text in texts])
+        except ValueError:  # which encoding it says
+            return None
+        return int(found.lengths.sum()) / len(texts) if texts else None
+
     def encode_shown(self, texts: list[str]) -> np.ndarray:
         """``encode``, which shows how far it is where there is more than a moment's work."""
         if len(texts) <= common.BATCH:
@@ -141,6 +156,8 @@ class Encoder:
         from ..tools.progress import Progress
 
         with Progress(len(texts)) as progress:
+            if (tokens := self.tokens_a_text(texts[:: max(1, len(texts) // SAMPLED)])) is not None:
+                progress.expect(tokens)
             self.told = progress.advance
             try:
                 return self.encode(texts)
@@ -153,7 +170,8 @@ def digest_of(made: Embedder) -> str:
     what is read from the encoder."""
     pipeline = made._pipeline  # encoder, selector and head in one module
     capture = pipeline.capture
-    weights = cache.fingerprint(pipeline, made.tokenizer)
+    with waiting.told("computing the digest of the model's weights"):
+        weights = cache.fingerprint(pipeline, made.tokenizer)
     read = [list(capture.blocks), str(capture.block_norm), pipeline.pooling]
     return hashlib.sha256(json.dumps([weights, *read]).encode()).hexdigest()
 

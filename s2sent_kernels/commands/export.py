@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,11 @@ def add(commands: Any) -> None:
     model = command.add_argument_group("model")
     files = command.add_argument_group("files")
     files.add_argument(
-        "--output", type=common.path, required=True, metavar="FILE", help="FILE.onnx, FILE.pt2, or FOLDER/ for servers"
+        "--output",
+        type=common.path,
+        required=True,
+        metavar="FILE",
+        help="FILE.onnx for ONNX Runtime, FILE.pt2 for torch, or FOLDER/, with the slash, for servers: model.onnx and tokenizer",
     )
     model.add_argument(
         "--model",
@@ -59,7 +62,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     path, folder = Path(arguments.output), arguments.output.endswith("/")
     _check_output(arguments, path, folder)
-    common.check_writable(path.parent)
+    common.check_writable(path if folder else path.parent, of_file=not folder)
     device = common.device_of(arguments.device)
     if folder or path.suffix == ".onnx":
         for module in ("onnx", "onnxscript", *(["onnxruntime"] if arguments.quantize else [])):
@@ -67,8 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     common.quiet_transformers()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is missing, which is not needed
     source = common.resolve(arguments.model, arguments.selector)
-    if source.whole and "S2SentForSequenceClassification" in sources.architectures(str(source.model)):
-        print(f"{source.model}: is a classifier: its embeddings are exported, and not its labels", file=sys.stderr)
+    common.say_of_classifier(source, "exported")
     try:
         pipeline = common.load_pipeline(source).to(device)
         if arguments.backend is not None:
@@ -93,7 +95,10 @@ def _check_output(arguments: argparse.Namespace, path: Path, folder: bool) -> No
             raise UserError("--force: expected with a file; a folder is filled only where it is empty")
         return
     if path.suffix not in WRITERS:
-        raise UserError(f"--output: expected a name that ends in {', '.join(WRITERS)} or /, got {arguments.output}")
+        raise UserError(
+            f"--output: expected a name that ends in {', '.join(WRITERS)} or, as a folder of model.onnx and tokenizer for "
+            f"servers, in /, got {arguments.output}"
+        )
     if path.is_dir():
         raise UserError(f"--output: expected a file, got a directory, {path}")
     common.check_new([path], arguments.force)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,6 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
         seen = _look(pipeline, batch)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
+    if arguments.text is None and arguments.file is None:
+        print(f"no --text and no --file: {len(EXAMPLES)} example sentences are looked at", file=sys.stderr)
     print(f"{names}: blocks {', '.join(map(str, seen.blocks))}, {seen.selector.frequencies} components")
     _print(seen, texts)
     content = _draw(seen, texts, " ".join(names.split()))

@@ -38,9 +38,28 @@ class Parser(argparse.ArgumentParser):
         first, since an option that is missing may be one of them, misspelt."""
         if self._subparsers is None and args is not None:
             self._refuse(self._unknown(args))
-        found, rest = super().parse_known_args(args, namespace)
+        try:
+            found, rest = super().parse_known_args(args, namespace)
+        except UserError:
+            self._refuse(self._stray(args))
+            raise
         self._refuse(rest)
         return found, rest
+
+    def _stray(self, args: Sequence[str] | None) -> list[str]:
+        """The arguments that nothing takes, whatever is missing beside them."""
+        needed = [action for action in self._actions if action.required]
+        if self._subparsers is not None or not needed:
+            return []
+        for action in needed:
+            action.required = False
+        try:
+            return super().parse_known_args(args)[1]
+        except UserError:  # which is said already
+            return []
+        finally:
+            for action in needed:
+                action.required = True
 
     def _unknown(self, args: Iterable[str]) -> list[str]:
         """The arguments that look like options and are none."""

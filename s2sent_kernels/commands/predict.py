@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import sources
+from .. import sources, waiting
 from ..files import write_atomically
 from ..tools import columns, encoders
 from ..tools.encoders import Text
@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
         nargs="+",
         metavar="FILE",
         help=".txt (one text a line), or .tsv, .csv, .jsonl or .parquet with the columns that it was trained on: text, or "
-        "sentence1 and sentence2",
+        "sentence1 and sentence2; an empty text gets a label, too",
     )
     files.add_argument(
         "--columns",
@@ -64,12 +64,13 @@ def run(arguments: argparse.Namespace) -> None:
     for path in arguments.inputs:
         if output.exists() and os.path.exists(path) and output.samefile(path):
             raise UserError(f"output {output}: expected another file than {path}, whose texts would be lost")
-    common.check_writable(output.parent)
+    common.check_writable(output.parent, of_file=True)
     pairs = _takes_pairs(arguments.model)
     try:
         named = {} if arguments.columns is None else columns.parse(arguments.columns, (*TEXT, *PAIR))
         given = columns.Columns(named, format=arguments.format, judged=False)
-        files = {path: read_texts(path, given, pairs) for path in arguments.inputs}
+        with waiting.told("reading the texts"):
+            files = {path: read_texts(path, given, pairs, empty=True) for path in arguments.inputs}
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
     texts = [text for path in arguments.inputs for text in files[path]]
@@ -81,8 +82,9 @@ def run(arguments: argparse.Namespace) -> None:
             f"{arguments.inputs[0]}: expected {said(pairs)}, of which {arguments.model} is a classifier, got {said(not pairs)}"
         )
     device = common.device_of(arguments.device)
-    model, tokenizer = common.load_classifier(arguments.model)
-    logits = _logits(model.to(device), tokenizer, texts, arguments.batch_size)
+    with common.interrupted(lambda: "nothing is kept: a file of labels is written when all texts have theirs"):
+        model, tokenizer = common.load_classifier(arguments.model)
+        logits = _logits(model.to(device), tokenizer, texts, arguments.batch_size)
     rows = _rows(model.config, logits)
     content = _tsv(rows) if output.suffix == ".tsv" else "".join(json.dumps(row) + "\n" for row in rows)
     try:

@@ -81,6 +81,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--index {arguments.index}: {error}") from error
     if without:
         print(f"{arguments.index}: left out are rows without an embedding: {without}", file=sys.stderr)
+    if items and not any(item.text is not None for item in items.values()):
+        print(f"{arguments.index}: keeps no texts: `s2sent encode --keep-text` would show them", file=sys.stderr)
     for number, (query, hits) in enumerate(zip(queries, found, strict=True)):
         if len(queries) > 1 and not arguments.json:
             print("\n" * (number > 0) + " ".join(query.split()))

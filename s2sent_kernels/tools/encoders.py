@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,8 +13,8 @@ from ..batches import TextTokenizer, Tokens, ahead, padded, to_device
 from ..capture import BlockCapture
 from ..encoder_runner import EncoderRunner
 
+SAMPLED = 256  # texts from which it is told how many tokens a text has
 AHEAD = 4  # batches that are tokenized while one is in work
-T = TypeVar("T")
 Text = str | tuple[str, str]  # or a pair, which the encoder reads as one input
 
 
@@ -118,19 +118,30 @@ def state_batches(
 def _tokenized(
     tokenize: TextTokenizer, texts: Sequence[Text], batches: Sequence[Sequence[int]], skip: int, progress: bool
 ) -> Iterator[tuple[list[int], Tokens]]:
+    def tokens_of(some: Any) -> Tokens:
+        return tokenize(some) if isinstance(some[0], str) else tokenize.pairs(some)
+
     def made() -> Iterator[tuple[list[int], Tokens]]:
         for rows in batches[skip:]:
-            some: Any = [texts[row] for row in rows]
-            yield list(rows), tokenize(some) if isinstance(some[0], str) else tokenize.pairs(some)
+            yield list(rows), tokens_of([texts[row] for row in rows])
 
     ready: Iterator[tuple[list[int], Tokens]] = ahead(made(), AHEAD)
-    return _shown(ready, sum(map(len, batches[:skip])), sum(map(len, batches))) if progress else ready
+    if not progress:
+        return ready
+    left = [row for batch in batches[skip:] for row in batch]
+    sample = [texts[row] for row in left[:: max(1, len(left) // SAMPLED)]]
+    return _shown(ready, sum(map(len, batches[:skip])), len(left), lambda: tokens_of(sample))
 
 
-def _shown(batches: Iterator[tuple[list[int], T]], done: int, total: int) -> Iterator[tuple[list[int], T]]:
+def _shown(
+    batches: Iterator[tuple[list[int], Tokens]], done: int, todo: int, sample: Callable[[], Tokens]
+) -> Iterator[tuple[list[int], Tokens]]:
     from .progress import Progress  # needs tqdm
 
-    with Progress(total, done) as progress:
+    with Progress(done + todo, done) as progress:
+        if todo:
+            with contextlib.suppress(ValueError):  # of a text, which its batch says
+                progress.expect(float(sample().lengths.mean()))
         for batch in batches:
             yield batch
-            progress.advance(len(batch[0]), None)
+            progress.advance(len(batch[0]), int(batch[1].lengths.sum()))

@@ -93,19 +93,22 @@ def read_scored(
     return found
 
 
-def read_texts(path: str | Path, columns: Columns | None = None, pairs: bool | None = None) -> list[Text]:
+def read_texts(
+    path: str | Path, columns: Columns | None = None, pairs: bool | None = None, *, empty: bool = False
+) -> list[Text]:
     """The texts or pairs of a table, or the lines of a .txt file. ValueError as ``read_labelled``, but of labels; other columns
     are passed over.
 
     Args:
         pairs: whether pairs are wanted, of a table that has both; None: nobody knows, unless the columns' names tell.
+        empty: whether an empty text is one, as a row whose result has to stand in its place.
     """
     if readers.kind(path, None if columns is None else columns.format) == "text":
         if columns is not None and columns.named:
             raise ValueError(f"{path}: expected a table, whose columns are named, got texts")
         lines: list[Text] = []
         for number, line in tables.read_lines(path, keep_empty=True):
-            if not line.strip():
+            if not (empty or line.strip()):
                 raise ValueError(f"{path}: line {number}: expected a text, got an empty line")
             lines.append(line)
         if not lines:
@@ -115,7 +118,7 @@ def read_texts(path: str | Path, columns: Columns | None = None, pairs: bool | N
     there = {name for _, row in rows for name in row}
     pairs = pairs if (named := named_pairs(columns)) is None else named
     wanted = PAIR if pairs else TEXT
-    return _texts(path, rows, (TEXT, PAIR) if pairs is None or not there.issuperset(wanted) else (wanted,))
+    return _texts(path, rows, (TEXT, PAIR) if pairs is None or not there.issuperset(wanted) else (wanted,), empty)
 
 
 def _read(
@@ -141,16 +144,17 @@ def _read(
     return Labelled(str(path), texts, labels, [place for place, _ in rows])
 
 
-def _texts(path: str | Path, rows: Rows, choices: Sequence[Sequence[str]]) -> list[Text]:
+def _texts(path: str | Path, rows: Rows, choices: Sequence[Sequence[str]], empty: bool = False) -> list[Text]:
     """The text of each row, or its pair where no row has a text."""
     names = {name for _, row in rows for name in row}
     single = TEXT in choices and "text" in names
     if single and PAIR in choices and names.issuperset(PAIR):
         raise all_three(path)
     texts: list[Text] = []
+    judged = tables.text if empty else tables.filled
     for place, row in rows:
         columns = TEXT if single else PAIR
-        of_row = [tables.filled(f"{path}: {place}: {name}", row.get(name, tables.ABSENT)) for name in columns]
+        of_row = [judged(f"{path}: {place}: {name}", row.get(name, tables.ABSENT)) for name in columns]
         texts.append(of_row[0] if single else (of_row[0], of_row[1]))
     return texts
 

@@ -6,8 +6,9 @@ import contextlib
 import sys
 import threading
 import weakref
+from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import waiting
 from ..files import importing, on_terminal
@@ -16,9 +17,14 @@ from ..waiting import PROGRESS_EVERY
 with importing(None, "encode"):
     from tqdm import tqdm
 
+T = TypeVar("T")
+
 
 class _Bar(tqdm):
-    """A bar that is drawn again every second: the time that it counts moves while one step lasts."""
+    """A bar that is drawn again every second: the time that it counts moves while one step lasts. Its numbers are as lines have
+    them, thousands apart and a rate in words."""
+
+    time_left: Callable[[], float | None] | None = None  # seconds, where its owner knows better than the rate
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -29,6 +35,29 @@ class _Bar(tqdm):
         if hasattr(self, "_over"):  # the constructor came to its end
             self._over.set()
         super().close()
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        known = super().format_dict
+        done, rate, unit = known["n"], known["rate"], self.unit.strip()
+        if rate is None and done > known["initial"] and known["elapsed"] > 0:
+            rate = (done - known["initial"]) / known["elapsed"]
+        if self.time_left is not None:
+            seconds = self.time_left()
+        else:
+            seconds = (known["total"] - done) / rate if rate else None
+        return known | {
+            "done": f"{done:,}",
+            "whole": f"{known['total']:,}",
+            "speed": _speed(rate, unit) if rate else f"? {unit}/s",
+            "left": "?" if seconds is None else tqdm.format_interval(seconds),
+        }
+
+
+def _speed(rate: float, unit: str) -> str:
+    if rate >= 10:
+        return f"{rate:,.0f} {unit}/s"
+    return f"{rate:.1f} {unit}/s" if rate >= 1 else f"{1 / rate:.1f} s a {unit.removesuffix('s')}"
 
 
 def _draw_until(over: threading.Event, bar: weakref.ref[_Bar]) -> None:
@@ -46,13 +75,20 @@ def drawn(total: int, done: int, unit: str, *, prefix: str = "", leave: bool = T
         unit: what is counted, as "texts".
         leave: whether the bar stays when it is closed.
     """
-    form = (
-        prefix
-        + f"{{n_fmt}} of {{total_fmt}} {unit} {{bar}} {{rate_fmt}}{{postfix}}, {{elapsed}} gone, {{remaining}} left"
-    )
+    form = prefix + f"{{done}} of {{whole}} {unit} {{bar}} {{speed}}{{postfix}}, {{elapsed}} gone, {{left}} left"
     return _Bar(
         total=total, initial=done, unit=f" {unit}", bar_format=form, file=sys.stderr, disable=False, leave=leave
     )
+
+
+def stepwise(items: Sequence[T], what: str, unit: str) -> Generator[T]:
+    """The items one after the other; where that lasts, lines on standard error say how many of them are done, as "planning: 3 of
+    20 files ...". No bar: what is planned is often a single large file."""
+    done = 0
+    with waiting.Lines(lambda: f"{what}: {done:,} of {len(items):,} {unit} ...", PROGRESS_EVERY):
+        for item in items:
+            yield item
+            done += 1
 
 
 class Progress:
@@ -67,9 +103,12 @@ class Progress:
 
     def __init__(self, total: int, done: int = 0, *, bar: bool | None = None, part: str = "") -> None:
         self.total, self.before, self.texts, self.tokens = total, done, 0, 0
+        self._expected: float | None = None  # tokens of a text
         self.prefix = f"{part}: " if part else ""
         shown = on_terminal() if bar is None else bar
         self.bar: Any = drawn(total, done, "texts", prefix=self.prefix, leave=not part) if shown else None
+        if self.bar is not None:
+            self.bar.time_left = self.left
         self.begin()
         self.lines = waiting.Lines(self._line, PROGRESS_EVERY)
         self._ends = contextlib.ExitStack()
@@ -82,6 +121,25 @@ class Progress:
         self.start = waiting.clock()
         if self.bar is not None:
             self.bar.start_t = self.bar.last_print_t = self.bar._time()
+
+    def expect(self, tokens: float) -> None:
+        """About so many tokens has a text, on average: the longest are encoded first, so that the first texts say nothing of the
+        time that the others take."""
+        self._expected = tokens
+
+    def left(self) -> float | None:
+        """Seconds; None while nothing says how many.
+
+        By tokens where it is known how many to expect. A sample's mean is not exact, so the texts' own rate, which is exact in
+        the end, counts the more the more of them are done."""
+        passed, todo = waiting.clock() - self.start, self.total - self.before
+        if not self.texts:
+            return None
+        by_texts = (todo - self.texts) * passed / self.texts
+        if not self.tokens or self._expected is None:
+            return by_texts
+        by_tokens = max(0.0, todo * self._expected - self.tokens) * passed / self.tokens
+        return by_tokens + (by_texts - by_tokens) * self.texts / todo
 
     def advance(self, texts: int, tokens: int | None) -> None:
         """So many more are encoded; ``tokens`` is None where nobody counts them."""
@@ -98,15 +156,14 @@ class Progress:
         return f"{count / max(now - self.start, 1e-9):,.0f} {what}/s"
 
     def _line(self) -> str:
-        done = self.before + self.texts
-        said = f"{self.prefix}{done:,} of {self.total:,} texts"
-        if not self.texts:  # the first batch is in work
+        said = f"{self.prefix}{self.before + self.texts:,} of {self.total:,} texts"
+        left = self.left()
+        if left is None:  # the first batch is in work
             return f"{said} ..."
         now = waiting.clock()
         rates = [self._rate(self.texts, now, "texts")]
         if self.tokens:
             rates.append(self._rate(self.tokens, now, "tokens"))
-        left = (self.total - done) * (now - self.start) / self.texts
         return f"{said}, {', '.join(rates)}, {tqdm.format_interval(left)} left"
 
     def __enter__(self) -> Progress:

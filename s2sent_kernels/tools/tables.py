@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import first_line, importing
+from ..files import TO_UTF8, first_line, importing
 
 STDIN = "-"
 KINDS = {
@@ -271,4 +271,4 @@ def decode(path: str | Path, number: int, raw: bytes) -> str:
         return raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise ValueError(f"{path}: line {number} is not UTF-8 (byte 0x{byte:02x})") from error
+        raise ValueError(f"{path}: line {number} is not UTF-8 (byte 0x{byte:02x}): {TO_UTF8}") from error

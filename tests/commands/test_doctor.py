@@ -169,7 +169,8 @@ def test_doctor_says_which_encoder_a_selector_is_for(capsys):
     assert main(["doctor", "--model", "all-MiniLM-L6-v2"]) == 0
     out = capsys.readouterr().out
     assert (
-        "the selector all-MiniLM-L6-v2 for the encoder all-MiniLM-L6-v2" in out and "texts are cut at 256 tokens" in out
+        "a selector alone, all-MiniLM-L6-v2, for the encoder all-MiniLM-L6-v2" in out
+        and "texts are cut at 256 tokens" in out
     )
 
 

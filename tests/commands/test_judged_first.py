@@ -132,7 +132,10 @@ OTHERS = [
         "output there.onnx: it is there already; name another, or --force replaces it\n",
     ),
     (["export", "--output", "there/out.onnx"], "output directory there"),
-    (["export", "--output", "out.bin"], "--output: expected a name that ends in .onnx, .pt2 or /, got out.bin"),
+    (
+        ["export", "--output", "out.bin"],
+        "as a folder of model.onnx and tokenizer for servers, in /, got out.bin",
+    ),
     (["export", "--output", "nothing.onnx", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     (["demo", "--blocks", "last:9"], "--blocks: expected indices or 'last:N' with N from 1 to 6, got 'last:9'"),
     *(

@@ -66,6 +66,64 @@ def test_the_first_batch_is_told_while_it_lasts(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("bar", [False, True])
+def test_the_longest_first_say_nothing_of_the_others_time(monkeypatch, capsys, bar):
+    """1,000 texts of 10 tokens on average, at 100 tokens a second: 100 seconds. The first ten have 100 tokens each."""
+    now = [0.0]
+    monkeypatch.setattr(waiting, "clock", lambda: now[0])
+    with progress.Progress(1000, bar=bar) as shown:
+        shown.expect(10.0)
+        assert shown.left() is None
+        now[0] = 10.0
+        shown.advance(10, 1000)
+        # By tokens 90 s; by texts, which count for the part that is done, 990 s.
+        assert shown.left() == pytest.approx(90 + 900 * 10 / 1000)
+        now[0] = 95.0
+        shown.advance(980, 8500)
+        assert shown.left() == pytest.approx(
+            5 * 10 / 1000 + 95 / 99 * 990 / 1000
+        )  # the texts' own rate wins in the end
+    if bar:
+        assert "9,500 tokens" not in (said := capsys.readouterr().err) and "990 of 1,000 texts" in said
+
+
+def test_what_predict_expects_is_told_by_a_sample(monkeypatch):
+    seen = []
+    monkeypatch.setattr(progress.Progress, "expect", lambda self, tokens: seen.append(tokens))
+    monkeypatch.setattr(progress.Progress, "advance", lambda self, texts, tokens: seen.append((texts, tokens)))
+    encoder, tokenizer = make_encoder_and_tokenizer()
+    lengths = [len(ids) for ids in tokenizer(TEXTS)["input_ids"]]
+    rows = encoders.in_batches(encoders.longest_first(TEXTS), 4)
+    list(encoders.token_batches(encoder, tokenizer, TEXTS, rows, max_length=32, progress=True))
+    assert seen == [sum(lengths) / len(TEXTS), *((len(some), sum(lengths[row] for row in some)) for some in rows)]
+
+
+@pytest.mark.parametrize("unit, seconds, speed", [("texts", 0.001, "1,000 texts/s"), ("steps", 16.91, "16.9 s a step")])
+def test_numbers_in_bars_are_those_of_lines(monkeypatch, capsys, unit, seconds, speed):
+    now = [100.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    bar = progress.drawn(20000, 0, unit)
+    bar._time, bar.start_t, bar.last_print_t = lambda: now[0], 100.0, 100.0
+    now[0] += 1500 * seconds
+    bar.update(1500)
+    bar.refresh()
+    bar.close()
+    said = capsys.readouterr().err
+    assert f"1,500 of 20,000 {unit} " in said and speed in said
+
+
+def test_a_phase_without_a_bar_says_how_far_it_is(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(waiting, "clock", lambda: now[0])
+    monkeypatch.setattr(waiting, "SILENCE", 3.0)
+    lines = []
+    ordinary = waiting.Lines.__enter__
+    monkeypatch.setattr(waiting.Lines, "__enter__", lambda self: lines.append(self) or ordinary(self))
+    for now[0] in progress.stepwise([0.0, 4.0, 5.0, 10.0], "planning", "files"):
+        lines[0].look()
+    assert capsys.readouterr().err == "planning: 1 of 4 files ...\nplanning: 3 of 4 files ...\n"
+
+
+@pytest.mark.parametrize("bar", [False, True])
 def test_the_time_left_is_that_of_what_is_encoded_now(monkeypatch, capsys, bar):
     """100 texts are of an earlier run, whose batches take 900 s to be found; then ten new texts take 10 s."""
     now = [0.0]
@@ -175,7 +233,7 @@ def test_search_tells_how_far_it_is_with_many_queries(trained, monkeypatch, caps
         assert main([str(argument) for argument in [*command, *sentences(count)]]) == 0
         return capsys.readouterr().err
 
-    assert "texts" not in said(2)
+    assert not re.search(r"\d texts", said(2))
     assert re.search(r"^200 of 200 texts, .* left$", said(200), re.M)
 
 

@@ -259,6 +259,15 @@ def test_what_cannot_be_compared(places, capsys, name, message):
     assert message in error and name in error and error.count("\n") == 1
 
 
+def test_an_index_whose_encoding_was_interrupted(places, tmp_path, capsys):
+    capsys.readouterr()
+    (tmp_path / ".a.parquet.parts").mkdir()
+    assert search(tmp_path / "a.parquet", QUERY) == 2
+    assert "was to write it: the same command goes on\n" in capsys.readouterr().err
+    assert search(tmp_path / "b.parquet", QUERY) == 2
+    assert f"{tmp_path / 'b.parquet'}: there is no such file or folder\n" in capsys.readouterr().err
+
+
 def test_broken_indices(tmp_path, places, capsys):
     def refused(path, message):
         capsys.readouterr()
@@ -285,7 +294,7 @@ def test_broken_indices(tmp_path, places, capsys):
     (tmp_path / "e.npy").write_bytes(b"nothing")
     refused(tmp_path / "e.npy", "e.npy: cannot be read: it is no array of numpy's, although its suffix is .npy")
     parquet.write_table(pa.table({"text": ["x"]}), tmp_path / "b.parquet")
-    refused(tmp_path / "b.parquet", "expected a column embedding, got text")
+    refused(tmp_path / "b.parquet", "expected a column embedding, as encode writes, got text")
     np.save(tmp_path / "c.npy", np.ones((2, 16), "f4"))
     shutil.copy(places / "array.npy.json", tmp_path / "c.npy.json")
     refused(tmp_path / "c.npy", "it tells of another array")

@@ -206,10 +206,13 @@ def test_a_classifier_that_names_no_problem_type(tmp_path, classifier):
 
 def test_predict_loses_no_row_and_no_input(tmp_path, classifier, capsys):
     (tmp_path / "a.txt").write_text("a cat\n\na dog\n")
+    (tmp_path / "null.jsonl").write_text('{"text": "a cat"}\n{"text": null}\n')
     (tmp_path / "own.tsv").write_text(text := "text\na cat\n")
     command = ["predict", "--model", classifier, "--device", "cpu", "--output"]
-    assert run(*command, "a.tsv", "a.txt") == 2
-    assert "a.txt: line 2: expected a text, got an empty line" in capsys.readouterr().err
+    assert run(*command, "a.tsv", "null.jsonl") == 2
+    assert "null.jsonl: line 2: text: expected a text, got null" in capsys.readouterr().err
+    assert run(*command, "rows.tsv", "a.txt") == 0
+    assert (tmp_path / "rows.tsv").read_text().count("\n") == 4  # a header, and a row for each line
     assert run(*command, "own.tsv", "own.tsv", "--force") == 2
     assert "output own.tsv: expected another file than own.tsv" in capsys.readouterr().err
     assert (tmp_path / "own.tsv").read_text() == text and not (tmp_path / "a.tsv").exists()

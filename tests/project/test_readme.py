@@ -153,6 +153,13 @@ def test_every_command_line_is_one_that_the_commands_accept():
         assert _parser().parse_args(arguments).command == arguments[0]
 
 
+def test_the_index_that_the_readme_searches_keeps_its_texts():
+    encode, search = (
+        next(line for line in command_lines("README.md") if line[0] == name) for name in ("encode", "search")
+    )
+    assert encode[encode.index("--output") + 1] == search[search.index("--index") + 1] and "--keep-text" in encode
+
+
 def write_inputs(encoder):
     """The files that the command lines name, a few rows each."""
     from pyarrow import Table, parquet

@@ -458,6 +458,30 @@ def test_faiss_reads_it(written, texts):
 # ---------------------------------------------------------------- progress
 
 
+def test_what_comes_before_the_first_text_is_said_above_the_bar(path, tmp_path, capsys):
+    """Of a run that is taken up, too: its model is loaded although the plan is there."""
+    with pytest.raises(KeyboardInterrupt):
+        encoding.encode_folder(request(path), stopping(2)[0], tmp_path / "out")
+    capsys.readouterr()
+    options = Options(bar=True, say=lambda line: None, ready=lambda: print("loading ...", file=sys.stderr))
+    encoding.encode_folder(request(path), ALONE, tmp_path / "out", options)
+    said = capsys.readouterr().err
+    assert said.startswith("loading ...\n") and "18 of 18 texts" in said
+    encoding.encode_folder(request(path), ALONE, tmp_path / "out", options)
+    assert capsys.readouterr().err == ""  # nothing is left to encode
+
+
+def test_a_sample_is_of_the_whole_run(tmp_path):
+    """Texts that are longer towards the end of the file."""
+    path = write(tmp_path, ["x" * i for i in range(400)])
+    made = plan.make(request(path, part_rows=40), {}, tmp_path)
+    found = [len(text) for text in run.sample(parts.Job.of(made, tmp_path), made.parts)]
+    assert len(found) < 400 and abs(sum(found) / len(found) - 199.5) < 60
+    one = plan.make(request(path, part_rows=4096), {}, tmp_path)
+    found = [len(text) for text in run.sample(parts.Job.of(one, tmp_path), one.parts)]
+    assert 64 <= len(found) < 80 and abs(sum(found) / len(found) - 199.5) < 5
+
+
 def test_a_bar_or_lines(monkeypatch, capsys):
     with progress_module.Progress(100, 40, bar=True) as bar:
         bar.advance(30, 900)

@@ -12,7 +12,7 @@ from .provenance import sidecar
 from .ray_engine import Cluster
 from .reading import Row, read_texts
 from .rows import Columns, DataError
-from .run import Failed, encode_file, encode_folder, remove_leftovers
+from .run import Failed, encode_file, encode_folder, remove_leftovers, sample
 from .sources import expand
 from .stock import MANIFEST
 from .stored import Stored, open_stored
@@ -45,6 +45,7 @@ __all__ = [
     "open_stored",
     "read_texts",
     "remove_leftovers",
+    "sample",
     "sidecar",
     "state",
 ]

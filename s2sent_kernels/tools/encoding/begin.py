@@ -10,6 +10,7 @@ from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ... import waiting
 from ...files import locked, sync_folder
 from ..tables import STDIN
 from .begun import is_begun
@@ -42,6 +43,8 @@ class Options(NamedTuple):
     skip: bool = False
     bar: bool | None = None  # as in Progress
     say: Say = print
+    # Called where something is left to encode, before progress is shown: what takes long before the first text, and says so.
+    ready: Callable[[], object] = lambda: None
 
 
 DEFAULTS = Options()
@@ -88,7 +91,8 @@ def begin(folder: Path, request: Request, options: Options, lock: str, *, alone:
     copy, digest = folder / f".stdin.{uuid.uuid4().hex}", None
     try:
         if STDIN in request.inputs:
-            digest = copy_stdin(copy)
+            with waiting.told("reading standard input"):
+                digest = copy_stdin(copy)
         key = key_of(request, digest)
         known = _known(folder, options.force or alone)
         anew = options.force and (folder / MANIFEST).exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...files import write_atomically
+from ..progress import stepwise
 from .plan import PLAN, Plan, load
 from .stock import FAILED, MANIFEST, NOTE, PART, check_extra, each, is_ours, read
 
@@ -108,13 +110,16 @@ def check(plan: Plan, folder: Path) -> Checked:
     skipped: list[dict[str, Any]] = []
     digest = plan.digest
     found = each(lambda part: read(folder, part, digest), plan.parts)
-    for part, one in zip(plan.parts, found, strict=True):
-        cut, limit = cut + one.cut, one.limit if limit is None else limit
-        sums.append(one.sha256)
-        file = plan.sources[part.source].name
-        skipped += [{"part": part.number, "file": file, "row": row, "error": why} for row, why in one.skipped]
-        columns = one.about.schema.to_arrow_schema()
-        if known is not None and columns != known:
-            raise ValueError(f"{folder / part.name}: expected columns {known.names} as in the other parts, got others")
-        known = columns
+    with contextlib.closing(stepwise(plan.parts, "checking", "parts")) as parts:
+        for part, one in zip(parts, found, strict=True):
+            cut, limit = cut + one.cut, one.limit if limit is None else limit
+            sums.append(one.sha256)
+            file = plan.sources[part.source].name
+            skipped += [{"part": part.number, "file": file, "row": row, "error": why} for row, why in one.skipped]
+            columns = one.about.schema.to_arrow_schema()
+            if known is not None and columns != known:
+                raise ValueError(
+                    f"{folder / part.name}: expected columns {known.names} as in the other parts, got others"
+                )
+            known = columns
     return Checked(known, cut, limit, sums, skipped)

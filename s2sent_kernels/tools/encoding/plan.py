@@ -4,6 +4,7 @@ the parts, so that every process of a run, now or later, has the same one."""
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -11,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...files import importing, on_terminal, write_atomically
+from ...files import importing, write_atomically
+from ..progress import stepwise
 from ..tables import STDIN
 from .lines import Lines
 from .reading import format_of
@@ -21,7 +23,6 @@ from .tabular import Tabular
 
 with importing(None, "encode"):
     import pyarrow as pa
-    from tqdm import tqdm
 
 PLAN = "_plan.json"
 CHECKSUM = "sha256"  # in the plan's file: of all else in it
@@ -163,30 +164,31 @@ def make(request: Request, key: dict[str, Any], folder: Path, *, strict: bool = 
     sources: list[Source] = []
     parts: list[Part] = []
     rows, id_type = 0, None
-    for path in tqdm(request.inputs, "planning", delay=2, leave=False, unit=" files", disable=not on_terminal()):
-        # A link's own suffix counts. Its path is absolute: workers may have another working directory.
-        found = source(COPY if path == STDIN else path)._replace(name=path, path=os.path.realpath(path))
-        if path == STDIN and request.format is not None:
-            found = found._replace(kind=request.format)
-        found = _placed(found, folder)
-        reader = format_of(found, request.columns)
-        survey = reader.survey(request.part_rows)
-        if isinstance(reader, Lines):
-            reader.check_columns()
-        if strict and os.path.getsize(found.path) <= CHEAP:
-            for block in reader.blocks(Mark(0, 0, 0)):
-                reader.decode(block)
-        elif strict and isinstance(reader, Tabular):
-            reader.check_nulls()
-        if not survey.rows:
-            raise ValueError(f"{path}: expected texts, got an empty file")
-        if request.columns.id is not None:
-            id_type = one_type(id_type, survey.id_type, path)
-        for start in survey.marks:
-            stop = min(survey.rows, start.row + request.part_rows)
-            parts.append(Part(len(parts), len(sources), start, stop, rows + start.row))
-        sources.append(found)
-        rows += survey.rows
+    with contextlib.closing(stepwise(request.inputs, "planning", "files")) as paths:
+        for path in paths:
+            # A link's own suffix counts. Its path is absolute: workers may have another working directory.
+            found = source(COPY if path == STDIN else path)._replace(name=path, path=os.path.realpath(path))
+            if path == STDIN and request.format is not None:
+                found = found._replace(kind=request.format)
+            found = _placed(found, folder)
+            reader = format_of(found, request.columns)
+            survey = reader.survey(request.part_rows)
+            if isinstance(reader, Lines):
+                reader.check_columns()
+            if strict and os.path.getsize(found.path) <= CHEAP:
+                for block in reader.blocks(Mark(0, 0, 0)):
+                    reader.decode(block)
+            elif strict and isinstance(reader, Tabular):
+                reader.check_nulls()
+            if not survey.rows:
+                raise ValueError(f"{path}: expected texts, got an empty file")
+            if request.columns.id is not None:
+                id_type = one_type(id_type, survey.id_type, path)
+            for start in survey.marks:
+                stop = min(survey.rows, start.row + request.part_rows)
+                parts.append(Part(len(parts), len(sources), start, stop, rows + start.row))
+            sources.append(found)
+            rows += survey.rows
     if request.columns.text != TEXT and all(one.kind == "text" for one in sources):
         raise ValueError(
             f"{sources[0].name}: expected a table with the column {request.columns.text}, got lines of text"

@@ -8,16 +8,18 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ...files import importing, locked, missing, on_terminal, remove_empty, sync_folder, write_atomically
-from ..progress import Progress
+from ... import waiting
+from ...files import locked, missing, remove_empty, sync_folder, write_atomically
+from ..progress import Progress, stepwise
 from . import begun
 from .begin import DEFAULTS, Options, begin, check_owner, clear, has_work, hidden, remove_manifest, shown
 from .finish import check, finish
 from .join import OUTPUTS, join
 from .local import Engine
-from .parts import Done, Job, restamp
+from .parts import SLICE, Done, Job, restamp
 from .plan import PLAN, Part, Plan, Request, state
 from .provenance import sidecar, sidecar_of
+from .reading import Reader
 from .reuse import unchanged
 from .stock import (
     FAILED,
@@ -29,8 +31,7 @@ from .stock import (
     is_there,
 )
 
-with importing(None, "encode"):
-    from tqdm import tqdm
+SAMPLED_PARTS, SAMPLED_TEXTS = 4, 64  # of these parts at most so many texts each, or a few more
 
 
 class Failed(ValueError):
@@ -71,7 +72,8 @@ def encode_file(request: Request, engine: Engine, output: Path, options: Options
         checked.say(plan, options.say)
         checked.say_skipped(plan, notes, options.say)
         whole = folder / f"whole{output.suffix}"
-        join(plan, folder, whole)
+        with waiting.told(f"joining {len(plan.parts):,} parts"):
+            join(plan, folder, whole)
         note = sidecar_of(plan.about, whole)
         if note is not None:
             write_atomically(sidecar(whole), note, sync=True)
@@ -181,8 +183,8 @@ def _encode(plan: Plan, folder: Path, engine: Engine, parts: Sequence[Part], opt
     absent = [part for part in parts if part.name not in names]
     known, digest = [part for part in parts if part.name in names], plan.digest
     whole = each(lambda part: is_there(folder, part, digest, options.skip), known)
-    checked = tqdm(whole, "checking", len(known), delay=2, leave=False, unit=" parts", disable=not on_terminal())
-    broken = [part for part, good in zip(known, checked, strict=True) if not good]
+    with contextlib.closing(stepwise(known, "checking", "parts")) as checked:
+        broken = [part for part, good in zip(checked, whole, strict=True) if not good]
     job = Job.of(plan, folder, options.skip)
     for part in unchanged(plan, folder, [part for part in broken if is_of_another(folder, part, digest)]):
         restamp(job, part)  # of a run that was killed before it came to this
@@ -196,8 +198,20 @@ def _encode(plan: Plan, folder: Path, engine: Engine, parts: Sequence[Part], opt
         options.say(f"{shown(folder)}: {len(broken):,} parts are damaged, as {broken[0].name}, and are encoded again")
     if todo:
         remove_manifest(folder)
+        options.ready()
         with (
             Progress(total, before, bar=options.bar) as progress,
             contextlib.closing(engine(job, todo, progress)) as results,
         ):
             yield from results
+
+
+def sample(job: Job, parts: Sequence[Part]) -> list[str]:
+    """A few texts of the parts, from which it can be told how many tokens a text has. Rows without a text are passed over."""
+    found: list[str] = []
+    reader = Reader(job.columns, skip=True)
+    for part in parts[:: -(-len(parts) // SAMPLED_PARTS)]:
+        for some in reader.rows(job.sources[part.source], part.start, min(part.stop, part.start.row + SLICE), SLICE):
+            texts = [text for text in some.texts if text is not None]
+            found += texts[:: max(1, len(texts) // SAMPLED_TEXTS)]
+    return found

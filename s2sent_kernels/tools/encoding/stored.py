@@ -13,6 +13,7 @@ import numpy as np
 from numpy.lib.format import MAGIC_PREFIX
 
 from ...files import first_line, importing
+from .begin import hidden
 from .join import OUTPUTS
 from .plan import PLAN
 from .provenance import KEY, sidecar
@@ -67,7 +68,9 @@ def open_stored(path: str) -> Stored:
     except OSError as error:  # what is in it cannot be seen
         raise ValueError(f"{path}: cannot be read: {error.strerror or first_line(error)}") from error
     if not place.is_file():
-        raise ValueError(f"{path}: there is no such file or folder")
+        begun = place.name and hidden(place).is_dir()
+        hint = ", but the work of an `s2sent encode` that was to write it: the same command goes on" if begun else ""
+        raise ValueError(f"{path}: there is no such file or folder{hint}")
     if place.suffix.lower() == ".npy":
         return _Array(place)
     if place.suffix.lower() == ".parquet":
@@ -175,7 +178,9 @@ class _Table:
             schema, self.rows = file.schema_arrow, file.metadata.num_rows
             self.about = self._about(schema)
             if "embedding" not in schema.names:
-                raise ValueError(f"{path}: expected a column embedding, got {', '.join(schema.names)}")
+                raise ValueError(
+                    f"{path}: expected a column embedding, as encode writes, got {', '.join(schema.names)}"
+                )
             kind = schema.field("embedding").type
             if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
                 raise ValueError(f"{path}: expected a column embedding of lists, got {kind}")

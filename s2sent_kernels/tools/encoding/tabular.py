@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ...files import first_line, importing
+from ...files import TO_UTF8, first_line, importing
 from .. import tables
 from .rows import BLOCK, Block, Columns, DataError, Mark, Survey, numbered, remedy, storable
 from .sources import PIECE, Source
@@ -54,7 +54,9 @@ class Tabular(NamedTuple):
             identity = None if ids in (None, column) else _field(batch, ids)[place].as_py()
             if isinstance(text, bytes):
                 byte = _bad_byte(text)
-                raise DataError(f"{name}: row {number} is not UTF-8 (byte 0x{byte:02x})", name, number, identity)
+                raise DataError(
+                    f"{name}: row {number} is not UTF-8 (byte 0x{byte:02x}): {TO_UTF8}", name, number, identity
+                )
             raise DataError(
                 f"{name}: row {number}: {column}: expected a text, got {tables.shown(text)}", name, number, identity
             )
