@@ -124,6 +124,7 @@ def run(arguments: argparse.Namespace) -> None:
     source = common.resolve(arguments.model, arguments.selector, required=False)
     if source.whole and arguments.pooling is not None:
         raise UserError(f"--pooling: expected none beside --model {source.model}, which has its own")
+    common.within(arguments.max_length, common.max_length(source.model))  # for its error, before anything is loaded
     limits = {"max_length": arguments.max_length, "batch_size": arguments.batch_size}
     embed, model = _embedder(source, arguments.device, arguments.pooling, limits)
     content: dict[str, Any] = {"model": model, "selector": source.selector, "split": files.split}

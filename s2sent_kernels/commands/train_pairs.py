@@ -55,6 +55,10 @@ def _read(task: Task) -> tuple[Examples | Scored, Dev | None]:
         examples = Scored(_pairs(found), found.labels, task.given.get("loss", recipe.LOSSES[0]))
     else:
         examples = read_examples(task.given["data"], task.given.get("split"), task.columns)
+    if len(examples.rows) < 2:
+        split = f" of split {task.given['split']!r}" if "split" in task.given else ""
+        why = "since the others of a batch are the negatives"
+        raise UserError(f"{task.given['data']}: expected two or more examples{split}, {why}, got {len(examples.rows)}")
     return examples, _read_dev(task)
 
 

@@ -180,7 +180,9 @@ class Task(NamedTuple):
         Raises:
             ValueError, TypeError: there are no such blocks, the selector cannot be made, or a batch of one example has no
                 statistics.
+            UserError: texts would be cut behind what the encoder's folder says.
         """
+        _ = self.max_length  # for its error
         sizes = common.sizes(self.given.get("model"))
         if sizes is None or sizes.features is None:
             return None

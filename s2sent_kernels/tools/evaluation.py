@@ -29,7 +29,7 @@ from ..selector import S2SentSelector
 from . import encoders, tables
 from .baselines import ScalarMix
 from .columns import Columns
-from .examples import of_split, read_rows
+from .examples import of_split, read_rows, too_few
 from .examples import splits as splits_of
 from .labelled import PAIR, all_three, named_pairs
 from .scores import Correlations, correlations
@@ -88,18 +88,17 @@ def read_sts(path: str | Path, split: str | None = None, columns: Columns | None
     """
     found = []
     whole = read_rows(path, ("score", *PAIR), columns=columns)
-    for place, row in of_split(path, whole, split, "test"):
+    rows = of_split(path, whole, split, "test")
+    for place, row in rows:
         score = tables.number(row.get("score"))
         if not math.isfinite(score):
             got = tables.shown(row.get("score", tables.ABSENT))
             raise ValueError(f"{path}: {place}: expected a number as score, got {got}")
         one, other = (tables.text(f"{path}: {place}: {name}", row.get(name, tables.ABSENT)) for name in PAIR)
         found.append(Pair(one, other, score, str(row.get("subset") or "")))
-    splits = splits_of(path, whole)
     if len(found) < 2:
-        of = f" of split {split or 'test'!r}" if splits else ""
-        raise ValueError(f"{path}: expected two or more pairs{of}, got {len(found)}")
-    if not splits and columns is not None and columns.tell is not None:
+        raise too_few(path, whole, rows)
+    if not splits_of(path, whole) and columns is not None and columns.tell is not None:
         columns.tell(f"{path}: no column split: all {len(found):,} pairs are scored")
     if len({pair.score for pair in found}) < 2:
         raise ValueError(f"{path}: expected pairs with different scores, got {len(found)} of score {found[0].score:g}")

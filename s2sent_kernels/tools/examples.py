@@ -100,6 +100,13 @@ def of_split(path: str | Path, rows: Rows, split: str | None, usual: str) -> Row
     return [(place, row) for place, row in rows if str(row[SPLIT]) == wanted]
 
 
+def too_few(path: str | Path, whole: Rows, rows: Rows) -> ValueError:
+    """The error of a single row, of those of a file or of one of its splits."""
+    split = rows[0][1].get(SPLIT)
+    of_split = "" if split is None else f" of split {str(split)!r}, of {len(whole)} in all"
+    return ValueError(f"{path}: expected two or more rows, got {len(rows)}{of_split}")
+
+
 def splits(path: str | Path, rows: Rows) -> list[str]:
     """Those in a file's column split, none without one. ValueError where some rows alone are of one."""
     there = list(dict.fromkeys(str(row[SPLIT]) for _, row in rows if row.get(SPLIT) is not None))

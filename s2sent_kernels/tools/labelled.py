@@ -17,7 +17,7 @@ from torch import Tensor
 from . import readers, tables
 from .columns import SPLIT, Columns
 from .encoders import Text
-from .examples import SUFFIXES, of_split, read_rows
+from .examples import SUFFIXES, of_split, read_rows, too_few
 from .problems import CLASSES, LABELS, NUMBERS
 from .tables import Rows
 
@@ -139,8 +139,7 @@ def _read(
     absent = None if kind == LABELS else tables.ABSENT  # of several labels there may be none
     labels = [_label(f"{path}: {place}: {column}", row.get(column, absent), kind) for place, row in rows]
     if len(texts) < 2:
-        of = f" of split {split or usual!r}" if len(rows) < len(whole) else ""
-        raise ValueError(f"{path}: expected two or more rows{of}, got {len(texts)}")
+        raise too_few(path, whole, rows)
     return Labelled(str(path), texts, labels, [place for place, _ in rows])
 
 

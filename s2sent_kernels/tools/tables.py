@@ -239,9 +239,10 @@ def text(place: str, value: Any) -> str:
 
 def filled(place: str, value: Any) -> str:
     """As ``text``, and ValueError where there is nothing in it."""
-    if not text(place, value).strip():
-        raise ValueError(f"{place}: expected a text, got {shown(value) if value else 'an empty one'}")
-    return value
+    if value in (None, ABSENT) or (isinstance(value, str) and not value.strip()):
+        got = "an empty one" if value == "" else shown(value)
+        raise ValueError(f"{place}: expected a text, got {got}: fill it in, or leave the row out")
+    return text(place, value)
 
 
 def read_lines(path: str | Path, *, keep_empty: bool = False) -> Iterator[tuple[int, str]]:

@@ -120,9 +120,13 @@ ENCODE = [
 ]
 OTHERS = [
     (["evaluate", "--sts", "nosuch.tsv"], "nosuch.tsv: cannot be read"),
-    (["evaluate", "--sts", "a.tsv"], "a.tsv: expected columns split, score, sentence1 and sentence2, got name, body"),
+    (["evaluate", "--sts", "a.tsv"], "a.tsv: expected columns score, sentence1 and sentence2, got name, body"),
     (["evaluate", "--sts", "sts.tsv", "--output-dir", "there/out"], "output directory there/out"),
     (["evaluate", "--sts", "sts.tsv", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+    (
+        ["evaluate", "--sts", "sts.tsv", "--max-length", "999"],
+        "--max-length: expected at most 256, at which the model's",
+    ),
     (["inspect", "--file", "empty.txt"], "empty.txt: expected texts, got an empty file"),
     (["inspect", "--file", "a.tsv"], "a.tsv: expected columns either text or sentence1 and sentence2, got name, body"),
     (["inspect", "--text", " "], "--text: expected texts, got an empty one"),
@@ -142,6 +146,10 @@ OTHERS = [
         (["train", "--data", "pairs.tsv", "--output", "out", *way, *options], said)
         for options, said in (
             (["--blocks", "last:9"], "--blocks: expected indices or 'last:N' with N from 1 to 6, got 'last:9'"),
+            (
+                ["--max-length", "999"],
+                "--max-length: expected at most 256, at which the model's folder cuts texts, got 999",
+            ),
             (["--blocks", "3,6"], "--blocks: expected indices from -6 to 5 of 6 blocks, got 6"),
             (["--batch-size", "1"], "--batch-size: expected 2 or more, since the gate's batch norm has no statistics"),
             (["--frequencies", "9"], "--frequencies: the hidden size D must be divisible by M, got D = 384 and M = 9"),
@@ -151,6 +159,10 @@ OTHERS = [
     *(
         (["train", "--task", "classification", "--data", "words.tsv", "--output", "out", *way, *options], said)
         for options, said in (
+            (
+                ["--max-length", "999"],
+                "--max-length: expected at most 256, at which the model's folder cuts texts, got 999",
+            ),
             (["--blocks", "last:9"], "--blocks: expected indices or 'last:N' with N from 1 to 6, got 'last:9'"),
             (["--batch-size", "1"], "--batch-size: expected 2 or more, since the gate's batch norm has no statistics"),
         )

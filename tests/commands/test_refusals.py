@@ -60,7 +60,9 @@ def test_predict_names_the_columns_wanted_and_found(tmp_path, refused, suffix):
 @pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl", "parquet"])
 def test_evaluate_names_the_columns_wanted_and_found(tmp_path, refused, suffix):
     name = write(tmp_path / f"a.{suffix}", {"anchor": ["a"], "score": ["b"], "split": ["test"]})
-    wanted = "expected columns split, score, sentence1 and sentence2, got anchor, score, split, without sentence1 and sentence2"
+    wanted = (
+        "expected columns score, sentence1 and sentence2, got anchor, score, split, without sentence1 and sentence2"
+    )
     advice = "--columns sentence1=NAME,sentence2=NAME says which they are"
     assert refused("evaluate", "--sts", name) == f"{name}: {wanted}: {advice}"
 
@@ -152,11 +154,42 @@ def test_texts_beside_pairs(tmp_path, refused):
     assert refused(*PREDICT, "a.csv", "b.csv") == "b.csv: expected texts, as a.csv has, got pairs of sentences"
 
 
+def test_too_few_rows_name_their_file_and_split(tmp_path, refused):
+    pair = write(tmp_path / "a.tsv", {"anchor": ["a"], "positive": ["b"]})
+    splits = {"split": ["train", "dev"], "score": ["1", "2"], "sentence1": ["a", "b"], "sentence2": ["c", "d"]}
+    scored = write(tmp_path / "b.tsv", splits)
+    data = write(tmp_path / "c.tsv", {"anchor": ["a", "b"], "positive": ["c", "d"]})
+    parted = write(tmp_path / "d.tsv", {"split": ["b", "d"], "anchor": ["a", "b"], "positive": ["c", "d"]})
+    (tmp_path / "a.txt").write_text("one\n")
+    for way in ([], ["--freeze-encoder"]):
+        train = ["train", "--output", "out", "--model", "nosuch", *way, "--data"]
+        why = "since the others of a batch are the negatives, got 1"
+        assert refused(*train, pair) == f"a.tsv: expected two or more examples, {why}"
+        assert refused(*train, "a.txt") == f"a.txt: expected two or more examples, {why}"
+        assert refused(*train, parted, "--split", "b") == f"d.tsv: expected two or more examples of split 'b', {why}"
+        said = refused(*train, scored, "--task", "sts")
+        assert said == "b.tsv: expected two or more rows, got 1 of split 'train', of 2 in all"
+        said = refused(*train, data, "--dev", scored)
+        assert said == "b.tsv: expected two or more rows, got 1 of split 'dev', of 2 in all"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("value, got", [(None, "null"), ("", "an empty one"), (" ", "' '")])
+def test_an_empty_text_has_a_remedy(tmp_path, refused, suffix, value, got):
+    place = "line" if suffix == "jsonl" else "row"
+    advice = f": expected a text, got {got}: fill it in, or leave the row out"
+    name = write(tmp_path / f"a.{suffix}", {"anchor": ["a", value], "positive": ["c", "d"]})
+    assert refused("train", "--output", "out", "--data", name) == f"{name}: {place} 2: anchor{advice}"
+    name = write(tmp_path / f"b.{suffix}", {"score": [1, 2], "sentence1": ["c", "d"], "sentence2": ["a", value]})
+    said = f"{name}: {place} 2: sentence2{advice}"
+    assert refused("train", "--output", "out", "--task", "sts", "--data", name) == said
+
+
 @pytest.mark.parametrize(
     "rows, arguments, message",
     [
-        ("dev\t1\ta\tb\n", [], "expected two or more pairs of split 'test', got 0; there are rows of split dev"),
-        ("test\t1\ta\tb\n", [], "expected two or more pairs of split 'test', got 1; there are rows of split test"),
+        ("dev\t1\ta\tb\n", [], "expected rows of split 'test', got splits dev"),
+        ("test\t1\ta\tb\n", [], "expected two or more rows, got 1 of split 'test', of 1 in all"),
     ],
 )
 def test_too_few_pairs(tmp_path, refused, rows, arguments, message):

@@ -258,4 +258,7 @@ def test_null_empty_and_absent_are_three_things(tmp_path, column, row, got):
     (tmp_path / "data.jsonl").write_text('{"anchor": "a", "positive": "b"}\n' + broken + "\n")
     with pytest.raises(ValueError) as error:
         read_examples(tmp_path / "data.jsonl")
-    assert str(error.value) == f"{tmp_path / 'data.jsonl'}: line 2: {column}: expected a text, got {got}"
+    assert (
+        str(error.value)
+        == f"{tmp_path / 'data.jsonl'}: line 2: {column}: expected a text, got {got}: fill it in, or leave the row out"
+    )
