@@ -3,6 +3,7 @@ end."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import __version__, families, validate, waiting
-from ..frozen_loop import Epoch, History
+from ..frozen_loop import Epoch, History, order
 from ..selector import S2SentSelector
 from ..tools import columns, examples, labelled, processes, tables
 from ..tools.columns import Columns
@@ -241,7 +242,8 @@ class Pace:
 
 
 class Epochs(Pace):
-    """Prints each epoch of a frozen training as it ends, and keeps them for its history.
+    """Prints each epoch of a frozen training as it ends, and keeps them for its history. Of several trials, each of which has a
+    line at its end, it prints the epochs that scored more than all before.
 
     Args:
         varied: the fields of a recipe that tell trials apart.
@@ -251,11 +253,15 @@ class Epochs(Pace):
         super().__init__(recipes)
         self.varied = varied if len(recipes) > 1 else ()
         self.history: list[Line] = []
+        self._best = -math.inf
 
     def __call__(self, recipe: Any, epoch: Epoch) -> None:
         trial = {name: getattr(recipe, name) for name in self.varied}
         self.history.append(Line(epoch.step, epoch.number, epoch.loss, epoch.score, trial))
-        if epoch.loss is not None:
+        better = epoch.score is None or order(epoch.score) > self._best
+        if epoch.score is not None and epoch.loss is not None:
+            self._best = max(self._best, order(epoch.score))
+        if epoch.loss is not None and (better or not self.varied):
             score = "" if epoch.score is None else f", dev {epoch.score:.2f}"
             self.lines.heard()
             print(f"epoch {epoch.number}: loss {epoch.loss:.4f}{score}", flush=True)

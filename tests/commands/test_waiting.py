@@ -387,7 +387,7 @@ def test_trials_are_told_apart(now, capsys):
         for recipe, *ended in ((recipes[0], 0, 1, 2), (recipes[1], 0, 1)):
             for number in ended:
                 now[0] += 2.0
-                epochs(recipe, Epoch(number, number, 0.5 if number else None, 1.0))
+                epochs(recipe, Epoch(number, number, 0.5 if number else None, now[0]))
         now[0] += 10.0
         epochs.lines.look()
     assert capsys.readouterr().err == "trial 2 of 3, epoch 2 of 3, 00:17 left\n"
@@ -396,6 +396,18 @@ def test_trials_are_told_apart(now, capsys):
         ends(pace, now, (1, now[0] + 1), (2, now[0] + 2), (3, now[0] + 3), (1, now[0] + 20))
     said = "trial 1 of 3, epoch 3 of 3, 00:06 left\ntrial 2 of 3, epoch 2 of 3, 00:25 left\n"
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("several, said", [(False, [1, 2, 3, 1, 2]), (True, [1, 3, 2])])
+def test_of_several_trials_the_epochs_that_are_better_are_printed(now, capsys, several, said):
+    """A line of each of 48 epochs hid the lines of the trials."""
+    recipes = [Recipe(epochs=3, seed=seed) for seed in range(1 + several)]
+    with Epochs(recipes, ("seed",)) as epochs:
+        for scores in ((9.0, 1.0, float("nan"), 2.0), (9.0, 2.0, 3.0)):
+            for number, score in enumerate(scores):
+                epochs(recipes[0], Epoch(number, number, 0.5 if number else None, score))
+    found = re.findall(r"epoch (\d): loss 0.5000, dev ", capsys.readouterr().out)
+    assert list(map(int, found)) == said and len(epochs.history) == 7
 
 
 def test_evaluate_says_what_it_fits(all_too_long, places, capsys, tmp_path):
