@@ -316,13 +316,13 @@ def make(
                         unfinished = done_by_all(by_ranks, batches)
                     else:
                         fill()
-                    unfinished.finish(about, target)
+                    unfinished.finish(about, target, progress)
         elif not target.exists():
             with unfinished.taken_by(rank):
                 fill()
             with locked(lock, wait=True):
                 if not target.exists() and not unfinished.missing(batches):
-                    unfinished.finish(about, target)
+                    unfinished.finish(about, target, progress)
     finally:
         capture.remove()
     if not target.exists():

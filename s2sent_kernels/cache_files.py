@@ -264,8 +264,9 @@ class Unfinished:
                 found.append(f"rank {rank} ({done} of {all_of_it} batches)")
         return found
 
-    def finish(self, about: Mapping[str, Any], target: Path) -> None:
-        arrays = {path.stem: summary(path) for path in sorted(self.folder.glob("*.npy"))}
+    def finish(self, about: Mapping[str, Any], target: Path, progress: bool) -> None:
+        with waiting.told("computing the checksums of the cache", progress):
+            arrays = {path.stem: summary(path) for path in sorted(self.folder.glob("*.npy"))}
         write_atomically(
             self.folder / ABOUT, (json.dumps({**about, "arrays": arrays}, indent=1) + "\n").encode(), sync=True
         )

@@ -126,8 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    waiting.end_bars()
-    print("s2sent: error:", " ".join(message.split()), file=sys.stderr)
+    waiting.say_last(f"s2sent: error: {' '.join(message.split())}")
     return code
 
 

@@ -108,13 +108,15 @@ class Lines:
 
 
 def say(line: str) -> None:
-    """Print it on standard error, if there is one: on a line of its own where a bar of progress is drawn."""
+    """Print it on standard error, if there is one: on a line of its own where a bar of progress is drawn. In one piece, between
+    whose parts no other thread's line comes."""
     global _last
     _last = clock()
     if sys.stderr is not None:
         bars = _tqdm().external_write_mode(sys.stderr) if _drawn() else contextlib.nullcontext()
         with bars:
-            print(line, file=sys.stderr, flush=True)
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
 
 
 def _tqdm() -> Any:

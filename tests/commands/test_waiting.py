@@ -120,6 +120,7 @@ def test_commands_say_what_they_load(all_too_long, tmp_path, capsys):
         f"loading {tmp_path / 'encoder'} ...",
         "computing the digest of the encoder's weights ...",
         f"waiting for another process that fills {cache} ...",
+        "computing the checksums of the cache ...",
         "reading the cache ...",
     ]
     pytest.importorskip("datasets")
