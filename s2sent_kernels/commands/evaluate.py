@@ -124,7 +124,6 @@ def run(arguments: argparse.Namespace) -> None:
     source = common.resolve(arguments.model, arguments.selector, required=False)
     if source.whole and arguments.pooling is not None:
         raise UserError(f"--pooling: expected none beside --model {source.model}, which has its own")
-    common.within(arguments.max_length, common.max_length(source.model))  # for its error, before anything is loaded
     limits = {"max_length": arguments.max_length, "batch_size": arguments.batch_size}
     embed, model = _embedder(source, arguments.device, arguments.pooling, limits)
     content: dict[str, Any] = {"model": model, "selector": source.selector, "split": files.split}
@@ -173,9 +172,8 @@ def _read(arguments: argparse.Namespace) -> _Files:
         )
     chosen = {} if arguments.columns is None else columns.parse(arguments.columns, known)
 
-    def of(
-        tell: Callable[[str], None], own: Sequence[str]
-    ) -> columns.Columns:  # those of a file: one of STS has no label
+    def of(tell: Callable[[str], None], own: Sequence[str]) -> columns.Columns:
+        """Those of a file: one of STS has no label."""
         named = {what: name for what, name in chosen.items() if what in own}
         return columns.Columns(named, tell=tell, format=arguments.format, judged=False)
 
@@ -197,21 +195,22 @@ def _embedder(
 ) -> tuple[evaluation.Embed, str]:
     """A function from texts to embeddings by every pooling, and the model's name. A folder with its own selector gives the
     embeddings of the whole model."""
+    common.within(limits["max_length"], common.max_length(source.model))  # for its error, before anything is loaded
     trained = None if source.selector is None else common.read_selector(source.selector)
     device = common.device_of(device_name)
+    limit = common.within(limits["max_length"], common.max_length(source.model, trained))
     encoder: Any
     whole: Embedder | None = None
     if source.model is not None and source.whole:
         try:
             with waiting.told(f"loading {source.model}"):
                 whole = Embedder.from_pretrained(source.model, None, "float32", device, max_length=limits["max_length"])
-            limit = common.within(limits["max_length"], whole.max_length)
+            limit = common.within(limit, whole.max_length)
         except ValueError as error:
             raise UserError(common.of_option(str(error))) from error
         encoder, tokenizer, model = whole.encoder, whole.tokenizer, source.model
     else:
         encoder, tokenizer, model = common.load_model(source.model, device)
-        limit = common.within(limits["max_length"], common.max_length(source.model, trained))
     limits = {**limits, "max_length": limit}
     modules = {} if trained is None else _modules(trained, encoder, device)
     if trained is not None and pooling is None:

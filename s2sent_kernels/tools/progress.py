@@ -33,7 +33,8 @@ class _Bar(tqdm):
 
     def close(self) -> None:
         if hasattr(self, "_over"):  # the constructor came to its end
-            self._over.set()
+            with self.get_lock():  # so that nothing is drawn below what is printed next
+                self._over.set()
         super().close()
 
     @property
@@ -65,7 +66,9 @@ def _draw_until(over: threading.Event, bar: weakref.ref[_Bar]) -> None:
         shown = bar()
         if shown is None:
             return
-        shown.refresh()
+        with shown.get_lock():
+            if not over.is_set():
+                shown.refresh(nolock=True)
 
 
 def drawn(total: int, done: int, unit: str, *, prefix: str = "", leave: bool = True) -> Any:

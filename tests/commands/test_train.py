@@ -282,7 +282,7 @@ def test_train_with_a_frozen_encoder_writes_what_evaluate_reads(places, tmp_path
     [
         ("anchor\tpositive\na\tb\nc\td\n", ["--freeze-encoder", "--blocks", "last:9"], "'last:N' with N from 1 to 4"),
         ("anchor\tpositive\na\tb\nc\td\n", ["--freeze-encoder", "--frequencies", "5"], "divisible by M"),
-        ("anchor\tpositive\na\tb\n", ["--freeze-encoder"], "expected at least two"),
+        ("anchor\tpositive\na\tb\n", ["--freeze-encoder"], "expected two or more examples, since the others"),
         ("anchor\tpositive\na\t\n", ["--freeze-encoder"], "line 2: positive: expected a text, got an empty one"),
         (
             "anchor\tother\na\tb\n",
