@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,6 +200,16 @@ def max_length(model: str | None, trained: Trained | None = None) -> int | None:
         LoadError: a file of the folder cannot be read.
     """
     limits = (max_seq_length(model), None if trained is None else trained.max_length)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def limit_of(source: Source) -> int | None:
+    """``max_length`` of both folders by their configurations, for an error before weights are loaded."""
+    own = None
+    if source.selector is not None:
+        with contextlib.suppress(ValueError, TypeError):  # who reads it says so
+            own = pretrained.read_config(pretrained.find(source.selector)).get("max_length")
+    limits = (max_seq_length(source.model), own)
     return min((limit for limit in limits if limit is not None), default=None)
 
 
