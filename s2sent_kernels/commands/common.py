@@ -244,6 +244,7 @@ read_selector = _told(parts.read_selector)
 sizes = _told(_announcing(_silently(parts.sizes)))
 features = parts.features
 max_length = _told(_announcing(parts.max_length))
+limit_of = _told(_announcing(parts.limit_of))
 load_model = _told(_announcing(_waiting(_silently(parts.load_model))))
 load_transformer = _told(_announcing(_waiting(_silently(parts.load_transformer))))
 load_whole = _told(_waiting(_silently(loading.load_whole)))

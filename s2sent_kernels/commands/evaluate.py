@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import parts, waiting
+from .. import waiting
 from ..embedder import Embedder
 from ..files import require
 from ..formula.call import POOLINGS
@@ -195,7 +195,7 @@ def _embedder(
 ) -> tuple[evaluation.Embed, str]:
     """A function from texts to embeddings by every pooling, and the model's name. A folder with its own selector gives the
     embeddings of the whole model."""
-    common.within(limits["max_length"], parts.limit_of(source))  # for its error, before anything is loaded
+    common.within(limits["max_length"], common.limit_of(source))  # for its error, before anything is loaded
     trained = None if source.selector is None else common.read_selector(source.selector)
     device = common.device_of(device_name)
     limit = common.within(limits["max_length"], common.max_length(source.model, trained))
