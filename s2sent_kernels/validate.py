@@ -258,7 +258,7 @@ def token_values(batch: Batch | Layout) -> None:
     """What the tensors hold that say which tokens are real, as far as it can be read: a compiler judges nothing, and the ops do
     when they run. Reading a CUDA tensor waits for the GPU, so there only masks of floats are judged, which are rarely anything
     else than what attention adds to its scores; under S2SENT_DEBUG=1 all are."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling():
         return
     mask, cu_seqlens = batch.attention_mask, batch.cu_seqlens
     try:

@@ -68,6 +68,24 @@ def test_a_mask_that_attention_adds(backend, batch):
         assert torch.equal(by_bool[name](), by_float[name]())
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_values_are_judged_while_a_call_is_traced(backend, batch):
+    """A trace keeps no check of plain PyTorch's: what is wrong is said when it is made."""
+    hidden_states, _ = batch
+    selector = S2SentSelector(D, N, backend=backend).eval().requires_grad_(False)
+
+    def traced(u, **where):
+        return torch.jit.trace(lambda *given: selector.pool(given, **where), tuple(u), check_trace=False)
+
+    for mask in (ADDED, ADDED.long()):
+        with raises(ValueError, "attention_mask", "negative numbers"):
+            traced(hidden_states, attention_mask=mask)
+    packed = [u.reshape(B * L, D) for u in hidden_states]
+    with raises(ValueError, "cu_seqlens", f"expected to end at T = {B * L}, got {B * L + 1}"):
+        traced(packed, cu_seqlens=torch.tensor([0, L, B * L + 1], dtype=torch.int32))
+
+
 def calls_of(selector, hidden_states, mask):
     def blockwise():
         stream = selector.blockwise(mask)
