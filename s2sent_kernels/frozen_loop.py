@@ -47,11 +47,13 @@ Told = Callable[[Epoch], None]
 
 
 class History(NamedTuple):
-    """Mean loss of each epoch; the dev score before the first epoch and after each; the epoch whose state was kept."""
+    """Mean loss of each epoch; the dev score before the first epoch and after each; the epoch whose state was kept, and the steps
+    up to its end."""
 
     losses: list[float]
     scores: list[float]
     kept: int
+    steps: int
 
     @property
     def rising(self) -> bool:
@@ -137,7 +139,7 @@ def run(
     if best is not None:
         module.load_state_dict(best)
     validate.finite_state("module", module)
-    return History(losses, scores, kept)
+    return History(losses, scores, kept, kept * (steps // len(losses)))  # every epoch has as many
 
 
 def optimizer_of(module: nn.Module, pace: Pace) -> torch.optim.Optimizer:

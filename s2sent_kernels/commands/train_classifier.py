@@ -3,7 +3,6 @@ with it. Both ways write an S2SentForSequenceClassification."""
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,8 +154,7 @@ def _train_frozen(task: Task, data: _Data) -> None:
     result = verdict.Result("selector", row, best.rising)
     print_lines(verdict.report(f"{what} of a head behind each", verdict.rows(scores, TRAINED, TRAINED), result))
     mixed = others[evaluation.SCALAR_MIX]
-    steps = mixed.best.history.kept * math.ceil(len(data.train.texts) / mixed.best.recipe.batch_size)
-    print_lines(verdict.hardly_trained(scores, mixed.trained.module, steps))
+    print_lines(verdict.hardly_trained(scores, mixed.trained.module, mixed.best.history.steps))
     print_lines(verdict.hint(best.losses[-1], REMEDIES[task.kind]))
     fusion = classifier.Fusion(blocks, task.pooling, arguments)
     model = classifier.make(

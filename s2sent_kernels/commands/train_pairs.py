@@ -4,7 +4,6 @@ both as a SentenceTransformer."""
 from __future__ import annotations
 
 import itertools
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from .common import UserError
 from .train_task import REMEDIES, STS, Epochs, Pace, Task, Used, print_lines, print_trial
 
 VARIED = ("learning_rate", "seed")  # with --freeze-encoder
-
-
 Dev = list[tuple[str, str, float]]  # sentence, sentence, score
 
 
@@ -139,6 +136,7 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: Dev | None) -> N
     if len(recipes) > 1:
         print("kept: ", end="")
         print_trial(chosen, found, VARIED, "dev")
+    given = _used(examples, dev)
     about: dict[str, Any] = {
         "version": __version__,
         "encoder": name,
@@ -147,7 +145,7 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: Dev | None) -> N
         "max_length": task.max_length,
         "task": task.kind,
         "recipe": chosen._asdict(),
-        **_used(examples, dev).entries(),
+        **given.entries(),
         **({"loss": examples.loss} if isinstance(examples, Scored) else {}),
         "epoch": found.kept,
     }
@@ -166,11 +164,10 @@ def _train_frozen(task: Task, examples: Examples | Scored, dev: Dev | None) -> N
         rows = verdict.rows(scores | {verdict.UNTRAINED: found.scores[0]}, "trained alike")
         best_row = verdict.Row(f"trained selector (epoch {found.kept})", found.score)
         print_lines(verdict.report(verdict.SPEARMAN, rows, verdict.Result("selector", best_row, found.rising)))
-        steps = mixed.kept * math.ceil(len(examples.rows) / chosen.batch_size)
-        print_lines(verdict.hardly_trained(scores, mix, steps))
+        print_lines(verdict.hardly_trained(scores, mix, mixed.steps))
     print_lines(verdict.hint(found.losses[-1], REMEDIES[task.kind]))
     what = None if dev is None else verdict.SPEARMAN
-    title = history.title_of(task.provenance(chosen, _used(examples, dev)))
+    title = history.title_of(task.provenance(chosen, given))
     history.write(
         task.output, epochs.history, what, title
     )  # first: a selector replaces an empty folder, which is locked
@@ -209,8 +206,7 @@ def _fine_tune(task: Task, examples: Examples | Scored, dev: Dev | None) -> None
     lines = history.read(task.output)
     if score is not None:
         rows = verdict.rows(before, "equal weights, before")
-        result = verdict.Result(
-            "model", verdict.Row(f"trained model{history.of_best(lines)}", score), history.ends_best(lines)
-        )
+        row = verdict.Row(f"trained model{history.of_best(lines)}", score)
+        result = verdict.Result("model", row, history.ends_best(lines))
         print_lines(verdict.report(verdict.SPEARMAN, rows, result))
     print_lines(verdict.hint(history.last_loss(lines), REMEDIES[task.kind]))

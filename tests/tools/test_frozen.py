@@ -305,6 +305,25 @@ def test_patience_stops_a_training():
     assert history._replace(kept=4).rising
 
 
+@pytest.mark.parametrize("count, of_an_epoch", [(32, 2), (39, 2), (40, 3)])
+def test_the_steps_up_to_the_epoch_that_is_kept(count, of_an_epoch):
+    """A last batch that is less than half full is dropped, and counts for nothing."""
+    values, told = iter([0.0, 1.0, 3.0, 2.0]), []
+    rows, recipe = torch.arange(2 * count), frozen.Recipe(epochs=3, batch_size=16)
+    features = _features(2 * count)
+    history = frozen.train(
+        S2SentSelector(8, 3, 4, 4),
+        features,
+        rows[:count],
+        rows[count:],
+        None,
+        recipe,
+        score=lambda _: next(values),
+        told=told.append,
+    )
+    assert (history.kept, history.steps) == (2, 2 * of_an_epoch) == (2, told[2].step)
+
+
 def test_prior_and_scale_have_their_own_learning_rate():
     module = S2SentSelector(8, 3, 4, 4, block_prior=True, gate_scale=4.0, backend="reference")
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
