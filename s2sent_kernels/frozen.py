@@ -307,7 +307,7 @@ def fit(
             empty, an example has another length than the first, or a setting is wrong.
         TypeError: an example is no tuple or list, or a text no string.
     """
-    _check_texts(examples, dev)  # before its length is believed
+    _check_rows("examples", examples)  # before their number is believed
     check(recipe, len(examples), selector.hidden_size)  # before encoding, which may take hours
     prepared = prepare(
         encoder,
@@ -346,10 +346,15 @@ def _check_texts(examples: Sequence[Sequence[str | None]], dev: Sequence[tuple[s
         validate.finite_number(f"{place}: score", score)
 
 
-def _rows(name: str, rows: Any) -> Iterator[tuple[str, Sequence[Any]]]:
-    """The rows and their names, where they are tuples or lists: of a string or a dict the letters or keys would pass as texts."""
+def _check_rows(name: str, rows: Any) -> None:
+    """Of a string or a dict the letters or keys would pass as texts."""
     if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Sequence):
         raise TypeError(f"{name}: expected a sequence of tuples, got {type(rows).__name__}")
+
+
+def _rows(name: str, rows: Any) -> Iterator[tuple[str, Sequence[Any]]]:
+    """The rows and their names, where they are tuples or lists."""
+    _check_rows(name, rows)
     for number, row in enumerate(rows):
         if not isinstance(row, (tuple, list)):
             raise TypeError(f"{name}[{number}]: expected a tuple, got {type(row).__name__}")

@@ -186,9 +186,9 @@ def load_transformer(model: str | None, max_length: int | None = None, **options
         module = Transformer(path, **given, **options)
     except Exception as error:  # as above
         raise cannot_load(name, error) from error
-    limits = (max_length, module.max_seq_length, families.positions(module.auto_model))
-    if any(limit is not None for limit in limits):
-        module.max_seq_length = min(limit for limit in limits if limit is not None)
+    limit = _least(max_length, module.max_seq_length, families.positions(module.auto_model))
+    if limit is not None:
+        module.max_seq_length = limit
     return module
 
 
@@ -199,7 +199,10 @@ def max_length(model: str | None, trained: Trained | None = None) -> int | None:
     Raises:
         LoadError: a file of the folder cannot be read.
     """
-    limits = (max_seq_length(model), None if trained is None else trained.max_length)
+    return _least(max_seq_length(model), None if trained is None else trained.max_length)
+
+
+def _least(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -209,8 +212,7 @@ def limit_of(source: Source) -> int | None:
     if source.selector is not None:
         with contextlib.suppress(ValueError, TypeError):  # who reads it says so
             own = pretrained.read_config(pretrained.find(source.selector)).get("max_length")
-    limits = (max_seq_length(source.model), own)
-    return min((limit for limit in limits if limit is not None), default=None)
+    return _least(max_seq_length(source.model), own)
 
 
 def max_seq_length(model: str | None) -> int | None:

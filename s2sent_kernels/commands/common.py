@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,12 +12,12 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from .. import files, hub, loading, parts, sources, waiting
+from .. import files, hub, loading, model_kinds, parts, sources, waiting
 from ..files import first_line
 from ..parts import Trained
 from ..quiet import quiet_transformers
 from ..sources import BUNDLED, Source
-from ..tools import encoders
+from ..tools import encoders, processes
 from ..tools.tables import FORMATS, STDIN
 
 BATCH = 128  # texts per call of the encoder
@@ -150,10 +149,11 @@ def check_writable(
         if name is not None and existing == directory:
             existing = name
         raise UserError(f"{what} {name or directory}: {existing} is not a directory that can be written to")
-    made = directory if of_file else directory.parent
-    if what == "output directory" and not made.exists() and os.environ.get("RANK", "0") == "0":
-        shown = (name or directory) if of_file else (name or directory).parent
-        print(f"{shown}: there is no such folder yet: it is made with the output", file=sys.stderr)
+    made, shown = directory, name or directory
+    if not of_file:
+        made, shown = made.parent, shown.parent
+    if not made.exists() and processes.is_first():
+        waiting.say(f"{shown}: there is no such folder yet: it will be made")
 
 
 # ---------------------------------------------------------------- loading
@@ -196,7 +196,7 @@ def announce(model: str | None) -> None:
     except sources.LoadError:  # which the loader words
         return
     if path not in _announced and hub.is_asked(path):
-        print(f"looking for {path} on the hub; HF_HUB_OFFLINE=1 takes what is cached", file=sys.stderr)
+        waiting.say(f"looking for {path} on the hub; HF_HUB_OFFLINE=1 takes what is cached")
         _announced.add(path)
 
 
@@ -265,8 +265,8 @@ def resolve_here(model: str | None, selector: str | None) -> Source | None:
 
 def say_of_classifier(source: Source, what: str) -> None:
     """Say of a classifier, from which a command takes embeddings, that its head is left out. ``what``: what embeddings are."""
-    if source.whole and "S2SentForSequenceClassification" in sources.architectures(str(source.model)):
-        print(f"{source.model}: is a classifier: its embeddings are {what}, and not its labels", file=sys.stderr)
+    if source.whole and model_kinds.held(str(source.model)) == model_kinds.CLASSIFIER:
+        waiting.say(f"{source.model}: is a classifier: its embeddings are {what}, and not its labels")
 
 
 def check_truncation(given: int | None, features: int | None) -> None:
@@ -315,7 +315,7 @@ def warnings_in_lines() -> Iterator[None]:
         warnings.simplefilter("always", UserWarning)
         yield
     for message in dict.fromkeys(" ".join(str(one.message).split()) for one in found):
-        print(f"s2sent: warning: {message}", file=sys.stderr)
+        waiting.say(f"s2sent: warning: {message}")
 
 
 REPLACED = "name another, or --force replaces it"

@@ -295,16 +295,14 @@ def _engine(
     encoder = Encoder(encoder.embedder, options)
     about = encoder.about()
     about["options"] |= {"output_dtype": arguments.output_dtype, "calibration": arguments.calibration}
-    if alone:
-        return encoding.in_this_process(encoder), about, encoder
     make = functools.partial(make_encoder, options)
-    if arguments.engine == "ray":
-        return (
-            encoding.Cluster(make, arguments.address, arguments.workers, arguments.gpus_per_worker).engine,
-            about,
-            encoder,
-        )
-    return encoding.one_process_a_device(make, devices), about, encoder
+    if alone:
+        engine = encoding.in_this_process(encoder)
+    elif arguments.engine == "ray":
+        engine = encoding.Cluster(make, arguments.address, arguments.workers, arguments.gpus_per_worker).engine
+    else:
+        engine = encoding.one_process_a_device(make, devices)
+    return engine, about, encoder
 
 
 def _calibration(arguments: argparse.Namespace) -> list[str] | None:

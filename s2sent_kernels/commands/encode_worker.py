@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 # Those of EncoderOptions that embeddings record: what they are, not how they were computed.
 OPTIONS = ("dtype", "max_length", "overflow", "prompt", "normalize", "truncate_dim", "precision")
 
-SAMPLED = 256  # texts from which it is told how many tokens a text has
-
 
 class EncoderOptions(NamedTuple):
     """What a worker makes its encoder from; pickled."""
@@ -153,10 +151,10 @@ class Encoder:
         """``encode``, which shows how far it is where there is more than a moment's work."""
         if len(texts) <= common.BATCH:
             return self.encode(texts)
-        from ..tools.progress import Progress
+        from ..tools.progress import Progress, spread
 
         with Progress(len(texts)) as progress:
-            if (tokens := self.tokens_a_text(texts[:: max(1, len(texts) // SAMPLED)])) is not None:
+            if (tokens := self.tokens_a_text(list(spread(texts)))) is not None:
                 progress.expect(tokens)
             self.told = progress.advance
             try:

@@ -195,10 +195,9 @@ def _embedder(
 ) -> tuple[evaluation.Embed, str]:
     """A function from texts to embeddings by every pooling, and the model's name. A folder with its own selector gives the
     embeddings of the whole model."""
-    common.within(limits["max_length"], common.limit_of(source))  # for its error, before anything is loaded
+    limit = common.within(limits["max_length"], common.limit_of(source))  # before anything is loaded
     trained = None if source.selector is None else common.read_selector(source.selector)
     device = common.device_of(device_name)
-    limit = common.within(limits["max_length"], common.max_length(source.model, trained))
     encoder: Any
     whole: Embedder | None = None
     if source.model is not None and source.whole:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import export, functional
+from .. import export, functional, waiting
 from ..files import require
 from ..formula import dct
 from ..selector import S2SentSelector
@@ -92,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
     if arguments.text is None and arguments.file is None:
-        print(f"no --text and no --file: {len(EXAMPLES)} example sentences are looked at", file=sys.stderr)
+        waiting.say(f"no --text and no --file: {len(EXAMPLES)} example sentences are looked at")
     print(f"{names}: blocks {', '.join(map(str, seen.blocks))}, {seen.selector.frequencies} components")
     _print(seen, texts)
     content = _draw(seen, texts, " ".join(names.split()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -80,9 +79,9 @@ def run(arguments: argparse.Namespace) -> None:
     except (ValueError, OSError) as error:
         raise UserError(f"--index {arguments.index}: {error}") from error
     if without:
-        print(f"{arguments.index}: left out are rows without an embedding: {without}", file=sys.stderr)
+        waiting.say(f"{arguments.index}: left out are rows without an embedding: {without}")
     if items and not any(item.text is not None for item in items.values()):
-        print(f"{arguments.index}: keeps no texts: `s2sent encode --keep-text` would show them", file=sys.stderr)
+        waiting.say(f"{arguments.index}: keeps no texts: `s2sent encode --keep-text` would show them")
     for number, (query, hits) in enumerate(zip(queries, found, strict=True)):
         if len(queries) > 1 and not arguments.json:
             print("\n" * (number > 0) + " ".join(query.split()))

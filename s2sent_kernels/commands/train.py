@@ -7,11 +7,10 @@ else as --model; a classifier's is what `s2sent predict` takes.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import cache_files, files, frozen, frozen_tasks, model_kinds
+from .. import cache_files, files, frozen, frozen_tasks, model_kinds, waiting
 from ..files import disk_is_full
 from ..formula.call import POOLINGS
 from ..tools import processes, recipe
@@ -289,10 +288,9 @@ def _say_left_out(task: Task) -> None:
     """What is in the folder of the encoder and not trained."""
     model = task.given.get("model")
     if processes.is_first() and common.leaves_selector(model):
-        print(
+        waiting.say(
             f"{model}: its encoder is taken, and its selector left out: a new one is trained; to go on with both, train what "
-            "s2sent_kernels.sentence_transformers.load returns, as any SentenceTransformer",
-            file=sys.stderr,
+            "s2sent_kernels.sentence_transformers.load returns, as any SentenceTransformer"
         )
 
 

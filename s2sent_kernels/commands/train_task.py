@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +29,6 @@ REMEDIES = {  # of a loss that says nothing
     STS: "more pairs, or with --loss cosent a higher --temperature, leave more",
     CLASSIFICATION: "more data, a higher --dropout or fewer --epochs may do better",
 }
-
-
 _READS = (  # columns that a task needs
     (CONTRASTIVE, {"anchor", "positive"}),
     (STS, {"score", *labelled.PAIR}),
@@ -115,7 +112,7 @@ class Task(NamedTuple):
         return Columns(
             {} if named is None else columns.parse(named, known, "negative" if self.kind == CONTRASTIVE else None),
             [] if ignored is None else columns.names(ignored),
-            _say if processes.is_first() else None,
+            waiting.say if processes.is_first() else None,
             self.given.get("format"),
         )
 
@@ -192,10 +189,6 @@ class Task(NamedTuple):
             selector = S2SentSelector(sizes.features, len(blocks), **self.selector_arguments(sizes.features))
         validate.batch_for_norm("batch_size", self.given.get("batch_size", 2), selector)
         return sizes.features
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 class Pace:

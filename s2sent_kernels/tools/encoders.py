@@ -13,7 +13,6 @@ from ..batches import TextTokenizer, Tokens, ahead, padded, to_device
 from ..capture import BlockCapture
 from ..encoder_runner import EncoderRunner
 
-SAMPLED = 256  # texts from which it is told how many tokens a text has
 AHEAD = 4  # batches that are tokenized while one is in work
 Text = str | tuple[str, str]  # or a pair, which the encoder reads as one input
 
@@ -128,20 +127,19 @@ def _tokenized(
     ready: Iterator[tuple[list[int], Tokens]] = ahead(made(), AHEAD)
     if not progress:
         return ready
-    left = [row for batch in batches[skip:] for row in batch]
-    sample = [texts[row] for row in left[:: max(1, len(left) // SAMPLED)]]
-    return _shown(ready, sum(map(len, batches[:skip])), len(left), lambda: tokens_of(sample))
+    todo = [row for batch in batches[skip:] for row in batch]
+    return _shown(ready, sum(map(len, batches[:skip])), todo, lambda some: tokens_of([texts[row] for row in some]))
 
 
 def _shown(
-    batches: Iterator[tuple[list[int], Tokens]], done: int, todo: int, sample: Callable[[], Tokens]
+    batches: Iterator[tuple[list[int], Tokens]], done: int, todo: list[int], tokens_of: Callable[[Any], Tokens]
 ) -> Iterator[tuple[list[int], Tokens]]:
-    from .progress import Progress  # needs tqdm
+    from .progress import Progress, spread  # needs tqdm
 
-    with Progress(done + todo, done) as progress:
+    with Progress(done + len(todo), done) as progress:
         if todo:
             with contextlib.suppress(ValueError):  # of a text, which its batch says
-                progress.expect(float(sample().lengths.mean()))
+                progress.expect(float(tokens_of(spread(todo)).lengths.mean()))
         for batch in batches:
             yield batch
             progress.advance(len(batch[0]), int(batch[1].lengths.sum()))

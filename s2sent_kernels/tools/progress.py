@@ -19,6 +19,8 @@ with importing(None, "encode"):
 
 T = TypeVar("T")
 
+SAMPLED = 256  # texts
+
 
 class _Bar(tqdm):
     """A bar that is drawn again every second: the time that it counts moves while one step lasts. Its numbers are as lines have
@@ -82,6 +84,11 @@ def drawn(total: int, done: int, unit: str, *, prefix: str = "", leave: bool = T
     return _Bar(
         total=total, initial=done, unit=f" {unit}", bar_format=form, file=sys.stderr, disable=False, leave=leave
     )
+
+
+def spread(items: Sequence[T], most: int = SAMPLED) -> Sequence[T]:
+    """About ``most`` of the items, from all of them: enough to tell how many tokens a text has."""
+    return items[:: max(1, len(items) // most)]
 
 
 def stepwise(items: Sequence[T], what: str, unit: str) -> Generator[T]:

@@ -239,7 +239,7 @@ def text(place: str, value: Any) -> str:
 
 def filled(place: str, value: Any) -> str:
     """As ``text``, and ValueError where there is nothing in it."""
-    if value in (None, ABSENT) or (isinstance(value, str) and not value.strip()):
+    if value is None or value is ABSENT or (isinstance(value, str) and not value.strip()):
         got = "an empty one" if value == "" else shown(value)
         raise ValueError(f"{place}: expected a text, got {got}: fill it in, or leave the row out")
     return text(place, value)

@@ -87,7 +87,7 @@ def test_a_frozen_training_goes_on(train, capsys, monkeypatch):
     monkeypatch.setattr(cache, "_summaries", interrupted)
     assert train("--resume") == 130
     made, size, kept, said, error = capsys.readouterr().err.splitlines()
-    assert made == f"{train.place}: there is no such folder yet: it is made with the output"
+    assert made == f"{train.place}: there is no such folder yet: it will be made"
     folder, total = train.place / "cache", int(re.match(r"cache: (\d+) texts x ", size)[1])
     assert kept == f"cache: 8 of {total} texts are encoded and kept in {folder}" and total > 8
     assert said == f"the same command goes on after what is encoded and kept in {folder}, with --resume or without"

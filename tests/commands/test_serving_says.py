@@ -54,7 +54,7 @@ def test_search_says_that_an_index_keeps_no_texts(root, run, kept):
 @pytest.mark.parametrize("output, folder", [("no/such/a.parquet", "no/such"), ("no/parts/", "no")])
 def test_encode_says_which_folder_it_makes(root, run, output, folder):
     command = ("encode", root / "texts.txt", "--model", root / "whole", "--output", output)
-    said = f"{folder}: there is no such folder yet: it is made with the output\n"
+    said = f"{folder}: there is no such folder yet: it will be made\n"
     assert run(*command).err == said
     assert said not in run(*command, "--force").err
 
@@ -62,9 +62,9 @@ def test_encode_says_which_folder_it_makes(root, run, output, folder):
 def test_predict_and_inspect_say_it_too(root, run):
     pytest.importorskip("matplotlib")
     said = run("predict", root / "texts.txt", "--model", root / "classifier", "--output", "no/a.tsv").err
-    assert said == "no: there is no such folder yet: it is made with the output\n"
+    assert said == "no: there is no such folder yet: it will be made\n"
     command = ("inspect", "--model", root / "whole", "--text", "a", "--output-dir")
-    assert run(*command, "deep/er/pictures").err == "deep/er: there is no such folder yet: it is made with the output\n"
+    assert run(*command, "deep/er/pictures").err == "deep/er: there is no such folder yet: it will be made\n"
     assert "no such folder" not in run(*command, "pictures").err
 
 

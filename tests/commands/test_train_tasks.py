@@ -60,21 +60,21 @@ def scored(path, count=40):
 
 
 @pytest.mark.parametrize(
-    "given, columns, asked, told",
+    "kind, columns, asked, told",
     [
-        (["contrastive"], ("score", "sentence1", "sentence2"), "anchor and positive", "sts"),
-        (["contrastive"], ("label", "text"), "anchor and positive", "classification"),
-        (["contrastive"], ("label", "sentence1", "sentence2"), "anchor and positive", "classification"),
-        (["sts"], ("anchor", "positive", "negative"), "score, sentence1 and sentence2", "contrastive"),
-        (["classification"], ("score", "sentence1", "sentence2"), "label and either ", "sts"),
-        (["sts"], ("label", "sentence1", "sentence2"), "score, sentence1 and sentence2", "classification"),
+        ("contrastive", ("score", "sentence1", "sentence2"), "anchor and positive", "sts"),
+        ("contrastive", ("label", "text"), "anchor and positive", "classification"),
+        ("contrastive", ("label", "sentence1", "sentence2"), "anchor and positive", "classification"),
+        ("sts", ("anchor", "positive", "negative"), "score, sentence1 and sentence2", "contrastive"),
+        ("classification", ("score", "sentence1", "sentence2"), "label and either ", "sts"),
+        ("sts", ("label", "sentence1", "sentence2"), "score, sentence1 and sentence2", "classification"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".tsv", ".jsonl"])
-def test_the_columns_of_another_task_name_it(tmp_path, monkeypatch, capsys, given, columns, asked, told, suffix):
+def test_the_columns_of_another_task_name_it(tmp_path, monkeypatch, capsys, kind, columns, asked, told, suffix):
     monkeypatch.chdir(tmp_path)
     data = write_examples(tmp_path / f"data{suffix}", [("1", "a", "b")[: len(columns)]] * 2, columns)
-    assert run("train", "--task", *given, "--data", data, "--output", "out") == 2
+    assert run("train", "--task", kind, "--data", data, "--output", "out") == 2
     error = capsys.readouterr().err
     assert f"{data}: expected columns {asked}" in error and error.endswith(f", as --task {told} reads them\n")
     assert "--columns" not in error

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ... import waiting
 from ...files import locked, missing, remove_empty, sync_folder, write_atomically
-from ..progress import Progress, stepwise
+from ..progress import Progress, spread, stepwise
 from . import begun
 from .begin import DEFAULTS, Options, begin, check_owner, clear, has_work, hidden, remove_manifest, shown
 from .finish import check, finish
@@ -212,6 +212,5 @@ def sample(job: Job, parts: Sequence[Part]) -> list[str]:
     reader = Reader(job.columns, skip=True)
     for part in parts[:: -(-len(parts) // SAMPLED_PARTS)]:
         for some in reader.rows(job.sources[part.source], part.start, min(part.stop, part.start.row + SLICE), SLICE):
-            texts = [text for text in some.texts if text is not None]
-            found += texts[:: max(1, len(texts) // SAMPLED_TEXTS)]
+            found += spread([text for text in some.texts if text is not None], SAMPLED_TEXTS)
     return found
