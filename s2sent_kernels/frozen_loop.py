@@ -47,8 +47,8 @@ Told = Callable[[Epoch], None]
 
 
 class History(NamedTuple):
-    """Mean loss of each epoch; the dev score before the first epoch and after each; the epoch whose state was kept, and the steps
-    up to its end."""
+    """Mean loss of each epoch; the dev score before the first epoch and after each; the epoch whose state was kept; how many
+    steps there were in all."""
 
     losses: list[float]
     scores: list[float]
@@ -139,7 +139,7 @@ def run(
     if best is not None:
         module.load_state_dict(best)
     validate.finite_state("module", module)
-    return History(losses, scores, kept, kept * (steps // len(losses)))  # every epoch has as many
+    return History(losses, scores, kept, steps)
 
 
 def optimizer_of(module: nn.Module, pace: Pace) -> torch.optim.Optimizer:

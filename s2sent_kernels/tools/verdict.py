@@ -83,7 +83,7 @@ def hardly_trained(scores: Mapping[str, float], mix: nn.Module, steps: int) -> l
     assert isinstance(mix, ScalarMix)
     weights = ", ".join(f"{weight:.2f}" for weight in mix.block_prior.detach().softmax(dim=0).tolist())
     many = f"{steps:,} step{'' if steps == 1 else 's'}"
-    said = f"the scalar mix began with equal weights and has {weights} after {many}"
+    said = f"the scalar mix began with equal weights, was trained for {many} and has {weights}"
     return [f"{said}: more steps or a larger --prior-learning-rate may bring it further"]
 
 

@@ -63,7 +63,7 @@ def test_longer_is_advised_where_the_last_epoch_was_the_best(rising, advice):
 @pytest.mark.parametrize("mix, steps, said", [(90.0, 40, "40 steps"), (90.0, 1, "1 step"), (90.78, 40, None)])
 def test_a_scalar_mix_that_hardly_trained_is_said_to_have(mix, steps, said):
     lines = verdict.hardly_trained({"mean of last": 90.78, "scalar mix": mix}, ScalarMix.of_weights([1, 1, 2]), steps)
-    began = f"the scalar mix began with equal weights and has 0.25, 0.25, 0.50 after {said}: "
+    began = f"the scalar mix began with equal weights, was trained for {said} and has 0.25, 0.25, 0.50: "
     assert lines == (
         [] if said is None else [f"{began}more steps or a larger --prior-learning-rate may bring it further"]
     )
